@@ -1,0 +1,398 @@
+"""The configuration: strict, typed, one definition for YAML, command-line flags, JSON schema and --help.
+
+A section is a frozen pydantic model. `config.yaml` names a preset and overrides it; `resolve` merges the two, `validate`
+turns the result into a `Config` or raises `ConfigError` with one line per fault: path, value, what is allowed, nearest name.
+Commands take sections as arguments, so a flag (`--lr`) and a key (`lr:`) are the same field; `flags` writes one as the other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+PRESETS = Path("workflow/presets")  # relative to the repository root
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `6e-5` and `1_000.0` as text; a float field means a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Float = Annotated[float, pydantic.BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[Float, Field(gt=0)]
+Share = Annotated[Float, Field(ge=0, lt=1)]
+Weights = Literal["ema", "raw", "best"]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+Name = Annotated[str, Field(pattern=NAME)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Corpus(Section):
+    """Which text, cut into windows of how many tokens."""
+
+    kind: Literal["stories", "docs", "openwebtext", "files"]
+    """stories: the embedded grammar; docs: documentation strings of the installed Python; files: your own text"""
+    length: Annotated[int, Field(ge=8)] = 1024
+    """tokens in one window, BOS and EOS included"""
+    tokenizer: str = "bpe"
+    """bpe: a byte-level BPE trained on the corpus; else a hub name (gpt2) or a folder with vocab.json and merges.txt"""
+    vocab_size: Annotated[int, Field(ge=258)] = 8192
+    """tokens of the trained BPE, EOS included (bpe only)"""
+    files: list[str] = []
+    """paths or globs of .txt, .jsonl, .jsonl.gz or .parquet (kind files only)"""
+    text_field: str = "text"
+    """the field that holds the text in .jsonl and .parquet"""
+    num_documents: PositiveInt | None = None
+    """stories: how many to write; elsewhere: read only the first so many"""
+    validation_documents: PositiveInt = 1000
+    """held out: the last so many documents (stories: so many with combinations never trained on)"""
+    corpus_seed: Annotated[int, Field(ge=0)] = 1
+    """seed of the grammar (stories only)"""
+
+    @model_validator(mode="after")
+    def _agree(self):
+        if (self.kind == "files") != bool(self.files):
+            raise ValueError(f"`files` is given with kind: files and only then, found kind: {self.kind} and files: {self.files}")
+        if self.kind == "stories" and self.num_documents is None:
+            raise ValueError("kind: stories needs num_documents, the number of stories to write")
+        return self
+
+
+SIZES: dict[str, tuple[int, int, int]] = {  # blocks, width, heads: SDTT Table 2, and two for small machines
+    "tiny": (3, 128, 4),
+    "mini": (6, 384, 6),
+    "small": (12, 768, 12),
+    "medium": (24, 1024, 16),
+    "large": (24, 1536, 16),
+    "1.3B": (24, 2048, 32),
+    "3B": (26, 3072, 32),
+    "8B": (40, 4096, 32),
+}
+
+
+class Network(Section):
+    """The size of the denoiser and of its autoregressive peer."""
+
+    size: Literal["tiny", "mini", "small", "medium", "large", "1.3B", "3B", "8B"] = "small"
+    """a row of SDTT Table 2 (small 169M, medium 424M, large 863M), or tiny and mini for small machines"""
+    time_conditioning: bool = False
+    """feed t to adaLN; the paper feeds zero"""
+
+    @property
+    def blocks(self) -> int:
+        return SIZES[self.size][0]
+
+    @property
+    def width(self) -> int:
+        return SIZES[self.size][1]
+
+    @property
+    def heads(self) -> int:
+        return SIZES[self.size][2]
+
+
+class Training(Section):
+    """Pretraining of the teacher or of the baseline; the defaults are MDLM's on OpenWebText."""
+
+    num_steps: PositiveInt = 1_000_000
+    """optimiser steps"""
+    batch_size: PositiveInt = 512
+    """windows per optimiser step, over all devices and micro-batches"""
+    lr: Positive = 3e-4
+    """peak learning rate of AdamW"""
+    lr_decay: Literal["constant", "linear", "cosine"] = "constant"
+    """what the learning rate does after the warm-up; linear and cosine end at a fiftieth of lr"""
+    warmup_steps: Annotated[int, Field(ge=0)] = 2500
+    """steps of linear warm-up"""
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.0
+    """AdamW's decoupled decay"""
+    beta2: Share = 0.999
+    """AdamW's second-moment decay (the first is 0.9)"""
+    grad_clip: Positive = 1.0
+    """largest global norm of the gradient"""
+    ema_decay: Share = 0.9999
+    """decay of the moving average of the weights, ramped by (1+n)/(10+n)"""
+    dropout: Share = 0.1
+    """chance that a residual branch's element is dropped in training"""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """autocast of the network; divergences and losses are float32 always"""
+    min_t: Share = 1e-3
+    """smallest training time (MDLM's sampling_eps)"""
+    validate_every: PositiveInt = 5000
+    """optimiser steps between measurements of the held-out loss"""
+
+    @model_validator(mode="after")
+    def _agree(self):
+        if self.warmup_steps >= self.num_steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below num_steps ({self.num_steps})")
+        return self
+
+
+class Distillation(Training):
+    """One run of Self-Distillation Through Time; the defaults are the paper's."""
+
+    num_steps: PositiveInt = 10_000
+    """optimiser steps in one round"""
+    batch_size: PositiveInt = 128
+    """windows per optimiser step, over all devices and micro-batches"""
+    lr: Positive = 6e-5
+    """peak learning rate of AdamW"""
+    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    """steps of linear warm-up, in the first round and after a reset of the optimiser"""
+    min_t: Share = 1e-5
+    """smallest training time"""
+    divergence: Literal["kl_backward", "kl_forward", "mse", "tvd"] = "kl_backward"
+    """between student and teacher; kl_backward is the paper's KLD, KL(student || teacher)"""
+    teacher_steps: PositiveInt = 1024
+    """sampling steps of the first teacher"""
+    rounds: PositiveInt = 7
+    """each round divides the steps by `substeps`"""
+    substeps: Annotated[int, Field(ge=2)] = 2
+    """teacher steps that one student step replaces (the paper's m/k)"""
+    teacher_times: Literal["exact", "released"] = "exact"
+    """times of the teacher's substeps: Algorithm 1's, or those of the released code"""
+    next_teacher: Literal["raw", "ema"] = "raw"
+    """which weights of the student become the next teacher"""
+    reset_optimizer: bool = False
+    """start every round with fresh optimiser moments"""
+    reset_ema: bool = False
+    """start every round's moving average at its teacher"""
+
+    @model_validator(mode="after")
+    def _whole_steps(self):
+        if self.teacher_steps % self.substeps**self.rounds:
+            most = 0
+            while self.teacher_steps % self.substeps ** (most + 1) == 0:
+                most += 1
+            raise ValueError(
+                f"{self.rounds} rounds of {self.substeps} substeps do not divide teacher_steps {self.teacher_steps}: "
+                f"at most {most} rounds do, or choose a multiple of {self.substeps**self.rounds}"
+            )
+        return self
+
+
+class Sampling(Section):
+    """How samples are drawn for scoring."""
+
+    steps: Annotated[list[PositiveInt], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
+    """step counts at which every model writes"""
+    num_samples: Annotated[int, Field(ge=2)] = 1024
+    """texts per model and step count"""
+    sampler: Literal["ancestral", "analytic", "first_hitting"] = "ancestral"
+    """which positions are revealed when"""
+    weights: Weights = "ema"
+    """which weights of the checkpoint write"""
+    temperature: Positive = 1.0
+    """divides the logits before the draw"""
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    """nucleus of the baseline's draw (the paper uses 0.95)"""
+    sampling_seed: Annotated[int, Field(ge=0)] = 1
+    """sample i depends on this and i alone"""
+
+    @field_validator("steps")
+    @classmethod
+    def _sorted(cls, steps):
+        return sorted(set(steps))
+
+
+class Evaluation(Section):
+    """Who judges the samples, and on which last words the models are examined."""
+
+    judge: str = "gpt2-large"
+    """baseline: the corpus's own autoregressive model; else a hub name or a folder that transformers loads"""
+    lambada: str = "EleutherAI/lambada_openai"
+    """last_words: items from the corpus's own held-out stories; else a hub name or a .jsonl with {"text": ...} lines"""
+    lambada_items: PositiveInt | None = None
+    """examine only the first so many"""
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    """resamples behind each 95% interval"""
+
+
+class Benchmark(Section):
+    """What is timed: every student step count against the baseline with its KV cache."""
+
+    lengths: Annotated[list[PositiveInt], Field(min_length=1)] = [64, 128, 256, 512, 1024]
+    """tokens written"""
+    batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 8]
+    """texts at once"""
+    benchmark_steps: Annotated[list[PositiveInt], Field(min_length=1)] = [8, 16, 32, 64]
+    """sampling steps of the timed students"""
+    repeats: Annotated[int, Field(ge=3)] = 10
+    """timed runs per case, after one warm-up"""
+
+
+class Machine(Section):
+    """Speed only: nothing here changes a result, so nothing here makes a finished artefact stale."""
+
+    device: str = "auto"
+    """auto: the first CUDA device, else the CPU"""
+    threads: PositiveInt | None = None
+    """CPU threads of torch; all cores when absent"""
+    micro_batch: PositiveInt = 32
+    """windows per forward pass; gradients are accumulated up to batch_size"""
+    compile: bool = False
+    """torch.compile the network's blocks"""
+
+
+class Teacher(Section):
+    """A corpus and a size, its teacher, its baseline, and the distillation runs that start from it."""
+
+    corpus: Name
+    """a key of `corpora`"""
+    network: Network
+    pretraining: Training = Training()
+    baseline: Training = Training()
+    """training of the autoregressive peer"""
+    distillation: Distillation = Distillation()
+    """what all runs share"""
+    runs: dict[Name, Distillation] = {"kl_backward": Distillation()}
+    """one row per run: only what differs from `distillation`"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rows(cls, raw):
+        if isinstance(raw, dict) and isinstance(raw.get("runs"), dict):
+            shared = raw.get("distillation") or {}
+            rows = {k: {**shared, **(v or {})} if isinstance(v, dict | None) and isinstance(shared, dict) else v
+                    for k, v in raw["runs"].items()}  # fmt: skip
+            return {**raw, "runs": rows}
+        return raw
+
+    @field_validator("runs")
+    @classmethod
+    def _reserved(cls, runs):
+        for name in {"teacher", "baseline"} & runs.keys():
+            raise ValueError(f"a run may not be called {name}: results/models/<teacher>/{name} is taken; choose another name")
+        return runs
+
+
+class Config(Section):
+    """Everything that `snakemake all` makes."""
+
+    preset: str = "laptop"
+    """which file of workflow/presets the rest overrides"""
+    seed: Annotated[int, Field(ge=0)] = 1
+    """of weights, batches, masks and times"""
+    corpora: Annotated[dict[Name, Corpus], Field(min_length=1)]
+    teachers: Annotated[dict[Name, Teacher], Field(min_length=1)]
+    sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
+    benchmark: Benchmark = Benchmark()
+
+    @model_validator(mode="after")
+    def _agree(self):
+        for name, teacher in self.teachers.items():
+            if teacher.corpus not in self.corpora:
+                raise ValueError(f"teachers.{name}.corpus is {teacher.corpus!r}, which is not a key of corpora: {', '.join(self.corpora)}")
+            if self.evaluation.lambada == "last_words" and self.corpora[teacher.corpus].kind != "stories":
+                raise ValueError(
+                    f"evaluation.lambada is last_words, but corpus {teacher.corpus!r} has kind {self.corpora[teacher.corpus].kind}: "
+                    "only stories come with last words; name a hub data set or a .jsonl"
+                )
+        return self
+
+
+class ConfigError(ValueError):
+    """Faults of a configuration, one line each."""
+
+
+def explain(error: pydantic.ValidationError, top: type[BaseModel] = Config) -> list[str]:
+    """One line per fault: where, what was found, what is allowed, the nearest known name."""
+    lines = []
+    for fault in error.errors():
+        path = ".".join(str(part) for part in fault["loc"]) or "configuration"
+        message, value = fault["msg"].removeprefix("Value error, "), fault["input"]
+        if fault["type"] == "extra_forbidden":
+            names = _allowed(top, fault["loc"][:-1])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), names, 1, 0.5)
+            message = f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(names)}"
+        elif fault["type"] == "literal_error":
+            near = difflib.get_close_matches(str(value), [w.strip("'\"") for w in fault["ctx"]["expected"].replace(" or ", ", ").split(", ")], 1, 0.5)
+            message = f"allowed are {fault['ctx']['expected']}" + (f"; did you mean {near[0]}?" if near else "")
+        shown = repr(value) if not isinstance(value, dict | BaseModel) else "this section"
+        lines.append(f"{path}: found {shown}: {message[0].lower() + message[1:]}" if shown != "this section" else f"{path}: {message}")
+    return list(dict.fromkeys(lines))
+
+
+def _allowed(top: type[BaseModel], path: tuple) -> list[str]:
+    """Names of the keys of the section at `path`."""
+    model: Any = top
+    for key in path:
+        annotation = model.model_fields[key].annotation if isinstance(model, type) and key in model.model_fields else model
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+        else:  # dict[Name, Section]: the field gives the section, the next key is a free name
+            model = next((a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def merge(base: dict, over: dict) -> dict:
+    """`over` laid on `base`, section by section; lists and values are replaced, and null removes a named entry."""
+    out = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(out.get(key), dict):
+            out[key] = merge(out[key], value)
+        elif value is None and isinstance(out.get(key), dict):
+            del out[key]
+        else:
+            out[key] = value
+    return out
+
+
+def resolve(user: dict, presets: Path = PRESETS) -> Config:
+    """The user's config.yaml laid on the preset it names, validated. Raises ConfigError."""
+    name = user.get("preset", Config.model_fields["preset"].default)
+    file = presets / f"{name}.yaml"
+    if not file.is_file():
+        known = sorted(p.stem for p in presets.glob("*.yaml"))
+        near = difflib.get_close_matches(str(name), known, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        raise ConfigError(f"preset: found {name!r}: no file {file}; {hint}")
+    return validate(merge(yaml.safe_load(file.read_text()) or {}, user))
+
+
+def validate(raw: dict) -> Config:
+    """A Config, or ConfigError with one line per fault."""
+    try:
+        return Config.model_validate(raw)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(explain(error))) from None
+
+
+def flags(section: Section, *names: str) -> str:
+    """A section as command-line flags, `--lr 6e-05 --batch-size 128`: all that differ from the defaults, or those named."""
+    words = []
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if name not in names if names else value == field.default:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            words += [flag, *(shlex.quote(str(v)) for v in value)]
+        elif value is not None:
+            words += [flag, shlex.quote(str(value))]
+    return " ".join(words)
+
+
+def schema() -> dict:
+    """The JSON schema of config.yaml, for editors; every key is optional there, since the preset fills it."""
+    tree = Config.model_json_schema()
+    for model in [tree, *tree["$defs"].values()]:
+        model.pop("required", None)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}

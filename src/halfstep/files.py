@@ -1,0 +1,45 @@
+"""Files that are whole or absent: atomic writes and checksums."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from halfstep.errors import HalfstepError
+
+
+def write_atomic(path: Path, content: bytes | str | Callable[[Path], object]) -> None:
+    """Write beside the target, flush to disk, rename: a reader never sees half a file. A callable writes the given path itself."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if callable(content):
+            content(part)
+        else:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict | list:
+    """Parsed JSON; HalfstepError when the file is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise HalfstepError(f"{path}: no such file; run the step that makes it, or check the path") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise HalfstepError(f"{path}: not valid JSON ({error}); delete it and run the step that makes it again") from None
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

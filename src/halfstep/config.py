@@ -185,12 +185,10 @@ class Distillation(Training):
         return self
 
 
-class Sampling(Section):
-    """How samples are drawn for scoring."""
+class Writing(Section):
+    """How one set of samples is drawn."""
 
-    steps: Annotated[list[PositiveInt], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
-    """step counts at which every model writes"""
-    num_samples: Annotated[int, Field(ge=2)] = 1024
+    num_samples: PositiveInt = 1024
     """texts per model and step count"""
     sampler: Literal["ancestral", "analytic", "first_hitting"] = "ancestral"
     """which positions are revealed when"""
@@ -202,6 +200,13 @@ class Sampling(Section):
     """nucleus of the baseline's draw (the paper uses 0.95)"""
     sampling_seed: Annotated[int, Field(ge=0)] = 1
     """sample i depends on this and i alone"""
+
+
+class Sampling(Writing):
+    """How samples are drawn for scoring, and at which step counts."""
+
+    steps: Annotated[list[PositiveInt], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
+    """step counts at which every model writes"""
 
     @field_validator("steps")
     @classmethod

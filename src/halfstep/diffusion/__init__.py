@@ -1,0 +1,1 @@
+"""Masked diffusion: schedule, masking, objective, samplers. Torch only; written against a Denoiser."""

@@ -1,0 +1,1 @@
+"""Training: the loop, optimiser, moving average, state that survives an interruption."""

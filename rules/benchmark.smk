@@ -1,0 +1,35 @@
+"""Speed: the time to write n tokens, students at each step count against the baseline with its KV cache."""
+
+
+rule time_sampling:
+    input:
+        checkpoint="results/models/{teacher}/teacher/meta.json",  # a student has the same network
+        baseline="results/models/{teacher}/baseline/meta.json",
+    output:
+        "results/benchmarks/{teacher}/sampling.json",
+    params:
+        checkpoint=subpath(input.checkpoint, parent=True),
+        baseline=subpath(input.baseline, parent=True),
+        benchmark=flags(CONFIG.benchmark),
+        code=STAGE["time"],
+    threads: lambda wildcards: workflow.cores or need("threads")(wildcards)  # all cores of a laptop: nothing runs beside a timing
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        runtime=need("runtime", hours="sample"),
+    log:
+        "results/logs/time_sampling/{teacher}.log",
+    benchmark:
+        "results/logs/time_sampling/{teacher}.tsv"
+    conda:
+        "../envs/gpu.yaml"
+    shell:
+        r"""
+        halfstep time-sampling \
+            --checkpoint {params.checkpoint:q} \
+            --baseline {params.baseline:q} \
+            --output {output:q} \
+            {params.benchmark} \
+            --threads {threads} \
+            2>&1 | tee {log:q}
+        """

@@ -1,0 +1,110 @@
+"""Generative perplexity with entropy beside it, the same of held-out text, and last words (LAMBADA)."""
+
+
+rule score_samples:
+    input:
+        samples=lambda wildcards: expand("results/samples/{model}/steps-{steps}/samples.json", model=wildcards.model, steps=step_counts(wildcards.model)),
+        corpus=manifest,
+        judge=judge_file,
+    output:
+        "results/metrics/{model}/samples.json",
+    params:
+        samples=lambda wildcards, input: [str(Path(file).parent) for file in input.samples],
+        corpus=subpath(input.corpus, parent=True),
+        judge=judge,
+        evaluation=flags(CONFIG.evaluation, "bootstrap"),
+        code=STAGE["score"],
+    threads: need("threads")
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        micro_batch=need("micro_batch"),
+        runtime=need("runtime", hours="sample"),
+    log:
+        "results/logs/score_samples/{model}.log",
+    benchmark:
+        "results/logs/score_samples/{model}.tsv"
+    conda:
+        "../envs/gpu.yaml"
+    shell:
+        r"""
+        halfstep score-samples \
+            --samples {params.samples:q} \
+            --judge {params.judge:q} \
+            --corpus {params.corpus:q} \
+            --output {output:q} \
+            {params.evaluation} \
+            --threads {threads} --micro-batch {resources.micro_batch} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule score_corpus:
+    input:
+        corpus=manifest,
+        judge=judge_file,
+    output:
+        "results/metrics/{teacher}/data.json",
+    params:
+        corpus=subpath(input.corpus, parent=True),
+        judge=judge,
+        evaluation=flags(CONFIG.evaluation, "bootstrap"),
+        code=STAGE["score"],
+    threads: need("threads")
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        micro_batch=need("micro_batch"),
+        runtime=need("runtime", hours="sample"),
+    log:
+        "results/logs/score_corpus/{teacher}.log",
+    benchmark:
+        "results/logs/score_corpus/{teacher}.tsv"
+    conda:
+        "../envs/gpu.yaml"
+    shell:
+        r"""
+        halfstep score-corpus \
+            --corpus {params.corpus:q} \
+            --judge {params.judge:q} \
+            --output {output:q} \
+            {params.evaluation} \
+            --threads {threads} --micro-batch {resources.micro_batch} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule score_lambada:
+    input:
+        checkpoint="results/models/{model}/meta.json",
+        corpus=manifest,
+        items=CONFIG.evaluation.lambada if CONFIG.evaluation.lambada.endswith(".jsonl") else [],
+    output:
+        "results/metrics/{model}/lambada.json",
+    params:
+        checkpoint=subpath(input.checkpoint, parent=True),
+        corpus=subpath(input.corpus, parent=True),
+        evaluation=flags(CONFIG.evaluation, "lambada", "lambada_items", "bootstrap"),
+        code=STAGE["lambada"],
+    threads: need("threads")
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        micro_batch=need("micro_batch"),
+        runtime=need("runtime", hours="sample"),
+    log:
+        "results/logs/score_lambada/{model}.log",
+    benchmark:
+        "results/logs/score_lambada/{model}.tsv"
+    conda:
+        "../envs/gpu.yaml"
+    shell:
+        r"""
+        halfstep score-lambada \
+            --checkpoint {params.checkpoint:q} \
+            --corpus {params.corpus:q} \
+            --output {output:q} \
+            {params.evaluation} \
+            --threads {threads} --micro-batch {resources.micro_batch} \
+            2>&1 | tee {log:q}
+        """

@@ -1,0 +1,140 @@
+"""Checkpoints: a folder of safetensors and a meta.json that says everything needed to use it again.
+
+    model.safetensors  raw weights      ema.safetensors  their moving average      [best.safetensors  average at the lowest held-out loss]
+    optimizer.safetensors  moments      tokenizer.json   the corpus's tokenizer    meta.json  written last: without it there is no checkpoint
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfstep.errors import HalfstepError
+from halfstep.files import read_json, sha256, write_atomic, write_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor, nn
+
+    from halfstep.models.denoiser import Denoiser
+
+FORMAT = 1
+FILES = {"raw": "model.safetensors", "ema": "ema.safetensors", "best": "best.safetensors"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded checkpoint: the network in eval mode, and what is needed to use it."""
+
+    kind: str
+    network: nn.Module
+    tokenizer: Tokenizer
+    meta: dict
+    sha256: str
+    denoiser: Denoiser | None
+
+    @property
+    def length(self) -> int:
+        return self.meta["length"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.meta["vocab_size"]
+
+    @property
+    def eos_id(self) -> int:
+        return self.meta["eos_id"]
+
+    @property
+    def mask_id(self) -> int:
+        return self.meta["vocab_size"]
+
+
+def build(meta: dict, dropout: float = 0.0) -> nn.Module:
+    """A fresh network of the shape that meta's `kind`, `vocab_size` and `network` (a Network section) describe."""
+    from halfstep.config import Network
+    from halfstep.models.dit import DiT
+    from halfstep.models.gpt import GPT
+
+    network = Network.model_validate(meta["network"])
+    make = {"diffusion": DiT, "autoregressive": GPT}[meta["kind"]]
+    return make(meta["vocab_size"], network.width, network.blocks, network.heads, dropout)
+
+
+def denoiser_of(network: nn.Module, meta: dict) -> Denoiser:
+    """The network of a diffusion checkpoint as a Denoiser."""
+    from halfstep.diffusion.schedules import LogLinear
+    from halfstep.models.denoiser import Denoiser
+
+    return Denoiser(network, LogLinear().sigma if meta["network"].get("time_conditioning") else None)
+
+
+def save(folder: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, tokenizer: Path) -> None:
+    """Write a checkpoint: `tensors` maps file names (model.safetensors, ...) to named tensors. meta.json, with every file's checksum, comes last."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").unlink(missing_ok=True)
+    for name, state in tensors.items():
+        state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+        write_atomic(folder / name, lambda path, state=state: save_file(state, path, {"format": "pt"}))
+    write_atomic(folder / "tokenizer.json", Path(tokenizer).read_bytes())
+    sums = {name: sha256(folder / name) for name in [*tensors, "tokenizer.json"]}
+    write_json(folder / "meta.json", {"format": FORMAT, **meta, "sha256": sums})
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a checkpoint folder."""
+    if not (Path(folder) / "meta.json").is_file():
+        raise HalfstepError(f"{folder}: no meta.json there, so no finished checkpoint; name the folder that holds model.safetensors and meta.json")
+    meta = read_json(Path(folder) / "meta.json")
+    if meta.get("format") != FORMAT:
+        raise HalfstepError(f"{folder}/meta.json: format {meta.get('format')!r}, this halfstep reads format {FORMAT}")
+    return meta
+
+
+def read_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
+    """Named tensors of one file of a checkpoint, its checksum compared with meta.json."""
+    from safetensors.torch import load_file
+
+    path = Path(folder) / name
+    if name not in meta["sha256"]:
+        raise HalfstepError(f"{folder}: has no {name}; it holds {', '.join(meta['sha256'])}")
+    if not path.is_file():
+        raise HalfstepError(f"{path}: missing, though meta.json lists it; copy the whole folder, or train it again")
+    found = sha256(path)
+    if found != meta["sha256"][name]:
+        raise HalfstepError(f"{path}: sha256 {found[:12]}, meta.json says {meta['sha256'][name][:12]}: the file is damaged; copy or train it again")
+    return load_file(path)
+
+
+def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Load `state` into the network; every key and shape must agree. A file of an average holds parameters only: buffers stay as built."""
+    own = network.state_dict()
+    need = set(dict(network.named_parameters()))
+    for what, keys in (("lacks", need - state.keys()), ("has the unknown", state.keys() - own.keys())):
+        if keys:
+            raise HalfstepError(f"{path}: {what} {len(keys)} tensors, {sorted(keys)[0]} first; it belongs to another network than meta.json says")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise HalfstepError(f"{path}: {key} has shape {list(value.shape)}, the network expects {list(own[key].shape)}")
+        if not value.isfinite().all():
+            raise HalfstepError(f"{path}: {key} holds NaN or infinity; the training that wrote it diverged: use an earlier checkpoint")
+    network.load_state_dict(state, strict=False)
+
+
+def load(folder: str | Path, weights: str = "ema", device: str = "cpu") -> Model:
+    """Load a checkpoint folder for use: network in eval mode on `device`. weights: ema, raw, or best (pretraining only)."""
+    from tokenizers import Tokenizer
+
+    folder = Path(folder)
+    meta = read_meta(folder)
+    if weights not in FILES:
+        raise HalfstepError(f"weights: found {weights!r}, allowed are {', '.join(FILES)}")
+    network = build(meta)
+    load_weights(network, read_tensors(folder, FILES[weights], meta), folder / FILES[weights])
+    network = network.to(device).eval().requires_grad_(False)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    denoiser = denoiser_of(network, meta) if meta["kind"] == "diffusion" else None
+    return Model(meta["kind"], network, tokenizer, meta, meta["sha256"][FILES[weights]], denoiser)

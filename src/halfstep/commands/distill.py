@@ -1,0 +1,99 @@
+"""`halfstep distill-round`: one round of Self-Distillation Through Time, from checkpoint to checkpoint."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfstep import checkpoint
+from halfstep.commands.train import datasets, diffusion_loss, finish, held_out
+from halfstep.config import Distillation, Machine
+from halfstep.data.batches import batch_indices
+from halfstep.data.pack import Windows
+from halfstep.diffusion.masking import corrupt as mask
+from halfstep.diffusion.objective import stratified_times
+from halfstep.diffusion.schedules import LogLinear
+from halfstep.distill.divergences import DIVERGENCES
+from halfstep.distill.rounds import Round, plan
+from halfstep.distill.targets import divergence_loss, teacher_targets
+from halfstep.errors import HalfstepError
+from halfstep.tracking import Journal
+from halfstep.training.ema import EMA
+from halfstep.training.loop import device_of, fit
+
+
+def distill_round(teacher: Path, corpus: Path, round: int, output: Path, run: Distillation, machine: Machine, seed: int = 1) -> None:
+    """Teach a student to land in one step where its teacher lands in `substeps` (SDTT Algorithm 2, one round).
+
+    Args:
+        teacher: checkpoint folder: the pretrained teacher in round 1, the former round's student after it
+        corpus: folder of `halfstep prepare-corpus`
+        round: 1 .. rounds; sets the size of the teacher's step
+        output: folder of the student's checkpoint
+        seed: of batches, masks, times and the teacher's draws
+    """
+    plan_ = plan(run, round)
+    device, windows = device_of(machine), Windows(corpus, "train")
+    source = checkpoint.read_meta(teacher)
+    _fits(source, teacher, windows, corpus, round)
+
+    student = checkpoint.build(source, run.dropout)
+    weights = {name: checkpoint.read_tensors(teacher, file, source) for name, file in checkpoint.FILES.items() if name != "best"}
+    first = round == 1  # the pretrained teacher hands over its average; a student goes on as it stands
+    checkpoint.load_weights(student, weights["ema" if first else "raw"], teacher)
+    student.to(device)
+    old = checkpoint.load(teacher, "ema" if first else run.next_teacher, str(device)).denoiser
+
+    moments = None if first or run.reset_optimizer else checkpoint.read_tensors(teacher, "optimizer.safetensors", source)
+    fresh = first or run.reset_ema
+    ema = EMA(student, run.ema_decay, None if fresh else weights["ema"], 0 if fresh else source["ema_updates"])
+    meta = {
+        **{k: source[k] for k in ("kind", "network", "vocab_size", "eos_id", "length")},
+        "corpus": corpus.name, "corpus_sha256": windows.facts["sha256"], "run": run.model_dump(), "seed": seed, "round": round, "dt": plan_.dt,
+        "student_steps": plan_.student_steps, "teacher_sha256": source["sha256"],
+        "training": {**source["training"], "min_t": source["training"]["min_t"]},
+    }  # fmt: skip
+    objective = sdtt_loss(student, old, plan_, run, meta)
+    validation = held_out(diffusion_loss(student, meta), "val/nelbo", Windows(corpus, "validation"), device, machine.micro_batch)
+    base, name = output.parent.parent.name, f"{output.parent.name}/round-{round}"
+    tags = {"teacher": base, "run": output.parent.name, "round": round}
+    params = {"seed": seed, "round": round, "dt": plan_.dt, "student_steps": plan_.student_steps, **run.model_dump()}
+    fed = [*datasets(corpus, windows), {"name": "teacher", "digest": source["sha256"]["model.safetensors"], "source": str(teacher)}]
+    with Journal(output, name=name, node=f"distill-round/{base}/{name}", params=params, tags=tags, datasets=fed) as journal:
+        fitted = fit(
+            student, lambda step: windows[batch_indices(len(windows), run.batch_size, seed + round, step)], *objective, validation, run,
+            seed=seed + 1000 * round, device=device, micro_batch=machine.micro_batch, state=output / "state", label=f"distill-round {base}/{name}",
+            journal=journal, warm=moments is None, carried=moments, ema=ema,
+        )  # fmt: skip
+        finish(output, student, fitted, meta, corpus)
+        journal.close(checkpoint=output)
+
+
+def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
+    """Algorithm 2: x0 from data, t stratified over [min_t, 1), xt ~ q(xt | x0); the divergence's mean over the masked positions of the global batch."""
+    own, schedule, divergence = checkpoint.denoiser_of(student, meta), LogLinear(), DIVERGENCES[run.divergence]
+
+    def corrupt(x0: Tensor, random: torch.Generator) -> tuple[dict[str, Tensor], float]:
+        B, L = x0.shape
+        t = stratified_times(torch.rand(B, generator=random, dtype=torch.float64), run.min_t)
+        u = torch.rand(3, B, L, generator=random, dtype=torch.float64)
+        xt = mask(x0, t, u[0], schedule, own.mask_id)
+        return {"xt": xt, "t": t, "u_reveal": u[1], "u_token": u[2]}, max(1, int((xt == own.mask_id).sum()))
+
+    def loss(part: dict[str, Tensor]) -> Tensor:
+        xt, t = part["xt"], part["t"].float()
+        goal, _ = teacher_targets(teacher, xt, t, round.dt, round.substeps, part["u_reveal"], part["u_token"], schedule, run.teacher_times)
+        h = own.features(xt, t)[xt == own.mask_id]
+        return divergence_loss(divergence, h, own.readout, goal, teacher.readout)
+
+    return corrupt, loss
+
+
+def _fits(meta: dict, teacher: Path, windows: Windows, corpus: Path, round: int) -> None:
+    if meta["kind"] != "diffusion":
+        raise HalfstepError(f"--teacher {teacher}: is an {meta['kind']} model; name a diffusion checkpoint, results/models/<name>/teacher")
+    for key in ("vocab_size", "length"):
+        if meta[key] != getattr(windows, key):
+            raise HalfstepError(f"--teacher {teacher}: {key} {meta[key]}, but corpus {corpus} has {getattr(windows, key)}; use the corpus it was trained on")
+    if meta["round"] != round - 1:
+        raise HalfstepError(f"--round {round}: its teacher is the checkpoint of round {round - 1}, but {teacher} is of round {meta['round']}")

@@ -1,0 +1,31 @@
+"""MDLM's objective: the continuous-time negative evidence lower bound of masked diffusion."""
+
+import torch
+from torch import Tensor
+
+from halfstep.diffusion.masking import corrupt
+from halfstep.diffusion.readout import cross_entropy
+
+
+def stratified_times(u: Tensor, min_t: float) -> Tensor:
+    """Times t[B] in [min_t, 1), one in each of B equal strata (MDLM section 3.5): u[B] uniforms -> (u_i + i) / B, rescaled."""
+    B = len(u)
+    t = (u + torch.arange(B, dtype=u.dtype, device=u.device)) / B
+    return min_t + (1 - min_t) * t
+
+
+def nelbo_weight(t: Tensor, schedule) -> Tensor:
+    """-alpha'(t) / (1 - alpha(t)): what a masked token's cross-entropy weighs (MDLM eq. 10); 1 / t when log-linear."""
+    return -schedule.alpha_prime(t) / (1 - schedule.alpha(t))
+
+
+def nelbo(denoiser, x0: Tensor, t: Tensor, u: Tensor, schedule) -> Tensor:
+    """Sum over the batch of the one-sample NELBO estimate, in nats (MDLM eq. 10); divide by B L for nats per token.
+
+    x0[B, L] int64, times t[B], masking uniforms u[B, L]. Only masked positions are read out. Scalar float32.
+    """
+    xt = corrupt(x0, t, u, schedule, denoiser.mask_id)
+    masked = xt == denoiser.mask_id
+    h = denoiser.features(xt, t)[masked]
+    weight = nelbo_weight(t, schedule).float()[:, None].expand_as(x0)[masked]
+    return cross_entropy(h, denoiser.readout, x0[masked], weight)

@@ -1,0 +1,106 @@
+"""Samplers: a plan says at which step each position is revealed (no network needed), one loop carries it out.
+
+Masked diffusion reveals a position at a time that does not depend on the network, and then draws it from p(x0 | xt). So the
+steps of all positions are drawn first; each text visits only its own non-empty steps, and only revealed rows are read out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfstep.draws import inverse_cdf, uniforms
+from halfstep.errors import HalfstepError
+
+ROWS = 1 << 23  # numbers in one chunk of log-probabilities (32 MiB)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """ids[N, L] int64 and network_evaluations[N], passes that each text took."""
+
+    ids: Tensor
+    network_evaluations: Tensor
+
+
+def ancestral(u: Tensor, steps: int, schedule) -> Tensor:
+    """Step (0 .. steps-1) at which each position is revealed, [B, L], from one uniform u[B, L] each.
+
+    Ancestral sampling (MDLM eq. 7) on the grid t_i = 1 - i / steps leaves a position masked after step i with chance
+    prod_j (1 - alpha_{t_{j+1}}) / (1 - alpha_{t_j}) = (1 - alpha_{t_{i+1}}) / (1 - alpha_1); it is revealed in the first step at
+    whose end that chance falls to u or below. The last step ends at t = 0 and reveals all that is left.
+    """
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=u.device)
+    hidden = (1 - schedule.alpha(t)) / (1 - schedule.alpha(t[0]))
+    return torch.searchsorted(-hidden[1:-1].contiguous(), -u)  # hidden falls: count of steps after which u is still hidden
+
+
+def first_hitting(u: Tensor, steps: int, schedule) -> Tensor:
+    """First-hitting order (Zheng et al., arXiv 2409.02908, section 4): a uniform random order of the positions, revealed in `steps` nearly
+    equal groups, [B, L]. With steps >= L it is one position per pass: the exact limit of ancestral sampling with infinitely many steps.
+    """
+    L = u.shape[1]
+    rank = u.argsort(1, descending=True).argsort(1)
+    return rank * min(steps, L) // L
+
+
+SAMPLERS: dict[str, Callable[[Tensor, int, object], Tensor]] = {
+    "ancestral": ancestral,
+    "analytic": ancestral,  # Tweedie tau-leaping (SEDD, arXiv 2310.16834) has the same transition law under absorbing noise
+    "first_hitting": first_hitting,
+}
+
+
+@torch.no_grad()
+def carry_out(
+    denoiser, x: Tensor, plan: Tensor, times: Tensor, u: Tensor, temperature: float = 1.0, on_pass: Callable[[int], None] | None = None
+) -> Samples:
+    """Reveal x's masked positions at the steps of plan[B, L]; the j-th non-empty steps of all texts share one pass.
+
+    x[B, L] holds the mask token where text is wanted and any tokens that are given; times[steps] is t at the start of each step;
+    u[B, L] float64 draws each position's token. `on_pass` gets the number of texts of a pass.
+    """
+    x = x.clone()
+    B, L = x.shape
+    step_of = plan.masked_fill(x != denoiser.mask_id, -1)
+    order = step_of.sort(1).values  # a text's non-empty steps, ascending, given positions (-1) first
+    fresh = (order >= 0) & (order != torch.nn.functional.pad(order, (1, 0), value=-1)[:, :-1])
+    passes = fresh.sum(1)
+    visits = torch.full((B, int(passes.max()) if B else 0), -1, dtype=torch.long, device=x.device)
+    rows, columns = fresh.nonzero(as_tuple=True)
+    visits[rows, (fresh.cumsum(1) - 1)[rows, columns]] = order[rows, columns]
+    chunk = None
+    for j in range(visits.shape[1]):
+        alive = (passes > j).nonzero()[:, 0]
+        now = visits[alive, j]
+        batch = x[alive]
+        reveal = step_of[alive] == now[:, None]
+        h = denoiser.features(batch, times[now])[reveal]
+        draws = u[alive][reveal]
+        chunk = chunk or max(16, ROWS // denoiser.readout[0].shape[0])
+        tokens = torch.cat([inverse_cdf(denoiser.log_p(h[i : i + chunk]) / temperature, draws[i : i + chunk]) for i in range(0, len(h), chunk)])
+        batch[reveal] = tokens
+        x[alive] = batch
+        if on_pass:
+            on_pass(len(alive))
+    return Samples(x, passes)
+
+
+def sample(
+    denoiser, num_samples: int, length: int, steps: int, *, schedule, sampler: str = "ancestral", seed: int = 1, first: int = 0,
+    temperature: float = 1.0, given: Tensor | None = None, device: str | torch.device = "cpu", on_pass: Callable[[int], None] | None = None,
+) -> Samples:  # fmt: skip
+    """Write texts first .. first+num_samples-1 of `seed`, each of `length` tokens, in at most `steps` network passes.
+
+    given[length] int64 fixes positions (a prompt, or an infilling frame) and holds the mask token elsewhere.
+    """
+    if given is not None and given.shape != (length,):
+        raise HalfstepError(f"given: found {len(given)} tokens, expected {length}, the length of a text, with the mask token where text is wanted")
+    if steps < 1 or temperature <= 0:
+        raise HalfstepError(f"steps {steps} and temperature {temperature}: both must be above zero")
+    u = uniforms(seed, first, num_samples, 2 * length).to(device)
+    x = torch.full((num_samples, length), denoiser.mask_id, device=device) if given is None else given.to(device).repeat(num_samples, 1)
+    plan = SAMPLERS[sampler](u[:, :length].contiguous(), steps, schedule)
+    times = torch.linspace(1, 0, steps + 1, device=device)[:-1]
+    return carry_out(denoiser, x, plan, times, u[:, length:], temperature, on_pass)

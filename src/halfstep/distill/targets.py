@@ -1,0 +1,84 @@
+"""The teacher's targets: Algorithm 1 of SDTT, in features."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from halfstep.diffusion.masking import reveal_probability
+from halfstep.diffusion.readout import readout_loss
+from halfstep.draws import inverse_cdf
+
+MIN_T = 1e-5
+
+
+def exact_times(t: Tensor, dt: float, substeps: int) -> Tensor:
+    """t_i = max(t - i dt, 1e-5), [substeps, B] (Algorithm 1, line 3)."""
+    i = torch.arange(substeps, dtype=t.dtype, device=t.device)
+    return (t - i[:, None] * dt).clamp(min=MIN_T)
+
+
+def released_times(t: Tensor, dt: float, substeps: int) -> Tensor:
+    """The released code's grid: t_i = t w_i + (1 - t) (t - substeps dt), w = linspace(1, 0, substeps). It weighs the end by 1 - t
+    where an interpolation would take 1 - w_i, so its first reveal is about 30% too rare in early rounds."""
+    w = torch.linspace(1, 0, substeps, dtype=t.dtype, device=t.device)
+    return (t * w[:, None] + (1 - t) * (t - substeps * dt)).clamp(min=MIN_T)
+
+
+TEACHER_TIMES: dict[str, Callable[[Tensor, float, int], Tensor]] = {"exact": exact_times, "released": released_times}
+
+
+def reveal_substep(t: Tensor, dt: float, u: Tensor, schedule) -> Tensor:
+    """Substep in which each position of u[B, L] is revealed, [B, L]; `substeps` where it stays masked. t[substeps, B] are the starts.
+
+    A substep from t_i reveals a masked position with its own chance; the product of staying masked falls with i, and a position is
+    revealed in the first substep after which it is at or below the position's one uniform: the same law as a draw in every substep.
+    """
+    chance = reveal_probability(t, (t - dt).clamp(min=0), schedule)  # [substeps, B]
+    hidden = (1 - chance).cumprod(0)
+    return (u[None] < hidden[:, :, None]).sum(0)
+
+
+@torch.no_grad()
+def teacher_targets(
+    teacher, xt: Tensor, t: Tensor, dt: float, substeps: int, u_reveal: Tensor, u_token: Tensor, schedule, times: str = "exact"
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 (SDTT): what the teacher, moving `substeps` times by dt from xt, would say at each masked position.
+
+    A position revealed in substep i keeps that substep's prediction; one still masked keeps the last substep's. Predictions are returned
+    as features h[N, D] of the N masked positions in row order (read them out with the teacher's readout), with the share of them that
+    was revealed before the last pass. The last substep's draw cannot change a target and is not made; a text in which nothing was
+    revealed needs no further pass of a teacher that ignores time.
+    xt[B, L], t[B], uniforms u_reveal[B, L] and u_token[B, L] (float64).
+    """
+    starts = TEACHER_TIMES[times](t.double(), dt, substeps)
+    masked = xt == teacher.mask_id
+    step_of = reveal_substep(starts, dt, u_reveal, schedule).masked_fill(~masked, -1)
+    x = xt.clone()
+    h = target = teacher.features(x, starts[0].to(t.dtype))
+    for i in range(substeps - 1):
+        reveal = step_of == i
+        if reveal.any():
+            x[reveal] = inverse_cdf(teacher.log_p(h[reveal]), u_token[reveal])
+        changed = reveal.any(1) if teacher.ignores_time else torch.ones_like(reveal[:, 0])
+        if not changed.any():
+            continue
+        h = h.clone()
+        h[changed] = teacher.features(x[changed], starts[i + 1][changed].to(t.dtype)).to(h.dtype)
+        open_yet = (step_of > i) & changed[:, None]
+        target = torch.where(open_yet[..., None], h, target)
+    early = (step_of[masked] < substeps - 1).float().mean() if masked.any() else torch.zeros(())
+    return target[masked], early
+
+
+def divergence_loss(divergence: Callable[[Tensor, Tensor], Tensor], h: Tensor, readout, h_teacher: Tensor, teacher_readout) -> Tensor:
+    """sum_n D(student_n, teacher_n) over rows h[N, D] and h_teacher[N, D], each with its own readout; no [N, V] tensor outlives a chunk."""
+    weight, bias = (p.detach().float() for p in teacher_readout)
+
+    def row_loss(log_p: Tensor, rows: slice) -> Tensor:
+        with torch.no_grad():
+            log_q = F.linear(h_teacher[rows].float(), weight, bias).log_softmax(-1)
+        return divergence(log_p, log_q)
+
+    return readout_loss(h, readout, row_loss)

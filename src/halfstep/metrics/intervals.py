@@ -1,0 +1,26 @@
+"""95% intervals: Wilson's for shares, the percentile bootstrap for means and what is computed from means."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+Z = 1.959963984540054  # the normal law's 97.5% point
+
+
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """Wilson's score interval of a share (JASA 22, 1927): (p + z^2/2n -+ z sqrt(p (1-p) / n + z^2/4n^2)) / (1 + z^2/n)."""
+    p, z2 = hits / trials, Z * Z / trials
+    middle, half = p + z2 / 2, Z * (p * (1 - p) / trials + z2 / trials / 4) ** 0.5
+    return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
+
+
+def bootstrap(values: np.ndarray, statistic: Callable = float, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Percentile interval of statistic(*means): rows of values[N] or [N, k] are drawn with replacement, `resamples` times.
+
+    A row is one text or item, the unit that varies; `statistic` takes the k column means and returns a float.
+    """
+    table = np.asarray(values, np.float64).reshape(len(values), -1)
+    rng = np.random.default_rng(seed)
+    drawn = [statistic(*table[rng.integers(0, len(table), len(table))].mean(0)) for _ in range(resamples)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)

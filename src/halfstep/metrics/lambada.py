@@ -1,0 +1,173 @@
+"""LAMBADA through lm-eval: halfstep's models as an lm-eval `LM`, and its stock task on hub data or on a local .jsonl.
+
+Four protocols, each a number of its own (arXiv 1606.06031 is the task; OpenAI's detokenised form is asked, last word = after the last space):
+
+    accuracy    parallel     BOS + text + EOS with all tokens of the last word masked, one pass, argmax, all must match (the SDTT paper's)
+                confidence   the most confident token first, one per pass
+                ar           autoregressive models: argmax of every token, the former ones given
+    perplexity  elbo-exact   exp(mean over items of the last word's NELBO given the rest), all masks of up to 7 tokens, 128 draws above
+                ar           exp(mean over items of the last word's -log p)
+
+Perplexities are per word, as lm-eval's: the mean runs over items, not over tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from lm_eval.api.model import LM
+
+from halfstep.errors import HalfstepError
+from halfstep.metrics.likelihood import Question, autoregressive_nll, confident_guess, diffusion_nll
+from halfstep.progress import Progress
+
+if TYPE_CHECKING:
+    from halfstep.checkpoint import Model
+
+ACCURACY = {"diffusion": ("parallel", "confidence"), "autoregressive": ("ar",)}
+PERPLEXITY = {"diffusion": "elbo-exact", "autoregressive": "ar"}
+
+
+class HalfstepLM(LM):
+    """A halfstep checkpoint, diffusion or autoregressive, for any lm-eval task that asks for likelihoods.
+
+    `accuracy` says what `is_greedy` means (a protocol above). Answers are kept, so asking again under another protocol costs no second
+    likelihood. A text longer than the model's length keeps BOS and the last tokens that fit.
+    """
+
+    def __init__(self, model: Model, accuracy: str, micro_batch: int = 32, device: str = "cpu", seed: int = 0):
+        super().__init__()
+        if accuracy not in ACCURACY[model.kind]:
+            raise HalfstepError(f"accuracy: found {accuracy!r}, a {model.kind} model has {', '.join(ACCURACY[model.kind])}")
+        self.model, self.accuracy, self.micro_batch, self.seed = model, accuracy, micro_batch, seed
+        self._device = device
+        self._answers: dict[tuple[str, str], tuple[float, dict[str, bool]]] = {}
+
+    def question(self, context: str, continuation: str) -> Question:
+        """BOS + context + continuation + EOS, the continuation asked for."""
+        left, right = (e.ids for e in self.model.tokenizer.encode_batch([context, continuation], add_special_tokens=False))
+        room = self.model.length - 2 - len(right)
+        if room < 0 or not right:
+            raise HalfstepError(
+                f"lambada: {continuation!r} makes {len(right)} tokens, expected 1 to {self.model.length - 2} "
+                f"in windows of {self.model.length}; mend the item or leave it out"
+            )
+        left = left[max(0, len(left) - room) :]
+        eos = self.model.eos_id
+        return Question((eos, *left, *right, eos), 1 + len(left), 1 + len(left) + len(right))
+
+    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+        """(log-likelihood of the continuation, is it what the model would write?) of (context, continuation) requests."""
+        asked = list(dict.fromkeys(request.args for request in requests))
+        new = [args for args in asked if args not in self._answers]
+        if new:
+            questions = [self.question(*args) for args in new]
+            with Progress("likelihood", len(new), "item") as progress:
+                score = diffusion_nll if self.model.kind == "diffusion" else autoregressive_nll
+                scorer = self.model.denoiser if self.model.kind == "diffusion" else self.model.network
+                seed = {"seed": self.seed} if self.model.kind == "diffusion" else {}
+                nll, right = score(scorer, questions, self.micro_batch, device=self._device, tick=progress.update, **seed)
+            first = ACCURACY[self.model.kind][0]
+            self._answers |= {args: (-float(v), {first: bool(r)}) for args, v, r in zip(new, nll, right, strict=True)}
+        if unsure := [args for args in asked if self.accuracy not in self._answers[args][1]]:
+            with Progress(self.accuracy, len(unsure), "item") as progress:
+                questions = [self.question(*args) for args in unsure]
+                right = confident_guess(self.model.denoiser, questions, self.micro_batch, self._device, progress.update)
+            for args, r in zip(unsure, right, strict=True):
+                self._answers[args][1][self.accuracy] = bool(r)
+        return [(self._answers[r.args][0], self._answers[r.args][1][self.accuracy]) for r in requests]
+
+    def loglikelihood_rolling(self, requests) -> list[float]:
+        """Log-likelihood of whole texts, read in windows of the model's length one after another (for a diffusion model by 128 masks each)."""
+        room, totals, questions, owner = self.model.length - 2, np.zeros(len(requests)), [], []
+        for i, request in enumerate(requests):
+            ids = self.model.tokenizer.encode(request.args[0], add_special_tokens=False).ids
+            for part in (ids[at : at + room] for at in range(0, len(ids), room)):
+                questions.append(Question((self.model.eos_id, *part, self.model.eos_id), 1, 1 + len(part)))
+                owner.append(i)
+        if questions:
+            if self.model.kind == "diffusion":
+                nll, _ = diffusion_nll(self.model.denoiser, questions, self.micro_batch, self.seed, self._device)
+            else:
+                nll, _ = autoregressive_nll(self.model.network, questions, self.micro_batch, self._device)
+            np.subtract.at(totals, owner, nll)
+        return totals.tolist()
+
+    def generate_until(self, requests):
+        raise HalfstepError("lm-eval: a generate_until task was asked for; halfstep answers likelihood tasks, and writes text by `halfstep generate`")
+
+
+def task(data: str, cache: Path) -> dict:
+    """lm-eval's stock lambada_openai as a complete inline task, on a hub data set or on a local .jsonl of {"text": ...} lines."""
+    import lm_eval
+    import yaml
+
+    stock = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks/lambada/lambada_openai.yaml").read_text())
+    stock.pop("tag")
+    if not data.endswith(".jsonl"):
+        return stock | {"dataset_path": data}
+    files = {"data_files": {"test": str(Path(data).resolve())}, "cache_dir": str(cache)}
+    return stock | {"task": "lambada_local", "dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
+
+
+def check_items(path: Path) -> int:
+    """Number of items of a local .jsonl; HalfstepError names the first bad line."""
+    if not path.is_file():
+        raise HalfstepError(f"lambada: no file {path}; expected one {{\"text\": ...}} per line, or a hub name such as EleutherAI/lambada_openai")
+    count = 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = json.loads(line)["text"]
+                good = isinstance(text, str) and bool(text.split(" ")[-1])
+            except (ValueError, KeyError, TypeError):
+                good = False
+            if not good:
+                raise HalfstepError(f"lambada: {path}:{number} is not {{\"text\": \"... word\"}} with a word after the last space; mend the line")
+            count += 1
+    if not count:
+        raise HalfstepError(f"lambada: {path} holds no items; expected one {{\"text\": ...}} per line")
+    return count
+
+
+def examine(model: Model, data: str, items: int | None = None, micro_batch: int = 32, device: str = "cpu", seed: int = 0) -> dict:
+    """Run lm-eval once per accuracy protocol: {"nll": [N] nats per item, "hits": {protocol: [N] bool}, "lm_eval": its own results}.
+
+    data: hub name or local .jsonl; items: only the first so many.
+    """
+    from datasets import disable_progress_bars
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    local = data.endswith(".jsonl")
+    if local:
+        count = check_items(Path(data))
+        items = min(items or count, count)
+    disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    lm, out = HalfstepLM(model, ACCURACY[model.kind][0], micro_batch, device, seed), {"hits": {}, "lm_eval": {}}
+    with tempfile.TemporaryDirectory() as cache:
+        config = task(data, Path(cache))
+        for lm.accuracy in ACCURACY[model.kind]:
+            try:
+                result = simple_evaluate(
+                    model=lm, tasks=[config], task_manager=TaskManager(include_defaults=False), limit=items, bootstrap_iters=0, log_samples=True,
+                    random_seed=None, numpy_random_seed=None, torch_random_seed=None,
+                )  # fmt: skip
+            except (OSError, ValueError) as error:
+                if local or isinstance(error, HalfstepError):
+                    raise
+                raise HalfstepError(
+                    f"lambada: cannot load {data!r} ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                    "download it where there is a network, or name a .jsonl"
+                ) from error
+            samples = sorted(result["samples"][config["task"]], key=lambda s: s["doc_id"])
+            out["nll"] = -np.array([s["perplexity"] for s in samples])
+            out["hits"][lm.accuracy] = np.array([s["acc"] for s in samples], bool)
+            out["lm_eval"][lm.accuracy] = result["results"][config["task"]]
+    return out

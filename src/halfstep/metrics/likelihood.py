@@ -1,0 +1,170 @@
+"""Likelihood and guesses of a suffix in its context, by a denoiser or by an autoregressive network: the arithmetic under LAMBADA.
+
+Everything is asked of many questions at once. A batch holds windows of one length only, so nothing is padded, and vocabulary rows
+are read at masked positions only.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import combinations, islice
+from math import comb
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halfstep.draws import uniforms
+
+EXACT = 7  # suffixes up to this length: all 2^7 - 1 masks; longer ones: DRAWS masks
+DRAWS = 128
+ROWS = 1 << 23  # numbers in one chunk of log-probabilities (32 MiB)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A window of token ids; the suffix ids[start:end] is asked for, all the rest (context, EOS on the right) is given."""
+
+    ids: tuple[int, ...]
+    start: int
+    end: int
+
+
+def suffix_masks(n: int, u: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Masks [M, n] of a suffix of n tokens and their weights [M], so that NELBO = sum_m weight_m sum_{l in mask m} -log p(x_l | rest).
+
+    The continuous-time NELBO of MDLM (eq. 10) for the suffix alone, its context always visible, with chance t of being masked:
+
+        int_0^1 dt/t sum_S t^k (1 - t)^(n - k) sum_{l in S} -log p(x_l | x masked on S),  k = |S|
+        = sum_S B(k, n - k + 1) sum_{l in S} ...,   B(k, n - k + 1) = 1 / (k C(n, k))
+
+    for a denoiser that ignores t, whatever the schedule. Exact up to n = EXACT: every non-empty mask once. Above: DRAWS masks by
+    u[DRAWS, n + 1], their sizes k stratified over 1..n and their positions uniform, weight n / (k DRAWS). The first mask is always the full
+    one: what `parallel` needs (with weight 0 where it was not drawn).
+    """
+    if n <= EXACT:
+        sets = [s for k in range(n, 0, -1) for s in combinations(range(n), k)]
+        masks = np.zeros((len(sets), n), bool)
+        for mask, s in zip(masks, sets, strict=True):
+            mask[list(s)] = True
+        return masks, np.array([1 / (len(s) * comb(n, len(s))) for s in sets])
+    u = u.numpy()
+    k = 1 + ((np.arange(len(u)) + u[:, 0]) / len(u) * n).astype(int)
+    ranks = u[:, 1:].argsort(1).argsort(1)
+    full = np.ones((1, n), bool)
+    return np.concatenate([full, ranks < k[:, None]]), np.concatenate([[0.0], n / (k * len(u))])
+
+
+def diffusion_nll(denoiser, questions: list[Question], micro_batch: int, seed: int = 0, device: str | torch.device = "cpu", tick=None):
+    """NELBO of each suffix in nats [Q] float64, and whether one pass with the whole suffix masked gets every token right [Q] bool.
+
+    `denoiser.features(xt, t)` gets t = k / (n + 1), the mean of t given that k of n are masked; the NELBO is exact for a denoiser that
+    ignores t. tick(count) is told of finished questions. Question i of a seed owns its masks, whatever the batch.
+    """
+    nelbo, right = np.zeros(len(questions)), np.ones(len(questions), bool)
+
+    def jobs(same_length: Iterable[int]) -> Iterator[tuple[int, np.ndarray, float, bool, bool]]:
+        for i in same_length:
+            n = questions[i].end - questions[i].start
+            u = uniforms(seed, i, 1, DRAWS * (n + 1))[0].view(DRAWS, n + 1) if n > EXACT else None
+            masks, weights = suffix_masks(n, u)
+            for m, (mask, weight) in enumerate(zip(masks, weights, strict=True)):
+                yield i, mask, weight, m == 0, m == len(masks) - 1
+
+    for same_length in _by_length(questions):
+        stream = jobs(same_length)
+        while batch := list(islice(stream, micro_batch)):
+            index, masks, weights, full, last = zip(*batch, strict=True)
+            x0, hidden = _stack([questions[i] for i in index], masks, device)
+            log_p, guess, row = _read_masked(denoiser, x0, hidden, [m.mean() * len(m) / (len(m) + 1) for m in masks])
+            np.subtract.at(nelbo, np.array(index)[row], np.array(weights)[row] * log_p)
+            wrong = row[guess != x0[hidden].cpu().numpy()]
+            right[[index[r] for r in set(wrong) if full[r]]] = False
+            if tick:
+                tick(sum(last))
+    return nelbo, right
+
+
+def confident_guess(denoiser, questions: list[Question], micro_batch: int, device: str | torch.device = "cpu", tick=None) -> np.ndarray:
+    """Is each suffix right when its most confident token is written first, one per pass, each pass seeing those before? [Q] bool.
+
+    Greedy decoding of LLaDA's kind. A suffix whose first written token is wrong already is not carried further.
+    """
+    right = np.ones(len(questions), bool)
+    for same_length in _by_length(questions):
+        for batch in _chunks(same_length, micro_batch):
+            x0, hidden = _stack([questions[i] for i in batch], [np.ones(questions[i].end - questions[i].start, bool) for i in batch], device)
+            total, alive = hidden.sum(1).cpu(), torch.arange(len(batch))
+            while len(alive):
+                x, h = x0[alive], hidden[alive]
+                log_p, guess, row = _read_masked(denoiser, x, h, (h.sum(1).cpu() / (total[alive] + 1)).tolist(), of_guess=True)
+                flat = h.nonzero().cpu().numpy()
+                best = np.lexsort((-log_p, row))[np.unique(row, return_index=True)[1]]  # of each row its most confident position
+                hit = guess[best] == x[h].cpu().numpy()[best]
+                right[[batch[alive[r]] for r in row[best[~hit]]]] = False
+                hidden[alive[flat[best, 0]], torch.from_numpy(flat[best, 1])] = False
+                alive = alive[torch.from_numpy(hit)]
+                alive = alive[hidden.cpu()[alive].any(1)]
+            if tick:
+                tick(len(batch))
+    return right
+
+
+def autoregressive_nll(gpt, questions: list[Question], micro_batch: int, device: str | torch.device = "cpu", tick=None):
+    """-log p of each suffix in nats [Q] float64, and whether the argmax of every token, the former ones given, is right [Q] bool.
+
+    `gpt(x[B, L]) -> h[B, L, D]` predicts at l the token l + 1; `gpt.log_p(h[N, D]) -> [N, V]`. What stands right of the suffix is unseen.
+    """
+    nll, right = np.zeros(len(questions)), np.ones(len(questions), bool)
+    for same_length in _by_length(questions):
+        for batch in _chunks(same_length, micro_batch):
+            x, asked = _stack([questions[i] for i in batch], [np.ones(questions[i].end - questions[i].start, bool) for i in batch], device)
+            with torch.no_grad():
+                log_p, guess = _read(gpt.log_p, gpt(x)[:, :-1][asked[:, 1:]], x[asked])
+            row = asked.nonzero()[:, 0].cpu().numpy()
+            np.subtract.at(nll, np.array(batch)[row], log_p)
+            right[[batch[r] for r in set(row[guess != x[asked].cpu().numpy()])]] = False
+            if tick:
+                tick(len(batch))
+    return nll, right
+
+
+def _by_length(questions: list[Question]) -> Iterator[list[int]]:
+    """Indices of the questions, those with windows of one length together."""
+    lengths = np.array([len(q.ids) for q in questions])
+    for length in np.unique(lengths):
+        yield np.flatnonzero(lengths == length).tolist()
+
+
+def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _stack(questions: list[Question], masks: Iterable[np.ndarray], device) -> tuple[Tensor, Tensor]:
+    """Windows [B, L] and which of their tokens are asked for [B, L]."""
+    x0 = torch.tensor([q.ids for q in questions])
+    hidden = torch.zeros_like(x0, dtype=torch.bool)
+    for row, q, mask in zip(hidden, questions, masks, strict=True):
+        row[q.start : q.end] = torch.from_numpy(mask)
+    return x0.to(device), hidden.to(device)
+
+
+@torch.no_grad()
+def _read_masked(denoiser, x0: Tensor, hidden: Tensor, t: list[float], of_guess: bool = False):
+    """One pass: at hidden positions log p of the true token (or of the guess), the likeliest token, and the row [N]."""
+    xt = x0.masked_fill(hidden, denoiser.mask_id)
+    h = denoiser.features(xt, torch.tensor(t, dtype=torch.float32, device=x0.device))[hidden]
+    log_p, guess = _read(denoiser.log_p, h, None if of_guess else x0[hidden])
+    return log_p, guess, hidden.nonzero()[:, 0].cpu().numpy()
+
+
+def _read(log_p, h: Tensor, wanted: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """log p of the wanted tokens (the likeliest when None) and the likeliest tokens, [N] each, a chunk of rows at a time."""
+    values, guesses, chunk, at = [], [], 16, 0
+    while at < len(h):
+        table = log_p(h[at : at + chunk])
+        best, guess = table.max(-1)
+        values.append(best if wanted is None else table.gather(-1, wanted[at : at + chunk, None])[:, 0])
+        guesses.append(guess)
+        at += chunk
+        chunk = max(16, ROWS // table.shape[1])
+    return torch.cat(values).double().cpu().numpy(), torch.cat(guesses).cpu().numpy()

@@ -1,0 +1,36 @@
+"""A network and the SUBS parameterisation as a Denoiser: the one callable that the mathematics knows."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Denoiser:
+    """p(x0 | xt) of MDLM (arXiv 2406.07524, section 3.2.3): no mass on the mask token; visible tokens are carried over by the caller.
+
+    `sigma(t[B]) -> [B]` is the noise level fed to a time-conditioned network, None for a network that ignores time.
+    """
+
+    def __init__(self, network: nn.Module, sigma: Callable[[Tensor], Tensor] | None = None):
+        self.network, self._sigma = network, sigma
+        self.mask_id = network.vocabulary
+
+    @property
+    def ignores_time(self) -> bool:
+        return self._sigma is None
+
+    def features(self, xt: Tensor, t: Tensor) -> Tensor:
+        """One pass of the network: xt[B, L] int64, t[B] in [0, 1] -> h[B, L, D]."""
+        return self.network(xt, None if self._sigma is None else self._sigma(t))
+
+    @property
+    def readout(self) -> tuple[Tensor, Tensor]:
+        """Weight [V, D] and bias [V] of the data vocabulary: the mask token's row is left out."""
+        linear = self.network.output_layer.linear
+        return linear.weight[:-1], linear.bias[:-1]
+
+    def log_p(self, h: Tensor) -> Tensor:
+        """log p(x0 = v | xt) [N, V], float32, normalised over the data vocabulary, of features h[N, D]."""
+        weight, bias = self.readout
+        return F.linear(h.float(), weight.float(), bias.float()).log_softmax(-1)

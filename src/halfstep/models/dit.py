@@ -1,0 +1,45 @@
+"""The paper's denoiser network: a diffusion transformer over tokens (MDLM section 5; SDTT Table 2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halfstep.models.layers import Block, Embedding, Head, Rotary
+
+COND_WIDTH = 128
+
+
+class TimeEmbedding(nn.Module):
+    """Noise level sigma[B] -> conditioning [B, cond_width]: [cos, sin] features of width 256, then a two-layer MLP."""
+
+    def __init__(self, cond_width: int, frequencies: int = 128):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, cond_width), nn.SiLU(), nn.Linear(cond_width, cond_width))
+        self.frequencies = frequencies
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        i = torch.arange(self.frequencies, device=sigma.device, dtype=torch.float32)
+        angles = sigma.float()[:, None] * 1e4 ** -(i / self.frequencies)
+        return F.silu(self.mlp(torch.cat([angles.cos(), angles.sin()], -1)))
+
+
+class DiT(nn.Module):
+    """Bidirectional transformer with RoPE and adaLN over `vocabulary` data tokens and one mask token (the last id)."""
+
+    def __init__(self, vocabulary: int, width: int, blocks: int, heads: int, dropout: float = 0.0, cond_width: int = COND_WIDTH):
+        super().__init__()
+        self.vocab_embed = Embedding(vocabulary + 1, width)
+        self.sigma_map = TimeEmbedding(cond_width)
+        self.rotary_emb = Rotary(width // heads)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, cond_width) for _ in range(blocks))
+        self.output_layer = Head(width, vocabulary + 1, cond_width)
+        self.vocabulary = vocabulary
+
+    def forward(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """Token ids x[B, L] and noise levels sigma[B] (zero when absent: the paper's time-unconditional network) -> h[B, L, D]."""
+        cond = self.sigma_map(torch.zeros(1, device=x.device) if sigma is None else sigma)
+        angles = self.rotary_emb(torch.arange(x.shape[1], device=x.device))
+        h = self.vocab_embed(x)
+        for block in self.blocks:
+            h = block(h, angles, cond)
+        return self.output_layer(h, cond)

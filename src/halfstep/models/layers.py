@@ -1,0 +1,117 @@
+"""The parts that the denoiser and its autoregressive peer share: norm, rotary positions, attention block.
+
+Module names follow the published checkpoints (MDLM, SDTT), so that their weights load by key.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with a scale and no bias, computed in float32 (eps 1e-5)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5)
+
+
+class Embedding(nn.Module):
+    """Token table [vocabulary, width]."""
+
+    def __init__(self, vocabulary: int, width: int):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(vocabulary, width))
+        nn.init.kaiming_uniform_(self.embedding, a=5**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.embedding)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (RoFormer, arXiv 2104.09864), base 10,000, halves not interleaved."""
+
+    def __init__(self, head_width: int):
+        super().__init__()
+        self.register_buffer("inv_freq", 1e4 ** -(torch.arange(0, head_width, 2).float() / head_width))
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin [L, head_width] of integer positions [L]."""
+        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x[..., L, head_width] by its positions' angles."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; with `cond_width` its residual branches are shifted, scaled and gated (adaLN-zero, DiT)."""
+
+    def __init__(self, width: int, heads: int, dropout: float, cond_width: int | None = None):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm1 = LayerNorm(width)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.norm2 = LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.adaLN_modulation = None
+        if cond_width is not None:
+            self.adaLN_modulation = nn.Linear(cond_width, 6 * width)
+            nn.init.zeros_(self.adaLN_modulation.weight)
+            nn.init.zeros_(self.adaLN_modulation.bias)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cond: Tensor | None = None, cache=None) -> Tensor:
+        """x[B, L, D] -> [B, L, D]. Bidirectional with `cond[B or 1, cond_width]`; causal without it. `cache` holds past keys and values."""
+        shift_a = scale_a = shift_m = scale_m = None
+        gate_a = gate_m = 1.0
+        if self.adaLN_modulation is not None:
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(cond)[:, None].chunk(6, -1)
+        h = modulate(self.norm1(x), shift_a, scale_a)
+        x = x + gate_a * F.dropout(self.attend(h, angles, cond is None, cache), self.dropout, self.training)
+        h = modulate(self.norm2(x), shift_m, scale_m)
+        return x + gate_m * F.dropout(self.mlp(h), self.dropout, self.training)
+
+    def attend(self, h: Tensor, angles: tuple[Tensor, Tensor], causal: bool, cache) -> Tensor:
+        B, L, D = h.shape
+        q, k, v = self.attn_qkv(h).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and L > 1)
+        return self.attn_out(out.transpose(1, 2).reshape(B, L, D))
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    return x if shift is None else x * (1 + scale) + shift
+
+
+class Head(nn.Module):
+    """Final norm and readout. `forward` stops at the features; vocabulary rows are read only where they are asked for."""
+
+    def __init__(self, width: int, vocabulary: int, cond_width: int | None = None, bias: bool = True):
+        super().__init__()
+        self.norm_final = LayerNorm(width)
+        self.linear = nn.Linear(width, vocabulary, bias=bias)
+        self.adaLN_modulation = None
+        if cond_width is not None:
+            self.adaLN_modulation = nn.Linear(cond_width, 2 * width)
+            nn.init.zeros_(self.adaLN_modulation.weight)
+            nn.init.zeros_(self.adaLN_modulation.bias)
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Features h[B, L, D], before the vocabulary."""
+        shift = scale = None
+        if self.adaLN_modulation is not None:
+            shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, -1)
+        return modulate(self.norm_final(x), shift, scale)

@@ -1,10 +1,10 @@
 """halfstep: text in, a model that writes in 8 steps and its figures out. This page is the table of contents.
 
-    snakemake                                    everything, at the scale that config.yaml names
-    snakemake results/figures/ppl_vs_steps.pdf   one file and whatever it needs
-    snakemake -np                                the plan, as commands that can be pasted and run
-    snakemake all --config preset=ci             another scale: laptop, laptop-losses, ci, docs, owt-small, owt-scaling
-    snakemake --profile slurm all                on a cluster, at the paper's scale
+snakemake                                    everything, at the scale that config.yaml names
+snakemake results/figures/ppl_vs_steps.pdf   one file and whatever it needs
+snakemake -np                                the plan, as commands that can be pasted and run
+snakemake all --config preset=ci             another scale: laptop, laptop-losses, ci, docs, owt-small, owt-scaling
+snakemake --profile slurm all                on a cluster, at the paper's scale
 """
 
 from snakemake.utils import min_version
@@ -44,12 +44,23 @@ rule all:
 
 
 onstart:
-    banner(f"preset {CONFIG.preset}: {len(DENOISERS)} denoisers, {len(list(workflow.dag.needrun_jobs()))} jobs to run", "results in results/, logs in results/logs/")
+    banner(
+        f"preset {CONFIG.preset}: {len(DENOISERS)} denoisers, {len(list(workflow.dag.needrun_jobs()))} jobs to run",
+        "results in results/, logs in results/logs/",
+    )
 
 
 onsuccess:
-    banner("done", "figures in results/figures/, tables in results/tables/", "halfstep summary --results results    mlflow ui --backend-store-uri sqlite:///results/mlflow.db")
+    banner(
+        "done",
+        "figures in results/figures/, tables in results/tables/",
+        "halfstep summary --results results    mlflow ui --backend-store-uri sqlite:///results/mlflow.db",
+    )
 
 
 onerror:
-    banner("stopped: the failing rule's own log is named above, under `log:`", f"log of the whole run: {log}", f"finished work is kept; to go on: {resume_command()}")
+    banner(
+        "stopped: the failing rule's own log is named above, under `log:`",
+        f"log of the whole run: {' '.join(log)}",
+        f"finished work is kept; to go on: {resume_command()}",
+    )

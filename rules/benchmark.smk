@@ -7,22 +7,22 @@ rule time_sampling:
         baseline="results/models/{teacher}/baseline/meta.json",
     output:
         "results/benchmarks/{teacher}/sampling.json",
-    params:
-        checkpoint=subpath(input.checkpoint, parent=True),
-        baseline=subpath(input.baseline, parent=True),
-        benchmark=flags(CONFIG.benchmark),
-        code=STAGE["time"],
-    threads: lambda wildcards: workflow.cores or need("threads")(wildcards)  # all cores of a laptop: nothing runs beside a timing
-    resources:
-        gpu=need("gpu"),
-        mem_mb=need("mem_mb"),
-        runtime=need("runtime", hours="sample"),
     log:
         "results/logs/time_sampling/{teacher}.log",
     benchmark:
         "results/logs/time_sampling/{teacher}.tsv"
     conda:
         "../envs/gpu.yaml"
+    threads: lambda wildcards: workflow.cores or need("threads")(wildcards)  # all cores of a laptop: nothing runs beside a timing
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        runtime=need("sample"),
+    params:
+        checkpoint=subpath(input.checkpoint, parent=True),
+        baseline=subpath(input.baseline, parent=True),
+        benchmark=flags(CONFIG.benchmark),
+        code=STAGE["time"],
     shell:
         r"""
         halfstep time-sampling \

@@ -1,18 +1,33 @@
 """What the rules share, and no rule: the configuration, the names of models and files, and what a job asks of a machine."""
 
+import glob
+import json
 import os
 import re
 import shlex
 import sys
 from pathlib import Path
 
-from halfstep.config import ConfigError, flags, resolve
+from halfstep.config import ConfigError, Writing, flags, resolve
 
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `halfstep` of this environment, activated or not
-os.environ["PYTHONUNBUFFERED"] = "1"  # lines reach the log when they are written
+# `halfstep` is found whether its environment is activated or not, and its lines reach the log when they are written.
+os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]), PYTHONUNBUFFERED="1")
+
+
+def typed(value):
+    """Snakemake hands what is nested in `--config 'sampling={"steps": [8]}'` over as text: numbers, true, false and null read as such."""
+    if isinstance(value, dict):
+        return {key: typed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [typed(item) for item in value]
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
+
 
 try:
-    CONFIG = resolve(config, Path(workflow.basedir) / "workflow" / "presets")
+    CONFIG = resolve(typed(config), Path(workflow.basedir) / "workflow" / "presets")
 except ConfigError as error:
     sys.exit("\n".join(f"configuration: {line}" for line in str(error).splitlines()))
 
@@ -22,16 +37,16 @@ STAGE = dict(corpus=1, pretrain=1, baseline=1, distill=1, generate=1, score=1, l
 
 # What a job asks of a machine, by size of the network. All of it is speed: `--set-resources distill_round:micro_batch=16`
 # and `--set-threads` override it, and a machine with fewer GPUs or cores is asked for what it has.
-#  size      gpu  threads  mem_mb  micro_batch   hours for pretraining, one round, samples at one step count
 MACHINE = {
-    "tiny":   (0,       1,   3000,          64,    1,  1, 1),
-    "mini":   (1,       2,   8000,          64,   12,  2, 1),
-    "small":  (1,       8,  32000,          32,   72,  8, 2),
-    "medium": (1,       8,  48000,          16,   72, 16, 4),
-    "large":  (1,       8,  64000,           8,   72, 24, 6),
-    "1.3B":   (1,       8,  96000,           8,   72, 36, 8),
-    "3B":     (1,       8, 192000,           4,   72, 72, 12),
-    "8B":     (1,       8, 384000,           1,   72, 72, 24),
+    # size     gpu threads  mem_mb micro_batch  time for pretraining, one round, samples at one step count
+    "tiny":   (0,       1,   3000,         64,  "1h",   "1h",  "1h"),
+    "mini":   (1,       2,   8000,         64, "12h",   "2h",  "1h"),
+    "small":  (1,       8,  32000,         32, "72h",   "8h",  "2h"),
+    "medium": (1,       8,  48000,         16, "72h",  "16h",  "4h"),
+    "large":  (1,       8,  64000,          8, "72h",  "24h",  "6h"),
+    "1.3B":   (1,       8,  96000,          8, "72h",  "36h",  "8h"),
+    "3B":     (1,       8, 192000,          4, "72h",  "72h", "12h"),
+    "8B":     (1,       8, 384000,          1, "72h",  "72h", "24h"),
 }  # fmt: skip
 COLUMNS = ("gpu", "threads", "mem_mb", "micro_batch", "pretrain", "round", "sample")
 
@@ -40,8 +55,12 @@ ROUNDS = [f"{t}/{run}/round-{r}" for t in CONFIG.teachers for run, d in CONFIG.t
 DENOISERS = [f"{t}/teacher" for t in CONFIG.teachers] + ROUNDS
 MODELS = [f"{t}/baseline" for t in CONFIG.teachers] + DENOISERS
 
+# A model's folder. meta.json is written last, so it stands for the whole folder where a later rule asks for the model. The journal
+# (run.json, journal.jsonl) and the state of an unfinished training are not declared: Snakemake would delete them before a restart.
+CHECKPOINT = ["model.safetensors", "ema.safetensors", "best.safetensors", "optimizer.safetensors", "tokenizer.json"]
+
 TABLES = ["steps", "lambada", "speed"]
-FIGURES = {  # figure: what it is drawn from; a journal lies beside its model's meta.json, undeclared, so that it outlives a restart
+FIGURES = {  # figure: what it is drawn from
     "ppl_vs_steps": ["results/tables/steps.csv"],
     "entropy_vs_steps": ["results/tables/steps.csv"],
     "ppl_vs_latency": ["results/tables/steps.csv", "results/tables/speed.csv"],
@@ -66,13 +85,24 @@ def teacher(wildcards):
     return CONFIG.teachers[wildcards.get("teacher") or wildcards.model.split("/")[0]]
 
 
-def run(wildcards):
+def round_options(wildcards):
     """One round's options. Rounds after this one are none of its business, so that `rounds: 5 -> 7` trains two rounds, not seven."""
     return flags(teacher(wildcards).runs[wildcards.run].model_copy(update={"rounds": int(wildcards.round)}))
 
 
 def manifest(wildcards):
     return f"results/data/{teacher(wildcards).corpus}/manifest.json"
+
+
+def own_text(wildcards):
+    """The user's files (kind: files), so that new text makes a new corpus."""
+    return sorted(file for pattern in CONFIG.corpora[wildcards.corpus].files for file in glob.glob(pattern, recursive=True))
+
+
+def previous_round(wildcards):
+    """The teacher of round r: the student of round r-1, and in round 1 the teacher itself."""
+    before = f"{wildcards.run}/round-{int(wildcards.round) - 1}" if int(wildcards.round) > 1 else "teacher"
+    return f"results/models/{wildcards.teacher}/{before}/meta.json"
 
 
 def step_counts(model):
@@ -83,22 +113,18 @@ def step_counts(model):
 
 def judge(wildcards):
     """What score-samples is told: a name or folder for transformers; `baseline` is the corpus's own autoregressive model."""
-    return judge_file(wildcards)[0].removesuffix("/config.json") if judge_file(wildcards) else CONFIG.evaluation.judge
+    own = judge_file(wildcards)
+    return str(Path(own[0]).parent) if own else CONFIG.evaluation.judge
 
 
 def judge_file(wildcards):
-    own = f"results/models/{wildcards.get('teacher') or wildcards.model.split('/')[0]}/baseline/hf/config.json"
-    return [own] if CONFIG.evaluation.judge == "baseline" else []
+    name = wildcards.get("teacher") or wildcards.model.split("/")[0]
+    return [f"results/models/{name}/baseline/hf/config.json"] if CONFIG.evaluation.judge == "baseline" else []
 
 
-def need(what, hours=None):
-    """A column of MACHINE for the job's size of network; `hours` names the column that `runtime` (minutes) is read from."""
-
-    def value(wildcards):
-        cell = MACHINE[teacher(wildcards).network.size][COLUMNS.index(hours or what)]
-        return 60 * cell if hours else cell
-
-    return value
+def need(what):
+    """A column of MACHINE in the row of the job's network."""
+    return lambda wildcards: MACHINE[teacher(wildcards).network.size][COLUMNS.index(what)]
 
 
 def resume_command():

@@ -3,29 +3,31 @@
 
 rule score_samples:
     input:
-        samples=lambda wildcards: expand("results/samples/{model}/steps-{steps}/samples.json", model=wildcards.model, steps=step_counts(wildcards.model)),
+        samples=lambda wildcards: expand(
+            "results/samples/{model}/steps-{steps}/samples.json", model=wildcards.model, steps=step_counts(wildcards.model)
+        ),
         corpus=manifest,
         judge=judge_file,
     output:
         "results/metrics/{model}/samples.json",
-    params:
-        samples=lambda wildcards, input: [str(Path(file).parent) for file in input.samples],
-        corpus=subpath(input.corpus, parent=True),
-        judge=judge,
-        evaluation=flags(CONFIG.evaluation, "bootstrap"),
-        code=STAGE["score"],
-    threads: need("threads")
-    resources:
-        gpu=need("gpu"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("runtime", hours="sample"),
     log:
         "results/logs/score_samples/{model}.log",
     benchmark:
         "results/logs/score_samples/{model}.tsv"
     conda:
         "../envs/gpu.yaml"
+    threads: need("threads")
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        micro_batch=need("micro_batch"),
+        runtime=need("sample"),
+    params:
+        samples=lambda wildcards, input: [str(Path(file).parent) for file in input.samples],
+        corpus=subpath(input.corpus, parent=True),
+        judge=judge,
+        evaluation=flags(CONFIG.evaluation, "bootstrap"),
+        code=STAGE["score"],
     shell:
         r"""
         halfstep score-samples \
@@ -45,23 +47,23 @@ rule score_corpus:
         judge=judge_file,
     output:
         "results/metrics/{teacher}/data.json",
-    params:
-        corpus=subpath(input.corpus, parent=True),
-        judge=judge,
-        evaluation=flags(CONFIG.evaluation, "bootstrap"),
-        code=STAGE["score"],
-    threads: need("threads")
-    resources:
-        gpu=need("gpu"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("runtime", hours="sample"),
     log:
         "results/logs/score_corpus/{teacher}.log",
     benchmark:
         "results/logs/score_corpus/{teacher}.tsv"
     conda:
         "../envs/gpu.yaml"
+    threads: need("threads")
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        micro_batch=need("micro_batch"),
+        runtime=need("sample"),
+    params:
+        corpus=subpath(input.corpus, parent=True),
+        judge=judge,
+        evaluation=flags(CONFIG.evaluation, "bootstrap"),
+        code=STAGE["score"],
     shell:
         r"""
         halfstep score-corpus \
@@ -78,26 +80,26 @@ rule score_lambada:
     input:
         checkpoint="results/models/{model}/meta.json",
         corpus=manifest,
-        items=CONFIG.evaluation.lambada if CONFIG.evaluation.lambada.endswith(".jsonl") else [],
+        last_words=CONFIG.evaluation.lambada if CONFIG.evaluation.lambada.endswith(".jsonl") else [],
     output:
         "results/metrics/{model}/lambada.json",
-    params:
-        checkpoint=subpath(input.checkpoint, parent=True),
-        corpus=subpath(input.corpus, parent=True),
-        evaluation=flags(CONFIG.evaluation, "lambada", "lambada_items", "bootstrap"),
-        code=STAGE["lambada"],
-    threads: need("threads")
-    resources:
-        gpu=need("gpu"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("runtime", hours="sample"),
     log:
         "results/logs/score_lambada/{model}.log",
     benchmark:
         "results/logs/score_lambada/{model}.tsv"
     conda:
         "../envs/gpu.yaml"
+    threads: need("threads")
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        micro_batch=need("micro_batch"),
+        runtime=need("sample"),
+    params:
+        checkpoint=subpath(input.checkpoint, parent=True),
+        corpus=subpath(input.corpus, parent=True),
+        evaluation=flags(CONFIG.evaluation, "lambada", "lambada_items", "bootstrap"),
+        code=STAGE["lambada"],
     shell:
         r"""
         halfstep score-lambada \

@@ -5,31 +5,32 @@ rule generate:
     input:
         checkpoint="results/models/{model}/meta.json",
     output:
-        multiext("results/samples/{model}/steps-{steps}/", "samples.npy", "samples.txt", about="samples.json"),
-    params:
-        checkpoint=subpath(input.checkpoint, parent=True),
-        output=subpath(output.about, parent=True),
-        sampling=flags(CONFIG.sampling, "num_samples", "sampler", "weights", "temperature", "top_p", "sampling_seed"),
-        code=STAGE["generate"],
-    threads: need("threads")
-    resources:
-        gpu=need("gpu"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("runtime", hours="sample"),
+        multiext("results/samples/{model}/steps-{steps}/", "samples.npy", "samples.txt"),
+        about="results/samples/{model}/steps-{steps}/samples.json",
     log:
         "results/logs/generate/{model}/steps-{steps}.log",
     benchmark:
         "results/logs/generate/{model}/steps-{steps}.tsv"
     conda:
         "../envs/gpu.yaml"
+    threads: need("threads")
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        micro_batch=need("micro_batch"),
+        runtime=need("sample"),
+    params:
+        checkpoint=subpath(input.checkpoint, parent=True),
+        output=subpath(output.about, parent=True),
+        writing=flags(Writing(**CONFIG.sampling.model_dump(exclude={"steps"}))),
+        code=STAGE["generate"],
     shell:
         r"""
         halfstep generate \
             --checkpoint {params.checkpoint:q} \
             --output {params.output:q} \
             --steps {wildcards.steps} \
-            {params.sampling} \
+            {params.writing} \
             --threads {threads} --micro-batch {resources.micro_batch} \
             2>&1 | tee {log:q}
         """

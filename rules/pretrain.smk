@@ -5,7 +5,21 @@ rule pretrain:
     input:
         corpus=manifest,
     output:
-        multiext("results/models/{teacher}/teacher/", "model.safetensors", "ema.safetensors", "optimizer.safetensors", "tokenizer.json", meta="meta.json"),
+        multiext("results/models/{teacher}/teacher/", *CHECKPOINT),
+        meta="results/models/{teacher}/teacher/meta.json",
+    log:
+        "results/logs/pretrain/{teacher}.log",
+    benchmark:
+        "results/logs/pretrain/{teacher}.tsv"
+    priority: 10  # everything waits for the teacher
+    conda:
+        "../envs/gpu.yaml"
+    threads: need("threads")
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        micro_batch=need("micro_batch"),
+        runtime=need("pretrain"),
     params:
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
@@ -13,18 +27,6 @@ rule pretrain:
         training=lambda wildcards: flags(teacher(wildcards).pretraining),
         seed=CONFIG.seed,
         code=STAGE["pretrain"],
-    threads: need("threads")
-    resources:
-        gpu=need("gpu"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("runtime", hours="pretrain"),
-    log:
-        "results/logs/pretrain/{teacher}.log",
-    benchmark:
-        "results/logs/pretrain/{teacher}.tsv"
-    conda:
-        "../envs/gpu.yaml"
     shell:
         r"""
         halfstep pretrain \
@@ -42,9 +44,22 @@ rule train_baseline:
     input:
         corpus=manifest,
     output:
-        multiext("results/models/{teacher}/baseline/", "model.safetensors", "ema.safetensors", "optimizer.safetensors", "tokenizer.json", meta="meta.json"),
+        multiext("results/models/{teacher}/baseline/", *CHECKPOINT),
+        meta="results/models/{teacher}/baseline/meta.json",
         hf="results/models/{teacher}/baseline/hf/config.json",
         hf_weights="results/models/{teacher}/baseline/hf/model.safetensors",
+    log:
+        "results/logs/train_baseline/{teacher}.log",
+    benchmark:
+        "results/logs/train_baseline/{teacher}.tsv"
+    conda:
+        "../envs/gpu.yaml"
+    threads: need("threads")
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        micro_batch=need("micro_batch"),
+        runtime=need("pretrain"),
     params:
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
@@ -52,18 +67,6 @@ rule train_baseline:
         training=lambda wildcards: flags(teacher(wildcards).baseline),
         seed=CONFIG.seed,
         code=STAGE["baseline"],
-    threads: need("threads")
-    resources:
-        gpu=need("gpu"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("runtime", hours="pretrain"),
-    log:
-        "results/logs/train_baseline/{teacher}.log",
-    benchmark:
-        "results/logs/train_baseline/{teacher}.tsv"
-    conda:
-        "../envs/gpu.yaml"
     shell:
         r"""
         halfstep train-baseline \

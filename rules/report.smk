@@ -14,15 +14,15 @@ rule tabulate:
             category="Tables",
         ),
         expand("results/tables/{table}.md", table=TABLES),
-    params:
-        output="results/tables",
-        code=STAGE["tabulate"],
     log:
         "results/logs/tabulate.log",
     benchmark:
         "results/logs/tabulate.tsv"
     conda:
         "../envs/cpu.yaml"
+    params:
+        output=subpath(output[0], parent=True),
+        code=STAGE["tabulate"],
     shell:
         r"""
         halfstep tabulate \
@@ -34,7 +34,7 @@ rule tabulate:
 
 rule plot:
     input:
-        lambda wildcards: [source.replace("/journal.jsonl", "/meta.json") for source in FIGURES[wildcards.figure]],
+        lambda wildcards: [source.replace("journal.jsonl", "meta.json") for source in FIGURES[wildcards.figure]],
     output:
         multiext("results/figures/{figure}", ".pdf", ".csv", ".json"),
         svg=report(
@@ -43,16 +43,16 @@ rule plot:
             category="Figures",
             labels={"figure": "{figure}"},
         ),
-    params:
-        tables=lambda wildcards: FIGURES[wildcards.figure],
-        output=subpath(output.svg, strip_suffix=".svg"),
-        code=STAGE["plot"],
     log:
         "results/logs/plot/{figure}.log",
     benchmark:
         "results/logs/plot/{figure}.tsv"
     conda:
         "../envs/cpu.yaml"
+    params:
+        tables=lambda wildcards: FIGURES[wildcards.figure],
+        output=subpath(output.svg, strip_suffix=".svg"),
+        code=STAGE["plot"],
     shell:
         r"""
         halfstep plot \
@@ -70,15 +70,15 @@ rule track:
         expand("results/figures/{figure}.svg", figure=FIGURES),
     output:
         touch("results/mlflow.synced"),
-    params:
-        results="results",
-        code=STAGE["track"],
     log:
         "results/logs/track.log",
     benchmark:
         "results/logs/track.tsv"
     conda:
         "../envs/cpu.yaml"
+    params:
+        results=subpath(output[0], parent=True),
+        code=STAGE["track"],
     shell:
         r"""
         halfstep track \

@@ -8,6 +8,7 @@ Commands take sections as arguments, so a flag (`--lr`) and a key (`lr:`) are th
 from __future__ import annotations
 
 import difflib
+import functools
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -171,6 +172,8 @@ class Distillation(Training):
     """start every round with fresh optimiser moments"""
     reset_ema: bool = False
     """start every round's moving average at its teacher"""
+    entropy_band: Positive | None = None
+    """stop a round when the unigram entropy of its samples leaves held-out text's by more than this share"""
 
     @model_validator(mode="after")
     def _whole_steps(self):
@@ -359,15 +362,23 @@ def merge(base: dict, over: dict) -> dict:
 
 
 def resolve(user: dict, presets: Path = PRESETS) -> Config:
-    """The user's config.yaml laid on the preset it names, validated. Raises ConfigError."""
-    name = user.get("preset", Config.model_fields["preset"].default)
-    file = presets / f"{name}.yaml"
-    if not file.is_file():
-        known = sorted(p.stem for p in presets.glob("*.yaml"))
-        near = difflib.get_close_matches(str(name), known, 1, 0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-        raise ConfigError(f"preset: found {name!r}: no file {file}; {hint}")
-    return validate(merge(yaml.safe_load(file.read_text()) or {}, user))
+    """The user's config.yaml laid on the preset it names (which may name one in turn), validated. Raises ConfigError."""
+    names, layers = [user.get("preset", Config.model_fields["preset"].default)], [user]
+    while (name := names[-1]) is not None:
+        file = presets / f"{name}.yaml"
+        if not file.is_file():
+            known = sorted(p.stem for p in presets.glob("*.yaml"))
+            near = difflib.get_close_matches(str(name), known, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"preset: found {name!r}: no file {file}; {hint}")
+        if name in names[:-1]:
+            raise ConfigError(f"preset: {' is laid on '.join(names)}: a circle; remove the key `preset` from one of these files")
+        try:
+            layers.append(yaml.safe_load(file.read_text()) or {})
+        except yaml.YAMLError as error:
+            raise ConfigError(f"preset: {file} is not YAML: {' '.join(str(error).split())}") from None
+        names.append(layers[-1].get("preset"))
+    return validate(functools.reduce(merge, reversed(layers)) | {"preset": names[0]})
 
 
 def validate(raw: dict) -> Config:

@@ -11,6 +11,7 @@ job repeats some steps, its later points at those steps are not sent again.
 
 from __future__ import annotations
 
+import colorsys
 import hashlib
 import json
 import logging
@@ -68,8 +69,7 @@ class Tracker:
             raise HalfstepError(f"experiment {experiment!r} at {uri} was deleted; restore it there, or choose another name with --experiment")
         # a server keeps artifacts where it likes; a database of ours keeps them beside itself, not in ./mlruns
         where = None if uri.startswith("http") else artifacts.resolve().as_uri()
-        kind = {"mlflow.experimentKind": "custom_model_development"}  # else the UI opens on its pages for chat agents
-        self.experiment_id = found.experiment_id if found else self.client.create_experiment(experiment, where, kind)
+        self.experiment_id = found.experiment_id if found else self.client.create_experiment(experiment, where)
         self.added = 0  # points sent
 
     def sync(self, jobs: list[Job], artifacts: list[Path]) -> None:
@@ -97,8 +97,9 @@ class Tracker:
     def _create(self, job: Job, parent: str | None = None):
         tags = {"halfstep.model": job.model, **{f"halfstep.{key}": str(job.run.get(key, "")) for key in ("node", "fingerprint", "started")}}
         tags |= {"mlflow.parentRunId": parent} if parent else {}
+        tags["mlflow.runColor"] = colour(job.model)
         started = int(1000 * job.run["started"]) or None
-        return self.client.create_run(self.experiment_id, start_time=started, tags=tags, run_name=job.run["name"])
+        return self.client.create_run(self.experiment_id, start_time=started, tags=tags, run_name=job.run["name"].replace("/round-", " r"))
 
     def _sync_job(self, job: Job, active: list, parent: str) -> None:
         """One job into one run; every other active run of the same model is superseded."""
@@ -199,7 +200,19 @@ def _dataset(data: dict):
     from mlflow.data.meta_dataset import MetaDataset
 
     source = HTTPDatasetSource(str(data.get("source") or data["name"]))  # a place and no more: nothing is ever loaded through it
-    return MetaDataset(source, name=str(data["name"]), digest=str(data["digest"])[:36])._to_mlflow_entity()  # MLflow's limit is 36
+    return MetaDataset(source, name=str(data["name"]), digest=str(data["digest"])[:12])._to_mlflow_entity()  # MLflow takes 36, pages show 12
+
+
+def colour(model: str) -> str:
+    """For MLflow's charts: a hue for each run of distillation (MLflow's own may be nearly alike), paler for earlier rounds."""
+    run = model.split("/")[1] if "/" in model else ""
+    grey = {"": 0.3, "teacher": 0.0, "baseline": 0.45, "data": 0.65, "benchmark": 0.3}.get(run)
+    if grey is not None:
+        return "#" + 3 * f"{round(255 * grey):02x}"
+    hues = {"kl_backward": 0.58, "mse": 0.06, "tvd": 0.38, "kl_forward": 0.86}
+    hue = hues.get(run, int(hashlib.sha256(run.encode()).hexdigest(), 16) % 360 / 360)
+    later = min(int(model.rpartition("-")[2]) / 7, 1)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, 0.82 - 0.44 * later, 0.75))
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, object]:

@@ -4,63 +4,72 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from halfstep.config import Corpus
-from halfstep.data.corpora import CORPORA
-from halfstep.data.pack import Spool, pack
+from halfstep.data.corpora import CORPORA, HELD_OUT
+from halfstep.data.pack import Spool, dtype_of, pack
 from halfstep.data.stories import last_words
 from halfstep.data.tokenizer import EOS, load_bpe, train_bpe
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256, write_atomic, write_json
 
-BPE_SAMPLE = {"stories": 4 << 20}  # bytes of text that a BPE is trained on
-VALIDATION_TEXTS = 2000  # held-out documents kept as text, for metrics that compare with them
+BPE_SAMPLE = {"stories": 4 << 20}  # bytes of text that a BPE is trained on; 64 MB where not named
+VALIDATION_TEXTS = 2000  # held-out documents also kept as text, for metrics that compare with them
 
 
 def prepare_corpus(output: Path, corpus: Corpus, workers: int | None = None) -> None:
     """Write {output}/train.bin, validation.bin, tokenizer.json, validation.jsonl, manifest.json, and for stories last_words.jsonl.
 
-    workers: processes that tokenise; all cores when absent. The files do not depend on it.
+    Args:
+        output: folder to write
+        workers: processes that read and tokenise, all cores when absent; the files do not depend on it
     """
+    if workers is not None and workers < 1:
+        raise HalfstepError(f"workers: found {workers}, expected a positive number of processes, or none for all cores")
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if corpus.tokenizer != "bpe":
+        tokenizer = load_bpe(corpus.tokenizer)  # first: a wrong name should not cost the reading of a corpus
     output.mkdir(parents=True, exist_ok=True)
     (output / "manifest.json").unlink(missing_ok=True)  # written last: a folder with a manifest is whole
-    workers = workers or len(os.sched_getaffinity(0))
-    held_out = corpus.validation_documents
-    total = corpus.num_documents + held_out if corpus.kind == "stories" else None
-    spool = Spool(output / ".documents.part", CORPORA[corpus.kind](corpus), total)
-    try:
-        train = spool.documents - held_out
+    held_out = corpus.validation_documents or HELD_OUT.get(corpus.kind, 1000)
+    most = None if corpus.kind == "stories" else corpus.num_documents
+    with Spool(output / ".documents.part", islice(CORPORA[corpus.kind](corpus, held_out, workers), most)) as spool:
+        train = len(spool) - held_out
         if train < 1:
             raise HalfstepError(
-                f"the corpus has {spool.documents} documents and validation_documents is {held_out}: nothing is left to train on; "
+                f"the corpus has {len(spool)} documents and validation_documents is {held_out}: nothing is left to train on; "
                 "lower validation_documents or add text"
             )
         if corpus.tokenizer == "bpe":
-            tokenizer = train_bpe(spool.spread(BPE_SAMPLE.get(corpus.kind, 64 << 20)), corpus.vocab_size)
-        else:
-            tokenizer = load_bpe(corpus.tokenizer)
-        tokenizer.save(str(output / "tokenizer.json"))
-        splits = {"train": range(train), "validation": range(train, spool.documents)}
+            tokenizer = train_bpe(spool.spread(train, BPE_SAMPLE.get(corpus.kind, 64 << 20)), corpus.vocab_size)
+        write_atomic(output / "tokenizer.json", tokenizer.to_str(pretty=True))
+        splits = {"train": range(train), "validation": range(train, len(spool))}
         facts = pack(spool, tokenizer, corpus.length, output, splits, workers)
-        texts = spool.texts(train, min(train + VALIDATION_TEXTS, spool.documents))
-        write_atomic(output / "validation.jsonl", _lines({"text": text} for text in texts))
-    finally:
-        spool.delete()
+        _write_lines(output / "validation.jsonl", ({"text": text} for text in islice(spool.texts(train, len(spool)), VALIDATION_TEXTS)))
     if corpus.kind == "stories":
-        write_atomic(output / "last_words.jsonl", _lines(last_words(held_out, corpus.corpus_seed)))
+        _write_lines(output / "last_words.jsonl", last_words(held_out, corpus.corpus_seed))
     write_json(output / "manifest.json", {
         "format": 1,
         "length": corpus.length,
-        "dtype": "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32",
+        "dtype": dtype_of(tokenizer),
         "vocab_size": tokenizer.get_vocab_size(),
         "eos_id": tokenizer.token_to_id(EOS),
         "splits": facts,
         "tokenizer_sha256": sha256(output / "tokenizer.json"),
         "corpus": corpus.model_dump(),
     })  # fmt: skip
-    print(f"{output}: " + "; ".join(f"{k}: {v['windows']} windows of {corpus.length}, {v['tokens']} tokens" for k, v in facts.items()))
+    for split, f in facts.items():
+        print(
+            f"{output}/{split}.bin: {f['windows']:,} windows of {corpus.length} from {f['documents']:,} documents, {f['tokens']:,} tokens"
+        )
 
 
-def _lines(rows) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _write_lines(path: Path, rows: Iterable[dict]) -> None:
+    def write(part: Path) -> None:
+        with open(part, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    write_atomic(path, write)

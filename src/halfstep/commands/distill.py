@@ -1,8 +1,10 @@
 """`halfstep distill-round`: one round of Self-Distillation Through Time, from checkpoint to checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from halfstep import checkpoint
@@ -12,14 +14,18 @@ from halfstep.data.batches import batch_indices
 from halfstep.data.pack import Windows
 from halfstep.diffusion.masking import corrupt as mask
 from halfstep.diffusion.objective import stratified_times
+from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.distill.divergences import DIVERGENCES
 from halfstep.distill.rounds import Round, plan
 from halfstep.distill.targets import divergence_loss, teacher_targets
 from halfstep.errors import HalfstepError
+from halfstep.metrics.diversity import unigram_entropy
 from halfstep.tracking import Journal
 from halfstep.training.ema import EMA
 from halfstep.training.loop import device_of, fit
+
+WATCHED, WATCHED_STEPS = 16, 32  # texts and steps of a measurement of entropy in a round
 
 
 def distill_round(teacher: Path, corpus: Path, round: int, output: Path, run: Distillation, machine: Machine, seed: int = 1) -> None:
@@ -51,17 +57,18 @@ def distill_round(teacher: Path, corpus: Path, round: int, output: Path, run: Di
         **{k: source[k] for k in ("kind", "network", "vocab_size", "eos_id", "length")},
         "corpus": corpus.name, "corpus_sha256": windows.facts["sha256"], "run": run.model_dump(), "seed": seed, "round": round, "dt": plan_.dt,
         "student_steps": plan_.student_steps, "teacher_sha256": source["sha256"],
-        "training": {**source["training"], "min_t": source["training"]["min_t"]},
+        "training": source["training"],
     }  # fmt: skip
     objective = sdtt_loss(student, old, plan_, run, meta)
-    validation = held_out(diffusion_loss(student, meta), "val/nelbo", Windows(corpus, "validation"), device, machine.micro_batch)
+    nelbo = held_out(diffusion_loss(student, meta), "val/nelbo", Windows(corpus, "validation"), device, machine.micro_batch)
+    entropy = watch_entropy(student, meta, Windows(corpus, "validation"), run.entropy_band, device, seed)
     base, name = output.parent.parent.name, f"{output.parent.name}/round-{round}"
     tags = {"teacher": base, "run": output.parent.name, "round": round}
     params = {"seed": seed, "round": round, "dt": plan_.dt, "student_steps": plan_.student_steps, **run.model_dump()}
-    fed = [*datasets(corpus, windows), {"name": "teacher", "digest": source["sha256"]["model.safetensors"], "source": str(teacher)}]
+    fed = [*datasets(corpus, windows), {"name": "teacher", "digest": source["sha256"][checkpoint.FILES["ema" if first else "raw"]], "source": str(teacher)}]
     with Journal(output, name=name, node=f"distill-round/{base}/{name}", params=params, tags=tags, datasets=fed) as journal:
         fitted = fit(
-            student, lambda step: windows[batch_indices(len(windows), run.batch_size, seed + round, step)], *objective, validation, run,
+            student, lambda step: windows[batch_indices(len(windows), run.batch_size, seed + round, step)], *objective, lambda: nelbo() | entropy(), run,
             seed=seed + 1000 * round, device=device, micro_batch=machine.micro_batch, state=output / "state", label=f"distill-round {base}/{name}",
             journal=journal, warm=moments is None, carried=moments, ema=ema,
         )  # fmt: skip
@@ -89,11 +96,35 @@ def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
     return corrupt, loss
 
 
+def watch_entropy(student, meta: dict, held_out: Windows, band: float | None, device, seed: int) -> Callable[[], dict[str, float]]:
+    """A measurement of the student's unigram entropy in nats; HalfstepError when it leaves the band around held-out text's.
+
+    A fall of perplexity with a fall of entropy is no success: a student that repeats itself is stopped before it becomes a teacher.
+    """
+    denoiser, steps = checkpoint.denoiser_of(student, meta), min(WATCHED_STEPS, meta["student_steps"])
+    goal = unigram_entropy(held_out[torch.arange(min(256, len(held_out)))].numpy()).mean()
+
+    def measure() -> dict[str, float]:
+        out = sample(denoiser, WATCHED, meta["length"], steps, schedule=LogLinear(), seed=seed, device=device)
+        found = unigram_entropy(out.ids.cpu().numpy()).mean()
+        if band is not None and abs(found / goal - 1) > band:
+            raise HalfstepError(
+                f"round {meta['round']}: the samples' entropy is {found:.2f} nats, held-out text's {goal:.2f}: outside entropy_band {band}, the student "
+                "collapses; lower lr or num_steps, train a better teacher, or widen entropy_band"
+            )
+        return {"val/entropy": float(found)}
+
+    return measure
+
+
 def _fits(meta: dict, teacher: Path, windows: Windows, corpus: Path, round: int) -> None:
     if meta["kind"] != "diffusion":
         raise HalfstepError(f"--teacher {teacher}: is an {meta['kind']} model; name a diffusion checkpoint, results/models/<name>/teacher")
     for key in ("vocab_size", "length"):
         if meta[key] != getattr(windows, key):
             raise HalfstepError(f"--teacher {teacher}: {key} {meta[key]}, but corpus {corpus} has {getattr(windows, key)}; use the corpus it was trained on")
+    words, known = (Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab() for folder in (corpus, teacher))
+    if words != known:
+        raise HalfstepError(f"--teacher {teacher}: its tokenizer has other tokens than that of corpus {corpus}; use the corpus it was trained on")
     if meta["round"] != round - 1:
         raise HalfstepError(f"--round {round}: its teacher is the checkpoint of round {round - 1}, but {teacher} is of round {meta['round']}")

@@ -31,9 +31,7 @@ def track(results: Path = Path("results"), uri: str | None = None, experiment: s
         try:
             added, jobs, experiment_id = once(results, uri, experiment)
             if added or not watch:
-                where = f"{uri.rstrip('/')}/#/experiments/{experiment_id}" if uri.startswith("http") else f"http://localhost:5000/#/experiments/{experiment_id}"
-                opened = "" if uri.startswith("http") else f": mlflow ui --backend-store-uri {uri}, then"
-                print(f"{jobs} runs, {added} points added; look at them with{opened} {where}", flush=True)
+                print(f"{jobs} runs, {added} points added\n{how_to_look(uri, experiment_id)}", flush=True)
             if not watch:
                 return
         except HalfstepError as error:
@@ -46,10 +44,16 @@ def track(results: Path = Path("results"), uri: str | None = None, experiment: s
             return
 
 
+def how_to_look(uri: str, experiment_id: str = "1") -> str:
+    """The one command that opens MLflow, and the page of the runs."""
+    page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    return f"{uri.rstrip('/')}/{page}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}\n  then http://localhost:5000/{page}"
+
+
 def once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
     """One pass: points added, number of jobs, id of the experiment. Two passes at once take turns."""
     jobs = gather(results)
-    artifacts = sorted(file for kind in ("tables", "figures") for file in (results / kind).glob("*") if file.suffix in (".svg", ".pdf", ".csv", ".md"))
+    artifacts = sorted(file for kind in ("tables", "figures") for file in (results / kind).glob("*") if file.suffix in (".svg", ".pdf", ".csv", ".md", ".json"))
     with open(results / ".track.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
@@ -83,9 +87,10 @@ def gather(results: Path) -> list[Job]:
 
 def _measure(jobs: dict[str, Job], row: dict, file: Path) -> None:
     """Put a metric row on the job of its model; a row of an older checkpoint than the journal's is left out."""
-    model = row["model"] if "/" in row["model"] else f"{row['teacher']}/{row['model']}"
-    if model not in jobs:  # not trained here: held-out text, or weights from elsewhere
-        found = {"folder": "", "sha256": {row.get("weights") or "model": row["checkpoint"]}} if row.get("checkpoint") else None
+    speed = row["metric"] == "latency_s"  # all timings of one machine are one run
+    model = f"{row['teacher']}/benchmark" if speed else row["model"] if "/" in row["model"] else f"{row['teacher']}/{row['model']}"
+    if model not in jobs:  # not trained here: held-out text, timings, or weights from elsewhere
+        found = {"folder": "", "sha256": {row.get("weights") or "model": row["checkpoint"]}} if row.get("checkpoint") and not speed else None
         node = f"score/{model}"
         jobs[model] = Job(model, {"name": model.split("/", 1)[1], "node": node, "started": 0.0, "checkpoint": found})
     job = jobs[model]
@@ -103,6 +108,7 @@ def _measure(jobs: dict[str, Job], row: dict, file: Path) -> None:
 def _metrics(row: dict) -> dict[str, float | None]:
     """MLflow's keys: the same for every model, so that runs compare; the step is the number of sampling steps."""
     if row["metric"] == "latency_s":
-        case = f"length_{row['length']}_batch_{row['batch_size']}"
+        who = row["model"].split("/", 1)[-1].replace("/", "-")
+        case = f"{who}_length_{row['length']}_batch_{row['batch_size']}"
         return {f"speed/latency_s_{case}": row["value"], f"speed/tokens_per_s_{case}": row.get("tokens_per_s")}
     return {f"eval/{row['metric']}" + (f"_{row['protocol']}" if row.get("protocol") else ""): row["value"]}

@@ -14,7 +14,7 @@ import multiprocessing
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -24,6 +24,7 @@ from halfstep.errors import HalfstepError
 from halfstep.progress import Progress
 
 SHORTEST = 200  # characters of prose in a document
+MANY = 500  # files from which on processes are worth their start
 SKIPPED = {"test", "tests", "testing", "_test", "idle_test", "__pycache__", "site-packages", "dist-packages", "lib2to3"}
 
 
@@ -58,13 +59,13 @@ def source_files() -> list[Path]:
         for path in sorted(dist.files or [], key=str):
             if path.suffix == ".py" and ".." not in path.parts and not SKIPPED & set(path.parts):
                 files.append(Path(path.locate()))
-    return files
+    return list(dict.fromkeys(files))  # mlflow and mlflow-skinny list the same ones
 
 
 def is_prose(paragraph: str) -> bool:
-    """Sentences: nine characters in ten are letters or spaces, the last ends a sentence, and nothing looks like an example or a table."""
+    """Sentences: seven characters in eight are letters or spaces, the last ends a sentence, and nothing looks like an example or a table."""
     letters = sum(c.isalpha() or c == " " for c in paragraph)
-    return paragraph[-1] in ".!?" and letters >= 0.9 * len(paragraph) and not re.search(r">>>|---|===|\.\. ", paragraph)
+    return paragraph[-1] in ".!?" and letters >= 7 / 8 * len(paragraph) and not re.search(r">>>|---|===|\.\. ", paragraph)
 
 
 def paragraphs(source: str) -> list[str]:
@@ -73,11 +74,19 @@ def paragraphs(source: str) -> list[str]:
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
         tree = ast.parse(source)
     found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            parts = re.split(r"\n\s*\n", ast.get_docstring(node) or "")
-            found += [text for text in (" ".join(part.split()) for part in parts) if text and is_prose(text)]
+    for node in _documented(tree):
+        parts = re.split(r"\n\s*\n", ast.get_docstring(node) or "")
+        found += [text for text in (" ".join(part.split()) for part in parts) if text and is_prose(text)]
     return found
+
+
+def _documented(node: ast.AST) -> Iterator[ast.AST]:
+    """Module, classes and functions in the order of the file; expressions, most of a tree, are never visited."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield node
+    for field in ("body", "handlers", "orelse", "finalbody"):
+        for child in getattr(node, field, ()):
+            yield from _documented(child)
 
 
 def read_file(path: Path) -> list[str]:
@@ -98,9 +107,13 @@ def documents(files: Iterable[list[str]]) -> list[str]:
     seen: set[bytes] = set()
     kept: dict[bytes, str] = {}
     for paragraphs in files:
-        new = {normalised(text): text for text in reversed(paragraphs)}  # the first of equals wins
-        text = "\n\n".join(text for key, text in reversed(new.items()) if key not in seen)
-        seen |= new.keys()
+        new: list[str] = []
+        for paragraph in paragraphs:
+            key = normalised(paragraph)
+            if key not in seen:
+                seen.add(key)
+                new.append(paragraph)
+        text = "\n\n".join(new)
         if len(text) >= SHORTEST:
             kept[normalised(text)] = text
     return [kept[key] for key in sorted(kept)]
@@ -110,7 +123,7 @@ def read_docs(workers: int = 1) -> list[str]:
     """All documents, on `workers` processes."""
     files = source_files()
     spawn = multiprocessing.get_context("spawn")
-    many = workers > 1 and len(files) > 500
+    many = workers > 1 and len(files) >= MANY
     with ProcessPoolExecutor(workers, spawn) if many else nullcontext() as pool, Progress("read docs", len(files), "file") as progress:
 
         def shown(results):

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -33,55 +33,61 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20  # bytes of text that a worker tokenises at once
 HEAD = struct.Struct("<I")  # before each document in the spool: its length in bytes
+END = struct.Struct("<q")  # in the index: where each document ends
 
 
 class Chunk(NamedTuple):
-    """A run of whole documents in the spool."""
+    """A run of whole documents in the spool: its place in bytes."""
 
     start: int
     size: int
-    documents: int
 
 
 class Spool:
-    """Documents on disk, each with its length before it, and an index of chunks that never cross `boundary` documents from the end."""
+    """Documents on disk, each with its length before it, in a file that lives as long as the `with` block around it."""
 
-    def __init__(self, path: Path, documents: Iterable[str], total: int | None = None, label: str = "read documents"):
-        self.path, self.documents, self._ends = path, 0, path.with_suffix(".ends")
-        position = 0
-        with open(path, "wb", 1 << 20) as out, open(self._ends, "wb", 1 << 20) as ends, Progress(label, total or 0, "document") as progress:
-            for text in documents:
-                raw = text.encode("utf-8", "replace")  # lone surrogates of broken JSON escapes
-                out.write(HEAD.pack(len(raw)))
-                out.write(raw)
-                position += HEAD.size + len(raw)
-                ends.write(struct.pack("<Q", position))
-                self.documents += 1
-                if total:
-                    progress.update()
-        self.bytes = position
+    def __init__(self, path: Path, documents: Iterable[str]):
+        self.path, self._index, self.bytes = path, path.with_name(path.name + ".ends"), 0
+        self._documents = documents
+
+    def __enter__(self) -> Spool:
+        try:
+            with open(self.path, "wb", 1 << 20) as out, open(self._index, "wb", 1 << 20) as index:
+                for text in self._documents:
+                    raw = text.encode("utf-8", "replace")  # a lone surrogate, as broken JSON escapes make, becomes "?"
+                    out.write(HEAD.pack(len(raw)) + raw)
+                    self.bytes += HEAD.size + len(raw)
+                    index.write(END.pack(self.bytes))
+        except BaseException:
+            self.__exit__()
+            raise
+        self._ends = np.memmap(self._index, END.format, "r") if self.bytes else np.zeros(0, END.format)
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.path.unlink(missing_ok=True)
+        self._index.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return len(self._ends)
 
     def chunks(self, first: int, last: int) -> Iterator[Chunk]:
-        """Documents first..last (exclusive) in chunks of about CHUNK bytes; the same whoever reads them."""
-        ends = np.memmap(self._ends, np.uint64, "r") if self.documents else np.zeros(0, np.uint64)
+        """Documents first..last (exclusive) in chunks of at most CHUNK bytes, or of one longer document; the same whoever reads them."""
         while first < last:
-            start = int(ends[first - 1]) if first else 0
-            upto = min(max(int(np.searchsorted(ends, start + CHUNK, "right")), first + 1), last)
-            yield Chunk(start, int(ends[upto - 1]) - start, upto - first)
+            start = int(self._ends[first - 1]) if first else 0
+            upto = int(np.searchsorted(self._ends, np.int64(start + CHUNK), "right"))
+            upto = min(max(upto, first + 1), last)
+            yield Chunk(start, int(self._ends[upto - 1]) - start)
             first = upto
 
     def texts(self, first: int, last: int) -> Iterator[str]:
         for chunk in self.chunks(first, last):
             yield from read_chunk(self.path, chunk)
 
-    def spread(self, most_bytes: int) -> Iterator[str]:
-        """About `most_bytes` of text from all over the spool: every k-th document."""
+    def spread(self, last: int, most_bytes: int) -> Iterator[str]:
+        """Every k-th of the documents before `last`, about `most_bytes` of text from all over."""
         every = max(1, -(-self.bytes // most_bytes))
-        return (text for i, text in enumerate(self.texts(0, self.documents)) if i % every == 0)
-
-    def delete(self) -> None:
-        self.path.unlink(missing_ok=True)
-        self._ends.unlink(missing_ok=True)
+        return (text for i, text in enumerate(self.texts(0, last)) if i % every == 0)
 
 
 def read_chunk(path: Path, chunk: Chunk) -> list[str]:
@@ -124,7 +130,9 @@ def _encode(chunk: Chunk) -> np.ndarray:
     return _encoder(chunk)
 
 
-def _streams(chunks: Iterable[Chunk], pool: ProcessPoolExecutor | None, encoder: _Encoder, ahead: int) -> Iterator[tuple[Chunk, np.ndarray]]:
+def _streams(
+    chunks: Iterable[Chunk], pool: ProcessPoolExecutor | None, encoder: _Encoder, ahead: int
+) -> Iterator[tuple[Chunk, np.ndarray]]:
     """Token streams in the order of the chunks; at most `ahead` are in flight, so a fast worker never fills the memory."""
     if pool is None:
         yield from ((chunk, encoder(chunk)) for chunk in chunks)
@@ -139,46 +147,33 @@ def _streams(chunks: Iterable[Chunk], pool: ProcessPoolExecutor | None, encoder:
         yield first, future.result()
 
 
+def dtype_of(tokenizer: Tokenizer) -> str:
+    return "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
+
+
 def pack(spool: Spool, tokenizer: Tokenizer, length: int, output: Path, splits: dict[str, range], workers: int) -> dict[str, dict]:
     """Write {split}.bin for each range of documents; gives each split's windows, documents, tokens and sha256."""
-    dtype = "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
-    args = (spool.path, tokenizer.to_str(), dtype)
+    args = (spool.path, tokenizer.to_str(), dtype_of(tokenizer))
     encoder = _Encoder(*args)
     pool = None
     if workers > 1 and spool.bytes > 8 * CHUNK:  # below that, starting processes costs more than it gives
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, args)
     facts = {}
     try:
-        with Progress("tokenise", max(1, spool.bytes >> 20), "MB") as progress:
-            seen = 0
+        with Progress("tokenise", -(-spool.bytes // CHUNK), "MB") as progress:
             for split, documents in splits.items():
-                digest, figures = hashlib.sha256(), {"windows": 0, "documents": len(documents), "tokens": 0}
 
-                def write(path: Path, documents=documents, digest=digest, figures=figures):
-                    nonlocal seen
-                    rest = np.zeros(0, dtype)
+                def write(path: Path, split=split, documents=documents) -> None:
                     with open(path, "wb") as out:
-                        chunks = spool.chunks(documents.start, documents.stop)
-                        for chunk, stream in _streams(chunks, pool, encoder, 4 * workers):
-                            figures["tokens"] += len(stream)
-                            stream = np.concatenate([rest, stream])
-                            count = len(stream) // (length - 2)
-                            windows = np.full((count, length), encoder.eos, dtype)
-                            windows[:, 1:-1] = stream[: count * (length - 2)].reshape(count, length - 2)
-                            rest = stream[count * (length - 2) :]
-                            digest.update(windows.data)
-                            out.write(windows.data)
-                            figures["windows"] += count
-                            seen += chunk.size
-                            progress.update((seen >> 20) - progress.done)
+                        streams = _streams(spool.chunks(documents.start, documents.stop), pool, encoder, 4 * workers)
+                        facts[split] = {"documents": len(documents), **_cut(streams, length, encoder.eos, out, progress)}
 
                 write_atomic(output / f"{split}.bin", write)
-                if not figures["windows"]:
+                if not facts[split]["windows"]:
                     raise HalfstepError(
-                        f"{split} text is shorter than one window: {figures['tokens']} tokens in {len(documents)} documents, expected at "
-                        f"least {length - 2}; add text, raise validation_documents for a longer held-out part, or lower length ({length})"
+                        f"{split} text is shorter than one window: {facts[split]['tokens']} tokens in {len(documents)} documents, expected at "
+                        f"least {length - 2}; add text, lower length ({length}), or change validation_documents"
                     )
-                facts[split] = {**figures, "sha256": digest.hexdigest()}
     except BrokenProcessPool:
         raise HalfstepError("tokenise: a worker process was killed, most likely for memory; try fewer with --workers") from None
     finally:
@@ -187,11 +182,37 @@ def pack(spool: Spool, tokenizer: Tokenizer, length: int, output: Path, splits: 
     return facts
 
 
+def _cut(streams: Iterable[tuple[Chunk, np.ndarray]], length: int, eos: int, out: BinaryIO, progress: Progress) -> dict:
+    """Write the joined streams as windows EOS + (length - 2) tokens + EOS."""
+    digest, windows, tokens, seen = hashlib.sha256(), 0, 0, 0
+    rest = None
+    for chunk, stream in streams:
+        tokens += len(stream)
+        if rest is not None:
+            stream = np.concatenate([rest, stream])
+        count = len(stream) // (length - 2)
+        block = np.full((count, length), eos, stream.dtype)
+        block[:, 1:-1] = stream[: count * (length - 2)].reshape(count, length - 2)
+        rest = stream[count * (length - 2) :]
+        digest.update(block)
+        out.write(block)
+        windows += count
+        seen += chunk.size
+        if seen >= CHUNK:  # whole MB only
+            progress.update(seen // CHUNK)
+            seen %= CHUNK
+    return {"windows": windows, "tokens": tokens, "sha256": digest.hexdigest()}
+
+
 class Windows:
     """The windows of a prepared corpus, memory-mapped: `windows[indices]` is an int64 tensor [n, length]."""
 
     def __init__(self, folder: Path, split: str):
         manifest = read_json(Path(folder) / "manifest.json")
+        if manifest.get("format") != 1:
+            raise HalfstepError(
+                f"{folder}/manifest.json: format is {manifest.get('format')!r}, expected 1; run halfstep prepare-corpus again"
+            )
         if split not in manifest["splits"]:
             raise HalfstepError(f"{folder}/manifest.json: no split {split!r}; there are {', '.join(manifest['splits'])}")
         self.path, self.facts, self.manifest = Path(folder) / f"{split}.bin", manifest["splits"][split], manifest
@@ -212,10 +233,13 @@ class Windows:
         return torch.from_numpy(self._tokens[indices].astype(np.int64))
 
     def verify(self) -> None:
-        """Compare the file with the checksum in the manifest."""
-        found = sha256(self.path)
-        if found != self.facts["sha256"]:
-            raise HalfstepError(
-                f"{self.path}: sha256 is {found[:16]}..., the manifest says {self.facts['sha256'][:16]}...; the file has changed or is "
-                "damaged: run halfstep prepare-corpus again"
-            )
+        """Compare tokens and tokenizer with the checksums in the manifest."""
+        for path, expected in (
+            (self.path, self.facts["sha256"]),
+            (self.path.with_name("tokenizer.json"), self.manifest["tokenizer_sha256"]),
+        ):
+            if (found := sha256(path)) != expected:
+                raise HalfstepError(
+                    f"{path}: sha256 is {found[:16]}..., the manifest says {expected[:16]}...: the file was changed or is damaged; "
+                    "run halfstep prepare-corpus again"
+                )

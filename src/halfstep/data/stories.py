@@ -8,7 +8,8 @@ replaced by their classes, so a text has at most one parse, and its probability 
     log P(story) = sum_facts log P(fact | parent) + sum_parts log P(pattern | parent)        [nats]
 
 The judge uses the same tables: *accepted* when every sentence has a known shape at its place, *consistent* when moreover all
-mentions of a fact agree and no rule is broken, which is exactly when P(story) > 0. One (name, thing) pair in ten is held out.
+mentions of a fact agree and no rule is broken, which is exactly when P(story) > 0. One pair of a name and a thing in ten is held
+out: in training no story has both; in validation they are the hero and what the hero brings.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import random
 import zlib
 from bisect import bisect
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
-EOS = "<|endoftext|>"
+from halfstep.data.tokenizer import EOS
 
 # Words by class, the most frequent first. A word belongs to one class only, and none after "a" begins with a vowel.
 SHE = "Lily Mia Anna Rosie Ella Nora Ruby Daisy".split()
@@ -124,17 +125,20 @@ WORD_CLASS = {word: name for name, words in WORDS.items() for word in words}
 WORD_CLASS |= {"She": "She", "He": "She", "she": "she", "he": "she", "her": "her", "his": "her", "him": "her"}
 
 
-def _shape(words: Sequence[str]) -> tuple[str, ...]:
-    """A sentence with each word that names something replaced by its class; marked, so that no literal word can be a class."""
-    return tuple(f"<{WORD_CLASS[word]}>" if word in WORD_CLASS else word for word in words)
+Shape = tuple[str | tuple[str], ...]
+
+
+def _shape(words: Sequence[str]) -> Shape:
+    """A sentence with each word that names something replaced by its class, as a 1-tuple: no literal word is equal to it."""
+    return tuple((WORD_CLASS[word],) if word in WORD_CLASS else word for word in words)
 
 
 def _slots(pattern: str) -> list[tuple[int, str]]:
     return [(i, word[1:-1]) for i, word in enumerate(pattern.split()) if word[0] == "{"]
 
 
-SHAPES: dict[tuple[str, ...], tuple[str, str]] = {  # shape of a sentence: its part and pattern
-    tuple(f"<{CLASS[word[1:-1]]}>" if word[0] == "{" else word for word in pattern.split()): (part, pattern)
+SHAPES: dict[Shape, tuple[str, str]] = {  # shape of a sentence: its part and pattern
+    tuple((CLASS[word[1:-1]],) if word[0] == "{" else word for word in pattern.split()): (part, pattern)
     for part, (_, patterns) in PATTERNS.items()
     for pattern in patterns
 }
@@ -164,38 +168,61 @@ def _choice(options: list[str], label: str) -> Choice:
     return Choice(options, chances, list(accumulate(chances)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def fact_choice(fact: str, parent: str | None, taken: str | None) -> Choice:
     """P(fact | the fact it depends on, the fact it must differ from)."""
     return _choice([option for option in FACTS[fact][0] if option != taken], f"{fact} given {parent}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def pattern_choice(part: str, given: str) -> Choice:
     """P(pattern of this part | the fact it depends on)."""
     return _choice([p for p, allowed in PATTERNS[part][1].items() if allowed is None or given in allowed], f"{part} given {given}")
 
 
 def is_held_out(name: str, thing: str) -> bool:
-    """Hero and thing that meet in validation stories only: one pair in ten, the same in every run."""
+    """One pair in ten, the same in every run."""
     return zlib.crc32(f"{name} and the {thing}".encode()) % 10 == 0
 
 
-@lru_cache(maxsize=None)
-def held_out_share() -> float:
-    """Exact chance that a story's (name, thing) is held out."""
-    return math.fsum(
-        p_kind * p_name * p_place * p_thing
-        for kind, p_kind in _pairs("kind")
-        for name, p_name in _pairs("name", kind)
-        for place, p_place in _pairs("place", kind)
-        for thing, p_thing in _pairs("thing", place)
-        if is_held_out(name, thing)
-    )
+def split_of(facts: dict[str, str]) -> str | None:
+    """validation: hero and thing are a held-out pair; train: nobody in the story meets a held-out thing; None: in no split."""
+    if is_held_out(facts["name"], facts["thing"]):
+        return "validation"
+    pairs = ((name, thing) for name in (facts["name"], facts["friend"]) for thing in (facts["thing"], facts["thing2"]))
+    return None if any(is_held_out(*pair) for pair in pairs) else "train"
 
 
-def _pairs(fact: str, parent: str | None = None):
-    choice = fact_choice(fact, parent, None)
+@cache
+def split_shares() -> dict[str | None, float]:
+    """Exact chance of each split: the sum of P(facts) over all that decide on it."""
+    shares: dict[str | None, float] = {"train": 0.0, "validation": 0.0, None: 0.0}
+    for kind, p_kind in _chances("kind"):
+        things: dict[str, float] = {}
+        for place, p_place in _chances("place", kind):
+            for thing, p in _chances("thing", place):
+                things[thing] = things.get(thing, 0) + p_kind * p_place * p
+        for thing, p_thing in things.items():
+            second = {friend: _second_things(friend, kind, thing) for friend in FACTS["friend"][0]}
+            for name, p_name in _chances("name", kind):
+                for friend, p_friend in _chances("friend", name, name):
+                    for thing2, p in second[friend].items():
+                        split = split_of({"name": name, "thing": thing, "friend": friend, "thing2": thing2})
+                        shares[split] += p_thing * p_name * p_friend * p
+    return shares
+
+
+def _second_things(friend: str, kind: str, thing: str) -> dict[str, float]:
+    """P(thing2 | friend, kind, thing), summed over the friend's kind."""
+    out: dict[str, float] = {}
+    for kind2, p_kind2 in _chances("kind2", friend, kind):
+        for thing2, p in _chances("thing2", kind2, thing):
+            out[thing2] = out.get(thing2, 0) + p_kind2 * p
+    return out
+
+
+def _chances(fact: str, parent: str | None = None, taken: str | None = None):
+    choice = fact_choice(fact, parent, taken)
     return zip(choice.options, choice.chances, strict=True)
 
 
@@ -220,19 +247,19 @@ def write(rng: random.Random) -> tuple[str, dict[str, str]]:
     return " ".join(said).format_map(words), facts
 
 
-def sample(count: int, seed: int, held_out: bool = False) -> Iterator[str]:
-    """`count` stories, all with (name, thing) pairs of the split asked for; a longer run begins with the shorter one."""
-    rng = random.Random(f"{seed}/{'validation' if held_out else 'train'}")
+def sample(count: int, seed: int, split: str = "train") -> Iterator[str]:
+    """`count` stories of a split, train or validation; a longer run begins with the shorter one."""
+    rng = random.Random(f"{seed}/{split}")
     while count:
         text, facts = write(rng)
-        if is_held_out(facts["name"], facts["thing"]) == held_out:
+        if split_of(facts) == split:
             count -= 1
             yield text
 
 
 def last_words(count: int, seed: int) -> list[dict[str, str]]:
     """Items in LAMBADA's form, from held-out stories: the word after the last space follows from the story alone."""
-    return [{"text": story.rstrip(".")} for story in sample(count, seed, held_out=True)]
+    return [{"text": story.rstrip(".")} for story in sample(count, seed, "validation")]
 
 
 class Verdict(NamedTuple):
@@ -286,10 +313,9 @@ def log_likelihood(text: str, split: str | None = None) -> float | None:
     if None in terms:
         return None
     if split is not None:
-        held_out = is_held_out(facts["name"], facts["thing"])
-        if held_out != (split == "validation"):
+        if split_of(facts) != split:
             return None
-        terms.append(-math.log(held_out_share() if held_out else 1 - held_out_share()))
+        terms.append(-math.log(split_shares()[split]))
     return math.fsum(terms)
 
 
@@ -313,5 +339,5 @@ def judge_window(window: str | Sequence[str]) -> Counts:
     """
     if isinstance(window, str):
         window = window.removeprefix(EOS).removesuffix(EOS).split(EOS)
-    verdicts = [judge(piece.strip()) for piece in window[1:-1]]
+    verdicts = [judge(piece) for piece in window[1:-1]]
     return Counts(len(verdicts), sum(v.accepted for v in verdicts), sum(v.consistent for v in verdicts))

@@ -37,14 +37,14 @@ def load_bpe(name: str) -> Tokenizer:
     if folder.is_dir():
         for vocab, merges in FILES:
             if (folder / vocab).is_file() and (folder / merges).is_file():
-                tokenizer = _byte_level(_read(folder / vocab, lambda: models.BPE.from_file(str(folder / vocab), str(folder / merges))))
+                tokenizer = _byte_level(_read(models.BPE.from_file, folder / vocab, folder / merges))
                 break
         else:
             if not (folder / "tokenizer.json").is_file():
                 raise HalfstepError(
                     f"tokenizer: {folder} holds none of vocab.json + merges.txt, encoder.json + vocab.bpe, tokenizer.json; name another folder"
                 )
-            tokenizer = _read(folder / "tokenizer.json", lambda: Tokenizer.from_file(str(folder / "tokenizer.json")))
+            tokenizer = _read(Tokenizer.from_file, folder / "tokenizer.json")
     elif folder.exists() or name.startswith((".", "/", "~")):
         raise HalfstepError(f"tokenizer: {name} is not a folder; name a folder with vocab.json and merges.txt, a hub name, or bpe")
     else:
@@ -55,11 +55,12 @@ def load_bpe(name: str) -> Tokenizer:
     return tokenizer
 
 
-def _read(path: Path, read):
+def _read(reader, *paths: Path):
     try:
-        return read()
+        return reader(*map(str, paths))
     except Exception as error:  # the bindings raise bare Exception
-        raise HalfstepError(f"tokenizer: {path} cannot be read ({error}); expected the files of a byte-level BPE") from None
+        names = " and ".join(map(str, paths))
+        raise HalfstepError(f"tokenizer: {names} cannot be read ({error}); expected the files of a byte-level BPE") from None
 
 
 def _download(name: str) -> Tokenizer:

@@ -34,7 +34,8 @@ class _Readout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, out):
-        grad_h, grad_W, grad_b = (g.mul_(out) for g in ctx.grads)
+        grads, ctx.grads = ctx.grads, None  # scaled in place, so spent: a second backward fails
+        grad_h, grad_W, grad_b = (g.mul_(out) for g in grads)
         return grad_h, grad_W, grad_b, None
 
 
@@ -44,6 +45,8 @@ def readout_loss(h: Tensor, readout: tuple[Tensor, Tensor], row_loss: Callable[[
     h[N, D]; readout = W[V, D], b[V]; row_loss(log_p[n, V], rows) -> [n] for the slice `rows` of the N rows, differentiable in
     log_p alone. The gradient is formed with the value, chunk by chunk, so no [N, V] tensor outlives its chunk. Scalar float32.
     """
+    if not torch.is_grad_enabled():  # autograd.Function would not know
+        h, readout = h.detach(), [p.detach() for p in readout]
     with torch.autocast(h.device.type, enabled=False):
         return _Readout.apply(h, *readout, row_loss)
 

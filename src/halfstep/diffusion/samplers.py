@@ -37,12 +37,12 @@ def ancestral(u: Tensor, steps: int, schedule) -> Tensor:
 
 
 def first_hitting(u: Tensor, steps: int, schedule) -> Tensor:
-    """First-hitting order (Zheng et al., arXiv 2409.02908, section 4): a uniform random order of the positions, revealed in `steps` nearly
-    equal groups, [B, L]. With steps >= L it is one position per pass: the exact limit of ancestral sampling with infinitely many steps.
+    """First-hitting order (Zheng et al., arXiv 2409.02908, section 4): a uniform random order of the free positions (u >= 0), revealed in
+    `steps` nearly equal groups, [B, L]. With a step for each it is the exact limit of ancestral sampling with infinitely many steps.
     """
-    L = u.shape[1]
+    free = (u >= 0).sum(1, keepdim=True)
     rank = u.argsort(1, descending=True).argsort(1)
-    return rank * min(steps, L) // L
+    return rank * free.clamp(max=steps) // free.clamp(min=1)
 
 
 SAMPLERS: dict[str, Callable[[Tensor, int, object], Tensor]] = {
@@ -101,6 +101,6 @@ def sample(
         raise HalfstepError(f"steps {steps} and temperature {temperature}: both must be above zero")
     u = uniforms(seed, first, num_samples, 2 * length).to(device)
     x = torch.full((num_samples, length), denoiser.mask_id, device=device) if given is None else given.to(device).repeat(num_samples, 1)
-    plan = SAMPLERS[sampler](u[:, :length].contiguous(), steps, schedule)
+    plan = SAMPLERS[sampler](u[:, :length].masked_fill(x != denoiser.mask_id, -1), steps, schedule)  # given positions take no step
     times = torch.linspace(1, 0, steps + 1, device=device)[:-1]
     return carry_out(denoiser, x, plan, times, u[:, length:], temperature, on_pass)

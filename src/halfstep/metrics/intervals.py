@@ -11,7 +11,7 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
     """Wilson's score interval of a share (JASA 22, 1927): (p + z^2/2n -+ z sqrt(p (1-p) / n + z^2/4n^2)) / (1 + z^2/n)."""
     p, z2 = hits / trials, Z * Z / trials
     middle, half = p + z2 / 2, Z * (p * (1 - p) / trials + z2 / trials / 4) ** 0.5
-    return max(0.0, (middle - half) / (1 + z2)), min(1.0, (middle + half) / (1 + z2))
+    return (0.0 if hits == 0 else (middle - half) / (1 + z2)), (1.0 if hits == trials else (middle + half) / (1 + z2))
 
 
 def bootstrap(values: np.ndarray, statistic: Callable = float, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:

@@ -6,7 +6,7 @@ are read at masked positions only.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import combinations, islice, repeat
 from math import comb
 
 import numpy as np
@@ -75,7 +75,7 @@ def diffusion_nll(denoiser, questions: list[Question], micro_batch: int, seed: i
         while batch := list(islice(stream, micro_batch)):
             index, masks, weights, full, last = zip(*batch, strict=True)
             x0, hidden = _stack([questions[i] for i in index], masks, device)
-            log_p, guess, row = _read_masked(denoiser, x0, hidden, [m.mean() * len(m) / (len(m) + 1) for m in masks])
+            log_p, guess, row = _read_masked(denoiser, x0, hidden, [m.sum() / (len(m) + 1) for m in masks])
             np.subtract.at(nelbo, np.array(index)[row], np.array(weights)[row] * log_p)
             wrong = row[guess != x0[hidden].cpu().numpy()]
             right[[index[r] for r in set(wrong) if full[r]]] = False
@@ -92,18 +92,18 @@ def confident_guess(denoiser, questions: list[Question], micro_batch: int, devic
     right = np.ones(len(questions), bool)
     for same_length in _by_length(questions):
         for batch in _chunks(same_length, micro_batch):
-            x0, hidden = _stack([questions[i] for i in batch], [np.ones(questions[i].end - questions[i].start, bool) for i in batch], device)
-            total, alive = hidden.sum(1).cpu(), torch.arange(len(batch))
+            alive = np.array(batch)
+            x0, hidden = _stack([questions[i] for i in batch], None, device)
+            total = hidden.sum(1)
             while len(alive):
-                x, h = x0[alive], hidden[alive]
-                log_p, guess, row = _read_masked(denoiser, x, h, (h.sum(1).cpu() / (total[alive] + 1)).tolist(), of_guess=True)
-                flat = h.nonzero().cpu().numpy()
-                best = np.lexsort((-log_p, row))[np.unique(row, return_index=True)[1]]  # of each row its most confident position
-                hit = guess[best] == x[h].cpu().numpy()[best]
-                right[[batch[alive[r]] for r in row[best[~hit]]]] = False
-                hidden[alive[flat[best, 0]], torch.from_numpy(flat[best, 1])] = False
-                alive = alive[torch.from_numpy(hit)]
-                alive = alive[hidden.cpu()[alive].any(1)]
+                t = (hidden.sum(1) / (total + 1)).tolist()
+                log_p, guess, row = _read_masked(denoiser, x0, hidden, t, of_guess=True)
+                best = np.lexsort((-log_p, row))[np.unique(row, return_index=True)[1]]  # the most confident position of each row
+                hit = guess[best] == x0[hidden].cpu().numpy()[best]
+                right[alive[~hit]] = False
+                hidden[tuple(hidden.nonzero()[best].T)] = False
+                on = torch.from_numpy(hit).to(device) & hidden.any(1)
+                alive, x0, hidden, total = alive[on.cpu().numpy()], x0[on], hidden[on], total[on]
             if tick:
                 tick(len(batch))
     return right
@@ -117,7 +117,7 @@ def autoregressive_nll(gpt, questions: list[Question], micro_batch: int, device:
     nll, right = np.zeros(len(questions)), np.ones(len(questions), bool)
     for same_length in _by_length(questions):
         for batch in _chunks(same_length, micro_batch):
-            x, asked = _stack([questions[i] for i in batch], [np.ones(questions[i].end - questions[i].start, bool) for i in batch], device)
+            x, asked = _stack([questions[i] for i in batch], None, device)
             with torch.no_grad():
                 log_p, guess = _read(gpt.log_p, gpt(x)[:, :-1][asked[:, 1:]], x[asked])
             row = asked.nonzero()[:, 0].cpu().numpy()
@@ -139,12 +139,12 @@ def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _stack(questions: list[Question], masks: Iterable[np.ndarray], device) -> tuple[Tensor, Tensor]:
-    """Windows [B, L] and which of their tokens are asked for [B, L]."""
+def _stack(questions: list[Question], masks: Iterable[np.ndarray] | None, device) -> tuple[Tensor, Tensor]:
+    """Windows [B, L] and which of their tokens are asked for [B, L]: those of each suffix's mask, or all of the suffix."""
     x0 = torch.tensor([q.ids for q in questions])
     hidden = torch.zeros_like(x0, dtype=torch.bool)
-    for row, q, mask in zip(hidden, questions, masks, strict=True):
-        row[q.start : q.end] = torch.from_numpy(mask)
+    for row, q, mask in zip(hidden, questions, masks or repeat(True), strict=False):
+        row[q.start : q.end] = torch.as_tensor(mask)
     return x0.to(device), hidden.to(device)
 
 

@@ -60,9 +60,13 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-            raise HalfstepError(f"judge: no config.json in {folder}, found {found} there; name a folder that transformers' save_pretrained wrote")
+            raise HalfstepError(
+                f"judge: no config.json in {folder}, found {found} there; name a folder that transformers' save_pretrained wrote"
+            )
     elif folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise HalfstepError(f"judge: no folder {name}; train the baseline first, or name a model of the Hugging Face hub such as gpt2-large")
+        raise HalfstepError(
+            f"judge: no folder {name}; train the baseline first, or name a model of the Hugging Face hub such as gpt2-large"
+        )
     where, _, revision = (name, "", "") if folder.is_dir() else name.partition("@")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -71,7 +75,9 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision or "main")
     except Exception as error:  # transformers, the hub client and safetensors each raise their own
         reason = str(error).strip().split("\n")[0]
-        hint = "make the folder again" if folder.is_dir() else "without network, download it beforehand or name a folder that holds the model"
+        hint = (
+            "make the folder again" if folder.is_dir() else "without network, download it beforehand or name a folder that holds the model"
+        )
         raise HalfstepError(f"judge: transformers cannot load {name!r} ({type(error).__name__}: {reason}); {hint}") from error
     if not folder.is_dir() and (found := getattr(network.config, "_commit_hash", None)):
         name = f"{where}@{found[:12]}"
@@ -90,7 +96,9 @@ def token_nll(judge: Judge, texts: list[list[int]], micro_batch: int, label: str
     out = [np.zeros(0, np.float32)] * len(texts)
     order = sorted((i for i in range(len(texts)) if len(texts[i]) > 1), key=lambda i: -len(texts[i]))
     if order and judge.context is not None and len(texts[order[0]]) > judge.context:
-        raise HalfstepError(f"judge: texts of {len(texts[order[0]])} tokens, but {judge.name} reads at most {judge.context}; name another judge")
+        raise HalfstepError(
+            f"judge: texts of {len(texts[order[0]])} tokens, but {judge.name} reads at most {judge.context}; name another judge"
+        )
     budget = LOGITS.get(judge.device.type, LOGITS["cpu"])
     at = 0
     with Progress(label, len(order), "text") as progress:

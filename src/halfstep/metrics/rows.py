@@ -28,10 +28,10 @@ def row(metric: str, protocol: str | None, value: float, interval: tuple[float, 
 
 
 def name_parts(model: str) -> dict[str, str | int | None]:
-    """`stories-tiny/kl_backward/round-3` -> model, teacher, run and round; the teacher is round 0, the baseline and the data have none."""
+    """`stories-tiny/kl_backward/round-3` -> model, teacher, run and round; 0 for the teacher and the baseline."""
     teacher, _, rest = model.partition("/")
     run, _, last = rest.partition("/")
-    number = int(last.removeprefix("round-")) if last.startswith("round-") else 0 if run == "teacher" else None
+    number = int(last.removeprefix("round-")) if last.startswith("round-") else 0
     return {"model": model, "teacher": teacher, "run": run or None, "round": number}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ class Denoiser:
         return linear.weight[:-1], linear.bias[:-1]
 
     def log_p(self, h: Tensor) -> Tensor:
-        """log p(x0 = v | xt) [N, V], float32, normalised over the data vocabulary, of features h[N, D]."""
+        """log p(x0 = v | xt) [N, V], float32 inside autocast too, normalised over the data vocabulary, of features h[N, D]."""
         weight, bias = self.readout
-        return F.linear(h.float(), weight.float(), bias.float()).log_softmax(-1)
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(h.float(), weight.float(), bias.float()).log_softmax(-1)

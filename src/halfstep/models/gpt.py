@@ -47,8 +47,9 @@ class GPT(nn.Module):
         return self.output_layer(h)
 
     def log_p(self, h: Tensor) -> Tensor:
-        """log-probabilities [N, V] of the next token from features h[N, D], float32."""
-        return nn.functional.linear(h.float(), self.output_layer.linear.weight.float()).log_softmax(-1)
+        """log-probabilities [N, V] of the next token from features h[N, D], float32 inside autocast too."""
+        with torch.autocast(h.device.type, enabled=False):
+            return nn.functional.linear(h.float(), self.output_layer.linear.weight.float()).log_softmax(-1)
 
     def new_caches(self, batch: int, length: int) -> list[Cache]:
         table = self.vocab_embed.embedding

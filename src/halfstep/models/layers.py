@@ -84,9 +84,13 @@ class Block(nn.Module):
         B, L, D = h.shape
         q, k, v = self.attn_qkv(h).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, *angles), rotate(k, *angles)
+        mask = None
         if cache is not None:
             k, v = cache.append(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and L > 1)
+            past = k.shape[2] - L
+            if past and L > 1:  # is_causal would count from the first key, not from the last
+                mask = torch.ones(L, past + L, dtype=torch.bool, device=h.device).tril(past)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and L > 1 and mask is None)
         return self.attn_out(out.transpose(1, 2).reshape(B, L, D))
 
 

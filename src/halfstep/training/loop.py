@@ -72,14 +72,16 @@ def fit(
     batch(step) -> x0[B, L], the global batch; corrupt(x0, generator) -> the tensors that `loss` needs, each with leading
     dimension B, and the divisor of the summed loss; loss(parts) -> the sum over its rows, scalar; validate() -> held-out figures of the network
     as it stands (called with averaged weights; the first figure decides which is best). Gradients are those of the global batch
-    whatever micro_batch is. `state` is a folder for a rolling checkpoint: an interrupted call continues there, to the same bits.
+    whatever micro_batch is. `state` is a folder for a rolling checkpoint: an interrupted call continues there, to the same bits, if its
+    journal bears the same fingerprint; else it starts anew.
     """
     optimizer = adamw(network, training)
     if carried:
         restore_moments(network, optimizer, carried)
     ema = ema or EMA(network, training.ema_decay)
     fitted = Fitted(ema, {})
-    start = _resume(network, optimizer, fitted, state)
+    stamp = journal.run["fingerprint"]
+    start = _resume(network, optimizer, fitted, state, stamp)
     journal.rewind(start or -1)
     every = max(1, training.num_steps // 200)
     summed = torch.zeros((), device=device)
@@ -108,7 +110,7 @@ def fit(
             seen, updates, done = seen + x0.numel(), updates + 1, step + 1
             if done % every == 0 or done == training.num_steps:
                 mean, updates = summed.item() / updates, 0
-                _check(mean, done, state)
+                _check(mean, norm.item(), done)
                 speed = seen / (time.monotonic() - since)
                 journal.log({"train/loss": mean, "train/lr": lr, "train/grad_norm": norm.item(), "train/tokens_per_s": speed}, done)
                 progress.update(done - progress.done, loss=mean, tokens_per_s=speed)
@@ -118,17 +120,18 @@ def fit(
                 _validate(network, fitted, validate, journal, done)
                 since, seen = time.monotonic(), 0
             if time.monotonic() - saved > SAVE_EVERY_S and done < training.num_steps:
-                _save(network, optimizer, fitted, state, done)
+                _check(summed.item(), norm.item(), done)  # a broken state is never kept
+                _save(network, optimizer, fitted, state, stamp, done)
                 saved = time.monotonic()
     fitted.moments = moments(network, optimizer)
     return fitted
 
 
-def _check(mean: float, step: int, state: Path) -> None:
-    if not math.isfinite(mean):
+def _check(loss: float, norm: float, step: int) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise HalfstepError(
-            f"the loss is {mean} at step {step}: training diverged; lower lr or grad_clip, or lengthen warmup_steps. "
-            f"The last good state is kept in {state}: the next start resumes there"
+            f"the loss is {loss} and the gradient's norm {norm} at step {step}: training diverged; lower lr or grad_clip, or lengthen "
+            "warmup_steps, and start again"
         )
 
 
@@ -147,23 +150,25 @@ def _validate(network: nn.Module, fitted: Fitted, validate: Callable[[], dict[st
     fitted.validation.update(figures)
 
 
-def _save(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted, state: Path, step: int) -> None:
+def _save(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted, state: Path, stamp: str, step: int) -> None:
     """One atomic file: weights, average, moments, best average; the counters in its header."""
     groups = {"raw": dict(network.named_parameters()), "ema": fitted.ema.shadow, "opt": moments(network, optimizer), "best": fitted.best}
     tensors = {f"{group}/{k}": v.detach().cpu().contiguous() for group, named in groups.items() for k, v in named.items()}
-    counters = {"step": step, "ema_updates": fitted.ema.updates, "best_step": fitted.best_step}
+    counters = {"fingerprint": stamp, "step": step, "ema_updates": fitted.ema.updates, "best_step": fitted.best_step}
     header = {k: str(v) for k, v in counters.items()} | {f"validation:{k}": repr(v) for k, v in fitted.validation.items()}
     write_atomic(state / "state.safetensors", lambda path: save_file(tensors, path, header))
 
 
-def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted, state: Path) -> int:
-    """Load the rolling checkpoint if there is one; the number of finished steps."""
+def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted, state: Path, stamp: str) -> int:
+    """Load the rolling checkpoint if there is one of this very run; the number of finished steps."""
     path = state / "state.safetensors"
     if not path.is_file():
         return 0
     groups: dict[str, dict[str, Tensor]] = {"raw": {}, "ema": {}, "opt": {}, "best": {}}
     with safe_open(path, "pt") as file:
         header = file.metadata()
+        if header.get("fingerprint") != stamp:
+            return 0
         for key in file.keys():
             group, name = key.split("/", 1)
             groups[group][name] = file.get_tensor(key)

@@ -40,4 +40,4 @@ def restore_moments(network: nn.Module, optimizer: torch.optim.Optimizer, state:
     """The inverse of `moments`."""
     for name, p in network.named_parameters():
         own = {key.split(":", 1)[0]: value for key, value in state.items() if key.split(":", 1)[1] == name}
-        optimizer.state[p] = {kind: v.clone() if kind == "step" else v.to(p.device, copy=True) for kind, v in own.items()}
+        optimizer.state[p] = {kind: v.to(p.device, copy=True) for kind, v in own.items()}  # `step` too: the fused kernel reads it there

@@ -1,0 +1,235 @@
+"""Metric rows to tables: long CSV for programs, Markdown for people, with the conditions of measurement in a line below.
+
+    rows(files) -> DataFrame, one row for each metric row, columns COLUMNS
+    TABLES[name] -> (select: rows -> long table, markdown: long table -> text)
+
+Numbers taken under different conditions never share a column: `select` raises HalfstepError and names the two models that differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from halfstep.errors import HalfstepError
+from halfstep.files import read_json
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+COLUMNS = (
+    "teacher", "run", "round", "model", "metric", "protocol", "steps", "network_evaluations", "value", "low", "high", "judge", "sampler",
+    "num_samples", "seed", "weights", "draw_dtype", "length", "batch_size", "tokens_per_s", "device", "dtype", "params", "checkpoint", "commit",
+)  # fmt: skip
+INTEGERS = ("round", "steps", "num_samples", "seed", "length", "batch_size", "params")
+LEVELS = ("baseline", "data")  # no sampling steps: lines to compare with
+
+SAMPLES = {  # metric: its title; the order of the steps table
+    "generative_perplexity": "Generative perplexity, lower is better",
+    "entropy": "Unigram entropy of a sample in nats, and its difference from held-out text",
+    "consistent_share": "Share of consistent stories",
+    "accepted_share": "Share of stories that the grammar accepts",
+    "distinct_2": "Share of distinct bigrams",
+}
+LAMBADA = {"lambada_accuracy": "accuracy", "lambada_perplexity": "perplexity"}
+
+
+def rows(paths: Iterable[Path]) -> DataFrame:
+    """All metric rows of these files, and of the .json files below these folders."""
+    import pandas
+
+    found = []
+    for path in paths:
+        for file in sorted(Path(path).rglob("*.json")) if Path(path).is_dir() else [Path(path)]:
+            content = read_json(file)
+            if not isinstance(content, list) or not all(isinstance(row, dict) and {"metric", "model", "value"} <= row.keys() for row in content):
+                raise HalfstepError(f"{file}: expected a list of metric rows, each with metric, model and value; give --metrics only such files")
+            found += content
+    return tidy(pandas.DataFrame(found))
+
+
+def tidy(frame: DataFrame) -> DataFrame:
+    """COLUMNS in their order, whole numbers as whole numbers, a stable order of rows. Also for a table read back from CSV."""
+    extra = [column for column in frame.columns if column not in COLUMNS]
+    frame = frame.reindex(columns=[*COLUMNS, *extra])
+    for column in INTEGERS:
+        frame[column] = frame[column].astype("Int64")
+    frame["round"] = frame["round"].fillna(0)
+    frame["rank"] = frame["run"].map({"teacher": 0, "baseline": 2, "data": 3}).fillna(1)
+    order = ["teacher", "rank", "run", "round", "metric", "protocol", "length", "batch_size", "steps"]
+    return frame.sort_values(order, kind="stable", ignore_index=True).drop(columns="rank")
+
+
+def read_csv(file: Path) -> DataFrame:
+    """A table of ours, as written by `halfstep tabulate`."""
+    import pandas
+
+    try:
+        return tidy(pandas.read_csv(file, dtype={"seed": "Int64", "checkpoint": str, "commit": str}))
+    except FileNotFoundError:
+        raise HalfstepError(f"{file}: no such table; make it with halfstep tabulate") from None
+    except (ValueError, KeyError) as error:
+        raise HalfstepError(f"{file}: not a table of halfstep tabulate ({error}); make it again") from None
+
+
+def steps(table: DataFrame) -> DataFrame:
+    """What was measured of samples, for every model and step count; `vs_data_percent` compares with held-out text."""
+    table = table[table["metric"].isin(SAMPLES)].copy()
+    comparable(table[table["metric"] == "generative_perplexity"], ("judge",))
+    comparable(table, ())
+    comparable(table[~table["run"].isin(LEVELS)], ("sampler", "weights", "draw_dtype"))
+    data = table[table["run"] == "data"].set_index(["teacher", "metric", "protocol"])["value"]
+    keys = list(zip(table["teacher"], table["metric"], table["protocol"], strict=True))
+    table["vs_data_percent"] = [100 * (value / data[key] - 1) if key in data.index else None for key, value in zip(keys, table["value"], strict=True)]
+    return table
+
+
+def lambada(table: DataFrame) -> DataFrame:
+    """Last words: accuracy and perplexity of every model by every protocol."""
+    table = table[table["metric"].isin(LAMBADA)].copy()
+    comparable(table[table["run"] != "baseline"], ("weights", "num_samples"))
+    return table
+
+
+def speed(table: DataFrame) -> DataFrame:
+    """Time to write; `times_faster` is the baseline's latency at the same length and batch size over this one."""
+    table = table[table["metric"] == "latency_s"].copy()
+    comparable(table, ("device", "dtype"))
+    base = table[table["run"] == "baseline"].set_index(["teacher", "length", "batch_size"])["value"]
+    keys = list(zip(table["teacher"], table["length"], table["batch_size"], strict=True))
+    table["times_faster"] = [base[key] / value if key in base.index else None for key, value in zip(keys, table["value"], strict=True)]
+    return table
+
+
+def comparable(table: DataFrame, conditions: Sequence[str]) -> None:
+    """One teacher's numbers of one metric share these conditions and the protocols, or HalfstepError."""
+    for (teacher, metric), group in table.groupby(["teacher", "metric"], sort=False):
+        for condition in conditions:
+            first = group.drop_duplicates(condition)
+            if len(first) > 1:
+                (one, a), (two, b) = first[["model", condition]].values[:2]
+                raise HalfstepError(
+                    f"{metric} of {one} has {condition} {a}, that of {two} has {b}: these numbers do not belong in one column; measure both alike"
+                )
+        if metric not in LAMBADA:  # there every protocol has its own column
+            protocols = group.fillna({"protocol": "none"}).groupby("model", sort=False)["protocol"].agg(lambda column: tuple(sorted(set(column))))
+            if protocols.nunique() > 1:
+                one, two = protocols.drop_duplicates().index[:2]
+                raise HalfstepError(
+                    f"{metric} of {one} is by protocol {', '.join(protocols[one])}, that of {two} by {', '.join(protocols[two])}: "
+                    f"these numbers do not belong in one column; measure all of {teacher} by one protocol"
+                )
+
+
+def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) -> str:
+    """For each teacher and metric a grid, models down and step counts across, `value ±half-width` of the 95% interval."""
+    parts = []
+    for teacher, mine in table.groupby("teacher", sort=False):
+        parts.append(f"## {teacher}: samples")
+        for (metric, protocol), group in _by(mine, metrics):
+            parts.append(f"### {SAMPLES[metric]}" + (f" (protocol {protocol})" if protocol else "") + ", ± 95% interval")
+            parts.append(_grid(group[~group["run"].isin(LEVELS)], "steps", "sampling steps"))
+            level = [f"{row.run}: {_cell(row)}" for row in group[group["run"].isin(LEVELS)].itertuples()]
+            parts += ["Without sampling steps: " + "; ".join(level) + "."] if level else []
+            parts.append(conditions(group))
+        passes = mine[(mine["metric"] == metrics[0]) & ~mine["run"].isin(LEVELS)].dropna(subset="network_evaluations")
+        if len(passes) and (passes["network_evaluations"] == passes["steps"]).all():
+            parts.append("The network is called once per sampling step.")
+        elif len(passes):
+            cells = passes.assign(value=passes["network_evaluations"], low=None, high=None, metric="passes")
+            parts += ["### Calls of the network per sample", _grid(cells, "steps", "sampling steps")]
+    return "\n\n".join(parts) + "\n"
+
+
+def lambada_markdown(table: DataFrame) -> str:
+    parts = []
+    for teacher, mine in table.groupby("teacher", sort=False):
+        columns = mine.assign(case=[f"{LAMBADA[m]}, {p}" for m, p in zip(mine["metric"], mine["protocol"], strict=True)])
+        parts += [f"## {teacher}: last words (LAMBADA), ± 95% interval", _grid(columns, "case", "model"), conditions(mine)]
+    return "\n\n".join(parts) + "\n"
+
+
+def speed_markdown(table: DataFrame) -> str:
+    parts = []
+    for teacher, mine in table.groupby("teacher", sort=False):
+        mine = mine.assign(case=[f"{s} steps" if run not in LEVELS else "baseline" for s, run in zip(mine["steps"], mine["run"], strict=True)])
+        who = ", ".join(mine.loc[mine["run"] != "baseline", "model"].unique())
+        for title, cell in (
+            ("Milliseconds to write (and how many times faster than the baseline)", _latency_cell),
+            ("Tokens per second", lambda row: f"{row.tokens_per_s:,.0f}"),
+        ):
+            parts += [f"## {teacher}: {title}", _grid(mine, "case", "tokens × texts", cell, lambda row: f"{row.length} × {row.batch_size}")]
+        timed = f"Timed: {who}, and the autoregressive baseline with its KV cache; {_list(mine['device'])}, {_list(mine['dtype'])}; "
+        parts.append(timed + f"medians of {_list(mine['num_samples'])} repeats; commit {_list(mine['commit'])}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def conditions(table: DataFrame) -> str:
+    """How the numbers of a table were taken, in a line: judge, protocol, sampler, number of samples, seed, weights, commit."""
+    students = table[~table["run"].isin(LEVELS)]
+    named = (("judge", table, "judge"), ("protocol", table, "protocol"), ("sampler", students, "sampler"), ("draws", students, "draw_dtype"),
+             ("n", table, "num_samples"), ("seed", table, "seed"), ("weights", students, "weights"), ("commit", table, "commit"))  # fmt: skip
+    text = "; ".join(f"{name} {_list(frame[column])}" for name, frame, column in named if frame[column].notna().any()) + "."
+    return text[0].upper() + text[1:]
+
+
+def label(run: str, round_: int) -> str:
+    """A model's name in a row of a table."""
+    return f"{run} round {round_}" if round_ else run
+
+
+def _by(table: DataFrame, metrics: Sequence[str]):
+    for metric in metrics:
+        for protocol, group in table[table["metric"] == metric].groupby("protocol", dropna=False, sort=False):
+            yield (metric, protocol if isinstance(protocol, str) else None), group
+
+
+def _grid(table: DataFrame, across: str, corner: str, cell=None, down=None) -> str:
+    """Models (or what `down` says) as rows, the values of `across` as columns, in the order they appear; steps ascend."""
+    from tabulate import tabulate
+
+    names = sorted(table[across].dropna().unique()) if across == "steps" else list(dict.fromkeys(table[across]))
+    lines: dict[str, dict] = {}
+    for row in table.itertuples():
+        lines.setdefault(down(row) if down else label(row.run, row.round), {})[getattr(row, across)] = (cell or _cell)(row)
+    body = [[name, *(cells.get(column, "") for column in names)] for name, cells in lines.items()]
+    return tabulate(body, [corner, *map(str, names)], "github", disable_numparse=True, colalign=("left", *("right" for _ in names)))
+
+
+def _cell(row) -> str:
+    import pandas
+
+    text = _interval(row)
+    if row.metric == "entropy" and not pandas.isna(getattr(row, "vs_data_percent", None)) and row.run != "data":
+        text += f" ({row.vs_data_percent:+.1f}%)"
+    return text
+
+
+def _latency_cell(row) -> str:
+    import pandas
+
+    ratio = "" if row.run == "baseline" or pandas.isna(row.times_faster) else f" ({number(row.times_faster, 2)}×)"
+    return _interval(row, 1000) + ratio
+
+
+def _interval(row, unit: float = 1) -> str:
+    """The value, and the wider half of its interval with as many decimals: 69.4 ±2.8"""
+    import pandas
+
+    text = number(unit * row.value)
+    if pandas.isna(row.low) or pandas.isna(row.high):
+        return text
+    return f"{text} ±{unit * max(row.high - row.value, row.value - row.low):.{len(text.partition('.')[2])}f}"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Three significant digits, never an exponent for what fits a table: 152, 15.2, 0.152."""
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
+
+
+def _list(column) -> str:
+    return ", ".join(str(value) for value in column.dropna().unique())
+
+
+TABLES = {"steps": (steps, steps_markdown), "lambada": (lambada, lambada_markdown), "speed": (speed, speed_markdown)}

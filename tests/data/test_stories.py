@@ -1,0 +1,198 @@
+"""The grammar of stories: it writes what it judges, its probabilities are exact, and its references can be broken."""
+
+import math
+import random
+import re
+from collections import Counter
+from itertools import product
+
+import pytest
+
+from halfstep.data import stories
+from halfstep.data.stories import EOS, is_held_out, judge, judge_window, log_likelihood
+
+TRAIN = list(stories.sample(4000, seed=3))
+HELD_OUT = list(stories.sample(1000, seed=3, split="validation"))
+
+
+def words(story):
+    return set(re.findall(r"\w+", story))
+
+
+def told(story):
+    """The facts, read off the parse."""
+    return {slot: words[i] for pattern, words in stories._parse(story).values() for i, slot in stories.SLOTS[pattern]}
+
+
+def test_everything_written_is_accepted_and_consistent():
+    assert all(judge(story) == (True, True) for story in TRAIN + HELD_OUT)
+
+
+def test_a_longer_run_begins_with_the_shorter_and_seeds_differ():
+    assert list(stories.sample(50, seed=3)) == TRAIN[:50]
+    assert list(stories.sample(50, seed=4)) != TRAIN[:50]
+
+
+def test_held_out_pairs_never_occur_in_training():
+    in_train = {(name, thing) for story in TRAIN for name in set(stories.WORDS["NAME"]) & words(story)
+                for thing in set(stories.WORDS["THING"]) & words(story)}  # fmt: skip
+    assert len(in_train) > 150 and not any(is_held_out(*pair) for pair in in_train)
+    heroes = {(facts["name"], facts["thing"]) for facts in map(told, HELD_OUT)}
+    assert len(heroes) > 15 and all(is_held_out(*pair) for pair in heroes)
+    pairs = [is_held_out(n, t) for n in stories.WORDS["NAME"] for t in stories.WORDS["THING"]]
+    assert 0.05 < sum(pairs) / len(pairs) < 0.15
+    assert set().union(*map(words, HELD_OUT)) <= set().union(*map(words, TRAIN))  # combined as never before, but no unknown word
+
+
+def test_the_shares_of_the_splits_are_exact():
+    rng, draws = random.Random(0), 20_000
+    found = Counter(stories.split_of(stories.write(rng)[1]) for _ in range(draws))
+    shares = stories.split_shares()
+    assert math.fsum(shares.values()) == pytest.approx(1, abs=1e-12)
+    for split, p in shares.items():
+        assert abs(found[split] - draws * p) < 5 * math.sqrt(draws * p * (1 - p))
+
+
+@pytest.fixture
+def reduced(monkeypatch):
+    """Two words a class and a pattern or two a part: small enough to be enumerated."""
+    few = {"kind": 2, "name": 2, "trait": 1, "place": 1, "thing": 2, "colour": 2, "friend": 2, "kind2": 2, "thing2": 2, "colour2": 2}
+    facts = {k: (v[0][: few[k]] if k in few else v[0], *v[1:]) for k, v in stories.FACTS.items()}
+    facts["feeling"] = (["happy", ""], *facts["feeling"][1:])
+    patterns = {part: (given, dict(list(p.items())[: {"opening": 2, "travel": 1, "meeting": 1}.get(part)]))
+                for part, (given, p) in stories.PATTERNS.items()}  # fmt: skip
+    monkeypatch.setattr(stories, "FACTS", facts)
+    monkeypatch.setattr(stories, "PATTERNS", patterns)
+    caches = (stories.fact_choice, stories.pattern_choice, stories.split_shares)
+    for function in caches:
+        function.cache_clear()
+    yield
+    for function in caches:
+        function.cache_clear()
+
+
+def enumerate_texts():
+    """Every derivation as text, by brute force and with nothing of the probabilities."""
+    for values in product(*(options for options, _, _ in stories.FACTS.values())):
+        facts = dict(zip(stories.FACTS, values, strict=True))
+        if any(unlike and facts[fact] == facts[unlike] for fact, (_, _, unlike) in stories.FACTS.items()):
+            continue
+        words = stories._derived(facts)
+        parts = [
+            [pattern for pattern, allowed in patterns.items() if allowed is None or facts[given] in allowed]
+            for given, patterns in stories.PATTERNS.values()
+            if facts[given]
+        ]
+        for chosen in product(*parts):
+            yield " ".join(pattern.replace(" .", ".") for pattern in chosen).format_map(words)
+
+
+def test_the_probabilities_of_all_stories_sum_to_one(reduced):
+    texts = list(enumerate_texts())
+    assert len(texts) == len(set(texts)) > 5000  # no two derivations write the same text
+    log_p = {text: log_likelihood(text) for text in texts}
+    assert math.fsum(map(math.exp, log_p.values())) == pytest.approx(1, abs=1e-9)
+    for split in ("train", "validation"):
+        inside = [p for text in texts if (p := log_likelihood(text, split)) is not None]
+        assert math.fsum(map(math.exp, inside)) == pytest.approx(1 if inside else 0, abs=1e-9)
+    rng, draws = random.Random(5), 20_000
+    counts = Counter(stories.write(rng)[0] for _ in range(draws))
+    assert counts.keys() <= log_p.keys()
+    for text in sorted(texts, key=log_p.get)[-40:]:  # the sampler draws each as often as its probability says
+        p = math.exp(log_p[text])
+        assert abs(counts[text] - draws * p) < 5 * math.sqrt(draws * p)
+
+
+def test_choices_are_skewed_and_depend_on_each_other():
+    top = [max(stories.fact_choice("place", kind, None).chances) for kind in stories.WORDS["KIND"]]
+    favourites = {stories.fact_choice("place", k, None).options[t] for k in stories.WORDS["KIND"]
+                  for t in [max(range(10), key=stories.fact_choice("place", k, None).chances.__getitem__)]}  # fmt: skip
+    assert min(top) > 0.25 and len(favourites) >= 3  # uniform would be 0.1; independent would have one favourite
+    nats = -sum(log_likelihood(s, "train") for s in TRAIN) / len(TRAIN)
+    assert 20 < nats < 30
+    print(f"{nats:.2f} nats per story")
+
+
+def test_every_class_has_words_of_its_own_and_the_english_holds():
+    vocabulary = [word for group in stories.WORDS.values() for word in group]
+    assert len(vocabulary) == len(set(vocabulary))
+    literals = {word for pattern in stories.SLOTS for word in pattern.split() if word[0] != "{"}
+    assert not literals & set(stories.WORD_CLASS)
+    assert len(stories.SHAPES) == sum(len(patterns) for _, patterns in stories.PATTERNS.values())
+    assert not [s for s in TRAIN if re.search(r"\ba [aeiou]", s)]
+    assert 120 <= len(set().union(*map(words, TRAIN))) <= 250
+
+
+STORY = (
+    "Once there was a brave cat named Lily. She took her red kite to the park. There she met Tom the fox with a blue drum. "
+    "They traded the kite for the drum. Lily was very happy. At last she went home with the blue drum."
+)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("Lily was very", "Mia was very"),  # another name
+    ("She took her", "He took his"),  # pronouns
+    ("took her", "took his"),
+    ("traded the kite", "traded the ball"),  # things
+    ("the blue drum.", "the red kite."),  # carries home what she gave away
+    ("the blue drum.", "the red drum."),  # colours
+    ("home with the blue drum", "home with the blue kite"),
+    ("met Tom", "met Lily"),  # hero and friend alike
+    ("Tom the fox", "Tom the cat"),
+    ("At last she went home with the blue drum.", "Since then Ben is the best friend of Lily."),
+    ("They traded the kite for the drum.", "Tom had no kite so she gave it away."),  # then she has nothing to carry home
+])  # fmt: skip
+def test_a_broken_reference_is_accepted_but_inconsistent(old, new):
+    assert judge(STORY) == (True, True) and old in STORY
+    assert judge(STORY.replace(old, new)) == (True, False)
+
+
+@pytest.mark.parametrize("text", [
+    "", ".", STORY[:-1], STORY + " ", STORY + " Lily was very happy.", STORY.replace("kite", "kites"), STORY.replace("Lily", "happy"),
+    STORY.replace("took her", "took him"), STORY.replace(" the park", ""), STORY.replace("cat", "<KIND>"), "Lily was very happy.",
+    STORY.replace("There she met Tom the fox with a blue drum. ", ""), STORY.replace(". ", ".  "), STORY + STORY,
+])  # fmt: skip
+def test_what_is_no_story_is_not_accepted(text):
+    assert judge(text) == (False, False) and log_likelihood(text) is None
+
+
+def test_a_swapped_name_is_noticed_and_scrambled_sentences_are_refused():
+    rng = random.Random(1)
+    for story in TRAIN[:300]:
+        name = told(story)["name"]
+        other = rng.choice([n for n in stories.WORDS["NAME"] if n not in story])
+        places = [m.start() for m in re.finditer(rf"\b{name}\b", story)]
+        if len(places) > 1:  # a name told once may be any name
+            at = rng.choice(places)
+            assert judge(story[:at] + other + story[at + len(name) :]) == (True, False)
+        sentences = story[:-1].split(". ")
+        scrambled = rng.sample(sentences, len(sentences))
+        assert judge(". ".join(scrambled) + ".").accepted == (scrambled == sentences)
+
+
+def test_a_pronoun_alone_follows_the_name():
+    for story in TRAIN[:500]:
+        he = told(story)["name"] in stories.HE
+        assert bool(re.search(r"\b[Hh]e\b", story)) <= he and bool(re.search(r"\b[Ss]he\b", story)) <= (not he)
+
+
+def test_last_words_follow_from_the_story():
+    items = stories.last_words(500, seed=3)
+    assert [item["text"] + "." for item in items] == HELD_OUT[:500]
+    first, things = 0, 0
+    for item in items:
+        context, word = item["text"].rsplit(" ", 1)
+        assert word.isalpha() and word in context.replace(".", "").split()
+        if word in stories.WORDS["THING"]:
+            things += 1
+            first += word == told(item["text"] + ".")["thing"]
+    assert 0.2 < first / things < 0.8  # neither the first thing mentioned nor the last is the answer
+
+
+def test_a_window_is_judged_by_its_whole_stories():
+    inside = [TRAIN[0], STORY.replace("met Tom", "met Lily"), "no story", ""]
+    window = EOS + "end of one." + EOS + EOS.join(inside) + EOS + "Once there" + EOS
+    assert judge_window(window) == (4, 2, 1)
+    assert judge_window(["end of one.", *inside, "Once there"]) == (4, 2, 1)
+    assert judge_window(EOS + TRAIN[0] + EOS) == (0, 0, 0)  # without a neighbour it may be a fragment
+    assert judge_window(EOS * 10) == (7, 0, 0)  # collapse into EOS is no success

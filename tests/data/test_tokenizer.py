@@ -1,0 +1,59 @@
+"""Tokenizers: any text comes back, training is deterministic, GPT-2's ids are GPT-2's."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from halfstep.data.stories import sample
+from halfstep.data.tokenizer import EOS, load_bpe, train_bpe
+from halfstep.errors import HalfstepError
+
+GPT2 = Path("/work/shared/data/gpt2_bpe")
+
+
+def test_the_stories_words_are_one_token_each():
+    tokenizer = train_bpe(sample(3000, 1), 640)
+    assert tokenizer.token_to_id(EOS) == 0 and tokenizer.get_vocab_size() <= 640
+    words = {word for story in sample(500, 2) for word in story.replace(".", "").split()[1:]}
+    assert not [word for word in words if len(tokenizer.encode(" " + word).ids) > 1]
+    assert train_bpe(sample(3000, 1), 640).to_str() == tokenizer.to_str()
+
+
+def test_any_text_comes_back():
+    tokenizer, rng = train_bpe(sample(200, 1), 300), random.Random(0)
+    for _ in range(200):
+        text = "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xD7FF), rng.randrange(0x1F300, 0x1F700)])) for _ in range(20))
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+@pytest.mark.skipif(not GPT2.is_dir(), reason=f"GPT-2's vocabulary is not at {GPT2}")
+def test_gpt2_ids(tmp_path):
+    tokenizer = load_bpe(str(GPT2))
+    assert tokenizer.encode("Hello world").ids == [15496, 995]
+    assert tokenizer.get_vocab_size() == 50257 and tokenizer.token_to_id(EOS) == 50256
+    assert tokenizer.encode("a" + EOS).ids == [64, 50256]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_bpe(str(tmp_path)).encode("naïve 🙂\n").ids == tokenizer.encode("naïve 🙂\n").ids
+    assert tokenizer.decode(tokenizer.encode(" naïve 🙂\n").ids) == " naïve 🙂\n"
+
+
+def test_a_folder_with_the_hubs_names(tmp_path):
+    tokenizer = train_bpe(sample(200, 1), 300)
+    tokenizer.model.save(str(tmp_path))
+    assert load_bpe(str(tmp_path)).encode("Lily went home.").ids == tokenizer.encode("Lily went home.").ids
+
+
+def test_errors_name_the_folder(tmp_path):
+    with pytest.raises(HalfstepError, match="holds none of vocab.json"):
+        load_bpe(str(tmp_path))
+    with pytest.raises(HalfstepError, match="is not a folder"):
+        load_bpe(str(tmp_path / "absent"))
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(HalfstepError, match="merges.txt cannot be read"):
+        load_bpe(str(tmp_path))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(HalfstepError, match="has no token <|endoftext|>"):
+        load_bpe(str(tmp_path))

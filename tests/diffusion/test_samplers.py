@@ -1,0 +1,172 @@
+"""Samplers against their exact laws over an enumerated language, and what every sampler promises."""
+
+import pytest
+import torch
+from oracle import Language, Perfect, ancestral_law, chi_square, first_hitting_law
+
+from halfstep.diffusion.samplers import SAMPLERS, ancestral, carry_out, first_hitting, sample
+from halfstep.diffusion.schedules import LogLinear
+from halfstep.draws import uniforms
+from halfstep.errors import HalfstepError
+
+ALPHA = 1e-4 / 70  # corrected for the number of chi-square tests here
+DRAWS = 10_000
+SMALL, LONG = Language(4, 3, seed=2), Language(3, 5, seed=3)
+GAPPY = Language(3, 4, seed=4, forbidden=40)  # half of its texts cannot be
+LAW = {"ancestral": ancestral_law, "analytic": ancestral_law, "first_hitting": first_hitting_law}  # one for each of SAMPLERS
+DISTINCT = sorted({id(plan): name for name, plan in SAMPLERS.items()}.values())  # two names of one function are tested once
+
+
+def draw(denoiser, steps, sampler, given=None, n=DRAWS, **how):
+    return sample(denoiser, n, denoiser.language.L, steps, schedule=LogLinear(), sampler=sampler, given=given, **how)
+
+
+def agree(language: Language, ids: torch.Tensor, law: torch.Tensor) -> float:
+    return chi_square(language.index(ids).bincount(minlength=len(law)), law)
+
+
+def unknown(language: Language) -> torch.Tensor:
+    return torch.full((language.L,), language.mask_id)
+
+
+def test_oracle_is_consistent():
+    """The laws that need no sampler: one position at a time is the language itself, one step the product of marginals, many steps converge."""
+    denoiser, texts = Perfect(SMALL), SMALL.index(SMALL.texts)
+    assert torch.allclose(first_hitting_law(denoiser, 3, unknown(SMALL))[texts], SMALL.p, atol=1e-12)
+    marginal = SMALL.posterior[-1]  # the last state is all masks
+    product = torch.stack([marginal[i, SMALL.texts[:, i]] for i in range(SMALL.L)]).prod(0)
+    for law in LAW.values():
+        assert torch.allclose(law(denoiser, 1, unknown(SMALL))[texts], product, atol=1e-12)
+    far = [(ancestral_law(denoiser, n, unknown(SMALL))[texts] - SMALL.p).abs().sum().item() / 2 for n in (1, 2, 4, 8, 64)]
+    assert far == sorted(far, reverse=True) and far[0] > 0.2 and far[-1] < 0.01  # the factorisation error falls with the steps
+
+
+CASES = [*((SMALL, n) for n in (1, 2, 3, 4, 7, 32)), (LONG, 2), (LONG, 5), (GAPPY, 1), (GAPPY, 3)]
+
+
+@pytest.mark.parametrize("sampler", DISTINCT)
+@pytest.mark.parametrize(("language", "steps"), CASES, ids=lambda value: value if isinstance(value, int) else f"V{value.V}L{value.L}")
+def test_law(language, sampler, steps):
+    denoiser = Perfect(language)
+    out = draw(denoiser, steps, sampler, seed=100 + steps)
+    assert out.ids.dtype == torch.int64 and out.ids.max() < language.V
+    assert agree(language, out.ids, LAW[sampler](denoiser, steps, unknown(language))) > ALPHA
+    assert out.network_evaluations.max() <= min(steps, language.L) and out.network_evaluations.min() >= 1
+
+
+@pytest.mark.parametrize("sampler", DISTINCT)
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_law_of_a_denoiser_that_knows_the_time(sampler, steps):
+    """Each pass must be told the time at the start of its own step."""
+    denoiser = Perfect(SMALL, heat=3.0)
+    out = draw(denoiser, steps, sampler, seed=200 + steps)
+    assert agree(SMALL, out.ids, LAW[sampler](denoiser, steps, unknown(SMALL))) > ALPHA
+    if steps == 4 and LAW[sampler] is ancestral_law:  # the test can tell: as many passes, all told t = 1
+        stuck = Perfect(SMALL)
+        stuck.table = lambda t: denoiser.table(1.0)
+        assert agree(SMALL, out.ids, ancestral_law(stuck, steps, unknown(SMALL))) < 1e-6
+
+
+@pytest.mark.parametrize("sampler", DISTINCT)
+@pytest.mark.parametrize("frame", [[1, 3, 3, 3, 3], [3, 3, 3, 3, 0], [3, 2, 3, 0, 3], [0, 1, 2, 0, 3]], ids=str)
+@pytest.mark.parametrize("steps", [2, 3])
+def test_prompt_and_infilling(sampler, frame, steps):
+    given, denoiser = torch.tensor(frame), Perfect(LONG)
+    out = draw(denoiser, steps, sampler, given, seed=300 + steps)
+    fixed = given != LONG.mask_id
+    assert (out.ids[:, fixed] == given[fixed]).all()
+    assert agree(LONG, out.ids, LAW[sampler](denoiser, steps, given)) > ALPHA
+    assert out.network_evaluations.max() <= min(steps, int((~fixed).sum()))
+
+
+def test_nothing_to_write_needs_no_pass():
+    denoiser = Perfect(LONG)
+    out = draw(denoiser, 4, "ancestral", torch.tensor([0, 1, 2, 1, 0]), n=3)
+    assert out.ids.tolist() == [[0, 1, 2, 1, 0]] * 3 and out.network_evaluations.tolist() == [0, 0, 0] and denoiser.passes == 0
+    assert draw(denoiser, 4, "ancestral", n=0).ids.shape == (0, 5)
+
+
+@pytest.mark.parametrize("sampler", DISTINCT)
+def test_same_seed_same_text_whatever_the_batch(sampler):
+    denoiser = Perfect(LONG, heat=1.0)
+    whole = draw(denoiser, 3, sampler, n=64, seed=5)
+    parts = [draw(denoiser, 3, sampler, n=n, seed=5, first=first) for first, n in ((0, 1), (1, 30), (31, 33))]
+    assert torch.equal(whole.ids, torch.cat([p.ids for p in parts]))
+    assert torch.equal(whole.network_evaluations, torch.cat([p.network_evaluations for p in parts]))
+    assert not torch.equal(whole.ids, draw(denoiser, 3, sampler, n=64, seed=6).ids)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_sharpens_each_draw(temperature):
+    denoiser = Perfect(SMALL)
+    cooled = Perfect(SMALL)
+    cooled.table = lambda t: (SMALL.posterior.log() / temperature).softmax(-1).nan_to_num(1 / SMALL.V)
+    out = draw(denoiser, 2, "ancestral", seed=400, temperature=temperature)
+    assert agree(SMALL, out.ids, ancestral_law(cooled, 2, unknown(SMALL))) > ALPHA
+
+
+def test_network_evaluations_are_the_non_empty_steps():
+    """Ancestral: L positions fall independently into N equal steps, so N (1 - (1 - 1/N)^L) steps are not empty on average."""
+    for steps in (2, 5, 16):
+        denoiser = Perfect(LONG)
+        out = draw(denoiser, steps, "ancestral", seed=9)
+        mean = steps * (1 - (1 - 1 / steps) ** LONG.L)
+        found = out.network_evaluations.double()
+        assert abs(found.mean() - mean) < 5 * found.std() / DRAWS**0.5 + 1e-12
+        assert denoiser.texts == out.network_evaluations.sum() and denoiser.passes == out.network_evaluations.max()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 1024])
+def test_ancestral_plan_has_the_law_of_the_schedule(steps):
+    """P(revealed in step i) = (alpha(t_{i+1}) - alpha(t_i)) / (1 - alpha(1)); 1 / steps for the log-linear schedule, and for a bent one."""
+
+    class Bent:
+        def alpha(self, t):
+            return 1 - 0.9 * t**2
+
+    u = uniforms(1, 0, 1, 400_000).view(1000, 400)
+    for schedule, law in ((LogLinear(), lambda t: t), (Bent(), lambda t: t**2)):
+        plan = ancestral(u, steps, schedule)
+        t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        assert plan.shape == u.shape and plan.min() >= 0 and plan.max() < steps
+        assert chi_square(plan.flatten().bincount(minlength=steps), law(t[:-1]) - law(t[1:])) > ALPHA
+    assert ancestral(torch.tensor([[0.0, 1 - 2**-53]]), steps, LogLinear()).tolist() == [[steps - 1, 0]]
+
+
+@pytest.mark.parametrize("L", [1, 5, 12, 64])
+@pytest.mark.parametrize("steps", [1, 3, 5, 12, 100])
+def test_first_hitting_groups_are_equal_up_to_one_and_uniform(L, steps):
+    plan = first_hitting(uniforms(2, 0, 500, L), steps, LogLinear())
+    groups = min(steps, L)
+    for row in plan:
+        sizes = row.bincount(minlength=groups)
+        assert len(sizes) == groups and sizes.max() - sizes.min() <= 1 and sizes.min() >= 1
+    place = plan[:, L // 2].bincount(minlength=groups)
+    assert chi_square(place, plan[0].bincount(minlength=groups).double() / L) > ALPHA
+
+
+def test_carry_out_obeys_any_plan():
+    """A hand-made plan: steps out of order and with gaps; each position sees exactly the earlier ones."""
+    seen = []
+
+    class Spy(Perfect):
+        def features(self, xt, t):
+            seen.append((xt.tolist(), t.tolist()))
+            return super().features(xt, t)
+
+    language = Language(3, 4, seed=1)
+    x = torch.tensor([[3, 3, 1, 3], [3, 3, 3, 3]])
+    plan = torch.tensor([[7, 2, 0, 7], [1, 1, 1, 1]])
+    times = torch.linspace(1, 0, 9)[:-1]
+    texts = []
+    out = carry_out(Spy(language), x, plan, times, torch.full((2, 4), 0.5, dtype=torch.float64), on_pass=texts.append)
+    assert texts == [2, 1] and out.network_evaluations.tolist() == [2, 1] and x.tolist() == [[3, 3, 1, 3], [3, 3, 3, 3]]
+    assert seen[0] == ([[3, 3, 1, 3], [3, 3, 3, 3]], [0.75, 0.875])
+    assert seen[1] == ([[3, out.ids[0, 1].item(), 1, 3]], [0.125]) and out.ids[0, 2] == 1 and out.ids.max() < 3
+
+
+@pytest.mark.parametrize("fault", [{"steps": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"given": torch.tensor([1, 2])}])
+def test_impossible_wishes_are_one_sentence(fault):
+    how = {"steps": 2, "sampler": "ancestral", "n": 2} | fault
+    with pytest.raises(HalfstepError, match="expected 5 tokens|expected 5|above zero"):
+        draw(Perfect(LONG), **how)

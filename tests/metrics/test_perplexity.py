@@ -1,0 +1,158 @@
+"""Generative perplexity against direct arithmetic on the judge's logits, and the judge's faults."""
+
+from math import exp
+
+import numpy as np
+import pytest
+import torch
+from known import words_tokenizer
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from halfstep.errors import HalfstepError
+from halfstep.metrics import perplexity
+from halfstep.metrics.perplexity import ids_nll, load_judge, retokenized_nll, token_nll
+
+WORDS = "the cat sat on a mat and ran to door rug with its red hat"
+EOS = "<|endoftext|>"
+
+
+def save_judge(folder, architecture, words=WORDS, seed=0, eos=EOS):
+    tokenizer = words_tokenizer(words)
+    size = dict(vocab_size=tokenizer.get_vocab_size(), bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(seed)
+    if architecture == "gpt2":
+        network = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=24, initializer_range=0.5, **size))
+    else:
+        network = GPTNeoXForCausalLM(GPTNeoXConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=24, initializer_range=0.5, **size
+        ))  # fmt: skip
+    network.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["gpt2", "gpt_neox"])
+def folder(request, tmp_path_factory):
+    return save_judge(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def by_hand(folder, text):
+    """-log p of each token but the first: one text alone, float64, logsumexp."""
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    with torch.no_grad():
+        logits = network(torch.tensor([text])).logits[0, :-1]
+    return (logits.logsumexp(-1) - logits[torch.arange(len(text) - 1), torch.tensor(text[1:])]).numpy()
+
+
+def test_token_nll_is_logsumexp_minus_logit_whatever_the_batch(folder, monkeypatch):
+    judge, rng = load_judge(str(folder)), np.random.default_rng(0)
+    texts = [rng.integers(0, 16, n).tolist() for n in (5, 24, 1, 9, 2, 9)] + [[]]
+    for micro_batch, budget in ((1, 1 << 25), (4, 1 << 25), (4, 1)):
+        monkeypatch.setitem(perplexity.LOGITS, "cpu", budget)
+        found = token_nll(judge, texts, micro_batch)
+        for text, nll in zip(texts, found, strict=True):
+            np.testing.assert_allclose(nll, by_hand(folder, text) if len(text) > 1 else [], rtol=2e-5)
+
+
+def test_ids_is_sdtts_mean_of_means(folder):
+    ids = np.random.default_rng(1).integers(0, 16, (7, 11))
+    nll = ids_nll(load_judge(str(folder)), ids, 3)
+    expected = exp(np.mean([by_hand(folder, text).mean() for text in ids.tolist()]))
+    assert exp(nll.mean()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_retokenized_is_mdlms_masked_token_mean(folder):
+    """MDLM's own mask, (cumsum of EOS == 1) or not EOS, on texts with none, one and several EOS, at the start and within."""
+    tokenizer, judge = words_tokenizer(WORDS), load_judge(str(folder))
+    ids = np.array([[1, 2, 3, 4, 5, 6], [0, 2, 3, 0, 5, 0], [1, 0, 3, 0, 0, 6], [0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 2, 0]])
+    sums = retokenized_nll(judge, ids, tokenizer, 0, 2)
+    for text, (total, number) in zip(ids.tolist(), sums, strict=True):
+        eos = np.array(text) == 0
+        mask = ((eos.cumsum() == 1) | ~eos)[1:]
+        assert number == mask.sum()
+        assert total == pytest.approx(by_hand(folder, text)[mask].sum(), rel=1e-4)
+    assert sums[:, 1].tolist() == [5, 3, 3, 0, 2]
+
+
+def test_retokenized_reads_the_text_with_the_judges_own_tokens_and_eos(tmp_path):
+    """The judge's words have other ids, and its EOS another name: only the text counts."""
+    judge = load_judge(str(save_judge(tmp_path, "gpt2", words="hat red its with rug door to ran and mat a on sat cat the")))
+    ids = np.array([[0, 1, 2, 3, 0], [0, 4, 5, 6, 7]])
+    theirs = [judge.tokenizer.convert_tokens_to_ids(words_tokenizer(WORDS).decode(text, False).split()) for text in ids.tolist()]
+    sums = retokenized_nll(judge, ids, words_tokenizer(WORDS), 0, 8)
+    assert not judge.shares(words_tokenizer(WORDS))
+    assert sums[1, 0] == pytest.approx(by_hand(tmp_path, theirs[1]).sum(), rel=1e-4)
+    assert sums[:, 1].tolist() == [3, 4]
+    judge.tokenizer.add_special_tokens({"eos_token": "hat"})
+    sums = retokenized_nll(judge, ids, words_tokenizer(WORDS), 0, 8)
+    hat = judge.tokenizer.convert_tokens_to_ids("hat")
+    assert sums[0, 0] == pytest.approx(by_hand(tmp_path, [hat, *theirs[0][1:4], hat])[:3].sum(), rel=1e-4)
+
+
+def test_retokenized_cuts_to_the_length_of_the_samples(folder):
+    judge, tokenizer = load_judge(str(folder)), words_tokenizer(WORDS)
+    judge.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("mat", "red red hat")
+    ids = np.array([[1, 6, 2, 6, 3]])
+    assert retokenized_nll(judge, ids, tokenizer, 0, 8)[0, 1] == 4  # nine tokens again, five of them read
+
+
+def test_nothing_but_eos_is_an_error_and_so_is_a_tokenizer_without_eos(folder, tmp_path):
+    judge = load_judge(str(folder))
+    with pytest.raises(HalfstepError, match="every text is empty or end-of-text alone"):
+        retokenized_nll(judge, np.zeros((3, 5), int), words_tokenizer(WORDS), 0, 2)
+    judge = load_judge(str(save_judge(tmp_path, "gpt2", eos=None)))
+    with pytest.raises(HalfstepError, match="names no eos_token"):
+        retokenized_nll(judge, np.ones((3, 5), int), words_tokenizer(WORDS), 0, 2)
+
+
+def test_the_judge_knows_whose_tokens_it_shares(folder):
+    judge = load_judge(str(folder))
+    assert judge.shares(words_tokenizer(WORDS)) and judge.shares(words_tokenizer("the cat sat"))
+    assert not judge.shares(words_tokenizer("cat the sat")) and not judge.shares(words_tokenizer(WORDS + " more"))
+
+
+def test_ids_beyond_the_judges_vocabulary_or_context(folder):
+    judge = load_judge(str(folder))
+    with pytest.raises(HalfstepError, match="token id 16 in the texts.*below 16"):
+        ids_nll(judge, np.array([[1, 2, 16]]), 2)
+    with pytest.raises(HalfstepError, match="texts of 25 tokens.*at most 24"):
+        ids_nll(judge, np.ones((2, 25), int), 2)
+
+
+def test_judges_that_cannot_be_loaded(folder, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HalfstepError, match="no config.json in .*empty, found nothing there"):
+        load_judge(str(tmp_path / "empty"))
+    with pytest.raises(HalfstepError, match="no folder .*/missing"):
+        load_judge(str(tmp_path / "missing"))
+    with pytest.raises(HalfstepError, match="no folder results/models/x/baseline/hf"):
+        load_judge("results/models/x/baseline/hf")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in folder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[:100] if file.suffix == ".safetensors" else file.read_bytes())
+    with pytest.raises(HalfstepError, match="cannot load .*broken.*make the folder again"):
+        load_judge(str(broken))
+
+    def offline(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files\nmore")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offline)
+    with pytest.raises(HalfstepError, match=r"cannot load 'gpt2-large' \(OSError: We couldn't connect.*files\).*without network, download"):
+        load_judge("gpt2-large")
+
+
+def test_a_revision_is_passed_on(folder, monkeypatch):
+    seen, original = {}, AutoModelForCausalLM.from_pretrained
+
+    def fetch(name, revision, **rest):
+        seen.update(name=name, revision=revision)
+        network = original(folder, **rest)
+        network.config._commit_hash = "0123456789abcdef"
+        return network
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fetch)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name, revision: seen.update(tokenizer=(name, revision)))
+    assert load_judge("openai/judge@v2").name == "openai/judge@0123456789ab"
+    assert seen == {"name": "openai/judge", "revision": "v2", "tokenizer": ("openai/judge", "v2")}

@@ -1,0 +1,189 @@
+"""An enumerated language: its posteriors, the denoiser that never errs, and the exact laws of samplers, targets and bounds.
+
+A state is a text of L tokens in which some are masked (token V): S = (V + 1)^L of them, numbered with the first position as the highest
+digit. Everything is a sum over states in float64, written from the definitions and not from the package.
+"""
+
+from itertools import product
+from math import comb
+
+import torch
+from torch import Tensor
+
+EPS = 1e-3  # of the log-linear schedule
+
+
+class Language:
+    """`log_p` [V**L] float64 over all texts; `sharpness` says how unequal they are, `forbidden` how many have no chance at all."""
+
+    def __init__(self, V: int, L: int, seed: int = 0, sharpness: float = 1.5, forbidden: int = 0):
+        self.V, self.L, self.mask_id = V, L, V
+        self.texts = torch.tensor(list(product(range(V), repeat=L)))
+        self.states = torch.tensor(list(product(range(V + 1), repeat=L)))
+        generator = torch.Generator().manual_seed(seed)
+        score = sharpness * torch.randn(len(self.texts), generator=generator, dtype=torch.float64)
+        score[torch.randperm(len(score), generator=generator)[:forbidden]] = -torch.inf
+        self.log_p = score.log_softmax(0)
+        self.p = self.log_p.exp()
+        fits = ((self.states[:, None] == self.texts) | (self.states[:, None] == V)).all(-1).double()  # [S, T]
+        self.chance = fits @ self.p  # [S] of seeing what is visible in a state
+        hot = torch.nn.functional.one_hot(self.texts, V).double()  # [T, L, V]
+        self.posterior = torch.einsum("st,t,tlv->slv", fits, self.p, hot) / self.chance.clamp(min=1e-300)[:, None, None]
+        self.fits, self.masked = fits, self.states == V
+
+    def index(self, x: Tensor) -> Tensor:
+        """States x[..., L] -> their numbers."""
+        return (x.cpu() * (self.V + 1) ** torch.arange(self.L - 1, -1, -1)).sum(-1)
+
+    def text_index(self, x: Tensor) -> Tensor:
+        return (x * self.V ** torch.arange(self.L - 1, -1, -1)).sum(-1)
+
+    @property
+    def entropy(self) -> float:
+        """Nats per text."""
+        return -(self.p * self.log_p.clamp(min=-1e9)).sum().item()
+
+
+class Perfect:
+    """The Denoiser that never errs; with `heat` it errs in a known way that depends on time: p ~ posterior^(1 + heat t), renormalised.
+
+    features = log-probabilities (zero where a state cannot be), read out by the identity.
+    """
+
+    def __init__(self, language: Language, heat: float = 0.0):
+        self.language, self.heat, self.mask_id = language, heat, language.mask_id
+        self.readout = torch.eye(language.V, dtype=torch.float64), torch.zeros(language.V, dtype=torch.float64)
+        self.ignores_time = heat == 0
+        self.passes = self.texts = 0
+
+    def table(self, t: float) -> Tensor:
+        """Exact p(x0_l = v | state) at time t, [S, L, V] float64."""
+        return (self.language.posterior.log() * (1 + self.heat * t)).softmax(-1).nan_to_num(1 / self.language.V)
+
+    def features(self, xt: Tensor, t: Tensor) -> Tensor:
+        self.passes, self.texts = self.passes + 1, self.texts + len(xt)
+        log_p = self.language.posterior[self.language.index(xt)].log() * (1 + self.heat * t.double())[:, None, None]
+        return log_p.log_softmax(-1).nan_to_num(nan=0.0, neginf=-torch.inf)
+
+    def log_p(self, h: Tensor) -> Tensor:
+        return h.log_softmax(-1)
+
+
+def reveal_chance(t: float, s: float) -> float:
+    """(alpha_s - alpha_t) / (1 - alpha_t), from alpha itself."""
+    alpha_t, alpha_s = 1 - (1 - EPS) * t, 1 - (1 - EPS) * s
+    return (alpha_s - alpha_t) / (1 - alpha_t)
+
+
+def _moves(language: Language, rows: Tensor, p: Tensor, r: float) -> Tensor:
+    """Transition matrix [R, S] from the states `rows`: each masked position is revealed with chance r, its token drawn from p[S, L, V]."""
+    out = torch.ones(len(rows), len(language.states), dtype=torch.float64)
+    for a in range(language.L):
+        now, then = language.states[rows, a][:, None], language.states[:, a][None]
+        value = r * p[rows, a].gather(1, then.clamp(max=language.V - 1).expand(len(rows), -1))
+        move = torch.where(then == language.V, torch.tensor(1 - r, dtype=torch.float64), value)
+        out *= torch.where(now == language.V, move, (now == then).double())
+    return out
+
+
+def independent(language: Language, law: Tensor, p: Tensor, r: float) -> Tensor:
+    """law[S] after one step in which each masked position is revealed with chance r."""
+    rows = law.nonzero()[:, 0]
+    return law[rows] @ _moves(language, rows, p, r)
+
+
+def exactly(language: Language, law: Tensor, p: Tensor, count: int) -> Tensor:
+    """law[S] after a step in which `count` of the masked positions, any with equal chance, are revealed at once."""
+    rows = law.nonzero()[:, 0]
+    m = language.masked.sum(1).double()
+    revealed = m[rows][:, None] - m[None]
+    sets = torch.tensor([comb(int(n), count) for n in m[rows]], dtype=torch.float64)
+    # at r = 1/2 each set of revealed positions has weight 2^-m, whatever the set
+    return law[rows] @ (_moves(language, rows, p, 0.5) * 2.0 ** m[rows][:, None] * (revealed == count) / sets[:, None])
+
+
+def ancestral_law(denoiser: Perfect, steps: int, start: Tensor) -> Tensor:
+    """Law over states [S] after ancestral sampling in `steps` equal steps from the state `start`[L]."""
+    language = denoiser.language
+    law = torch.zeros(len(language.states), dtype=torch.float64)
+    law[language.index(start)] = 1
+    for i in range(steps):
+        t, s = 1 - i / steps, 1 - (i + 1) / steps
+        law = independent(language, law, denoiser.table(t), reveal_chance(t, s))
+    return law
+
+
+def first_hitting_law(denoiser: Perfect, steps: int, start: Tensor) -> Tensor:
+    """Law over states [S] when the free positions are revealed in a random order in min(steps, free) groups, equal up to one."""
+    language = denoiser.language
+    law = torch.zeros(len(language.states), dtype=torch.float64)
+    law[language.index(start)] = 1
+    free = int((start == language.V).sum())
+    groups = min(steps, free)
+    for k in range(groups):
+        size = sum(rank * groups // free == k for rank in range(free))
+        law = exactly(language, law, denoiser.table(1 - k / steps), size)
+    return law
+
+
+def grid(name: str, t: float, dt: float, substeps: int) -> list[float]:
+    """Starts of the teacher's substeps: Algorithm 1's, or the released code's (REFERENCE.md, Q1)."""
+    if name == "exact":
+        return [max(t - i * dt, 1e-5) for i in range(substeps)]
+    space = [1 - i / (substeps - 1) for i in range(substeps)]
+    return [max(t * w + (1 - t) * (t - substeps * dt), 1e-5) for w in space]
+
+
+def target_mean(denoiser: Perfect, xt: Tensor, t: float, dt: float, substeps: int, times: str, of=torch.log) -> tuple[Tensor, Tensor]:
+    """Mean over the teacher's draws of of(target)[L, V] at each masked position of the state xt[L], and of its square."""
+    language = denoiser.language
+    law = torch.zeros(len(language.states), dtype=torch.float64)
+    law[language.index(xt)] = 1
+    first, second = torch.zeros(2, language.L, language.V, dtype=torch.float64)
+    for i, start in enumerate(grid(times, t, dt, substeps)):
+        p = denoiser.table(start)
+        r = reveal_chance(start, max(start - dt, 0.0))
+        settles = 1.0 if i == substeps - 1 else r
+        weight = (law[:, None] * language.masked * settles)[..., None]  # [S, L, 1]
+        value = of(p.clamp(min=1e-300))
+        first += (weight * value).sum(0)
+        second += (weight * value.square()).sum(0)
+        law = independent(language, law, p, r)
+    return first, second
+
+
+def masked_loss(language: Language, share: float) -> float:
+    """E sum over masked positions of -log posterior(x0), when each position is masked with chance `share`."""
+    m = language.masked.sum(1).double()
+    weight = share**m * (1 - share) ** (language.L - m)  # [S] chance of the pattern
+    loss = -(language.posterior * language.posterior.clamp(min=1e-300).log()).sum(-1)  # [S, L]: entropy of each posterior
+    return (weight * language.chance * (loss * language.masked).sum(1)).sum().item()
+
+
+def nelbo(language: Language, low: float = 0.0, high: float = 1.0, eps: float = EPS) -> float:
+    """Integral over t of the NELBO's integrand from low to high (Gauss-Legendre; the integrand is a polynomial)."""
+    nodes, weights = _gauss(32)
+    t = low + (high - low) * (nodes + 1) / 2
+    return sum(
+        (high - low) / 2 * w.item() * masked_loss(language, (1 - eps) * a.item()) / a.item() for a, w in zip(t, weights, strict=True)
+    )
+
+
+def _gauss(n: int) -> tuple[Tensor, Tensor]:
+    import numpy as np
+
+    return tuple(map(torch.from_numpy, np.polynomial.legendre.leggauss(n)))
+
+
+def chi_square(counts: Tensor, law: Tensor, least: float = 5.0) -> float:
+    """p-value of counts[K] under law[K]; outcomes expected less than `least` times are pooled. An impossible outcome gives 0."""
+    if counts[law <= 0].sum() > 0:
+        return 0.0
+    expected = law * counts.sum()
+    rare = expected < least
+    seen = torch.cat([counts[~rare].double(), counts[rare].sum()[None].double()])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    keep = expected > 0
+    statistic = ((seen - expected).square() / expected)[keep].sum()
+    freedom = int(keep.sum()) - 1
+    return torch.special.gammaincc(torch.tensor(freedom / 2, dtype=torch.float64), statistic / 2).item() if freedom > 0 else 1.0

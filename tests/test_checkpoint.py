@@ -1,0 +1,136 @@
+"""Checkpoints: every bit back, and one clear sentence for every way a folder can be wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import halfstep
+from halfstep import checkpoint
+from halfstep.config import Network
+from halfstep.data.tokenizer import train_bpe
+from halfstep.errors import HalfstepError
+
+META = {"kind": "diffusion", "network": Network(size="tiny").model_dump(), "vocab_size": 300, "eos_id": 0, "length": 16, "round": 0}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint with three sets of weights; the average holds parameters only, as some published ones do."""
+    tokenizer = train_bpe(["a small red kite"] * 3, 300)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    torch.manual_seed(0)
+    tensors = {}
+    for name in checkpoint.FILES.values():
+        network = checkpoint.build(META)
+        for p in network.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        tensors[name] = dict(network.named_parameters()) if name == "ema.safetensors" else network.state_dict()
+    tensors["optimizer.safetensors"] = {"step:a": torch.tensor(3.0)}
+    checkpoint.save(tmp_path / "model", tensors, META, tmp_path / "tokenizer.json")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("weights", checkpoint.FILES)
+def test_round_trip(folder, weights):
+    model = halfstep.load(folder, weights)
+    for key, value in load_file(folder / checkpoint.FILES[weights]).items():
+        assert torch.equal(model.network.state_dict()[key], value), key
+    assert torch.equal(model.network.rotary_emb.inv_freq, checkpoint.build(META).rotary_emb.inv_freq)
+    assert not model.network.training and not any(p.requires_grad for p in model.network.parameters())
+    assert (model.kind, model.length, model.vocab_size, model.eos_id, model.mask_id) == ("diffusion", 16, 300, 0, 300)
+    assert model.denoiser.mask_id == 300 and model.denoiser.ignores_time
+    assert model.sha256 == json.loads((folder / "meta.json").read_text())["sha256"][checkpoint.FILES[weights]]
+    assert model.tokenizer.decode(model.tokenizer.encode("a red kite").ids) == "a red kite"
+
+
+def test_the_average_is_what_is_loaded_by_default(folder):
+    assert torch.equal(halfstep.load(folder).network.vocab_embed.embedding, load_file(folder / "ema.safetensors")["vocab_embed.embedding"])
+
+
+def test_kinds_and_time_conditioning():
+    meta = META | {"network": {"size": "tiny", "time_conditioning": True}}
+    assert not checkpoint.denoiser_of(checkpoint.build(meta), meta).ignores_time
+    assert type(checkpoint.build(META | {"kind": "autoregressive"})).__name__ == "GPT"
+    assert checkpoint.build(META, dropout=0.25).blocks[0].dropout == 0.25 and checkpoint.build(META).blocks[0].dropout == 0
+
+
+def test_meta_comes_last_and_goes_first(folder, monkeypatch, tmp_path):
+    """A crash while a checkpoint is written over leaves no meta.json, so no checkpoint."""
+
+    def broken(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_atomic", broken)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(folder, {"model.safetensors": {"a": torch.ones(1)}}, META, tmp_path / "tokenizer.json")
+    with pytest.raises(HalfstepError, match="no meta.json there, so no finished checkpoint"):
+        halfstep.load(folder)
+
+
+def test_meta_names_every_file_by_its_checksum(folder):
+    sums = json.loads((folder / "meta.json").read_text())["sha256"]
+    assert (
+        set(sums)
+        == {*checkpoint.FILES.values(), "optimizer.safetensors", "tokenizer.json"}
+        == {p.name for p in folder.iterdir()} - {"meta.json"}
+    )
+
+
+def rewrite(folder, **changes):
+    """Change meta.json, and make its checksums right again."""
+    from halfstep.files import sha256
+
+    meta = json.loads((folder / "meta.json").read_text()) | changes
+    meta["sha256"] = {name: sha256(folder / name) for name in meta["sha256"] if (folder / name).exists()}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def flip(folder):
+    path = folder / "ema.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-9] ^= 1
+    path.write_bytes(raw)
+
+
+def truncate(folder):
+    path = folder / "ema.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit(folder, change):
+    state = load_file(folder / "ema.safetensors")
+    change(state)
+    save_file(state, folder / "ema.safetensors")
+    rewrite(folder)
+
+
+FAULTS = {
+    "no folder": (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), r"no meta\.json there"),
+    "broken meta": (lambda f: (f / "meta.json").write_text('{"format": 1, '), r"meta\.json: not valid JSON"),
+    "other format": (lambda f: rewrite(f, format=99), "format 99, this halfstep reads format 1"),
+    "flipped bit": (flip, "the file is damaged"),
+    "truncated": (truncate, "the file is damaged"),
+    "missing file": (lambda f: (f / "ema.safetensors").unlink(), "missing, though meta.json lists it"),
+    "not listed": (lambda f: ((f / "ema.safetensors").unlink(), rewrite(f)), "has no ema.safetensors; it holds model.safetensors"),
+    "wrong vocabulary": (lambda f: rewrite(f, vocab_size=301), r"has shape \[301(, 128)?\], the network expects \[302(, 128)?\]"),
+    "another size": (lambda f: rewrite(f, network={"size": "mini"}), "lacks [0-9]+ tensors, blocks.3"),
+    "NaN": (lambda f: edit(f, lambda s: s["blocks.1.attn_out.weight"][0].fill_(float("nan"))), "blocks.1.attn_out.weight holds NaN"),
+    "lacks one": (lambda f: edit(f, lambda s: s.pop("blocks.2.norm1.weight")), "lacks 1 tensors, blocks.2.norm1.weight first"),
+    "has another": (lambda f: edit(f, lambda s: s.update(extra=torch.ones(2))), "has the unknown 1 tensors, extra first"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_one_sentence(folder, fault):
+    spoil, sentence = FAULTS[fault]
+    spoil(folder)
+    with pytest.raises(HalfstepError, match=sentence) as error:
+        halfstep.load(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_unknown_weights(folder):
+    with pytest.raises(HalfstepError, match="weights: found 'last', allowed are raw, ema, best"):
+        halfstep.load(folder, "last")

@@ -1,0 +1,64 @@
+"""Timing on a clock that the test moves."""
+
+import os
+
+import pytest
+import torch
+
+from halfstep import timing
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now, self.calls = 100.0, []
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def task(self, name, seconds):
+        """A function whose i-th call takes seconds[i]."""
+        left = iter(seconds)
+
+        def call():
+            self.calls.append(name)
+            self.now += next(left)
+
+        return call
+
+
+def test_median_and_quartiles_of_the_repeats_after_the_warm_up(monkeypatch):
+    clock = Clock(monkeypatch)
+    timed = timing.measure(clock.task("a", [50, 1, 2, 3, 4, 100]), repeats=5)
+    assert timed.all == (1, 2, 3, 4, 100)
+    assert (timed.median_s, timed.low_s, timed.high_s) == (3, 2, 4)
+    assert timing.measure(clock.task("a", [7, 8, 9]), repeats=3, warmup=0).median_s == 8
+
+
+def test_cases_take_turns_in_alternating_order(monkeypatch):
+    clock, ticks = Clock(monkeypatch), []
+    cases = {name: clock.task(name, [seconds] * 4) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    found = timing.measure_in_turns(cases, repeats=3, tick=lambda: ticks.append(1))
+    assert "".join(clock.calls) == "cba" + "abc" + "cba" + "abc" and len(ticks) == 12
+    assert {name: t.median_s for name, t in found.items()} == {"a": 1, "b": 2, "c": 3}
+
+
+def test_a_cuda_device_is_waited_for_before_every_reading(monkeypatch):
+    clock, events = Clock(monkeypatch), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("wait"))
+    timing.measure(lambda: events.append("run"), repeats=2, device="cuda")
+    assert events == ["wait", "run", "wait"] * 3
+    assert clock.now == 100.0
+
+
+def test_an_error_in_the_timed_call_is_not_swallowed():
+    with pytest.raises(ZeroDivisionError):
+        timing.measure(lambda: 1 / 0, repeats=3)
+
+
+def test_the_machine_says_what_it_is():
+    found = timing.machine()
+    assert set(found) == {"device", "cores", "threads", "system", "python", "torch"}
+    assert (
+        1 <= found["cores"] <= os.cpu_count()
+        and found["threads"] == torch.get_num_threads()
+        and found["device"]
+        and torch.__version__.startswith(found["torch"])
+    )

@@ -1,0 +1,54 @@
+"""Every preset resolves to a graph, under both profiles, from the literal commands of the README."""
+
+import pytest
+from dryrun import REPOSITORY, counts
+
+GRAPHS = {  # preset: runs, rounds over all runs
+    "laptop": (1, 7),
+    "laptop-losses": (3, 21),
+    "ci": (1, 7),
+    "docs": (1, 7),
+    "owt-scaling": (3, 21),
+}
+
+
+def test_every_preset_has_a_test_here():
+    assert {file.stem for file in (REPOSITORY / "workflow/presets").glob("*.yaml")} == {*GRAPHS, "owt-small"}
+
+
+@pytest.mark.parametrize("preset", GRAPHS)
+def test_preset_resolves(workflow, preset):
+    jobs = counts(workflow.plan("--config", f"preset={preset}"))
+    teachers, (_, rounds) = jobs["pretrain"], GRAPHS[preset]
+    assert jobs["train_baseline"] == jobs["time_sampling"] == jobs["score_corpus"] == teachers
+    assert jobs["distill_round"] == rounds
+    assert jobs["score_samples"] == jobs["score_lambada"] == rounds + 2 * teachers
+    assert jobs["generate"] % (rounds + teachers) == teachers  # as often for every denoiser, and once for every baseline
+    assert jobs["plot"] == 6 and jobs["tabulate"] == jobs["track"] == 1
+
+
+def test_one_figure_needs_no_flag(workflow):
+    jobs = counts(workflow.plan("results/figures/ppl_vs_steps.pdf"))
+    assert jobs["plot"] == 1 and "track" not in jobs and jobs["distill_round"] == 7
+
+
+def test_slurm_runs_the_paper_on_gpus(workflow):
+    plan = workflow.plan("--profile", "slurm", "all", HALFSTEP_SLURM_PARTITION="fast")
+    jobs = counts(plan)
+    assert "models/owt-small/teacher" in plan and "stories" not in plan
+    assert jobs["distill_round"] == 11 * 7 + 3 + 2  # thirteen rows: eleven by halves, one by quarters, one by eighths
+    job = plan.split("rule distill_round:")[1].split("\n[")[0]
+    for resource in ("gpu=1", "mem_mb=32000", "runtime=480", "slurm_partition=fast", "micro_batch=32"):
+        assert resource in job, job
+    assert "gpu=" not in plan.split("rule tabulate:")[1].split("\n[")[0]
+
+
+def test_slurm_obeys_another_preset(workflow):
+    plan = workflow.plan("--profile", "slurm", "--config", "preset=ci", "seed=2", "--", "results/models/stories-ci/teacher/meta.json")
+    assert counts(plan)["pretrain"] == 1
+
+
+def test_site_flags_keep_the_preset_of_the_cluster(workflow):
+    assert "results/models/owt-small" in workflow.plan(
+        "--profile", "slurm", "results/models/owt-small/teacher/meta.json", "--config", "seed=2"
+    )

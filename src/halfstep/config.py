@@ -74,7 +74,7 @@ class Corpus(Section):
 
 
 SIZES: dict[str, tuple[int, int, int]] = {  # blocks, width, heads: SDTT Table 2, and two for small machines
-    "tiny": (3, 128, 4),
+    "tiny": (3, 128, 8),
     "mini": (6, 384, 6),
     "small": (12, 768, 12),
     "medium": (24, 1024, 16),

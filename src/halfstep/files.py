@@ -21,9 +21,16 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], object]) ->
             part.write_bytes(content.encode() if isinstance(content, str) else content)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
+        part.chmod(0o666 & ~_umask())  # safetensors writes 0600, which colleagues on a cluster could not read
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: Path, value: object) -> None:

@@ -55,6 +55,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the default blocks for four minutes when the server is gone
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         try:
             import mlflow
         except ImportError:
@@ -171,7 +172,9 @@ class Tracker:
             self.client.delete_logged_model(model.model_id)
         name = "".join("-" if letter in "/:.%\"'" else letter for letter in job.model)
         params = {key: str(value) for key, value in flatten(job.run.get("params", {})).items()}
-        return mlflow.create_external_model(name, run_id, tags, params, kind, self.experiment_id).model_id
+        model = mlflow.create_external_model(name, run_id, tags, params, kind, self.experiment_id)
+        self.client.log_outputs(run_id, [mlflow.entities.LoggedModelOutput(model.model_id, step=0)])
+        return model.model_id
 
     def _supersede(self, old: str, new: str) -> None:
         self.client.set_tag(old, "superseded_by", new)

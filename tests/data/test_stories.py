@@ -36,9 +36,9 @@ def test_a_longer_run_begins_with_the_shorter_and_seeds_differ():
 def test_held_out_pairs_never_occur_in_training():
     in_train = {(name, thing) for story in TRAIN for name in set(stories.WORDS["NAME"]) & words(story)
                 for thing in set(stories.WORDS["THING"]) & words(story)}  # fmt: skip
-    assert len(in_train) > 150 and not any(is_held_out(*pair) for pair in in_train)
+    assert len(in_train) > 90 and not any(is_held_out(*pair) for pair in in_train)
     heroes = {(facts["name"], facts["thing"]) for facts in map(told, HELD_OUT)}
-    assert len(heroes) > 15 and all(is_held_out(*pair) for pair in heroes)
+    assert len(heroes) > 8 and all(is_held_out(*pair) for pair in heroes)
     pairs = [is_held_out(n, t) for n in stories.WORDS["NAME"] for t in stories.WORDS["THING"]]
     assert 0.05 < sum(pairs) / len(pairs) < 0.15
     assert set().union(*map(words, HELD_OUT)) <= set().union(*map(words, TRAIN))  # combined as never before, but no unknown word
@@ -56,11 +56,12 @@ def test_the_shares_of_the_splits_are_exact():
 @pytest.fixture
 def reduced(monkeypatch):
     """Two words a class and a pattern or two a part: small enough to be enumerated."""
-    few = {"kind": 2, "name": 2, "trait": 1, "place": 1, "thing": 2, "colour": 2, "friend": 2, "kind2": 2, "thing2": 2, "colour2": 2}
+    few = {"kind": 2, "name": 2, "place": 1, "thing": 2, "colour": 2, "friend": 2, "thing2": 2}
     facts = {k: (v[0][: few[k]] if k in few else v[0], *v[1:]) for k, v in stories.FACTS.items()}
     facts["feeling"] = (["happy", ""], *facts["feeling"][1:])
-    patterns = {part: (given, dict(list(p.items())[: {"opening": 2, "travel": 1, "meeting": 1}.get(part)]))
+    patterns = {part: (given, dict(list(p.items())[: {"opening": 2, "meeting": 1}.get(part)]))
                 for part, (given, p) in stories.PATTERNS.items()}  # fmt: skip
+    monkeypatch.setattr(stories, "is_held_out", lambda name, thing: (name, thing) == ("Tom", "kite"))
     monkeypatch.setattr(stories, "FACTS", facts)
     monkeypatch.setattr(stories, "PATTERNS", patterns)
     caches = (stories.fact_choice, stories.pattern_choice, stories.split_shares)
@@ -94,7 +95,8 @@ def test_the_probabilities_of_all_stories_sum_to_one(reduced):
     assert math.fsum(map(math.exp, log_p.values())) == pytest.approx(1, abs=1e-9)
     for split in ("train", "validation"):
         inside = [p for text in texts if (p := log_likelihood(text, split)) is not None]
-        assert math.fsum(map(math.exp, inside)) == pytest.approx(1 if inside else 0, abs=1e-9)
+        assert 100 < len(inside) < len(texts)
+        assert math.fsum(map(math.exp, inside)) == pytest.approx(1, abs=1e-9)
     rng, draws = random.Random(5), 20_000
     counts = Counter(stories.write(rng)[0] for _ in range(draws))
     assert counts.keys() <= log_p.keys()
@@ -106,10 +108,10 @@ def test_the_probabilities_of_all_stories_sum_to_one(reduced):
 def test_choices_are_skewed_and_depend_on_each_other():
     top = [max(stories.fact_choice("place", kind, None).chances) for kind in stories.WORDS["KIND"]]
     favourites = {stories.fact_choice("place", k, None).options[t] for k in stories.WORDS["KIND"]
-                  for t in [max(range(10), key=stories.fact_choice("place", k, None).chances.__getitem__)]}  # fmt: skip
-    assert min(top) > 0.25 and len(favourites) >= 3  # uniform would be 0.1; independent would have one favourite
+                  for t in [max(range(8), key=stories.fact_choice("place", k, None).chances.__getitem__)]}  # fmt: skip
+    assert min(top) > 0.25 and len(favourites) >= 3  # uniform would be 0.125; independent would have one favourite
     nats = -sum(log_likelihood(s, "train") for s in TRAIN) / len(TRAIN)
-    assert 20 < nats < 30
+    assert 14 < nats < 22
     print(f"{nats:.2f} nats per story")
 
 
@@ -120,27 +122,28 @@ def test_every_class_has_words_of_its_own_and_the_english_holds():
     assert not literals & set(stories.WORD_CLASS)
     assert len(stories.SHAPES) == sum(len(patterns) for _, patterns in stories.PATTERNS.values())
     assert not [s for s in TRAIN if re.search(r"\ba [aeiou]", s)]
-    assert 120 <= len(set().union(*map(words, TRAIN))) <= 250
+    assert 80 <= len(set().union(*map(words, TRAIN))) <= 250
 
 
 STORY = (
-    "Once there was a brave cat named Lily. She took her red kite to the park. There she met Tom the fox with a blue drum. "
-    "They traded the kite for the drum. Lily was very happy. At last she went home with the blue drum."
+    "A cat named Lily had a red kite at the park. There she met Tom with a drum. They traded the kite for the drum. "
+    "Lily was happy. She went home with the drum."
 )
 
 
 @pytest.mark.parametrize("old, new", [
-    ("Lily was very", "Mia was very"),  # another name
-    ("She took her", "He took his"),  # pronouns
-    ("took her", "took his"),
+    ("Lily was", "Mia was"),  # another name
+    ("There she met", "There he met"),  # pronouns
+    ("She went", "He went"),
     ("traded the kite", "traded the ball"),  # things
-    ("the blue drum.", "the red kite."),  # carries home what she gave away
-    ("the blue drum.", "the red drum."),  # colours
-    ("home with the blue drum", "home with the blue kite"),
+    ("home with the drum", "home with the doll"),
+    ("home with the drum", "home with the kite"),  # carries home what she gave away
+    ("with a drum", "with a kite"),  # both bring the same
     ("met Tom", "met Lily"),  # hero and friend alike
-    ("Tom the fox", "Tom the cat"),
-    ("At last she went home with the blue drum.", "Since then Ben is the best friend of Lily."),
-    ("They traded the kite for the drum.", "Tom had no kite so she gave it away."),  # then she has nothing to carry home
+    ("She went home with the drum.", "Tom loved the kite because it was blue."),  # colours
+    ("She went home with the drum.", "Ben was now the friend of Lily."),
+    ("She went home with the drum.", "Soon she came back to the hill."),  # places
+    ("They traded the kite for the drum.", "She gave the kite away."),  # then she has no drum to carry home
 ])  # fmt: skip
 def test_a_broken_reference_is_accepted_but_inconsistent(old, new):
     assert judge(STORY) == (True, True) and old in STORY
@@ -148,9 +151,9 @@ def test_a_broken_reference_is_accepted_but_inconsistent(old, new):
 
 
 @pytest.mark.parametrize("text", [
-    "", ".", STORY[:-1], STORY + " ", STORY + " Lily was very happy.", STORY.replace("kite", "kites"), STORY.replace("Lily", "happy"),
-    STORY.replace("took her", "took him"), STORY.replace(" the park", ""), STORY.replace("cat", "<KIND>"), "Lily was very happy.",
-    STORY.replace("There she met Tom the fox with a blue drum. ", ""), STORY.replace(". ", ".  "), STORY + STORY,
+    "", ".", STORY[:-1], STORY + " ", STORY + " Lily was happy.", STORY.replace("kite", "kites"), STORY.replace("Lily", "happy"),
+    STORY.replace("met Tom", "met him"), STORY.replace(" the park", ""), STORY.replace("cat", "<KIND>"), "Lily was happy.",
+    STORY.replace("There she met Tom with a drum. ", ""), STORY.replace(". ", ".  "), STORY + STORY,
 ])  # fmt: skip
 def test_what_is_no_story_is_not_accepted(text):
     assert judge(text) == (False, False) and log_likelihood(text) is None

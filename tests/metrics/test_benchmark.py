@@ -16,17 +16,17 @@ def test_students_and_baseline_in_turns(world, tmp_path, monkeypatch):
     calls, sample, generate = [], command.sample, command.gpt.generate
     monkeypatch.setattr(command, "sample", lambda *args, **rest: calls.append(args[3]) or sample(*args, **rest))
     monkeypatch.setattr(command.gpt, "generate", lambda *args, **rest: calls.append("baseline") or generate(*args, **rest))
-    sizes = Benchmark(lengths=[8, 136], batch_sizes=[1, 3], benchmark_steps=[2, 4], repeats=3)  # 136 is longer than trained on
+    sizes = Benchmark(lengths=[6, 130], batch_sizes=[1, 2], benchmark_steps=[2, 4], repeats=3)  # 130 is longer than trained on
     time_sampling(world.models / "teacher", world.models / "baseline", tmp_path / "rows.json", sizes, MACHINE)
     rows = read_json(tmp_path / "rows.json")
     assert calls[:5] == [2, 4, "baseline", 4, 2] and len(calls) == 4 * (2 + 3 * 4)
     assert [(r["length"], r["batch_size"], r["steps"]) for r in rows[:6]] == [
-        (8, 1, 2),
-        (8, 1, 4),
-        (8, 1, None),
-        (8, 3, 2),
-        (8, 3, 4),
-        (8, 3, None),
+        (6, 1, 2),
+        (6, 1, 4),
+        (6, 1, None),
+        (6, 2, 2),
+        (6, 2, 4),
+        (6, 2, None),
     ]
     for row in rows:
         assert 0 < row["low"] <= row["value"] <= row["high"]

@@ -49,7 +49,7 @@ def train(folder: Path, model: str, run: str, r: int, points: int) -> str:
             loss = scale * (0.15 + math.exp(-i / points * 4) * (0.5 if r else 4)) * (1 + 0.08 * noise.gauss(0, 1))
             journal.log({"train/loss": loss, "train/lr": 6e-5 * min(1, i / 5), "train/grad_norm": 0.5 + noise.random(), "train/tokens_per_s": 12e3}, 50 * i)
             if i % 10 == 0:
-                journal.log({"val/nelbo": 1.1 + 2.5 * math.exp(-i / points * 4) - 0.01 * r}, 50 * i)
+                journal.log({"val/nll" if run == "baseline" else "val/nelbo": 1.1 + 2.5 * math.exp(-i / points * 4) - 0.01 * r}, 50 * i)
         journal.artifact(folder / "meta.json")
         journal.close(checkpoint=folder)
     return json.loads((folder / "run.json").read_text())["checkpoint"]["sha256"]["ema"][:16]
@@ -69,7 +69,8 @@ def common(teacher, run, r, model, steps, sha) -> dict:
 
 def quality(base, perplexity, entropy, consistent) -> list[dict]:
     return [base | one for one in (
-        row("generative_perplexity", "ids", perplexity, 0.04 * perplexity), row("entropy", None, entropy, 0.01) | {"judge": None},
+        row("generative_perplexity", "ids", perplexity, 0.04 * perplexity),
+        row("generative_perplexity", "retokenized", 1.1 * perplexity, 0.04 * perplexity), row("entropy", None, entropy, 0.01) | {"judge": None},
         row("distinct_2", None, 0.31, 0.01) | {"judge": None}, row("consistent_share", None, consistent, 0.02) | {"judge": None},
     )]  # fmt: skip
 
@@ -101,7 +102,7 @@ def timings(teacher, run, r) -> list[dict]:
                     "metric": "latency_s", "protocol": None, "value": latency, "low": 0.97 * latency, "high": 1.06 * latency, "model": model, "teacher": teacher,
                     "run": who, "round": 0 if steps is None else r, "steps": steps, "network_evaluations": steps or length, "sampler": "ancestral" if steps else None,
                     "length": length, "batch_size": batch, "tokens_per_s": batch * length / latency, "device": "cpu", "dtype": "float32", "params": 2_100_000,
-                    "num_samples": 10, "seed": 1, "weights": "ema", "checkpoint": None, "commit": "0123456789ab", "judge": None, "draw_dtype": "float64",
+                    "num_samples": batch, "seed": 1, "weights": "ema", "checkpoint": None, "commit": "0123456789ab", "judge": None, "draw_dtype": "float64",
                 })  # fmt: skip
     return rows
 

@@ -145,7 +145,7 @@ def test_summary_prints_tables_texts_and_places(results, capsys):
     summary(results)
     out = capsys.readouterr().out
     for words in (
-        "| kl_backward round 7 |", "Generative perplexity", "Unigram entropy", "last words", "Milliseconds to write", "At 8 steps teacher wrote",
+        "| kl_backward round 7 |", "Generative perplexity", "Unigram entropy", "last words", "milliseconds to write", "At 8 steps teacher wrote",
         "At 8 steps kl_backward/round-7 wrote", "times lower", "ppl_vs_steps.pdf", f"mlflow ui --backend-store-uri sqlite:///{results}/mlflow.db",
     ):  # fmt: skip
         assert words in out, words

@@ -47,7 +47,8 @@ def track(results: Path = Path("results"), uri: str | None = None, experiment: s
 def how_to_look(uri: str, experiment_id: str = "1") -> str:
     """The one command that opens MLflow, and the page of the runs."""
     page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-    return f"{uri.rstrip('/')}/{page}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}\n  then http://localhost:5000/{page}"
+    hint = "  (open a teacher's row with +, tick runs, press Compare)"
+    return f"{uri.rstrip('/')}/{page}\n{hint}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}\n  then http://localhost:5000/{page}\n{hint}"
 
 
 def once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
@@ -64,7 +65,7 @@ def once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
         except Exception as error:  # whatever MLflow, SQLAlchemy or requests raise, the journals are whole and can be sent later
             if not type(error).__module__.startswith(("mlflow", "sqlalchemy", "alembic", "requests", "urllib3")):
                 raise
-            reason = str(error).split("\n")[0][:300]
+            reason = "no server answers" if "Max retries exceeded" in str(error) else str(error).split("\n")[0][:300]
             raise HalfstepError(
                 f"MLflow at {uri} does not take the data ({reason}); nothing is lost: mend it, or name another place with --uri, and call again"
             ) from error

@@ -33,16 +33,16 @@ def pretrain(corpus: Path, output: Path, network: Network, training: Training, m
 
 
 def train_baseline(corpus: Path, output: Path, network: Network, training: Training, machine: Machine, seed: int = 1) -> None:
-    """Train the autoregressive peer by next-token cross-entropy; hf/ holds it as transformers loads it.
+    """Train the autoregressive peer by next-token cross-entropy; hf/ holds its average as transformers loads it.
 
     Args:
         corpus: folder of `halfstep prepare-corpus`
         output: folder of the checkpoint
         seed: of weights and batches
     """
-    gpt = _train("autoregressive", "train-baseline", corpus, output, network, training, machine, seed, autoregressive_loss)
-    windows = Windows(corpus, "train")
-    save_gpt_neox(gpt, output / "hf", windows.length, windows.eos_id, output / "tokenizer.json")
+    _train("autoregressive", "train-baseline", corpus, output, network, training, machine, seed, autoregressive_loss)
+    model = checkpoint.load(output)
+    save_gpt_neox(model.network, output / "hf", model.length, model.eos_id, output / "tokenizer.json")
 
 
 Objective = tuple[Callable, Callable]
@@ -91,7 +91,7 @@ def datasets(corpus: Path, windows: Windows) -> list[dict]:
     return [{"name": f"{corpus.name}/train", "digest": windows.facts["sha256"], "source": str(corpus)}]
 
 
-def _train(kind: str, node: str, corpus: Path, output: Path, network: Network, training: Training, machine: Machine, seed: int, objective) -> nn.Module:
+def _train(kind: str, node: str, corpus: Path, output: Path, network: Network, training: Training, machine: Machine, seed: int, objective) -> None:
     device, windows = device_of(machine), Windows(corpus, "train")
     meta = {
         "kind": kind, "network": network.model_dump(), "vocab_size": windows.vocab_size, "eos_id": windows.eos_id, "length": windows.length,
@@ -112,7 +112,6 @@ def _train(kind: str, node: str, corpus: Path, output: Path, network: Network, t
         )  # fmt: skip
         finish(output, net, fitted, meta, corpus)
         journal.close(checkpoint=output)
-    return net
 
 
 def finish(output: Path, network: nn.Module, fitted: Fitted, meta: dict, corpus: Path) -> None:

@@ -26,101 +26,78 @@ from typing import NamedTuple
 from halfstep.data.tokenizer import EOS
 
 # Words by class, the most frequent first. A word belongs to one class only, and none after "a" begins with a vowel.
-SHE = "Lily Mia Anna Rosie Ella Nora Ruby Daisy".split()
-HE = "Tom Ben Sam Max Leo Finn Jack Hugo".split()
+SHE = "Lily Mia Anna Rosie Ella".split()
+HE = "Tom Ben Sam Max Leo".split()
 WORDS = {
     "NAME": [name for pair in zip(SHE, HE, strict=True) for name in pair],
-    "KIND": "rabbit fox bear mouse duck frog cat dog pig hen".split(),
-    "TRAIT": "small brave kind shy clever funny quiet young".split(),
-    "PLACE": "park garden forest beach river hill farm market lake meadow".split(),
-    "THING": "kite ball hat book drum boat bell doll cup coat lamp shell box rope horn flag".split(),
-    "COLOUR": "red blue green yellow pink brown white black".split(),
-    "FEELING": "happy glad proud tired merry calm sleepy thankful".split(),
+    "KIND": "rabbit fox bear mouse duck frog cat dog".split(),
+    "PLACE": "park garden forest beach river hill farm market".split(),
+    "THING": "kite ball hat book drum boat bell doll cup coat lamp box".split(),
+    "COLOUR": "red blue green yellow pink brown".split(),
+    "FEELING": "happy glad proud tired merry calm".split(),
 }
 PRONOUNS = {"She": ("She", "He"), "she": ("she", "he"), "her": ("her", "his"), "him": ("her", "him")}  # her, him as in `his` and `to him`
 
-# What happens, and what hero and friend then carry home.
-EVENTS = {
-    "play": ("thing", "thing2"),
-    "swap": ("thing2", "thing"),
-    "gift": ("thing2", None),
-    "give": (None, "thing"),
-    "lose": ("thing2", None),
-    "save": ("thing", "thing2"),
-}
+EVENTS = "play swap gift give lose save".split()
 
 # fact: (options, the fact it depends on, the fact it must differ from), in the order of drawing
 FACTS: dict[str, tuple[list[str], str | None, str | None]] = {
     "kind": (WORDS["KIND"], None, None),
     "name": (WORDS["NAME"], "kind", None),
-    "trait": (WORDS["TRAIT"], "name", None),
     "place": (WORDS["PLACE"], "kind", None),
     "thing": (WORDS["THING"], "place", None),
     "colour": (WORDS["COLOUR"], "thing", None),
     "friend": (WORDS["NAME"], "name", "name"),
-    "kind2": (WORDS["KIND"], "friend", "kind"),
-    "thing2": (WORDS["THING"], "kind2", "thing"),
-    "colour2": (WORDS["COLOUR"], "thing2", "colour"),
-    "event": (list(EVENTS), "thing", None),
+    "thing2": (WORDS["THING"], "friend", "thing"),
+    "event": (EVENTS, "thing", None),
     "feeling": ([*WORDS["FEELING"], ""], "event", None),  # "": the story does not say
 }
 
 # part: (the fact its pattern depends on, {pattern: the fact's values that allow it, all when None}), the most frequent first.
-# held and held2 are what hero and friend carry home, in colours tint and tint2; she, her and him are the hero, her2 the friend.
+# she, her and him are the hero, her2 the friend.
 Patterns = dict[str, tuple[str, ...] | None]
 PATTERNS: dict[str, tuple[str, Patterns]] = {
-    "opening": ("trait", {
-        "Once there was a {trait} {kind} named {name} .": None,
-        "One day a {trait} {kind} named {name} woke up .": None,
-        "Near the {place} lived {name} the {trait} {kind} .": None,
-        "This is a story of {name} the {trait} {kind} .": None,
+    "opening": ("kind", {
+        "{name} the {kind} took a {colour} {thing} to the {place} .": None,
+        "At the {place} {name} the {kind} found a {colour} {thing} .": None,
+        "A {kind} named {name} had a {colour} {thing} at the {place} .": None,
     }),
-    "travel": ("place", {
-        "{She} took {her} {colour} {thing} to the {place} .": None,
-        "{name} went to the {place} with a {colour} {thing} .": None,
-        "{She} carried a {colour} {thing} to the {place} .": None,
-        "At the {place} {she} found a {colour} {thing} .": None,
-    }),
-    "meeting": ("kind2", {
-        "There {she} met {friend} the {kind2} with a {colour2} {thing2} .": None,
-        "{friend} the {kind2} was there with {her2} {colour2} {thing2} .": None,
-        "Then a {kind2} named {friend} brought a {colour2} {thing2} .": None,
-        "{She} saw {friend} the {kind2} who had a {colour2} {thing2} .": None,
+    "meeting": ("friend", {
+        "There {she} met {friend} with a {thing2} .": None,
+        "{friend} was there with {her2} {thing2} .": None,
+        "Then {friend} came with a {thing2} .": None,
     }),
     "event": ("event", {
-        "They played until it was dark .": ("play",),
-        "All day they played with the {thing} and the {thing2} .": ("play",),
+        "They played until dark .": ("play",),
+        "They played with the {thing} and the {thing2} .": ("play",),
         "They traded the {thing} for the {thing2} .": ("swap",),
-        "{name} gave {her} {thing} and got the {thing2} .": ("swap",),
+        "{name} got the {thing2} for the {thing} .": ("swap",),
         "{friend} gave {him} the {thing2} .": ("gift",),
-        "The {kind2} let {name} keep the {thing2} .": ("gift",),
-        "{friend} had no {thing} so {she} gave it away .": ("give",),
-        "The {trait} {kind} gave {friend} the {thing} .": ("give",),
-        "The {thing} broke so {friend} gave {him} the other .": ("lose",),
-        "The wind took the {thing} so {friend} shared the {thing2} .": ("lose",),
-        "The {thing} fell down but {friend} saved it .": ("save",),
-        "The wind took the {thing} but the {kind2} brought it back .": ("save",),
+        "{friend} let {name} keep the {thing2} .": ("gift",),
+        "{name} gave {friend} the {thing} .": ("give",),
+        "{She} gave the {thing} away .": ("give",),
+        "The {thing} broke so {friend} gave {him} the {thing2} .": ("lose",),
+        "The wind took the {thing} but {friend} shared the {thing2} .": ("lose",),
+        "The {thing} fell but {friend} saved it .": ("save",),
+        "The wind took the {thing} but {friend} brought it back .": ("save",),
     }),
     "feeling": ("feeling", {
-        "{name} was very {feeling} .": None,
+        "{name} was {feeling} .": None,
         "{She} felt {feeling} .": None,
-        "The {trait} {kind} was {feeling} .": None,
     }),
     "ending": ("event", {
-        "At last {she} went home with the {tint} {held} .": ("play", "swap", "gift", "lose", "save"),
-        "{friend} ran home with the {tint2} {held2} .": ("play", "swap", "give", "save"),
-        "That night {name} slept beside the {held} .": ("play", "swap", "gift", "lose", "save"),
-        "{She} never forgot {her} friend {friend} .": None,
+        "{She} went home with the {colour} {thing} .": ("play", "save"),
+        "{She} went home with the {thing2} .": ("swap", "gift", "lose"),
+        "{friend} went home with the {thing} .": ("swap", "give"),
+        "{friend} loved the {thing} because it was {colour} .": ("swap", "give"),
+        "{She} never forgot {friend} .": None,
+        "{friend} was now the friend of {name} .": None,
         "Soon {she} came back to the {place} .": None,
-        "Since then {friend} is the best friend of {name} .": None,
-        "{friend} loved the {held2} because it was {tint2} .": ("swap", "give"),
-        "Now the {kind2} was a friend of the {kind} .": None,
     }),
 }  # fmt: skip
 
-CLASS = {"name": "NAME", "friend": "NAME", "kind": "KIND", "kind2": "KIND", "thing": "THING", "thing2": "THING", "held": "THING",
-         "held2": "THING", "colour": "COLOUR", "colour2": "COLOUR", "tint": "COLOUR", "tint2": "COLOUR", "trait": "TRAIT",
-         "place": "PLACE", "feeling": "FEELING", "She": "She", "she": "she", "her": "her", "him": "her", "her2": "her"}  # fmt: skip
+CLASS = {"name": "NAME", "friend": "NAME", "kind": "KIND", "thing": "THING", "thing2": "THING", "colour": "COLOUR", "place": "PLACE",
+         "feeling": "FEELING", "She": "She", "she": "she", "her": "her", "him": "her", "her2": "her"}  # fmt: skip
 WORD_CLASS = {word: name for name, words in WORDS.items() for word in words}
 WORD_CLASS |= {"She": "She", "He": "She", "she": "she", "he": "she", "her": "her", "his": "her", "him": "her"}
 
@@ -203,22 +180,12 @@ def split_shares() -> dict[str | None, float]:
             for thing, p in _chances("thing", place):
                 things[thing] = things.get(thing, 0) + p_kind * p_place * p
         for thing, p_thing in things.items():
-            second = {friend: _second_things(friend, kind, thing) for friend in FACTS["friend"][0]}
             for name, p_name in _chances("name", kind):
                 for friend, p_friend in _chances("friend", name, name):
-                    for thing2, p in second[friend].items():
+                    for thing2, p in _chances("thing2", friend, thing):
                         split = split_of({"name": name, "thing": thing, "friend": friend, "thing2": thing2})
                         shares[split] += p_thing * p_name * p_friend * p
     return shares
-
-
-def _second_things(friend: str, kind: str, thing: str) -> dict[str, float]:
-    """P(thing2 | friend, kind, thing), summed over the friend's kind."""
-    out: dict[str, float] = {}
-    for kind2, p_kind2 in _chances("kind2", friend, kind):
-        for thing2, p in _chances("thing2", kind2, thing):
-            out[thing2] = out.get(thing2, 0) + p_kind2 * p
-    return out
 
 
 def _chances(fact: str, parent: str | None = None, taken: str | None = None):
@@ -227,13 +194,9 @@ def _chances(fact: str, parent: str | None = None, taken: str | None = None):
 
 
 def _derived(facts: dict[str, str]) -> dict[str, str]:
-    """The facts with everything that follows from them: pronouns, and who carries what home."""
+    """The facts with the pronouns that follow from them."""
     out = {**facts, **{word: forms[facts["name"] in HE] for word, forms in PRONOUNS.items()}}
     out["her2"] = PRONOUNS["her"][facts["friend"] in HE]
-    held, held2 = EVENTS[facts["event"]]
-    for carried, tint, source in (("held", "tint", held), ("held2", "tint2", held2)):
-        if source:
-            out[carried], out[tint] = facts[source], facts[source.replace("thing", "colour")]
     return out
 
 

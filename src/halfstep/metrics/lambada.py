@@ -178,7 +178,9 @@ def examine(model: Model, data: str, items: int | None = None, micro_batch: int 
             tasks = list(TaskManager(include_defaults=False).load([task(data, Path(cache))])["tasks"].values())
         except (OSError, ValueError) as error:
             where = "mend the file" if local else "download it where there is a network, or name a .jsonl"
-            raise HalfstepError(f"lambada: cannot load {data!r} ({type(error).__name__}: {str(error).strip().split(chr(10))[0]}); {where}") from error
+            raise HalfstepError(
+                f"lambada: cannot load {data!r} ({type(error).__name__}: {str(error).strip().split(chr(10))[0]}); {where}"
+            ) from error
         found = simple_evaluate(
             model=lm, tasks=tasks, task_manager=TaskManager(include_defaults=False), limit=items, bootstrap_iters=0, log_samples=True,
             random_seed=None, numpy_random_seed=None, torch_random_seed=None,

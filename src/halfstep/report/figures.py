@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     Drawn = tuple[Figure, DataFrame]
 
+LOSSES = {"train/loss": "training loss", "val/nelbo": "held-out loss", "val/nll": "held-out loss"}  # teacher and rounds, baseline
 CURVE_POINTS = 120  # of a training curve: the mean over equal stretches of steps
 
 
@@ -114,31 +115,28 @@ def latency_vs_length(tables: dict[str, DataFrame]) -> Drawn:
                 line = rows[rows["steps"] == steps]
                 parts.append(_points(line, panel, f"{prefix}{steps} steps", line["length"], 1000).assign(round=darker))
     points = pandas.concat(parts, ignore_index=True)
-    note = (
-        f"Medians of {', '.join(map(str, table['num_samples'].dropna().unique()))} repeats; bands: spread. {', '.join(table['device'].dropna().unique())}, "
-        f"{', '.join(table['dtype'].dropna().unique())}; commit {', '.join(table['commit'].dropna().unique())}."
-    )
+    where = "; ".join(", ".join(map(str, table[column].dropna().unique())) for column in ("device", "dtype"))
+    note = f"Medians, bands to the quartiles; all in one process. {where}; commit {', '.join(table['commit'].dropna().unique())}."
     return style.draw(points, note, xlabel="tokens written", ylabel="milliseconds", x_scale="steps", log_y=True), points
 
 
 def loss_curves(tables: dict[str, DataFrame]) -> Drawn:
     """Training loss, and the held-out one, against optimiser steps: a panel for each run with all its rounds, one for teacher and baseline."""
-    table = tables["journals"]
-    keys = [key for key in table["key"].unique() if key == "train/loss" or key.startswith("val/")]
-    parts = []
-    for key in sorted(keys, key=lambda key: (key != "train/loss", key)):
-        for (teacher, group), mine in table[table["key"] == key].groupby(["teacher", "group"], sort=False):
-            panel = _title(table, teacher, f"{group}: {key}")
+    table, parts = tables["journals"], []
+    for title in dict.fromkeys(LOSSES.values()):
+        kept = table[table["key"].map(LOSSES.get) == title]
+        for (teacher, group), mine in kept.groupby(["teacher", "group"], sort=False):
+            panel = _title(table, teacher, f"{group}: {title}")
             for series, curve in mine.groupby("series", sort=False):
                 x, y = _thin(curve["step"].to_numpy(float), curve["value"].to_numpy(float))
                 parts.append(pandas.DataFrame({"panel": panel, "series": series, "kind": "line", "round": curve["round"].iloc[0], "x": x, "y": y}))
     if not parts:
-        raise HalfstepError("loss_curves: the journals hold neither train/loss nor val/...; name the folders under results/models with --tables")
+        raise HalfstepError(f"loss_curves: the journals hold none of {', '.join(LOSSES)}; name the folders under results/models with --tables")
     points = pandas.concat(parts, ignore_index=True).reindex(columns=style.POINTS)
     titles = {panel: panel.rpartition(": ")[2] for panel in points["panel"].unique()}
     groups = table.drop_duplicates(["teacher", "group"])
     note = f"Means over equal stretches of steps, at most {CURVE_POINTS} a curve. Journals of {', '.join(table['teacher'].unique())}; commit {', '.join(table['commit'].unique())}."
-    return style.draw(points, note, xlabel="optimiser steps", ylabel=titles, share_y=False, columns=min(len(groups), 6), markers=False), points
+    return style.draw(points, note, xlabel="optimiser steps", ylabel=titles, share_y=False, columns=min(len(groups), 6)), points
 
 
 def journals(folders: Iterable[Path]) -> DataFrame:
@@ -160,12 +158,12 @@ def journals(folders: Iterable[Path]) -> DataFrame:
 
 
 def _metric(table: DataFrame, metric: str) -> DataFrame:
-    """Rows of one metric, of one protocol: the first where there are two."""
+    """Rows of one metric; where a teacher's were taken by two protocols, of the first (ids before retokenized)."""
     rows = table[table["metric"] == metric]
     if rows.empty:
         raise HalfstepError(f"the steps table has no row of {metric}; score samples first")
-    protocol = rows["protocol"].dropna().unique()
-    return rows[rows["protocol"] == protocol[0]] if len(protocol) > 1 else rows
+    first = rows.groupby("teacher")["protocol"].transform("min")
+    return rows[rows["protocol"].isna() | (rows["protocol"] == first)]
 
 
 def _by_run(rows: DataFrame, x: str) -> DataFrame:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ RC = {
 MARKERS = "ov^D<>X"
 RUNS = (("#123a6b", "-"), ("#c4542d", (0, (5, 1.5))), ("#4f9d69", (0, (1, 1))), ("#8d5a97", (0, (4, 1, 1, 1))), ("#a8842c", (0, (7, 2, 1, 2))))
 LEVELS = {"baseline": ("#555", (0, (5, 2))), "data": ("#555", (0, (1, 1.5)))}
-HALO = [withStroke(linewidth=1.6, foreground="white")]
+PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}  # behind a label; outlined letters would triple an SVG
 PLAIN = FuncFormatter(lambda value, _: f"{value:.6g}")
 GAP, LETTER = 9.5, 0.056  # points between two labels; inches of one letter in them
 
@@ -58,7 +57,6 @@ def draw(
     labels: str = "right",
     share_y: bool = True,
     columns: int = 3,
-    markers: bool = True,
     before: Callable[[Axes, DataFrame], None] | None = None,
 ) -> Figure:
     """One panel for each value of `panel`, one line for each series.
@@ -90,7 +88,7 @@ def draw(
             _y_axis(axes, points if share_y else mine, log_y)
             if before:
                 before(axes, mine)
-            _lines(axes, mine, points, labels, markers)
+            _lines(axes, mine, points, labels)
         for i, line in enumerate(reversed(lines)):
             figure.text(0.12 / width, (0.1 + 0.13 * i) / height, line, fontsize=6, color="#666")
         return figure
@@ -135,7 +133,7 @@ def _y_axis(axes: Axes, points: DataFrame, log: bool) -> None:
     axes.yaxis.set_major_formatter(PLAIN)
 
 
-def _lines(axes: Axes, mine: DataFrame, points: DataFrame, labels: str, markers: bool) -> None:
+def _lines(axes: Axes, mine: DataFrame, points: DataFrame, labels: str) -> None:
     rounds, names = int(points["round"].fillna(0).max()), [name for name in dict.fromkeys(points["series"]) if name not in (*LEVELS, "teacher")]
     at_lines, at_levels = [], []
     for name, group in mine.groupby("series", sort=False):
@@ -146,7 +144,7 @@ def _lines(axes: Axes, mine: DataFrame, points: DataFrame, labels: str, markers:
             at_levels.append((first["y"], axes.get_xlim()[1], f"{name} {first['y']:.3g}", color))
             continue
         style = series_style(name, int(first["round"]) if first["round"] == first["round"] else 0, rounds, names.index(name) if name in names else 0)
-        style |= {} if markers else {"marker": "", "linewidth": 1}
+        style |= {"marker": "", "linewidth": 1} if len(group) > 20 else {}
         if first["kind"] == "point":
             style |= {"linestyle": "", "markersize": 6}
         axes.plot(group["x"].to_numpy(float), group["y"].to_numpy(float), label=name, gid=name, zorder=3, **style)
@@ -157,7 +155,7 @@ def _lines(axes: Axes, mine: DataFrame, points: DataFrame, labels: str, markers:
             else:
                 axes.fill_between(*band, color=style["color"], alpha=0.16, linewidth=0, zorder=1)
         for point in group.dropna(subset="text").itertuples():
-            axes.annotate(point.text, (point.x, point.y), (5, 3), textcoords="offset points", fontsize=6.5, color="#444", path_effects=HALO)
+            axes.annotate(point.text, (point.x, point.y), (5, 3), textcoords="offset points", fontsize=6.5, color="#444", bbox=PLATE)
         if first["kind"] == "line":
             end = group.loc[group["x"].idxmin() if labels == "left" else group["x"].idxmax()]
             at_lines.append((end["y"], end["x"], name, style["color"]))
@@ -179,8 +177,8 @@ def label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]], side:
     for (y, x, name, color), spot, place in zip(ends, spots, places, strict=True):
         axes.annotate(
             name, (x, y), (column - spot[0], place - spot[1]), textcoords="offset points", fontsize=7, color=color, annotation_clip=False,
-            ha="right" if side == "left" else "left", va="center", path_effects=HALO,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3, "relpos": (side == "left", 0.5)},
+            ha="right" if side == "left" else "left", va="center", bbox=PLATE,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 2.5, "shrinkB": 3, "relpos": (side == "left", 0.5)},
         )  # fmt: skip
 
 

@@ -156,12 +156,12 @@ def speed_markdown(table: DataFrame) -> str:
         mine = mine.assign(case=[f"{s} steps" if run not in LEVELS else "baseline" for s, run in zip(mine["steps"], mine["run"], strict=True)])
         who = ", ".join(mine.loc[mine["run"] != "baseline", "model"].unique())
         for title, cell in (
-            ("Milliseconds to write (and how many times faster than the baseline)", _latency_cell),
-            ("Tokens per second", lambda row: f"{row.tokens_per_s:,.0f}"),
+            ("milliseconds to write, median ± quartile (times faster than the baseline)", _latency_cell),
+            ("tokens per second", lambda row: f"{row.tokens_per_s:,.0f}"),
         ):
             parts += [f"## {teacher}: {title}", _grid(mine, "case", "tokens × texts", cell, lambda row: f"{row.length} × {row.batch_size}")]
-        timed = f"Timed: {who}, and the autoregressive baseline with its KV cache; {_list(mine['device'])}, {_list(mine['dtype'])}; "
-        parts.append(timed + f"medians of {_list(mine['num_samples'])} repeats; commit {_list(mine['commit'])}.")
+        timed = f"Timed: {who}, and the autoregressive baseline with its KV cache, in one process; ± is the farther quartile; "
+        parts.append(timed + f"{_list(mine['device'])}, {_list(mine['dtype'])}; commit {_list(mine['commit'])}.")
     return "\n\n".join(parts) + "\n"
 
 

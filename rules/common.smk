@@ -59,7 +59,11 @@ MODELS = [f"{t}/baseline" for t in CONFIG.teachers] + DENOISERS
 # (run.json, journal.jsonl) and the state of an unfinished training are not declared: Snakemake would delete them before a restart.
 CHECKPOINT = ["model.safetensors", "ema.safetensors", "best.safetensors", "optimizer.safetensors", "tokenizer.json"]
 
-TABLES = ["steps", "lambada", "speed"]
+TABLES = {  # table: the metric rows it gathers
+    "steps": [f"results/metrics/{model}/samples.json" for model in MODELS] + [f"results/metrics/{t}/data.json" for t in CONFIG.teachers],
+    "lambada": [f"results/metrics/{model}/lambada.json" for model in MODELS],
+    "speed": [f"results/benchmarks/{t}/sampling.json" for t in CONFIG.teachers],
+}
 FIGURES = {  # figure: what it is drawn from
     "ppl_vs_steps": ["results/tables/steps.csv"],
     "entropy_vs_steps": ["results/tables/steps.csv"],
@@ -78,6 +82,7 @@ wildcard_constraints:
     round=r"[1-9]\d*",
     steps=r"[1-9]\d*",
     figure="|".join(FIGURES),
+    table="|".join(TABLES),
 
 
 def teacher(wildcards):

@@ -3,29 +3,28 @@
 
 rule tabulate:
     input:
-        expand("results/metrics/{model}/samples.json", model=MODELS),
-        expand("results/metrics/{model}/lambada.json", model=MODELS),
-        expand("results/metrics/{teacher}/data.json", teacher=CONFIG.teachers),
-        expand("results/benchmarks/{teacher}/sampling.json", teacher=CONFIG.teachers),
+        lambda wildcards: TABLES[wildcards.table],
     output:
-        report(
-            expand("results/tables/{table}.csv", table=TABLES),
+        "results/tables/{table}.md",
+        csv=report(
+            "results/tables/{table}.csv",
             caption="../workflow/report/table.rst",
             category="Tables",
+            labels={"table": "{table}"},
         ),
-        expand("results/tables/{table}.md", table=TABLES),
     log:
-        "results/logs/tabulate.log",
+        "results/logs/tabulate/{table}.log",
     benchmark:
-        "results/logs/tabulate.tsv"
+        "results/logs/tabulate/{table}.tsv"
     conda:
         "../envs/cpu.yaml"
     params:
-        output=subpath(output[0], parent=True),
+        output=subpath(output.csv, strip_suffix=".csv"),
         code=STAGE["tabulate"],
     shell:
         r"""
         halfstep tabulate \
+            --table {wildcards.table} \
             --metrics {input:q} \
             --output {params.output:q} \
             2>&1 | tee {log:q}

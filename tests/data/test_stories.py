@@ -55,8 +55,8 @@ def test_the_shares_of_the_splits_are_exact():
 
 @pytest.fixture
 def reduced(monkeypatch):
-    """Two words a class and a pattern or two a part: small enough to be enumerated."""
-    few = {"kind": 2, "name": 2, "place": 1, "thing": 2, "colour": 2, "friend": 2, "thing2": 2}
+    """One to three words a class and a pattern or two a part: small enough to be enumerated."""
+    few = {"kind": 1, "name": 3, "place": 1, "thing": 2, "colour": 2, "friend": 3, "thing2": 2}
     facts = {k: (v[0][: few[k]] if k in few else v[0], *v[1:]) for k, v in stories.FACTS.items()}
     facts["feeling"] = (["happy", ""], *facts["feeling"][1:])
     patterns = {part: (given, dict(list(p.items())[: {"opening": 2, "meeting": 1}.get(part)]))

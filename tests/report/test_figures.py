@@ -16,13 +16,14 @@ from halfstep.commands.report import first_sample, plot, summary, tabulate
 from halfstep.errors import HalfstepError
 from halfstep.report import style
 from halfstep.report.figures import FIGURES, journals
-from halfstep.report.tables import read_csv
+from halfstep.report.tables import TABLES, read_csv
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = synthetic.write(tmp_path_factory.mktemp("figures") / "results", runs=("kl_backward", "mse"), rounds=7, steps=[8, 16, 32], points=10)
-    tabulate([folder / "metrics", folder / "benchmarks"], folder / "tables")
+    for name in TABLES:
+        tabulate(name, [folder / "metrics", folder / "benchmarks"], folder / "tables" / name)
     return folder
 
 
@@ -129,6 +130,13 @@ def test_long_curves_are_thinned_by_means_not_by_choice(results):
 
     x, y = _thin(numpy.arange(10_000.0), numpy.where(numpy.arange(10_000) % 2, 1.0, 3.0))
     assert len(x) == CURVE_POINTS and numpy.abs(y - 2).max() < 0.05
+
+
+def test_journals_are_found_by_folder_or_named_one_by_one(results):
+    named = journals(sorted((results / "models").rglob("journal.jsonl"), reverse=True))
+    columns = ["teacher", "group", "series", "key", "step"]
+    pandas.testing.assert_frame_equal(named.sort_values(columns, ignore_index=True), journals([results / "models"]).sort_values(columns, ignore_index=True))
+    assert set(named["group"]) == {"pretraining", "kl_backward", "mse"} and named["series"].nunique() == 9
 
 
 def test_a_table_of_two_teachers_draws_a_panel_for_each_run(results, tmp_path):

@@ -13,7 +13,7 @@ CONFIG = {
     },
     "sampling": {"steps": [8]},
 }
-REPORT = {"tabulate", "track", "all", *(f"plot {name}" for name in ("ppl_vs_steps", "entropy_vs_steps", "ppl_vs_latency"))}
+REPORT = {"tabulate steps", "track", "all", *(f"plot {name}" for name in ("ppl_vs_steps", "entropy_vs_steps", "ppl_vs_latency"))}
 
 
 def configure(tree, **changes):

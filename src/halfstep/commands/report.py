@@ -6,6 +6,7 @@ import difflib
 import re
 import shlex
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 
 from halfstep.errors import HalfstepError
@@ -13,20 +14,29 @@ from halfstep.files import sha256, write_atomic, write_json
 from halfstep.tracking import commit
 
 
-def tabulate(metrics: list[Path], output: Path) -> None:
-    """Gather metric rows into {output}/steps, lambada and speed, each as .csv (long, complete) and .md (to read).
+def tabulate(table: str, metrics: list[Path], output: Path) -> None:
+    """Gather metric rows into one table: {output}.csv (long, complete) and .md (to read).
 
     Args:
+        table: steps, lambada or speed
         metrics: files of metric rows, or folders of such files
-        output: the folder of the tables
+        output: path of the table; an ending .csv or .md is dropped
     """
     from halfstep.report.tables import TABLES, rows
 
-    found = rows(metrics)
-    for name, (select, markdown) in TABLES.items():
-        table = select(found)
-        write_atomic(output / f"{name}.csv", table.dropna(axis="columns", how="all").to_csv(index=False))
-        write_atomic(output / f"{name}.md", markdown(table) if len(table) else f"No rows of {name} yet.\n")
+    select, markdown = TABLES[known("table", table, TABLES)]
+    chosen = select(rows(metrics))
+    stem = output.with_suffix("") if output.suffix in (".csv", ".md") else output
+    write_atomic(stem.with_name(stem.name + ".csv"), chosen.dropna(axis="columns", how="all").to_csv(index=False))
+    write_atomic(stem.with_name(stem.name + ".md"), markdown(chosen) if len(chosen) else f"No rows of {table} yet.\n")
+
+
+def known(flag: str, name: str, registry: Collection[str]) -> str:
+    """`name`, or HalfstepError when the registry has no such entry."""
+    if name not in registry:
+        near = difflib.get_close_matches(name, registry, 1, 0.4)
+        raise HalfstepError(f"--{flag} {name}: no such {flag}; known are {', '.join(registry)}" + (f"; did you mean {near[0]}?" if near else ""))
+    return name
 
 
 def plot(figure: str, tables: list[Path], output: Path) -> None:
@@ -43,10 +53,7 @@ def plot(figure: str, tables: list[Path], output: Path) -> None:
     from halfstep.report.figures import FIGURES, journals
     from halfstep.report.tables import read_csv
 
-    if figure not in FIGURES:
-        near = difflib.get_close_matches(figure, FIGURES, 1, 0.4)
-        raise HalfstepError(f"--figure {figure}: no such figure; known are {', '.join(FIGURES)}" + (f"; did you mean {near[0]}?" if near else ""))
-    draw, needs = FIGURES[figure]
+    draw, needs = FIGURES[known("figure", figure, FIGURES)]
     given = {path.stem: path for path in tables if path.suffix == ".csv"}
     if missing := [name for name in needs if name not in given and name != "journals"]:
         raise HalfstepError(f"--tables: {figure} needs {', '.join(f'{name}.csv' for name in needs)}; found no {', '.join(f'{name}.csv' for name in missing)}")

@@ -1,7 +1,7 @@
 """`stories`: a seeded grammar of short English children's stories that writes them and judges them.
 
 A story is drawn in two steps. First its facts, each given an earlier one (`FACTS`: places that kinds prefer, colours that things
-prefer, ...), with chances that fall like Zipf's law: P(option | parent) ~ 1 / (rank in general ** 0.6 * rank for this parent ** 1.5).
+prefer, ...), with chances that fall like Zipf's law: P(option | parent) ~ 1 / (rank in general ** 0.8 * rank for this parent ** 2).
 Then one sentence pattern per part (`PATTERNS`), which mentions facts. Every pattern has a shape of its own once its words are
 replaced by their classes, so a text has at most one parse, and its probability is the product of the choices along it:
 
@@ -138,9 +138,9 @@ class Choice(NamedTuple):
 
 
 def _choice(options: list[str], label: str) -> Choice:
-    """P(option) ~ 1 / (rank in the list ** 0.6 * rank in an order of this label's own ** 1.5)."""
+    """P(option) ~ 1 / (rank in the list ** 0.8 * rank in an order of this label's own ** 2)."""
     own = sorted(options, key=lambda option: zlib.crc32(f"{label}/{option}".encode()))
-    weights = [(i + 1) ** -0.6 * (own.index(option) + 1) ** -1.5 for i, option in enumerate(options)]
+    weights = [(i + 1) ** -0.8 * (own.index(option) + 1) ** -2 for i, option in enumerate(options)]
     chances = [weight / sum(weights) for weight in weights]
     return Choice(options, chances, list(accumulate(chances)))
 

@@ -59,8 +59,8 @@ class Corpus(Section):
     """the field that holds the text in .jsonl and .parquet"""
     num_documents: PositiveInt | None = None
     """stories: how many to write; elsewhere: read only the first so many"""
-    validation_documents: PositiveInt = 1000
-    """held out: the last so many documents (stories: so many with combinations never trained on)"""
+    validation_documents: PositiveInt | None = None
+    """held out: the last so many documents (stories: so many with combinations never trained on); 1,000, of openwebtext 100,000"""
     corpus_seed: Annotated[int, Field(ge=0)] = 1
     """seed of the grammar (stories only)"""
 

@@ -36,9 +36,9 @@ def test_a_longer_run_begins_with_the_shorter_and_seeds_differ():
 def test_held_out_pairs_never_occur_in_training():
     in_train = {(name, thing) for story in TRAIN for name in set(stories.WORDS["NAME"]) & words(story)
                 for thing in set(stories.WORDS["THING"]) & words(story)}  # fmt: skip
-    assert len(in_train) > 90 and not any(is_held_out(*pair) for pair in in_train)
+    assert len(in_train) > 50 and not any(is_held_out(*pair) for pair in in_train)
     heroes = {(facts["name"], facts["thing"]) for facts in map(told, HELD_OUT)}
-    assert len(heroes) > 8 and all(is_held_out(*pair) for pair in heroes)
+    assert len(heroes) > 2 and all(is_held_out(*pair) for pair in heroes)
     pairs = [is_held_out(n, t) for n in stories.WORDS["NAME"] for t in stories.WORDS["THING"]]
     assert 0.05 < sum(pairs) / len(pairs) < 0.15
     assert set().union(*map(words, HELD_OUT)) <= set().union(*map(words, TRAIN))  # combined as never before, but no unknown word
@@ -58,7 +58,6 @@ def reduced(monkeypatch):
     """One to three words a class and a pattern or two a part: small enough to be enumerated."""
     few = {"kind": 1, "name": 3, "place": 1, "thing": 2, "colour": 2, "friend": 3, "thing2": 2}
     facts = {k: (v[0][: few[k]] if k in few else v[0], *v[1:]) for k, v in stories.FACTS.items()}
-    facts["feeling"] = (["happy", ""], *facts["feeling"][1:])
     patterns = {part: (given, dict(list(p.items())[: {"opening": 2, "meeting": 1}.get(part)]))
                 for part, (given, p) in stories.PATTERNS.items()}  # fmt: skip
     monkeypatch.setattr(stories, "is_held_out", lambda name, thing: (name, thing) == ("Tom", "kite"))
@@ -82,7 +81,6 @@ def enumerate_texts():
         parts = [
             [pattern for pattern, allowed in patterns.items() if allowed is None or facts[given] in allowed]
             for given, patterns in stories.PATTERNS.values()
-            if facts[given]
         ]
         for chosen in product(*parts):
             yield " ".join(pattern.replace(" .", ".") for pattern in chosen).format_map(words)
@@ -108,10 +106,10 @@ def test_the_probabilities_of_all_stories_sum_to_one(reduced):
 def test_choices_are_skewed_and_depend_on_each_other():
     top = [max(stories.fact_choice("place", kind, None).chances) for kind in stories.WORDS["KIND"]]
     favourites = {stories.fact_choice("place", k, None).options[t] for k in stories.WORDS["KIND"]
-                  for t in [max(range(8), key=stories.fact_choice("place", k, None).chances.__getitem__)]}  # fmt: skip
-    assert min(top) > 0.25 and len(favourites) >= 3  # uniform would be 0.125; independent would have one favourite
+                  for t in [max(range(6), key=stories.fact_choice("place", k, None).chances.__getitem__)]}  # fmt: skip
+    assert min(top) > 0.3 and len(favourites) >= 3  # uniform would be 0.17; independent would have one favourite
     nats = -sum(log_likelihood(s, "train") for s in TRAIN) / len(TRAIN)
-    assert 14 < nats < 22
+    assert 10 < nats < 14
     print(f"{nats:.2f} nats per story")
 
 
@@ -122,28 +120,25 @@ def test_every_class_has_words_of_its_own_and_the_english_holds():
     assert not literals & set(stories.WORD_CLASS)
     assert len(stories.SHAPES) == sum(len(patterns) for _, patterns in stories.PATTERNS.values())
     assert not [s for s in TRAIN if re.search(r"\ba [aeiou]", s)]
-    assert 80 <= len(set().union(*map(words, TRAIN))) <= 250
+    assert 60 <= len(set().union(*map(words, TRAIN))) <= 100
 
 
 STORY = (
-    "A cat named Lily had a red kite at the park. There she met Tom with a drum. They traded the kite for the drum. "
-    "Lily was happy. She went home with the drum."
+    "A cat named Lily had a red kite. She met Tom at the park. They played with the kite. Lily was happy and took home the kite."
 )
 
 
 @pytest.mark.parametrize("old, new", [
     ("Lily was", "Mia was"),  # another name
-    ("There she met", "There he met"),  # pronouns
-    ("She went", "He went"),
-    ("traded the kite", "traded the ball"),  # things
-    ("home with the drum", "home with the doll"),
-    ("home with the drum", "home with the kite"),  # carries home what she gave away
-    ("with a drum", "with a kite"),  # both bring the same
+    ("She met", "He met"),  # pronouns
+    ("They played with the kite.", "She let Ben keep the kite."),  # another friend
+    ("They played with the kite.", "He let Tom keep the kite."),
+    ("played with the kite", "played with the ball"),  # things
+    ("home the kite", "home the doll"),
     ("met Tom", "met Lily"),  # hero and friend alike
-    ("She went home with the drum.", "Tom loved the kite because it was blue."),  # colours
-    ("She went home with the drum.", "Ben was now the friend of Lily."),
-    ("She went home with the drum.", "Soon she came back to the hill."),  # places
-    ("They traded the kite for the drum.", "She gave the kite away."),  # then she has no drum to carry home
+    ("They played with the kite.", "Tom wanted the blue kite."),  # colours
+    ("and took home the kite", "and went back to the farm"),  # places
+    ("They played with the kite.", "The wind took the kite."),  # then there is no kite to take home
 ])  # fmt: skip
 def test_a_broken_reference_is_accepted_but_inconsistent(old, new):
     assert judge(STORY) == (True, True) and old in STORY
@@ -151,9 +146,9 @@ def test_a_broken_reference_is_accepted_but_inconsistent(old, new):
 
 
 @pytest.mark.parametrize("text", [
-    "", ".", STORY[:-1], STORY + " ", STORY + " Lily was happy.", STORY.replace("kite", "kites"), STORY.replace("Lily", "happy"),
-    STORY.replace("met Tom", "met him"), STORY.replace(" the park", ""), STORY.replace("cat", "<KIND>"), "Lily was happy.",
-    STORY.replace("There she met Tom with a drum. ", ""), STORY.replace(". ", ".  "), STORY + STORY,
+    "", ".", STORY[:-1], STORY + " ", STORY + " They played with the kite.", STORY.replace("kite", "kites"), STORY.replace("Lily", "happy"),
+    STORY.replace("met Tom", "met her"), STORY.replace(" the park", ""), STORY.replace("cat", "<KIND>"), "Lily was happy and took home the kite.",
+    STORY.replace("She met Tom at the park. ", ""), STORY.replace(". ", ".  "), STORY + STORY,
 ])  # fmt: skip
 def test_what_is_no_story_is_not_accepted(text):
     assert judge(text) == (False, False) and log_likelihood(text) is None
@@ -182,14 +177,12 @@ def test_a_pronoun_alone_follows_the_name():
 def test_last_words_follow_from_the_story():
     items = stories.last_words(500, seed=3)
     assert [item["text"] + "." for item in items] == HELD_OUT[:500]
-    first, things = 0, 0
+    classes = Counter()
     for item in items:
         context, word = item["text"].rsplit(" ", 1)
-        assert word.isalpha() and word in context.replace(".", "").split()
-        if word in stories.WORDS["THING"]:
-            things += 1
-            first += word == told(item["text"] + ".")["thing"]
-    assert 0.2 < first / things < 0.8  # neither the first thing mentioned nor the last is the answer
+        assert word.isalpha() and word in re.findall(r"\w+", ". ".join(context.split(". ")[:2]))  # told in the first two of four sentences
+        classes[stories.WORD_CLASS[word]] += 1
+    assert len(classes) >= 3 and max(classes.values()) < 0.8 * len(items), classes
 
 
 def test_a_window_is_judged_by_its_whole_stories():

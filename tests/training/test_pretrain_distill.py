@@ -185,24 +185,18 @@ def test_round_1_begins_at_the_average_of_the_teacher(teacher, corpus, tmp_path,
 @pytest.mark.parametrize("reset", [False, True], ids=["carried", "reset"])
 def test_round_2(first, corpus, tmp_path, monkeypatch, next_teacher, reset):
     """The student goes on as it stands; its teacher is what it was, raw or averaged; optimiser and average are carried on, or begin anew."""
-    seen, how = (
-        captured(monkeypatch),
-        distillation(num_steps=2, warmup_steps=1, next_teacher=next_teacher, reset_optimizer=reset, reset_ema=reset),
-    )
-    out = tmp_path / "kl" / "round-2"
+    how = distillation(num_steps=1, warmup_steps=0, next_teacher=next_teacher, reset_optimizer=reset, reset_ema=reset)
+    seen, out = captured(monkeypatch), tmp_path / "kl" / "round-2"
     distill_round(first, corpus, 2, out, how, MACHINE, seed=3)
     raw, average = weights(first), weights(first, "ema")
-    assert difference(raw, average) > 0
+    assert difference(raw, average) > 1e-4
     assert difference(seen["student"], raw) == 0 and difference(seen["teacher"], raw if next_teacher == "raw" else average) == 0
     meta, moments = checkpoint.read_meta(out), load_file(out / "optimizer.safetensors")
     assert (meta["round"], meta["dt"], meta["student_steps"]) == (2, 1 / 8, 4)
-    assert meta["ema_updates"] == (2 if reset else 7) and moments["step:vocab_embed.embedding"] == (2 if reset else 7)
-    rates = [p["metrics"]["train/lr"] for p in read(out)[1] if "train/lr" in p["metrics"]]
-    assert rates == pytest.approx([5e-4] * 2)  # warmup_steps of 1, or none
-    # the average after two updates: from the former average (updates 6 and 7 of it), or from the student (updates 1 and 2)
-    bound = difference(weights(out), raw)
-    near = difference(weights(out, "ema"), raw if reset else average)
-    assert near <= 1.01 * max(bound, difference(raw, average))
+    n = 1 if reset else 6  # updates behind average and moments
+    assert meta["ema_updates"] == moments["step:vocab_embed.embedding"] == n
+    decay, start, now = (1 + n) / (10 + n), raw if reset else average, weights(out)
+    assert difference(weights(out, "ema"), {k: decay * start[k] + (1 - decay) * now[k] for k in start}) < 1e-6
 
 
 def test_warm_up_is_left_out_where_the_optimiser_is_carried(first, corpus, tmp_path):
@@ -212,12 +206,20 @@ def test_warm_up_is_left_out_where_the_optimiser_is_carried(first, corpus, tmp_p
         assert [p["metrics"]["train/lr"] for p in read(out)[1] if "train/lr" in p["metrics"]][:2] == pytest.approx(expected)
 
 
+def twins(meta):
+    """A student and its teacher, one network of random weights: its predictions depend on every visible token."""
+    torch.manual_seed(1)
+    network = checkpoint.build(meta).eval()
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return network, checkpoint.denoiser_of(network, meta)
+
+
 @pytest.mark.parametrize("divergence", ["kl_backward", "kl_forward", "mse", "tvd"])
 def test_the_loss_is_zero_where_nothing_was_revealed(teacher, corpus, divergence):
     """At the start of round 1 student and teacher are one; only revealed positions teach. The mean is over the global batch's masked positions."""
-    meta, old = checkpoint.read_meta(teacher), halfstep.load(teacher).denoiser
-    student = checkpoint.build(meta)
-    checkpoint.load_weights(student, weights(teacher, "ema"), teacher)
+    meta = checkpoint.read_meta(teacher)
+    student, old = twins(meta)
     corrupt, loss = sdtt_loss(student, old, Round(1, 0.25, 2, 2), distillation(divergence=divergence), meta)
     parts, divisor = corrupt(Windows(corpus, "train")[torch.arange(8)], generator(0, 0))
     assert divisor == (parts["xt"] == old.mask_id).sum()
@@ -225,15 +227,14 @@ def test_the_loss_is_zero_where_nothing_was_revealed(teacher, corpus, divergence
         moved, still = loss(parts).item() / divisor, loss(parts | {"u_reveal": torch.zeros(8, 24, dtype=torch.float64)}).item() / divisor
         split = sum(loss({k: v[i : i + 3] for k, v in parts.items()}).item() for i in (0, 3, 6)) / divisor
         nothing = loss(parts | {"xt": torch.zeros(8, 24, dtype=torch.long)}).item()
-    assert abs(still) < 1e-6 < 3e-5 < moved and nothing == 0
+    assert abs(still) < 1e-6 < 1e-2 < moved and nothing == 0
     assert split == pytest.approx(moved, rel=1e-4)
 
 
 def test_the_round_decides_the_size_of_the_step(teacher, corpus):
     """A tiny step reveals nothing and costs nothing; a round later the loss is larger."""
-    meta, old = checkpoint.read_meta(teacher), halfstep.load(teacher).denoiser
-    student = checkpoint.build(meta)
-    checkpoint.load_weights(student, weights(teacher, "ema"), teacher)
+    meta = checkpoint.read_meta(teacher)
+    student, old = twins(meta)
     x0, losses = Windows(corpus, "train")[torch.arange(32)], []
     for dt in (1e-6, 1 / 64, 1 / 16, 1 / 4):
         corrupt, loss = sdtt_loss(student, old, Round(1, dt, 2, 2), distillation(), meta)

@@ -26,19 +26,19 @@ from typing import NamedTuple
 from halfstep.data.tokenizer import EOS
 
 # Words by class, the most frequent first. A word belongs to one class only, and none after "a" begins with a vowel.
-SHE = "Lily Mia Anna Rosie Ella".split()
-HE = "Tom Ben Sam Max Leo".split()
+SHE = "Lily Mia Anna Rosie".split()
+HE = "Tom Ben Sam Max".split()
 WORDS = {
     "NAME": [name for pair in zip(SHE, HE, strict=True) for name in pair],
-    "KIND": "rabbit fox bear mouse duck frog cat dog".split(),
-    "PLACE": "park garden forest beach river hill farm market".split(),
-    "THING": "kite ball hat book drum boat bell doll cup coat lamp box".split(),
-    "COLOUR": "red blue green yellow pink brown".split(),
-    "FEELING": "happy glad proud tired merry calm".split(),
+    "KIND": "rabbit fox bear mouse duck cat".split(),
+    "PLACE": "park garden forest beach river farm".split(),
+    "THING": "kite ball hat book drum boat bell doll".split(),
+    "COLOUR": "red blue green yellow pink".split(),
+    "FEELING": "happy glad proud tired calm".split(),
 }
 PRONOUNS = {"She": ("She", "He"), "she": ("she", "he"), "her": ("her", "his"), "him": ("her", "him")}  # her, him as in `his` and `to him`
 
-EVENTS = "play swap gift give lose save".split()
+EVENTS = "play gift lose save wish".split()
 
 # fact: (options, the fact it depends on, the fact it must differ from), in the order of drawing
 FACTS: dict[str, tuple[list[str], str | None, str | None]] = {
@@ -48,56 +48,46 @@ FACTS: dict[str, tuple[list[str], str | None, str | None]] = {
     "thing": (WORDS["THING"], "place", None),
     "colour": (WORDS["COLOUR"], "thing", None),
     "friend": (WORDS["NAME"], "name", "name"),
-    "thing2": (WORDS["THING"], "friend", "thing"),
     "event": (EVENTS, "thing", None),
-    "feeling": ([*WORDS["FEELING"], ""], "event", None),  # "": the story does not say
+    "feeling": (WORDS["FEELING"], "event", None),
 }
 
 # part: (the fact its pattern depends on, {pattern: the fact's values that allow it, all when None}), the most frequent first.
-# she, her and him are the hero, her2 the friend.
+# she, her and him are the hero.
 Patterns = dict[str, tuple[str, ...] | None]
 PATTERNS: dict[str, tuple[str, Patterns]] = {
     "opening": ("kind", {
-        "{name} the {kind} took a {colour} {thing} to the {place} .": None,
-        "At the {place} {name} the {kind} found a {colour} {thing} .": None,
-        "A {kind} named {name} had a {colour} {thing} at the {place} .": None,
+        "{name} the {kind} had a {colour} {thing} .": None,
+        "One day {name} the {kind} found a {colour} {thing} .": None,
+        "A {kind} named {name} had a {colour} {thing} .": None,
     }),
-    "meeting": ("friend", {
-        "There {she} met {friend} with a {thing2} .": None,
-        "{friend} was there with {her2} {thing2} .": None,
-        "Then {friend} came with a {thing2} .": None,
+    "meeting": ("place", {
+        "{She} met {friend} at the {place} .": None,
+        "At the {place} {she} saw {friend} .": None,
+        "{friend} came to the {place} with {him} .": None,
     }),
     "event": ("event", {
-        "They played until dark .": ("play",),
-        "They played with the {thing} and the {thing2} .": ("play",),
-        "They traded the {thing} for the {thing2} .": ("swap",),
-        "{name} got the {thing2} for the {thing} .": ("swap",),
-        "{friend} gave {him} the {thing2} .": ("gift",),
-        "{friend} let {name} keep the {thing2} .": ("gift",),
-        "{name} gave {friend} the {thing} .": ("give",),
-        "{She} gave the {thing} away .": ("give",),
-        "The {thing} broke so {friend} gave {him} the {thing2} .": ("lose",),
-        "The wind took the {thing} but {friend} shared the {thing2} .": ("lose",),
+        "They played with the {thing} .": ("play",),
+        "They played at the {place} until dark .": ("play",),
+        "{name} gave {friend} the {thing} .": ("gift",),
+        "{She} let {friend} keep the {thing} .": ("gift",),
+        "The {thing} broke but {friend} was kind .": ("lose",),
+        "The wind took the {thing} .": ("lose",),
         "The {thing} fell but {friend} saved it .": ("save",),
-        "The wind took the {thing} but {friend} brought it back .": ("save",),
-    }),
-    "feeling": ("feeling", {
-        "{name} was {feeling} .": None,
-        "{She} felt {feeling} .": None,
+        "{friend} found the lost {thing} .": ("save",),
+        "{friend} wanted the {colour} {thing} .": ("wish",),
     }),
     "ending": ("event", {
-        "{She} went home with the {colour} {thing} .": ("play", "save"),
-        "{She} went home with the {thing2} .": ("swap", "gift", "lose"),
-        "{friend} went home with the {thing} .": ("swap", "give"),
-        "{friend} loved the {thing} because it was {colour} .": ("swap", "give"),
-        "{She} never forgot {friend} .": None,
-        "{friend} was now the friend of {name} .": None,
-        "Soon {she} came back to the {place} .": None,
+        "{name} was {feeling} and took home the {thing} .": ("play", "save"),
+        "{name} was {feeling} because {she} had a friend {friend} .": ("gift", "lose", "wish"),
+        "{friend} was {feeling} because the {thing} was {colour} .": ("gift", "wish"),
+        "{name} was {feeling} and went back to the {place} .": ("play", "lose", "save"),
+        "{name} felt {feeling} and thanked {friend} .": None,
     }),
 }  # fmt: skip
 
-CLASS = {"name": "NAME", "friend": "NAME", "kind": "KIND", "thing": "THING", "thing2": "THING", "colour": "COLOUR", "place": "PLACE",
-         "feeling": "FEELING", "She": "She", "she": "she", "her": "her", "him": "her", "her2": "her"}  # fmt: skip
+CLASS = {"name": "NAME", "friend": "NAME", "kind": "KIND", "thing": "THING", "colour": "COLOUR", "place": "PLACE",
+         "feeling": "FEELING", "She": "She", "she": "she", "her": "her", "him": "her"}  # fmt: skip
 WORD_CLASS = {word: name for name, words in WORDS.items() for word in words}
 WORD_CLASS |= {"She": "She", "He": "She", "she": "she", "he": "she", "her": "her", "his": "her", "him": "her"}
 
@@ -166,7 +156,7 @@ def split_of(facts: dict[str, str]) -> str | None:
     """validation: hero and thing are a held-out pair; train: nobody in the story meets a held-out thing; None: in no split."""
     if is_held_out(facts["name"], facts["thing"]):
         return "validation"
-    pairs = ((name, thing) for name in (facts["name"], facts["friend"]) for thing in (facts["thing"], facts["thing2"]))
+    pairs = ((name, facts["thing"]) for name in (facts["name"], facts["friend"]))
     return None if any(is_held_out(*pair) for pair in pairs) else "train"
 
 
@@ -182,9 +172,7 @@ def split_shares() -> dict[str | None, float]:
         for thing, p_thing in things.items():
             for name, p_name in _chances("name", kind):
                 for friend, p_friend in _chances("friend", name, name):
-                    for thing2, p in _chances("thing2", friend, thing):
-                        split = split_of({"name": name, "thing": thing, "friend": friend, "thing2": thing2})
-                        shares[split] += p_thing * p_name * p_friend * p
+                    shares[split_of({"name": name, "thing": thing, "friend": friend})] += p_thing * p_name * p_friend
     return shares
 
 
@@ -195,9 +183,7 @@ def _chances(fact: str, parent: str | None = None, taken: str | None = None):
 
 def _derived(facts: dict[str, str]) -> dict[str, str]:
     """The facts with the pronouns that follow from them."""
-    out = {**facts, **{word: forms[facts["name"] in HE] for word, forms in PRONOUNS.items()}}
-    out["her2"] = PRONOUNS["her"][facts["friend"] in HE]
-    return out
+    return {**facts, **{word: forms[facts["name"] in HE] for word, forms in PRONOUNS.items()}}
 
 
 def write(rng: random.Random) -> tuple[str, dict[str, str]]:
@@ -206,7 +192,7 @@ def write(rng: random.Random) -> tuple[str, dict[str, str]]:
     for fact, (_, parent, unlike) in FACTS.items():
         facts[fact] = fact_choice(fact, facts[parent] if parent else None, facts[unlike] if unlike else None).draw(rng)
     words = _derived(facts)
-    said = [TEXTS[pattern_choice(part, facts[given]).draw(rng)] for part, (given, _) in PATTERNS.items() if facts[given]]
+    said = [TEXTS[pattern_choice(part, facts[given]).draw(rng)] for part, (given, _) in PATTERNS.items()]
     return " ".join(said).format_map(words), facts
 
 
@@ -240,12 +226,11 @@ def _parse(text: str) -> dict[str, tuple[str, list[str]]] | None:
     for sentence in text[:-1].split(". "):
         words = [*sentence.split(" "), "."]
         part, pattern = SHAPES.get(_shape(words), (None, ""))
-        forms = [(words[i], PRONOUNS.get(slot.rstrip("2"))) for i, slot in SLOTS[pattern]] if part else []
+        forms = [(words[i], PRONOUNS.get(slot)) for i, slot in SLOTS[pattern]] if part else []
         if part is None or part in found or any(allowed and word not in allowed for word, allowed in forms):
             return None
         found[part] = (pattern, words)
-    order = [part for part in PATTERNS if part in found or part != "feeling"]
-    return found if list(found) == order else None
+    return found if list(found) == list(PATTERNS) else None
 
 
 def log_likelihood(text: str, split: str | None = None) -> float | None:
@@ -264,7 +249,7 @@ def log_likelihood(text: str, split: str | None = None) -> float | None:
         return None
     told = {slot: words.copy().pop() for slot, words in mentions.items()}
     event = next(iter(PATTERNS["event"][1][parse["event"][0]] or ()))
-    facts = {fact: told.get(fact, "") for fact in FACTS} | {"event": event}
+    facts = {fact: told.get(fact, event) for fact in FACTS}  # every part tells its own; the event is told by its pattern
     derived = _derived(facts)
     if any(derived.get(slot) != word for slot, word in told.items()):
         return None

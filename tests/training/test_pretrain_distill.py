@@ -211,7 +211,7 @@ def twins(meta):
     torch.manual_seed(1)
     network = checkpoint.build(meta).eval()
     for p in network.parameters():
-        torch.nn.init.normal_(p, std=0.1)
+        torch.nn.init.normal_(p, std=0.1) if p.ndim > 1 else torch.nn.init.normal_(p, 1.0, 0.1)
     return network, checkpoint.denoiser_of(network, meta)
 
 

@@ -14,6 +14,7 @@ from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256, write_atomic, write_json
+from halfstep.metrics.rows import model_name
 from halfstep.models import gpt
 from halfstep.progress import Progress
 from halfstep.tracking import commit
@@ -33,14 +34,14 @@ def generate(checkpoint: Path, output: Path, steps: int, writing: Writing, machi
     """
     started, device = time.monotonic(), device_of(machine)
     model = load(checkpoint, writing, str(device))
-    ids, evaluations = draw(model, steps, writing, machine, device, prompt, f"generate {_name(checkpoint)} at {steps} steps")
+    ids, evaluations = draw(model, steps, writing, machine, device, prompt, f"generate {model_name(checkpoint)} at {steps} steps")
     buffer = io.BytesIO()
     np.save(buffer, ids.astype(np.int32))
     write_atomic(output / "samples.npy", buffer.getvalue())
     texts = model.tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
     write_atomic(output / "samples.txt", "".join(f"=== {i}\n{text}\n" for i, text in enumerate(texts)))
     write_json(output / "samples.json", {
-        "model": _name(checkpoint), "checkpoint": model.sha256, "kind": model.kind, "sampler": writing.sampler if model.denoiser else "autoregressive",
+        "model": model_name(checkpoint), "checkpoint": model.sha256, "kind": model.kind, "sampler": writing.sampler if model.denoiser else "autoregressive",
         "steps": steps, "network_evaluations": float(np.mean(evaluations)), "num_samples": len(ids), "seed": writing.sampling_seed,
         "weights": writing.weights, "draw_dtype": "float64", "temperature": writing.temperature, "top_p": writing.top_p if not model.denoiser else 1.0,
         "prompt": prompt, "elapsed_s": time.monotonic() - started, "sha256": sha256(output / "samples.npy"), "commit": commit(), "meta": model.meta,
@@ -87,8 +88,3 @@ def _prompt(model, prompt: str) -> torch.Tensor:
         raise HalfstepError(f"prompt: {len(ids)} tokens with BOS, but a text of this model has {model.length}; shorten the prompt")
     return torch.tensor(ids)
 
-
-def _name(folder: Path) -> str:
-    """The model's name, results/models/{this}, or the folder's own name outside such a tree."""
-    parts = Path(folder).resolve().parts
-    return "/".join(parts[parts.index("models") + 1 :]) if "models" in parts else Path(folder).name

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from oracle import chi_square
 from safetensors.torch import load_file
 
 import halfstep
@@ -229,6 +230,24 @@ def test_the_loss_is_zero_where_nothing_was_revealed(teacher, corpus, divergence
         nothing = loss(parts | {"xt": torch.zeros(8, 24, dtype=torch.long)}).item()
     assert abs(still) < 1e-6 < 1e-2 < moved and nothing == 0
     assert split == pytest.approx(moved, rel=1e-4)
+
+
+def test_masks_reveals_and_tokens_are_drawn_independently(teacher, corpus):
+    """Among masked positions the reveal's uniform is still uniform, and tells nothing of the token's; a new step draws anew."""
+    meta = checkpoint.read_meta(teacher)
+    student, old = twins(meta)
+    corrupt, _ = sdtt_loss(student, old, Round(1, 0.25, 2, 2), distillation(), meta)
+    x0 = Windows(corpus, "train")[torch.arange(8)].repeat(60, 1)
+    parts, divisor = corrupt(x0, generator(0, 0))
+    masked = parts["xt"] == old.mask_id
+    assert torch.equal(parts["xt"][~masked], x0[~masked]) and divisor == masked.sum() and abs(masked.double().mean() - 0.5) < 0.02
+    for which in ("u_reveal", "u_token"):
+        counts = torch.histc(parts[which][masked], 10, 0, 1)
+        assert chi_square(counts, torch.full((10,), 0.1, dtype=torch.float64)) > 1e-5
+    together = torch.corrcoef(torch.stack([parts["u_reveal"][masked], parts["u_token"][masked]]))[0, 1]
+    assert abs(together) < 5 / divisor**0.5
+    assert not torch.equal(corrupt(x0, generator(0, 1))[0]["u_reveal"], parts["u_reveal"])
+    assert torch.equal(corrupt(x0, generator(0, 0))[0]["xt"], parts["xt"])
 
 
 def test_the_round_decides_the_size_of_the_step(teacher, corpus):

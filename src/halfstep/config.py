@@ -171,7 +171,7 @@ class Distillation(Training):
     reset_optimizer: bool = False
     """start every round with fresh optimiser moments"""
     reset_ema: bool = False
-    """start every round's moving average at its teacher"""
+    """start every round's moving average at the student's weights"""
     entropy_band: Positive | None = None
     """stop a round when the unigram entropy of its samples leaves held-out text's by more than this share"""
 
@@ -252,8 +252,6 @@ class Machine(Section):
     """CPU threads of torch; all cores when absent"""
     micro_batch: PositiveInt = 32
     """windows per forward pass; gradients are accumulated up to batch_size"""
-    compile: bool = False
-    """torch.compile the network's blocks"""
 
 
 class Teacher(Section):

@@ -46,7 +46,7 @@ def our_targets(fixture, way):
     times, teacher = {"alg": "exact", "ref": "released"}[way], denoiser("teacher")
     starts = TEACHER_TIMES[times](fixture["t"].double(), dt, m)
     u_reveal, u_token = uniforms_that_reveal(reference_states(fixture, way, m), starts, dt, teacher)
-    h, _ = teacher_targets(teacher, fixture["xt"], fixture["t"].double(), dt, m, u_reveal, u_token, SCHEDULE, times)
+    h = teacher_targets(teacher, fixture["xt"], fixture["t"].double(), dt, m, u_reveal, u_token, SCHEDULE, times)
     return teacher, h
 
 

@@ -89,7 +89,7 @@ def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
 
     def loss(part: dict[str, Tensor]) -> Tensor:
         xt, t = part["xt"], part["t"].float()
-        goal, _ = teacher_targets(teacher, xt, t, round.dt, round.substeps, part["u_reveal"], part["u_token"], schedule, run.teacher_times)
+        goal = teacher_targets(teacher, xt, t, round.dt, round.substeps, part["u_reveal"], part["u_token"], schedule, run.teacher_times)
         h = own.features(xt, t)[xt == own.mask_id]
         return divergence_loss(divergence, h, own.readout, goal, teacher.readout)
 

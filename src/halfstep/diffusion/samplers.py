@@ -52,6 +52,13 @@ SAMPLERS: dict[str, Callable[[Tensor, int, object], Tensor]] = {
 }
 
 
+def draw(denoiser, h: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
+    """Tokens [N] from p(x0 | xt) of features h[N, D] by their uniforms u[N], a chunk of rows at a time."""
+    chunk = max(16, ROWS // denoiser.readout[0].shape[0])
+    pieces = (slice(i, i + chunk) for i in range(0, len(h), chunk))
+    return torch.cat([inverse_cdf(denoiser.log_p(h[piece]) / temperature, u[piece]) for piece in pieces])
+
+
 @torch.no_grad()
 def carry_out(
     denoiser, x: Tensor, plan: Tensor, times: Tensor, u: Tensor, temperature: float = 1.0, on_pass: Callable[[int], None] | None = None
@@ -70,17 +77,13 @@ def carry_out(
     visits = torch.full((B, int(passes.max()) if B else 0), -1, dtype=torch.long, device=x.device)
     rows, columns = fresh.nonzero(as_tuple=True)
     visits[rows, (fresh.cumsum(1) - 1)[rows, columns]] = order[rows, columns]
-    chunk = None
     for j in range(visits.shape[1]):
         alive = (passes > j).nonzero()[:, 0]
         now = visits[alive, j]
         batch = x[alive]
         reveal = step_of[alive] == now[:, None]
         h = denoiser.features(batch, times[now])[reveal]
-        draws = u[alive][reveal]
-        chunk = chunk or max(16, ROWS // denoiser.readout[0].shape[0])
-        tokens = torch.cat([inverse_cdf(denoiser.log_p(h[i : i + chunk]) / temperature, draws[i : i + chunk]) for i in range(0, len(h), chunk)])
-        batch[reveal] = tokens
+        batch[reveal] = draw(denoiser, h, u[alive][reveal], temperature)
         x[alive] = batch
         if on_pass:
             on_pass(len(alive))

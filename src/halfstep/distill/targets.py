@@ -8,7 +8,7 @@ from torch import Tensor
 
 from halfstep.diffusion.masking import reveal_probability
 from halfstep.diffusion.readout import readout_loss
-from halfstep.draws import inverse_cdf
+from halfstep.diffusion.samplers import draw
 
 MIN_T = 1e-5
 
@@ -43,12 +43,11 @@ def reveal_substep(t: Tensor, dt: float, u: Tensor, schedule) -> Tensor:
 @torch.no_grad()
 def teacher_targets(
     teacher, xt: Tensor, t: Tensor, dt: float, substeps: int, u_reveal: Tensor, u_token: Tensor, schedule, times: str = "exact"
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Algorithm 1 (SDTT): what the teacher, moving `substeps` times by dt from xt, would say at each masked position.
 
     A position revealed in substep i keeps that substep's prediction; one still masked keeps the last substep's. Predictions are returned
-    as features h[N, D] of the N masked positions in row order (read them out with the teacher's readout), with the share of them that
-    was revealed before the last pass. The last substep's draw cannot change a target and is not made; a text in which nothing was
+    as features h[N, D] of the N masked positions in row order (read them out with the teacher's readout). The last substep's draw cannot change a target and is not made; a text in which nothing was
     revealed needs no further pass of a teacher that ignores time.
     xt[B, L], t[B], uniforms u_reveal[B, L] and u_token[B, L] (float64).
     """
@@ -60,7 +59,7 @@ def teacher_targets(
     for i in range(substeps - 1):
         reveal = step_of == i
         if reveal.any():
-            x[reveal] = inverse_cdf(teacher.log_p(h[reveal]), u_token[reveal])
+            x[reveal] = draw(teacher, h[reveal], u_token[reveal])
         changed = reveal.any(1) if teacher.ignores_time else torch.ones_like(reveal[:, 0])
         if not changed.any():
             continue
@@ -68,8 +67,7 @@ def teacher_targets(
         h[changed] = teacher.features(x[changed], starts[i + 1][changed].to(t.dtype)).to(h.dtype)
         open_yet = (step_of > i) & changed[:, None]
         target = torch.where(open_yet[..., None], h, target)
-    early = (step_of[masked] < substeps - 1).float().mean() if masked.any() else torch.zeros(())
-    return target[masked], early
+    return target[masked]
 
 
 def divergence_loss(divergence: Callable[[Tensor, Tensor], Tensor], h: Tensor, readout, h_teacher: Tensor, teacher_readout) -> Tensor:

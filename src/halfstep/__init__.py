@@ -27,7 +27,10 @@ def load(folder: str | Path, weights: str = "ema", device: str = "cpu") -> Model
 
 
 def generate(model: Model, steps: int = 8, num_samples: int = 1, prompt: str = "", seed: int = 1, **writing) -> list[str]:
-    """Texts written by a loaded model in `steps` sampling steps; `writing` takes sampler, temperature and top_p."""
+    """Texts written by a loaded model in `steps` sampling steps; `writing` takes sampler, temperature and top_p.
+
+    A prompt begins every text; each <|mask|> in it is one token to be filled in.
+    """
     from halfstep.commands.generate import draw
     from halfstep.config import Machine, Writing
 

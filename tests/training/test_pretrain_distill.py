@@ -14,7 +14,7 @@ from halfstep import checkpoint
 from halfstep.commands import distill, train
 from halfstep.commands.data import prepare_corpus
 from halfstep.commands.distill import distill_round, sdtt_loss
-from halfstep.commands.generate import generate
+from halfstep.commands.generate import draw, generate
 from halfstep.commands.train import pretrain, train_baseline
 from halfstep.config import Corpus, Distillation, Machine, Network, Training, Writing
 from halfstep.data.pack import Windows
@@ -145,6 +145,17 @@ def test_a_round_can_be_used(first):
         assert len(halfstep.generate(model, steps=4, sampler=sampler, temperature=0.7)) == 1
     prompted = halfstep.generate(model, steps=8, num_samples=2, prompt="Once upon a time")
     assert all(t.startswith("Once upon a time") for t in prompted)
+
+
+def test_infilling_keeps_what_is_given_on_both_sides(first):
+    model = halfstep.load(first)
+    ids, _ = draw(model, 4, Writing(num_samples=3), MACHINE, "cpu", "Tom was<|mask|><|mask|> Tom was")
+    given = model.tokenizer.encode("Tom was").ids
+    after = model.tokenizer.encode(" Tom was").ids
+    n = len(given)
+    assert all(row[: 1 + n].tolist() == [model.eos_id, *given] for row in ids)
+    assert all(row[3 + n : 3 + n + len(after)].tolist() == after for row in ids)
+    assert (ids < model.vocab_size).all() and len({tuple(row[1 + n : 3 + n]) for row in ids}) > 1  # filled, and not by rote
 
 
 def test_samples_do_not_depend_on_the_batch_and_say_how_they_were_made(first, tmp_path):
@@ -349,6 +360,8 @@ def test_baseline(teacher, corpus, tmp_path):
     assert torch.equal(exported["embed_out.weight"], weights(out, "ema")["output_layer.linear.weight"])
     texts = halfstep.generate(model, num_samples=2, prompt="Once", top_p=0.9)
     assert len(texts) == 2 and all(t.startswith("Once") for t in texts)
+    with pytest.raises(HalfstepError, match="prompt: .*an autoregressive model cannot fill"):
+        halfstep.generate(model, prompt="Tom<|mask|>")
     with pytest.raises(HalfstepError, match="is an autoregressive model; name a diffusion checkpoint"):
         distill_round(out, corpus, 1, tmp_path / "run" / "round-1", distillation(), MACHINE)
 

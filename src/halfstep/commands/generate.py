@@ -20,6 +20,8 @@ from halfstep.progress import Progress
 from halfstep.tracking import commit
 from halfstep.training.loop import device_of
 
+MASK = "<|mask|>"
+
 
 def generate(checkpoint: Path, output: Path, steps: int, writing: Writing, machine: Machine, prompt: str = "") -> None:
     """Write samples.npy (ids [N, L]), samples.txt (the same as text) and samples.json (how they were made).
@@ -30,7 +32,7 @@ def generate(checkpoint: Path, output: Path, steps: int, writing: Writing, machi
         checkpoint: a checkpoint folder
         output: folder of the samples
         steps: sampling steps
-        prompt: text that every sample begins with
+        prompt: text that every sample begins with; each <|mask|> in it is one token to be filled in
     """
     started, device = time.monotonic(), device_of(machine)
     model = load(checkpoint, writing, str(device))
@@ -81,10 +83,14 @@ def draw(model, steps: int, writing: Writing, machine: Machine, device, prompt: 
 
 
 def _prompt(model, prompt: str) -> torch.Tensor:
+    """BOS and the prompt's tokens, each MASK a position that is left open; empty without a prompt."""
     if not prompt:
         return torch.empty(0, dtype=torch.long)
-    ids = [model.eos_id, *model.tokenizer.encode(prompt).ids]
+    if MASK in prompt and not model.denoiser:
+        raise HalfstepError(f"prompt: {MASK} leaves a position open, which an autoregressive model cannot fill; name a diffusion checkpoint")
+    ids = [model.eos_id]
+    for i, piece in enumerate(prompt.split(MASK)):
+        ids += [model.mask_id] * (i > 0) + model.tokenizer.encode(piece).ids
     if len(ids) >= model.length:
         raise HalfstepError(f"prompt: {len(ids)} tokens with BOS, but a text of this model has {model.length}; shorten the prompt")
     return torch.tensor(ids)
-

@@ -9,6 +9,7 @@
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/ready
 CONFIG := $(PRESET:%=--config preset=%)
 

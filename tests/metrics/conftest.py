@@ -24,7 +24,7 @@ def world(tmp_path_factory):
     """results/ with a stories corpus, a random teacher and baseline of size tiny, and the teacher's samples at two step counts."""
     root = tmp_path_factory.mktemp("world") / "results"
     corpus = root / "data" / "stories"
-    prepare_corpus(corpus, Corpus(kind="stories", length=128, vocab_size=640, num_documents=60, validation_documents=40), workers=1)
+    prepare_corpus(corpus, Corpus(kind="stories", length=128, vocab_size=640, num_documents=60, validation_documents=60), workers=1)
     facts = read_json(corpus / "manifest.json")
     models_ = root / "models" / "stories-tiny"
     for kind, name in (("diffusion", "teacher"), ("autoregressive", "baseline")):

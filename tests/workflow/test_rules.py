@@ -2,10 +2,12 @@
 
 import functools
 import importlib
+import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import tyro
 from dryrun import REPOSITORY
@@ -20,8 +22,9 @@ def test_lint_is_clean(workflow):
 
 def test_format_is_clean():
     done = subprocess.run(
-        [sys.executable, "-m", "snakefmt", "--check", "Snakefile", "rules"], cwd=REPOSITORY, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "snakefmt", "--check", "Snakefile", "rules"], cwd=REPOSITORY, capture_output=True, text=True,
+        env=os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])},  # snakefmt calls shfmt
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

@@ -96,14 +96,19 @@ def sample(
 ) -> Samples:  # fmt: skip
     """Write texts first .. first+num_samples-1 of `seed`, each of `length` tokens, in at most `steps` network passes.
 
-    given[length] int64 fixes positions (a prompt, or an infilling frame) and holds the mask token elsewhere.
+    given[length], or given[num_samples, length] with a row for each text, int64 fixes positions (a prompt, or an infilling frame) and holds
+    the mask token elsewhere.
     """
-    if given is not None and given.shape != (length,):
-        raise HalfstepError(f"given: found {len(given)} tokens, expected {length}, the length of a text, with the mask token where text is wanted")
+    if given is not None and given.shape not in ((length,), (num_samples, length)):
+        raise HalfstepError(
+            f"given: found shape {list(given.shape)}, expected [{length}], the length of a text, or [{num_samples}, {length}], with the mask token "
+            "where text is wanted"
+        )
     if steps < 1 or temperature <= 0:
         raise HalfstepError(f"steps {steps} and temperature {temperature}: both must be above zero")
     u = uniforms(seed, first, num_samples, 2 * length).to(device)
-    x = torch.full((num_samples, length), denoiser.mask_id, device=device) if given is None else given.to(device).repeat(num_samples, 1)
+    given = torch.full((length,), denoiser.mask_id) if given is None else given
+    x = given.to(device).expand(num_samples, length)
     plan = SAMPLERS[sampler](u[:, :length].masked_fill(x != denoiser.mask_id, -1), steps, schedule)  # given positions take no step
     times = torch.linspace(1, 0, steps + 1, device=device)[:-1]
     return carry_out(denoiser, x, plan, times, u[:, length:], temperature, on_pass)

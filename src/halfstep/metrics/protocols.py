@@ -1,0 +1,18 @@
+"""Protocols by name: what a number's name means, and the version of that meaning.
+
+A metric means nothing without the protocol it was taken by; rows of two protocols, or of two versions of one, never share a column.
+The version of a protocol goes up when the same model and the same seed would give another number.
+"""
+
+PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}
+    "generative_perplexity": {"ids": 1, "retokenized": 1},
+    "entropy": {"unigram": 1},
+    "distinct_2": {"bigrams": 1},
+    "accepted_share": {"grammar": 1},
+    "consistent_share": {"grammar": 1},
+    "lambada_accuracy": {"parallel": 1, "confidence": 1, "ar": 1},
+    "lambada_perplexity": {"elbo-exact": 1, "elbo-mc": 1, "ar": 1},
+    "self_bleu": {"continuations": 1},
+    "mauve": {"continuations": 1},
+    "latency_s": {"interleaved": 1},
+}

@@ -22,7 +22,12 @@ include: "rules/distill.smk"  # distill_round
 include: "rules/generate.smk"  # generate
 include: "rules/evaluate.smk"  # score_samples, score_corpus, score_lambada
 include: "rules/benchmark.smk"  # time_sampling
-include: "rules/report.smk"  # tabulate, plot, track
+include: "rules/report.smk"  # tabulate, plot, track, merge_provenance
+
+
+if CONFIG.continuations:
+
+    include: "rules/continuations.smk"  # continue_prompts, score_continuations
 
 
 localrules:
@@ -30,6 +35,7 @@ localrules:
     tabulate,
     plot,
     track,
+    merge_provenance,
 
 
 report: "workflow/report/overview.rst"
@@ -41,6 +47,7 @@ rule all:
         expand("results/figures/{figure}.{kind}", figure=FIGURES, kind=["pdf", "svg"]),
         expand("results/tables/{table}.{kind}", table=TABLES, kind=["csv", "md"]),
         "results/mlflow.synced",
+        "results/provenance.json",
 
 
 onstart:

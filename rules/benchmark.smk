@@ -6,7 +6,8 @@ rule time_sampling:
         checkpoint="results/models/{teacher}/teacher/meta.json",  # a student has the same network
         baseline="results/models/{teacher}/baseline/meta.json",
     output:
-        "results/benchmarks/{teacher}/sampling.json",
+        rows="results/benchmarks/{teacher}/sampling.json",
+        record="results/benchmarks/{teacher}/sampling.provenance.json",
     log:
         "results/logs/time_sampling/{teacher}.log",
     benchmark:
@@ -28,7 +29,7 @@ rule time_sampling:
         halfstep time-sampling \
             --checkpoint {params.checkpoint:q} \
             --baseline {params.baseline:q} \
-            --output {output:q} \
+            --output {output.rows:q} \
             {params.benchmark} \
             --threads {threads} \
             2>&1 | tee {log:q}

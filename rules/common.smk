@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from halfstep.config import ConfigError, Writing, flags, resolve
+from halfstep.config import ConfigError, Drawing, Prompts, Writing, flags, part, resolve
 
 # `halfstep` is found whether its environment is activated or not, and its lines reach the log when they are written.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]), PYTHONUNBUFFERED="1")
@@ -33,7 +33,22 @@ except ConfigError as error:
 
 # A stage's version: bump it when the code changes what the stage writes, and everything from that stage on is made again.
 # The text of a rule, its threads and its resources never make a finished file stale.
-STAGE = dict(corpus=1, pretrain=1, baseline=1, distill=1, generate=1, score=1, lambada=1, time=1, tabulate=1, plot=1, track=1)
+STAGE = dict(
+    corpus=1,
+    pretrain=1,
+    baseline=1,
+    distill=1,
+    generate=1,
+    continue_prompts=1,
+    score_continuations=1,
+    score=2,
+    lambada=2,
+    time=2,
+    tabulate=2,
+    plot=2,
+    track=1,
+    merge_provenance=1,
+)
 
 # What a job asks of a machine, by size of the network. All of it is speed: `--set-resources distill_round:micro_batch=16`
 # and `--set-threads` override it, and a machine with fewer GPUs or cores is asked for what it has.
@@ -57,13 +72,22 @@ MODELS = [f"{t}/baseline" for t in CONFIG.teachers] + DENOISERS
 
 # A model's folder. meta.json is written last, so it stands for the whole folder where a later rule asks for the model. The journal
 # (run.json, journal.jsonl) and the state of an unfinished training are not declared: Snakemake would delete them before a restart.
-CHECKPOINT = ["model.safetensors", "ema.safetensors", "best.safetensors", "optimizer.safetensors", "tokenizer.json"]
+CHECKPOINT = ["model.safetensors", "ema.safetensors", "best.safetensors", "optimizer.safetensors", "tokenizer.json", "provenance.json"]
+
+
+def continued(model):
+    """Does this model continue prompts? Its round is its number, 0 for the teacher; the baseline always does."""
+    name, rounds = model.split("/", 1)[1], CONFIG.continuations.continuation_rounds
+    return rounds is None or name == "baseline" or (0 if name == "teacher" else int(name.rpartition("-")[2])) in rounds
+
 
 TABLES = {  # table: the metric rows it gathers
     "steps": [f"results/metrics/{model}/samples.json" for model in MODELS] + [f"results/metrics/{t}/data.json" for t in CONFIG.teachers],
     "lambada": [f"results/metrics/{model}/lambada.json" for model in MODELS],
     "speed": [f"results/benchmarks/{t}/sampling.json" for t in CONFIG.teachers],
 }
+if CONFIG.continuations:
+    TABLES["continuations"] = [f"results/metrics/{model}/continuations.json" for model in MODELS if continued(model)]
 FIGURES = {  # figure: what it is drawn from
     "ppl_vs_steps": ["results/tables/steps.csv"],
     "entropy_vs_steps": ["results/tables/steps.csv"],
@@ -72,6 +96,8 @@ FIGURES = {  # figure: what it is drawn from
     "latency_vs_length": ["results/tables/speed.csv"],
     "loss_curves": [f"results/models/{model}/journal.jsonl" for model in MODELS],
 }
+if CONFIG.continuations:
+    FIGURES["mauve_vs_steps"] = ["results/tables/continuations.csv"]
 
 
 wildcard_constraints:
@@ -116,15 +142,21 @@ def step_counts(model):
     return [CONFIG.corpora[CONFIG.teachers[name].corpus].length] if kind == "baseline" else CONFIG.sampling.steps
 
 
+def continuation_steps(model):
+    """Step counts at which a model continues prompts: a denoiser's are in the config, the baseline's is one for each token."""
+    how, (_, kind) = CONFIG.continuations, model.split("/", 1)
+    return [how.continuation_tokens] if kind == "baseline" else how.continuation_steps
+
+
 def judge(wildcards):
-    """What score-samples is told: a name or folder for transformers; `baseline` is the corpus's own autoregressive model."""
+    """The judges that score-samples is told, names or folders for transformers; `baseline` is the corpus's own autoregressive model."""
     own = judge_file(wildcards)
-    return str(Path(own[0]).parent) if own else CONFIG.evaluation.judge
+    return [str(Path(own[0]).parent) if name == "baseline" else name for name in CONFIG.evaluation.judge]
 
 
 def judge_file(wildcards):
     name = wildcards.get("teacher") or wildcards.model.split("/")[0]
-    return [f"results/models/{name}/baseline/hf/config.json"] if CONFIG.evaluation.judge == "baseline" else []
+    return [f"results/models/{name}/baseline/hf/config.json"] if "baseline" in CONFIG.evaluation.judge else []
 
 
 def need(what):

@@ -5,7 +5,7 @@ rule prepare_corpus:
     input:
         own_text,
     output:  # corpora of stories add last_words.jsonl, the items of score_lambada
-        multiext("results/data/{corpus}/", "train.bin", "validation.bin", "tokenizer.json", "validation.jsonl"),
+        multiext("results/data/{corpus}/", "train.bin", "validation.bin", "tokenizer.json", "validation.jsonl", "provenance.json"),
         manifest="results/data/{corpus}/manifest.json",
     log:
         "results/logs/prepare_corpus/{corpus}.log",

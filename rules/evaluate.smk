@@ -9,7 +9,8 @@ rule score_samples:
         corpus=manifest,
         judge=judge_file,
     output:
-        "results/metrics/{model}/samples.json",
+        rows="results/metrics/{model}/samples.json",
+        record="results/metrics/{model}/samples.provenance.json",
     log:
         "results/logs/score_samples/{model}.log",
     benchmark:
@@ -34,7 +35,7 @@ rule score_samples:
             --samples {params.samples:q} \
             --judge {params.judge:q} \
             --corpus {params.corpus:q} \
-            --output {output:q} \
+            --output {output.rows:q} \
             {params.evaluation} \
             --threads {threads} --micro-batch {resources.micro_batch} \
             2>&1 | tee {log:q}
@@ -46,7 +47,8 @@ rule score_corpus:
         corpus=manifest,
         judge=judge_file,
     output:
-        "results/metrics/{teacher}/data.json",
+        rows="results/metrics/{teacher}/data.json",
+        record="results/metrics/{teacher}/data.provenance.json",
     log:
         "results/logs/score_corpus/{teacher}.log",
     benchmark:
@@ -69,7 +71,7 @@ rule score_corpus:
         halfstep score-corpus \
             --corpus {params.corpus:q} \
             --judge {params.judge:q} \
-            --output {output:q} \
+            --output {output.rows:q} \
             {params.evaluation} \
             --threads {threads} --micro-batch {resources.micro_batch} \
             2>&1 | tee {log:q}
@@ -82,7 +84,8 @@ rule score_lambada:
         corpus=manifest,
         last_words=CONFIG.evaluation.lambada if CONFIG.evaluation.lambada.endswith(".jsonl") else [],
     output:
-        "results/metrics/{model}/lambada.json",
+        rows="results/metrics/{model}/lambada.json",
+        record="results/metrics/{model}/lambada.provenance.json",
     log:
         "results/logs/score_lambada/{model}.log",
     benchmark:
@@ -99,13 +102,15 @@ rule score_lambada:
         checkpoint=subpath(input.checkpoint, parent=True),
         corpus=subpath(input.corpus, parent=True),
         evaluation=flags(CONFIG.evaluation, "lambada", "lambada_items", "bootstrap"),
+        weights=CONFIG.sampling.weights,
         code=STAGE["lambada"],
     shell:
         r"""
         halfstep score-lambada \
             --checkpoint {params.checkpoint:q} \
+            --weights {params.weights} \
             --corpus {params.corpus:q} \
-            --output {output:q} \
+            --output {output.rows:q} \
             {params.evaluation} \
             --threads {threads} --micro-batch {resources.micro_batch} \
             2>&1 | tee {log:q}

@@ -5,7 +5,7 @@ rule generate:
     input:
         checkpoint="results/models/{model}/meta.json",
     output:
-        multiext("results/samples/{model}/steps-{steps}/", "samples.npy", "samples.txt"),
+        multiext("results/samples/{model}/steps-{steps}/", "samples.npy", "samples.txt", "provenance.json"),
         about="results/samples/{model}/steps-{steps}/samples.json",
     log:
         "results/logs/generate/{model}/steps-{steps}.log",
@@ -22,7 +22,7 @@ rule generate:
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         output=subpath(output.about, parent=True),
-        writing=flags(Writing(**CONFIG.sampling.model_dump(exclude={"steps"}))),
+        writing=flags(part(CONFIG.sampling, Writing)),
         code=STAGE["generate"],
     shell:
         r"""

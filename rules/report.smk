@@ -1,11 +1,11 @@
-"""Tables, figures and the journals' way into MLflow."""
+"""Tables, figures, the journals' way into MLflow, and where everything comes from."""
 
 
 rule tabulate:
     input:
         lambda wildcards: TABLES[wildcards.table],
     output:
-        "results/tables/{table}.md",
+        multiext("results/tables/{table}", ".md", ".provenance.json"),
         csv=report(
             "results/tables/{table}.csv",
             caption="../workflow/report/table.rst",
@@ -20,6 +20,7 @@ rule tabulate:
         "../envs/cpu.yaml"
     params:
         output=subpath(output.csv, strip_suffix=".csv"),
+        published="--published" if CONFIG.published else "",
         code=STAGE["tabulate"],
     shell:
         r"""
@@ -27,6 +28,7 @@ rule tabulate:
             --table {wildcards.table} \
             --metrics {input:q} \
             --output {params.output:q} \
+            {params.published} \
             2>&1 | tee {log:q}
         """
 
@@ -35,7 +37,7 @@ rule plot:
     input:
         lambda wildcards: [source.replace("journal.jsonl", "meta.json") for source in FIGURES[wildcards.figure]],
     output:
-        multiext("results/figures/{figure}", ".pdf", ".csv", ".json"),
+        multiext("results/figures/{figure}", ".pdf", ".csv", ".provenance.json"),
         svg=report(
             "results/figures/{figure}.svg",
             caption="../workflow/report/figure.rst",
@@ -51,6 +53,7 @@ rule plot:
     params:
         tables=lambda wildcards: FIGURES[wildcards.figure],
         output=subpath(output.svg, strip_suffix=".svg"),
+        published="--published" if CONFIG.published else "",
         code=STAGE["plot"],
     shell:
         r"""
@@ -58,6 +61,7 @@ rule plot:
             --figure {wildcards.figure} \
             --tables {params.tables:q} \
             --output {params.output:q} \
+            {params.published} \
             2>&1 | tee {log:q}
         """
 
@@ -81,6 +85,29 @@ rule track:
     shell:
         r"""
         halfstep track \
+            --results {params.results:q} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule merge_provenance:
+    input:  # the ends of the graph: by then every job before them has written its record
+        expand("results/tables/{table}.csv", table=TABLES),
+        expand("results/figures/{figure}.svg", figure=FIGURES),
+    output:
+        "results/provenance.json",
+    log:
+        "results/logs/merge_provenance.log",
+    benchmark:
+        "results/logs/merge_provenance.tsv"
+    conda:
+        "../envs/cpu.yaml"
+    params:
+        results=subpath(output[0], parent=True),
+        code=STAGE["merge_provenance"],
+    shell:
+        r"""
+        halfstep merge-provenance \
             --results {params.results:q} \
             2>&1 | tee {log:q}
         """

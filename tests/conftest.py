@@ -11,6 +11,14 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
+def pipeline(tmp_path_factory):
+    """A small finished results/ folder; whoever spoils it takes a copy."""
+    from small import pipeline
+
+    return pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """../shared, what developers have beside the checkout; users do not."""
     folder = Path(__file__).resolve().parents[2] / "shared"

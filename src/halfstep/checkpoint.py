@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from halfstep.models.denoiser import Denoiser
 
 FORMAT = 1
+KEYS = {"kind": str, "network": dict, "vocab_size": int, "eos_id": int, "length": int, "sha256": dict}  # what every meta.json holds
+KINDS = ("diffusion", "autoregressive")
 FILES = {"raw": "model.safetensors", "ema": "ema.safetensors", "best": "best.safetensors"}
 
 
@@ -86,18 +88,43 @@ def save(folder: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, tokeni
 
 def read_meta(folder: Path) -> dict:
     """meta.json of a checkpoint folder."""
+    import pydantic
+
+    from halfstep.config import Network, explain
+
     if not (Path(folder) / "meta.json").is_file():
         raise HalfstepError(f"{folder}: no meta.json there, so no finished checkpoint; name the folder that holds model.safetensors and meta.json")
     meta = read_json(Path(folder) / "meta.json")
-    if meta.get("format") != FORMAT:
-        raise HalfstepError(f"{folder}/meta.json: format {meta.get('format')!r}, this halfstep reads format {FORMAT}")
+    found = meta.get("format") if isinstance(meta, dict) else meta
+    if found != FORMAT:
+        raise HalfstepError(f"{folder}/meta.json: format {found!r}, this halfstep reads format {FORMAT}")
+    for key, kind in KEYS.items():
+        if not isinstance(meta.get(key), kind):
+            what = f"{meta[key]!r}" if key in meta else "nothing"
+            raise HalfstepError(f"{folder}/meta.json: {key}: found {what}, expected {kind.__name__}; copy the whole folder again, or train it again")
+    if meta["kind"] not in KINDS:
+        raise HalfstepError(f"{folder}/meta.json: kind: found {meta['kind']!r}, allowed are {', '.join(KINDS)}")
+    try:
+        Network.model_validate(meta["network"])
+    except pydantic.ValidationError as error:
+        raise HalfstepError(f"{folder}/meta.json: network.{explain(error, Network)[0]}") from None
     return meta
 
 
 def read_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
     """Named tensors of one file of a checkpoint, its checksum compared with meta.json."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path = whole(folder, name, meta)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise HalfstepError(f"{path}: not a whole safetensors file ({error}); copy or train it again") from None
+
+
+def whole(folder: Path, name: str, meta: dict) -> Path:
+    """The path of one file of a checkpoint, its checksum compared with meta.json."""
     path = Path(folder) / name
     if name not in meta["sha256"]:
         raise HalfstepError(f"{folder}: has no {name}; it holds {', '.join(meta['sha256'])}")
@@ -106,7 +133,12 @@ def read_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
     found = sha256(path)
     if found != meta["sha256"][name]:
         raise HalfstepError(f"{path}: sha256 {found[:12]}, meta.json says {meta['sha256'][name][:12]}: the file is damaged; copy or train it again")
-    return load_file(path)
+    return path
+
+
+def files(folder: Path, *weights: str) -> list[Path]:
+    """What a command reads of a checkpoint that it uses with these weights (ema, raw, best), for its record."""
+    return [Path(folder) / name for name in ("meta.json", "tokenizer.json", *(FILES[which] for which in weights))]
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -132,9 +164,12 @@ def load(folder: str | Path, weights: str = "ema", device: str = "cpu") -> Model
     meta = read_meta(folder)
     if weights not in FILES:
         raise HalfstepError(f"weights: found {weights!r}, allowed are {', '.join(FILES)}")
+    tokenizer = Tokenizer.from_file(str(whole(folder, "tokenizer.json", meta)))
+    if tokenizer.get_vocab_size() > meta["vocab_size"]:
+        raise HalfstepError(f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, meta.json says vocab_size {meta['vocab_size']}; "
+                            "the tokenizer is another model's: copy the whole folder again")  # fmt: skip
     network = build(meta)
     load_weights(network, read_tensors(folder, FILES[weights], meta), folder / FILES[weights])
     network = network.to(device).eval().requires_grad_(False)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     denoiser = denoiser_of(network, meta) if meta["kind"] == "diffusion" else None
     return Model(meta["kind"], network, tokenizer, meta, meta["sha256"][FILES[weights]], denoiser)

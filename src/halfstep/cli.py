@@ -1,7 +1,12 @@
 """`halfstep <command> --flags`: a command's signature is its interface; nothing is imported before it is called."""
 
+import contextlib
+import errno
+import functools
 import importlib
+import io
 import sys
+from collections.abc import Callable
 
 COMMANDS = {  # name: (module:function, what it does)
     "prepare-corpus": ("halfstep.commands.data:prepare_corpus", "write tokens, tokenizer and held-out split of a corpus"),
@@ -12,18 +17,53 @@ COMMANDS = {  # name: (module:function, what it does)
     "score-samples": ("halfstep.commands.evaluate:score_samples", "generative perplexity, entropy and consistency of samples"),
     "score-corpus": ("halfstep.commands.evaluate:score_corpus", "the same measures of held-out text itself"),
     "score-lambada": ("halfstep.commands.evaluate:score_lambada", "last-word accuracy and perplexity through lm-eval"),
+    "continue-prompts": ("halfstep.commands.continuations:continue_prompts", "continue the beginnings of held-out documents"),
+    "score-continuations": ("halfstep.commands.continuations:score_continuations", "MAUVE, self-BLEU and perplexity of continuations"),
     "time-sampling": ("halfstep.commands.benchmark:time_sampling", "time students against the baseline with its KV cache"),
     "tabulate": ("halfstep.commands.report:tabulate", "gather metric rows into tables"),
     "plot": ("halfstep.commands.report:plot", "draw one figure from the tables"),
     "track": ("halfstep.commands.track:track", "send the journals to MLflow, idempotently"),
+    "merge-provenance": ("halfstep.commands.verify:merge_provenance", "gather the records of all artefacts in results/provenance.json"),
+    "verify": ("halfstep.commands.verify:verify", "recompute all checksums, and name what is changed, missing or stale"),
     "summary": ("halfstep.commands.report:summary", "print the tables, two texts and where everything lies"),
     "write-schema": ("halfstep.commands.config:write_schema", "write the JSON schema of config.yaml, for editors"),
 }
 
+MENDS = {  # what the file system refused: what to do
+    errno.EACCES: "you may not read or write there: change its permissions, or name another place",
+    errno.EPERM: "you may not read or write there: change its permissions, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOTDIR: "a part of the path is a file: move that away, or name another place",
+    errno.EEXIST: "where a folder is needed there is a file: move that away, or name another place",
+    errno.EISDIR: "where a file is needed there is a folder: name a file",
+    errno.ENOENT: "check the path, or run the step that makes it",
+    errno.ENOSPC: "free some space, or name another disk, and give the same command again",
+    errno.EDQUOT: "free some space, or name another disk, and give the same command again",
+}
+
 
 def usage() -> str:
-    rows = "\n".join(f"  {name:15} {text}" for name, (_, text) in COMMANDS.items())
+    rows = "\n".join(f"  {name:19} {text}" for name, (_, text) in COMMANDS.items())
     return f"usage: halfstep <command> [--flags]     (halfstep <command> --help lists a command's flags)\n\n{rows}"
+
+
+def arguments(command: Callable, argv: list[str]) -> dict:
+    """A command's arguments from its flags. What a section of the configuration refuses is its ValidationError; tyro explains the rest and exits."""
+    import tyro
+    from pydantic import ValidationError
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            given = functools.wraps(command)(lambda **given: given)
+            return tyro.cli(given, prog=f"halfstep {argv[0]}", args=argv[1:], config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as error:
+        cause: BaseException | None = error
+        while cause := cause.__context__:  # tyro draws a box around pydantic's message
+            if isinstance(cause, ValidationError):
+                raise cause from None
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,20 +78,27 @@ def main(argv: list[str] | None = None) -> int:
         print(f"halfstep: unknown command {argv[0]!r}" + (f"; did you mean {near[0]}?" if near else "; see halfstep --help"), file=sys.stderr)
         return 2
     import pydantic
-    import tyro
 
+    from halfstep import provenance
     from halfstep.config import explain
     from halfstep.errors import HalfstepError
 
+    provenance.begin(["halfstep", *argv])
     module, function = COMMANDS[argv[0]][0].split(":")
     command = getattr(importlib.import_module(module), function)
     try:
-        tyro.cli(command, prog=f"halfstep {argv[0]}", args=argv[1:], config=(tyro.conf.OmitArgPrefixes,))
+        command(**arguments(command, argv))
     except pydantic.ValidationError as error:
         print("\n".join(f"halfstep {argv[0]}: {line}" for line in explain(error)), file=sys.stderr)
         return 1
     except HalfstepError as error:
         print(f"halfstep {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno is None:  # not the file system's
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"halfstep {argv[0]}: {where}{error.strerror}; {MENDS.get(error.errno, 'check the path')}", file=sys.stderr)
         return 1
     return 0
 

@@ -33,6 +33,7 @@ def _number(value: Any) -> Any:
 Float = Annotated[float, pydantic.BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Float, Field(gt=0)]
 Share = Annotated[Float, Field(ge=0, lt=1)]
+Names = Annotated[list[str], pydantic.BeforeValidator(lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str])]
 Weights = Literal["ema", "raw", "best"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
@@ -156,8 +157,8 @@ class Distillation(Training):
     """steps of linear warm-up, in the first round and after a reset of the optimiser"""
     min_t: Share = 1e-5
     """smallest training time"""
-    divergence: Literal["kl_backward", "kl_forward", "mse", "tvd"] = "kl_backward"
-    """between student and teacher; kl_backward is the paper's KLD, KL(student || teacher)"""
+    divergence: Literal["kl_backward", "kl_forward", "mse", "tvd", "l1_log_p"] = "kl_backward"
+    """between student and teacher; kl_backward is the paper's KLD, KL(student || teacher); l1_log_p is what the released code calls tvd"""
     teacher_steps: PositiveInt = 1024
     """sampling steps of the first teacher"""
     rounds: PositiveInt = 7
@@ -188,21 +189,34 @@ class Distillation(Training):
         return self
 
 
-class Writing(Section):
-    """How one set of samples is drawn."""
+class Drawing(Section):
+    """How a text is drawn."""
 
-    num_samples: PositiveInt = 1024
-    """texts per model and step count"""
     sampler: Literal["ancestral", "analytic", "first_hitting"] = "ancestral"
     """which positions are revealed when"""
     weights: Weights = "ema"
     """which weights of the checkpoint write"""
+    draw_dtype: Literal["float64", "float32-released"] = "float64"
+    """noise of the draws: float64 is exact; float32-released repeats the released code's truncated noise (ancestral only, slow)"""
     temperature: Positive = 1.0
     """divides the logits before the draw"""
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """nucleus of the baseline's draw (the paper uses 0.95)"""
     sampling_seed: Annotated[int, Field(ge=0)] = 1
     """sample i depends on this and i alone"""
+
+    @model_validator(mode="after")
+    def _noise(self):
+        if self.draw_dtype == "float32-released" and self.sampler != "ancestral":
+            raise ValueError(f"draw_dtype float32-released is the noise of sampler ancestral, found sampler {self.sampler}; change one of the two")
+        return self
+
+
+class Writing(Drawing):
+    """How one set of samples is drawn."""
+
+    num_samples: PositiveInt = 1024
+    """texts per model and step count"""
 
 
 class Sampling(Writing):
@@ -220,14 +234,49 @@ class Sampling(Writing):
 class Evaluation(Section):
     """Who judges the samples, and on which last words the models are examined."""
 
-    judge: str = "gpt2-large"
-    """baseline: the corpus's own autoregressive model; else a hub name or a folder that transformers loads"""
+    judge: Annotated[Names, Field(min_length=1)] = ["gpt2-large"]
+    """one or several (the paper's: gpt2-large, meta-llama/Meta-Llama-3-8B): baseline, the corpus's own autoregressive model; else a hub name or a folder
+    that transformers loads"""
     lambada: str = "EleutherAI/lambada_openai"
     """last_words: items from the corpus's own held-out stories; else a hub name or a .jsonl with {"text": ...} lines"""
     lambada_items: PositiveInt | None = None
     """examine only the first so many"""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     """resamples behind each 95% interval"""
+
+
+class Prompts(Section):
+    """Beginnings of held-out documents, and how much is written after them; the defaults are the paper's."""
+
+    num_prompts: Annotated[int, Field(ge=2)] = 1024
+    """the first so many held-out documents that are long enough"""
+    per_prompt: Annotated[int, Field(ge=2)] = 5
+    """continuations of each prompt"""
+    prompt_tokens: Annotated[int, Field(ge=2)] = 50
+    """tokens of a prompt, BOS the first"""
+    continuation_tokens: Annotated[int, Field(ge=4)] = 50
+    """tokens written after the prompt"""
+    document_tokens: PositiveInt = 1024
+    """a document is long enough with so many tokens, EOS not counted"""
+
+    @model_validator(mode="after")
+    def _room(self):
+        needed = self.prompt_tokens + self.continuation_tokens - 1
+        if self.document_tokens < needed:
+            raise ValueError(
+                f"document_tokens ({self.document_tokens}) must be at least {needed}: a text is BOS and "
+                f"prompt_tokens + continuation_tokens - 1 tokens of its document ({self.prompt_tokens} + {self.continuation_tokens} - 1)"
+            )
+        return self
+
+
+class Continuations(Prompts):
+    """Continuations of held-out prompts: MAUVE, self-BLEU and the judge's perplexity of what is written after them."""
+
+    continuation_steps: Annotated[list[PositiveInt], Field(min_length=1)] = [8, 16, 32, 64, 128]
+    """step counts at which prompts are continued"""
+    continuation_rounds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """which rounds continue them, 0 being the teacher; all when absent. The baseline always does"""
 
 
 class Benchmark(Section):
@@ -297,7 +346,11 @@ class Config(Section):
     teachers: Annotated[dict[Name, Teacher], Field(min_length=1)]
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
+    continuations: Continuations | None = None
+    """off when absent"""
     benchmark: Benchmark = Benchmark()
+    published: bool = False
+    """lay published values under figures and tables, in rows of their own that name their source"""
 
     @model_validator(mode="after")
     def _agree(self):
@@ -308,6 +361,17 @@ class Config(Section):
                 raise ValueError(
                     f"evaluation.lambada is last_words, but corpus {teacher.corpus!r} has kind {self.corpora[teacher.corpus].kind}: "
                     "only stories come with last words; name a hub data set or a .jsonl"
+                )
+            length, how = self.corpora[teacher.corpus].length, self.continuations
+            if self.sampling.sampler == "first_hitting" and self.sampling.steps[-1] > length:
+                raise ValueError(
+                    f"sampling.steps: found {self.sampling.steps[-1]}, but sampler first_hitting reveals at least one of the {length} positions of corpus "
+                    f"{teacher.corpus!r} in each step; give at most {length} steps"
+                )
+            if how and how.prompt_tokens + how.continuation_tokens >= length:
+                raise ValueError(
+                    f"continuations: prompt_tokens + continuation_tokens are {how.prompt_tokens} + {how.continuation_tokens}, "
+                    f"but a window of corpus {teacher.corpus!r} has {length} tokens, EOS at its end; lower one of them"
                 )
         return self
 
@@ -402,6 +466,11 @@ def flags(section: Section, *names: str) -> str:
         elif value is not None:
             words += [flag, shlex.quote(str(value))]
     return " ".join(words)
+
+
+def part(section: Section, kind: type[Section]) -> Section:
+    """The `kind` that a section is a kind of: its fields alone, as `Writing` of `Sampling`."""
+    return kind(**section.model_dump(include=set(kind.model_fields)))
 
 
 def schema() -> dict:

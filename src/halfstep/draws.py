@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample, and categorical draws that are exact to float64.
+"""Random numbers that belong to a sample, and categorical draws: exact to float64, or with the released code's float32 noise.
 
 Sample i of a seed owns its uniforms, whatever batch, device or process it is drawn in.
 """
@@ -34,3 +34,18 @@ def inverse_cdf(log_p: Tensor, u: Tensor) -> Tensor:
     offset = (cdf <= goal - before).sum(-1, keepdim=True)
     last = width - 1 - inside.flip(-1).ne(0).to(torch.uint8).argmax(-1, keepdim=True)  # rounding never leaves the support
     return (block * width + torch.minimum(offset, last))[:, 0]
+
+
+def float32_uniforms(seed: int, sample: int, step: int, rows: int, n: int) -> Tensor:
+    """[rows, n] float32 uniforms on the grid k / 2^24 of torch.rand, of one step of one sample (another stream than `uniforms`)."""
+    stream = np.random.Philox(key=[seed, sample], counter=[0, 0, 0, step + 1])
+    return torch.from_numpy(np.random.Generator(stream).random((rows, n), dtype=np.float32))
+
+
+def released_race(q: Tensor, u: Tensor) -> Tensor:
+    """One draw a row from weights q[N, K] by noise u[N, K], as the released code draws: argmax_k q_k / (1e-10 - log(u_k + 1e-10)), [N].
+
+    An exponential race in float32. u ends at 1 - 2^-24, so no noise is below 6e-8 and outcomes of little weight never win: where a step
+    reveals one position in 1,024 the text comes out as if at a lower temperature (REFERENCE Q8, docs/deviations.md).
+    """
+    return (q / (1e-10 - (u + 1e-10).log())).argmax(-1)

@@ -15,6 +15,11 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], object]) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()  # where nothing may be written the system's own error says so, whichever library writes
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    try:
         if callable(content):
             content(part)
         else:
@@ -48,5 +53,27 @@ def read_json(path: Path) -> dict | list:
 
 
 def sha256(path: Path) -> str:
+    """Checksum of the bytes that lie there now."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        stamp = _stamp(os.fstat(file.fileno()))
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _hashed[os.path.abspath(path)] = stamp, digest
+    return digest
+
+
+def hashed(path: Path, digest: str) -> None:
+    """This process has just written the file, and took the checksum of its bytes on the way."""
+    _hashed[os.path.abspath(path)] = _stamp(os.stat(path)), digest
+
+
+def sha256_once(path: Path) -> str:
+    """The checksum that this process knows of the file, if nobody has touched it since. For records; a check reads the bytes."""
+    stamp, digest = _hashed.get(os.path.abspath(path), (None, ""))
+    return digest if stamp == _stamp(os.stat(path)) else sha256(path)
+
+
+_hashed: dict[str, tuple[tuple[int, ...], str]] = {}
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

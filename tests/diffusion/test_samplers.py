@@ -172,6 +172,25 @@ def test_carry_out_obeys_any_plan():
     assert seen[1] == ([[3, out.ids[0, 1].item(), 1, 3]], [0.125]) and out.ids[0, 2] == 1 and out.ids.max() < 3
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_released_noise_has_nearly_the_law_and_belongs_to_the_text(steps):
+    """Where few outcomes share the mass the truncation cannot be seen: chi-square against the exact law. Text i is the same in any batch."""
+    how = {"draw_dtype": "float32-released", "seed": 40 + steps}
+    out = draw(Perfect(SMALL), steps, "ancestral", n=3000, **how)
+    assert agree(SMALL, out.ids, LAW["ancestral"](Perfect(SMALL), steps, unknown(SMALL))) > ALPHA
+    assert out.network_evaluations.max() <= steps
+    some = draw(Perfect(SMALL), steps, "ancestral", n=5, first=7, **how)
+    assert torch.equal(some.ids, out.ids[7:12]) and torch.equal(some.network_evaluations, out.network_evaluations[7:12])
+    frame = torch.tensor([1, 4, 2])
+    assert (draw(Perfect(SMALL), steps, "ancestral", frame, n=4, **how).ids[:, [0, 2]] == frame[[0, 2]]).all()
+
+
+@pytest.mark.parametrize("wish", [{"sampler": "first_hitting"}, {"sampler": "ancestral", "draw_dtype": "float16"}])
+def test_released_noise_is_ancestral_samplings(wish):
+    with pytest.raises(HalfstepError, match="draw_dtype: found"):
+        draw(Perfect(LONG), 2, n=2, **{"draw_dtype": "float32-released"} | wish)
+
+
 @pytest.mark.parametrize("fault", [{"steps": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"given": torch.tensor([1, 2])}])
 def test_impossible_wishes_are_one_sentence(fault):
     how = {"steps": 2, "sampler": "ancestral", "n": 2} | fault

@@ -1,5 +1,6 @@
 """Last words through lm-eval, offline: a model that is known exactly, by hand; and the released form of the task."""
 
+import hashlib
 import json
 from math import exp, log
 from pathlib import Path
@@ -39,7 +40,7 @@ def write_items(path, texts) -> Path:
 def test_lm_eval_end_to_end_by_hand(tmp_path):
     """EOS on the right is visible, so `a cat ran to` is no rival of `a cat ran to the door`: only mat and rug are in doubt."""
     found = examine(known_model(), str(write_items(tmp_path / "items.jsonl", STORIES)), micro_batch=2)
-    np.testing.assert_allclose(np.exp(-found["nll"]), [0.6, 0.4, 1, 1], rtol=1e-9)
+    np.testing.assert_allclose(np.exp(-found["nll"]["elbo-exact"]), [0.6, 0.4, 1, 1], rtol=1e-9)
     assert found["hits"]["parallel"].tolist() == found["hits"]["confidence"].tolist() == [True, False, True, True]
     assert found["lm_eval"]["acc,none"] == 0.75
     assert found["lm_eval"]["perplexity,none"] == pytest.approx(exp(-(log(0.6) + log(0.4)) / 4))
@@ -47,8 +48,11 @@ def test_lm_eval_end_to_end_by_hand(tmp_path):
 
 def test_the_first_items_only_and_every_item_once(tmp_path):
     items = write_items(tmp_path / "items.jsonl", list(STORIES) + [next(iter(STORIES))])
-    assert len(examine(known_model(), str(items), items=2)["nll"]) == 2
-    assert len(examine(known_model(), str(items), items=99)["nll"]) == 5
+    two, five = (examine(known_model(), str(items), items=items_) for items_ in (2, 99))
+    assert {len(nll) for nll in two["nll"].values()} == {2} and {len(nll) for nll in five["nll"].values()} == {5}
+    texts = list(STORIES)
+    assert two["data"] == f"items.jsonl[2]@{hashlib.sha256(chr(0).join(texts[:2]).encode()).hexdigest()[:12]}"
+    assert five["data"] == f"items.jsonl[5]@{hashlib.sha256(chr(0).join([*texts, texts[0]]).encode()).hexdigest()[:12]}"
 
 
 def test_the_task_is_the_stock_one():
@@ -88,6 +92,16 @@ def test_answers_are_kept_and_protocols_share_the_likelihood():
     lm.accuracy = "confidence"
     assert lm.loglikelihood(requests) == first and model.denoiser.asked == asked + 2
     assert [hit for _, hit in first] == [True, False, True]
+
+
+def test_monte_carlo_stands_beside_what_lm_eval_computes(tmp_path):
+    """Protocol elbo-mc is by item and seed, whatever the batch, and leaves lm-eval's own numbers as they were."""
+    items = str(write_items(tmp_path / "items.jsonl", STORIES))
+    one, two, other = (examine(known_model(), items, micro_batch=batch, seed=seed) for batch, seed in ((1, 0), (9, 0), (9, 1)))
+    np.testing.assert_allclose(one["nll"]["elbo-mc"], two["nll"]["elbo-mc"], rtol=1e-12)
+    assert (one["nll"]["elbo-mc"][:2] != other["nll"]["elbo-mc"][:2]).all()  # of the items in doubt
+    assert one["lm_eval"] == other["lm_eval"] and (one["nll"]["elbo-exact"] == other["nll"]["elbo-exact"]).all()
+    assert one["passes"] == {"parallel": 1, "confidence": 1, "elbo-exact": 1, "elbo-mc": 32}
 
 
 def test_whole_texts_are_scored_window_by_window():
@@ -134,7 +148,13 @@ def test_the_released_form_of_lambada():
     texts = [json.loads(line)["text"] for line in LAMBADA.read_text().splitlines()]
     tokens = np.array([len(tokenizer.encode(word_of({"text": text})).ids) for text in texts])
     ar = examine(SimpleNamespace(kind="autoregressive", **model), str(LAMBADA), micro_batch=64)
-    np.testing.assert_allclose(ar["nll"], tokens * log(50257), rtol=1e-5)
+    np.testing.assert_allclose(ar["nll"]["ar"], tokens * log(50257), rtol=1e-5)
     diffusion = examine(SimpleNamespace(kind="diffusion", **model), str(LAMBADA), items=100, micro_batch=64)
-    np.testing.assert_allclose(diffusion["nll"], tokens[:100] * log(50257), rtol=1e-5)  # DiT's head starts at zero
-    assert len(ar["nll"]) == 2000 and set(diffusion["hits"]) == {"parallel", "confidence"} and set(ar["hits"]) == {"ar"}
+    np.testing.assert_allclose(diffusion["nll"]["elbo-exact"], tokens[:100] * log(50257), rtol=1e-5)  # DiT's head starts at zero
+    assert abs(diffusion["nll"]["elbo-mc"].mean() / diffusion["nll"]["elbo-exact"].mean() - 1) < 0.15
+    assert ar["data"] == f"{LAMBADA.name}[2000]@{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()[:12]}"
+    assert diffusion["data"].startswith(f"{LAMBADA.name}[100]@") and diffusion["data"][-12:] != ar["data"][-12:]
+    assert (
+        diffusion["passes"]["confidence"] == tokens[:100].mean() and diffusion["passes"]["elbo-exact"] == (2.0 ** tokens[:100] - 1).mean()
+    )
+    assert len(ar["nll"]["ar"]) == 2000 and set(diffusion["hits"]) == {"parallel", "confidence"} and set(ar["hits"]) == {"ar"}

@@ -8,8 +8,9 @@ import pytest
 import torch
 from known import Language, Stubborn
 
+from halfstep.draws import uniforms
 from halfstep.metrics import likelihood
-from halfstep.metrics.likelihood import Question, autoregressive_nll, confident_guess, diffusion_nll, suffix_masks
+from halfstep.metrics.likelihood import Question, autoregressive_nll, confident_guess, diffusion_nll, monte_carlo_nll, suffix_masks
 
 
 def random_language(length: int, vocabulary: int = 3) -> Language:
@@ -76,6 +77,51 @@ def test_longer_suffixes_are_estimated_without_bias(monkeypatch):
     assert abs(draws.mean() - exact) < 4 * draws.std(ddof=1) / len(draws) ** 0.5
     assert draws.std() < 0.1 * exact and draws.std() > 0
     assert again == pytest.approx(draws[3], rel=1e-9)  # whatever the batch
+
+
+def lattice_law(denoiser, q: Question, draws: int, min_t: float) -> tuple[float, float]:
+    """Mean and variance of (1/K) sum_i f_i / t_i on the lattice t_i = eps + (1 - eps)(i + u) / K: masks enumerated, u by quadrature.
+
+    Given u the f_i are independent, so Var = E_u[sum_i Var(f_i / t_i)] / K^2 + Var_u(mean).
+    """
+    n = q.end - q.start
+    masks = [m for m in product([False, True], repeat=n) if any(m)]
+    table, k = np.array([mask_nll(denoiser, q, m) for m in masks]), np.array([sum(m) for m in masks])
+    u, weights = np.polynomial.legendre.leggauss(200)
+    t = min_t + (1 - min_t) * (np.arange(draws) + (u[:, None] + 1) / 2)[..., None] / draws  # [U, K, 1]
+    chance = t**k * (1 - t) ** (n - k)
+    mean, square = (chance * table / t).sum(-1), (chance * (table / t) ** 2).sum(-1)  # [U, K]
+    total, within = mean.mean(1), (square - mean**2).sum(1) / draws**2
+    value = (weights / 2 * total).sum()
+    return value, (weights / 2 * (within + (total - value) ** 2)).sum()
+
+
+def test_monte_carlo_has_the_mean_and_the_noise_that_theory_says(monkeypatch):
+    """Over independent questions: its mean, and its variance with a smallest time large enough for the variance to be measured."""
+    denoiser, N = Stubborn(4), 1500
+    q = Question((3, 0, 1, 2, 2), 1, 4)
+    exact = diffusion_nll(denoiser, [q], micro_batch=8)[0][0]
+    table = {m: mask_nll(denoiser, q, m) for m in product([False, True], repeat=3)}
+    value, _ = lattice_law(denoiser, q, likelihood.MC_DRAWS, likelihood.MC_MIN_T)
+    assert value == pytest.approx(exact, rel=1e-4)  # without bias, but for the share below the smallest time
+    monkeypatch.setattr(likelihood, "MC_MIN_T", 0.05)
+    value, variance = lattice_law(denoiser, q, likelihood.MC_DRAWS, 0.05)
+    drawn = []
+    for i in range(N):  # the estimator's own masks and weights, read in a table instead of the denoiser
+        masks, weights, times = likelihood.drawn_masks(uniforms(5, i, 1, 32 * 4)[0].view(32, 4))
+        cells = (times - 0.05) / 0.95 * 32
+        assert (
+            masks.any(1).all() and np.ptp(cells % 1) < 1e-9 and len(set(cells.astype(int))) == len(cells) and cells.max() < 32
+        )  # one offset, a lattice
+        drawn.append(sum(w * table[tuple(m)] for m, w in zip(masks.tolist(), weights, strict=True)))
+    drawn = np.array(drawn)
+    assert abs(drawn.mean() - value) < 4 * (variance / N) ** 0.5
+    spread = (drawn - drawn.mean()) ** 2
+    assert abs(drawn.var(ddof=1) - variance) < 4 * spread.std() / N**0.5
+    assert 4 * spread.std() / N**0.5 < 0.3 * variance  # and that says something: 24 draws instead of 32 would have a third more
+    few = monte_carlo_nll(denoiser, [q] * 6, micro_batch=5, seed=5)
+    np.testing.assert_allclose(few, drawn[:6], rtol=1e-5)
+    np.testing.assert_allclose(few, monte_carlo_nll(denoiser, [q] * 6, micro_batch=64, seed=5), rtol=1e-12)
 
 
 def test_masks_are_all_subsets_and_their_weights_sum_to_the_length():

@@ -8,6 +8,7 @@ import pytest
 from halfstep.errors import HalfstepError
 from halfstep.metrics.diversity import distinct, unigram_entropy
 from halfstep.metrics.intervals import bootstrap, wilson
+from halfstep.metrics.protocols import PROTOCOLS
 from halfstep.metrics.rows import model_name, name_parts, row
 
 
@@ -53,15 +54,19 @@ def test_bootstrap_covers_the_truth_as_often_as_it_says():
 
 
 def test_rows_hold_every_column_and_no_other():
-    found = row("entropy", None, 3.0, (2.9, 3.1), model="m", steps=8)
+    found = row("entropy", "unigram", 3.0, (2.9, 3.1), model="m", steps=8, temperature=1.0, top_p=0.95)
     assert list(found) == [
-        "metric", "protocol", "value", "low", "high", "model", "teacher", "run", "round", "steps", "sampler", "network_evaluations", "num_samples",
-        "seed", "weights", "draw_dtype", "judge", "checkpoint", "commit",
+        "metric", "protocol", "version", "value", "low", "high", "model", "teacher", "run", "round", "steps", "sampler", "network_evaluations",
+        "num_samples", "seed", "weights", "draw_dtype", "temperature", "top_p", "judge", "judge_dtype", "data", "checkpoint", "commit",
     ]  # fmt: skip
-    assert found["steps"] == 8 and found["judge"] is None and found["commit"]
-    assert "length" in row("latency_s", None, 1, (1, 1), length=64)
+    assert found["steps"] == 8 and found["judge"] is None and found["commit"] and found["version"] == PROTOCOLS["entropy"]["unigram"]
+    assert found["temperature"] is None and found["top_p"] == 0.95
+    assert "length" in row("latency_s", "interleaved", 1, (1, 1), length=64)
     with pytest.raises(TypeError, match="judgement"):
-        row("entropy", None, 3, (2, 4), judgement=1)
+        row("entropy", "unigram", 3, (2, 4), judgement=1)
+    for metric, protocol in (("entropy", None), ("entropy", "ids"), ("entropie", "unigram")):
+        with pytest.raises(TypeError, match=f"{metric} has no protocol {protocol!r}"):
+            row(metric, protocol, 3, (2, 4))
     with pytest.raises(HalfstepError, match="generative_perplexity of stories-tiny/teacher is nan"):
         row("generative_perplexity", "ids", float("nan"), (0, 1), model="stories-tiny/teacher")
 

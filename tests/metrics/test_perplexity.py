@@ -142,6 +142,18 @@ def test_judges_that_cannot_be_loaded(folder, tmp_path, monkeypatch):
     with pytest.raises(HalfstepError, match=r"cannot load 'gpt2-large' \(OSError: We couldn't connect.*files\).*without network, download"):
         load_judge("gpt2-large")
 
+    def gated(*_, **__):
+        raise OSError(
+            "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/meta-llama/Meta-Llama-3-8B."
+        )
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", gated)
+    with pytest.raises(
+        HalfstepError, match=r"accept its licence at https://huggingface.co/meta-llama/Meta-Llama-3-8B, then log in"
+    ) as caught:
+        load_judge("meta-llama/Meta-Llama-3-8B@main")
+    assert "\n" not in str(caught.value)
+
 
 def test_a_revision_is_passed_on(folder, monkeypatch):
     seen, original = {}, AutoModelForCausalLM.from_pretrained

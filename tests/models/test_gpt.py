@@ -38,11 +38,11 @@ def test_cache_equals_the_full_pass(pieces):
     assert torch.allclose(torch.cat(found, 1), gpt(x), atol=1e-5) and caches[0].end == 10
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.5}, {"top_p": 0.6}, {"prompt": torch.tensor([0, 3, 5])}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.5}, {"top_p": 0.6}, {"prompt": torch.tensor([0, 3, 5])}, {"prompt": torch.arange(36).view(12, 3) % 13}], ids=str)
 def test_generation_equals_the_full_pass(how):
     gpt, N, L = tiny(), 12, 11
     found = generate(gpt, N, L, 0, seed=4, **how)
-    u, ids = uniforms(4, 0, N, L), how.get("prompt", torch.tensor([0])).repeat(N, 1)
+    u, ids = uniforms(4, 0, N, L), how.get("prompt", torch.tensor([0])).expand(N, -1)
     while ids.shape[1] < L:
         log_p = gpt.log_p(gpt(ids)[:, -1]) / how.get("temperature", 1.0)
         ids = torch.cat([ids, inverse_cdf(nucleus(log_p.log_softmax(-1), how.get("top_p", 1.0)), u[:, ids.shape[1]])[:, None]], 1)

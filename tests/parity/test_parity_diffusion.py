@@ -102,6 +102,20 @@ def test_analytic_transition_has_the_same_law():
     assert SAMPLERS["analytic"] is SAMPLERS["ancestral"]
 
 
+def test_the_released_noise_repeats_the_released_states():
+    """draw_dtype float32-released, given the reference's uniforms, makes the reference's own next states: mask or token at every position."""
+    from halfstep.draws import released_race
+
+    fixture, model = arrays("sample_ancestral.npz"), denoiser("teacher")
+    dt = fixture["dt"].item()
+    for step in (0, 1):
+        x, u, t = fixture[f"x{step}"], fixture[f"u{step}"], fixture["ts"][step]
+        r = reveal_probability(t, t - dt, LogLinear())
+        p = subs(model, x).exp()
+        new = released_race(torch.cat([p * r, (1 - r).expand(*x.shape, 1)], -1), u)
+        assert torch.equal(torch.where(x == MASK, new, x), fixture[f"x{step + 1}"])
+
+
 def test_two_steps_of_a_prompted_run():
     """The reference's states under its own noise (argmax of q / (1e-10 - log(u + 1e-10))), from our probabilities."""
     fixture, model = arrays("sample_ancestral.npz"), denoiser("teacher")

@@ -5,9 +5,12 @@ import math
 import random
 from pathlib import Path
 
+from halfstep.metrics.protocols import PROTOCOLS
 from halfstep.tracking import Journal
 
 STEPS = [8, 16, 32, 64, 128, 256, 512, 1024]
+ITEMS = "last_words.jsonl[2000]@66778899aabb"
+NO_JUDGE = {"judge": None, "judge_dtype": None}
 LOSSES = ("kl_backward", "mse", "tvd")
 
 
@@ -19,6 +22,8 @@ def write(results: Path, teacher="stories-tiny", runs=LOSSES, rounds=7, steps=ST
         rows = [row for n in steps for row in sampled(teacher, run, r, f"{teacher}/{name}", n, sha)]
         dump(results / "metrics" / teacher / name / "samples.json", rows)
         dump(results / "metrics" / teacher / name / "lambada.json", last_words(teacher, run, r, f"{teacher}/{name}", sha))
+        rows = [row for n in steps for row in continued(common(teacher, run, r, f"{teacher}/{name}", n, sha), 0.9 - 0.4 / n + 0.005 * r)]
+        dump(results / "metrics" / teacher / name / "continuations.json", rows)
         for n in steps:
             text = f"=== 0\nAt {n} steps {name} wrote that Mira found a red kite.\nShe kept it.\n=== 1\nAnother text.\n"
             file = results / "samples" / teacher / name / f"steps-{n}" / "samples.txt"
@@ -27,8 +32,9 @@ def write(results: Path, teacher="stories-tiny", runs=LOSSES, rounds=7, steps=ST
     sha = train(results / "models" / teacher / "baseline", f"{teacher}/baseline", "baseline", 0, points)
     base = common(teacher, "baseline", 0, f"{teacher}/baseline", None, sha) | {"network_evaluations": 1024, "sampler": None}
     dump(results / "metrics" / teacher / "baseline" / "samples.json", quality(base, 9.4, 3.91, 0.97))
-    dump(results / "metrics" / teacher / "baseline" / "lambada.json", [base | {"judge": None} | one for one in (
+    dump(results / "metrics" / teacher / "baseline" / "lambada.json", [base | NO_JUDGE | {"data": ITEMS} | one for one in (
         row("lambada_accuracy", "ar", 0.58, 0.02), row("lambada_perplexity", "ar", 4.1, 0.3))])  # fmt: skip
+    dump(results / "metrics" / teacher / "baseline" / "continuations.json", continued(base, 0.93))
     data = common(teacher, "data", 0, "data", None, None) | {"sampler": None, "weights": None}
     dump(results / "metrics" / teacher / "data.json", quality(data, 7.2, 3.95, 1.0))
     if benchmark:
@@ -56,13 +62,14 @@ def train(folder: Path, model: str, run: str, r: int, points: int) -> str:
 
 
 def row(metric, protocol, value, spread) -> dict:
-    return {"metric": metric, "protocol": protocol, "value": value, "low": value - spread, "high": value + spread}
+    return {"metric": metric, "protocol": protocol, "version": PROTOCOLS[metric][protocol], "value": value, "low": value - spread, "high": value + spread}
 
 
 def common(teacher, run, r, model, steps, sha) -> dict:
     return {
         "model": model, "teacher": teacher, "run": run, "round": r, "steps": steps, "sampler": "ancestral", "network_evaluations": steps,
-        "num_samples": 512, "seed": 1, "weights": "ema", "draw_dtype": "float64", "judge": f"results/models/{teacher}/baseline", "checkpoint": sha,
+        "num_samples": 512, "seed": 1, "weights": "ema", "draw_dtype": "float64",
+        "judge": f"results/models/{teacher}/baseline@aabbccddeeff", "judge_dtype": "float32", "data": "stories@001122334455", "checkpoint": sha,
         "commit": "0123456789ab",
     }  # fmt: skip
 
@@ -70,8 +77,8 @@ def common(teacher, run, r, model, steps, sha) -> dict:
 def quality(base, perplexity, entropy, consistent) -> list[dict]:
     return [base | one for one in (
         row("generative_perplexity", "ids", perplexity, 0.04 * perplexity),
-        row("generative_perplexity", "retokenized", 1.1 * perplexity, 0.04 * perplexity), row("entropy", None, entropy, 0.01) | {"judge": None},
-        row("distinct_2", None, 0.31, 0.01) | {"judge": None}, row("consistent_share", None, consistent, 0.02) | {"judge": None},
+        row("generative_perplexity", "retokenized", 1.1 * perplexity, 0.04 * perplexity), row("entropy", "unigram", entropy, 0.01) | NO_JUDGE,
+        row("distinct_2", "bigrams", 0.31, 0.01) | NO_JUDGE, row("consistent_share", "grammar", consistent, 0.02) | NO_JUDGE,
     )]  # fmt: skip
 
 
@@ -81,12 +88,20 @@ def sampled(teacher, run, r, model, steps, sha) -> list[dict]:
     return quality(common(teacher, run, r, model, steps, sha), perplexity, 3.97 + 0.09 * (8 / steps) - 0.012 * r, min(0.99, 0.9 - 3 / steps + 0.03 * r))
 
 
+def continued(base, mauve) -> list[dict]:
+    base = base | {"length": 100, "num_samples": 960}
+    return [base | row(metric, "continuations", value, spread) | extra for metric, value, spread, extra in (
+        ("mauve", mauve, 0.01, {}), ("self_bleu", 12 - 5 * mauve, 0.4, NO_JUDGE), ("continuation_perplexity", 30 - 10 * mauve, 2, {}),
+        ("continuation_distinct_2", 0.8, 0.01, NO_JUDGE),
+    )]  # fmt: skip
+
+
 def last_words(teacher, run, r, model, sha) -> list[dict]:
-    base = common(teacher, run, r, model, None, sha) | {"judge": None, "sampler": None, "num_samples": 2000}
+    base = common(teacher, run, r, model, None, sha) | NO_JUDGE | {"sampler": None, "num_samples": 2000, "data": ITEMS}
     lift = {"kl_backward": 0.011, "mse": 0.006, "tvd": 0.009}.get(run, 0) * r
     return [base | one for one in (
         row("lambada_accuracy", "parallel", 0.41 + lift, 0.02), row("lambada_accuracy", "confidence", 0.44 + lift, 0.02),
-        row("lambada_perplexity", "elbo-exact", 9.1 + 0.2 * r, 0.5),
+        row("lambada_perplexity", "elbo-exact", 9.1 + 0.2 * r, 0.5), row("lambada_perplexity", "elbo-mc", 9.3 + 0.2 * r, 0.6),
     )]  # fmt: skip
 
 
@@ -99,7 +114,7 @@ def timings(teacher, run, r) -> list[dict]:
                 one = 0.004 * (1 + 0.02 * batch * length / 64)  # a pass over the window
                 latency = length * 0.0041 * (1 + 0.03 * batch) if steps is None else steps * one
                 rows.append({
-                    "metric": "latency_s", "protocol": None, "value": latency, "low": 0.97 * latency, "high": 1.06 * latency, "model": model, "teacher": teacher,
+                    "metric": "latency_s", "protocol": "interleaved", "version": 1, "value": latency, "low": 0.97 * latency, "high": 1.06 * latency, "model": model, "teacher": teacher,
                     "run": who, "round": 0 if steps is None else r, "steps": steps, "network_evaluations": steps or length, "sampler": "ancestral" if steps else None,
                     "length": length, "batch_size": batch, "tokens_per_s": batch * length / latency, "device": "cpu", "dtype": "float32", "params": 2_100_000,
                     "num_samples": batch, "seed": 1, "weights": "ema", "checkpoint": None, "commit": "0123456789ab", "judge": None, "draw_dtype": "float64",

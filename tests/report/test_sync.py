@@ -7,7 +7,7 @@ import time
 import pytest
 import synthetic
 
-from halfstep.commands.track import gather, once, track
+from halfstep.commands.track import _metrics, gather, once, track
 from halfstep.errors import HalfstepError
 from halfstep.tracking import Journal, read
 
@@ -167,3 +167,11 @@ def test_a_dead_server_fails_fast_in_one_sentence(world):
 def test_no_results_folder_is_a_clear_error(tmp_path):
     with pytest.raises(HalfstepError, match="no such folder"):
         track(tmp_path / "nothing")
+
+
+def test_every_judge_and_protocol_has_its_own_curve():
+    base = {"metric": "generative_perplexity", "value": 1.0, "model": "t/teacher"}
+    judges = (None, "results/models/t/baseline/hf@0123456789ab", "gpt2-large@0123456789ab", "meta-llama/Meta-Llama-3-8B@0123456789ab", "/my/judge@0123456789ab")
+    keys = [key for judge in judges for protocol in ("ids", "retokenized") for key in _metrics(base | {"protocol": protocol, "judge": judge})]
+    names = ("", "", "_gpt2-large", "_Meta-Llama-3-8B", "_judge")
+    assert keys == [f"eval/generative_perplexity_{protocol}{name}" for name in names for protocol in ("ids", "retokenized")]

@@ -1,13 +1,17 @@
 """Tables: complete, comparable or refused, intervals where they belong."""
 
+import csv
 import json
+import tomllib
+from pathlib import Path
 
+import pandas
 import pytest
 import synthetic
 
 from halfstep.commands.report import tabulate
 from halfstep.errors import HalfstepError
-from halfstep.report import tables
+from halfstep.report import published, tables
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def made(results):
 def test_csv_holds_every_row_with_its_interval_and_origin(results):
     found = made(results)
     rows = [row for file in results.rglob("metrics/**/*.json") for row in json.loads(file.read_text())]
-    assert len(found["steps"]) + len(found["lambada"]) == len(rows)
+    assert sum(len(found[name]) for name in ("steps", "lambada", "continuations")) == len(rows)
     row = found["steps"].query("model == 'stories-tiny/mse/round-2' and steps == 16 and protocol == 'ids'").iloc[0]
     source = next(r for r in rows if r["model"] == "stories-tiny/mse/round-2" and r["steps"] == 16 and r["protocol"] == "ids")
     assert {key: row[key] for key in source} == source
@@ -56,7 +60,9 @@ def test_markdown_reads_as_a_grid_with_conditions_below(results):
     assert [row[0] for row in rows[2:7]] == ["teacher", "kl_backward round 1", "kl_backward round 2", "mse round 1", "mse round 2"]
     assert rows[2][1] == "150 ±6"
     assert "Without sampling steps: baseline: 9.40 ±0.38; data: 7.20 ±0.29." in text
-    assert "Judge results/models/stories-tiny/baseline; protocol ids; sampler ancestral; draws float64; n 512; seed 1; weights ema; commit 0123456789ab." in text
+    judge = "results/models/stories-tiny/baseline@aabbccddeeff (float32)"
+    taken = "data stories@001122334455; sampler ancestral; draws float64; n 512; seed 1; weights ema; commit 0123456789ab."
+    assert f"Judge {judge}; protocol ids v1; {taken}" in text and f"Protocol unigram v1; {taken}" in text
     assert "(+2.8%)" in text and "called once per sampling step" in text
     speed = (results / "tables" / "speed.md").read_text()
     assert "| 64 × 8 " in speed and "270 ±" in speed and "(8.3×)" in speed
@@ -71,6 +77,10 @@ def test_markdown_reads_as_a_grid_with_conditions_below(results):
         (lambda row: row | {"sampler": "analytic"}, "sampler .* analytic"),
         (lambda row: row | {"weights": "raw"}, "weights .* raw"),
         (lambda row: row | {"draw_dtype": "float32"}, "draw_dtype .* float32"),
+        (lambda row: row | {"version": 2} if row["protocol"] == "ids" else row, "version of protocol ids .* 2"),
+        (lambda row: row | {"judge_dtype": "bfloat16"} if row["judge"] else row, "judge .* results/models/stories-tiny/baseline@aabbccddeeff bfloat16"),
+        (lambda row: row | {"data": "stories@ffffffffffff"}, "data .* stories@ffffffffffff"),
+        (lambda row: row | {"temperature": 0.9}, "temperature .* 0.9"),
     ],
 )
 def test_numbers_of_different_conditions_are_refused(results, change, found):
@@ -78,6 +88,85 @@ def test_numbers_of_different_conditions_are_refused(results, change, found):
     with pytest.raises(HalfstepError, match=f"(?s){found}|{'.*'.join(reversed(found.split(' .* ')))}") as error:
         made(results)
     assert "stories-tiny/" in str(error.value) and "do not belong in one column" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        (lambda row: row | {"data": "last_words.jsonl[2000]@ffffffffffff"}, r"data .*@66778899aabb.*@ffffffffffff"),
+        (lambda row: row | {"weights": "raw"}, "weights .*ema.* raw"),
+        (lambda row: row | {"version": 2} if row["protocol"] == "elbo-mc" else row, "version of protocol elbo-mc"),
+    ],
+)
+def test_last_words_of_other_items_or_weights_are_refused(results, change, found):
+    rewrite(results / "metrics/stories-tiny/mse/round-2/lambada.json", change)
+    with pytest.raises(HalfstepError, match=f"(?s){found}.*do not belong in one column"):
+        tabulate("lambada", [results / "metrics"], results / "lambada")
+
+
+def commits(results, capsys, *found):
+    """The warning and the table when the teacher's rows are of these commits in turn."""
+    file, each = results / "metrics/stories-tiny/teacher/samples.json", iter(found * 100)
+    rewrite(file, lambda row: row | {"commit": next(each)})
+    tabulate("steps", [file], results / "steps")
+    assert len(tables.read_csv(results / "steps.csv")) == 10
+    return capsys.readouterr().err, (results / "steps.md").read_text()
+
+
+def test_rows_of_more_than_one_commit_are_written_with_a_warning(results, capsys):
+    said, text = commits(results, capsys, "0123456789ab")
+    assert said == "" and "commit 0123456789ab." in text and "Mind" not in text
+    for found, words in (
+        (("0123456789ab", "ba9876543210"), "of more than one commit (0123456789ab: 5 of 10 rows; ba9876543210: 5 of 10 rows)"),
+        (("0123456789ab", "0123456789ab+dirty"), "of more than one commit (0123456789ab: 5 of 10 rows; 0123456789ab+dirty: 5 of 10 rows)"),
+        (("0123456789ab+dirty",), "of a working tree that differs from its commit (0123456789ab+dirty: 10 of 10 rows)"),
+    ):
+        said, text = commits(results, capsys, *found)
+        assert said.startswith("halfstep tabulate: warning: steps: ") and words in said and said.count("\n") == 1
+        assert words in text.splitlines()[-1]
+
+
+def test_published_values_have_rows_and_grids_of_their_own(results):
+    made(results)
+    for name, (_, _, titles) in tables.TABLES.items():
+        plain, before = tables.read_csv(results / "tables" / f"{name}.csv"), (results / "tables" / f"{name}.md").read_text()
+        tabulate(name, [results / "metrics", results / "benchmarks"], results / "with" / name, published=True)
+        table, text = tables.read_csv(results / "with" / f"{name}.csv"), (results / "with" / f"{name}.md").read_text()
+        theirs = table[table["run"] == "published"]
+        assert text.startswith(before) and len(table) == len(plain) + len(theirs) and len(theirs)
+        assert set(theirs["protocol"]) == {"as published"} and theirs["source"].notna().all() and set(theirs["metric"]) <= set(titles)
+        assert "as published" not in set(plain["protocol"]) and "as published" not in before
+        grids = {grid.splitlines()[0]: grid for grid in text[len(before) :].split("### Published, protocol as published: ")[1:]}
+        for metric, mine in theirs.groupby("metric"):
+            head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in grids[titles[metric]].splitlines() if line[:1] == "|"]
+            shown = {(line[0], case): cell for line in lines for case, cell in zip(head[1:], line[1:], strict=True) if cell}
+            columns = mine["length" if metric == "latency_s" else "steps"]
+            assert shown == {
+                (published._who(row), "none" if pandas.isna(n) else str(int(n))): tables.number(row.value)
+                for row, n in zip(mine.itertuples(), columns, strict=True)
+            }  # fmt: skip
+    steps = tables.read_csv(results / "with" / "steps.csv").query("run == 'published' and metric == 'generative_perplexity' and steps == 32")
+    assert set(steps["value"]) == {192.31, 66.26, 61.65, 62.29, 25.0}
+
+
+def test_published_values_are_those_that_were_read(shared):
+    """Each with its value, step count and source in the file that the design keeps of them."""
+    with open(shared / "data/published_values.csv") as file:
+        kept = {(row["value"], row["steps"], row["certainty"]) for row in csv.DictReader(file)}
+    with open(published.FILE) as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) > 100
+    for row in rows:
+        value = f"{100 * float(row['value']):g}" if row["metric"] == "lambada_accuracy" else row["value"]
+        steps = row["steps"] or ("AR" if row["model"] == "GPT-2" else "")
+        assert (value, steps, row["certainty"]) in kept, row
+
+
+def test_every_file_that_is_no_module_is_in_the_package():
+    root = Path(tables.__file__).parents[3]
+    packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    found = {file for name, globs in packaged.items() for glob in globs for file in (root / "src" / name.replace(".", "/")).glob(glob)}
+    assert found == {file for file in (root / "src/halfstep").rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc", ".so")}
 
 
 def test_two_protocols_for_every_model_are_two_grids(results):

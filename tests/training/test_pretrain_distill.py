@@ -97,6 +97,7 @@ def test_pretraining_learns_and_leaves_a_whole_checkpoint(teacher, corpus):
         "meta.json",
         "run.json",
         "journal.jsonl",
+        "provenance.json",
     }
     assert (teacher / "tokenizer.json").read_bytes() == (corpus / "tokenizer.json").read_bytes()
     record, points = read(teacher)

@@ -8,7 +8,7 @@ import yaml
 from dryrun import REPOSITORY
 
 from halfstep.commands.config import write_schema
-from halfstep.config import Config, ConfigError, Section, resolve, validate
+from halfstep.config import Config, ConfigError, Continuations, Section, resolve, validate
 
 PRESETS = REPOSITORY / "workflow/presets"
 
@@ -76,6 +76,7 @@ def test_config_yaml_explains_every_key():
     for name in ("network", "pretraining"):
         covers(fields[name], teacher[name])
     covers(fields["distillation"], teacher["pretraining"] | teacher["distillation"])
+    covers(Continuations, shown["continuations"])
     for name in ("sampling", "evaluation", "benchmark"):
         covers(Config.model_fields[name].annotation, shown[name])
 
@@ -86,6 +87,7 @@ def test_config_yaml_explains_every_key():
     (default,) = filled.teachers.values()
     (told,) = validate(shown).teachers.values()
     assert told.pretraining == default.pretraining and told.distillation == default.distillation
+    assert validate(shown).continuations == Continuations() and filled.continuations is None  # off, or the paper's
     for name in ("sampling", "evaluation", "benchmark", "seed"):
         assert getattr(validate(shown), name) == getattr(filled, name), f"config.yaml shows other values of {name} than the models have"
 

@@ -24,7 +24,9 @@ def test_preset_resolves(workflow, preset):
     assert jobs["distill_round"] == rounds
     assert jobs["score_samples"] == jobs["score_lambada"] == rounds + 2 * teachers
     assert jobs["generate"] % (rounds + teachers) == teachers  # as often for every denoiser, and once for every baseline
-    assert (jobs["plot"], jobs["tabulate"], jobs["track"]) == (6, 3, 1)
+    prompts = preset != "laptop"  # whether held-out prompts are continued
+    assert (jobs["plot"], jobs["tabulate"], jobs["track"]) == (6 + prompts, 3 + prompts, 1)
+    assert jobs.get("score_continuations", 0) == prompts * (2 if preset == "ci" else rounds + 2 * teachers)
 
 
 def test_one_figure_needs_no_flag(workflow):

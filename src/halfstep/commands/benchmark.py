@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from halfstep import checkpoint, timing
+from halfstep import checkpoint, provenance, timing
+from halfstep.checkpoint import files as model_files
 from halfstep.config import Benchmark, Machine
 from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import LogLinear
@@ -49,13 +50,14 @@ def time_sampling(checkpoint: Path, baseline: Path, output: Path, benchmark: Ben
                 folder, model = (baseline, peer) if steps is None else (checkpoint, student)
                 weight = next(model.network.parameters())
                 rows.append(row(
-                    "latency_s", None, timed.median_s, (timed.low_s, timed.high_s), **name_parts(model_name(folder)), steps=steps,
+                    "latency_s", "interleaved", timed.median_s, (timed.low_s, timed.high_s), **name_parts(model_name(folder)), steps=steps,
                     sampler=None if steps is None else "ancestral", network_evaluations=evaluations[steps], num_samples=batch, seed=SEED, weights="ema",
                     draw_dtype="float64", checkpoint=model.sha256[:16], length=length, batch_size=batch, tokens_per_s=batch * length / timed.median_s,
                     device=timing.device_name(device), dtype=str(weight.dtype).removeprefix("torch."),
                     params=sum(p.numel() for p in model.network.parameters()),
                 ))  # fmt: skip
     write_json(output, rows)
+    provenance.record(output.with_suffix(f".{provenance.NAME}"), [output], [*model_files(checkpoint, "ema"), *model_files(baseline, "ema")])
 
 
 def _load(folder: Path, kind: str, device: torch.device) -> checkpoint.Model:

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from halfstep import provenance
 from halfstep.config import Corpus
 from halfstep.data.corpora import CORPORA, HELD_OUT
-from halfstep.data.pack import Spool, dtype_of, pack
+from halfstep.data.files import find
+from halfstep.data.pack import Spool, dtype_of, files, pack
 from halfstep.data.stories import last_words
 from halfstep.data.tokenizer import EOS, load_bpe, train_bpe
 from halfstep.errors import HalfstepError
@@ -61,6 +63,9 @@ def prepare_corpus(output: Path, corpus: Corpus, workers: int | None = None) -> 
         "tokenizer_sha256": sha256(output / "tokenizer.json"),
         "corpus": corpus.model_dump(),
     })  # fmt: skip
+    made = [*files(output, *splits), output / "validation.jsonl", *([output / "last_words.jsonl"] if corpus.kind == "stories" else [])]
+    read = [*find(corpus.files), *([corpus.tokenizer] if corpus.tokenizer != "bpe" else [])]
+    provenance.record(output / provenance.NAME, made, read)
     for split, f in facts.items():
         print(
             f"{output}/{split}.bin: {f['windows']:,} windows of {corpus.length} from {f['documents']:,} documents, {f['tokens']:,} tokens"

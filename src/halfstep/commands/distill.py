@@ -7,11 +7,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from halfstep import checkpoint
+from halfstep import checkpoint, provenance
 from halfstep.commands.train import datasets, diffusion_loss, finish, held_out
 from halfstep.config import Distillation, Machine
 from halfstep.data.batches import batch_indices
-from halfstep.data.pack import Windows
+from halfstep.data.pack import Windows, files
 from halfstep.diffusion.masking import corrupt as mask
 from halfstep.diffusion.objective import stratified_times
 from halfstep.diffusion.samplers import sample
@@ -74,6 +74,8 @@ def distill_round(teacher: Path, corpus: Path, round: int, output: Path, run: Di
         )  # fmt: skip
         finish(output, student, fitted, meta, corpus)
         journal.close(checkpoint=output)
+    carried = [] if moments is None else [teacher / "optimizer.safetensors"]
+    provenance.record(output / provenance.NAME, [output], [*files(corpus, "train", "validation"), *checkpoint.files(teacher, "raw", "ema"), *carried])
 
 
 def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
@@ -123,7 +125,8 @@ def _fits(meta: dict, teacher: Path, windows: Windows, corpus: Path, round: int)
     for key in ("vocab_size", "length"):
         if meta[key] != getattr(windows, key):
             raise HalfstepError(f"--teacher {teacher}: {key} {meta[key]}, but corpus {corpus} has {getattr(windows, key)}; use the corpus it was trained on")
-    words, known = (Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab() for folder in (corpus, teacher))
+    files = corpus / "tokenizer.json", checkpoint.whole(teacher, "tokenizer.json", meta)
+    words, known = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
     if words != known:
         raise HalfstepError(f"--teacher {teacher}: its tokenizer has other tokens than that of corpus {corpus}; use the corpus it was trained on")
     if meta["round"] != round - 1:

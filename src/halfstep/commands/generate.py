@@ -1,6 +1,7 @@
 """`halfstep generate`: draw samples from a checkpoint at one step count."""
 
 import io
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from halfstep import checkpoint
-from halfstep.config import Machine, Writing
+from halfstep import checkpoint, provenance
+from halfstep.checkpoint import files as model_files
+from halfstep.config import Drawing, Machine, Writing
+from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.errors import HalfstepError
@@ -37,46 +40,66 @@ def generate(checkpoint: Path, output: Path, steps: int, writing: Writing, machi
     started, device = time.monotonic(), device_of(machine)
     model = load(checkpoint, writing, str(device))
     ids, evaluations = draw(model, steps, writing, machine, device, prompt, f"generate {model_name(checkpoint)} at {steps} steps")
+    save(checkpoint, output, model, steps, ids, evaluations, writing, prompt=prompt, elapsed_s=time.monotonic() - started)
+    provenance.record(output / provenance.NAME, output.glob("samples.*"), model_files(checkpoint, writing.weights))
+
+
+def save(folder: Path, output: Path, model, steps: int, ids: np.ndarray, evaluations: np.ndarray, drawing: Drawing, **more) -> None:
+    """Write samples.npy, samples.txt and, last, samples.json with `more` in it."""
     buffer = io.BytesIO()
     np.save(buffer, ids.astype(np.int32))
     write_atomic(output / "samples.npy", buffer.getvalue())
     texts = model.tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
     write_atomic(output / "samples.txt", "".join(f"=== {i}\n{text}\n" for i, text in enumerate(texts)))
     write_json(output / "samples.json", {
-        "model": model_name(checkpoint), "checkpoint": model.sha256, "kind": model.kind, "sampler": writing.sampler if model.denoiser else "autoregressive",
-        "steps": steps, "network_evaluations": float(np.mean(evaluations)), "num_samples": len(ids), "seed": writing.sampling_seed,
-        "weights": writing.weights, "draw_dtype": "float64", "temperature": writing.temperature, "top_p": writing.top_p if not model.denoiser else 1.0,
-        "prompt": prompt, "elapsed_s": time.monotonic() - started, "sha256": sha256(output / "samples.npy"), "commit": commit(), "meta": model.meta,
+        "model": model_name(folder), "checkpoint": model.sha256, "kind": model.kind, "sampler": drawing.sampler if model.denoiser else "autoregressive",
+        "steps": steps, "network_evaluations": float(np.mean(evaluations)), "num_samples": len(ids), "seed": drawing.sampling_seed,
+        "weights": drawing.weights, "draw_dtype": drawing.draw_dtype if model.denoiser else "float64", "temperature": drawing.temperature, "top_p": drawing.top_p if not model.denoiser else 1.0,
+        **more, "vocabulary": vocabulary_sha256(model.tokenizer), "sha256": sha256(output / "samples.npy"), "commit": commit(), "meta": model.meta,
     })  # fmt: skip
 
 
-def load(folder: Path, writing: Writing, device: str) -> checkpoint.Model:
-    return checkpoint.load(folder, writing.weights, device)
+def load(folder: Path, drawing: Drawing, device: str) -> checkpoint.Model:
+    return checkpoint.load(folder, drawing.weights, device)
 
 
 def draw(model, steps: int, writing: Writing, machine: Machine, device, prompt: str, label: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """ids [N, L] and network evaluations [N], micro_batch texts at a time; with a label it shows its progress."""
-    given = _prompt(model, prompt)
-    total, pieces, evaluations = writing.num_samples, [], []
+    """ids [N, L] and network evaluations [N] of writing.num_samples texts of the model's length."""
+    return fill(model, steps, writing, machine, device, _prompt(model, prompt).expand(writing.num_samples, -1), model.length, label)
+
+
+def fill(
+    model, steps: int, drawing: Drawing, machine: Machine, device, given: torch.Tensor, length: int, label: str | None = None, end: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """ids [N, length], text i beginning with given[i] of given[N, P], and network evaluations [N]; micro_batch texts at a time.
+
+    With a label it shows its progress. A denoiser sees `end` to the right of each text, a token that is given and not kept.
+    """
+    (total, begun), pieces, evaluations = given.shape, [], []
+    if model.denoiser and steps > length:
+        if drawing.sampler == "first_hitting":
+            raise HalfstepError(f"steps: found {steps}, but first_hitting reveals at least one of the {length} positions in each step; give at most {length} steps")
+        if label:
+            print(f"note: {steps} steps for texts of {length} tokens: at most {length} of them reveal anything, the others take no pass", file=sys.stderr)
     with Progress(label, total, "text") if label else nullcontext() as progress:
         for first in range(0, total, machine.micro_batch):
             count = min(machine.micro_batch, total - first)
             if model.denoiser:
-                frame = torch.full((model.length,), model.mask_id)
-                frame[: len(given)] = given
+                frame = torch.full((count, length + (end is not None)), model.mask_id)
+                frame[:, :begun] = given[first : first + count]
+                frame[:, length:] = model.mask_id if end is None else end
                 out = sample(
-                    model.denoiser, count, model.length, steps, schedule=LogLinear(), sampler=writing.sampler, seed=writing.sampling_seed, first=first,
-                    temperature=writing.temperature, given=frame, device=device,
+                    model.denoiser, count, frame.shape[1], steps, schedule=LogLinear(), sampler=drawing.sampler, seed=drawing.sampling_seed, first=first,
+                    temperature=drawing.temperature, given=frame, device=device, draw_dtype=drawing.draw_dtype,
                 )  # fmt: skip
-                pieces.append(out.ids.cpu())
+                pieces.append(out.ids[:, :length].cpu())
                 evaluations.append(out.network_evaluations.cpu())
             else:
-                start = given if len(given) else torch.tensor([model.eos_id])
                 pieces.append(gpt.generate(
-                    model.network, count, model.length, model.eos_id, seed=writing.sampling_seed, first=first, temperature=writing.temperature,
-                    top_p=writing.top_p, prompt=start,
+                    model.network, count, length, model.eos_id, seed=drawing.sampling_seed, first=first, temperature=drawing.temperature,
+                    top_p=drawing.top_p, prompt=given[first : first + count] if begun else None,
                 ).cpu())  # fmt: skip
-                evaluations.append(torch.full((count,), model.length - len(start)))
+                evaluations.append(torch.full((count,), length - max(begun, 1)))  # BOS, where nothing is given, costs no pass
             if progress:
                 progress.update(count)
     return torch.cat(pieces).numpy(), torch.cat(evaluations).numpy()

@@ -4,31 +4,47 @@ from __future__ import annotations
 
 import difflib
 import re
-import shlex
+import sys
 import textwrap
 from collections.abc import Collection
 from pathlib import Path
 
+from halfstep import provenance
 from halfstep.errors import HalfstepError
-from halfstep.files import sha256, write_atomic, write_json
-from halfstep.tracking import commit
+from halfstep.files import write_atomic
 
 
-def tabulate(table: str, metrics: list[Path], output: Path) -> None:
+def tabulate(table: str, metrics: list[Path], output: Path, published: bool = False) -> None:
     """Gather metric rows into one table: {output}.csv (long, complete) and .md (to read).
 
+    Rows that were not measured alike are refused. Rows of more than one commit are not: a warning says so, and so does the table.
+
     Args:
-        table: steps, lambada or speed
+        table: steps, lambada, speed or continuations
         metrics: files of metric rows, or folders of such files
         output: path of the table; an ending .csv or .md is dropped
+        published: add published values, in rows and grids of their own that name their source
     """
-    from halfstep.report.tables import TABLES, rows
+    import pandas
 
-    select, markdown = TABLES[known("table", table, TABLES)]
+    from halfstep.report import published as others
+    from halfstep.report.tables import TABLES, files, mixed_commits, rows
+
+    select, markdown, titles = TABLES[known("table", table, TABLES)]
     chosen = select(rows(metrics))
+    parts = [markdown(chosen)] if len(chosen) else [f"No rows of {table} yet.\n"]
+    if warning := mixed_commits(chosen):
+        print(f"halfstep tabulate: warning: {table}: {warning}", file=sys.stderr)
+        parts.append(f"**Mind:** {warning}\n")
+    theirs = others.published(titles) if published else chosen[:0]
+    if len(theirs):
+        parts.append(others.published_markdown(theirs, titles) + "\n")
+        chosen = pandas.concat([frame.dropna(axis="columns", how="all") for frame in (chosen, theirs) if len(frame)], ignore_index=True)
     stem = output.with_suffix("") if output.suffix in (".csv", ".md") else output
     write_atomic(stem.with_name(stem.name + ".csv"), chosen.dropna(axis="columns", how="all").to_csv(index=False))
-    write_atomic(stem.with_name(stem.name + ".md"), markdown(chosen) if len(chosen) else f"No rows of {table} yet.\n")
+    write_atomic(stem.with_name(stem.name + ".md"), "\n".join(parts))
+    made = [stem.with_name(stem.name + suffix) for suffix in (".csv", ".md")]
+    provenance.record(stem.with_name(f"{stem.name}.{provenance.NAME}"), made, [*files(metrics), *([others.FILE] if published else [])])
 
 
 def known(flag: str, name: str, registry: Collection[str]) -> str:
@@ -39,16 +55,16 @@ def known(flag: str, name: str, registry: Collection[str]) -> str:
     return name
 
 
-def plot(figure: str, tables: list[Path], output: Path) -> None:
-    """Draw one figure as {output}.pdf and .svg, with its points in .csv and its origin in .json.
+def plot(figure: str, tables: list[Path], output: Path, published: bool = False) -> None:
+    """Draw one figure as {output}.pdf and .svg, with its points in .csv and its origin in .provenance.json.
 
     Args:
         figure: ppl_vs_steps, entropy_vs_steps, ppl_vs_latency, lambada_vs_round, latency_vs_length or loss_curves
         tables: the .csv tables it needs (steps.csv, lambada.csv, speed.csv); for loss_curves folders that hold journals
-        output: path of the figure; an ending .pdf, .svg, .csv or .json is dropped
+        output: path of the figure; an ending .pdf, .svg or .csv is dropped
+        published: lay published values under ppl_vs_steps, entropy_vs_steps, lambada_vs_round and latency_vs_length, thin and grey
     """
-    import matplotlib
-
+    from halfstep.report import published as others
     from halfstep.report import style
     from halfstep.report.figures import FIGURES, journals
     from halfstep.report.tables import read_csv
@@ -58,23 +74,19 @@ def plot(figure: str, tables: list[Path], output: Path) -> None:
     if missing := [name for name in needs if name not in given and name != "journals"]:
         raise HalfstepError(f"--tables: {figure} needs {', '.join(f'{name}.csv' for name in needs)}; found no {', '.join(f'{name}.csv' for name in missing)}")
     inputs = [given[name] for name in needs if name in given]
-    frames = {name: read_csv(given[name]) for name in needs if name in given}
+    frames = {name: others.without(read_csv(given[name])) for name in needs if name in given}
     if "journals" in needs:
         inputs = sorted(file for path in tables for file in ([path] if path.is_file() else path.rglob("journal.jsonl")))
         frames["journals"] = journals(tables)
     if empty := [name for name, frame in frames.items() if frame.empty]:
         raise HalfstepError(f"{figure}: no rows in {', '.join(empty)}; measure something first")
-    drawn, points = draw(frames)
-    stem = output.with_suffix("") if output.suffix in (".pdf", ".svg", ".csv", ".json") else output
+    drawn, points = draw(frames | ({"published": others.published()} if published else {}))
+    stem = output.with_suffix("") if output.suffix in (".pdf", ".svg", ".csv") else output
     for suffix in (".pdf", ".svg"):
         write_atomic(stem.with_name(stem.name + suffix), lambda part, suffix=suffix: style.save(drawn, part, suffix))
     write_atomic(stem.with_name(stem.name + ".csv"), points.to_csv(index=False))
-    origin = {
-        "figure": figure, "drawn_by": f"halfstep.report.figures.{figure}", "commit": commit(), "matplotlib": matplotlib.__version__,
-        "command": shlex.join(["halfstep", "plot", "--figure", figure, "--tables", *map(str, tables), "--output", str(output)]),
-        "inputs": {str(path): sha256(path) for path in inputs},
-    }  # fmt: skip
-    write_json(stem.with_name(stem.name + ".json"), origin)
+    made = [stem.with_name(stem.name + suffix) for suffix in (".pdf", ".svg", ".csv")]
+    provenance.record(stem.with_name(f"{stem.name}.{provenance.NAME}"), made, [*inputs, *([others.FILE] if published else [])])
 
 
 def summary(results: Path = Path("results"), width: int = 100) -> None:
@@ -85,15 +97,16 @@ def summary(results: Path = Path("results"), width: int = 100) -> None:
         width: of the texts, in characters
     """
     from halfstep.commands.track import how_to_look
-    from halfstep.report import tables
+    from halfstep.report import published, tables
 
-    table = tables.read_csv(results / "tables" / "steps.csv")
+    table = published.without(tables.read_csv(results / "tables" / "steps.csv"))
     print(tables.steps_markdown(table, ("generative_perplexity", "entropy")))
     for name in ("lambada", "speed"):
         print((results / "tables" / f"{name}.md").read_text())
     for teacher, mine in table[table["metric"] == "generative_perplexity"].groupby("teacher", sort=False):
         for line in verdicts(mine, table[(table["metric"] == "entropy") & (table["teacher"] == teacher)]):
             print(line)
+        print(*shares(table[table["teacher"] == teacher]), sep="\n")
         diffusion = mine[~mine["run"].isin(tables.LEVELS)]
         few = diffusion["steps"].min()
         for row in (diffusion[diffusion["run"] == "teacher"].head(1), diffusion[diffusion["round"] == diffusion["round"].max()].head(1)):
@@ -112,11 +125,8 @@ def summary(results: Path = Path("results"), width: int = 100) -> None:
 
 def verdicts(perplexity, entropy) -> list[str]:
     """For each run: the last round against the teacher at the fewest steps, with intervals, and the entropy beside it."""
-    few, lines = perplexity.loc[perplexity["run"] == "teacher", "steps"].min(), []
-    at = perplexity[perplexity["steps"] == few]
-    teacher = at[at["run"] == "teacher"].iloc[0] if (at["run"] == "teacher").any() else None
-    for run, group in at[at["round"] > 0].groupby("run", sort=False):
-        last = group.loc[group["round"].astype(int).idxmax()]
+    lines = []
+    for few, teacher, run, last in _last_rounds(perplexity):
         text = f"{last['teacher']}, {few} steps: teacher {_span(teacher)}, {run} round {last['round']} {_span(last)}"
         text += f" ({teacher['value'] / last['value']:.2g} times lower)" if last["high"] < teacher["low"] else " (no clear gain)"
         mine = entropy[(entropy["model"] == last["model"]) & (entropy["steps"] == few)]
@@ -126,10 +136,34 @@ def verdicts(perplexity, entropy) -> list[str]:
     return lines
 
 
-def _span(row) -> str:
+def shares(table) -> list[str]:
+    """The same of a corpus of stories: how many the grammar accepts, and in how many of these all references agree."""
+    lines = []
+    for metric, what in (("accepted_share", "stories that the grammar accepts"), ("consistent_share", "consistent stories")):
+        for few, teacher, run, last in _last_rounds(table[table["metric"] == metric]):
+            clear = "more" if last["low"] > teacher["high"] else "fewer" if last["high"] < teacher["low"] else "intervals overlap"
+            lines.append(f"{last['teacher']}, {few} steps, {what}: teacher {_span(teacher, 100)}, {run} round {last['round']} {_span(last, 100)} ({clear})")
+    return lines
+
+
+def _last_rounds(rows):
+    """(fewest steps, the teacher's row there, run, its last round's row there) of each run, by the first protocol and judge."""
+    if rows.empty:
+        return
+    key = rows["protocol"] + " " + rows["judge"].astype(object).fillna("")
+    rows = rows[key == key.iloc[0]]
+    few = rows.loc[rows["run"] == "teacher", "steps"].min()
+    at = rows[rows["steps"] == few]
+    for run, group in at[at["round"] > 0].groupby("run", sort=False):
+        yield few, at[at["run"] == "teacher"].iloc[0], run, group.loc[group["round"].astype(int).idxmax()]
+
+
+def _span(row, unit: float = 1) -> str:
+    """The value and its interval; with unit 100 in percent."""
     from halfstep.report.tables import number
 
-    return f"{number(row['value'])} [{number(row['low'])}, {number(row['high'])}]"
+    value, low, high = (number(unit * row[key]) + "%" * (unit == 100) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def first_sample(file: Path, characters: int = 900) -> str | None:

@@ -112,4 +112,6 @@ def _metrics(row: dict) -> dict[str, float | None]:
         who = row["model"].split("/", 1)[-1].replace("/", "-")
         case = f"{who}_length_{row['length']}_batch_{row['batch_size']}"
         return {f"speed/latency_s_{case}": row["value"], f"speed/tokens_per_s_{case}": row.get("tokens_per_s")}
-    return {f"eval/{row['metric']}" + (f"_{row['protocol']}" if row.get("protocol") else ""): row["value"]}
+    judge = (row.get("judge") or "").partition("@")[0]
+    named = f"_{judge.rpartition('/')[2]}" if judge and "/baseline" not in judge else ""  # several judges of one model are several curves
+    return {f"eval/{row['metric']}_{row['protocol']}{named}": row["value"]}

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from halfstep import checkpoint
+from halfstep import checkpoint, provenance
 from halfstep.config import Machine, Network, Training
 from halfstep.data.batches import batch_indices
-from halfstep.data.pack import Windows
+from halfstep.data.pack import Windows, files
 from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.readout import cross_entropy
 from halfstep.diffusion.schedules import LogLinear
@@ -30,6 +30,7 @@ def pretrain(corpus: Path, output: Path, network: Network, training: Training, m
         seed: of weights, batches, masks and times
     """
     _train("diffusion", "pretrain", corpus, output, network, training, machine, seed, diffusion_loss)
+    provenance.record(output / provenance.NAME, [output], files(corpus, "train", "validation"))
 
 
 def train_baseline(corpus: Path, output: Path, network: Network, training: Training, machine: Machine, seed: int = 1) -> None:
@@ -43,6 +44,7 @@ def train_baseline(corpus: Path, output: Path, network: Network, training: Train
     _train("autoregressive", "train-baseline", corpus, output, network, training, machine, seed, autoregressive_loss)
     model = checkpoint.load(output)
     save_gpt_neox(model.network, output / "hf", model.length, model.eos_id, output / "tokenizer.json")
+    provenance.record(output / provenance.NAME, [output, output / "hf"], files(corpus, "train", "validation"))
 
 
 Objective = tuple[Callable, Callable]
@@ -121,6 +123,6 @@ def finish(output: Path, network: nn.Module, fitted: Fitted, meta: dict, corpus:
         "model.safetensors": {**dict(network.named_parameters()), **buffers}, "ema.safetensors": {**fitted.ema.shadow, **buffers},
         "best.safetensors": {**fitted.best, **buffers}, "optimizer.safetensors": fitted.moments,
     }  # fmt: skip
-    meta = {**meta, "ema_updates": fitted.ema.updates, "best_step": fitted.best_step, "validation": fitted.validation}
+    meta = {**meta, "ema_updates": fitted.ema.updates, "best_step": fitted.best_step, "validation": dict(sorted(fitted.validation.items()))}  # a resumed run knows no order
     checkpoint.save(output, tensors, meta, corpus / "tokenizer.json")
     shutil.rmtree(output / "state", ignore_errors=True)

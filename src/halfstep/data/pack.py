@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from halfstep.data.tokenizer import EOS
 from halfstep.errors import HalfstepError
-from halfstep.files import read_json, sha256, write_atomic
+from halfstep.files import hashed, read_json, sha256, write_atomic
 from halfstep.progress import Progress
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ def pack(spool: Spool, tokenizer: Tokenizer, length: int, output: Path, splits: 
                         facts[split] = {"documents": len(documents), **_cut(streams, length, encoder.eos, out, progress)}
 
                 write_atomic(output / f"{split}.bin", write)
+                hashed(output / f"{split}.bin", facts[split]["sha256"])
                 if not facts[split]["windows"]:
                     raise HalfstepError(
                         f"{split} text is shorter than one window: {facts[split]['tokens']} tokens in {len(documents)} documents, expected at "
@@ -204,15 +205,44 @@ def _cut(streams: Iterable[tuple[Chunk, np.ndarray]], length: int, eos: int, out
     return {"windows": windows, "tokens": tokens, "sha256": digest.hexdigest()}
 
 
+def files(corpus: Path, *splits: str) -> list[Path]:
+    """What a command reads of a corpus whose `splits` it uses, for its record."""
+    return [Path(corpus) / name for name in ("manifest.json", "tokenizer.json", *(f"{split}.bin" for split in splits))]
+
+
+def read_manifest(corpus: Path) -> dict:
+    """manifest.json of a corpus folder; HalfstepError when it is none."""
+    manifest = read_json(Path(corpus) / "manifest.json")
+    found = manifest.get("format") if isinstance(manifest, dict) else manifest
+    if found != 1:
+        raise HalfstepError(f"{corpus}/manifest.json: format is {found!r}, expected 1; run halfstep prepare-corpus again")
+    if lacks := sorted({"length", "dtype", "vocab_size", "eos_id", "splits", "tokenizer_sha256"} - manifest.keys()):
+        raise HalfstepError(f"{corpus}/manifest.json: has no {', '.join(lacks)}; run halfstep prepare-corpus again")
+    return manifest
+
+
+def check(path: Path, expected: str) -> Path:
+    """The path of a corpus's file, its checksum compared with what the manifest says."""
+    if not path.is_file():
+        raise HalfstepError(f"{path}: missing, though the manifest names it; run halfstep prepare-corpus again")
+    if (found := sha256(path)) != expected:
+        raise HalfstepError(
+            f"{path}: sha256 is {found[:16]}..., the manifest says {expected[:16]}...: the file was changed or is damaged; "
+            "run halfstep prepare-corpus again"
+        )
+    return path
+
+
+def tokenizer_of(corpus: Path) -> Tokenizer:
+    """The tokenizer of a corpus folder, its checksum compared."""
+    return Tokenizer.from_file(str(check(Path(corpus) / "tokenizer.json", read_manifest(corpus)["tokenizer_sha256"])))
+
+
 class Windows:
-    """The windows of a prepared corpus, memory-mapped: `windows[indices]` is an int64 tensor [n, length]."""
+    """The windows of a prepared corpus, memory-mapped: `windows[indices]` is an int64 tensor [n, length]. Its checksums are compared first."""
 
     def __init__(self, folder: Path, split: str):
-        manifest = read_json(Path(folder) / "manifest.json")
-        if manifest.get("format") != 1:
-            raise HalfstepError(
-                f"{folder}/manifest.json: format is {manifest.get('format')!r}, expected 1; run halfstep prepare-corpus again"
-            )
+        manifest = read_manifest(folder)
         if split not in manifest["splits"]:
             raise HalfstepError(f"{folder}/manifest.json: no split {split!r}; there are {', '.join(manifest['splits'])}")
         self.path, self.facts, self.manifest = Path(folder) / f"{split}.bin", manifest["splits"][split], manifest
@@ -222,6 +252,7 @@ class Windows:
         found = self.path.stat().st_size if self.path.is_file() else 0
         if found != expected:
             raise HalfstepError(f"{self.path}: found {found} bytes, expected {expected}; run halfstep prepare-corpus again")
+        self.verify()
         self._tokens = np.memmap(self.path, manifest["dtype"], "r", shape=shape)
 
     def __len__(self) -> int:
@@ -234,12 +265,5 @@ class Windows:
 
     def verify(self) -> None:
         """Compare tokens and tokenizer with the checksums in the manifest."""
-        for path, expected in (
-            (self.path, self.facts["sha256"]),
-            (self.path.with_name("tokenizer.json"), self.manifest["tokenizer_sha256"]),
-        ):
-            if (found := sha256(path)) != expected:
-                raise HalfstepError(
-                    f"{path}: sha256 is {found[:16]}..., the manifest says {expected[:16]}...: the file was changed or is damaged; "
-                    "run halfstep prepare-corpus again"
-                )
+        check(self.path, self.facts["sha256"])
+        check(self.path.with_name("tokenizer.json"), self.manifest["tokenizer_sha256"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -53,6 +55,11 @@ def load_bpe(name: str) -> Tokenizer:
         raise HalfstepError(f"tokenizer: {name} has no token {EOS}, which ends documents; use a GPT-2-like tokenizer")
     tokenizer.add_special_tokens([EOS])  # known already: this only marks it as special
     return tokenizer
+
+
+def vocabulary_sha256(tokenizer: Tokenizer) -> str:
+    """A checksum of which id means which token, however the file is laid out: ids are worth nothing under another."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def _read(reader, *paths: Path):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfstep.draws import inverse_cdf, uniforms
+from halfstep.diffusion.masking import reveal_probability
+from halfstep.draws import float32_uniforms, inverse_cdf, released_race, uniforms
 from halfstep.errors import HalfstepError
 
 ROWS = 1 << 23  # numbers in one chunk of log-probabilities (32 MiB)
@@ -90,9 +91,39 @@ def carry_out(
     return Samples(x, passes)
 
 
+@torch.no_grad()
+def carry_out_released(
+    denoiser, x: Tensor, times: Tensor, schedule, seed: int, first: int, temperature: float = 1.0, on_pass: Callable[[int], None] | None = None
+) -> Samples:
+    """Ancestral sampling with the released code's noise: in each step every masked position runs a race between all tokens and the mask.
+
+    times[steps + 1] falls from 1 to 0; text i of x[B, L] is number first + i of the seed. The weights are
+    q = [p(x0 | xt) r, 1 - r] with r the step's chance of a reveal. Costs a whole-vocabulary draw per masked position and step: for comparisons.
+    """
+    x = x.clone()
+    passes = torch.zeros(len(x), dtype=torch.long)
+    for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        masked = x == denoiser.mask_id
+        alive = masked.any(1).nonzero()[:, 0]
+        if not len(alive):
+            break
+        passes[alive.cpu()] += 1
+        h = denoiser.features(x[alive], t.float().expand(len(alive)))
+        r = reveal_probability(t, s, schedule).float()
+        for i, text in enumerate(alive.tolist()):
+            where = masked[text].nonzero()[:, 0]
+            p = (denoiser.log_p(h[i, where]) / temperature).softmax(-1).float()
+            q = torch.cat([p * r, (1 - r).expand(len(p), 1)], -1)
+            x[text, where] = released_race(q, float32_uniforms(seed, first + text, step, *q.shape).to(q.device))  # the last outcome is the mask
+        if on_pass:
+            on_pass(len(alive))
+    return Samples(x, passes.to(x.device))
+
+
 def sample(
     denoiser, num_samples: int, length: int, steps: int, *, schedule, sampler: str = "ancestral", seed: int = 1, first: int = 0,
     temperature: float = 1.0, given: Tensor | None = None, device: str | torch.device = "cpu", on_pass: Callable[[int], None] | None = None,
+    draw_dtype: str = "float64",
 ) -> Samples:  # fmt: skip
     """Write texts first .. first+num_samples-1 of `seed`, each of `length` tokens, in at most `steps` network passes.
 
@@ -106,9 +137,17 @@ def sample(
         )
     if steps < 1 or temperature <= 0:
         raise HalfstepError(f"steps {steps} and temperature {temperature}: both must be above zero")
-    u = uniforms(seed, first, num_samples, 2 * length).to(device)
     given = torch.full((length,), denoiser.mask_id) if given is None else given
     x = given.to(device).expand(num_samples, length)
+    if draw_dtype != "float64":
+        if draw_dtype != "float32-released" or sampler != "ancestral":
+            raise HalfstepError(
+                f"draw_dtype: found {draw_dtype!r} with sampler {sampler!r}, expected float64, or float32-released with sampler ancestral, which "
+                "alone has the released code's noise"
+            )
+        times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
+        return carry_out_released(denoiser, x, times, schedule, seed, first, temperature, on_pass)
+    u = uniforms(seed, first, num_samples, 2 * length).to(device)
     plan = SAMPLERS[sampler](u[:, :length].masked_fill(x != denoiser.mask_id, -1), steps, schedule)  # given positions take no step
     times = torch.linspace(1, 0, steps + 1, device=device)[:-1]
     return carry_out(denoiser, x, plan, times, u[:, length:], temperature, on_pass)

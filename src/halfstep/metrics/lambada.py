@@ -1,18 +1,21 @@
 """LAMBADA through lm-eval: halfstep's models as an lm-eval `LM`, and its stock task on hub data or on a local .jsonl.
 
-Four protocols, each a number of its own (arXiv 1606.06031 is the task; OpenAI's detokenised form is asked, last word = after the last space):
+Each protocol is a number of its own (arXiv 1606.06031 is the task; OpenAI's detokenised form is asked, last word = after the last space):
 
     accuracy    parallel     BOS + text + EOS with all tokens of the last word masked, one pass, argmax, all must match (the SDTT paper's)
                 confidence   the most confident token first, one per pass
                 ar           autoregressive models: argmax of every token, the former ones given
     perplexity  elbo-exact   exp(mean over items of the last word's NELBO given the rest), all masks of up to 7 tokens, 128 draws above
+                elbo-mc      the same by the released code's Monte Carlo, 32 draws of time and mask for each item (the SDTT paper's)
                 ar           exp(mean over items of the last word's -log p)
 
-Perplexities are per word, as lm-eval's: the mean runs over items, not over tokens.
+Perplexities are per word, as lm-eval's: the mean runs over items, not over tokens. What lm-eval itself computes, and what its tasks are
+answered, is elbo-exact and the first accuracy, `parallel`. A mask's noise makes elbo-mc larger than elbo-exact on average (exp is convex).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import tempfile
@@ -23,14 +26,23 @@ import numpy as np
 from lm_eval.api.model import LM
 
 from halfstep.errors import HalfstepError
-from halfstep.metrics.likelihood import Question, autoregressive_nll, confident_guess, diffusion_nll
+from halfstep.metrics.likelihood import (
+    DRAWS,
+    EXACT,
+    MC_DRAWS,
+    Question,
+    autoregressive_nll,
+    confident_guess,
+    diffusion_nll,
+    monte_carlo_nll,
+)
 from halfstep.progress import Progress
 
 if TYPE_CHECKING:
     from halfstep.checkpoint import Model
 
 ACCURACY = {"diffusion": ("parallel", "confidence"), "autoregressive": ("ar",)}
-PERPLEXITY = {"diffusion": "elbo-exact", "autoregressive": "ar"}
+PERPLEXITY = {"diffusion": ("elbo-exact", "elbo-mc"), "autoregressive": ("ar",)}
 
 
 class Request(NamedTuple):
@@ -102,6 +114,20 @@ class HalfstepLM(LM):
             return diffusion_nll(self.model.denoiser, questions, self.micro_batch, self.seed, self._device, tick)
         return autoregressive_nll(self.model.network, questions, self.micro_batch, self._device, tick)
 
+    def monte_carlo(self, requests) -> np.ndarray:
+        """Protocol elbo-mc's NELBO in nats of (context, continuation) requests, [N]; request i has its own draws."""
+        with Progress("elbo-mc", len(requests), "item") as progress:
+            questions = [self.question(*request.args) for request in requests]
+            return monte_carlo_nll(self.model.denoiser, questions, self.micro_batch, self.seed, self._device, progress.update)
+
+    def passes(self, requests) -> dict[str, float]:
+        """Calls of the network for one item under each protocol, the mean over the requests. elbo-mc: its draws, those that mask nothing too."""
+        if self.model.kind == "autoregressive":
+            return {"ar": 1.0}
+        tokens = [question.end - question.start for question in (self.question(*request.args) for request in requests)]
+        exact = [2**n - 1 if n <= EXACT else DRAWS + 1 for n in tokens]
+        return {"parallel": 1.0, "confidence": float(np.mean(tokens)), "elbo-exact": float(np.mean(exact)), "elbo-mc": float(MC_DRAWS)}
+
     def generate_until(self, requests):
         raise HalfstepError(
             "lm-eval: a generate_until task was asked for; halfstep answers likelihood tasks, and writes text by `halfstep generate`"
@@ -157,9 +183,10 @@ def check_items(path: Path) -> int:
 
 
 def examine(model: Model, data: str, items: int | None = None, micro_batch: int = 32, device: str = "cpu", seed: int = 0) -> dict:
-    """Run lm-eval: {"nll": [N] nats per item, "hits": {protocol: [N] bool}, "lm_eval": its own results under the first protocol}.
+    """Run lm-eval: {"nll": {protocol: [N] nats per item}, "hits": {protocol: [N] bool}, "passes": {protocol: network calls per item},
+    "data": name[number of items]@sha256 of their texts, "lm_eval": its own results under the first protocols}.
 
-    data: hub name or local .jsonl; items: only the first so many. Further accuracy protocols answer the requests that lm-eval made.
+    data: hub name or local .jsonl; items: only the first so many. Further protocols answer the requests that lm-eval made.
     """
     from datasets import disable_progress_bars
     from lm_eval.evaluator import simple_evaluate
@@ -187,7 +214,12 @@ def examine(model: Model, data: str, items: int | None = None, micro_batch: int 
         )  # fmt: skip
     ((name, samples),) = found["samples"].items()
     samples = sorted(samples, key=lambda s: s["doc_id"])
+    requests = [Request(s["arguments"][0]) for s in samples]
     hits = {first: np.array([s["acc"] for s in samples], bool)}
     for lm.accuracy in others:
-        hits[lm.accuracy] = np.array([hit for _, hit in lm.loglikelihood([Request(s["arguments"][0]) for s in samples])])
-    return {"nll": -np.array([s["perplexity"] for s in samples]), "hits": hits, "lm_eval": found["results"][name]}
+        hits[lm.accuracy] = np.array([hit for _, hit in lm.loglikelihood(requests)])
+    exact, *drawn = PERPLEXITY[model.kind]
+    nll = {exact: -np.array([s["perplexity"] for s in samples])} | {protocol: lm.monte_carlo(requests) for protocol in drawn}
+    texts = hashlib.sha256("\0".join(s["doc"]["text"] for s in samples).encode()).hexdigest()
+    asked = f"{Path(data).name if local else data}[{len(samples)}]@{texts[:12]}"
+    return {"nll": nll, "hits": hits, "passes": lm.passes(requests), "data": asked, "lm_eval": found["results"][name]}

@@ -8,10 +8,16 @@ Two protocols are in use and give different numbers for the same texts, so each 
 
 MDLM counts tokens behind the second EOS too; only the EOS tokens themselves, and padding, have no weight. The first token of a text is
 never predicted, so a BOS (which is EOS) uses up the one EOS that would count. Unlike MDLM's code, the last partial batch counts.
+
+Both judges of the SDTT paper go by their hub names: gpt2-large, and meta-llama/Meta-Llama-3-8B, whose ids are other tokens than GPT-2's, so that
+it scores `retokenized` alone. A judge computes in the precision that its weights are stored in (gpt2-large: float32; Llama-3-8B: bfloat16, 16 GB),
+float16 read as float32; log-probabilities are taken in float32 of its logits. (The released code's Llama number is neither protocol: it drops
+every EOS, strips the text, and takes the mean of means.)
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from halfstep.errors import HalfstepError
+from halfstep.files import sha256_once
 from halfstep.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,7 +38,7 @@ LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}  # largest number of logits at once (
 
 @dataclass(frozen=True)
 class Judge:
-    """A causal language model in float32 with its tokenizer. `name` says which: folder, or hub name with its revision."""
+    """A causal language model with its tokenizer. `name` says which: hub name@commit, or folder@sha256 of its weights, 12 digits of either."""
 
     name: str
     network: torch.nn.Module
@@ -41,6 +48,15 @@ class Judge:
     @property
     def vocab_size(self) -> int:
         return self.network.get_input_embeddings().weight.shape[0]
+
+    @property
+    def dtype(self) -> str:
+        return str(self.network.dtype).removeprefix("torch.")
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What a row says of its judge."""
+        return {"judge": self.name, "judge_dtype": self.dtype}
 
     @property
     def context(self) -> int | None:
@@ -71,17 +87,28 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        network = AutoModelForCausalLM.from_pretrained(where, revision=revision or "main", dtype=torch.float32)
+        network = AutoModelForCausalLM.from_pretrained(where, revision=revision or "main", dtype="auto")
+        network = network.float() if network.dtype == torch.float16 else network  # whose largest number is 65,504
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision or "main")
     except Exception as error:  # transformers, the hub client and safetensors each raise their own
         reason = str(error).strip().split("\n")[0]
         hint = (
-            "make the folder again" if folder.is_dir() else "without network, download it beforehand or name a folder that holds the model"
-        )
+            "make the folder again" if folder.is_dir()
+            else f"accept its licence at https://huggingface.co/{where}, then log in with `hf auth login` or set HF_TOKEN, or name a folder that holds it"
+            if "gated" in str(error).lower()
+            else "without network, download it beforehand or name a folder that holds the model"
+        )  # fmt: skip
         raise HalfstepError(f"judge: transformers cannot load {name!r} ({type(error).__name__}: {reason}); {hint}") from error
-    if not folder.is_dir() and (found := getattr(network.config, "_commit_hash", None)):
-        name = f"{where}@{found[:12]}"
+    found = weights_sha256(folder) if folder.is_dir() else getattr(network.config, "_commit_hash", None)
+    name = f"{where}@{found[:12]}" if found else name
     return Judge(name, network.to(device).eval().requires_grad_(False), tokenizer, torch.device(device))
+
+
+def weights_sha256(folder: Path) -> str:
+    """Checksum of a judge's weights: of the one file, or of the checksums of its parts in the order of their names."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    sums = [sha256_once(file) for file in files]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 @torch.no_grad()

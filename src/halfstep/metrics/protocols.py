@@ -1,7 +1,9 @@
 """Protocols by name: what a number's name means, and the version of that meaning.
 
 A metric means nothing without the protocol it was taken by; rows of two protocols, or of two versions of one, never share a column.
-The version of a protocol goes up when the same model and the same seed would give another number.
+The version of a protocol goes up when the same model and the same seed would give another number. What each one does is written at the head
+of perplexity.py (ids, retokenized), lambada.py (parallel, confidence, elbo-exact, elbo-mc, ar), diversity.py (unigram, bigrams) and mauve.py,
+in commands/continuations.py and in commands/benchmark.py (interleaved); `grammar` is data/stories.py's judge_window.
 """
 
 PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}
@@ -14,5 +16,7 @@ PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}
     "lambada_perplexity": {"elbo-exact": 1, "elbo-mc": 1, "ar": 1},
     "self_bleu": {"continuations": 1},
     "mauve": {"continuations": 1},
+    "continuation_perplexity": {"continuations": 1},
+    "continuation_distinct_2": {"continuations": 1},
     "latency_s": {"interleaved": 1},
 }

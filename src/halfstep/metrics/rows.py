@@ -4,17 +4,24 @@ import math
 from pathlib import Path
 
 from halfstep.errors import HalfstepError
+from halfstep.metrics.protocols import PROTOCOLS
 from halfstep.tracking import commit
 
 ABOUT = (
     "model", "teacher", "run", "round", "steps", "sampler", "network_evaluations", "num_samples", "seed", "weights", "draw_dtype",
-    "judge", "checkpoint",
+    "temperature", "top_p", "judge", "judge_dtype", "data", "checkpoint",
 )  # fmt: skip
 SPEED = ("length", "batch_size", "tokens_per_s", "device", "dtype", "params")  # columns of timings only
 
 
-def row(metric: str, protocol: str | None, value: float, interval: tuple[float, float], **about) -> dict:
-    """A row of the tables: {metric, protocol, value, low, high, model, ..., commit}; what does not apply is null."""
+def row(metric: str, protocol: str, value: float, interval: tuple[float, float], **about) -> dict:
+    """A row of the tables: {metric, protocol, version, value, low, high, model, ..., commit}; what does not apply is null.
+
+    The protocol must be one of the metric's in PROTOCOLS, which gives its version. `data` names what was examined, with a checksum; `judge`
+    its revision; `checkpoint` the weights' sha256. temperature and top_p are null where they are 1, and so change nothing.
+    """
+    if protocol not in (known := PROTOCOLS.get(metric, {})):
+        raise TypeError(f"row: {metric} has no protocol {protocol!r}; known are {', '.join(known) or 'none'} (metrics/protocols.py)")
     if unknown := about.keys() - {*ABOUT, *SPEED}:
         raise TypeError(f"row: unknown columns {sorted(unknown)}; known are {', '.join(ABOUT + SPEED)}")
     low, high = interval
@@ -23,7 +30,15 @@ def row(metric: str, protocol: str | None, value: float, interval: tuple[float, 
             f"{metric} of {about.get('model')} is {value} [{low}, {high}], not a finite number: the weights or the judge hold NaN; "
             "check the training's journal, or name another judge"
         )
-    numbers = {"metric": metric, "protocol": protocol, "value": float(value), "low": float(low), "high": float(high)}
+    about |= {key: None for key in ("temperature", "top_p") if about.get(key) == 1}
+    numbers = {
+        "metric": metric,
+        "protocol": protocol,
+        "version": known[protocol],
+        "value": float(value),
+        "low": float(low),
+        "high": float(high),
+    }
     return numbers | {key: about.get(key) for key in ABOUT} | {key: about[key] for key in SPEED if key in about} | {"commit": commit()}
 
 

@@ -72,15 +72,18 @@ def generate(
     gpt: GPT, num_samples: int, length: int, bos_id: int, *, seed: int, first: int = 0, temperature: float = 1.0, top_p: float = 1.0,
     prompt: Tensor | None = None, on_step: Callable[[], None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Write num_samples texts of `length` tokens, BOS (or the prompt ids [P]) first, one token per pass with the cache. [N, length] int64."""
+    """Write num_samples texts of `length` tokens, BOS (or the prompt ids [P], or [N, P] with a row for each text) first, one token per pass with
+    the cache. [N, length] int64.
+    """
     start = torch.tensor([bos_id]) if prompt is None else prompt
     device = gpt.vocab_embed.embedding.device
     u = uniforms(seed, first, num_samples, length).to(device)
     ids = torch.empty(num_samples, length, dtype=torch.long, device=device)
-    ids[:, : len(start)] = start.to(device)
+    begun = start.shape[-1]
+    ids[:, :begun] = start.to(device)
     caches = gpt.new_caches(num_samples, length)
-    new = ids[:, : len(start)]
-    for position in range(len(start), length):
+    new = ids[:, :begun]
+    for position in range(begun, length):
         log_p = gpt.log_p(gpt(new, caches)[:, -1])
         ids[:, position] = inverse_cdf(nucleus((log_p / temperature).log_softmax(-1), top_p), u[:, position])
         new = ids[:, position : position + 1]

@@ -2,7 +2,8 @@
 
     FIGURES[name] = (function, the tables it needs)      function(tables: dict[str, DataFrame]) -> (Figure, points)
 
-Tables are those of `halfstep tabulate` by name (steps, lambada, speed), and `journals`, the curves of every training.
+Tables are those of `halfstep tabulate` by name (steps, lambada, speed), `journals`, the curves of every training, and with --published
+`published`, values of others that four of the figures lay under ours.
 To add a figure write a function that selects points (columns style.POINTS), give them to `style.draw`, and add it to FIGURES.
 """
 
@@ -18,7 +19,9 @@ import pandas
 from halfstep import tracking
 from halfstep.errors import HalfstepError
 from halfstep.report import style
-from halfstep.report.tables import LEVELS, conditions
+from halfstep.report.continuations import mauve_vs_steps
+from halfstep.report.published import PROTOCOL
+from halfstep.report.tables import LEVELS, conditions, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,17 +34,19 @@ CURVE_POINTS = 120  # of a training curve: the mean over equal stretches of step
 
 
 def ppl_vs_steps(tables: dict[str, DataFrame]) -> Drawn:
-    """Generative perplexity against sampling steps: teacher and every round, a panel for each run; baseline and data as lines."""
-    rows = _metric(tables["steps"], "generative_perplexity")
+    """Generative perplexity against sampling steps: teacher and every round, a panel for each run and judge; baseline and data as lines."""
+    rows = _metric(tables["steps"], "generative_perplexity", of_every_judge=True)
     points = _by_run(rows, "steps")
-    note = f"Generative perplexity, mean and 95% interval. {conditions(rows)}"
+    alike = {panel: None for panel in points["panel"] if "judge" not in panel or "gpt2-large" in panel}
+    points, published = _with_published(points, tables, "generative_perplexity", "steps", alike)
+    note = f"Generative perplexity, mean and 95% interval. {conditions(rows)}{published}"
     return style.draw(points, note, xlabel="sampling steps", ylabel="generative perplexity", x_scale="steps", log_y=True, labels="left"), points
 
 
 def entropy_vs_steps(tables: dict[str, DataFrame]) -> Drawn:
     """Unigram entropy against sampling steps; the grey band is 5% around held-out text: outside of it a low perplexity is no success."""
     rows = _metric(tables["steps"], "entropy")
-    points = _by_run(rows, "steps")
+    points, published = _with_published(_by_run(rows, "steps"), tables, "entropy", "steps")
 
     def band(axes, mine) -> None:
         data = mine.loc[mine["series"] == "data", "y"]
@@ -50,7 +55,7 @@ def entropy_vs_steps(tables: dict[str, DataFrame]) -> Drawn:
             axes.axhspan(0.95 * data.iloc[0], 1.05 * data.iloc[0], color="#999", alpha=0.12, linewidth=0, zorder=0)
             axes.set_ylim(min(bottom, 0.94 * data.iloc[0]), max(top, 1.06 * data.iloc[0]))
 
-    note = f"Unigram entropy of a sample, mean and 95% interval; grey: within 5% of held-out text. {conditions(rows)}"
+    note = f"Unigram entropy of a sample, mean and 95% interval; grey band: within 5% of held-out text. {conditions(rows)}{published}"
     return style.draw(points, note, xlabel="sampling steps", ylabel="entropy (nats)", x_scale="steps", labels="left", before=band), points
 
 
@@ -97,16 +102,19 @@ def lambada_vs_round(tables: dict[str, DataFrame]) -> Drawn:
             parts.append(_points(base, panel, "baseline", None).assign(kind="level"))
     points = pandas.concat(parts, ignore_index=True)
     titles = {panel: panel.rpartition(": ")[2].partition(",")[0] for panel in points["panel"].unique()}
-    note = f"Last words (LAMBADA), 95% intervals; round 0 is the teacher. {conditions(table)}"
-    return style.draw(points, note, xlabel="round", ylabel=titles, share_y=False), points
+    alike = {panel: None for panel in titles if panel.endswith("accuracy, parallel")}
+    points, published = _with_published(points, tables, "lambada_accuracy", "round", alike)
+    note = f"Last words (LAMBADA), 95% intervals; round 0 is the teacher. {conditions(table)}{published}"
+    return style.draw(points, note, xlabel="round", ylabel=titles, share_y=False, columns=3 if len(titles) % 4 else 2), points
 
 
 def latency_vs_length(tables: dict[str, DataFrame]) -> Drawn:
     """Time to write against the number of tokens: the baseline with its KV cache and every step count, a panel for each batch size."""
-    table, parts = tables["speed"], []
+    table, parts, sizes = tables["speed"], [], {}
     counts = sorted(table["steps"].dropna().unique(), reverse=True)
     for (teacher, size), mine in table.groupby(["teacher", "batch_size"], sort=False):
         panel = _title(table, teacher, "one text at a time" if size == 1 else f"{size} texts at once")
+        sizes[panel] = size
         base, timed = mine[mine["run"] == "baseline"], mine[mine["run"] != "baseline"]
         parts.append(_points(base, panel, "baseline, KV cache", base["length"], 1000).assign(round=0))
         for model, rows in timed.groupby("model", sort=False):
@@ -114,9 +122,9 @@ def latency_vs_length(tables: dict[str, DataFrame]) -> Drawn:
             for darker, steps in enumerate(counts, start=1):  # the fewer steps, the darker
                 line = rows[rows["steps"] == steps]
                 parts.append(_points(line, panel, f"{prefix}{steps} steps", line["length"], 1000).assign(round=darker))
-    points = pandas.concat(parts, ignore_index=True)
+    points, published = _with_published(pandas.concat(parts, ignore_index=True), tables, "latency_s", "length", sizes, 1000)
     where = "; ".join(", ".join(map(str, table[column].dropna().unique())) for column in ("device", "dtype"))
-    note = f"Medians, bands to the quartiles; all in one process. {where}; commit {', '.join(table['commit'].dropna().unique())}."
+    note = f"Medians, bands to the quartiles; all in one process. {where}; commit {', '.join(table['commit'].dropna().unique())}.{published}"
     return style.draw(points, note, xlabel="tokens written", ylabel="milliseconds", x_scale="steps", log_y=True), points
 
 
@@ -157,22 +165,43 @@ def journals(folders: Iterable[Path]) -> DataFrame:
     return table.loc[rank.sort_values(["teacher", "rank", "group", "last", "round"], kind="stable").index].reset_index(drop=True)
 
 
-def _metric(table: DataFrame, metric: str) -> DataFrame:
-    """Rows of one metric; where a teacher's were taken by two protocols, of the first (ids before retokenized)."""
+def _metric(table: DataFrame, metric: str, of_every_judge: bool = False) -> DataFrame:
+    """Rows of one metric by a teacher's first judge, or by each; of the protocols by it the first too (ids before retokenized)."""
     rows = table[table["metric"] == metric]
     if rows.empty:
         raise HalfstepError(f"the steps table has no row of {metric}; score samples first")
-    first = rows.groupby("teacher")["protocol"].transform("min")
-    return rows[rows["protocol"].isna() | (rows["protocol"] == first)]
+    if not of_every_judge:
+        rows = rows[rows["judge"].isna() | (rows["judge"] == rows.groupby("teacher")["judge"].transform("first"))]
+    return rows[rows["protocol"] == rows.groupby(["teacher", "judge"], dropna=False)["protocol"].transform("min")]
+
+
+def _with_published(points: DataFrame, tables: dict[str, DataFrame], metric: str, x: str, panels: dict | None = None, unit: float = 1):
+    """The points with published ones, within the range of ours, in these panels (all) or those of a batch size, and a sentence that names the sources."""
+    if "published" not in tables:
+        return points, ""
+    panels = dict.fromkeys(points["panel"]) if panels is None else panels
+    rows, ours = tables["published"], points.loc[points["kind"] == "line", "x"]
+    rows = rows[(rows["metric"] == metric) & rows["in_figures"] & rows[x].between(ours.min(), ours.max())]
+    if x == "round":  # a teacher and its rounds are one line
+        rows = rows.assign(model=rows.groupby("source")["model"].transform(" and ".join))
+    counts = [f", {steps} steps" if x == "length" and not pandas.isna(steps) else "" for steps in rows["steps"]]
+    rows = rows.assign(who=rows["model"] + counts + ", " + rows["source"])
+    parts, letters = [points], {}
+    for panel, size in panels.items():
+        for name, line in (rows if size is None else rows[rows["batch_size"] == size]).sort_values(x).groupby("who", sort=False):
+            letter = letters.setdefault(name, chr(ord("a") + len(letters)))
+            parts.append(_points(line, panel, f"published {letter}: {name}", line[x], unit).assign(kind="published", round=0))
+    told = "; ".join(f"{letter} {name}" for name, letter in letters.items())
+    return pandas.concat(parts, ignore_index=True), f" Published, {PROTOCOL}: {told}." if told else ""
 
 
 def _by_run(rows: DataFrame, x: str) -> DataFrame:
-    """A panel for each run of each teacher: the teacher, its rounds, and the levels."""
-    parts = []
-    for teacher, mine in rows.groupby("teacher", sort=False):
+    """A panel for each run of each teacher, and for each of several judges: the teacher, its rounds, and the levels."""
+    parts, several = [], rows.groupby("teacher")["judge"].nunique() > 1
+    for (teacher, judge), mine in rows.groupby(["teacher", "judge"], dropna=False, sort=False):
         runs = [run for run in mine["run"].unique() if run not in ("teacher", *LEVELS)] or ["teacher"]
         for run in runs:
-            panel = f"{teacher} · {run}" if run != "teacher" else teacher
+            panel = " · ".join([teacher] + [run] * (run != "teacher") + [f"judge {short(judge)}"] * bool(several[teacher]))
             lines = mine[mine["run"].isin({"teacher", run})].sort_values(["round", x])
             parts.append(_points(lines, panel, [f"round {r}" if r else "teacher" for r in lines["round"]], lines[x]))
             for level in LEVELS:
@@ -204,4 +233,5 @@ FIGURES = {
     "lambada_vs_round": (lambada_vs_round, ("lambada",)),
     "latency_vs_length": (latency_vs_length, ("speed",)),
     "loss_curves": (loss_curves, ("journals",)),
+    "mauve_vs_steps": (mauve_vs_steps, ("continuations",)),
 }

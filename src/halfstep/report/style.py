@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-POINTS = ("panel", "series", "kind", "round", "x", "y", "low", "high", "text")  # kind: line; level (a horizontal line); point. text: beside it
+POINTS = ("panel", "series", "kind", "round", "x", "y", "low", "high", "text")  # kind: line; level (a horizontal line); point; published. text: beside it
 RC = {
     "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8.5, "axes.titlelocation": "left", "axes.labelsize": 8, "axes.linewidth": 0.6,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555", "axes.axisbelow": True, "axes.grid": True, "grid.color": "#e6e6e6",
@@ -28,6 +28,7 @@ RC = {
 MARKERS = "ov^D<>X"
 RUNS = (("#123a6b", "-"), ("#c4542d", (0, (5, 1.5))), ("#4f9d69", (0, (1, 1))), ("#8d5a97", (0, (4, 1, 1, 1))), ("#a8842c", (0, (7, 2, 1, 2))))
 LEVELS = {"baseline": ("#555", (0, (5, 2))), "data": ("#555", (0, (1, 1.5)))}
+PUBLISHED = {"color": "#8c8c8c", "linewidth": 0.7, "linestyle": "-", "marker": ".", "markersize": 3.5}  # called by what stands before the colon
 PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}  # behind a label; outlined letters would triple an SVG
 PLAIN = FuncFormatter(lambda value, _: f"{value:.6g}")
 GAP, LETTER = 9.5, 0.056  # points between two labels; inches of one letter in them
@@ -68,11 +69,12 @@ def draw(
         panels = list(dict.fromkeys(points["panel"]))
         columns = min(columns, len(panels))
         rows = -(-len(panels) // columns)
-        beside = [name for name, kind in zip(points["series"], points["kind"], strict=True) if labels == "right" or kind == "level"]
+        shown = points.assign(series=points["series"].str.partition(":")[0])
+        beside = [name for name, kind in zip(shown["series"], shown["kind"], strict=True) if labels == "right" or kind in ("level", "published")]
         wide, high = (4.4, 2.9) if len(panels) == 1 else (3.0, 2.4)  # inches, as all that follow
         left, above, below = 0.64, 0.4, 0.5
         right = 0.15 + max([0, *(0.2 + LETTER * (len(name) + 5 * (name in LEVELS)) for name in beside)])
-        lines = textwrap.wrap(note, int(columns * (wide + left + right) * 19))
+        lines = textwrap.wrap(note, int(columns * (wide + left + right) * 19), break_on_hyphens=False)
         width, height = columns * (wide + left + right), rows * (high + above + below) + 0.12 + 0.13 * len(lines)
         figure = Figure(figsize=(width, height))
         for i, panel in enumerate(panels):
@@ -84,7 +86,7 @@ def draw(
             axes.set_xlabel(xlabel)
             if column == 0 or not share_y:
                 axes.set_ylabel(ylabel if isinstance(ylabel, str) else ylabel[panel])
-            _x_axis(axes, mine["x"].dropna(), x_scale, (0.25 + LETTER * mine["series"].str.len().max()) / wide if labels == "left" else 0)
+            _x_axis(axes, mine["x"].dropna(), x_scale, (0.25 + LETTER * mine.loc[mine["kind"] != "published", "series"].str.len().max()) / wide if labels == "left" else 0)
             _y_axis(axes, points if share_y else mine, log_y)
             if before:
                 before(axes, mine)
@@ -134,14 +136,19 @@ def _y_axis(axes: Axes, points: DataFrame, log: bool) -> None:
 
 
 def _lines(axes: Axes, mine: DataFrame, points: DataFrame, labels: str) -> None:
-    rounds, names = int(points["round"].fillna(0).max()), [name for name in dict.fromkeys(points["series"]) if name not in (*LEVELS, "teacher")]
-    at_lines, at_levels = [], []
+    ours = points[points["kind"] != "published"]
+    rounds, names = int(ours["round"].fillna(0).max()), [name for name in dict.fromkeys(ours["series"]) if name not in (*LEVELS, "teacher")]
+    at_lines, at_levels = [], []  # what is called at the end of a line, and what always at the right
     for name, group in mine.groupby("series", sort=False):
         first = group.iloc[0]
         if first["kind"] == "level":
             color, dashes = LEVELS.get(name, ("#555", ":"))
             axes.axhline(first["y"], color=color, linestyle=dashes, linewidth=1, label=name, gid=name)
             at_levels.append((first["y"], axes.get_xlim()[1], f"{name} {first['y']:.3g}", color))
+            continue
+        if first["kind"] == "published":
+            axes.plot(group["x"].to_numpy(float), group["y"].to_numpy(float), label=name, gid=name, zorder=2, **PUBLISHED)
+            at_levels.append((group["y"].iloc[-1], group["x"].iloc[-1], name.partition(":")[0], PUBLISHED["color"]))
             continue
         style = series_style(name, int(first["round"]) if first["round"] == first["round"] else 0, rounds, names.index(name) if name in names else 0)
         style |= {"marker": "", "linewidth": 1} if len(group) > 20 else {}
@@ -175,10 +182,11 @@ def label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]], side:
     places = spread([spot[1] for spot in spots], GAP, scale * box.y0 + 3, scale * box.y1 - 3)
     column = min(spot[0] for spot in spots) - 14 if side == "left" else scale * box.x1 + 12
     for (y, x, name, color), spot, place in zip(ends, spots, places, strict=True):
+        dashes = "-" if abs(column - spot[0]) < 30 else (0, (1, 3))  # a long leader is not a line of the figure
         axes.annotate(
             name, (x, y), (column - spot[0], place - spot[1]), textcoords="offset points", fontsize=7, color=color, annotation_clip=False,
             ha="right" if side == "left" else "left", va="center", bbox=PLATE,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 2.5, "shrinkB": 3, "relpos": (side == "left", 0.5)},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "linestyle": dashes, "shrinkA": 2.5, "shrinkB": 3, "relpos": (side == "left", 0.5)},
         )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """Metric rows to tables: long CSV for programs, Markdown for people, with the conditions of measurement in a line below.
 
     rows(files) -> DataFrame, one row for each metric row, columns COLUMNS
-    TABLES[name] -> (select: rows -> long table, markdown: long table -> text)
+    TABLES[name] -> (select: rows -> long table, markdown: long table -> text, titles of its metrics)
 
 Numbers taken under different conditions never share a column: `select` raises HalfstepError and names the two models that differ.
+Published values (published.py) have rows and grids of their own.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from typing import TYPE_CHECKING
 
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json
+from halfstep.report.continuations import METRICS as CONTINUATIONS
+from halfstep.report.continuations import continuations, continuations_markdown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 COLUMNS = (
-    "teacher", "run", "round", "model", "metric", "protocol", "steps", "network_evaluations", "value", "low", "high", "judge", "sampler",
-    "num_samples", "seed", "weights", "draw_dtype", "length", "batch_size", "tokens_per_s", "device", "dtype", "params", "checkpoint", "commit",
+    "teacher", "run", "round", "model", "metric", "protocol", "version", "steps", "network_evaluations", "value", "low", "high", "judge",
+    "judge_dtype", "data", "sampler", "num_samples", "seed", "weights", "draw_dtype", "temperature", "top_p", "length", "batch_size",
+    "tokens_per_s", "device", "dtype", "params", "checkpoint", "commit", "source",
 )  # fmt: skip
-INTEGERS = ("round", "steps", "num_samples", "seed", "length", "batch_size", "params")
+INTEGERS = ("round", "version", "steps", "num_samples", "seed", "length", "batch_size", "params")
 LEVELS = ("baseline", "data")  # no sampling steps: lines to compare with
 
 SAMPLES = {  # metric: its title; the order of the steps table
@@ -33,6 +37,13 @@ SAMPLES = {  # metric: its title; the order of the steps table
     "distinct_2": "Share of distinct bigrams",
 }
 LAMBADA = {"lambada_accuracy": "accuracy", "lambada_perplexity": "perplexity"}
+SPEED = {"latency_s": "seconds to write"}
+
+
+def files(paths: Iterable[Path]) -> list[Path]:
+    """These files, and the .json files below these folders that are no records of provenance."""
+    below = ((path,) if not path.is_dir() else sorted(path.rglob("*.json")) for path in map(Path, paths))
+    return [file for one in below for file in one if not file.name.endswith("provenance.json")]
 
 
 def rows(paths: Iterable[Path]) -> DataFrame:
@@ -40,12 +51,11 @@ def rows(paths: Iterable[Path]) -> DataFrame:
     import pandas
 
     found = []
-    for path in paths:
-        for file in sorted(Path(path).rglob("*.json")) if Path(path).is_dir() else [Path(path)]:
-            content = read_json(file)
-            if not isinstance(content, list) or not all(isinstance(row, dict) and {"metric", "model", "value"} <= row.keys() for row in content):
-                raise HalfstepError(f"{file}: expected a list of metric rows, each with metric, model and value; give --metrics only such files")
-            found += content
+    for file in files(paths):
+        content = read_json(file)
+        if not isinstance(content, list) or not all(isinstance(row, dict) and {"metric", "model", "value"} <= row.keys() for row in content):
+            raise HalfstepError(f"{file}: expected a list of metric rows, each with metric, model and value; give --metrics only such files")
+        found += content
     return tidy(pandas.DataFrame(found))
 
 
@@ -76,18 +86,20 @@ def read_csv(file: Path) -> DataFrame:
 def steps(table: DataFrame) -> DataFrame:
     """What was measured of samples, for every model and step count; `vs_data_percent` compares with held-out text."""
     table = table[table["metric"].isin(SAMPLES)].copy()
-    comparable(table[table["metric"] == "generative_perplexity"], ("judge",))
-    comparable(table, ())
-    comparable(table[~table["run"].isin(LEVELS)], ("sampler", "weights", "draw_dtype"))
-    data = table[table["run"] == "data"].set_index(["teacher", "metric", "protocol"])["value"]
-    keys = list(zip(table["teacher"], table["metric"], table["protocol"], strict=True))
-    table["vs_data_percent"] = [100 * (value / data[key] - 1) if key in data.index else None for key, value in zip(keys, table["value"], strict=True)]
+    comparable(table, ("data",))
+    comparable(table[~table["run"].isin(LEVELS)], ("sampler", "weights", "draw_dtype", "temperature"))
+    key = ["teacher", "metric", "protocol", "judge"]
+    known = table.assign(judge=table["judge"].astype(object).fillna(""))
+    data = known[known["run"] == "data"].set_index(key)["value"]
+    keys = list(known[key].itertuples(index=False, name=None))
+    table["vs_data_percent"] = [100 * (value / data[key] - 1) if data.get(key) else None for key, value in zip(keys, table["value"], strict=True)]
     return table
 
 
 def lambada(table: DataFrame) -> DataFrame:
     """Last words: accuracy and perplexity of every model by every protocol."""
     table = table[table["metric"].isin(LAMBADA)].copy()
+    comparable(table, ("data",))
     comparable(table[table["run"] != "baseline"], ("weights", "num_samples"))
     return table
 
@@ -96,6 +108,7 @@ def speed(table: DataFrame) -> DataFrame:
     """Time to write; `times_faster` is the baseline's latency at the same length and batch size over this one."""
     table = table[table["metric"] == "latency_s"].copy()
     comparable(table, ("device", "dtype"))
+    comparable(table[table["run"] != "baseline"], ("draw_dtype",))
     base = table[table["run"] == "baseline"].set_index(["teacher", "length", "batch_size"])["value"]
     keys = list(zip(table["teacher"], table["length"], table["batch_size"], strict=True))
     table["times_faster"] = [base[key] / value if key in base.index else None for key, value in zip(keys, table["value"], strict=True)]
@@ -103,23 +116,47 @@ def speed(table: DataFrame) -> DataFrame:
 
 
 def comparable(table: DataFrame, conditions: Sequence[str]) -> None:
-    """One teacher's numbers of one metric share these conditions and the protocols, or HalfstepError."""
+    """One teacher's numbers of one metric share these conditions, each protocol's version, and the set of protocols and judges, or HalfstepError."""
+    table = table.assign(temperature=table["temperature"].astype(float).fillna(1.0))
     for (teacher, metric), group in table.groupby(["teacher", "metric"], sort=False):
         for condition in conditions:
-            first = group.drop_duplicates(condition)
-            if len(first) > 1:
-                (one, a), (two, b) = first[["model", condition]].values[:2]
-                raise HalfstepError(
-                    f"{metric} of {one} has {condition} {a}, that of {two} has {b}: these numbers do not belong in one column; measure both alike"
-                )
+            _same(metric, group, condition, condition)
+        for protocol, mine in group.groupby("protocol", sort=False):
+            _same(metric, mine, "version", f"version of protocol {protocol}")
         if metric not in LAMBADA:  # there every protocol has its own column
-            protocols = group.fillna({"protocol": "none"}).groupby("model", sort=False)["protocol"].agg(lambda column: tuple(sorted(set(column))))
-            if protocols.nunique() > 1:
-                one, two = protocols.drop_duplicates().index[:2]
+            ways = group.assign(way=["protocol " + ", judge ".join(way) for way in _ways(group)]).groupby("model", sort=False)["way"]
+            ways = ways.agg(lambda column: tuple(sorted(set(column))))
+            if ways.nunique() > 1:
+                one, two = ways.drop_duplicates().index[:2]
                 raise HalfstepError(
-                    f"{metric} of {one} is by protocol {', '.join(protocols[one])}, that of {two} by {', '.join(protocols[two])}: "
-                    f"these numbers do not belong in one column; measure all of {teacher} by one protocol"
+                    f"{metric} of {one} is by {'; '.join(ways[one])}, that of {two} by {'; '.join(ways[two])}: "
+                    f"these numbers do not belong in one column; measure all of {teacher} alike"
                 )
+
+
+def _same(metric: str, group: DataFrame, column: str, called: str) -> None:
+    first = group.drop_duplicates(column)
+    if len(first) > 1:
+        (one, a), (two, b) = first[["model", column]].astype(object).where(first[["model", column]].notna(), "none").values[:2]
+        raise HalfstepError(
+            f"{metric} of {one} has {called} {a}, that of {two} has {b}: these numbers do not belong in one column; measure both alike"
+        )
+
+
+def _ways(group: DataFrame) -> list[tuple[str, ...]]:
+    """Of each row: its protocol, and its judge where it has one, with the precision in which it reads."""
+    columns = group[["protocol", "judge", "judge_dtype"]].astype(object).fillna("")
+    return [(protocol or "none", *([f"{judge} {dtype}".strip()] if judge else [])) for protocol, judge, dtype in columns.itertuples(index=False)]
+
+
+def mixed_commits(table: DataFrame) -> str | None:
+    """A sentence where the rows were not all made by one commit, or by a working tree that differs from its commit; else None."""
+    found = sorted(table["commit"].dropna().unique())
+    if len(found) < 2 and not any(commit.endswith("+dirty") for commit in found):
+        return None
+    counts = "; ".join(f"{commit}: {(table['commit'] == commit).sum()} of {len(table)} rows" for commit in found)
+    what = "of more than one commit" if len(found) > 1 else "of a working tree that differs from its commit"
+    return f"These numbers are {what} ({counts}); make them anew where the code between may have changed them."
 
 
 def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) -> str:
@@ -127,8 +164,9 @@ def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) ->
     parts = []
     for teacher, mine in table.groupby("teacher", sort=False):
         parts.append(f"## {teacher}: samples")
-        for (metric, protocol), group in _by(mine, metrics):
-            parts.append(f"### {SAMPLES[metric]}" + (f" (protocol {protocol})" if protocol else "") + ", ± 95% interval")
+        for (metric, protocol, judge), group in _by(mine, metrics):
+            title = f"### {SAMPLES[metric]} (protocol {protocol})" + (f", judge {judge}" if mine["judge"].nunique() > 1 and judge else "")
+            parts.append(title + ", ± 95% interval")
             parts.append(_grid(group[~group["run"].isin(LEVELS)], "steps", "sampling steps"))
             level = [f"{row.run}: {_cell(row)}" for row in group[group["run"].isin(LEVELS)].itertuples()]
             parts += ["Without sampling steps: " + "; ".join(level) + "."] if level else []
@@ -166,11 +204,17 @@ def speed_markdown(table: DataFrame) -> str:
 
 
 def conditions(table: DataFrame) -> str:
-    """How the numbers of a table were taken, in a line: judge, protocol, sampler, number of samples, seed, weights, commit."""
-    students = table[~table["run"].isin(LEVELS)]
-    named = (("judge", table, "judge"), ("protocol", table, "protocol"), ("sampler", students, "sampler"), ("draws", students, "draw_dtype"),
-             ("n", table, "num_samples"), ("seed", table, "seed"), ("weights", students, "weights"), ("commit", table, "commit"))  # fmt: skip
-    text = "; ".join(f"{name} {_list(frame[column])}" for name, frame, column in named if frame[column].notna().any()) + "."
+    """How the numbers of a table were taken, in a line: judge, protocol and its version, data, sampler, number of samples, seed, weights, commit."""
+    base, students = table[table["run"] == "baseline"], table[~table["run"].isin(LEVELS)]
+    judges = table[["judge", "judge_dtype"]].dropna(subset="judge").drop_duplicates()
+    protocols = table[["protocol", "version"]].drop_duplicates()
+    named = (
+        ("judge", [f"{judge} ({dtype})" if isinstance(dtype, str) else judge for judge, dtype in judges.values]),
+        ("protocol", [f"{protocol} v{version}" for protocol, version in protocols.values]), ("data", table["data"]), ("sampler", students["sampler"]),
+        ("draws", students["draw_dtype"]), ("temperature", students["temperature"]), ("top-p of the baseline", base["top_p"]),
+        ("n", table["num_samples"]), ("seed", table["seed"]), ("weights", students["weights"]), ("commit", table["commit"]),
+    )  # fmt: skip
+    text = "; ".join(f"{name} {listed}" for name, values in named if (listed := _list(values))) + "."
     return text[0].upper() + text[1:]
 
 
@@ -179,10 +223,17 @@ def label(run: str, round_: int) -> str:
     return f"{run} round {round_}" if round_ else run
 
 
+def short(judge: str) -> str:
+    """A judge without its revision and place: gpt2-large, Meta-Llama-3-8B, baseline."""
+    return str(judge).partition("@")[0].removesuffix("/hf").rpartition("/")[2]
+
+
 def _by(table: DataFrame, metrics: Sequence[str]):
+    """((metric, protocol, judge), rows): a grid's worth of numbers each, judges in the order of the configuration."""
     for metric in metrics:
-        for protocol, group in table[table["metric"] == metric].groupby("protocol", dropna=False, sort=False):
-            yield (metric, protocol if isinstance(protocol, str) else None), group
+        mine = table[table["metric"] == metric]
+        for (protocol, judge), group in mine.groupby(["protocol", "judge"], dropna=False, sort=False):
+            yield (metric, protocol, judge if isinstance(judge, str) else None), group
 
 
 def _grid(table: DataFrame, across: str, corner: str, cell=None, down=None) -> str:
@@ -228,8 +279,15 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
 
 
-def _list(column) -> str:
-    return ", ".join(str(value) for value in column.dropna().unique())
+def _list(values) -> str:
+    import pandas
+
+    return ", ".join(str(value) for value in dict.fromkeys(values) if not pandas.isna(value))
 
 
-TABLES = {"steps": (steps, steps_markdown), "lambada": (lambada, lambada_markdown), "speed": (speed, speed_markdown)}
+TABLES = {  # name: (select, markdown, the metrics in it and what they are called)
+    "steps": (steps, steps_markdown, SAMPLES),
+    "lambada": (lambada, lambada_markdown, LAMBADA),
+    "speed": (speed, speed_markdown, SPEED),
+    "continuations": (continuations, continuations_markdown, CONTINUATIONS),
+}

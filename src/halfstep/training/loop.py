@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -41,12 +41,17 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 
 def device_of(machine: Machine) -> torch.device:
-    """The device that `machine` names, torch's threads set."""
+    """The device that `machine` names, torch's threads set; HalfstepError when there is no such device."""
     if machine.threads:
         torch.set_num_threads(machine.threads)
-    if machine.device != "auto":
-        return torch.device(machine.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if machine.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=machine.device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such word; not compiled in; no such card
+        raise HalfstepError(
+            f"device: found {machine.device!r}, which torch cannot use ({str(error).splitlines()[0][:200]}); name cpu, or auto"
+        ) from None
 
 
 def fit(
@@ -165,8 +170,12 @@ def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted
     if not path.is_file():
         return 0
     groups: dict[str, dict[str, Tensor]] = {"raw": {}, "ema": {}, "opt": {}, "best": {}}
-    with safe_open(path, "pt") as file:
-        header = file.metadata()
+    try:
+        opened = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise HalfstepError(f"{path}: not a whole file ({error}); delete the folder {state} to begin this training anew") from None
+    with opened as file:
+        header = file.metadata() or {}
         if header.get("fingerprint") != stamp:
             return 0
         for key in file.keys():

@@ -1,0 +1,82 @@
+"""Continuations of held-out prompts, and their scores: MAUVE, self-BLEU, perplexity. Only where the config has `continuations`."""
+
+
+rule continue_prompts:
+    input:
+        checkpoint="results/models/{model}/meta.json",
+        corpus=manifest,
+    output:
+        multiext("results/continuations/{model}/steps-{steps}/", "samples.npy", "samples.txt", "provenance.json"),
+        about="results/continuations/{model}/steps-{steps}/samples.json",
+    log:
+        "results/logs/continue_prompts/{model}/steps-{steps}.log",
+    benchmark:
+        "results/logs/continue_prompts/{model}/steps-{steps}.tsv"
+    conda:
+        "../envs/gpu.yaml"
+    threads: need("threads")
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        micro_batch=need("micro_batch"),
+        runtime=need("sample"),
+    params:
+        checkpoint=subpath(input.checkpoint, parent=True),
+        corpus=subpath(input.corpus, parent=True),
+        output=subpath(output.about, parent=True),
+        prompts=lambda wildcards: flags(part(CONFIG.continuations, Prompts)),
+        drawing=flags(part(CONFIG.sampling, Drawing)),
+        code=STAGE["continue_prompts"],
+    shell:
+        r"""
+        halfstep continue-prompts \
+            --checkpoint {params.checkpoint:q} \
+            --corpus {params.corpus:q} \
+            --output {params.output:q} \
+            --steps {wildcards.steps} \
+            {params.prompts} \
+            {params.drawing} \
+            --threads {threads} --micro-batch {resources.micro_batch} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule score_continuations:
+    input:
+        samples=lambda wildcards: expand(
+            "results/continuations/{model}/steps-{steps}/samples.json", model=wildcards.model, steps=continuation_steps(wildcards.model)
+        ),
+        corpus=manifest,
+        judge=judge_file,
+    output:
+        rows="results/metrics/{model}/continuations.json",
+        record="results/metrics/{model}/continuations.provenance.json",
+    log:
+        "results/logs/score_continuations/{model}.log",
+    benchmark:
+        "results/logs/score_continuations/{model}.tsv"
+    conda:
+        "../envs/gpu.yaml"
+    threads: need("threads")
+    resources:
+        gpu=need("gpu"),
+        mem_mb=need("mem_mb"),
+        micro_batch=need("micro_batch"),
+        runtime=need("sample"),
+    params:
+        samples=lambda wildcards, input: [str(Path(file).parent) for file in input.samples],
+        corpus=subpath(input.corpus, parent=True),
+        judge=judge,
+        evaluation=flags(CONFIG.evaluation, "bootstrap"),
+        code=STAGE["score_continuations"],
+    shell:
+        r"""
+        halfstep score-continuations \
+            --samples {params.samples:q} \
+            --judge {params.judge:q} \
+            --corpus {params.corpus:q} \
+            --output {output.rows:q} \
+            {params.evaluation} \
+            --threads {threads} --micro-batch {resources.micro_batch} \
+            2>&1 | tee {log:q}
+        """

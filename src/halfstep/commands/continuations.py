@@ -1,0 +1,145 @@
+"""`halfstep continue-prompts` and `score-continuations`: what a model writes after the beginnings of held-out documents, and its measures."""
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from halfstep import provenance
+from halfstep.checkpoint import files as model_files
+from halfstep.commands.evaluate import about_samples, corpus_name, judges, read_samples
+from halfstep.commands.generate import fill, load, save
+from halfstep.config import Drawing, Evaluation, Machine, Prompts
+from halfstep.data.pack import Windows, files, read_manifest, tokenizer_of
+from halfstep.errors import HalfstepError
+from halfstep.files import write_json
+from halfstep.metrics.diversity import distinct, self_bleu
+from halfstep.metrics.intervals import bootstrap
+from halfstep.metrics.mauve import features, mauve
+from halfstep.metrics.perplexity import token_nll
+from halfstep.metrics.rows import model_name, row
+from halfstep.training.loop import device_of
+
+PROTOCOL = "continuations"
+AT_ONCE = 1024  # windows read at a time in the search for documents
+
+
+def continue_prompts(
+    checkpoint: Path, corpus: Path, output: Path, steps: int, prompts: Prompts, drawing: Drawing, machine: Machine
+) -> None:
+    """Write samples.npy (ids [num_prompts * per_prompt, prompt_tokens + continuation_tokens]), samples.txt and samples.json.
+
+    The continuations of a prompt lie together. A denoiser has learnt windows between two EOS, so the last position of what it writes would be EOS,
+    which no document here ends with: it is given an EOS behind each text, which is not kept. An autoregressive checkpoint takes one step
+    per token, whatever `steps` says.
+
+    Args:
+        checkpoint: a checkpoint folder
+        corpus: folder of `halfstep prepare-corpus`, whose held-out documents are continued
+        output: folder of the continuations
+        steps: sampling steps
+    """
+    started, device = time.monotonic(), device_of(machine)
+    model = load(checkpoint, drawing, str(device))
+    if model.tokenizer.get_vocab() != tokenizer_of(corpus).get_vocab():
+        raise HalfstepError(
+            f"{corpus}: its tokenizer is not that of {model_name(checkpoint)}; name the corpus that the model was trained on"
+        )
+    texts, P = references(corpus, prompts), prompts.prompt_tokens
+    if texts.shape[1] >= model.length:
+        raise HalfstepError(
+            f"prompt_tokens + continuation_tokens: found {P} + {prompts.continuation_tokens}, but a text of {model_name(checkpoint)} has "
+            f"{model.length} tokens, EOS at its end; lower one of them"
+        )
+    given, label = texts[:, :P].repeat_interleave(prompts.per_prompt, 0), f"continue {model_name(checkpoint)} at {steps} steps"
+    ids, evaluations = fill(model, steps, drawing, machine, device, given, texts.shape[1], label, model.eos_id)
+    save(checkpoint, output, model, steps, ids, evaluations, drawing, prompts=prompts.model_dump(), elapsed_s=time.monotonic() - started)
+    provenance.record(
+        output / provenance.NAME, output.glob("samples.*"), [*model_files(checkpoint, drawing.weights), *files(corpus, "validation")]
+    )
+
+
+def score_continuations(samples: list[Path], corpus: Path, output: Path, evaluation: Evaluation, machine: Machine) -> None:
+    """MAUVE, self-BLEU, distinct bigrams and, under a judge with the corpus's tokenizer, perplexity of one model's continuations.
+
+    Perplexity is exp(mean over texts of the mean over continuation_tokens of -log p(token | all before it)).
+
+    Args:
+        samples: folders of `halfstep continue-prompts`, one per step count, all of the same prompts
+        corpus: folder of `halfstep prepare-corpus` that holds the prompts
+        output: JSON file of the rows
+    """
+    sets, human, rows = [], {}, []
+    for folder in samples:
+        ids, facts = read_samples(folder)
+        if "prompts" not in facts:
+            raise HalfstepError(f"{folder}: samples without prompts; name folders that halfstep continue-prompts wrote")
+        prompts = Prompts.model_validate(facts["prompts"])
+        if prompts not in human:
+            human[prompts] = references(corpus, prompts).numpy()
+        given = human[prompts][:, : prompts.prompt_tokens].repeat(prompts.per_prompt, 0)
+        if not np.array_equal(ids[:, : prompts.prompt_tokens], given):
+            raise HalfstepError(
+                f"{folder}: its prompts are not those of {corpus}; name the corpus of the samples, or continue its prompts again"
+            )
+        what = f"{corpus_name(corpus)}, {prompts.num_prompts} prompts of {prompts.prompt_tokens} tokens, documents of {prompts.document_tokens}"
+        sets.append((ids, prompts, about_samples(facts) | {"data": what, "length": ids.shape[1]}))
+    tokenizer, eos_id = tokenizer_of(corpus), read_manifest(corpus)["eos_id"]
+    for judge in judges(evaluation, machine):
+        states = {
+            prompts: features(judge, texts, tokenizer, eos_id, machine.micro_batch, "judge, held-out text")
+            for prompts, texts in human.items()
+        }
+        for ids, prompts, about in sets:
+            label = f"{about['model']} at {about['steps'] or 'all'} steps: judge"
+            written = features(judge, ids, tokenizer, eos_id, machine.micro_batch, f"{label}, features")
+            rows.append(row("mauve", PROTOCOL, *mauve(states[prompts], written), **about, **judge.about))
+            if judge.shares(tokenizer):
+                nll = token_nll(judge, ids.tolist(), machine.micro_batch, f"{label}, perplexity")
+                of_text = np.array(
+                    [text[prompts.prompt_tokens - 1 :].mean(dtype=np.float64) for text in nll]
+                )  # token i is predicted at i - 1
+                of_prompt = of_text.reshape(prompts.num_prompts, -1).mean(1)
+                rows.append(over_prompts("continuation_perplexity", of_prompt, evaluation, about | judge.about, np.exp))
+        del judge  # before the next is loaded
+    for ids, prompts, about in sets:
+        of_prompt = ids[:, prompts.prompt_tokens :].reshape(prompts.num_prompts, prompts.per_prompt, -1)
+        rows.append(over_prompts("self_bleu", self_bleu(of_prompt), evaluation, about))
+        rows.append(over_prompts("continuation_distinct_2", distinct(of_prompt, 2), evaluation, about))
+    write_json(output, rows)
+    read = (folder / name for folder in samples for name in ("samples.json", "samples.npy"))
+    provenance.record(output.with_suffix(f".{provenance.NAME}"), [output], [*read, *files(corpus, "validation"), *evaluation.judge])
+
+
+def over_prompts(metric: str, values: np.ndarray, evaluation: Evaluation, about: dict, statistic=float) -> dict:
+    """The row of values[num_prompts]: a prompt is the unit of the bootstrap, for its continuations are not independent of one another."""
+    return row(metric, PROTOCOL, statistic(values.mean()), bootstrap(values, statistic, evaluation.bootstrap), **about)
+
+
+def references(corpus: Path, prompts: Prompts) -> torch.Tensor:
+    """BOS and the beginnings of the corpus's first num_prompts held-out documents that are long enough, [num_prompts, L] int64.
+
+    L is prompt_tokens + continuation_tokens: the first prompt_tokens of a row are a prompt, the rest is how its document goes on.
+    """
+    windows, new = Windows(corpus, "validation"), prompts.prompt_tokens + prompts.continuation_tokens - 1
+    long = list(islice((text for text in documents(windows) if len(text) >= prompts.document_tokens), prompts.num_prompts))
+    if len(long) < prompts.num_prompts:
+        raise HalfstepError(
+            f"{corpus}: found {len(long)} held-out documents of document_tokens ({prompts.document_tokens}) or more, expected num_prompts "
+            f"({prompts.num_prompts}); lower one of the two, or raise the corpus's validation_documents"
+        )
+    return torch.cat([torch.full((len(long), 1), windows.eos_id), torch.stack([text[:new] for text in long])], 1)
+
+
+def documents(windows: Windows) -> Iterator[torch.Tensor]:
+    """The documents of a split in their order, without EOS, put together from its windows (EOS + tokens + EOS); the last may be cut short."""
+    rest = torch.empty(0, dtype=torch.long)
+    for first in range(0, len(windows), AT_ONCE):
+        stream = torch.cat([rest, windows[first : first + AT_ONCE][:, 1:-1].flatten()])
+        ends = (stream == windows.eos_id).nonzero()[:, 0]
+        *whole, rest = stream.tensor_split(ends + 1)
+        yield from (text[:-1] for text in whole)
+    yield rest

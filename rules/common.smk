@@ -37,6 +37,7 @@ STAGE = dict(
     corpus=1,
     pretrain=1,
     baseline=1,
+    import_teacher=1,
     distill=1,
     generate=1,
     continue_prompts=1,
@@ -70,6 +71,8 @@ ROUNDS = [f"{t}/{run}/round-{r}" for t in CONFIG.teachers for run, d in CONFIG.t
 DENOISERS = [f"{t}/teacher" for t in CONFIG.teachers] + ROUNDS
 MODELS = [f"{t}/baseline" for t in CONFIG.teachers] + DENOISERS
 
+IMPORTED = [t for t in CONFIG.teachers if CONFIG.teachers[t].source]  # their teachers are not trained here
+
 # A model's folder. meta.json is written last, so it stands for the whole folder where a later rule asks for the model. The journal
 # (run.json, journal.jsonl) and the state of an unfinished training are not declared: Snakemake would delete them before a restart.
 CHECKPOINT = ["model.safetensors", "ema.safetensors", "best.safetensors", "optimizer.safetensors", "tokenizer.json", "provenance.json"]
@@ -100,15 +103,20 @@ if CONFIG.continuations:
     FIGURES["mauve_vs_steps"] = ["results/tables/continuations.csv"]
 
 
+def one_of(names):
+    """A pattern of exactly these names; of nothing where there are none."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
 wildcard_constraints:
-    corpus="|".join(map(re.escape, CONFIG.corpora)),
-    teacher="|".join(map(re.escape, CONFIG.teachers)),
-    model="|".join(map(re.escape, MODELS)),
+    corpus=one_of(CONFIG.corpora),
+    teacher=one_of(CONFIG.teachers),
+    model=one_of(MODELS),
     run=r"(?!teacher/|baseline/)[^/]+",
     round=r"[1-9]\d*",
     steps=r"[1-9]\d*",
-    figure="|".join(FIGURES),
-    table="|".join(TABLES),
+    figure=one_of(FIGURES),
+    table=one_of(TABLES),
 
 
 def teacher(wildcards):

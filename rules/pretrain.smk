@@ -1,4 +1,4 @@
-"""The teacher, a masked diffusion language model, and the baseline, its autoregressive peer."""
+"""The teacher, a masked diffusion language model, trained here or imported, and the baseline, its autoregressive peer."""
 
 
 rule pretrain:
@@ -7,6 +7,8 @@ rule pretrain:
     output:
         multiext("results/models/{teacher}/teacher/", *CHECKPOINT),
         meta="results/models/{teacher}/teacher/meta.json",
+    wildcard_constraints:
+        teacher=one_of(t for t in CONFIG.teachers if t not in IMPORTED),
     log:
         "results/logs/pretrain/{teacher}.log",
     benchmark:
@@ -36,6 +38,42 @@ rule pretrain:
             {params.training} \
             --seed {params.seed} \
             --threads {threads} --micro-batch {resources.micro_batch} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule import_teacher:
+    input:
+        corpus=manifest,
+        source=lambda wildcards: glob.glob(glob.escape(teacher(wildcards).source)),
+    output:
+        multiext("results/models/{teacher}/teacher/", "model.safetensors", "ema.safetensors", "tokenizer.json", "provenance.json"),
+        meta="results/models/{teacher}/teacher/meta.json",
+    wildcard_constraints:
+        teacher=one_of(IMPORTED),
+    log:
+        "results/logs/import_teacher/{teacher}.log",
+    benchmark:
+        "results/logs/import_teacher/{teacher}.tsv"
+    conda:
+        "../envs/gpu.yaml"
+    resources:
+        mem_mb=need("mem_mb"),
+    params:
+        source=lambda wildcards: teacher(wildcards).source,
+        corpus=subpath(input.corpus, parent=True),
+        output=subpath(output.meta, parent=True),
+        weights=lambda wildcards: teacher(wildcards).from_weights,
+        size=lambda wildcards: teacher(wildcards).network.size,
+        code=STAGE["import_teacher"],
+    shell:
+        r"""
+        halfstep import \
+            --source {params.source:q} \
+            --corpus {params.corpus:q} \
+            --output {params.output:q} \
+            --weights {params.weights} \
+            --size {params.size} \
             2>&1 | tee {log:q}
         """
 

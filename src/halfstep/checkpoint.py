@@ -143,17 +143,22 @@ def files(folder: Path, *weights: str) -> list[Path]:
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load `state` into the network; every key and shape must agree. A file of an average holds parameters only: buffers stay as built."""
+    check_weights(network, state, path)
+    network.load_state_dict(state, strict=False)
+
+
+def check_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """HalfstepError unless `state` fits the network (which may be on the meta device) in every key and shape, and is finite."""
     own = network.state_dict()
     need = set(dict(network.named_parameters()))
     for what, keys in (("lacks", need - state.keys()), ("has the unknown", state.keys() - own.keys())):
         if keys:
-            raise HalfstepError(f"{path}: {what} {len(keys)} tensors, {sorted(keys)[0]} first; it belongs to another network than meta.json says")
+            raise HalfstepError(f"{path}: {what} {len(keys)} tensors, {sorted(keys)[0]} first; it belongs to a network of another kind or size")
     for key, value in state.items():
         if value.shape != own[key].shape:
             raise HalfstepError(f"{path}: {key} has shape {list(value.shape)}, the network expects {list(own[key].shape)}")
         if not value.isfinite().all():
             raise HalfstepError(f"{path}: {key} holds NaN or infinity; the training that wrote it diverged: use an earlier checkpoint")
-    network.load_state_dict(state, strict=False)
 
 
 def load(folder: str | Path, weights: str = "ema", device: str = "cpu") -> Model:

@@ -12,6 +12,8 @@ COMMANDS = {  # name: (module:function, what it does)
     "prepare-corpus": ("halfstep.commands.data:prepare_corpus", "write tokens, tokenizer and held-out split of a corpus"),
     "pretrain": ("halfstep.commands.train:pretrain", "train the teacher, a masked diffusion language model"),
     "train-baseline": ("halfstep.commands.train:train_baseline", "train the autoregressive peer: baseline, and judge at laptop scale"),
+    "import": ("halfstep.commands.publish:import_checkpoint", "make a checkpoint of published weights (MDLM, SDTT), from a file or the hub"),
+    "export": ("halfstep.commands.publish:export_checkpoint", "write a folder that transformers loads, with a model card, and push it"),
     "distill-round": ("halfstep.commands.distill:distill_round", "one round of SDTT: the student learns two teacher steps in one"),
     "generate": ("halfstep.commands.generate:generate", "draw samples from a checkpoint at one step count"),
     "score-samples": ("halfstep.commands.evaluate:score_samples", "generative perplexity, entropy and consistency of samples"),

@@ -309,6 +309,10 @@ class Teacher(Section):
     corpus: Name
     """a key of `corpora`"""
     network: Network
+    source: str | None = Field(None, alias="from")
+    """published weights instead of pretraining: a .ckpt, a folder or a hub name, kuleshov-group/mdlm-owt or jdeschena/sdtt@teacher_1M_sm"""
+    from_weights: Literal["ema", "raw"] = "ema"
+    """which weights of `from` are the teacher: the average where it has one, or the raw ones (as the released code does)"""
     pretraining: Training = Training()
     baseline: Training = Training()
     """training of the autoregressive peer"""
@@ -407,7 +411,7 @@ def _allowed(top: type[BaseModel], path: tuple) -> list[str]:
             model = annotation
         else:  # dict[Name, Section]: the field gives the section, the next key is a free name
             model = next((a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)), model)
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def merge(base: dict, over: dict) -> dict:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-WHOLE = ("dit_a_teacher.safetensors", "dit_a_student.safetensors", "ar.safetensors", "ar.npz", "ema.npz", "noise.npz", "mdlm_loss_a.npz")
+WHOLE = ("dit_a_teacher.safetensors", "dit_a_student.safetensors", "ar.safetensors", "ar.npz", "ema.npz", "noise.npz", "mdlm_loss_a.npz",
+         "mdlm_lightning.ckpt", "sdtt_lightning_plain.ckpt")  # fmt: skip
 LEFT_OUT = {  # prefixes of arrays; the uniforms of the reference's categorical draws are not needed where the drawn tokens are known
     "distill_m2_dt8.npz": ("u_step",),
     "distill_m4_dt16.npz": ("u_step", "student_logp"),

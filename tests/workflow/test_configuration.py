@@ -64,7 +64,7 @@ def test_config_yaml_explains_every_key():
     validate(shown)
 
     def covers(model: type[Section], found: dict, of_defaults: set = frozenset()):
-        assert set(found) == set(model.model_fields) - of_defaults, model.__name__
+        assert set(found) == {field.alias or name for name, field in model.model_fields.items()} - of_defaults, model.__name__
         for key in found:
             assert re.search(rf"^#  *{key}:.* # \w", text, re.MULTILINE), f"{model.__name__}.{key}: no word about it"
 

@@ -29,6 +29,16 @@ def test_preset_resolves(workflow, preset):
     assert jobs.get("score_continuations", 0) == prompts * (2 if preset == "ci" else rounds + 2 * teachers)
 
 
+def test_a_teacher_can_come_from_elsewhere(workflow):
+    """`from` takes the place of pretraining, and of nothing else."""
+    plan = workflow.plan("--config", "preset=ci", 'teachers={"stories-ci": {"from": "jdeschena/sdtt@teacher_1M_sm"}}')
+    jobs = counts(plan)
+    assert jobs["import_teacher"] == 1 and "pretrain" not in jobs and jobs["train_baseline"] == 1 and jobs["distill_round"] == 7
+    assert "--source jdeschena/sdtt@teacher_1M_sm" in workflow.plan(
+        "-p", "--config", "preset=ci", 'teachers={"stories-ci": {"from": "jdeschena/sdtt@teacher_1M_sm"}}'
+    )
+
+
 def test_one_figure_needs_no_flag(workflow):
     jobs = counts(workflow.plan("results/figures/ppl_vs_steps.pdf"))
     assert jobs["plot"] == jobs["tabulate"] == 1 and jobs["distill_round"] == 7
@@ -39,7 +49,7 @@ def test_slurm_runs_the_paper_on_gpus(workflow):
     plan = workflow.plan("--profile", "slurm", "all", HALFSTEP_SLURM_PARTITION="fast")
     jobs = counts(plan)
     assert "models/owt-small/teacher" in plan and "stories" not in plan
-    assert jobs["distill_round"] == 11 * 7 + 3 + 2  # thirteen rows: eleven by halves, one by quarters, one by eighths
+    assert jobs["distill_round"] == 12 * 7 + 3 + 2  # fourteen rows: twelve by halves, one by quarters, one by eighths
     job = plan.split("rule distill_round:")[1].split("\n[")[0]
     for resource in ("gpu=1", "mem_mb=32000", "runtime=480", "slurm_partition=fast", "micro_batch=32"):
         assert resource in job, job

@@ -50,6 +50,8 @@ def distill_round(teacher: Path, corpus: Path, round: int, output: Path, run: Di
     student.to(device)
     old = checkpoint.load(teacher, "ema" if first else run.next_teacher, str(device)).denoiser
 
+    if not first and not run.reset_optimizer and "optimizer.safetensors" not in source["sha256"]:
+        raise HalfstepError(f"--teacher {teacher}: comes without the moments of its optimiser, as what was imported does; set reset_optimizer: true")
     moments = None if first or run.reset_optimizer else checkpoint.read_tensors(teacher, "optimizer.safetensors", source)
     fresh = first or run.reset_ema
     ema = EMA(student, run.ema_decay, None if fresh else weights["ema"], 0 if fresh else source["ema_updates"])

@@ -8,7 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from halfstep.config import ConfigError, Drawing, Prompts, Writing, flags, part, resolve
+from halfstep.config import Drawing, Prompts, Writing
+from halfstep.resolve import ConfigError, flags, part, resolve
 
 # `halfstep` is found whether its environment is activated or not, and its lines reach the log when they are written.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]), PYTHONUNBUFFERED="1")

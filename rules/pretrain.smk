@@ -7,12 +7,12 @@ rule pretrain:
     output:
         multiext("results/models/{teacher}/teacher/", *CHECKPOINT),
         meta="results/models/{teacher}/teacher/meta.json",
-    wildcard_constraints:
-        teacher=one_of(t for t in CONFIG.teachers if t not in IMPORTED),
     log:
         "results/logs/pretrain/{teacher}.log",
     benchmark:
         "results/logs/pretrain/{teacher}.tsv"
+    wildcard_constraints:
+        teacher=one_of(t for t in CONFIG.teachers if t not in IMPORTED),
     priority: 10  # everything waits for the teacher
     conda:
         "../envs/gpu.yaml"
@@ -49,12 +49,12 @@ rule import_teacher:
     output:
         multiext("results/models/{teacher}/teacher/", "model.safetensors", "ema.safetensors", "tokenizer.json", "provenance.json"),
         meta="results/models/{teacher}/teacher/meta.json",
-    wildcard_constraints:
-        teacher=one_of(IMPORTED),
     log:
         "results/logs/import_teacher/{teacher}.log",
     benchmark:
         "results/logs/import_teacher/{teacher}.tsv"
+    wildcard_constraints:
+        teacher=one_of(IMPORTED),
     conda:
         "../envs/gpu.yaml"
     resources:

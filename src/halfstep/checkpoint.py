@@ -90,7 +90,8 @@ def read_meta(folder: Path) -> dict:
     """meta.json of a checkpoint folder."""
     import pydantic
 
-    from halfstep.config import Network, explain
+    from halfstep.config import Network
+    from halfstep.resolve import explain
 
     if not (Path(folder) / "meta.json").is_file():
         raise HalfstepError(f"{folder}: no meta.json there, so no finished checkpoint; name the folder that holds model.safetensors and meta.json")

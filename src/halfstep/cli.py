@@ -82,8 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     import pydantic
 
     from halfstep import provenance
-    from halfstep.config import explain
     from halfstep.errors import HalfstepError
+    from halfstep.resolve import explain
 
     provenance.begin(["halfstep", *argv])
     module, function = COMMANDS[argv[0]][0].split(":")

@@ -14,11 +14,12 @@ from halfstep.commands import continuations as commands
 from halfstep.commands import generate
 from halfstep.commands.continuations import continue_prompts, references, score_continuations
 from halfstep.commands.generate import save
-from halfstep.config import ConfigError, Drawing, Evaluation, Machine, Prompts, validate
+from halfstep.config import Drawing, Evaluation, Machine, Prompts
 from halfstep.data.pack import Windows
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_json
 from halfstep.metrics.diversity import distinct, self_bleu
+from halfstep.resolve import ConfigError, validate
 
 PROMPTS = Prompts(num_prompts=20, per_prompt=3, prompt_tokens=10, continuation_tokens=12, document_tokens=21)
 MACHINE = Machine(device="cpu", threads=1, micro_batch=16)

@@ -8,7 +8,8 @@ import yaml
 from dryrun import REPOSITORY
 
 from halfstep.commands.config import write_schema
-from halfstep.config import Config, ConfigError, Continuations, Section, resolve, validate
+from halfstep.config import Config, Continuations, Section
+from halfstep.resolve import ConfigError, resolve, validate
 
 PRESETS = REPOSITORY / "workflow/presets"
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from halfstep.config import schema
 from halfstep.files import write_json
+from halfstep.resolve import schema
 
 
 def write_schema(output: Path = Path("workflow/schemas/config.schema.json")) -> None:

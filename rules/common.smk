@@ -146,9 +146,20 @@ def previous_round(wildcards):
 
 
 def step_counts(model):
-    """Where a model writes: a denoiser at every step count of the config, the baseline one token at a time."""
+    """Where a model writes: a denoiser at every step count of the config, the baseline one token at a time.
+
+    `own` is the count that a model was made for, and its student's: where the two are compared.
+    """
     name, kind = model.split("/", 1)
-    return [CONFIG.corpora[CONFIG.teachers[name].corpus].length] if kind == "baseline" else CONFIG.sampling.steps
+    if kind == "baseline":
+        return [CONFIG.corpora[CONFIG.teachers[name].corpus].length]
+    steps = set(CONFIG.sampling.steps)
+    for run, how in CONFIG.teachers[name].runs.items() if "own" in steps else ():
+        line = ["teacher", *(f"{run}/round-{round}" for round in range(1, how.rounds + 1))]
+        if kind in line:
+            at = line.index(kind)
+            steps |= {how.teacher_steps // how.substeps**round for round in range(at, min(at + 1, how.rounds) + 1)}
+    return sorted(steps - {"own"})
 
 
 def continuation_steps(model):

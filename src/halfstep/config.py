@@ -211,16 +211,25 @@ class Writing(Drawing):
     """texts per model and step count"""
 
 
+def _step_count(value: Any) -> int | str:
+    if value == "own" or type(value) is int and value > 0:
+        return value
+    raise ValueError("expected a whole number above zero, or own")
+
+
+StepCount = Annotated[Any, pydantic.PlainValidator(_step_count), pydantic.WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "own"}]})]
+
+
 class Sampling(Writing):
     """How samples are drawn for scoring, and at which step counts."""
 
-    steps: Annotated[list[PositiveInt], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
-    """step counts at which every model writes"""
+    steps: Annotated[list[StepCount], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
+    """step counts at which every model writes; own: at the count it was made for, and at its student's"""
 
     @field_validator("steps")
     @classmethod
     def _sorted(cls, steps):
-        return sorted(set(steps))
+        return sorted(set(steps), key=lambda count: (count == "own", count))
 
 
 class Evaluation(Section):
@@ -359,9 +368,10 @@ class Config(Section):
                     "only stories come with last words; name a hub data set or a .jsonl"
                 )
             length, how = self.corpora[teacher.corpus].length, self.continuations
-            if self.sampling.sampler == "first_hitting" and self.sampling.steps[-1] > length:
+            most = max(run.teacher_steps if count == "own" else count for count in self.sampling.steps for run in teacher.runs.values() or [teacher.distillation])
+            if self.sampling.sampler == "first_hitting" and most > length:
                 raise ValueError(
-                    f"sampling.steps: found {self.sampling.steps[-1]}, but sampler first_hitting reveals at least one of the {length} positions of corpus "
+                    f"sampling.steps: found {most}, but sampler first_hitting reveals at least one of the {length} positions of corpus "
                     f"{teacher.corpus!r} in each step; give at most {length} steps"
                 )
             if how and how.prompt_tokens + how.continuation_tokens >= length:

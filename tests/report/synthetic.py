@@ -47,7 +47,7 @@ def train(folder: Path, model: str, run: str, r: int, points: int) -> str:
     noise, scale = random.Random(f"{run}{r}"), {"kl_backward": 1.0, "mse": 3.0, "tvd": 0.3}.get(run, 2.5)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ema.safetensors").write_bytes(f"{model} weights".encode())
-    (folder / "meta.json").write_text("{}\n")
+    (folder / "meta.json").write_text(json.dumps({"student_steps": 1024 // 2**r} if r else {}) + "\n")
     params = {"distillation": {"divergence": run, "lr": 6e-5, "rounds": 7}, "round": r, "seed": 1}
     with Journal(folder, name=model.split("/", 1)[1], node=f"distill-round/{model}", params=params, tags={"rule": "distill_round"},
                  datasets=[{"name": "stories", "digest": "0f" * 32, "source": "results/data/stories"}]) as journal:  # fmt: skip

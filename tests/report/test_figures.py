@@ -209,6 +209,7 @@ def test_summary_prints_tables_texts_and_places(results, capsys):
     for words in (
         "| kl_backward round 7 |", "Generative perplexity", "Unigram entropy", "last words", "milliseconds to write", "At 8 steps teacher wrote",
         "At 8 steps kl_backward/round-7 wrote", "times lower",
+        "kl_backward: every round at its own step count, its teacher -> the round:\n  32: 21.4 [20.5, 22.3] -> 19.2 [18.4, 19.9] (better)\n  16: 29.6",
         "8 steps, consistent stories: teacher 52.5% [50.5%, 54.5%], kl_backward round 7 73.5% [71.5%, 75.5%] (more)", "ppl_vs_steps.pdf", f"mlflow ui --backend-store-uri sqlite:///{results}/mlflow.db",
     ):  # fmt: skip
         assert words in out, words

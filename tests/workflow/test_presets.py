@@ -23,10 +23,17 @@ def test_preset_resolves(workflow, preset):
     assert jobs["train_baseline"] == jobs["time_sampling"] == jobs["score_corpus"] == teachers
     assert jobs["distill_round"] == rounds
     assert jobs["score_samples"] == jobs["score_lambada"] == rounds + 2 * teachers
-    assert jobs["generate"] % (rounds + teachers) == teachers  # as often for every denoiser, and once for every baseline
+    assert preset == "laptop" or jobs["generate"] % (rounds + teachers) == teachers  # as often for every denoiser, and once for every baseline
     prompts = preset != "laptop"  # whether held-out prompts are continued
     assert (jobs["plot"], jobs["tabulate"], jobs["track"]) == (6 + prompts, 3 + prompts, 1)
     assert jobs.get("score_continuations", 0) == prompts * (2 if preset == "ci" else rounds + 2 * teachers)
+
+
+def test_own_step_counts_are_where_a_round_meets_its_teacher(workflow):
+    jobs = workflow.jobs("--config", "preset=laptop", 'sampling={"steps": ["own", 8]}')
+    line = ["teacher", *(f"kl_backward/round-{round}" for round in range(1, 8))]
+    expected = {f"generate stories-tiny/{model} {steps}" for at, model in enumerate(line) for steps in (1024 // 2**at, 1024 // 2 ** min(at + 1, 7), 8)}
+    assert {job for job in jobs if job.startswith("generate")} == expected | {"generate stories-tiny/baseline 64"}
 
 
 def test_a_teacher_can_come_from_elsewhere(workflow):

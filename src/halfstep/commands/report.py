@@ -11,7 +11,7 @@ from pathlib import Path
 
 from halfstep import provenance
 from halfstep.errors import HalfstepError
-from halfstep.files import write_atomic
+from halfstep.files import read_json, write_atomic
 
 
 def tabulate(table: str, metrics: list[Path], output: Path, published: bool = False) -> None:
@@ -104,9 +104,8 @@ def summary(results: Path = Path("results"), width: int = 100) -> None:
     for name in ("lambada", "speed"):
         print((results / "tables" / f"{name}.md").read_text())
     for teacher, mine in table[table["metric"] == "generative_perplexity"].groupby("teacher", sort=False):
-        for line in verdicts(mine, table[(table["metric"] == "entropy") & (table["teacher"] == teacher)]):
-            print(line)
-        print(*shares(table[table["teacher"] == teacher]), sep="\n")
+        lines = verdicts(mine, table[(table["metric"] == "entropy") & (table["teacher"] == teacher)])
+        print(*lines, *own_steps(mine, results), *shares(table[table["teacher"] == teacher]), sep="\n")
         diffusion = mine[~mine["run"].isin(tables.LEVELS)]
         few = diffusion["steps"].min()
         for row in (diffusion[diffusion["run"] == "teacher"].head(1), diffusion[diffusion["round"] == diffusion["round"].max()].head(1)):
@@ -136,6 +135,25 @@ def verdicts(perplexity, entropy) -> list[str]:
     return lines
 
 
+def own_steps(perplexity, results: Path) -> list[str]:
+    """For each run: every round against its own teacher at the step count that the round was made for, where both were sampled there."""
+    rows = _first_protocol(perplexity)
+    at = {(row["model"], row["steps"]): row for _, row in rows.iterrows()}
+    lines = []
+    for (base, run), group in rows[rows["round"] > 0].groupby(["teacher", "run"], sort=False):
+        found = []
+        for model, round_ in group.drop_duplicates("model").sort_values("round")[["model", "round"]].values:
+            made_for = read_json(results / "models" / model / "meta.json").get("student_steps")
+            before = f"{base}/{run}/round-{round_ - 1}" if round_ > 1 else f"{base}/teacher"
+            teacher, student = at.get((before, made_for)), at.get((model, made_for))
+            if teacher is not None and student is not None:
+                word = "worse" if student["low"] > teacher["high"] else "better" if student["high"] < teacher["low"] else "intervals overlap"
+                found.append(f"{made_for}: {_span(teacher)} -> {_span(student)} ({word})")
+        if found:
+            lines.append(f"{base}, {run}: every round at its own step count, its teacher -> the round:" + "".join(f"\n  {line}" for line in found))
+    return lines
+
+
 def shares(table) -> list[str]:
     """The same of a corpus of stories: how many the grammar accepts, and in how many of these all references agree."""
     lines = []
@@ -150,12 +168,17 @@ def _last_rounds(rows):
     """(fewest steps, the teacher's row there, run, its last round's row there) of each run, by the first protocol and judge."""
     if rows.empty:
         return
-    key = rows["protocol"] + " " + rows["judge"].astype(object).fillna("")
-    rows = rows[key == key.iloc[0]]
+    rows = _first_protocol(rows)
     few = rows.loc[rows["run"] == "teacher", "steps"].min()
     at = rows[rows["steps"] == few]
     for run, group in at[at["round"] > 0].groupby("run", sort=False):
         yield few, at[at["run"] == "teacher"].iloc[0], run, group.loc[group["round"].astype(int).idxmax()]
+
+
+def _first_protocol(rows):
+    """The rows of the first protocol and judge among them."""
+    key = rows["protocol"] + " " + rows["judge"].astype(object).fillna("")
+    return rows[key == key.iloc[0]]
 
 
 def _span(row, unit: float = 1) -> str:

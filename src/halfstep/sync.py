@@ -5,7 +5,8 @@
 
 All state lies in MLflow itself, so an interrupted pass is mended by the next. A run is recognised by its tags `halfstep.model`,
 `halfstep.fingerprint` and `halfstep.started`; when what lies on disk contradicts it (another experiment, a start from nothing, another
-evaluation), a new run takes its place and the old one is tagged `superseded_by` and soft-deleted. A point once sent stays: when a resumed
+evaluation), a new run takes its place; the old one is tagged `superseded_by`, renamed "... (superseded)" and soft-deleted (in MLflow's page:
+State, Deleted). Of two runs of one model, left by a request whose answer was lost, one goes the same way. A point once sent stays: when a resumed
 job repeats some steps, its later points at those steps are not sent again.
 """
 
@@ -52,7 +53,8 @@ class Tracker:
 
     def __init__(self, uri: str, experiment: str, artifacts: Path):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the default blocks for four minutes when the server is gone
+        # MLflow would send a request again whose answer was lost, and so make a run twice; and it blocks for minutes. `once` repeats whole passes.
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -78,9 +80,11 @@ class Tracker:
         runs = self._active_runs()
         for teacher in dict.fromkeys(job.teacher for job in jobs):
             mine = [job for job in jobs if job.teacher == teacher]
-            parent = next(iter(runs.get(teacher, [])), None) or self._create(Job(teacher, {"name": teacher, "started": 0.0}))
+            parent, *doubles = runs.get(teacher) or [self._create(Job(teacher, {"name": teacher, "started": 0.0}))]
             for job in mine:
                 self._sync_job(job, runs.get(job.model, []), parent.info.run_id)
+            for double in doubles:
+                self._supersede(double, parent.info.run_id)
             self._sync_parent(parent, artifacts, {job.run.get("status", "finished") for job in mine})
 
     def _active_runs(self) -> dict[str, list]:
@@ -104,7 +108,8 @@ class Tracker:
 
     def _sync_job(self, job: Job, active: list, parent: str) -> None:
         """One job into one run; every other active run of the same model is superseded."""
-        same = [run for run in active if all(run.data.tags.get(f"halfstep.{k}") == str(job.run.get(k, "")) for k in ("fingerprint", "started"))]
+        whole = [run for run in active if "superseded_by" not in run.data.tags]  # a killed pass may have left one marked and not deleted
+        same = [run for run in whole if all(run.data.tags.get(f"halfstep.{k}") == str(job.run.get(k, "")) for k in ("fingerprint", "started"))]
         run = next((run for run in same if run.data.tags.get("halfstep.state") == job.state), None)
         if run is None:
             history = {run.info.run_id: self._history(run, job) for run in same}
@@ -112,9 +117,11 @@ class Tracker:
             sent = history[run.info.run_id] if run else {}
             run = run or self._create(job, parent)
             self._fill(run.info.run_id, job, sent)
+        if run.data.tags.get("mlflow.parentRunId") != parent:
+            self.client.set_tag(run.info.run_id, "mlflow.parentRunId", parent)
         for other in active:
             if other.info.run_id != run.info.run_id:
-                self._supersede(other.info.run_id, run.info.run_id)
+                self._supersede(other, run.info.run_id)
 
     def _history(self, run, job: Job) -> dict[tuple[str, int], float]:
         keys = {key for point in job.points for key in point["metrics"]} | {key for key, _ in job.evaluations}
@@ -165,22 +172,26 @@ class Tracker:
         tags = {"folder": str(job.folder / checkpoint["folder"]) if job.folder else "", "halfstep.model": job.model}
         tags |= {f"sha256.{name}": value for name, value in checkpoint["sha256"].items()}
         known = self.client.search_logged_models([self.experiment_id], filter_string=f"source_run_id = '{run_id}'")
+        same = [model for model in known if all(model.tags.get(key) == value for key, value in tags.items() if key.startswith("sha256."))]
         for model in known:
-            if all(model.tags.get(key) == value for key, value in tags.items() if key.startswith("sha256.")):
-                return model.model_id
-        for model in known:
-            self.client.delete_logged_model(model.model_id)
+            if model not in same[:1]:
+                self.client.delete_logged_model(model.model_id)
+        if same:
+            return same[0].model_id
         name = "".join("-" if letter in "/:.%\"'" else letter for letter in job.model)
         params = {key: str(value) for key, value in flatten(job.run.get("params", {})).items()}
         model = mlflow.create_external_model(name, run_id, tags, params, kind, self.experiment_id)
         self.client.log_outputs(run_id, [mlflow.entities.LoggedModelOutput(model.model_id, step=0)])
         return model.model_id
 
-    def _supersede(self, old: str, new: str) -> None:
-        self.client.set_tag(old, "superseded_by", new)
-        for model in self.client.search_logged_models([self.experiment_id], filter_string=f"source_run_id = '{old}'"):
+    def _supersede(self, old, new: str) -> None:
+        run_id, name = old.info.run_id, old.info.run_name
+        self.client.set_tag(run_id, "superseded_by", new)
+        if not name.endswith(" (superseded)"):
+            self.client.update_run(run_id, name=f"{name} (superseded)")
+        for model in self.client.search_logged_models([self.experiment_id], filter_string=f"source_run_id = '{run_id}'"):
             self.client.delete_logged_model(model.model_id)
-        self.client.delete_run(old)
+        self.client.delete_run(run_id)  # last: only a run that is wholly marked is out of sight of the next pass
 
     def _sync_parent(self, parent, artifacts: list[Path], statuses: set[str]) -> None:
         content = hashlib.sha256(b"".join(str(file).encode() + hashlib.sha256(file.read_bytes()).digest() for file in artifacts)).hexdigest()

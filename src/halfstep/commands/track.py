@@ -2,46 +2,96 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import math
 import os
+import shlex
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from halfstep import tracking
 from halfstep.errors import HalfstepError
-from halfstep.files import read_json
+from halfstep.files import read_json, write_atomic
 from halfstep.sync import Job, Tracker
 
+WAITS_S = (0, 1, 4)  # before each pass of a call; a pass is idempotent, a single request of MLflow's is not
+PATIENCE_S = 600  # for all attempts of a call: a server that answers, but slowly, must not hold up a graph; what was sent stays
+FAULTS = ("mlflow", "sqlalchemy", "alembic", "requests", "urllib3", "json", "http", "psycopg", "pymysql")
 
-def track(results: Path = Path("results"), uri: str | None = None, experiment: str = "halfstep", watch: bool = False) -> None:
+
+def track(
+    results: Path = Path("results"),
+    uri: str | None = None,
+    experiment: str = "halfstep",
+    watch: bool = False,
+    every: float = 15.0,
+    output: Path | None = None,
+) -> None:
     """Bring MLflow to what lies under `results`; a second call adds nothing. Jobs that run meanwhile are not disturbed.
 
     Args:
         results: the folder with models, metrics, tables and figures
         uri: a database or server of MLflow; default: $MLFLOW_TRACKING_URI, else sqlite:///{results}/mlflow.db
         experiment: MLflow's experiment; people who share a server choose different ones
-        watch: do it again every 15 seconds until Ctrl-C, for live curves
+        watch: do it again and again, for live curves, until Ctrl-C, SIGTERM or the end of the graph (when {results}/mlflow.synced is written)
+        every: seconds between two passes of --watch
+        output: for the graph: the file that tells it was done. What cannot be sent is then a warning, the exit code 0, and the warning's text in the file
     """
     if not results.is_dir():
         raise HalfstepError(f"--results {results}: no such folder; run the pipeline first, or name the folder that holds models/ and metrics/")
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/mlflow.db"
-    while True:
-        try:
-            added, jobs, experiment_id = once(results, uri, experiment)
-            if added or not watch:
-                print(f"{jobs} runs, {added} points added\n{how_to_look(uri, experiment_id)}", flush=True)
-            if not watch:
+    if watch:
+        return _watch(results, uri, experiment, every)
+    warning = ""
+    try:
+        added, jobs, experiment_id = once(results, uri, experiment)
+        print(f"{jobs} runs, {added} points added\n{how_to_look(uri, experiment_id)}", flush=True)
+    except HalfstepError as error:
+        if output is None:  # somebody asked for just this: say that it failed
+            raise
+        again = shlex.join(["halfstep", "track", "--results", str(results), "--uri", uri, "--experiment", experiment])
+        warning = f"WARNING: not sent to MLflow: {error}. The journals under {results}/models hold everything; to send it later: {again}\n"
+        print(warning, end="", file=sys.stderr, flush=True)
+    if output is not None:
+        write_atomic(output, warning.encode())
+
+
+def _watch(results: Path, uri: str, experiment: str, every: float) -> None:
+    """Leaves at once on a signal: each request is whole or absent at MLflow's, and the next pass, whoever makes it, does the rest."""
+
+    def leave(*_):
+        raise KeyboardInterrupt
+
+    done, said = results / "mlflow.synced", ""
+    before, former = _changed(done), signal.signal(signal.SIGTERM, leave)
+    try:
+        while True:
+            ended = _changed(done) not in (before, None)  # looked at before the pass, so that the last pass sends the last points
+            try:
+                added, jobs, experiment_id = once(results, uri, experiment)
+                said = ""
+                if added:
+                    print(f"{jobs} runs, {added} points added\n{how_to_look(uri, experiment_id)}", flush=True)
+            except HalfstepError as error:
+                if str(error) != said:  # once for a fault, not for every pass
+                    print(f"halfstep track: {error}", file=sys.stderr, flush=True)
+                said = str(error)
+            if ended:
                 return
-        except HalfstepError as error:
-            if not watch:
-                raise
-            print(f"halfstep track: {error}", file=sys.stderr, flush=True)
-        try:
-            time.sleep(15)
-        except KeyboardInterrupt:
-            return
+            time.sleep(every)
+    except KeyboardInterrupt:
+        return
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _changed(file: Path) -> int | None:
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 def how_to_look(uri: str, experiment_id: str = "1") -> str:
@@ -52,24 +102,53 @@ def how_to_look(uri: str, experiment_id: str = "1") -> str:
 
 
 def once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
-    """One pass: points added, number of jobs, id of the experiment. Two passes at once take turns."""
+    """Points added, number of jobs, id of the experiment. Two syncs at once take turns. At most len(WAITS_S) passes and PATIENCE_S seconds."""
     jobs = gather(results)
     artifacts = sorted(file for kind in ("tables", "figures") for file in (results / kind).glob("*") if file.suffix in (".svg", ".pdf", ".csv", ".md", ".json"))
-    with open(results / ".track.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            tracker = Tracker(uri, experiment, results / "mlflow-artifacts")
-            tracker.sync(jobs, artifacts)
-        except HalfstepError:
-            raise
-        except Exception as error:  # whatever MLflow, SQLAlchemy or requests raise, the journals are whole and can be sent later
-            if not type(error).__module__.startswith(("mlflow", "sqlalchemy", "alembic", "requests", "urllib3")):
-                raise
-            reason = "no server answers" if "Max retries exceeded" in str(error) else str(error).split("\n")[0][:300]
-            raise HalfstepError(
-                f"MLflow at {uri} does not take the data ({reason}); nothing is lost: mend it, or name another place with --uri, and call again"
-            ) from error
-    return tracker.added, len(jobs), tracker.experiment_id
+    fault, added, start = None, 0, time.monotonic()
+    try:
+        with open(results / ".track.lock", "w") as lock, _alarm(PATIENCE_S):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for wait in WAITS_S:
+                time.sleep(wait)
+                tracker = None
+                try:
+                    tracker = Tracker(uri, experiment, results / "mlflow-artifacts")
+                    tracker.sync(jobs, artifacts)
+                    return added + tracker.added, len(jobs), tracker.experiment_id
+                except (HalfstepError, TimeoutError):
+                    raise
+                except Exception as error:  # whatever MLflow or what is below it raises, the journals are whole and can be sent later
+                    if not isinstance(error, OSError) and not type(error).__module__.startswith(FAULTS):
+                        raise
+                    fault, added = error, added + (tracker.added if tracker else 0)
+                if time.monotonic() > start + PATIENCE_S:  # MLflow may have wrapped the alarm in an error of its own
+                    break
+    except TimeoutError as error:
+        fault = error
+    reason = "no server answers" if "Max retries exceeded" in str(fault) else str(fault).strip().split("\n")[0][:300]
+    raise HalfstepError(
+        f"MLflow at {uri} does not take the data ({reason}); nothing is lost: mend it, or name another place with --uri, and call again"
+    ) from fault
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """TimeoutError after so many seconds, in the main thread; it reaches into a lock or an answer that one waits for."""
+
+    def ring(*_):
+        raise TimeoutError(f"it was not done after {seconds:g} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # and again, should somebody swallow it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
 
 
 def gather(results: Path) -> list[Job]:
@@ -77,6 +156,8 @@ def gather(results: Path) -> list[Job]:
     jobs = {}
     for file in sorted((results / "models").rglob("run.json")):
         run, points = tracking.read(file.parent)
+        while read_json(file) != run:  # a job began anew between the two reads: its points are not the former run's
+            run, points = tracking.read(file.parent)
         model = file.parent.relative_to(results / "models").as_posix()
         jobs[model] = Job(model, run, points, folder=file.parent)
     for file in sorted([*(results / "metrics").rglob("*.json"), *(results / "benchmarks").rglob("*.json")]):

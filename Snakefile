@@ -61,6 +61,7 @@ onsuccess:
     banner(
         "done",
         "figures in results/figures/, tables in results/tables/",
+        *Path("results/mlflow.synced").read_text().splitlines(),  # empty, or why MLflow could not be brought up to date
         "halfstep summary --results results    mlflow ui --backend-store-uri sqlite:///results/mlflow.db",
     )
 

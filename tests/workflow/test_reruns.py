@@ -49,6 +49,20 @@ def test_rules_written_otherwise_make_nothing_again(finished):
     assert finished.jobs() == set()
 
 
+def test_what_mlflow_did_not_take_is_sent_by_the_next_call(finished):
+    """The marker holds a warning then; looking (-n) leaves it there, working sends again and makes nothing else."""
+    marker, rules = finished.folder / "results/mlflow.synced", finished.folder / "rules/report.smk"
+    before = rules.read_text()
+    marker.write_text("WARNING: not sent")
+    assert finished.jobs() == set() and marker.read_text() == "WARNING: not sent"
+    rules.write_text(re.sub(r"\bhalfstep (?=track)", "echo sent > {output}; : ", before))
+    done = finished.run("--cores", "2")
+    rules.write_text(before)
+    assert done.returncode == 0 and marker.read_text() == "sent\n" and re.findall(r"^(\w+) +\d+$", done.stdout + done.stderr, re.MULTILINE) == ["track", "all", "total"]
+    assert "halfstep | sent" in done.stderr + done.stdout
+    marker.write_text("")
+
+
 def test_learning_rate_of_one_run(finished):
     configure(
         finished,

@@ -257,7 +257,7 @@ def test_a_round_trip_keeps_every_bit_and_needs_no_halfstep(pipeline, tmp_path):
     assert str(theirs["text"]) == model.tokenizer.decode([4, 5])
 
 
-def test_the_card_names_every_number(pipeline, tmp_path):
+def test_the_card_names_every_number(pipeline, tmp_path, capsys):
     """Rows of this model only, each with protocol, version and interval."""
     output = tmp_path / "card"
     done(f"export --checkpoint {pipeline.teacher} --output {output} --metrics {pipeline.metrics}/teacher/samples.json {pipeline.metrics}/data.json")
@@ -268,6 +268,12 @@ def test_the_card_names_every_number(pipeline, tmp_path):
     for row in rows:
         assert any(all(f"| {part} |" in line for part in (row["metric"], row["protocol"], f"{row['value']:.4g}", f"{row['high']:.4g}")) for line in lines)
     assert "stories" in card and "model.sample" in card
+    raw = tmp_path / "raw"
+    done(f"export --checkpoint {pipeline.teacher} --output {raw} --weights raw --metrics {pipeline.metrics}/teacher/samples.json")
+    assert "Nothing was measured of these weights" in (raw / "README.md").read_text()  # the rows are those of the average
+    assert "are not on the card" in capsys.readouterr().err and {"model.safetensors", "tokenizer.json", "meta.json"} <= {
+        Path(path).name for path in json.loads((raw / "provenance.json").read_text())["inputs"]
+    }
     done(f"export --checkpoint {pipeline.student} --output {tmp_path / 'student'}")
     card = (tmp_path / "student" / "README.md").read_text()
     assert "meant for **8 sampling steps**" in card and "Nothing was measured" in card and "kl_backward" in card

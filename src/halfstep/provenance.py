@@ -25,7 +25,7 @@ from halfstep.tracking import commit
 FORMAT = 1
 NAME = "provenance.json"
 COPIES = "mlflow-artifacts"  # MLflow's, of figures and tables and their records
-PACKAGES = ("halfstep", "torch", "numpy", "tokenizers", "safetensors", "transformers", "lm_eval", "datasets", "pandas", "matplotlib")
+PACKAGES = ("halfstep", "torch", "numpy", "tokenizers", "safetensors", "transformers", "lm_eval", "datasets", "pandas", "matplotlib", "mauve", "faiss", "sklearn", "nltk")
 
 
 def _now() -> str:
@@ -85,10 +85,19 @@ def read(file: Path, top: Path) -> dict:
 def walk(results: Path) -> tuple[list[Path], list[Path]]:
     """The records below `results`, at least one, and all other files."""
     found = sorted(Path(folder) / name for folder, _, names in os.walk(results) for name in names if COPIES not in Path(folder).parts)
-    records = [path for path in found if is_record(path) and path != results / NAME]
+    records = [path for path in found if is_record(path) and (path != results / NAME or _of_one_job(path))]
     if not records:
         raise HalfstepError(f"{results}: no {NAME} below it; name the folder that the pipeline wrote, or run it first")
     return records, [path for path in found if not is_record(path)]
+
+
+def _of_one_job(file: Path) -> bool:
+    """Is the file that bears the merged one's name the record of a job that wrote this very folder?"""
+    try:
+        found = read_json(file)
+    except HalfstepError:
+        return False
+    return isinstance(found, dict) and "outputs" in found
 
 
 def merge(results: Path) -> dict:
@@ -137,7 +146,7 @@ def verify(results: Path, tick=lambda size: None) -> tuple[list[str], int, int]:
         if stale:
             more = f" (and {len(stale) - 1} more inputs)" if len(stale) > 1 else ""
             faults.append(f"{results / name.removesuffix(NAME).rstrip('./')}: stale: made from {stale[0]}{more}; make it again")
-    if (results / NAME).is_file():
+    if (results / NAME).is_file() and results / NAME not in files:
         try:
             merged = read_json(results / NAME)["records"]
             for name in sorted(merged.keys() | records.keys()):

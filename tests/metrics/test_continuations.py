@@ -147,7 +147,7 @@ def faults(world, written):
         ({"document-tokens": 500}, r"found 0 held-out documents of document_tokens \(500\)"),
         ({"document-tokens": 20}, r"document_tokens \(20\) must be at least 21"),
         ({"prompt-tokens": 120, "document-tokens": 131}, r"found 0 held-out documents"),
-        ({"steps": 0}, "steps 0 and temperature 1.0: both must be above zero"),
+        ({"steps": 0}, "steps: found 0, expected a number above zero"),
     ]
 
 

@@ -81,6 +81,8 @@ def test_markdown_reads_as_a_grid_with_conditions_below(results):
         (lambda row: row | {"judge_dtype": "bfloat16"} if row["judge"] else row, "judge .* results/models/stories-tiny/baseline@aabbccddeeff bfloat16"),
         (lambda row: row | {"data": "stories@ffffffffffff"}, "data .* stories@ffffffffffff"),
         (lambda row: row | {"temperature": 0.9}, "temperature .* 0.9"),
+        (lambda row: row | {"seed": 2}, "seed .* 2"),
+        (lambda row: row | {"num_samples": 500}, "num_samples .* 500"),
     ],
 )
 def test_numbers_of_different_conditions_are_refused(results, change, found):
@@ -88,6 +90,15 @@ def test_numbers_of_different_conditions_are_refused(results, change, found):
     with pytest.raises(HalfstepError, match=f"(?s){found}|{'.*'.join(reversed(found.split(' .* ')))}") as error:
         made(results)
     assert "stories-tiny/" in str(error.value) and "do not belong in one column" in str(error.value)
+
+
+def test_a_number_that_is_there_twice_is_refused(results):
+    """The same measure of one model taken twice: one of the two would be hidden by the other."""
+    file = results / "metrics/stories-tiny/mse/round-2/samples.json"
+    again = [row | {"value": 1.0, "low": 1.0, "high": 1.0} for row in json.loads(file.read_text()) if row["metric"] == "entropy"]
+    (results / "metrics/stories-tiny/mse/round-2/again.json").write_text(json.dumps(again))
+    with pytest.raises(HalfstepError, match=r"entropy of stories-tiny/mse/round-2 by protocol unigram at \d+ steps is there 2 times"):
+        made(results)
 
 
 @pytest.mark.parametrize(

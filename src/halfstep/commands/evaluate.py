@@ -149,7 +149,7 @@ def measures(texts: list[tuple[np.ndarray, dict]], corpus: Path, evaluation: Eva
             stories, accepted, consistent = map(sum, zip(*map(judge_window, written), strict=True))
             for metric, count in (("accepted_share", accepted), ("consistent_share", consistent)):  # no whole story: nothing is known
                 interval = wilson(count, stories) if stories else (0.0, 1.0)
-                rows.append(row(metric, "grammar", count / max(stories, 1), interval, **about))
+                rows.append(row(metric, "grammar", count / max(stories, 1), interval, **about | {"num_samples": stories}))  # what was examined
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from halfstep import __version__, checkpoint, provenance
+from halfstep.checkpoint import files as checkpoint_files
 from halfstep.config import SIZES, Network, Training
 from halfstep.data.pack import read_manifest
 from halfstep.data.tokenizer import EOS, load_bpe
@@ -78,7 +80,8 @@ def import_checkpoint(
         write_atomic(output / "tokenizer.json", words.to_str(pretty=False))
         checkpoint.save(output, {checkpoint.FILES[name]: {k: v.float() for k, v in state.items()} for name, state in sets.items()}, meta, output / "tokenizer.json")
         journal.close(checkpoint=output)
-    provenance.record(output / provenance.NAME, [output], [found.file, *([corpus / "manifest.json"] if corpus else [])])
+    read = [found.file, found.file.parent / "config.json", *([corpus / "manifest.json", corpus / "tokenizer.json"] if corpus else [])]
+    provenance.record(output / provenance.NAME, [output], [file for file in read if file.is_file()])
 
 
 def lineage(revision: str) -> dict:
@@ -138,7 +141,7 @@ def export_checkpoint(
         checkpoint: a checkpoint folder of a denoiser
         output: folder to write
         weights: which weights of the checkpoint
-        metrics: files of metric rows for the card; rows of other models are left out
+        metrics: files of metric rows for the card; rows of other models, of other weights and of timings are left out
         push: hub repository, user/name
         revision: branch to push to; default: <run>-round-<n>, of a teacher main
     """
@@ -164,9 +167,12 @@ def export_checkpoint(
     })  # fmt: skip
     write_atomic(output / "modeling_halfstep.py", MODELING.read_bytes())
     name = model_name(checkpoint)
-    rows = [row for file in metrics or [] for row in read_json(file) if row.get("model") == name]
+    mine = [row for file in metrics or [] for row in read_json(file) if row.get("model") == name and row["metric"] != "latency_s"]
+    rows = [row for row in mine if row.get("checkpoint") == model.sha256[:16]]
+    if others := {str(row.get("checkpoint")) for row in mine} - {model.sha256[:16]}:
+        print(f"note: rows of checkpoint {', '.join(sorted(others))} are not on the card: these weights, {weights}, are {model.sha256[:16]}", file=sys.stderr)
     write_atomic(output / "README.md", card(name, meta, model.sha256, weights, rows))
-    provenance.record(output / provenance.NAME, [output], [checkpoint / "meta.json", *(metrics or [])])
+    provenance.record(output / provenance.NAME, [output], [*checkpoint_files(checkpoint, weights), *(metrics or [])])
     if push:
         branch = revision or ("main" if not meta["round"] else name.partition("/")[2].replace("/", "-"))
         upload(output, push, branch)
@@ -196,8 +202,8 @@ def card(name: str, meta: dict, digest: str, weights: str, rows: list[dict]) -> 
     ]  # fmt: skip
     if not rows:
         return "\n".join([*lines, "Nothing was measured of these weights when this card was written.", ""])
-    columns = ("metric", "protocol", "version", "steps", "value", "low", "high", "num_samples", "sampler", "weights", "judge", "data", "commit")
-    lines += ["The interval [low, high] is of 95%.", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    columns = ("metric", "protocol", "version", "steps", "value", "low", "high", "num_samples", "seed", "sampler", "draw_dtype", "temperature", "judge", "data", "commit")
+    lines += ["The interval [low, high] is of 95%; that of MAUVE is of its clustering alone, over the same texts.", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     number = lambda value: f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)  # noqa: E731
     lines += [f"| {' | '.join(number(row.get(column)) for column in columns)} |" for row in rows]
     return "\n".join([*lines, ""])

@@ -155,7 +155,7 @@ def own_steps(perplexity, results: Path) -> list[str]:
 
 
 def shares(table) -> list[str]:
-    """The same of a corpus of stories: how many the grammar accepts, and in how many of these all references agree."""
+    """The same of a corpus of stories: the share of whole stories that the grammar accepts, and of those in which all references agree too."""
     lines = []
     for metric, what in (("accepted_share", "stories that the grammar accepts"), ("consistent_share", "consistent stories")):
         for few, teacher, run, last in _last_rounds(table[table["metric"] == metric]):

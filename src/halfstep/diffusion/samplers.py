@@ -135,8 +135,9 @@ def sample(
             f"given: found shape {list(given.shape)}, expected [{length}], the length of a text, or [{num_samples}, {length}], with the mask token "
             "where text is wanted"
         )
-    if steps < 1 or temperature <= 0:
-        raise HalfstepError(f"steps {steps} and temperature {temperature}: both must be above zero")
+    for name, value in (("steps", steps), ("temperature", temperature)):
+        if value <= 0:
+            raise HalfstepError(f"{name}: found {value}, expected a number above zero")
     given = torch.full((length,), denoiser.mask_id) if given is None else given
     x = given.to(device).expand(num_samples, length)
     if draw_dtype != "float64":

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256_once
+from halfstep.metrics.rows import model_name
 from halfstep.progress import Progress
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
         )  # fmt: skip
         raise HalfstepError(f"judge: transformers cannot load {name!r} ({type(error).__name__}: {reason}); {hint}") from error
     found = weights_sha256(folder) if folder.is_dir() else getattr(network.config, "_commit_hash", None)
+    where = model_name(folder) if folder.is_dir() else where  # however its path was typed, on whatever machine
     name = f"{where}@{found[:12]}" if found else name
     return Judge(name, network.to(device).eval().requires_grad_(False), tokenizer, torch.device(device))
 

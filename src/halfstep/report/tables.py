@@ -36,6 +36,7 @@ SAMPLES = {  # metric: its title; the order of the steps table
     "accepted_share": "Share of stories that the grammar accepts",
     "distinct_2": "Share of distinct bigrams",
 }
+SHARES = ("consistent_share", "accepted_share")  # of stories, whose number differs from model to model
 LAMBADA = {"lambada_accuracy": "accuracy", "lambada_perplexity": "perplexity"}
 SPEED = {"latency_s": "seconds to write"}
 
@@ -87,7 +88,8 @@ def steps(table: DataFrame) -> DataFrame:
     """What was measured of samples, for every model and step count; `vs_data_percent` compares with held-out text."""
     table = table[table["metric"].isin(SAMPLES)].copy()
     comparable(table, ("data",))
-    comparable(table[~table["run"].isin(LEVELS)], ("sampler", "weights", "draw_dtype", "temperature"))
+    comparable(table[~table["run"].isin(LEVELS)], ("sampler", "weights", "draw_dtype", "temperature", "seed"))
+    comparable(table[~table["run"].isin(LEVELS) & ~table["metric"].isin(SHARES)], ("num_samples",))
     key = ["teacher", "metric", "protocol", "judge"]
     known = table.assign(judge=table["judge"].astype(object).fillna(""))
     data = known[known["run"] == "data"].set_index(key)["value"]
@@ -117,6 +119,7 @@ def speed(table: DataFrame) -> DataFrame:
 
 def comparable(table: DataFrame, conditions: Sequence[str]) -> None:
     """One teacher's numbers of one metric share these conditions, each protocol's version, and the set of protocols and judges, or HalfstepError."""
+    once(table)
     table = table.assign(temperature=table["temperature"].astype(float).fillna(1.0))
     for (teacher, metric), group in table.groupby(["teacher", "metric"], sort=False):
         for condition in conditions:
@@ -132,6 +135,19 @@ def comparable(table: DataFrame, conditions: Sequence[str]) -> None:
                     f"{metric} of {one} is by {'; '.join(ways[one])}, that of {two} by {'; '.join(ways[two])}: "
                     f"these numbers do not belong in one column; measure all of {teacher} alike"
                 )
+
+
+def once(table: DataFrame) -> None:
+    """HalfstepError where two rows would be one cell: the same measure of one model, taken twice."""
+    key = ["model", "teacher", "metric", "protocol", "judge", "steps", "length", "batch_size"]
+    twice = table[table.duplicated(key, keep=False)]
+    if len(twice):
+        _, twice = next(iter(twice.groupby(key, dropna=False, sort=False)))
+        row = twice.iloc[0]
+        raise HalfstepError(
+            f"{row['metric']} of {row['model']} by protocol {row['protocol']}{'' if row.isna()['steps'] else f' at {row.steps} steps'} is there {len(twice)} times "
+            f"(checkpoints {_list(twice['checkpoint'])}; seeds {_list(twice['seed'])}): give --metrics one file of each measurement"
+        )
 
 
 def _same(metric: str, group: DataFrame, column: str, called: str) -> None:
@@ -212,10 +228,16 @@ def conditions(table: DataFrame) -> str:
         ("judge", [f"{judge} ({dtype})" if isinstance(dtype, str) else judge for judge, dtype in judges.values]),
         ("protocol", [f"{protocol} v{version}" for protocol, version in protocols.values]), ("data", table["data"]), ("sampler", students["sampler"]),
         ("draws", students["draw_dtype"]), ("temperature", students["temperature"]), ("top-p of the baseline", base["top_p"]),
-        ("n", table["num_samples"]), ("seed", table["seed"]), ("weights", students["weights"]), ("commit", table["commit"]),
+        ("n", _range(table["num_samples"])), ("seed", table["seed"]), ("weights", students["weights"]), ("commit", table["commit"]),
     )  # fmt: skip
     text = "; ".join(f"{name} {listed}" for name, values in named if (listed := _list(values))) + "."
     return text[0].upper() + text[1:]
+
+
+def _range(values) -> list:
+    """A few values, or the least and the largest of many."""
+    found = sorted(set(values.dropna()))
+    return found if len(found) < 4 else [f"{found[0]:,} to {found[-1]:,}"]
 
 
 def label(run: str, round_: int) -> str:

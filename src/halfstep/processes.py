@@ -83,7 +83,9 @@ class Group:
 
         mesh = init_device_mesh(next(network.parameters()).device.type, (self.size,))
         for module in (*network.blocks, network):
-            fully_shard(module, mesh=mesh).set_gradient_divide_factor(1.0)
+            fully_shard(module, mesh=mesh)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows sums only
         return True
 
 

@@ -47,7 +47,7 @@ def launch(line: str, size: int, log: Path, before=None, *args: object, timeout:
     children = []
     for rank in range(size):
         env = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-        children.append(start(line, log / f"errors-{rank}", _meet, log / "meeting", rank, size, before, log, *args, env=env))
+        children.append(start(line, log / f"errors-{rank}", _meet, log / "meeting", rank, size, before, *args, env=env))
     for child in children:
         child.join(timeout)
         assert child.exitcode is not None, [(log / f"errors-{rank}").read_text() for rank in range(size)]

@@ -34,7 +34,7 @@ def alone(pipeline, tmp_path_factory):
     """Both kinds of training in one process."""
     root = tmp_path_factory.mktemp("alone")
     for name, line in commands(pipeline).items():
-        ((code, err),) = launch(f"{line} --output {root}/{name}/t/out", 1, root / name, note_batches, False)
+        ((code, err),) = launch(f"{line} --output {root}/{name}/t/out", 1, root / name, note_batches, root / name, False)
         assert code == 0, err
     return root
 
@@ -42,7 +42,7 @@ def alone(pipeline, tmp_path_factory):
 @pytest.mark.parametrize(("name", "size", "sharded"), [("pretrain", 4, False), ("distill-round", 4, False), ("distill-round", 2, True)])
 def test_the_losses_and_batches_are_those_of_one_process(pipeline, alone, tmp_path, name, size, sharded):
     line = commands(pipeline)[name].replace("--micro-batch 8", "--micro-batch 2")
-    done = launch(f"{line} --processes {size} --output {tmp_path}/t/out", size, tmp_path, note_batches, sharded)
+    done = launch(f"{line} --processes {size} --output {tmp_path}/t/out", size, tmp_path, note_batches, tmp_path, sharded)
     assert [code for code, _ in done] == [0] * size, done
     one, many = losses(alone / name / "t/out"), losses(tmp_path / "t/out")
     assert one.keys() == many.keys() and len(one) == 2 * 6 + 2

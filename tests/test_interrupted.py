@@ -75,7 +75,7 @@ def test_killed_fifty_times(line, undisturbed, tmp_path):
         folder, errors = tmp_path / str(ended) / "out", tmp_path / "errors"
         child = start(f"{line} --output {folder}", errors, save_every, 0.2)
         if kills < KILLS:
-            child.join(chance.uniform(0, 2.0))
+            child.join(chance.uniform(0, 1.2))
         else:
             child.join()
         if child.is_alive():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -206,6 +207,38 @@ def test_a_broken_state_is_never_kept(tmp_path, monkeypatch):
         run(tmp_path, how=how, loss=loss)
     with safe_open(tmp_path / "state" / "state.safetensors", "pt") as file:
         assert file.metadata()["step"] == "11" and all(file.get_tensor(k).isfinite().all() for k in file.keys())
+
+
+def test_a_loss_that_explodes_stops_and_leaves_the_state_from_before(tmp_path, monkeypatch):
+    """Above 20 times the median of the logged losses; not at 15 times, and not before there are five to compare with."""
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
+
+    def loss(factors):
+        calls = iter(range(1, 100))
+        return lambda net: lambda part: net(part["x"].float()).sum() * 0 + 48.0 * factors.get(next(calls), 1.0)
+
+    run(tmp_path / "a", how=training(num_steps=9), loss=loss({4: 1000.0, 8: 15.0}))
+    with pytest.raises(HalfstepError, match=r"the loss is 25 at step 8, the median before it 1: training exploded; lower lr"):
+        run(tmp_path / "b", how=training(num_steps=9), loss=loss({8: 25.0}))
+    with safe_open(tmp_path / "b" / "state" / "state.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "7"
+
+
+def test_the_next_batch_is_made_while_one_is_used():
+    made = [threading.Event() for _ in range(5)]
+
+    def make(step):
+        if step == 4:
+            raise Interrupted
+        made[step].set()
+        return 10 * step
+
+    found = []
+    with pytest.raises(Interrupted):
+        for batch in loop.prefetched(make, 1, 6):
+            assert len(found) == 2 or made[len(found) + 2].wait(10)
+            found.append(batch)
+    assert found == [10, 20, 30] and list(loop.prefetched(make, 2, 2)) == []  # the fault of step 4 comes when step 4 is asked for
 
 
 def test_best_is_the_average_at_the_lowest_first_figure(tmp_path):

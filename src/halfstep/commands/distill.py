@@ -21,6 +21,7 @@ from halfstep.distill.rounds import Round, plan
 from halfstep.distill.targets import divergence_loss, teacher_targets
 from halfstep.errors import HalfstepError
 from halfstep.metrics.diversity import unigram_entropy
+from halfstep.models import flops
 from halfstep.processes import join
 from halfstep.tracking import Journal
 from halfstep.training.ema import EMA
@@ -75,6 +76,7 @@ def distill_round(teacher: Path, corpus: Path, round: int, output: Path, run: Di
             student, lambda step: windows[batch_indices(len(windows), run.batch_size, seed + round, step)], *objective, lambda: nelbo() | entropy(), run,
             seed=seed + 1000 * round, device=device, micro_batch=machine.micro_batch, state=output / "state", label=f"distill-round {base}/{name}",
             journal=journal, warm=moments is None, carried=moments, ema=ema, group=group, time_limit=machine.time_limit,
+            flops_per_token=flops_per_token(student, old, plan_, run.batch_size, windows.length),
         )  # fmt: skip
         finish(output, student, fitted, meta, corpus, group)
         journal.close(checkpoint=output if group.first else None)
@@ -102,6 +104,17 @@ def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
         return divergence_loss(divergence, h, own.readout, goal, teacher.readout)
 
     return corrupt, loss
+
+
+def flops_per_token(student, teacher, round: Round, texts: int, length: int) -> float:
+    """FLOPs of a step for each token of its batch, as expected: half is masked; a substep reveals each position with chance dt in all (log-linear
+    noise), and a text in which it reveals nothing is not passed again through a teacher that ignores time."""
+    again = 1 - (1 - round.dt) ** length if teacher.ignores_time else 1.0
+    passes = texts * (1 + (round.substeps - 1) * again)
+    drawn, masked = texts * (round.substeps - 1) * round.dt * length, texts * length / 2
+    levels = (1, 1) if teacher.ignores_time else (texts, passes)
+    own = flops.training(student, texts, length, masked, levels[0])
+    return (own + flops.forward(teacher.network, passes, length, masked + drawn, levels[1])) / (texts * length)
 
 
 def watch_entropy(student, meta: dict, held_out: Windows, band: float | None, device, seed: int) -> Callable[[], dict[str, float]]:

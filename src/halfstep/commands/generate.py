@@ -87,7 +87,7 @@ def fill(
     if model.denoiser and steps > length:
         if drawing.sampler == "first_hitting":
             raise HalfstepError(f"steps: found {steps}, but first_hitting reveals at least one of the {length} positions in each step; give at most {length} steps")
-        if label:
+        if label and group.first:
             print(f"note: {steps} steps for texts of {length} tokens: at most {length} of them reveal anything, the others take no pass", file=sys.stderr)
     own = group.share(total)
     with Progress(label, own.stop - own.start, "text") if label and group.first else nullcontext() as progress:

@@ -14,6 +14,7 @@ from halfstep.data.pack import Windows, files
 from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.readout import cross_entropy
 from halfstep.diffusion.schedules import LogLinear
+from halfstep.models import flops
 from halfstep.models.gpt import save_gpt_neox
 from halfstep.processes import ALONE, Group, join
 from halfstep.tracking import Journal
@@ -112,6 +113,8 @@ def _train(kind: str, node: str, corpus: Path, output: Path, network: Network, t
     torch.manual_seed(seed)
     net = checkpoint.build(meta, training.dropout).to(device)
     group.spread(net)
+    texts, read = training.batch_size, windows.length / 2 if kind == "diffusion" else windows.length - 1  # times are uniform: half is masked
+    per_token = flops.training(net, texts, windows.length, texts * read, texts if network.time_conditioning else 1) / (texts * windows.length)
     loss = objective(net, meta)
     validation = "val/nelbo" if kind == "diffusion" else "val/nll"
     teacher = output.parent.name
@@ -122,7 +125,7 @@ def _train(kind: str, node: str, corpus: Path, output: Path, network: Network, t
             net, lambda step: windows[batch_indices(len(windows), training.batch_size, seed, step)], *loss,
             held_out(loss, validation, Windows(corpus, "validation"), device, machine.micro_batch, group), training,
             seed=seed, device=device, micro_batch=machine.micro_batch, state=output / "state", label=f"{node} {teacher}", journal=journal,
-            group=group, time_limit=machine.time_limit,
+            group=group, time_limit=machine.time_limit, flops_per_token=per_token,
         )  # fmt: skip
         finish(output, net, fitted, meta, corpus, group)
         journal.close(checkpoint=output if group.first else None)

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from forked import launch, start
+from safetensors import safe_open
 from small import MACHINE
 
 from halfstep import tracking
@@ -109,6 +110,8 @@ def test_asked_to_stop(line, undisturbed, tmp_path, number, code):
     assert f"{number.name} came; its state is kept" in errors.read_text() and tracking.read(folder)[0]["status"] == "killed"
     reached = curve(folder)[-1][0]
     assert f"stopped after step {reached}:" in errors.read_text() and reached < 40
+    with safe_open(folder / "state" / "state.safetensors", "pt") as file:
+        assert file.metadata()["step"] == str(reached)
     child = start(f"{line} --output {folder}", errors, save_every, 1e9)
     child.join()
     assert child.exitcode == 0 and hashes(folder) == hashes(undisturbed) and curve(folder) == curve(undisturbed)

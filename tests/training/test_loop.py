@@ -127,6 +127,19 @@ def test_interrupted_and_resumed_is_bit_equal(tmp_path, monkeypatch, stop_at):
     assert points["a"] == points["b"]  # the journal too: no point twice, none missing
 
 
+def test_interrupted_between_two_log_lines(tmp_path, monkeypatch):
+    """What waits for the next line is in the state: the mean over the interval is the undisturbed run's."""
+    how = training(num_steps=400, validate_every=400)  # a line every 2 steps
+    undisturbed = run(tmp_path / "a", how=how)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "b", how=how, stop_at=7)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 1e9)
+    assert_same_bits(undisturbed, run(tmp_path / "b", how=how))
+    curves = [[(p["step"], p["metrics"].get("train/loss")) for p in read(tmp_path / folder)[1]] for folder in "ab"]
+    assert curves[0] == curves[1] and len(curves[0]) == 201
+
+
 def test_twice_interrupted_and_the_journal_runs_ahead(tmp_path, monkeypatch):
     """The state of step 2 is kept, the journal goes to 5: the second start forgets 3 to 5 and comes to the same end."""
     undisturbed = run(tmp_path / "a")

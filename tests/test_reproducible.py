@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from small import CORPUS, MACHINE, call, done
@@ -84,7 +85,7 @@ def interrupt(patch, where: str, at: int) -> None:
             real = module.held_out
             patch.setattr(module, "held_out", lambda *args, real=real: failing(real(*args), before=False))
     else:
-        patch.setattr(loop, "save_file", failing(loop.save_file, before=False))
+        patch.setattr(safetensors.torch, "save_file", failing(safetensors.torch.save_file, before=False))
 
 
 THRICE = [("validation", 1), ("state", 1), ("batch", 2)]

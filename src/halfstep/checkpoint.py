@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,16 +76,29 @@ def denoiser_of(network: nn.Module, meta: dict) -> Denoiser:
 
 def save(folder: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, tokenizer: Path) -> None:
     """Write a checkpoint: `tensors` maps file names (model.safetensors, ...) to named tensors. meta.json, with every file's checksum, comes last."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
+    for part in folder.glob(".*.part"):  # of a writer that was killed
+        part.unlink(missing_ok=True)
     for name, state in tensors.items():
-        state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-        write_atomic(folder / name, lambda path, state=state: save_file(state, path, {"format": "pt"}))
+        write_tensors(folder / name, state, {"format": "pt"})
     write_atomic(folder / "tokenizer.json", Path(tokenizer).read_bytes())
     sums = {name: sha256(folder / name) for name in [*tensors, "tokenizer.json"]}
     write_json(folder / "meta.json", {"format": FORMAT, **meta, "sha256": sums})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """One whole safetensors file or none; OSError when the file system refuses, with its own number."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    try:
+        write_atomic(path, lambda part: save_file(tensors, part, header))
+    except SafetensorError as error:
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def read_meta(folder: Path) -> dict:

@@ -11,6 +11,7 @@ params and input digests: the same one continues the journal (a resumed job), an
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -36,11 +37,14 @@ class Journal:
     (a nested dict of plain values); datasets: [{"name", "digest", "source"}], everything the job read; tags: anything else worth finding.
     """
 
-    def __init__(self, folder: Path, *, name: str, node: str, params: dict, tags: Mapping[str, object] = {}, datasets: Sequence[dict] = ()):  # noqa: B006
+    def __init__(self, folder: Path, *, name: str, node: str, params: dict, tags: Mapping[str, object] = {}, datasets: Sequence[dict] = (), writes: bool = True):  # noqa: B006
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._file, self._fd = self.folder / "journal.jsonl", None
         stamp = fingerprint(params, datasets)
+        if not writes:  # one of several processes writes; the others only know which run it is
+            self.run = {"fingerprint": stamp}
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
         former = read_json(self.folder / "run.json") if (self.folder / "run.json").exists() else {}
         resumed = former.get("fingerprint") == stamp
         self.run = {
@@ -57,10 +61,15 @@ class Journal:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """One point for each metric at this step."""
         line = {"step": int(step), "time": time.time(), "metrics": {key: float(value) for key, value in metrics.items()}}
-        os.write(self._fd, (json.dumps(line) + "\n").encode())
+        content = (json.dumps(line) + "\n").encode()
+        if self._fd is not None and (written := os.write(self._fd, content)) < len(content):  # the disk is full: what was torn off goes
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._file))
 
     def rewind(self, step: int) -> None:
         """Training goes on from a checkpoint at `step`: forget later points. `rewind(-1)` is a start from nothing, and a new run."""
+        if self._fd is None:
+            return
         points = list(_points(self._file))
         kept = [point for point in points if point["step"] <= step]
         if len(kept) == len(points):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -120,10 +121,23 @@ def test_interrupted_and_resumed_is_bit_equal(tmp_path, monkeypatch, stop_at):
     assert asked == list(range(stop_at, STEPS))
     assert_same_bits(undisturbed, resumed)
     points = {
-        folder: [(p["step"], {k: v for k, v in p["metrics"].items() if "per_s" not in k}) for p in read(tmp_path / folder)[1]]
+        folder: [(p["step"], {k: v for k, v in p["metrics"].items() if "per_s" not in k and "system" not in k}) for p in read(tmp_path / folder)[1]]
         for folder in "ab"
     }
     assert points["a"] == points["b"]  # the journal too: no point twice, none missing
+
+
+def test_interrupted_between_two_log_lines(tmp_path, monkeypatch):
+    """What waits for the next line is in the state: the mean over the interval is the undisturbed run's."""
+    how = training(num_steps=400, validate_every=400)  # a line every 2 steps
+    undisturbed = run(tmp_path / "a", how=how)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "b", how=how, stop_at=7)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 1e9)
+    assert_same_bits(undisturbed, run(tmp_path / "b", how=how))
+    curves = [[(p["step"], p["metrics"].get("train/loss")) for p in read(tmp_path / folder)[1]] for folder in "ab"]
+    assert curves[0] == curves[1] and len(curves[0]) == 201
 
 
 def test_twice_interrupted_and_the_journal_runs_ahead(tmp_path, monkeypatch):
@@ -206,6 +220,38 @@ def test_a_broken_state_is_never_kept(tmp_path, monkeypatch):
         run(tmp_path, how=how, loss=loss)
     with safe_open(tmp_path / "state" / "state.safetensors", "pt") as file:
         assert file.metadata()["step"] == "11" and all(file.get_tensor(k).isfinite().all() for k in file.keys())
+
+
+def test_a_loss_that_explodes_stops_and_leaves_the_state_from_before(tmp_path, monkeypatch):
+    """Above 20 times the median of the logged losses; not at 15 times, and not before there are five to compare with."""
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
+
+    def loss(factors):
+        calls = iter(range(1, 100))
+        return lambda net: lambda part: net(part["x"].float()).sum() * 0 + 48.0 * factors.get(next(calls), 1.0)
+
+    run(tmp_path / "a", how=training(num_steps=9), loss=loss({4: 1000.0, 8: 15.0}))
+    with pytest.raises(HalfstepError, match=r"the loss is 25 at step 8, the median before it 1: training exploded; lower lr"):
+        run(tmp_path / "b", how=training(num_steps=9), loss=loss({8: 25.0}))
+    with safe_open(tmp_path / "b" / "state" / "state.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "7"
+
+
+def test_the_next_batch_is_made_while_one_is_used():
+    made = [threading.Event() for _ in range(5)]
+
+    def make(step):
+        if step == 4:
+            raise Interrupted
+        made[step].set()
+        return 10 * step
+
+    found = []
+    with pytest.raises(Interrupted):
+        for batch in loop.prefetched(make, 1, 6):
+            assert len(found) == 2 or made[len(found) + 2].wait(10)
+            found.append(batch)
+    assert found == [10, 20, 30] and list(loop.prefetched(make, 2, 2)) == []  # the fault of step 4 comes when step 4 is asked for
 
 
 def test_best_is_the_average_at_the_lowest_first_figure(tmp_path):

@@ -21,6 +21,8 @@ from halfstep.distill.rounds import Round, plan
 from halfstep.distill.targets import divergence_loss, teacher_targets
 from halfstep.errors import HalfstepError
 from halfstep.metrics.diversity import unigram_entropy
+from halfstep.models import flops
+from halfstep.processes import join
 from halfstep.tracking import Journal
 from halfstep.training.ema import EMA
 from halfstep.training.loop import device_of, fit
@@ -39,7 +41,7 @@ def distill_round(teacher: Path, corpus: Path, round: int, output: Path, run: Di
         seed: of batches, masks, times and the teacher's draws
     """
     plan_ = plan(run, round)
-    device, windows = device_of(machine), Windows(corpus, "train")
+    group, device, windows = join(machine), device_of(machine), Windows(corpus, "train")
     source = checkpoint.read_meta(teacher)
     _fits(source, teacher, windows, corpus, round)
 
@@ -48,6 +50,7 @@ def distill_round(teacher: Path, corpus: Path, round: int, output: Path, run: Di
     first = round == 1  # the pretrained teacher hands over its average; a student goes on as it stands
     checkpoint.load_weights(student, weights["ema" if first else "raw"], teacher)
     student.to(device)
+    group.spread(student)  # the teacher, who keeps no gradients and no moments, is whole in every process: its passes depend on its texts
     old = checkpoint.load(teacher, "ema" if first else run.next_teacher, str(device)).denoiser
 
     if not first and not run.reset_optimizer and "optimizer.safetensors" not in source["sha256"]:
@@ -62,20 +65,23 @@ def distill_round(teacher: Path, corpus: Path, round: int, output: Path, run: Di
         "training": source["training"],
     }  # fmt: skip
     objective = sdtt_loss(student, old, plan_, run, meta)
-    nelbo = held_out(diffusion_loss(student, meta), "val/nelbo", Windows(corpus, "validation"), device, machine.micro_batch)
+    nelbo = held_out(diffusion_loss(student, meta), "val/nelbo", Windows(corpus, "validation"), device, machine.micro_batch, group)
     entropy = watch_entropy(student, meta, Windows(corpus, "validation"), run.entropy_band, device, seed)
     base, name = output.parent.parent.name, f"{output.parent.name}/round-{round}"
     tags = {"teacher": base, "run": output.parent.name, "round": round}
     params = {"seed": seed, "round": round, "dt": plan_.dt, "student_steps": plan_.student_steps, **run.model_dump()}
     fed = [*datasets(corpus, windows), {"name": "teacher", "digest": source["sha256"][checkpoint.FILES["ema" if first else "raw"]], "source": str(teacher)}]
-    with Journal(output, name=name, node=f"distill-round/{base}/{name}", params=params, tags=tags, datasets=fed) as journal:
+    with Journal(output, name=name, node=f"distill-round/{base}/{name}", params=params, tags=tags, datasets=fed, writes=group.first) as journal:
         fitted = fit(
             student, lambda step: windows[batch_indices(len(windows), run.batch_size, seed + round, step)], *objective, lambda: nelbo() | entropy(), run,
             seed=seed + 1000 * round, device=device, micro_batch=machine.micro_batch, state=output / "state", label=f"distill-round {base}/{name}",
-            journal=journal, warm=moments is None, carried=moments, ema=ema,
+            journal=journal, warm=moments is None, carried=moments, ema=ema, group=group, time_limit=machine.time_limit,
+            flops_per_token=flops_per_token(student, old, plan_, run.batch_size, windows.length),
         )  # fmt: skip
-        finish(output, student, fitted, meta, corpus)
-        journal.close(checkpoint=output)
+        finish(output, student, fitted, meta, corpus, group)
+        journal.close(checkpoint=output if group.first else None)
+    if not group.first:
+        return
     carried = [] if moments is None else [teacher / "optimizer.safetensors"]
     provenance.record(output / provenance.NAME, [output], [*files(corpus, "train", "validation"), *checkpoint.files(teacher, "raw", "ema"), *carried])
 
@@ -98,6 +104,17 @@ def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
         return divergence_loss(divergence, h, own.readout, goal, teacher.readout)
 
     return corrupt, loss
+
+
+def flops_per_token(student, teacher, round: Round, texts: int, length: int) -> float:
+    """FLOPs of a step for each token of its batch, as expected: half is masked; a substep reveals each position with chance dt in all (log-linear
+    noise), and a text in which it reveals nothing is not passed again through a teacher that ignores time."""
+    again = 1 - (1 - round.dt) ** length if teacher.ignores_time else 1.0
+    passes = texts * (1 + (round.substeps - 1) * again)
+    drawn, masked = texts * (round.substeps - 1) * round.dt * length, texts * length / 2
+    levels = (1, 1) if teacher.ignores_time else (texts, passes)
+    own = flops.training(student, texts, length, masked, levels[0])
+    return (own + flops.forward(teacher.network, passes, length, masked + drawn, levels[1])) / (texts * length)
 
 
 def watch_entropy(student, meta: dict, held_out: Windows, band: float | None, device, seed: int) -> Callable[[], dict[str, float]]:

@@ -19,6 +19,7 @@ from halfstep.errors import HalfstepError
 from halfstep.files import sha256, write_atomic, write_json
 from halfstep.metrics.rows import model_name
 from halfstep.models import gpt
+from halfstep.processes import ALONE, Group, join
 from halfstep.progress import Progress
 from halfstep.tracking import commit
 from halfstep.training.loop import device_of
@@ -37,9 +38,12 @@ def generate(checkpoint: Path, output: Path, steps: int, writing: Writing, machi
         steps: sampling steps
         prompt: text that every sample begins with; each <|mask|> in it is one token to be filled in
     """
-    started, device = time.monotonic(), device_of(machine)
+    started, group, device = time.monotonic(), join(machine), device_of(machine)
     model = load(checkpoint, writing, str(device))
-    ids, evaluations = draw(model, steps, writing, machine, device, prompt, f"generate {model_name(checkpoint)} at {steps} steps")
+    drawn = draw(model, steps, writing, machine, device, prompt, f"generate {model_name(checkpoint)} at {steps} steps", group)
+    if not group.first:
+        return
+    ids, evaluations = drawn
     save(checkpoint, output, model, steps, ids, evaluations, writing, prompt=prompt, elapsed_s=time.monotonic() - started)
     provenance.record(output / provenance.NAME, output.glob("samples.*"), model_files(checkpoint, writing.weights))
 
@@ -63,27 +67,32 @@ def load(folder: Path, drawing: Drawing, device: str) -> checkpoint.Model:
     return checkpoint.load(folder, drawing.weights, device)
 
 
-def draw(model, steps: int, writing: Writing, machine: Machine, device, prompt: str, label: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """ids [N, L] and network evaluations [N] of writing.num_samples texts of the model's length."""
-    return fill(model, steps, writing, machine, device, _prompt(model, prompt).expand(writing.num_samples, -1), model.length, label)
+def draw(
+    model, steps: int, writing: Writing, machine: Machine, device, prompt: str, label: str | None = None, group: Group = ALONE
+) -> tuple[np.ndarray, np.ndarray]:
+    """ids [N, L] and network evaluations [N] of writing.num_samples texts of the model's length; shared and gathered as `fill` does."""
+    return fill(model, steps, writing, machine, device, _prompt(model, prompt).expand(writing.num_samples, -1), model.length, label, group=group)
 
 
 def fill(
-    model, steps: int, drawing: Drawing, machine: Machine, device, given: torch.Tensor, length: int, label: str | None = None, end: int | None = None
+    model, steps: int, drawing: Drawing, machine: Machine, device, given: torch.Tensor, length: int, label: str | None = None, end: int | None = None,
+    group: Group = ALONE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """ids [N, length], text i beginning with given[i] of given[N, P], and network evaluations [N]; micro_batch texts at a time.
 
-    With a label it shows its progress. A denoiser sees `end` to the right of each text, a token that is given and not kept.
+    Each process of the group writes its own texts, and the first returns all in order, the others their own. With a label it shows its progress.
+    A denoiser sees `end` to the right of each text, a token that is given and not kept.
     """
     (total, begun), pieces, evaluations = given.shape, [], []
     if model.denoiser and steps > length:
         if drawing.sampler == "first_hitting":
             raise HalfstepError(f"steps: found {steps}, but first_hitting reveals at least one of the {length} positions in each step; give at most {length} steps")
-        if label:
+        if label and group.first:
             print(f"note: {steps} steps for texts of {length} tokens: at most {length} of them reveal anything, the others take no pass", file=sys.stderr)
-    with Progress(label, total, "text") if label else nullcontext() as progress:
-        for first in range(0, total, machine.micro_batch):
-            count = min(machine.micro_batch, total - first)
+    own = group.share(total)
+    with Progress(label, own.stop - own.start, "text") if label and group.first else nullcontext() as progress:
+        for first in range(own.start, own.stop, machine.micro_batch):
+            count = min(machine.micro_batch, own.stop - first)
             if model.denoiser:
                 frame = torch.full((count, length + (end is not None)), model.mask_id)
                 frame[:, :begun] = given[first : first + count]
@@ -102,6 +111,8 @@ def fill(
                 evaluations.append(torch.full((count,), length - max(begun, 1)))  # BOS, where nothing is given, costs no pass
             if progress:
                 progress.update(count)
+    if gathered := group.gather((pieces, evaluations)):
+        pieces, evaluations = ([piece for process in gathered for piece in process[which]] for which in (0, 1))
     return torch.cat(pieces).numpy(), torch.cat(evaluations).numpy()
 
 

@@ -14,7 +14,9 @@ from halfstep.data.pack import Windows, files
 from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.readout import cross_entropy
 from halfstep.diffusion.schedules import LogLinear
+from halfstep.models import flops
 from halfstep.models.gpt import save_gpt_neox
+from halfstep.processes import ALONE, Group, join
 from halfstep.tracking import Journal
 from halfstep.training.loop import Fitted, device_of, fit, generator
 
@@ -29,8 +31,8 @@ def pretrain(corpus: Path, output: Path, network: Network, training: Training, m
         output: folder of the checkpoint
         seed: of weights, batches, masks and times
     """
-    _train("diffusion", "pretrain", corpus, output, network, training, machine, seed, diffusion_loss)
-    provenance.record(output / provenance.NAME, [output], files(corpus, "train", "validation"))
+    if _train("diffusion", "pretrain", corpus, output, network, training, machine, seed, diffusion_loss):
+        provenance.record(output / provenance.NAME, [output], files(corpus, "train", "validation"))
 
 
 def train_baseline(corpus: Path, output: Path, network: Network, training: Training, machine: Machine, seed: int = 1) -> None:
@@ -41,7 +43,8 @@ def train_baseline(corpus: Path, output: Path, network: Network, training: Train
         output: folder of the checkpoint
         seed: of weights and batches
     """
-    _train("autoregressive", "train-baseline", corpus, output, network, training, machine, seed, autoregressive_loss)
+    if not _train("autoregressive", "train-baseline", corpus, output, network, training, machine, seed, autoregressive_loss):
+        return
     model = checkpoint.load(output)
     save_gpt_neox(model.network, output / "hf", model.length, model.eos_id, output / "tokenizer.json")
     provenance.record(output / provenance.NAME, [output, output / "hf"], files(corpus, "train", "validation"))
@@ -75,15 +78,22 @@ def autoregressive_loss(network: nn.Module, meta: dict) -> Objective:
     return lambda x0, random: ({"x0": x0}, x0.numel() - len(x0)), loss
 
 
-def held_out(objective: Objective, name: str, windows: Windows, device: torch.device, micro_batch: int) -> Callable[[], dict[str, float]]:
-    """A measurement of the held-out loss on fixed windows, times and masks: nats per token."""
+def held_out(
+    objective: Objective, name: str, windows: Windows, device: torch.device, micro_batch: int, group: Group = ALONE
+) -> Callable[[], dict[str, float]]:
+    """A measurement of the held-out loss on fixed windows, times and masks: nats per token. Each process takes as many windows as the others, or,
+    where they do not divide, all of them."""
     corrupt, loss = objective
     x0 = windows[torch.arange(min(VALIDATION_WINDOWS, len(windows)))]
     parts, divisor = corrupt(x0, generator(0, 0))
+    if shared := len(x0) % group.size == 0:
+        parts = {k: v[group.share(len(x0))] for k, v in parts.items()}
 
     def measure() -> dict[str, float]:
-        pieces = ({k: v[i : i + micro_batch].to(device) for k, v in parts.items()} for i in range(0, len(x0), micro_batch))
-        return {name: sum(loss(piece).item() for piece in pieces) / divisor}
+        rows = len(next(iter(parts.values())))
+        pieces = ({k: v[i : i + micro_batch].to(device) for k, v in parts.items()} for i in range(0, rows, micro_batch))
+        total = sum(loss(piece).double() for piece in pieces)
+        return {name: (group.total(total) if shared else total.item()) / divisor}
 
     return measure
 
@@ -93,36 +103,45 @@ def datasets(corpus: Path, windows: Windows) -> list[dict]:
     return [{"name": f"{corpus.name}/train", "digest": windows.facts["sha256"], "source": str(corpus)}]
 
 
-def _train(kind: str, node: str, corpus: Path, output: Path, network: Network, training: Training, machine: Machine, seed: int, objective) -> None:
-    device, windows = device_of(machine), Windows(corpus, "train")
+def _train(kind: str, node: str, corpus: Path, output: Path, network: Network, training: Training, machine: Machine, seed: int, objective) -> bool:
+    """True in the process that wrote the checkpoint."""
+    group, device, windows = join(machine), device_of(machine), Windows(corpus, "train")
     meta = {
         "kind": kind, "network": network.model_dump(), "vocab_size": windows.vocab_size, "eos_id": windows.eos_id, "length": windows.length,
         "corpus": corpus.name, "corpus_sha256": windows.facts["sha256"], "training": training.model_dump(), "seed": seed, "round": 0,
     }  # fmt: skip
     torch.manual_seed(seed)
     net = checkpoint.build(meta, training.dropout).to(device)
+    group.spread(net)
+    texts, read = training.batch_size, windows.length / 2 if kind == "diffusion" else windows.length - 1  # times are uniform: half is masked
+    per_token = flops.training(net, texts, windows.length, texts * read, texts if network.time_conditioning else 1) / (texts * windows.length)
     loss = objective(net, meta)
     validation = "val/nelbo" if kind == "diffusion" else "val/nll"
     teacher = output.parent.name
     params = {"seed": seed, **network.model_dump(), **training.model_dump()}
     name = "teacher" if kind == "diffusion" else "baseline"
-    with Journal(output, name=name, node=f"{node}/{teacher}", params=params, tags={"teacher": teacher, "round": 0}, datasets=datasets(corpus, windows)) as journal:
+    with Journal(output, name=name, node=f"{node}/{teacher}", params=params, tags={"teacher": teacher, "round": 0}, datasets=datasets(corpus, windows), writes=group.first) as journal:
         fitted = fit(
             net, lambda step: windows[batch_indices(len(windows), training.batch_size, seed, step)], *loss,
-            held_out(loss, validation, Windows(corpus, "validation"), device, machine.micro_batch), training,
+            held_out(loss, validation, Windows(corpus, "validation"), device, machine.micro_batch, group), training,
             seed=seed, device=device, micro_batch=machine.micro_batch, state=output / "state", label=f"{node} {teacher}", journal=journal,
+            group=group, time_limit=machine.time_limit, flops_per_token=per_token,
         )  # fmt: skip
-        finish(output, net, fitted, meta, corpus)
-        journal.close(checkpoint=output)
+        finish(output, net, fitted, meta, corpus, group)
+        journal.close(checkpoint=output if group.first else None)
+    return group.first
 
 
-def finish(output: Path, network: nn.Module, fitted: Fitted, meta: dict, corpus: Path) -> None:
-    """Write the checkpoint and drop the rolling state."""
+def finish(output: Path, network: nn.Module, fitted: Fitted, meta: dict, corpus: Path, group: Group = ALONE) -> None:
+    """Write the checkpoint and drop the rolling state: the first process does, of what all hold."""
     buffers = dict(network.named_buffers())
     tensors = {
         "model.safetensors": {**dict(network.named_parameters()), **buffers}, "ema.safetensors": {**fitted.ema.shadow, **buffers},
         "best.safetensors": {**fitted.best, **buffers}, "optimizer.safetensors": fitted.moments,
     }  # fmt: skip
-    meta = {**meta, "ema_updates": fitted.ema.updates, "best_step": fitted.best_step, "validation": dict(sorted(fitted.validation.items()))}  # a resumed run knows no order
-    checkpoint.save(output, tensors, meta, corpus / "tokenizer.json")
-    shutil.rmtree(output / "state", ignore_errors=True)
+    tensors = {name: group.collect(named) for name, named in tensors.items()}
+    if group.first:
+        meta = {**meta, "ema_updates": fitted.ema.updates, "best_step": fitted.best_step, "validation": dict(sorted(fitted.validation.items()))}  # a resumed run knows no order
+        checkpoint.save(output, tensors, meta, corpus / "tokenizer.json")
+        shutil.rmtree(output / "state", ignore_errors=True)
+    group.most(0)  # all wait until it is there

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from halfstep.processes import cut_like
+
 
 class EMA:
     """shadow <- d shadow + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)) at the n-th update (as MDLM and SDTT do)."""
@@ -10,7 +12,7 @@ class EMA:
     def __init__(self, network: nn.Module, decay: float, shadow: dict[str, Tensor] | None = None, updates: int = 0):
         self.decay, self.updates = decay, updates
         self.weights = dict(network.named_parameters())
-        self.shadow = {k: (shadow[k] if shadow else p).detach().clone().to(p.device) for k, p in self.weights.items()}
+        self.shadow = {k: cut_like(shadow[k] if shadow else p, p) for k, p in self.weights.items()}
 
     @torch.no_grad()
     def update(self) -> None:

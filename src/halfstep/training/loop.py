@@ -1,37 +1,59 @@
-"""The training loop: global batches from one integer, gradient accumulation, moving average, resumable state."""
+"""The training loop: global batches from one integer, on one process or many; gradient accumulation, moving average, resumable state."""
 
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
+from statistics import median
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from halfstep.checkpoint import write_tensors
 from halfstep.config import Machine, Training
 from halfstep.errors import HalfstepError
-from halfstep.files import write_atomic
+from halfstep.processes import ALONE, Group, Stop, cut_like, is_sharded, leave, local_device, whole
 from halfstep.progress import Progress
 from halfstep.training.ema import EMA
+from halfstep.training.gauges import gauges, peak_flops
 from halfstep.training.optim import adamw, learning_rate, moments, restore_moments
 
 SAVE_EVERY_S = 300.0
+LOOK_EVERY_S = 1.0  # several processes agree about so often whether to save or to stop
+EXPLODED, RECENT = 20, 50  # a loss above so many times the median of the last so many logged ones has exploded
 Parts = dict[str, Tensor]
 
 
 @dataclass
 class Fitted:
-    """What a finished training leaves: its moving average, its optimiser's moments, and its best held-out loss."""
+    """What a training leaves: its moving average, its optimiser's moments, and its best held-out loss. `logged`: its last logged losses;
+    `pending`: sum and number of the losses that wait for the next log."""
 
     ema: EMA
     moments: dict[str, Tensor]
     best: dict[str, Tensor] = field(default_factory=dict)
     best_step: int = 0
     validation: dict[str, float] = field(default_factory=dict)
+    logged: list[float] = field(default_factory=list)
+    pending: tuple[float, int] = (0.0, 0)
+
+
+class Objective(nn.Module):
+    """The loss as a module, so that DDP sees where a pass begins: what a loss reads of the network outside of its forward counts too."""
+
+    def __init__(self, network: nn.Module, loss: Callable[[Parts], Tensor]):
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def forward(self, part: Parts) -> Tensor:
+        return self.loss(part)
 
 
 def generator(seed: int, step: int) -> torch.Generator:
@@ -41,17 +63,28 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 
 def device_of(machine: Machine) -> torch.device:
-    """The device that `machine` names, torch's threads set; HalfstepError when there is no such device."""
+    """The device that `machine` names, torch's threads set; HalfstepError when there is no such device. Of several processes each has its own GPU."""
     if machine.threads:
         torch.set_num_threads(machine.threads)
     if machine.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return local_device() if torch.cuda.is_available() else torch.device("cpu")
     try:
-        return torch.empty(0, device=machine.device).device
+        device = torch.empty(0, device=machine.device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such word; not compiled in; no such card
         raise HalfstepError(
             f"device: found {machine.device!r}, which torch cannot use ({str(error).splitlines()[0][:200]}); name cpu, or auto"
         ) from None
+    return local_device() if machine.device == "cuda" else device
+
+
+def prefetched(make: Callable[[int], object], first: int, last: int) -> Iterator:
+    """make(first), ..., make(last - 1); a thread makes the next one while one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(make, first) if first < last else None
+        for step in range(first, last):
+            ready = coming.result()
+            coming = thread.submit(make, step + 1) if step + 1 < last else None
+            yield ready
 
 
 def fit(
@@ -71,14 +104,19 @@ def fit(
     warm: bool = True,
     carried: dict[str, Tensor] | None = None,
     ema: EMA | None = None,
+    group: Group = ALONE,
+    time_limit: float | None = None,
+    flops_per_token: float | None = None,
 ) -> Fitted:
     """Train `network` for training.num_steps updates and return what they left.
 
     batch(step) -> x0[B, L], the global batch; corrupt(x0, generator) -> the tensors that `loss` needs, each with leading
     dimension B, and the divisor of the summed loss; loss(parts) -> the sum over its rows, scalar; validate() -> held-out figures of the network
     as it stands (called with averaged weights; the first figure decides which is best). Gradients are those of the global batch
-    whatever micro_batch is. `state` is a folder for a rolling checkpoint: an interrupted call continues there, to the same bits, if its
-    journal bears the same fingerprint; else it starts anew.
+    whatever micro_batch is and however many processes `group` has: each draws the whole batch and its noise, and trains on its own rows (only
+    dropout's draws are a process's own). `state` is a folder for a rolling checkpoint: an interrupted call continues there, to the same bits,
+    if its journal bears the same fingerprint; else it starts anew. `time_limit`: minutes of this process, before whose end it saves and
+    leaves by SystemExit(75); at SIGTERM and SIGINT likewise, with 143 and 130. `flops_per_token`: of training, for the MFU in the journal.
     """
     optimizer = adamw(network, training)
     if carried:
@@ -88,80 +126,126 @@ def fit(
     stamp = journal.run["fingerprint"]
     start = _resume(network, optimizer, fitted, state, stamp)
     journal.rewind(start or -1)
+    objective, scale = _shared(network, loss, training, group)
+    peak = peak_flops(device, training.precision)
     every = max(1, training.num_steps // 200)
-    summed = torch.zeros((), device=device)
-    since = saved = time.monotonic()
-    seen = updates = 0
+    summed = torch.tensor(fitted.pending[0] if group.first else 0.0, device=device)
+    updates, seen = fitted.pending[1], 0
+    since = saved = looked = time.monotonic()
+    pace, look = 1, start + 1
+
+    def prepare(step: int) -> tuple[int, int, Parts, float]:
+        x0, random = batch(step), generator(seed, step)
+        parts, divisor = corrupt(x0, random)
+        own = {k: v[group.share(len(x0))] for k, v in parts.items()}
+        return x0.numel(), random.initial_seed(), {k: v.pin_memory() if device.type == "cuda" else v for k, v in own.items()}, divisor
+
     network.train()
-    with Progress(label, training.num_steps, done=start) as progress:
-        for step in range(start, training.num_steps):
-            x0 = batch(step)
-            random = generator(seed, step)
-            torch.manual_seed(random.initial_seed())  # dropout
-            parts, divisor = corrupt(x0, random)
-            lr = learning_rate(training, step, warm)
-            for first in range(0, len(x0), micro_batch):
+    with (
+        Stop(group, time_limit and 60 * time_limit).listening() as stop,
+        closing(prefetched(prepare, start, training.num_steps)) as batches,
+        Progress(label, training.num_steps, done=start) if group.first else nullcontext() as progress,
+    ):
+        for done, (tokens, key, parts, divisor) in enumerate(batches, start=start + 1):
+            torch.manual_seed(key + group.rank)  # dropout
+            lr = learning_rate(training, done - 1, warm)
+            rows = len(next(iter(parts.values())))
+            for first in range(0, rows, micro_batch):
                 part = {k: v[first : first + micro_batch].to(device, non_blocking=True) for k, v in parts.items()}
-                with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
-                    value = loss(part) / divisor
-                value.backward()
+                last = first + micro_batch >= rows
+                with nullcontext() if last or not isinstance(objective, DistributedDataParallel) else objective.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
+                        value = objective(part) / divisor
+                    (value * scale).backward()
                 summed += value.detach()
-            norm = nn.utils.clip_grad_norm_(network.parameters(), training.grad_clip, foreach=True)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            norm = whole(nn.utils.clip_grad_norm_(network.parameters(), training.grad_clip, foreach=True))
+            for settings in optimizer.param_groups:
+                settings["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.update()
-            seen, updates, done = seen + x0.numel(), updates + 1, step + 1
+            seen, updates = seen + tokens, updates + 1
             if done % every == 0 or done == training.num_steps:
-                mean, updates = summed.item() / updates, 0
-                _check(mean, norm.item(), done)
+                mean = group.total(summed) / updates
+                _check(mean, norm.item(), done, fitted.logged)
+                fitted.logged = [*fitted.logged, mean][-RECENT:]
                 speed = seen / (time.monotonic() - since)
-                journal.log({"train/loss": mean, "train/lr": lr, "train/grad_norm": norm.item(), "train/tokens_per_s": speed}, done)
-                progress.update(done - progress.done, loss=mean, tokens_per_s=speed)
+                shown = {"loss": mean, "tokens_per_s": speed}
+                if peak and flops_per_token:
+                    shown["mfu"] = speed * flops_per_token / (peak * group.size)
+                figures = {f"train/{k}": v for k, v in shown.items()} | {"train/lr": lr, "train/grad_norm": norm.item()}
+                journal.log(figures | gauges(device), done)
+                if progress:
+                    progress.update(done - progress.done, **shown)
                 summed.zero_()
-                since, seen = time.monotonic(), 0
+                since, seen, updates = time.monotonic(), 0, 0
             if done % training.validate_every == 0 or done == training.num_steps:
-                _validate(network, fitted, validate, journal, done)
+                _validate(network, fitted, validate, journal, done, group)
                 since, seen = time.monotonic(), 0
-            if time.monotonic() - saved > SAVE_EVERY_S and done < training.num_steps:
-                _check(summed.item(), norm.item(), done)  # a broken state is never kept
-                _save(network, optimizer, fitted, state, stamp, done)
-                saved = time.monotonic()
+            if done == look and done < training.num_steps:
+                now = time.monotonic()
+                wish = 1 if group.size == 1 else min(2 * pace, math.ceil(pace * LOOK_EVERY_S / max(now - looked, 1e-6)))
+                code, due, pace = map(int, group.most(stop.code, now - saved > SAVE_EVERY_S, wish))
+                look, looked = done + pace, now
+                if code or due:
+                    fitted.pending = group.total(summed), updates
+                    _check(fitted.pending[0] / max(1, updates), norm.item(), done, fitted.logged)  # a broken state is never kept
+                    _save(network, optimizer, fitted, state, stamp, done, group)
+                    saved = time.monotonic()
+                if code:
+                    leave(code, label, done)
     fitted.moments = moments(network, optimizer)
     return fitted
 
 
-def _check(loss: float, norm: float, step: int) -> None:
+def _shared(network: nn.Module, loss: Callable[[Parts], Tensor], training: Training, group: Group) -> tuple[nn.Module, float]:
+    """The loss as the engine runs it, and what its gradients must be scaled by to be the sum over processes: DDP takes their mean."""
+    objective, sharded = Objective(network, loss), any(map(is_sharded, network.parameters()))
+    if training.batch_size % group.size if sharded else training.batch_size < group.size:
+        raise HalfstepError(f"batch_size: found {training.batch_size}, but {group.size} processes share it; choose a multiple of {group.size}")
+    if group.size == 1 or sharded:
+        return objective, 1.0
+    return DistributedDataParallel(objective, broadcast_buffers=False), float(group.size)
+
+
+def _check(loss: float, norm: float, step: int, before: list[float]) -> None:
+    mend = "lower lr or grad_clip, or lengthen warmup_steps, and start again"
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise HalfstepError(
-            f"the loss is {loss} and the gradient's norm {norm} at step {step}: training diverged; lower lr or grad_clip, or lengthen "
-            "warmup_steps, and start again"
-        )
+        raise HalfstepError(f"the loss is {loss} and the gradient's norm {norm} at step {step}: training diverged; {mend}")
+    if len(before) >= 5 and 0 < EXPLODED * median(before) < loss:
+        raise HalfstepError(f"the loss is {loss:.4g} at step {step}, the median before it {median(before):.4g}: training exploded; {mend}")
 
 
-def _validate(network: nn.Module, fitted: Fitted, validate: Callable[[], dict[str, float]], journal, step: int) -> None:
+def _validate(network: nn.Module, fitted: Fitted, validate: Callable[[], dict[str, float]], journal, step: int, group: Group) -> None:
     fitted.ema.swap()
     network.eval()
     with torch.no_grad():
         figures = validate()
     network.train()
+    if hasattr(network, "reshard"):  # what was gathered for a pass without a backward is stale after the swap
+        network.reshard()
     fitted.ema.swap()
     journal.log(figures, step)
     name, value = next(iter(figures.items()))
     if not fitted.validation or value <= fitted.validation.get("best", math.inf):
-        fitted.best = {k: v.cpu().clone() for k, v in fitted.ema.shadow.items()}
+        average = group.collect(fitted.ema.shadow)
+        fitted.best = {k: v.clone() for k, v in average.items()}
         fitted.best_step, fitted.validation["best"] = step, value
     fitted.validation.update(figures)
 
 
-def _save(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted, state: Path, stamp: str, step: int) -> None:
-    """One atomic file: weights, average, moments, best average; the counters in its header."""
+def _save(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted, state: Path, stamp: str, step: int, group: Group) -> None:
+    """One atomic file: weights, average, moments, best average; the counters in its header. All processes wait until it is there."""
     groups = {"raw": dict(network.named_parameters()), "ema": fitted.ema.shadow, "opt": moments(network, optimizer), "best": fitted.best}
-    tensors = {f"{group}/{k}": v.detach().cpu().contiguous() for group, named in groups.items() for k, v in named.items()}
+    tensors = {f"{name}/{k}": v for name, named in groups.items() for k, v in group.collect(named).items()}
     counters = {"fingerprint": stamp, "step": step, "ema_updates": fitted.ema.updates, "best_step": fitted.best_step}
+    counters |= {"logged": json.dumps(fitted.logged), "pending": json.dumps(fitted.pending)}
     header = {k: str(v) for k, v in counters.items()} | {f"validation:{k}": repr(v) for k, v in fitted.validation.items()}
-    write_atomic(state / "state.safetensors", lambda path: save_file(tensors, path, header))
+    if group.first:
+        for part in state.glob(".*.part"):  # of a writer that was killed
+            part.unlink(missing_ok=True)
+        write_tensors(state / "state.safetensors", tensors, header)
+    group.most(0)
 
 
 def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted, state: Path, stamp: str) -> int:
@@ -181,10 +265,13 @@ def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted
         for key in file.keys():
             group, name = key.split("/", 1)
             groups[group][name] = file.get_tensor(key)
-    network.load_state_dict(groups["raw"], strict=False)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            p.copy_(cut_like(groups["raw"][name], p))
     restore_moments(network, optimizer, groups["opt"])
     for name, shadow in fitted.ema.shadow.items():
-        shadow.copy_(groups["ema"][name])
+        shadow.copy_(cut_like(groups["ema"][name], shadow))
     fitted.ema.updates, fitted.best, fitted.best_step = int(header["ema_updates"]), groups["best"], int(header["best_step"])
+    fitted.logged, fitted.pending = json.loads(header["logged"]), tuple(json.loads(header["pending"]))
     fitted.validation = {k.split(":", 1)[1]: float(v) for k, v in header.items() if k.startswith("validation:")}
     return int(header["step"])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.config import Training
+from halfstep.processes import cut_like
 
 FLOOR = 1 / 50  # of lr, where linear and cosine decay end
 
@@ -40,4 +41,4 @@ def restore_moments(network: nn.Module, optimizer: torch.optim.Optimizer, state:
     """The inverse of `moments`."""
     for name, p in network.named_parameters():
         own = {key.split(":", 1)[0]: value for key, value in state.items() if key.split(":", 1)[1] == name}
-        optimizer.state[p] = {kind: v.to(p.device, copy=True) for kind, v in own.items()}  # `step` too: the fused kernel reads it there
+        optimizer.state[p] = {kind: cut_like(v, p) for kind, v in own.items()}  # `step` too: the fused kernel reads it there

@@ -1,0 +1,178 @@
+"""The processes of one job, and how a job is asked to stop.
+
+torchrun starts several processes and says so in RANK, WORLD_SIZE and LOCAL_RANK; without it there is one. The engine is torch's own
+(torch.distributed: DDP, and fully_shard for large networks) and not Lightning Fabric: the loss reads the vocabulary's weights outside of the network's
+forward, which Fabric's wrapper forbids, and its launcher silently falls back to one process inside of a Slurm job.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from halfstep.config import Machine
+from halfstep.errors import HalfstepError
+
+STARTED = time.monotonic()
+OUT_OF_TIME = 75  # EX_TEMPFAIL: the same command goes on where this one stopped; docs/reliability.md lists all codes
+REPLICATED = 500e6  # parameters up to which every process keeps the whole network (medium: 424M); above, they are sharded
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among its equals; alone when size is 1."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Is this the process that writes?"""
+        return self.rank == 0
+
+    def share(self, n: int) -> slice:
+        """The rows of `n` that are this process's: consecutive, and all processes' together are each row once, in order."""
+        return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
+
+    def most(self, *values: float) -> list[float]:
+        """The largest of the processes' values, each for itself; on the CPU, so that no device waits."""
+        found = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return found.tolist()
+
+    def total(self, value: Tensor) -> float:
+        """The sum of the processes' scalars."""
+        if self.size > 1:
+            dist.all_reduce(value := value.detach().clone())
+        return value.item()
+
+    def gather(self, piece: object) -> list | None:
+        """The processes' pieces in order, in the first process; None in the others."""
+        if self.size == 1:
+            return [piece]
+        pieces = [None] * self.size if self.first else None
+        dist.gather_object(piece, pieces)
+        return pieces
+
+    def collect(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU, in the first process; all have to ask, for each holds a part of what is sharded."""
+        found = {}
+        for key, value in named.items():
+            value = whole(value.detach())
+            if self.first:
+                found[key] = value.cpu()
+        return found
+
+    def spread(self, network: nn.Module) -> bool:
+        """Shard a large network over the processes, in place (FSDP2), its gradients being summed; False when each process is to keep all of it."""
+        if self.size == 1 or sum(p.numel() for p in network.parameters()) <= REPLICATED:
+            return False
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(next(network.parameters()).device.type, (self.size,))
+        for module in (*network.blocks, network):
+            fully_shard(module, mesh=mesh)
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows sums only
+        return True
+
+
+ALONE = Group()
+
+
+def join(machine: Machine) -> Group:
+    """This process's group. HalfstepError unless there are as many processes as `machine.processes` asks for, when it does."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if machine.processes not in (None, size):
+        raise HalfstepError(
+            f"processes: {machine.processes} were asked for, but {size} run; start them as `torchrun --nproc-per-node {machine.processes} -m halfstep.cli "
+            "<command> ...` (with --nnodes on several nodes), or change --processes"
+        )
+    if size == 1:
+        return ALONE
+    if not dist.is_initialized():
+        cuda = machine.device != "cpu" and torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    return Group(dist.get_rank(), dist.get_world_size())
+
+
+def local_device() -> torch.device:
+    """This process's GPU."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def is_sharded(value: Tensor) -> bool:
+    """Does each process hold a part of it (a DTensor)?"""
+    return hasattr(value, "full_tensor")
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor as one process has it; of a sharded one the parts of all, which all have to ask for."""
+    return value.full_tensor() if is_sharded(value) else value
+
+
+def cut_like(value: Tensor, like: Tensor) -> Tensor:
+    """A copy of `value` on the device of `like`, sharded as that is."""
+    value = value.detach().to(like.device, copy=True)
+    if not is_sharded(like) or is_sharded(value) or value.ndim == 0:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements)
+
+
+@dataclass
+class Stop:
+    """Why this job should stop, if it should: a signal came, or the time is nearly over. `code` is the job's exit code then, else 0."""
+
+    group: Group
+    limit: float | None = None
+    """seconds after the start of this process"""
+    signals: list[int] = field(default_factory=list)
+
+    @property
+    def code(self) -> int:
+        if self.signals:
+            return 128 + self.signals[0]
+        left = self.limit is None or time.monotonic() - STARTED < self.limit - min(300, 0.08 * self.limit)
+        return 0 if left else OUT_OF_TIME
+
+    @contextmanager
+    def listening(self):
+    
+        before = {}
+
+        def note(number: int, _) -> None:
+            self.signals.append(number)
+
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                before[number] = signal.signal(number, note)
+        except ValueError:  # not the main thread, where no signal arrives
+            pass
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def leave(code: int, label: str, step: int) -> None:
+    """SystemExit with this code, and a line that says why."""
+    why = "the time limit is near" if code == OUT_OF_TIME else f"{signal.Signals(code - 128).name} came"
+    print(f"{label} | stopped after step {step}: {why}; its state is kept, and the same command goes on from there", file=sys.stderr, flush=True)
+    raise SystemExit(code)

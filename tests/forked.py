@@ -1,0 +1,89 @@
+"""halfstep commands in processes of their own that start in milliseconds: forks of a server that has imported torch already."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+from halfstep import processes
+from halfstep.cli import main
+from halfstep.commands import distill, generate, train  # noqa: F401
+from halfstep.training import loop
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload([  # Python 3.11's server does not see the path of the tests, so not this file
+    "pytest", "tyro", "safetensors.torch", "torch.distributed.fsdp", "torch._dynamo", "halfstep.cli", "halfstep.resolve", "halfstep.commands.train",
+    "halfstep.commands.distill", "halfstep.commands.generate",
+])  # fmt: skip
+
+
+def start(line: str, errors: Path, before: Callable[..., None] | None = None, *args: object, env: dict[str, str] | None = None):
+    """A running `halfstep <line>`, its standard error in a file; `before(*args)`, a function of a module, is called in it first."""
+    process = _context.Process(target=_run, args=(line, errors, before, args, env or {}))
+    process.start()
+    return process
+
+
+def _run(line: str, errors: Path, before, args, env: dict[str, str]) -> None:
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    if before:
+        before(*args)
+    sys.exit(main(line.split()))
+
+
+def launch(line: str, size: int, log: Path, before=None, *args: object, timeout: float = 120) -> list[tuple[int, str]]:
+    """(exit code, standard error) of `size` processes that run one command together, with torchrun's variables and a file to meet in."""
+    log.mkdir(exist_ok=True, parents=True)
+    children = []
+    for rank in range(size):
+        env = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+        children.append(start(line, log / f"errors-{rank}", _meet, log / "meeting", rank, size, before, *args, env=env))
+    for child in children:
+        child.join(timeout)
+        assert child.exitcode is not None, [(log / f"errors-{rank}").read_text() for rank in range(size)]
+    return [(child.exitcode, (log / f"errors-{rank}").read_text()) for rank, child in enumerate(children)]
+
+
+def _meet(meeting: Path, rank: int, size: int, before, *args) -> None:
+    real = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda *a, **k: real(*a, init_method=f"file://{meeting}", rank=rank, world_size=size, **k)
+    if before:
+        before(*args)
+
+
+def note_batches(log: Path, sharded: bool) -> None:
+    """From now on `fit` writes down what each process draws (the whole batch, its noise and divisor) and on how many rows it trains."""
+    if sharded:
+        processes.REPLICATED = 0
+    real = loop.fit
+
+    def fit(network, batch, corrupt, loss, validate, training, *, group, **more):
+        assert any(map(processes.is_sharded, network.parameters())) == (sharded and group.size > 1)
+        drawn, rows = [], []
+
+        def noted(x0, random):
+            parts, divisor = corrupt(x0, random)
+            noise = b"".join(v.contiguous().numpy().tobytes() for _, v in sorted(parts.items()))
+            drawn.append((hashlib.sha256(x0.numpy().tobytes() + noise).hexdigest(), divisor))
+            return parts, divisor
+
+        def counted(part):
+            rows.append(len(next(iter(part.values()))) if torch.is_grad_enabled() else 0)
+            return loss(part)
+
+        fitted = real(network, batch, noted, counted, validate, training, group=group, **more)
+        (log / f"batches-{group.rank}").write_text("\n".join(map(repr, drawn)))
+        (log / f"rows-{group.rank}").write_text(str(sum(rows)))
+        return fitted
+
+    train.fit = distill.fit = fit

@@ -1,0 +1,96 @@
+"""Several processes (gloo on the CPU, as torchrun starts them) do what one does: the same batches, losses within 1e-5, the same texts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from forked import launch, note_batches
+from safetensors.torch import load_file
+from small import MACHINE
+
+from halfstep.config import Machine
+from halfstep.errors import HalfstepError
+from halfstep.processes import Group, join
+
+TRAINING = "--num-steps 6 --validate-every 3 --batch-size 8 --warmup-steps 2 --dropout 0 --precision float32 --seed 4 --lr 1e-3"
+
+
+def losses(folder: Path) -> dict[tuple[int, str], float]:
+    points = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    return {(p["step"], k): v for p in points for k, v in p["metrics"].items() if k in ("train/loss", "train/grad_norm", "val/nelbo", "val/nll")}
+
+
+def commands(pipeline) -> dict[str, str]:
+    return {
+        "pretrain": f"pretrain --corpus {pipeline.corpus} --size tiny {TRAINING} {MACHINE}",
+        "distill-round": f"distill-round --round 1 --teacher {pipeline.teacher} --corpus {pipeline.corpus} --rounds 2 --teacher-steps 16 {TRAINING} {MACHINE}",
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(pipeline, tmp_path_factory):
+    """Both kinds of training in one process."""
+    root = tmp_path_factory.mktemp("alone")
+    for name, line in commands(pipeline).items():
+        ((code, err),) = launch(f"{line} --output {root}/{name}/t/out", 1, root / name, note_batches, root / name, False)
+        assert code == 0, err
+    return root
+
+
+@pytest.mark.parametrize(("name", "size", "sharded"), [("pretrain", 4, False), ("distill-round", 4, False), ("distill-round", 2, True)])
+def test_the_losses_and_batches_are_those_of_one_process(pipeline, alone, tmp_path, name, size, sharded):
+    line = commands(pipeline)[name].replace("--micro-batch 8", "--micro-batch 2")
+    done = launch(f"{line} --processes {size} --output {tmp_path}/t/out", size, tmp_path, note_batches, tmp_path, sharded)
+    assert [code for code, _ in done] == [0] * size, done
+    one, many = losses(alone / name / "t/out"), losses(tmp_path / "t/out")
+    assert one.keys() == many.keys() and len(one) == 2 * 6 + 2
+    for key in one:
+        assert many[key] == pytest.approx(one[key], rel=1e-5 if name == "pretrain" else 1e-3, abs=1e-8), key  # a round begins near no loss at all
+    batches = (alone / name / "batches-0").read_text()
+    assert len(set(batches.splitlines())) == 6
+    assert all((tmp_path / f"batches-{rank}").read_text() == batches for rank in range(size))
+    rows = [int((tmp_path / f"rows-{rank}").read_text()) for rank in range(size)]
+    assert rows == [6 * 8 // size] * size  # each its own part of every batch
+    for file in ("model", "ema", "best"):
+        a, b = (load_file(folder / "t/out" / f"{file}.safetensors") for folder in (alone / name, tmp_path))
+        assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)  # Adam divides by small moments
+    assert sum("step 6/6" in err for _, err in done) == 1  # one process speaks and writes
+    assert not list((tmp_path / "t/out").glob(".*")) and not (tmp_path / "t/out/state").exists()
+
+
+def test_texts_are_drawn_once_and_come_in_order(pipeline, tmp_path):
+    """Seven texts on three processes: the bits of one process."""
+    line = f"generate --checkpoint {pipeline.student} --steps 8 --num-samples 7 {MACHINE}"
+    for size in (1, 3):
+        done = launch(f"{line} --output {tmp_path}/{size}", size, tmp_path / f"log-{size}")
+        assert [code for code, _ in done] == [0] * size, done
+    one, three = (np.load(tmp_path / size / "samples.npy") for size in "13")
+    assert np.array_equal(one, three) and len({tuple(row) for row in three}) == 7
+    about = [json.loads((tmp_path / size / "samples.json").read_text()) for size in "13"]
+    assert about[0]["network_evaluations"] == about[1]["network_evaluations"] and about[1]["num_samples"] == 7
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 12])
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_shares_are_every_row_once_in_order(n, size):
+    shares = [list(range(n))[Group(rank, size).share(n)] for rank in range(size)]
+    assert sum(shares, []) == list(range(n)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_another_number_of_processes_than_asked_for(monkeypatch):
+    """What a Slurm job without torchrun would do: run once, alone, and seem to work."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join(Machine()) == join(Machine(processes=1)) == Group(0, 1)
+    with pytest.raises(HalfstepError, match="processes: 4 were asked for, but 1 run; start them as `torchrun --nproc-per-node 4"):
+        join(Machine(processes=4))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HalfstepError, match="processes: 1 were asked for, but 2 run"):
+        join(Machine(processes=1))
+
+
+def test_a_batch_smaller_than_the_processes(pipeline, tmp_path):
+    line = f"{commands(pipeline)['pretrain'].replace('--batch-size 8', '--batch-size 2')} --output {tmp_path}/t/out"
+    done = launch(line, 3, tmp_path)
+    assert all(code == 1 and "batch_size: found 2, but 3 processes share it" in err for code, err in done), done

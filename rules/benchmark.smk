@@ -17,6 +17,7 @@ rule time_sampling:
     threads: lambda wildcards: workflow.cores or need("threads")(wildcards)  # all cores of a laptop: nothing runs beside a timing
     resources:
         gpu=need("gpu"),
+        gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         runtime=need("sample"),
     params:

@@ -8,11 +8,14 @@ import shlex
 import sys
 from pathlib import Path
 
+from halfstep import slurm
 from halfstep.config import Drawing, Prompts, Writing
 from halfstep.resolve import ConfigError, flags, part, resolve
 
 # `halfstep` is found whether its environment is activated or not, and its lines reach the log when they are written.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]), PYTHONUNBUFFERED="1")
+
+slurm.be_patient()  # a controller that is away delays jobs and loses none
 
 
 def typed(value):
@@ -65,6 +68,7 @@ MACHINE = {
     "3B":     (1,       8, 192000,          4, "72h",  "72h", "12h"),
     "8B":     (1,       8, 384000,          1, "72h",  "72h", "24h"),
 }  # fmt: skip
+LONGEST = int(os.environ.get("HALFSTEP_SLURM_MAX_MINUTES", 72 * 60))  # of a job; a training that needs more goes on in the next one
 COLUMNS = ("gpu", "threads", "mem_mb", "micro_batch", "pretrain", "round", "sample")
 
 # Models are named by their folder: {teacher}/teacher, {teacher}/baseline, {teacher}/{run}/round-{round}.
@@ -169,8 +173,19 @@ def judge_file(wildcards):
 
 
 def need(what):
-    """A column of MACHINE in the row of the job's network."""
-    return lambda wildcards: MACHINE[teacher(wildcards).network.size][COLUMNS.index(what)]
+    """A column of MACHINE in the row of the job's network; a retry asks for half as much memory and time again."""
+
+    def value(wildcards, attempt=1):
+        row = dict(zip(COLUMNS, MACHINE[teacher(wildcards).network.size]))
+        if what == "gpu_model":
+            return os.environ.get("HALFSTEP_SLURM_GPU_MODEL", "") if row["gpu"] else ""
+        if what == "mem_mb":
+            return row[what] * (attempt + 1) // 2
+        if what in ("pretrain", "round", "sample"):
+            return min(int(row[what][:-1]) * 30 * (attempt + 1), LONGEST)
+        return row[what]
+
+    return value
 
 
 def resume_command():

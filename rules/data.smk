@@ -13,7 +13,7 @@ rule prepare_corpus:
         "results/logs/prepare_corpus/{corpus}.tsv"
     conda:
         "../envs/cpu.yaml"
-    threads: 16
+    threads: 8
     resources:
         mem_mb=8000,
         runtime=360,

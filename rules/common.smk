@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from halfstep import slurm
+from halfstep.commands import plan
 from halfstep.config import Drawing, Prompts, Writing
 from halfstep.resolve import ConfigError, flags, part, resolve
 
@@ -53,6 +54,7 @@ STAGE = dict(
     plot=2,
     track=1,
     merge_provenance=1,
+    fetch=1,
 )
 
 # What a job asks of a machine, by size of the network. All of it is speed: `--set-resources distill_round:micro_batch=16`
@@ -77,6 +79,18 @@ DENOISERS = [f"{t}/teacher" for t in CONFIG.teachers] + ROUNDS
 MODELS = [f"{t}/baseline" for t in CONFIG.teachers] + DENOISERS
 
 IMPORTED = [t for t in CONFIG.teachers if CONFIG.teachers[t].source]  # their teachers are not trained here
+
+# What the hub has to give: fetched once, where snakemake runs, for compute nodes have no internet.
+HUB = sorted(
+    {f"model:{c.tokenizer}" for c in CONFIG.corpora.values() if c.tokenizer != "bpe" and not Path(c.tokenizer).is_dir()}
+    | {"dataset:Skylion007/openwebtext" for c in CONFIG.corpora.values() if c.kind == "openwebtext"}
+    | {f"model:{name}" for name in CONFIG.evaluation.judge if name != "baseline" and not Path(name).is_dir()}
+    | {f"dataset:{name}" for name in [CONFIG.evaluation.lambada] if name != "last_words" and not name.endswith(".jsonl")}
+    | {f"model:{CONFIG.teachers[t].source}" for t in IMPORTED if not glob.glob(glob.escape(CONFIG.teachers[t].source))}
+)
+FETCHED = ["results/hub.json"] if HUB else []
+if "SLURM_JOB_ID" in os.environ:
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 # A model's folder. meta.json is written last, so it stands for the whole folder where a later rule asks for the model. The journal
 # (run.json, journal.jsonl) and the state of an unfinished training are not declared: Snakemake would delete them before a restart.
@@ -188,8 +202,61 @@ def need(what):
     return value
 
 
+def alone(wildcards):
+    """All cores of this machine, or of a cluster's the job's own: `workflow.cores` is an error there."""
+    own = None if "SLURM_JOB_ID" in os.environ else workflow.resource_settings.cores
+    return own or need("threads")(wildcards)
+
+
 def resume_command():
     return shlex.join(["snakemake", *sys.argv[1:]])
+
+
+ON_CLUSTER = any(word.startswith(("--profile", "--executor")) or word == "-e" for word in sys.argv) or "SNAKEMAKE_PROFILE" in os.environ
+
+
+def priced(jobs):
+    """Lines of `halfstep plan` about these jobs of the graph."""
+
+    def keys(job):
+        return dict(rule=job.rule.name, input=[*map(str, job.input)], output=[*map(str, job.output)])
+
+    shells = [(job, re.search(r"halfstep .*?(?=2>&1)", (job.shellcmd or "").replace("\\\n", " "), re.DOTALL)) for job in jobs]
+    return plan.lines(
+        [
+            keys(job) | dict(gpu=job.resources.get("gpu", 0), runtime=job.resources.get("runtime", 0), command=shlex.split(shell[0]))
+            for job, shell in shells
+            if shell
+        ],
+        Path("results"),
+    )
+
+
+def failures(log):
+    """Of every failed job the rule, the last lines of its log, and where that and Slurm's own lie; the last failure of each."""
+    blocks = re.findall(r"^Error in rule (\w+)[^\n]*:\n((?: .*\n?)+)", log.read_text(errors="replace"), re.MULTILINE)
+    last = {}
+    for rule, facts in blocks:
+        own = re.search(r"^ +log: (\S+)", facts, re.MULTILINE)
+        last[rule, own and own[1]] = re.findall(r"\S*logs/slurm/\S+\.log", facts)
+    for (rule, own), slurm_logs in last.items():
+        yield f"rule {rule}"
+        if own:
+            yield f"  log: {own}"
+            yield from (
+                f"  | {line}"
+                for line in (
+                    Path(own).read_text(errors="replace").splitlines()[-8:]
+                    if Path(own).is_file()
+                    else ["no such file: the job did not start"]
+                )
+            )
+        yield from (f"  Slurm's log: {name}" for name in slurm_logs[-1:])
+
+
+def tracked():
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or ("sqlite:///results/mlflow.db" if Path("results/mlflow.db").exists() else "")
+    return [f"curves: {uri}" if uri.startswith("http") else f"curves: mlflow ui --backend-store-uri {uri}"] if uri else []
 
 
 def banner(*lines):

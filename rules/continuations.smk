@@ -49,6 +49,7 @@ rule score_continuations:
         ),
         corpus=manifest,
         judge=judge_file,
+        hub=FETCHED,
     output:
         rows="results/metrics/{model}/continuations.json",
         record="results/metrics/{model}/continuations.provenance.json",

@@ -4,6 +4,7 @@
 rule prepare_corpus:
     input:
         own_text,
+        hub=FETCHED,
     output:  # corpora of stories add last_words.jsonl, the items of score_lambada
         multiext("results/data/{corpus}/", "train.bin", "validation.bin", "tokenizer.json", "validation.jsonl", "provenance.json"),
         manifest="results/data/{corpus}/manifest.json",

@@ -8,6 +8,7 @@ rule score_samples:
         ),
         corpus=manifest,
         judge=judge_file,
+        hub=FETCHED,
     output:
         rows="results/metrics/{model}/samples.json",
         record="results/metrics/{model}/samples.provenance.json",
@@ -47,6 +48,7 @@ rule score_corpus:
     input:
         corpus=manifest,
         judge=judge_file,
+        hub=FETCHED,
     output:
         rows="results/metrics/{teacher}/data.json",
         record="results/metrics/{teacher}/data.provenance.json",
@@ -85,6 +87,7 @@ rule score_lambada:
         checkpoint="results/models/{model}/meta.json",
         corpus=manifest,
         last_words=CONFIG.evaluation.lambada if CONFIG.evaluation.lambada.endswith(".jsonl") else [],
+        hub=FETCHED,
     output:
         rows="results/metrics/{model}/lambada.json",
         record="results/metrics/{model}/lambada.provenance.json",

@@ -47,6 +47,7 @@ rule import_teacher:
     input:
         corpus=manifest,
         source=lambda wildcards: glob.glob(glob.escape(teacher(wildcards).source)),
+        hub=FETCHED,
     output:
         multiext("results/models/{teacher}/teacher/", "model.safetensors", "ema.safetensors", "tokenizer.json", "provenance.json"),
         meta="results/models/{teacher}/teacher/meta.json",

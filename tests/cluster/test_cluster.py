@@ -33,9 +33,9 @@ def snakemake(cluster, folder, *words: str) -> subprocess.Popen:
 
 
 def running(cluster) -> dict[str, tuple[str, str]]:
-    """Rule of every running job: its id and node."""
+    """Rule and wildcards of every running job: its id and node."""
     lines = [line.split("|") for line in cluster.call("squeue", "-h", "-t", "RUNNING", "-p", "low", "-o", "%k|%i|%N").splitlines()]
-    return {re.split("_wildcards", rule.removeprefix("rule_"))[0]: (job, node) for rule, job, node in lines}
+    return {about.removeprefix("rule_"): (job, node) for about, job, node in lines}
 
 
 def workers(job: str) -> list[int]:
@@ -51,17 +51,23 @@ def workers(job: str) -> list[int]:
 
 
 class Faults:
-    """Each happens once, to the first job of its rule that runs; `done` names the jobs struck."""
+    """Each happens once, to one running job, when the job struck before has ended; `done` names the jobs."""
 
     def __init__(self, cluster):
         self.cluster, self.done = cluster, {}
+        self.left = [("pretrain", self.preempt), ("distill_round.*_1$", self.node_down), ("distill_round.*_2$", self.time_limit), (".", self.no_controller)]
 
     def strike(self) -> None:
-        now = running(self.cluster)
-        for rule, fault in (("pretrain", self.preempt), ("train_baseline", self.time_limit), ("distill_round", self.node_down), ("generate", self.no_controller)):
-            if rule in now and rule not in self.done and (rule == "generate" or workers(now[rule][0])):
-                fault(*now[rule])
-                self.done[rule] = now[rule][0]
+        if self.left and all(re.search("JobState=(COMPLETED|TIMEOUT)", self.about(fault)) for fault in self.done):
+            pattern, fault = self.left[0]
+            for rule, (job, node) in running(self.cluster).items():
+                if re.match(pattern, rule) and workers(job):
+                    self.left.pop(0)
+                    self.done[fault.__name__] = job
+                    return fault(job, node)
+
+    def about(self, fault: str) -> str:
+        return self.cluster.call("scontrol", "show", "job", self.done[fault])
 
     def preempt(self, job: str, node: str) -> None:
         self.cluster.call("sbatch", "-p", "main", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
@@ -109,35 +115,56 @@ def run(cluster, tmp_path_factory):
 
 def test_the_graph_reaches_its_figures_through_every_fault(run):
     folder, said, faults = run
-    assert set(faults.done) == {"pretrain", "train_baseline", "distill_round", "generate"}
+    assert list(faults.done) == ["preempt", "node_down", "time_limit", "no_controller"]
     for kind in ("pdf", "svg", "csv"):
         assert (folder / f"results/figures/ppl_vs_steps.{kind}").stat().st_size > 0
     assert len((folder / "results/tables/steps.csv").read_text().splitlines()) > 4 and (folder / "results/mlflow.synced").exists()
-    print(said)
 
 
-def test_preemption_and_node_failure_start_the_same_job_again(run, cluster):
-    for rule in ("pretrain", "distill_round"):
-        about = cluster.call("scontrol", "show", "job", run[2].done[rule])
-        assert "JobState=COMPLETED" in about and "Restarts=1" in about, about
+@pytest.mark.parametrize("fault", ["preempt", "node_down"])
+def test_preemption_and_node_failure_start_the_same_job_again(run, fault):
+    about = run[2].about(fault)
+    assert "JobState=COMPLETED" in about and "Restarts=1" in about, about
 
 
 def test_a_time_limit_is_a_new_job_that_asks_for_more(run, cluster):
-    old = run[2].done["train_baseline"]
-    assert "JobState=TIMEOUT" in cluster.call("scontrol", "show", "job", old)
-    lines = cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%i|%m|%T").splitlines()
-    (new,) = [line.split("|") for line in lines if "rule_train_baseline" in line and line.split("|")[1] != old]
-    (was,) = [line.split("|") for line in lines if line.split("|")[1] == old]
-    assert new[3] == "COMPLETED" and (was[2], new[2]) == ("3000M", "4500M")
+    old = run[2].done["time_limit"]
+    assert "JobState=TIMEOUT" in run[2].about("time_limit")
+    lines = [line.split("|") for line in cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%i|%m|%T").splitlines()]
+    was, new = sorted((line for line in lines if re.match("rule_distill_round.*_2$", line[0])), key=lambda line: int(line[1]))
+    assert was[1:] == [old, "3000M", "TIMEOUT"] and new[2:] == ["4500M", "COMPLETED"]
 
 
 def test_jobs_ask_for_what_they_need(run, cluster):
-    gpus = {rule: cluster.call("scontrol", "show", "job", run[2].done[rule]) for rule in ("pretrain", "train_baseline", "distill_round")}
-    asked = {rule: re.search(r"gres/gpu=(\d)", text) for rule, text in gpus.items()}
-    assert (asked["pretrain"][1], asked["distill_round"][1], asked["train_baseline"]) == ("1", "2", None)
-    rules = cluster.call("squeue", "-h", "-t", "all", "-o", "%k")
-    assert "prepare_corpus" in rules and not re.search("rule_(plot|tabulate|track|merge_provenance)", rules)
+    asked = {fault: re.search(r"gres/gpu[=:](\d)", run[2].about(fault)) for fault in ("preempt", "node_down")}
+    assert (asked["preempt"][1], asked["node_down"][1]) == ("1", "2"), run[2].about("preempt")
+    jobs = cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%b")
+    assert re.search(r"rule_prepare_corpus\S*\|N/A", jobs) and not re.search("rule_(plot|tabulate|track|merge_provenance|fetch)", jobs), jobs
 
 
 def test_a_lost_controller_is_waited_for(run):
     assert "Slurm does not answer" in run[1] and "Slurm answers again" in run[1]
+
+
+def test_the_price_is_told_before_and_after(run):
+    before, after = run[1].split("Submitted batch job", 1)[0], run[1].rsplit("halfstep | ", 40)
+    assert re.search(r"halfstep \| pretrain +1 ", before) and any("finished:" in line for line in after), run[1][-3000:]
+
+
+def test_a_failure_shows_its_reason_and_the_way_on(run, cluster):
+    """After the run: the corpus is spoiled, and the job that reads it says so at the end of snakemake's own output."""
+    folder = run[0]
+    config = [word.replace('"rounds": 2', '"rounds": 2, "lr": 0.1') for word in SMALL]
+    meta = folder / "results/models/stories-ci/teacher/meta.json"
+    when, good = meta.stat(), meta.read_text()
+    meta.write_text("{}")
+    os.utime(meta, ns=(when.st_atime_ns, when.st_mtime_ns))
+    try:
+        process = snakemake(cluster, folder, "results/models/stories-ci/kl_backward/round-1/meta.json", "--retries", "0", "--config", *config)
+        assert finish(cluster, process) == 1
+    finally:
+        meta.write_text(good)
+    end = (folder / "out").read_text().split("stopped; what failed:")[1]
+    assert "rule distill_round" in end and "log: results/logs/distill_round/stories-ci/kl_backward/round-1.log" in end, end
+    assert "meta.json" in end.split("Slurm's log:")[0] and "halfstep distill-round:" in end, end
+    assert re.search(r"Slurm's log: \S+/rule_distill_round/\S+\.log", end) and "to go on: snakemake --profile slurm" in end, end

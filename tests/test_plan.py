@@ -58,6 +58,8 @@ def test_jobs_are_read_and_priced_as_by_hand(tmp_path):
 def test_a_finished_job_is_the_measure_of_its_kind(tmp_path):
     """A job of a tenth of the steps took 1,000 s, so this one takes 10,000 s; a scoring job takes what another took."""
     jobs = jobs_of(PRINTED)
+    for spoiled in ("models/u/teacher/meta.json", "models/v/teacher/meta.json", "models/v/provenance.json"):
+        write_json(tmp_path / spoiled, {})  # a price never stops a run
     shorter = ["halfstep", "pretrain", "--corpus", "results/data/c", "--output", "results/models/u/teacher", "--size", "small", "--num-steps", "100"]
     record(tmp_path, "models/u/teacher/provenance.json", 1000, shorter)
     record(tmp_path, "metrics/u/teacher/lambada.provenance.json", 77, ["halfstep", "score-lambada", "--checkpoint", "results/models/u/teacher"])

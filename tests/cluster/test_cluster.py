@@ -136,7 +136,7 @@ def test_a_time_limit_is_a_new_job_that_asks_for_more(run, cluster):
 
 
 def test_jobs_ask_for_what_they_need(run, cluster):
-    asked = {fault: re.search(r"gres/gpu[=:](\d)", run[2].about(fault)) for fault in ("preempt", "node_down")}
+    asked = {fault: re.search(r"gres.gpu[=:](\d)", run[2].about(fault)) for fault in ("preempt", "node_down")}
     assert (asked["preempt"][1], asked["node_down"][1]) == ("1", "2"), run[2].about("preempt")
     jobs = cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%b")
     assert re.search(r"rule_prepare_corpus\S*\|N/A", jobs) and not re.search("rule_(plot|tabulate|track|merge_provenance|fetch)", jobs), jobs
@@ -152,7 +152,7 @@ def test_the_price_is_told_before_and_after(run):
 
 
 def test_a_failure_shows_its_reason_and_the_way_on(run, cluster):
-    """After the run: the corpus is spoiled, and the job that reads it says so at the end of snakemake's own output."""
+    """After the run: the teacher is spoiled, and the job that reads it is named, with its reason, at the end of snakemake's own output."""
     folder = run[0]
     config = [word.replace('"rounds": 2', '"rounds": 2, "lr": 0.1') for word in SMALL]
     meta = folder / "results/models/stories-ci/teacher/meta.json"

@@ -77,9 +77,12 @@ class Prices:
         self.sizes, self.lengths, self.speed, self.seconds, self.took = {}, {}, defaultdict(list), defaultdict(list), {}
         done = []
         for file in sorted(results.rglob(f"*{provenance.NAME}")) if results.is_dir() else []:
-            record = read_json(file)
-            if file != results / provenance.NAME and provenance.is_record(file) and record.get("command"):
+            try:
+                record = read_json(file)
                 seconds = (datetime.fromisoformat(record["ended"]) - datetime.fromisoformat(record["started"])).total_seconds()
+            except (HalfstepError, KeyError, TypeError, ValueError):
+                continue
+            if provenance.is_record(file) and record.get("command"):
                 done.append((record["command"], max(seconds, 1.0)))
                 self.took[str(file)] = seconds
         for command in [job["command"] for job in jobs] + [command for command, _ in done]:
@@ -89,9 +92,12 @@ class Prices:
             if command[1] == "prepare-corpus":
                 self.lengths[Path(given["output"]).name] = int(given.get("length", Corpus.model_fields["length"].default))
         for meta in (results / "models").glob("*/*/meta.json") if results.is_dir() else []:
-            about = read_json(meta)
-            self.sizes.setdefault(meta.parts[-3], about["network"]["size"])
-            self.lengths.setdefault(about["corpus"], about["length"])
+            try:
+                about = read_json(meta)
+                self.sizes.setdefault(meta.parts[-3], about["network"]["size"])
+                self.lengths.setdefault(about["corpus"], about["length"])
+            except (HalfstepError, KeyError, TypeError):  # whoever needs the model will say what is wrong with it
+                continue
         for command, seconds in done:
             self.seconds[self.kind(command)].append(seconds)
             if work := self.work(command):
@@ -191,7 +197,7 @@ def beside(jobs: list[Job], found: list[tuple[float, str]], prices: Prices, resu
         record = next((path for path in job["output"] if provenance.is_record(Path(path))), None)
         if record and (record not in planned or source == "measured" and planned[record]["source"] != "measured" and record not in prices.took):
             planned[record] = {"rule": job["rule"], "gpu": job["gpu"], "seconds": seconds, "source": source}
-    if planned and results.is_dir():
+    if planned:
         write_json(file, planned)
     took = {str(Path("results") / Path(path).relative_to(results)): s for path, s in prices.took.items()}
     done = {path: about for path, about in planned.items() if path in took}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from halfstep import slurm
 from halfstep.commands import plan
-from halfstep.config import Drawing, Prompts, Writing
+from halfstep.config import Drawing, Machine, Prompts, Writing
 from halfstep.resolve import ConfigError, flags, part, resolve
 
 # `halfstep` is found whether its environment is activated or not, and its lines reach the log when they are written.
@@ -202,6 +202,16 @@ def need(what):
     return value
 
 
+def limit(what):
+    """Words for a training's command: inside a Slurm job its time limit, by which it keeps its state; nothing elsewhere. A resource, for
+    parameters decide what is made again."""
+
+    def words(wildcards, attempt=1):
+        return f"${{SLURM_JOB_ID:+--time-limit {need(what)(wildcards, attempt)}}}" if "time_limit" in Machine.model_fields else ""
+
+    return words
+
+
 def alone(wildcards):
     """All cores of this machine, or of a cluster's the job's own: `workflow.cores` is an error there."""
     own = None if "SLURM_JOB_ID" in os.environ else workflow.resource_settings.cores
@@ -234,7 +244,7 @@ def priced(jobs):
 
 def failures(log):
     """Of every failed job the rule, the last lines of its log, and where that and Slurm's own lie; the last failure of each."""
-    blocks = re.findall(r"^Error in rule (\w+)[^\n]*:\n((?: .*\n?)+)", log.read_text(errors="replace"), re.MULTILINE)
+    blocks = re.findall(r"^Error in rule\s(\w+)[^\n]*:\n((?: .*\n?)+)", log.read_text(errors="replace"), re.MULTILINE)
     last = {}
     for rule, facts in blocks:
         own = re.search(r"^ +log: (\S+)", facts, re.MULTILINE)

@@ -22,6 +22,7 @@ rule distill_round:
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
         runtime=need("round"),
+        limit=limit("round"),
     params:
         teacher=subpath(input.teacher, parent=True),
         corpus=subpath(input.corpus, parent=True),
@@ -38,6 +39,6 @@ rule distill_round:
             --output {params.output:q} \
             {params.options} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.limit} \
             2>&1 | tee {log:q}
         """

@@ -23,6 +23,7 @@ rule pretrain:
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
         runtime=need("pretrain"),
+        limit=limit("pretrain"),
     params:
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
@@ -38,7 +39,7 @@ rule pretrain:
             {params.network} \
             {params.training} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.limit} \
             2>&1 | tee {log:q}
         """
 
@@ -101,6 +102,7 @@ rule train_baseline:
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
         runtime=need("pretrain"),
+        limit=limit("pretrain"),
     params:
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
@@ -116,6 +118,6 @@ rule train_baseline:
             {params.network} \
             {params.training} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.limit} \
             2>&1 | tee {log:q}
         """

@@ -243,12 +243,12 @@ def priced(jobs):
 
 
 def failures(log):
-    """Of every failed job the rule, the last lines of its log, and where that and Slurm's own lie; the last failure of each."""
+    """Of every failed job the rule, the last lines of its log, and where that and Slurm's own lie."""
     blocks = re.findall(r"^Error in rule\s(\w+)[^\n]*:\n((?: .*\n?)+)", log.read_text(errors="replace"), re.MULTILINE)
     last = {}
     for rule, facts in blocks:
-        own = re.search(r"^ +log: (\S+)", facts, re.MULTILINE)
-        last[rule, own and own[1]] = re.findall(r"\S*logs/slurm/\S+\.log", facts)
+        own = re.search(r"^ +log: ([^\s,]+)", facts, re.MULTILINE)
+        last.setdefault((rule, own and own[1]), []).extend(re.findall(r"\S*logs/slurm/\S+\.log", facts))
     for (rule, own), slurm_logs in last.items():
         yield f"rule {rule}"
         if own:

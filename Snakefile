@@ -16,6 +16,7 @@ configfile: "config.yaml"
 
 
 include: "rules/common.smk"  # the configuration, names, what a job asks of a machine
+include: "rules/fetch.smk"  # fetch, where something comes from the hub
 include: "rules/data.smk"  # prepare_corpus
 include: "rules/pretrain.smk"  # pretrain, train_baseline
 include: "rules/distill.smk"  # distill_round
@@ -32,6 +33,7 @@ if CONFIG.continuations:
 
 localrules:
     all,
+    fetch,
     tabulate,
     plot,
     track,
@@ -55,20 +57,25 @@ onstart:
         f"preset {CONFIG.preset}: {len(DENOISERS)} denoisers, {len(list(workflow.dag.needrun_jobs()))} jobs to run",
         "results in results/, logs in results/logs/",
     )
+    if ON_CLUSTER:
+        banner(*priced(workflow.dag.needrun_jobs()))
 
 
 onsuccess:
     banner(
         "done",
         "figures in results/figures/, tables in results/tables/",
-        *Path("results/mlflow.synced").read_text().splitlines(),  # empty, or why MLflow could not be brought up to date
+        *unsent(),
+        *(priced([]) if ON_CLUSTER else []),
         "halfstep summary --results results    mlflow ui --backend-store-uri sqlite:///results/mlflow.db",
     )
 
 
 onerror:
     banner(
-        "stopped: the failing rule's own log is named above, under `log:`",
+        "stopped; what failed:",
+        *failures(Path(log[0])),
         f"log of the whole run: {' '.join(log)}",
+        *tracked(),
         f"finished work is kept; to go on: {resume_command()}",
     )

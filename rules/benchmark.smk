@@ -14,9 +14,10 @@ rule time_sampling:
         "results/logs/time_sampling/{teacher}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: lambda wildcards: workflow.cores or need("threads")(wildcards)  # all cores of a laptop: nothing runs beside a timing
+    threads: alone  # all cores of a laptop: nothing runs beside a timing
     resources:
         gpu=need("gpu"),
+        gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         runtime=need("sample"),
     params:

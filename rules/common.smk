@@ -8,11 +8,15 @@ import shlex
 import sys
 from pathlib import Path
 
-from halfstep.config import Drawing, Prompts, Writing
+from halfstep import slurm
+from halfstep.commands import plan
+from halfstep.config import Drawing, Machine, Prompts, Writing
 from halfstep.resolve import ConfigError, flags, part, resolve
 
 # `halfstep` is found whether its environment is activated or not, and its lines reach the log when they are written.
 os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]), PYTHONUNBUFFERED="1")
+
+slurm.be_patient()  # a controller that is away delays jobs and loses none
 
 
 def typed(value):
@@ -50,6 +54,7 @@ STAGE = dict(
     plot=2,
     track=1,
     merge_provenance=1,
+    fetch=1,
 )
 
 # What a job asks of a machine, by size of the network. All of it is speed: `--set-resources distill_round:micro_batch=16`
@@ -65,6 +70,7 @@ MACHINE = {
     "3B":     (1,       8, 192000,          4, "72h",  "72h", "12h"),
     "8B":     (1,       8, 384000,          1, "72h",  "72h", "24h"),
 }  # fmt: skip
+LONGEST = int(os.environ.get("HALFSTEP_SLURM_MAX_MINUTES", 72 * 60))  # of a job; a training that needs more goes on in the next one
 COLUMNS = ("gpu", "threads", "mem_mb", "micro_batch", "pretrain", "round", "sample")
 
 # Models are named by their folder: {teacher}/teacher, {teacher}/baseline, {teacher}/{run}/round-{round}.
@@ -73,6 +79,18 @@ DENOISERS = [f"{t}/teacher" for t in CONFIG.teachers] + ROUNDS
 MODELS = [f"{t}/baseline" for t in CONFIG.teachers] + DENOISERS
 
 IMPORTED = [t for t in CONFIG.teachers if CONFIG.teachers[t].source]  # their teachers are not trained here
+
+# What the hub has to give: fetched once, where snakemake runs, for compute nodes have no internet.
+HUB = sorted(
+    {f"model:{c.tokenizer}" for c in CONFIG.corpora.values() if c.tokenizer != "bpe" and not Path(c.tokenizer).is_dir()}
+    | {"dataset:Skylion007/openwebtext" for c in CONFIG.corpora.values() if c.kind == "openwebtext"}
+    | {f"model:{name}" for name in CONFIG.evaluation.judge if name != "baseline" and not Path(name).is_dir()}
+    | {f"dataset:{name}" for name in [CONFIG.evaluation.lambada] if name != "last_words" and not name.endswith(".jsonl")}
+    | {f"model:{CONFIG.teachers[t].source}" for t in IMPORTED if not glob.glob(glob.escape(CONFIG.teachers[t].source))}
+)
+FETCHED = ["results/hub.json"] if HUB else []
+if "SLURM_JOB_ID" in os.environ:
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 # A model's folder. meta.json is written last, so it stands for the whole folder where a later rule asks for the model. The journal
 # (run.json, journal.jsonl) and the state of an unfinished training are not declared: Snakemake would delete them before a restart.
@@ -180,12 +198,86 @@ def judge_file(wildcards):
 
 
 def need(what):
-    """A column of MACHINE in the row of the job's network."""
-    return lambda wildcards: MACHINE[teacher(wildcards).network.size][COLUMNS.index(what)]
+    """A column of MACHINE in the row of the job's network; a retry asks for half as much memory and time again."""
+
+    def value(wildcards, attempt=1):
+        row = dict(zip(COLUMNS, MACHINE[teacher(wildcards).network.size]))
+        if what == "gpu_model":
+            return os.environ.get("HALFSTEP_SLURM_GPU_MODEL", "") if row["gpu"] else ""
+        if what == "mem_mb":
+            return row[what] * (attempt + 1) // 2
+        if what in ("pretrain", "round", "sample"):
+            return min(int(row[what][:-1]) * 30 * (attempt + 1), LONGEST)
+        return row[what]
+
+    return value
+
+
+def limit(what):
+    """Words for a training's command: inside a Slurm job its time limit, by which it keeps its state; nothing elsewhere. A resource, for
+    parameters decide what is made again."""
+
+    def words(wildcards, attempt=1):
+        return f"${{SLURM_JOB_ID:+--time-limit {need(what)(wildcards, attempt)}}}" if "time_limit" in Machine.model_fields else ""
+
+    return words
+
+
+def alone(wildcards):
+    """All cores of this machine, or of a cluster's the job's own: `workflow.cores` is an error there."""
+    own = None if "SLURM_JOB_ID" in os.environ else workflow.resource_settings.cores
+    return own or need("threads")(wildcards)
 
 
 def resume_command():
     return shlex.join(["snakemake", *sys.argv[1:]])
+
+
+ON_CLUSTER = any(word.startswith(("--profile", "--executor")) or word == "-e" for word in sys.argv) or "SNAKEMAKE_PROFILE" in os.environ
+
+
+def priced(jobs):
+    """Lines of `halfstep plan` about these jobs of the graph."""
+
+    def keys(job):
+        return dict(rule=job.rule.name, input=[*map(str, job.input)], output=[*map(str, job.output)])
+
+    shells = [(job, re.search(r"halfstep .*?(?=2>&1)", (job.shellcmd or "").replace("\\\n", " "), re.DOTALL)) for job in jobs]
+    return plan.lines(
+        [
+            keys(job) | dict(gpu=job.resources.get("gpu", 0), runtime=job.resources.get("runtime", 0), command=shlex.split(shell[0]))
+            for job, shell in shells
+            if shell
+        ],
+        Path("results"),
+    )
+
+
+def failures(log):
+    """Of every failed job the rule, the last lines of its log, and where that and Slurm's own lie."""
+    blocks = re.findall(r"^Error in rule\s(\w+)[^\n]*:\n((?: .*\n?)+)", log.read_text(errors="replace"), re.MULTILINE)
+    last = {}
+    for rule, facts in blocks:
+        own = re.search(r"^ +log: ([^\s,]+)", facts, re.MULTILINE)
+        last.setdefault((rule, own and own[1]), []).extend(re.findall(r"\S*logs/slurm/\S+\.log", facts))
+    for (rule, own), slurm_logs in last.items():
+        yield f"rule {rule}"
+        if own:
+            yield f"  log: {own}"
+            yield from (
+                f"  | {line}"
+                for line in (
+                    Path(own).read_text(errors="replace").splitlines()[-8:]
+                    if Path(own).is_file()
+                    else ["no such file: the job did not start"]
+                )
+            )
+        yield from (f"  Slurm's log: {name}" for name in slurm_logs[-1:])
+
+
+def tracked():
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or ("sqlite:///results/mlflow.db" if Path("results/mlflow.db").exists() else "")
+    return [f"curves: {uri}" if uri.startswith("http") else f"curves: mlflow ui --backend-store-uri {uri}"] if uri else []
 
 
 def banner(*lines):

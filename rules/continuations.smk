@@ -17,6 +17,7 @@ rule continue_prompts:
     threads: need("threads")
     resources:
         gpu=need("gpu"),
+        gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
         runtime=need("sample"),
@@ -48,6 +49,7 @@ rule score_continuations:
         ),
         corpus=manifest,
         judge=judge_file,
+        hub=FETCHED,
     output:
         rows="results/metrics/{model}/continuations.json",
         record="results/metrics/{model}/continuations.provenance.json",
@@ -60,6 +62,7 @@ rule score_continuations:
     threads: need("threads")
     resources:
         gpu=need("gpu"),
+        gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
         runtime=need("sample"),

@@ -4,6 +4,7 @@
 rule prepare_corpus:
     input:
         own_text,
+        hub=FETCHED,
     output:  # corpora of stories add last_words.jsonl, the items of score_lambada
         multiext("results/data/{corpus}/", "train.bin", "validation.bin", "tokenizer.json", "validation.jsonl", "provenance.json"),
         manifest="results/data/{corpus}/manifest.json",
@@ -13,7 +14,7 @@ rule prepare_corpus:
         "results/logs/prepare_corpus/{corpus}.tsv"
     conda:
         "../envs/cpu.yaml"
-    threads: 16
+    threads: 8
     resources:
         mem_mb=8000,
         runtime=360,

@@ -18,9 +18,11 @@ rule distill_round:
     threads: need("threads")
     resources:
         gpu=need("gpu"),
+        gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
         runtime=need("round"),
+        limit=limit("round"),
     params:
         teacher=subpath(input.teacher, parent=True),
         corpus=subpath(input.corpus, parent=True),
@@ -37,6 +39,6 @@ rule distill_round:
             --output {params.output:q} \
             {params.options} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.limit} \
             2>&1 | tee {log:q}
         """

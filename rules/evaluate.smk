@@ -8,6 +8,7 @@ rule score_samples:
         ),
         corpus=manifest,
         judge=judge_file,
+        hub=FETCHED,
     output:
         rows="results/metrics/{model}/samples.json",
         record="results/metrics/{model}/samples.provenance.json",
@@ -20,6 +21,7 @@ rule score_samples:
     threads: need("threads")
     resources:
         gpu=need("gpu"),
+        gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
         runtime=need("sample"),
@@ -46,6 +48,7 @@ rule score_corpus:
     input:
         corpus=manifest,
         judge=judge_file,
+        hub=FETCHED,
     output:
         rows="results/metrics/{teacher}/data.json",
         record="results/metrics/{teacher}/data.provenance.json",
@@ -58,6 +61,7 @@ rule score_corpus:
     threads: need("threads")
     resources:
         gpu=need("gpu"),
+        gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
         runtime=need("sample"),
@@ -83,6 +87,7 @@ rule score_lambada:
         checkpoint="results/models/{model}/meta.json",
         corpus=manifest,
         last_words=CONFIG.evaluation.lambada if CONFIG.evaluation.lambada.endswith(".jsonl") else [],
+        hub=FETCHED,
     output:
         rows="results/metrics/{model}/lambada.json",
         record="results/metrics/{model}/lambada.provenance.json",
@@ -95,6 +100,7 @@ rule score_lambada:
     threads: need("threads")
     resources:
         gpu=need("gpu"),
+        gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
         runtime=need("sample"),

@@ -16,6 +16,7 @@ rule generate:
     threads: need("threads")
     resources:
         gpu=need("gpu"),
+        gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
         runtime=need("sample"),

@@ -19,9 +19,11 @@ rule pretrain:
     threads: need("threads")
     resources:
         gpu=need("gpu"),
+        gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
         runtime=need("pretrain"),
+        limit=limit("pretrain"),
     params:
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
@@ -37,7 +39,7 @@ rule pretrain:
             {params.network} \
             {params.training} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.limit} \
             2>&1 | tee {log:q}
         """
 
@@ -46,6 +48,7 @@ rule import_teacher:
     input:
         corpus=manifest,
         source=lambda wildcards: glob.glob(glob.escape(teacher(wildcards).source)),
+        hub=FETCHED,
     output:
         multiext("results/models/{teacher}/teacher/", "model.safetensors", "ema.safetensors", "tokenizer.json", "provenance.json"),
         meta="results/models/{teacher}/teacher/meta.json",
@@ -95,9 +98,11 @@ rule train_baseline:
     threads: need("threads")
     resources:
         gpu=need("gpu"),
+        gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
         runtime=need("pretrain"),
+        limit=limit("pretrain"),
     params:
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
@@ -113,6 +118,6 @@ rule train_baseline:
             {params.network} \
             {params.training} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.limit} \
             2>&1 | tee {log:q}
         """

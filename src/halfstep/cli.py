@@ -27,6 +27,9 @@ COMMANDS = {  # name: (module:function, what it does)
     "track": ("halfstep.commands.track:track", "send the journals to MLflow, idempotently"),
     "merge-provenance": ("halfstep.commands.verify:merge_provenance", "gather the records of all artefacts in results/provenance.json"),
     "verify": ("halfstep.commands.verify:verify", "recompute all checksums, and name what is changed, missing or stale"),
+    "fetch": ("halfstep.commands.fetch:fetch", "bring text, tokenizers, judges and weights from the hub, for nodes without internet"),
+    "plan": ("halfstep.commands.plan:plan", "price the graph: GPU-hours, disk and longest path, before anything is submitted"),
+    "doctor": ("halfstep.commands.doctor:doctor", "look at Slurm, GPUs, disks, hub cache and MLflow, and say what to do"),
     "summary": ("halfstep.commands.report:summary", "print the tables, two texts and where everything lies"),
     "write-schema": ("halfstep.commands.config:write_schema", "write the JSON schema of config.yaml, for editors"),
 }

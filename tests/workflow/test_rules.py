@@ -32,11 +32,11 @@ def test_printed_commands_are_understood(workflow):
     """One command of every rule, parsed with its function's signature: a flag that a rule gives and the command lacks fails here."""
     elsewhere = 'teachers={"stories-ci": {"from": "kuleshov-group/mdlm-owt"}}'  # for the command `import`
     plans = (workflow.plan("-p", "--config", "preset=ci", *more) for more in ([], [elsewhere]))
-    printed = "".join(plans).replace("\\\n", " ")
+    printed = re.sub(r"\$\{SLURM_JOB_ID:\+(.*?)\}", r"\1", "".join(plans).replace("\\\n", " "))
     commands = {}
     for line in re.findall(r"^ +(halfstep .*?) 2>&1 \| tee (?:\S+)$", printed, re.MULTILINE):
         commands.setdefault(line.split()[1], line)
-    assert set(commands) == set(COMMANDS) - {"summary", "verify", "write-schema", "export"}
+    assert set(commands) == set(COMMANDS) - {"summary", "verify", "write-schema", "export", "plan", "doctor"}
     for name, line in commands.items():
         module, function = COMMANDS[name][0].split(":")
         real = getattr(importlib.import_module(module), function)

@@ -1,0 +1,23 @@
+"""What comes from the hub, on the node where snakemake itself runs; all jobs of a cluster run with the hub switched off."""
+
+
+rule fetch:
+    output:
+        about="results/hub.json",
+        record="results/hub.provenance.json",
+    log:
+        "results/logs/fetch.log",
+    benchmark:
+        "results/logs/fetch.tsv"
+    conda:
+        "../envs/cpu.yaml"
+    params:
+        repositories=HUB,
+        code=STAGE["fetch"],
+    shell:
+        r"""
+        halfstep fetch \
+            --repositories {params.repositories:q} \
+            --output {output.about:q} \
+            2>&1 | tee {log:q}
+        """

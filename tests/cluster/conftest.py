@@ -1,0 +1,52 @@
+"""A local Slurm, started and stopped by the tests; without its packages they are skipped, and say so."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "workflow"))
+TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
+
+
+@dataclass
+class Cluster:
+    """`home` is the folder of the local Slurm; `environment` finds its commands first, and nothing of the user's settings."""
+
+    home: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE_", "HALFSTEP_", "SLURM_", "PYTEST_"))}
+        return clean | {"PATH": os.pathsep.join([str(self.home / "bin"), *os.get_exec_path(), "/usr/sbin"]), "OMP_NUM_THREADS": "1"}
+
+    def call(self, *words: str) -> str:
+        """What a command of Slurm prints; empty while the controller is away."""
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    def stop_controller(self) -> None:
+        os.kill(int((self.home / "run/slurmctld.pid").read_text()), 15)
+
+    def start_controller(self) -> None:
+        subprocess.run(["slurmctld"], env=self.environment | {"SLURM_CONF": str(self.home / "etc/slurm.conf")}, check=True, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    path = os.pathsep.join([*os.get_exec_path(), "/usr/sbin", "/sbin"])
+    missing = [tool for tool in TOOLS if not shutil.which(tool, path=path)]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} here: the cluster tests need Slurm (Debian: apt-get install slurm-wlm munge)")
+    home = tmp_path_factory.mktemp("slurm")
+    up = subprocess.run([HERE / "slurm.sh", "up", home], capture_output=True, text=True, timeout=120)
+    try:
+        assert up.returncode == 0, f"the local Slurm did not start\n{up.stdout}{up.stderr}"
+        yield Cluster(home)
+    finally:
+        subprocess.run([HERE / "slurm.sh", "down", home], capture_output=True, timeout=60)

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# slurm.sh up FOLDER: a Slurm of its own on this machine, two pretended nodes of 8 CPUs and 2 GPUs each, all on the loopback.
+# slurm.sh down FOLDER stops it, by the process ids it wrote. Needs Debian's slurm-wlm and munge, no systemd, no root.
+# Partition `main` preempts jobs of `low`, which are requeued. FOLDER/bin goes first in PATH: Snakemake drops SLURM_CONF on its way.
+set -euo pipefail
+what=$1 home=$2 port=${SLURM_TEST_PORT:-$((20000 + RANDOM % 20000))}
+export PATH=$PATH:/usr/sbin:/sbin
+
+end() { # a daemon, by the file with its process id
+    local id
+    [ -s "$1" ] && id=$(cat "$1") || return 0
+    kill "$id" 2>/dev/null || return 0
+    for _ in $(seq 50); do kill -0 "$id" 2>/dev/null || return 0; sleep 0.1; done
+    kill -9 "$id" 2>/dev/null || true
+}
+
+if [ "$what" = down ]; then
+    timeout 10 "$home/bin/scancel" --user="$(id -un)" 2>/dev/null || true
+    for file in "$home"/run/slurmd-*.pid "$home/run/slurmctld.pid" "$home/munge/pid"; do end "$file"; done
+    exit 0
+fi
+[ "$what" = up ] || { echo "usage: slurm.sh up|down FOLDER" >&2; exit 2; }
+
+me=$(id -un) host=$(hostname -s) memory=$(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
+mkdir -p "$home"/{bin,etc,run,log,state,dev,munge} "$home"/spool/{n1,n2}
+chmod 755 "$home" && chmod 700 "$home/munge"
+for command in sbatch srun scancel squeue scontrol sinfo sacct sacctmgr sshare; do
+    printf '#!/bin/sh\nSLURM_CONF=%q exec %q "$@"\n' "$home/etc/slurm.conf" "$(command -v "$command")" > "$home/bin/$command"
+    chmod +x "$home/bin/$command"
+done
+ln -sfn /dev/null "$home/dev/nvidia0" && ln -sfn /dev/null "$home/dev/nvidia1" # a device, or CUDA_VISIBLE_DEVICES stays empty
+cat > "$home/etc/slurm.conf" <<CONF
+ClusterName=halfstep
+SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$port
+SlurmUser=$me
+SlurmdUser=$me
+AuthType=auth/munge
+# a requeued job waits until its credential has expired
+AuthInfo=socket=$home/munge/socket,cred_expire=5
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation=$home/state
+SlurmdSpoolDir=$home/spool/%n
+SlurmctldPidFile=$home/run/slurmctld.pid
+SlurmdPidFile=$home/run/slurmd-%n.pid
+SlurmctldLogFile=$home/log/slurmctld.log
+SlurmdLogFile=$home/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SlurmdParameters=config_overrides
+GresTypes=gpu
+AccountingStorageType=accounting_storage/none
+MinJobAge=3600
+KillWait=2
+SlurmdTimeout=30
+ReturnToService=2
+JobRequeue=1
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=8 RealMemory=$memory Gres=gpu:2
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=8 RealMemory=$memory Gres=gpu:2
+PartitionName=main Nodes=n[1-2] PriorityTier=10 PreemptMode=off
+PartitionName=low Nodes=n[1-2] PriorityTier=1 PreemptMode=requeue Default=YES
+CONF
+echo "NodeName=n[1-2] Name=gpu File=$home/dev/nvidia[0-1] AutoDetect=off" > "$home/etc/gres.conf"
+
+(umask 077 && head -c 1024 /dev/urandom > "$home/munge/key")
+munged --force --key-file="$home/munge/key" --socket="$home/munge/socket" --pid-file="$home/munge/pid" \
+    --log-file="$home/munge/log" --seed-file="$home/munge/seed"
+export SLURM_CONF=$home/etc/slurm.conf
+slurmctld
+slurmd -N n1 && slurmd -N n2
+for _ in $(seq 100); do
+    [ "$(timeout 5 sinfo --noheader --Node --partition=main --states=idle 2>/dev/null | wc -l)" = 2 ] && exit 0
+    sleep 0.2
+done
+sinfo >&2 || true
+tail -n 20 "$home"/log/*.log >&2
+exit 1

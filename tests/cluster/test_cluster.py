@@ -1,0 +1,170 @@
+"""The real profile on a real, local Slurm: the `ci` preset to its figures, through a preemption, a time limit, a dead node and a lost controller."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from dryrun import copy
+
+FAST = """
+import asyncio, sys
+from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
+async def second(self): await asyncio.sleep(1)  # the plugin's own waits are for clusters
+RemoteExecutor.sleep = second
+from snakemake.cli import main
+sys.exit(main())
+"""
+SMALL = ["preset=ci", 'teachers={"stories-ci": {"distillation": {"rounds": 2, "teacher_steps": 32}}}', "continuations=null"]
+LIMIT_S = 420
+
+
+def snakemake(cluster, folder, *words: str) -> subprocess.Popen:
+    """`snakemake --profile slurm ...` in the folder, its output in the file `out` there."""
+    with open(folder / "out", "w") as out:
+        return subprocess.Popen(
+            [sys.executable, "-c", FAST, "--profile", "slurm", *words],
+            cwd=folder, env=cluster.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+def running(cluster) -> dict[str, tuple[str, str]]:
+    """Rule and wildcards of every running job: its id and node."""
+    lines = [line.split("|") for line in cluster.call("squeue", "-h", "-t", "RUNNING", "-p", "low", "-o", "%k|%i|%N").splitlines()]
+    return {about.removeprefix("rule_"): (job, node) for about, job, node in lines}
+
+
+def workers(job: str) -> list[int]:
+    """The processes of `halfstep` itself in a job."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"SLURM_JOB_ID={job}\0".encode() in (process / "environ").read_bytes() and b"bin/halfstep\0" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            pass
+    return found
+
+
+class Faults:
+    """Each happens once, to one running job, when the job struck before has ended; `done` names the jobs."""
+
+    def __init__(self, cluster):
+        self.cluster, self.done = cluster, {}
+        self.left = [("pretrain", self.preempt), ("distill_round.*_1$", self.node_down), ("distill_round.*_2$", self.time_limit), (".", self.no_controller)]
+
+    def strike(self) -> None:
+        if self.left and all(re.search("JobState=(COMPLETED|TIMEOUT)", self.about(fault)) for fault in self.done):
+            pattern, fault = self.left[0]
+            for rule, (job, node) in running(self.cluster).items():
+                if re.match(pattern, rule) and workers(job):
+                    self.left.pop(0)
+                    self.done[fault.__name__] = job
+                    return fault(job, node)
+
+    def about(self, fault: str) -> str:
+        return self.cluster.call("scontrol", "show", "job", self.done[fault])
+
+    def preempt(self, job: str, node: str) -> None:
+        self.cluster.call("sbatch", "-p", "main", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+
+    def time_limit(self, job: str, node: str) -> None:
+        """It hangs, and its limit is over in a moment."""
+        for process in workers(job):
+            os.kill(process, signal.SIGSTOP)
+        self.cluster.call("scontrol", "update", f"JobId={job}", "EndTime=now+1")
+
+    def node_down(self, job: str, node: str) -> None:
+        self.cluster.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+        time.sleep(3)
+        self.cluster.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
+    def no_controller(self, job: str, node: str) -> None:
+        self.cluster.stop_controller()
+        time.sleep(15)
+        self.cluster.start_controller()
+
+
+def finish(cluster, process, each=lambda: None) -> int:
+    end = time.monotonic() + LIMIT_S
+    try:
+        while process.poll() is None and time.monotonic() < end:
+            each()
+            time.sleep(0.5)
+        return process.wait(timeout=max(1, end - time.monotonic()))
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def run(cluster, tmp_path_factory):
+    """The graph, run to its end while the faults happen: (folder, output, faults)."""
+    folder = copy(tmp_path_factory.mktemp("clone")).folder
+    faults = Faults(cluster)
+    gpus = ["--set-resources", "pretrain:gpu=1", "distill_round:gpu=2", "--jobs", "4", "--latency-wait", "5"]
+    code = finish(cluster, snakemake(cluster, folder, "all", *gpus, "--config", *SMALL), faults.strike)
+    said = (folder / "out").read_text()
+    assert code == 0, said[-6000:]
+    return folder, said, faults
+
+
+def test_the_graph_reaches_its_figures_through_every_fault(run):
+    folder, said, faults = run
+    assert list(faults.done) == ["preempt", "node_down", "time_limit", "no_controller"]
+    for kind in ("pdf", "svg", "csv"):
+        assert (folder / f"results/figures/ppl_vs_steps.{kind}").stat().st_size > 0
+    assert len((folder / "results/tables/steps.csv").read_text().splitlines()) > 4 and (folder / "results/mlflow.synced").exists()
+
+
+@pytest.mark.parametrize("fault", ["preempt", "node_down"])
+def test_preemption_and_node_failure_start_the_same_job_again(run, fault):
+    about = run[2].about(fault)
+    assert "JobState=COMPLETED" in about and "Restarts=1" in about, about
+
+
+def test_a_time_limit_is_a_new_job_that_asks_for_more(run, cluster):
+    old = run[2].done["time_limit"]
+    assert "JobState=TIMEOUT" in run[2].about("time_limit")
+    lines = [line.split("|") for line in cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%i|%m|%T").splitlines()]
+    was, new = sorted((line for line in lines if re.match("rule_distill_round.*_2$", line[0])), key=lambda line: int(line[1]))
+    assert was[1:] == [old, "3000M", "TIMEOUT"] and new[2:] == ["4500M", "COMPLETED"]
+
+
+def test_jobs_ask_for_what_they_need(run, cluster):
+    asked = {fault: re.search(r"gres.gpu[=:](\d)", run[2].about(fault)) for fault in ("preempt", "node_down")}
+    assert (asked["preempt"][1], asked["node_down"][1]) == ("1", "2"), run[2].about("preempt")
+    jobs = cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%b")
+    assert re.search(r"rule_prepare_corpus\S*\|N/A", jobs) and not re.search("rule_(plot|tabulate|track|merge_provenance|fetch)", jobs), jobs
+
+
+def test_a_lost_controller_is_waited_for(run):
+    assert "Slurm does not answer" in run[1] and "Slurm answers again" in run[1]
+
+
+def test_the_price_is_told_before_and_after(run):
+    before, after = run[1].split("Submitted batch job", 1)[0], run[1].rsplit("halfstep | ", 40)
+    assert re.search(r"halfstep \| pretrain +1 ", before) and any("finished:" in line for line in after), run[1][-3000:]
+
+
+def test_a_failure_shows_its_reason_and_the_way_on(run, cluster):
+    """After the run: the teacher is spoiled, and the job that reads it is named, with its reason, at the end of snakemake's own output."""
+    folder = run[0]
+    config = [word.replace('"rounds": 2', '"rounds": 2, "lr": 0.1') for word in SMALL]
+    meta = folder / "results/models/stories-ci/teacher/meta.json"
+    when, good = meta.stat(), meta.read_text()
+    meta.write_text("{}")
+    os.utime(meta, ns=(when.st_atime_ns, when.st_mtime_ns))
+    try:
+        process = snakemake(cluster, folder, "results/models/stories-ci/kl_backward/round-1/meta.json", "--retries", "0", "--config", *config)
+        assert finish(cluster, process) == 1
+    finally:
+        meta.write_text(good)
+    end = (folder / "out").read_text().split("stopped; what failed:")[1]
+    assert "rule distill_round" in end and "log: results/logs/distill_round/stories-ci/kl_backward/round-1.log" in end, end
+    assert "meta.json" in end.split("Slurm's log:")[0] and "halfstep distill-round:" in end, end
+    assert re.search(r"Slurm's log: \S+/rule_distill_round/\S+\.log", end) and "to go on: snakemake --profile slurm" in end, end

@@ -43,7 +43,7 @@ def network(seed: int) -> Denoiser:
     torch.manual_seed(seed)
     net = DiT(31, 16, 1, 2)
     for p in net.parameters():  # gates begin at zero: the blocks would do nothing
-        torch.nn.init.normal_(p, std=0.5)
+        torch.nn.init.normal_(p, std=0.2)
     return Denoiser(net)
 
 

@@ -1,6 +1,8 @@
 # make demo    the whole graph at the preset of config.yaml, its report and a summary; a second call does nothing, in seconds
 # make test    the tests                          make check    ruff, snakefmt, snakemake --lint
 #
+# make bench   the hot paths against their textbook versions, into benchmarks/results
+#
 # All of them first make .venv from envs/requirements.txt; all they need is Python 3.11 or newer. Variables:
 #   PRESET=ci                                             make demo at another scale
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu      on Linux without a GPU: the small CPU build of torch
@@ -13,7 +15,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/ready
 CONFIG := $(PRESET:%=--config preset=%)
 
-.PHONY: demo test check
+.PHONY: demo test check bench
 
 demo: $(READY)
 	$(BIN)/snakemake $(CONFIG)
@@ -35,3 +37,6 @@ $(READY): envs/requirements.txt pyproject.toml
 	$(BIN)/python -m pip install -r envs/requirements.txt
 	$(BIN)/python -m pip install --no-deps -e .
 	touch $@
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py

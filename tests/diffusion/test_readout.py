@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from halfstep.diffusion import readout
-from halfstep.diffusion.readout import cross_entropy, readout_loss
+from halfstep.diffusion.readout import by_autograd, cross_entropy, readout_loss
 from halfstep.distill.divergences import DIVERGENCES
 
 V, D = 53, 12
@@ -42,7 +42,7 @@ def test_value_and_gradients(monkeypatch, loss, N, chunk):
     leaves, log_q, x0, w = case(N)
     row_loss = row_losses(log_q, x0, w)[loss]
     expected, gradients = plain(leaves, row_loss)
-    found = readout_loss(leaves[0], tuple(leaves[1:]), row_loss)
+    found = readout_loss(leaves[0], tuple(leaves[1:]), by_autograd(row_loss))
     assert found.dtype == torch.float32 and found.shape == ()
     assert abs(found.item() - expected.item()) <= 1e-5 * max(1, abs(expected.item()))
     (found / 7).backward()
@@ -61,7 +61,7 @@ def test_chunks_are_small(monkeypatch):
         assert rows.stop - rows.start == 20
         return log_p.sum(-1)
 
-    readout_loss(leaves[0], tuple(leaves[1:]), row_loss)
+    readout_loss(leaves[0], tuple(leaves[1:]), by_autograd(row_loss))
     assert sizes == [(20, V), (20, V), (10, V)]
 
 
@@ -97,9 +97,9 @@ def test_no_gradient_is_formed_where_none_is_wanted():
         return log_p[:, 0]
 
     with torch.no_grad():
-        found = readout_loss(leaves[0], tuple(leaves[1:]), row_loss)
+        found = readout_loss(leaves[0], tuple(leaves[1:]), by_autograd(row_loss))
     assert watched == [False] and not found.requires_grad
-    readout_loss(leaves[0].detach(), tuple(p.detach() for p in leaves[1:]), row_loss)
+    readout_loss(leaves[0].detach(), tuple(p.detach() for p in leaves[1:]), by_autograd(row_loss))
     assert watched == [False, False]
 
 
@@ -119,7 +119,7 @@ def test_bfloat16_features_and_autocast(loss):
     row_loss = row_losses(log_q, x0, w)[loss]
     expected, gradients = plain(leaves, row_loss)
     with torch.autocast("cpu", torch.bfloat16):
-        found = readout_loss(leaves[0], tuple(leaves[1:]), row_loss)
+        found = readout_loss(leaves[0], tuple(leaves[1:]), by_autograd(row_loss))
     found.backward()
     assert found.dtype == torch.float32 and abs(found.item() / expected.item() - 1) < 1e-5
     for leaf, gradient in zip(leaves, gradients, strict=True):
@@ -131,7 +131,7 @@ def test_bfloat16_features_and_autocast(loss):
     for leaf in rest:
         leaf.grad = None
     with torch.autocast("cpu", torch.bfloat16):
-        found = readout_loss(half, tuple(rest), row_loss)
+        found = readout_loss(half, tuple(rest), by_autograd(row_loss))
     found.backward()
     assert found.dtype == torch.float32 and abs(found.item() / expected.item() - 1) < 1e-5
     assert half.grad.dtype == torch.bfloat16 and (half.grad - gradients[0]).abs().max() < 2**-8 * gradients[0].abs().max()

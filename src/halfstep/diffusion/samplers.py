@@ -56,8 +56,9 @@ SAMPLERS: dict[str, Callable[[Tensor, int, object], Tensor]] = {
 def draw(denoiser, h: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
     """Tokens [N] from p(x0 | xt) of features h[N, D] by their uniforms u[N], a chunk of rows at a time."""
     chunk = max(16, ROWS // denoiser.readout[0].shape[0])
-    pieces = (slice(i, i + chunk) for i in range(0, len(h), chunk))
-    return torch.cat([inverse_cdf(denoiser.log_p(h[piece]) / temperature, u[piece]) for piece in pieces])
+    pieces = [slice(i, i + chunk) for i in range(0, len(h), chunk)]
+    rows = (denoiser.log_p(h[piece]) for piece in pieces)  # in whose memory the draw works
+    return torch.cat([inverse_cdf(x if temperature == 1 else x.div_(temperature), u[piece], overwrite=True) for x, piece in zip(rows, pieces, strict=True)])
 
 
 @torch.no_grad()

@@ -35,4 +35,7 @@ class Denoiser:
         """log p(x0 = v | xt) [N, V], float32 inside autocast too, normalised over the data vocabulary, of features h[N, D]."""
         weight, bias = self.readout
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(h.float(), weight.float(), bias.float()).log_softmax(-1)
+            logits = F.linear(h.float(), weight.float(), bias.float())
+        if torch.is_grad_enabled():
+            return logits.log_softmax(-1)
+        return torch._log_softmax(logits, -1, False, out=logits)  # in place: a temporary of [N, V] costs more than its arithmetic

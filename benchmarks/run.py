@@ -32,6 +32,7 @@ from halfstep.files import write_atomic, write_json
 from halfstep.models import flops
 from halfstep.models.denoiser import Denoiser
 from halfstep.models.dit import DiT
+from halfstep.processes import ALONE
 from halfstep.timing import device_name, machine, measure, measure_in_turns
 from halfstep.tracking import Journal, commit
 from halfstep.training import loop
@@ -186,7 +187,7 @@ def overhead(size: Size, repeats: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), name="bench", node="bench", params={})
         times = measure_in_turns({"step": step, "data": data, "ema": ema.update, "journal": lambda: journal.log({"train/loss": 1.0}, 1)}, repeats)
-        save = measure(lambda: loop._save(network, optimizer, loop.Fitted(ema, {}), Path(folder), "bench", 1), 1, warmup=0)
+        save = measure(lambda: loop._save(network, optimizer, loop.Fitted(ema, {}), Path(folder), "bench", 1, ALONE), 1, warmup=0)
         journal.close()
     bare = times["step"].median_s
     share = {name: times[name].median_s / bare for name in ("data", "ema", "journal")} | {"checkpoint": save.median_s / SAVE_EVERY_S}

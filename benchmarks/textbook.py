@@ -14,7 +14,7 @@ from halfstep.distill.targets import MIN_T
 def log_p(denoiser, x: Tensor, t: Tensor) -> Tensor:
     """log p(x0 | xt), [B, L, V] float32, at every position."""
     weight, bias = denoiser.readout
-    return torch.nn.functional.linear(denoiser.features(x, t).float(), weight.float(), bias.float()).log_softmax(-1)
+    return torch.nn.functional.linear(denoiser.features(x, t).float(), weight[: len(bias)].float(), bias.float()).log_softmax(-1)
 
 
 def gumbel_draw(log_q: Tensor) -> Tensor:

@@ -68,6 +68,8 @@ class Perfect:
     def log_p(self, h: Tensor) -> Tensor:
         return h.log_softmax(-1)
 
+    logits = log_p
+
 
 def reveal_chance(t: float, s: float) -> float:
     """(alpha_s - alpha_t) / (1 - alpha_t), from alpha itself."""

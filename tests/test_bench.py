@@ -13,7 +13,7 @@ from halfstep.diffusion.masking import corrupt
 from halfstep.diffusion.objective import nelbo
 from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import LogLinear
-from halfstep.distill.divergences import DIVERGENCES, GRADIENTS
+from halfstep.distill.divergences import DIVERGENCES
 from halfstep.distill.targets import divergence_loss, teacher_targets
 from halfstep.models.denoiser import Denoiser
 from halfstep.models.dit import DiT
@@ -37,6 +37,8 @@ class Plain(Perfect):
 
     def log_p(self, h):
         return h.float().log_softmax(-1)
+
+    logits = log_p
 
 
 def network(seed: int) -> Denoiser:
@@ -96,19 +98,6 @@ def test_the_mean_of_the_teachers_targets_is_one():
         ours, theirs = teacher.log_p(h).view(N, 3, 31), textbook.teacher_targets(teacher, x, times, 0.3, 2, SCHEDULE)[:, xt == 31]
     error = ((ours.var(0) + theirs.var(0)) / N).sqrt()
     assert ((ours.mean(0) - theirs.mean(0)).abs() <= 5 * error + 1e-6).all() and error.max() > 0
-
-
-@pytest.mark.parametrize("divergence", GRADIENTS, ids=lambda d: d.__name__)
-def test_written_gradients_are_those_of_autograd(divergence):
-    """In float64, to 1e-12; and the value is the function's."""
-    random = torch.Generator().manual_seed(4)
-    logits, log_q = (3 * torch.randn(20, 40, generator=random, dtype=torch.float64) for _ in range(2))
-    logits.requires_grad_()
-    log_q = log_q.log_softmax(-1)
-    value = divergence(logits.log_softmax(-1), log_q)
-    (expected,) = torch.autograd.grad(value.sum(), logits)
-    found, gradient = GRADIENTS[divergence](logits.detach().log_softmax(-1), log_q)
-    assert torch.allclose(found, value, rtol=1e-12, atol=1e-13) and torch.allclose(gradient, expected, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("cases", [[], ["--h100"]], ids=["cpu", "h100"])

@@ -14,28 +14,27 @@ def uniforms(seed: int, first: int, count: int, n: int) -> Tensor:
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, n, dtype=torch.float64)
 
 
-def inverse_cdf(log_p: Tensor, u: Tensor, overwrite: bool = False) -> Tensor:
-    """One draw a row from softmax(log_p[N, V]) by its uniform u[N] (float64): the smallest v with CDF(v) > u.
+def inverse_cdf(z: Tensor, u: Tensor) -> Tensor:
+    """One draw a row from softmax(z[N, V]) by its uniform u[N] (float64): the smallest v with CDF(v) > u.
 
-    The CDF is searched on two levels (blocks of about sqrt(V), then inside one block), so a row costs one float64 sum of V
-    numbers and no noise over the vocabulary. Sums are float64: float32 noise over V tokens truncates the tail of the law and
-    acts as a lower temperature (Zheng et al., arXiv 2409.02908). `overwrite` lets it work in log_p's own memory. Returns [N] int64.
+    The CDF is searched on two levels (blocks of about sqrt(V), then inside one block): a row costs one exponential of V numbers and one sum, and
+    no noise over the vocabulary. Blocks are summed in the precision of z (their relative error is that of a probability), searched in float64: float32 noise over V tokens truncates the tail
+    of the law and acts as a lower temperature (Zheng et al., arXiv 2409.02908). Returns [N] int64.
     """
-    N, V = log_p.shape
+    N, V = z.shape
     width = max(1, int(V**0.5))
     whole = V - V % width
-    p = torch.sub(log_p, log_p.amax(-1, keepdim=True), out=log_p if overwrite else None).exp_()
-    sums = [p[:, :whole].unflatten(-1, (-1, width)).sum(-1, dtype=torch.float64)]
-    if whole < V:
-        sums.append(p[:, whole:].sum(-1, True, dtype=torch.float64))
-    blocks = torch.cat(sums, -1).cumsum(-1)
+    p = (z - z.amax(-1, keepdim=True)).exp_()
+    blocks = p[:, :whole].unflatten(-1, (-1, width)).sum(-1)
+    blocks = torch.cat([blocks, p[:, whole:].sum(-1, keepdim=True)], -1).double().cumsum(-1)
     goal = u.to(p.device, torch.float64)[:, None] * blocks[:, -1:]
     block = (blocks <= goal).sum(-1, keepdim=True).clamp_(max=blocks.shape[1] - 1)
     before = torch.where(block > 0, blocks.gather(-1, (block - 1).clamp_(min=0)), 0.0)
     place = block * width + torch.arange(width, device=p.device)
-    inside = p.gather(1, place.clamp(max=V - 1)).double().masked_fill(place >= V, 0.0)
+    inside = p.gather(-1, place.clamp(max=V - 1)).masked_fill_(place >= V, 0).double()
     cdf = inside.cumsum(-1)
-    offset = (cdf <= goal - before).sum(-1, keepdim=True)
+    rest = (goal - before) / (blocks.gather(-1, block) - before)  # of this block, as its own sum was rounded
+    offset = (cdf <= rest * cdf[:, -1:]).sum(-1, keepdim=True)
     last = width - 1 - inside.flip(-1).ne(0).to(torch.uint8).argmax(-1, keepdim=True)  # rounding never leaves the support
     return (block * width + torch.minimum(offset, last))[:, 0]
 

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from halfstep.config import Distillation
-from halfstep.distill.divergences import DIVERGENCES, kl_backward, kl_forward, mse, tvd
+from halfstep.distill.divergences import DIVERGENCES, GRADIENTS, kl_backward, kl_forward, mse, tvd
 
 every = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGENCES)
 
@@ -43,6 +43,17 @@ def test_gradient_by_finite_differences(divergence):
     equal = log_q.clone().requires_grad_()  # the minimum is flat; tvd has its kink there
     (gradient,) = torch.autograd.grad(divergence(equal.log_softmax(-1), log_q).sum(), equal)
     assert gradient.isfinite().all() and (divergence is tvd or gradient.abs().max() < 1e-12)
+
+
+@every
+def test_the_closed_form_is_the_gradient(divergence):
+    log_p, log_q = pair(N=5, V=30, seed=3)
+    z = (log_p + 0.3).requires_grad_()
+    value = divergence(z.log_softmax(-1), log_q)
+    (expected,) = torch.autograd.grad(value.sum(), z)
+    for layout in (lambda x: x.clone(), lambda x: x.t().contiguous().t()):  # rows, or columns as on a CPU
+        found, gradient = GRADIENTS[divergence](layout(log_p), layout(log_q))
+        torch.testing.assert_close((found, gradient), (value.detach(), expected), rtol=1e-12, atol=1e-14)
 
 
 @every

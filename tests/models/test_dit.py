@@ -95,7 +95,8 @@ def test_denoiser_reads_out_the_data_tokens_only():
     h = model.features(x, torch.tensor([0.1, 0.9]))
     log_p = model.log_p(h.flatten(0, 1))
     weight, bias = model.readout
-    assert model.mask_id == 11 and log_p.shape == (10, 11) and weight.shape == (11, 32) and bias.shape == (11,)
+    assert model.mask_id == 11 and log_p.shape == (10, 11) and weight.shape == (12, 32) and bias.shape == (11,)
+    assert torch.allclose(model.logits(h.flatten(0, 1)).log_softmax(-1), log_p, atol=1e-5)
     assert torch.allclose(log_p.exp().sum(-1), torch.ones(10), atol=1e-6)
     logits = network.output_layer.linear(h.flatten(0, 1))
     logits[:, 11] = -torch.inf

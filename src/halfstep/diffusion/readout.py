@@ -1,43 +1,35 @@
-"""Losses read from features: [N, V] exists only for a chunk of rows at a time, forward and backward."""
+"""Losses read from features: [N, V] exists only for a piece of the rows at a time, forward and backward."""
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 1 << 22  # numbers in one chunk of logits (16 MiB in float32)
+from halfstep.vocabulary import log_softmax_, logits, pieces
 
-Step = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
-
-
-def log_softmax_(logits: Tensor) -> Tensor:
-    """log_softmax over the last dimension, in place: one kernel, no temporary."""
-    return torch._log_softmax(logits, -1, False, out=logits)
-
-
-def read(h: Tensor, W: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """log_softmax(h W' + b) into out[n, V]."""
-    return log_softmax_(torch.addmm(b, h, W.t(), out=out))
+RowLoss = Callable[[Tensor, slice], Tensor]  # log_p[n, V], which of the N rows -> [n]
+RowGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # the same -> [n], and its gradient in the logits [n, V]
 
 
 class _Readout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, bias, step):
+    def forward(ctx, h, weight, bias, row_loss, row_gradient):
         wanted = any(ctx.needs_input_grad[:3])
-        W, b = weight.detach().float(), bias.detach().float()
-        rows = max(16, CHUNK // W.shape[0])
+        W, b, V = weight.detach().float(), bias.detach().float(), len(bias)
         total = torch.zeros((), device=h.device)
         grad_h, grad_W, grad_b = (torch.empty_like(h), torch.zeros_like(W), torch.zeros_like(b)) if wanted else (None, None, None)
-        buffer = W.new_empty(min(rows, len(h)), len(W))
-        for start in range(0, len(h), rows):
-            part = slice(start, start + rows)
+        for part in pieces(len(h), V, h.device):
             x = h[part].detach().float()
-            value, g = step(read(x, W, b, buffer[: len(x)]), part, wanted)
-            total += value.detach().sum()
-            if wanted:
-                torch.mm(g, W, out=grad_h[part]) if h.dtype == torch.float32 else grad_h[part].copy_(g @ W)
-                grad_W.addmm_(g.t(), x)
-                grad_b += g.sum(0)
+            z = logits(x, W, b)
+            if not wanted:
+                total += row_loss(log_softmax_(z), part).sum()
+                continue
+            loss, g = (row_gradient or _by_autograd(row_loss))(log_softmax_(z) if row_gradient else z, part)
+            total += loss.sum()
+            grad_h[part] = (W[:V].t() @ g.t()).t()
+            grad_W[:V].addmm_(g.t(), x)
+            grad_b += g.sum(0)
         ctx.grads = grad_h, grad_W, grad_b
         return total
 
@@ -45,46 +37,43 @@ class _Readout(torch.autograd.Function):
     def backward(ctx, out):
         grads, ctx.grads = ctx.grads, None  # scaled in place, so spent: a second backward fails
         grad_h, grad_W, grad_b = (g.mul_(out) for g in grads)
-        return grad_h, grad_W, grad_b, None
+        return grad_h, grad_W, grad_b, None, None
 
 
-def by_autograd(row_loss: Callable[[Tensor, slice], Tensor]) -> Step:
-    """The step of a loss that has no written gradient: row_loss(log_p[n, V], rows) -> [n], differentiable in log_p alone."""
+def _by_autograd(row_loss: RowLoss) -> RowGradient:
+    """The gradient of any row loss, from logits[n, V]."""
 
-    def step(log_p: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        log_p = log_p.detach().requires_grad_(wanted)
-        with torch.set_grad_enabled(wanted):
-            value = row_loss(log_p, rows)
-        if not wanted:
-            return value, None
-        (g,) = torch.autograd.grad(value, log_p, torch.ones_like(value))
-        return value, g - log_p.detach().exp_() * g.sum(-1, keepdim=True)
+    def gradient(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            loss = row_loss(z.log_softmax(-1), rows)
+            return loss.detach(), torch.autograd.grad(loss.sum(), z)[0]
 
-    return step
+    return gradient
 
 
-def readout_loss(h: Tensor, readout: tuple[Tensor, Tensor], step: Step) -> Tensor:
-    """sum_n of a loss of log_p[n] = log_softmax(h W' + b): exact value and gradient, float32, in row chunks.
+def readout_loss(h: Tensor, readout: tuple[Tensor, Tensor], row_loss: RowLoss, row_gradient: RowGradient | None = None) -> Tensor:
+    """sum_n row_loss(log_p[n]) with log_p = log_softmax(h W' + b): exact value and gradient, float32, a piece of the rows at a time.
 
-    h[N, D]; readout = W[V, D], b[V]; step(log_p[n, V], rows, wanted) -> the losses [n] of the slice `rows` of the N rows and, if wanted, their
-    gradient [n, V] by the logits; it may write into log_p. `by_autograd` makes one of any formula. The gradient is formed with the value, chunk
-    by chunk, so no [N, V] tensor outlives its chunk. Scalar float32.
+    h[N, D]; readout = W[V or more, D], b[V], the rows beyond V being no words; row_loss(log_p[n, V], rows) -> [n] for the slice `rows` of the N rows, differentiable in
+    log_p alone; row_gradient, where there is a closed form, gives value and gradient in the logits at once, and may overwrite log_p. The gradient
+    is formed with the value, piece by piece, so no [N, V] tensor outlives its piece. Scalar float32.
     """
     if not torch.is_grad_enabled():  # autograd.Function would not know
         h, readout = h.detach(), [p.detach() for p in readout]
     with torch.autocast(h.device.type, enabled=False):
-        return _Readout.apply(h, *readout, step)
+        return _Readout.apply(h, *readout, row_loss, row_gradient)
 
 
 def cross_entropy(h: Tensor, readout: tuple[Tensor, Tensor], x0: Tensor, weight: Tensor) -> Tensor:
-    """sum_n weight[n] * -log p(x0[n] | h[n]); by the logits its gradient is weight (p - onehot(x0))."""
+    """sum_n weight[n] * -log p(x0[n] | h[n])."""
 
-    def step(log_p: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        w, goal = weight[rows], x0[rows, None]
-        value = w * -log_p.gather(-1, goal)[:, 0]
-        if not wanted:
-            return value, None
-        g = log_p.exp_().mul_(w[:, None])
-        return value, g.scatter_add_(-1, goal, -w[:, None].to(g.dtype))
+    def loss(log_p: Tensor, rows: slice) -> Tensor:
+        return weight[rows] * F.nll_loss(log_p, x0[rows], reduction="none")
 
-    return readout_loss(h, readout, step)
+    def gradient(log_p: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        w, truth = weight[rows, None], x0[rows, None]
+        value = -w * log_p.gather(-1, truth)
+        return value[:, 0], log_p.exp_().mul_(w).scatter_add_(-1, truth, -w.to(log_p.dtype))
+
+    return readout_loss(h, readout, loss, gradient)

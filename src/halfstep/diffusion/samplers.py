@@ -13,8 +13,7 @@ from torch import Tensor
 from halfstep.diffusion.masking import reveal_probability
 from halfstep.draws import float32_uniforms, inverse_cdf, released_race, uniforms
 from halfstep.errors import HalfstepError
-
-ROWS = 1 << 23  # numbers in one chunk of log-probabilities (32 MiB)
+from halfstep.vocabulary import pieces
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,12 @@ SAMPLERS: dict[str, Callable[[Tensor, int, object], Tensor]] = {
 
 
 def draw(denoiser, h: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
-    """Tokens [N] from p(x0 | xt) of features h[N, D] by their uniforms u[N], a chunk of rows at a time."""
-    chunk = max(16, ROWS // denoiser.readout[0].shape[0])
-    pieces = [slice(i, i + chunk) for i in range(0, len(h), chunk)]
-    rows = (denoiser.log_p(h[piece]) for piece in pieces)  # in whose memory the draw works
-    return torch.cat([inverse_cdf(x if temperature == 1 else x.div_(temperature), u[piece], overwrite=True) for x, piece in zip(rows, pieces, strict=True)])
+    """Tokens [N] from p(x0 | xt) of features h[N, D] by their uniforms u[N], a piece of the rows at a time."""
+    drawn = torch.empty(len(h), dtype=torch.long, device=h.device)
+    for piece in pieces(len(h), len(denoiser.readout[1]), h.device):
+        z = denoiser.logits(h[piece])
+        drawn[piece] = inverse_cdf(z if temperature == 1 else z.div_(temperature), u[piece])
+    return drawn
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from halfstep.diffusion.masking import reveal_probability
-from halfstep.diffusion.readout import by_autograd, read, readout_loss
+from halfstep.diffusion.readout import readout_loss
 from halfstep.diffusion.samplers import draw
 from halfstep.distill.divergences import GRADIENTS
+from halfstep.vocabulary import log_softmax_, logits
 
 MIN_T = 1e-5
 
@@ -71,19 +72,13 @@ def teacher_targets(
 
 
 def divergence_loss(divergence: Callable[[Tensor, Tensor], Tensor], h: Tensor, readout, h_teacher: Tensor, teacher_readout) -> Tensor:
-    """sum_n D(student_n, teacher_n) over rows h[N, D] and h_teacher[N, D], each with its own readout; no [N, V] tensor outlives a chunk.
+    """sum_n D(student_n, teacher_n) over rows h[N, D] and h_teacher[N, D], each with its own readout; no [N, V] tensor outlives a piece."""
+    weight, bias = (p.detach() for p in teacher_readout)
 
-    `divergence` is any function (log_p[n, V], log_q[n, V]) -> [n]; those of GRADIENTS take their written gradient.
-    """
-    W, b = (p.detach().float() for p in teacher_readout)
-    buffer = None
+    def log_q(rows: slice) -> Tensor:
+        with torch.no_grad():
+            return log_softmax_(logits(h_teacher[rows], weight, bias))
 
-    def step(log_p: Tensor, rows: slice, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        nonlocal buffer
-        buffer = torch.empty_like(log_p) if buffer is None else buffer
-        log_q = read(h_teacher[rows].detach().float(), W, b, buffer[: len(log_p)])
-        if wanted and divergence in GRADIENTS:
-            return GRADIENTS[divergence](log_p, log_q)
-        return by_autograd(lambda log_p, rows: divergence(log_p, log_q))(log_p, rows, wanted)
-
-    return readout_loss(h, readout, step)
+    closed = GRADIENTS.get(divergence)
+    gradient = closed and (lambda log_p, rows: closed(log_p, log_q(rows)))
+    return readout_loss(h, readout, lambda log_p, rows: divergence(log_p, log_q(rows)), gradient)

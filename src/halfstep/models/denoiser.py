@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halfstep.vocabulary import logits
+
 
 class Denoiser:
     """p(x0 | xt) of MDLM (arXiv 2406.07524, section 3.2.3): no mass on the mask token; visible tokens are carried over by the caller.
@@ -27,15 +29,16 @@ class Denoiser:
 
     @property
     def readout(self) -> tuple[Tensor, Tensor]:
-        """Weight [V, D] and bias [V] of the data vocabulary: the mask token's row is left out."""
+        """Weight [V + 1, D], the mask token's row last, and bias [V] of the data vocabulary. (A slice of the weight would cost its backward pass a table.)"""
         linear = self.network.output_layer.linear
-        return linear.weight[:-1], linear.bias[:-1]
+        return linear.weight, linear.bias[:-1]
+
+    def logits(self, h: Tensor) -> Tensor:
+        """log p(x0 = v | xt) up to a number for each row, [N, V] float32, of features h[N, D]."""
+        return logits(h, *self.readout)
 
     def log_p(self, h: Tensor) -> Tensor:
-        """log p(x0 = v | xt) [N, V], float32 inside autocast too, normalised over the data vocabulary, of features h[N, D]."""
+        """log p(x0 = v | xt) [..., V], float32 inside autocast too, normalised over the data vocabulary, of features h[..., D]."""
         weight, bias = self.readout
         with torch.autocast(h.device.type, enabled=False):
-            logits = F.linear(h.float(), weight.float(), bias.float())
-        if torch.is_grad_enabled():
-            return logits.log_softmax(-1)
-        return torch._log_softmax(logits, -1, False, out=logits)  # in place: a temporary of [N, V] costs more than its arithmetic
+            return F.linear(h.float(), weight[:-1].float(), bias.float()).log_softmax(-1)

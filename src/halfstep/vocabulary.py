@@ -1,0 +1,33 @@
+"""Arithmetic over the vocabulary: logits and their normalisation, in float32, in the layout and in pieces of the size that are fast."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 27}  # in one piece of [rows, V]: 16 MiB on a CPU, where the allocator gives pages back above 32 MiB
+
+
+def pieces(N: int, V: int, device: torch.device) -> Iterator[slice]:
+    """Slices that cut N rows into pieces of at most NUMBERS numbers each, a multiple of 16 rows (BLAS is slower with others), 16 at least."""
+    rows = max(16, NUMBERS.get(device.type, NUMBERS["cuda"]) // V // 16 * 16)
+    return (slice(start, min(start + rows, N)) for start in range(0, N, rows))
+
+
+def logits(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """h[N, D], weight[V or more, D], bias[V] -> h W' + b, [N, V] float32 whatever the autocast. Rows of the weight beyond V are no words.
+
+    On a CPU it is a view of a product [V, N]: with few rows and many words BLAS forms that one twice as fast.
+    """
+    h, weight, bias = h.float(), weight[: len(bias)].float(), bias.float()
+    with torch.autocast(h.device.type, enabled=False):
+        if h.device.type == "cpu":
+            return torch.addmm(bias[:, None], weight, h.t()).t()
+        return torch.nn.functional.linear(h, weight, bias)
+
+
+def log_softmax_(z: Tensor) -> Tensor:
+    """Logits z[N, V] become log-probabilities, in place; rows as in `torch.log_softmax`, whatever the layout. Not differentiable."""
+    z -= z.amax(-1, keepdim=True)
+    z -= z.exp().sum(-1, keepdim=True).log_()
+    return z

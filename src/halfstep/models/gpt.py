@@ -176,6 +176,18 @@ def generate(
     return decoder.write(torch.tensor([bos_id]) if prompt is None else prompt, uniforms(seed, first, num_samples, length), on_step)
 
 
+def gpt_neox_config(gpt: GPT, length: int, eos_id: int) -> dict:
+    """transformers' config.json of this network, for texts of up to `length` tokens."""
+    width, heads = gpt.vocab_embed.embedding.shape[1], gpt.blocks[0].heads
+    return {
+        "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "vocab_size": gpt.vocabulary, "hidden_size": width,
+        "num_hidden_layers": len(gpt.blocks), "num_attention_heads": heads, "intermediate_size": 4 * width, "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": length, "layer_norm_eps": 1e-5, "use_parallel_residual": False, "attention_bias": False,
+        "rotary_pct": 1.0, "rotary_emb_base": 10000, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        "tie_word_embeddings": False, "bos_token_id": eos_id, "eos_token_id": eos_id, "attention_dropout": 0.0, "hidden_dropout": 0.0, "torch_dtype": "float32",
+    }  # fmt: skip
+
+
 def save_gpt_neox(gpt: GPT, folder: Path, length: int, eos_id: int, tokenizer: Path) -> None:
     """The same function as a folder that transformers loads (AutoModelForCausalLM: GPT-NeoX without parallel residual)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,14 +210,7 @@ def save_gpt_neox(gpt: GPT, folder: Path, length: int, eos_id: int, tokenizer: P
             out[f"{name}.mlp.{theirs}.bias"] = block.mlp.get_parameter(f"{ours}.bias")
     norm("gpt_neox.final_layer_norm", gpt.output_layer.norm_final)
     save_file({k: v.detach().cpu().clone().contiguous() for k, v in out.items()}, folder / "model.safetensors", {"format": "pt"})
-    config = {
-        "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "vocab_size": gpt.vocabulary, "hidden_size": width,
-        "num_hidden_layers": len(gpt.blocks), "num_attention_heads": heads, "intermediate_size": 4 * width, "hidden_act": "gelu_pytorch_tanh",
-        "max_position_embeddings": length, "layer_norm_eps": 1e-5, "use_parallel_residual": False, "attention_bias": False,
-        "rotary_pct": 1.0, "rotary_emb_base": 10000, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
-        "tie_word_embeddings": False, "bos_token_id": eos_id, "eos_token_id": eos_id, "attention_dropout": 0.0, "hidden_dropout": 0.0, "torch_dtype": "float32",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "config.json").write_text(json.dumps(gpt_neox_config(gpt, length, eos_id), indent=1))
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
     eos = "<|endoftext|>"
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "bos_token": eos, "model_max_length": length}

@@ -187,8 +187,8 @@ class Distillation(Training):
 class Drawing(Section):
     """How a text is drawn."""
 
-    sampler: Literal["ancestral", "analytic", "first_hitting"] = "ancestral"
-    """which positions are revealed when"""
+    sampler: Literal["ancestral", "analytic", "first_hitting", "block"] = "ancestral"
+    """which positions are revealed when; block: 16 tokens at a time from left to right, keys and values of the others kept (an approximation)"""
     weights: Weights = "ema"
     """which weights of the checkpoint write"""
     draw_dtype: Literal["float64", "float32-released"] = "float64"

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halfstep.models.dit import Kept
+
 
 class Denoiser:
     """p(x0 | xt) of MDLM (arXiv 2406.07524, section 3.2.3): no mass on the mask token; visible tokens are carried over by the caller.
@@ -24,6 +26,11 @@ class Denoiser:
     def features(self, xt: Tensor, t: Tensor) -> Tensor:
         """One pass of the network: xt[B, L] int64, t[B] in [0, 1] -> h[B, L, D]."""
         return self.network(xt, None if self._sigma is None else self._sigma(t))
+
+    def features_and_keys(self, xt: Tensor, t: Tensor, start: int = 0, kept: list | None = None) -> tuple[Tensor, list]:
+        """As `features`, and every block's keys and values. Given back, xt[B, l] are the tokens from `start` on, and only they are computed."""
+        kept = kept or [Kept() for _ in self.network.blocks]
+        return self.network(xt, None if self._sigma is None else self._sigma(t), start, kept), kept
 
     @property
     def readout(self) -> tuple[Tensor, Tensor]:

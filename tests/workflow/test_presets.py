@@ -25,7 +25,7 @@ def test_preset_resolves(workflow, preset):
     assert jobs["score_samples"] == jobs["score_lambada"] == rounds + 2 * teachers
     assert preset == "laptop" or jobs["generate"] % (rounds + teachers) == teachers  # as often for every denoiser, and once for every baseline
     prompts = preset != "laptop"  # whether held-out prompts are continued
-    assert (jobs["plot"], jobs["tabulate"], jobs["track"]) == (6 + prompts, 3 + prompts, 1)
+    assert (jobs["plot"], jobs["tabulate"], jobs["track"]) == (7 + prompts, 3 + prompts, 1)
     assert jobs.get("score_continuations", 0) == prompts * (2 if preset == "ci" else rounds + 2 * teachers)
 
 

@@ -22,7 +22,7 @@ include: "rules/pretrain.smk"  # pretrain, train_baseline
 include: "rules/distill.smk"  # distill_round
 include: "rules/generate.smk"  # generate
 include: "rules/evaluate.smk"  # score_samples, score_corpus, score_lambada
-include: "rules/benchmark.smk"  # time_sampling
+include: "rules/benchmark.smk"  # latency
 include: "rules/report.smk"  # tabulate, plot, track, merge_provenance
 
 

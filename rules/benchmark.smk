@@ -1,17 +1,18 @@
-"""Speed: the time to write n tokens, students at each step count against the baseline with its KV cache."""
+"""Speed: the time to write n tokens, students at each step count against autoregressive baselines."""
 
 
-rule time_sampling:
+rule latency:
     input:
         checkpoint="results/models/{teacher}/teacher/meta.json",  # a student has the same network
         baseline="results/models/{teacher}/baseline/meta.json",
+        hf="results/models/{teacher}/baseline/hf/config.json",  # what other engines load
     output:
-        rows="results/benchmarks/{teacher}/sampling.json",
-        record="results/benchmarks/{teacher}/sampling.provenance.json",
+        rows="results/benchmarks/{teacher}/latency.json",
+        record="results/benchmarks/{teacher}/latency.provenance.json",
     log:
-        "results/logs/time_sampling/{teacher}.log",
+        "results/logs/latency/{teacher}.log",
     benchmark:
-        "results/logs/time_sampling/{teacher}.tsv"
+        "results/logs/latency/{teacher}.tsv"
     conda:
         "../envs/gpu.yaml"
     threads: alone  # all cores of a laptop: nothing runs beside a timing
@@ -24,10 +25,10 @@ rule time_sampling:
         checkpoint=subpath(input.checkpoint, parent=True),
         baseline=subpath(input.baseline, parent=True),
         benchmark=flags(CONFIG.benchmark),
-        code=STAGE["time"],
+        code=STAGE["latency"],
     shell:
         r"""
-        halfstep time-sampling \
+        halfstep latency \
             --checkpoint {params.checkpoint:q} \
             --baseline {params.baseline:q} \
             --output {output.rows:q} \

@@ -49,7 +49,7 @@ STAGE = dict(
     score_continuations=1,
     score=2,
     lambada=2,
-    time=2,
+    latency=3,
     tabulate=2,
     plot=2,
     track=1,
@@ -106,7 +106,7 @@ def continued(model):
 TABLES = {  # table: the metric rows it gathers
     "steps": [f"results/metrics/{model}/samples.json" for model in MODELS] + [f"results/metrics/{t}/data.json" for t in CONFIG.teachers],
     "lambada": [f"results/metrics/{model}/lambada.json" for model in MODELS],
-    "speed": [f"results/benchmarks/{t}/sampling.json" for t in CONFIG.teachers],
+    "speed": [f"results/benchmarks/{t}/latency.json" for t in CONFIG.teachers],
 }
 if CONFIG.continuations:
     TABLES["continuations"] = [f"results/metrics/{model}/continuations.json" for model in MODELS if continued(model)]
@@ -116,6 +116,7 @@ FIGURES = {  # figure: what it is drawn from
     "ppl_vs_latency": ["results/tables/steps.csv", "results/tables/speed.csv"],
     "lambada_vs_round": ["results/tables/lambada.csv"],
     "latency_vs_length": ["results/tables/speed.csv"],
+    "speedup_vs_batch": ["results/tables/speed.csv"],
     "loss_curves": [f"results/models/{model}/journal.jsonl" for model in MODELS],
 }
 if CONFIG.continuations:

@@ -21,7 +21,7 @@ COMMANDS = {  # name: (module:function, what it does)
     "score-lambada": ("halfstep.commands.evaluate:score_lambada", "last-word accuracy and perplexity through lm-eval"),
     "continue-prompts": ("halfstep.commands.continuations:continue_prompts", "continue the beginnings of held-out documents"),
     "score-continuations": ("halfstep.commands.continuations:score_continuations", "MAUVE, self-BLEU and perplexity of continuations"),
-    "time-sampling": ("halfstep.commands.benchmark:time_sampling", "time students against the baseline with its KV cache"),
+    "latency": ("halfstep.commands.benchmark:latency", "time students at each step count against autoregressive baselines"),
     "tabulate": ("halfstep.commands.report:tabulate", "gather metric rows into tables"),
     "plot": ("halfstep.commands.report:plot", "draw one figure from the tables"),
     "track": ("halfstep.commands.track:track", "send the journals to MLflow, idempotently"),

@@ -78,10 +78,13 @@ SIZES: dict[str, tuple[int, int, int]] = {  # blocks, width, heads: SDTT Table 2
 }
 
 
+Size = Literal["tiny", "mini", "small", "medium", "large", "1.3B", "3B", "8B"]
+
+
 class Network(Section):
     """The size of the denoiser and of its autoregressive peer."""
 
-    size: Literal["tiny", "mini", "small", "medium", "large", "1.3B", "3B", "8B"] = "small"
+    size: Size = "small"
     """a row of SDTT Table 2 (small 169M, medium 424M, large 863M), or tiny and mini for small machines"""
     time_conditioning: bool = False
     """feed t to adaLN; the paper feeds zero"""
@@ -184,8 +187,8 @@ class Distillation(Training):
 class Drawing(Section):
     """How a text is drawn."""
 
-    sampler: Literal["ancestral", "analytic", "first_hitting"] = "ancestral"
-    """which positions are revealed when"""
+    sampler: Literal["ancestral", "analytic", "first_hitting", "block"] = "ancestral"
+    """which positions are revealed when; block: 16 tokens at a time from left to right, keys and values of the others kept (an approximation)"""
     weights: Weights = "ema"
     """which weights of the checkpoint write"""
     draw_dtype: Literal["float64", "float32-released"] = "float64"
@@ -281,16 +284,22 @@ class Continuations(Prompts):
 
 
 class Benchmark(Section):
-    """What is timed: every student step count against the baseline with its KV cache."""
+    """What is timed: every student step count against autoregressive baselines."""
 
     lengths: Annotated[list[PositiveInt], Field(min_length=1)] = [64, 128, 256, 512, 1024]
     """tokens written"""
     batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 8]
     """texts at once"""
-    benchmark_steps: Annotated[list[PositiveInt], Field(min_length=1)] = [8, 16, 32, 64]
+    benchmark_steps: Annotated[list[PositiveInt], Field(min_length=1)] = [4, 8, 16, 32, 64]
     """sampling steps of the timed students"""
+    baselines: Annotated[list[Literal["halfstep", "transformers", "vllm"]], Field(min_length=1)] = ["halfstep", "transformers"]
+    """who writes one token at a time: our decoder (static KV cache, CUDA graphs), transformers' generate with its static cache, vLLM where installed"""
+    sizes: list[Size] = []
+    """network sizes that are timed too, with untrained weights and the checkpoint's vocabulary; their rows say so"""
+    timed_dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the blocks of all that is timed; readouts and draws stay as they are"""
     repeats: Annotated[int, Field(ge=3)] = 10
-    """timed runs per case, after one warm-up"""
+    """timed runs per case, after one warm-up; three where one run of each case takes more than a minute together"""
 
 
 class Machine(Section):

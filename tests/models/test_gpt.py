@@ -6,7 +6,7 @@ from oracle import chi_square
 
 from halfstep.data.tokenizer import train_bpe
 from halfstep.draws import inverse_cdf, uniforms
-from halfstep.models.gpt import GPT, generate, nucleus, save_gpt_neox
+from halfstep.models.gpt import GPT, Decoder, generate, nucleus, save_gpt_neox
 
 
 def tiny(vocabulary=13, width=32, blocks=2, heads=4) -> GPT:
@@ -48,6 +48,31 @@ def test_generation_equals_the_full_pass(how):
         ids = torch.cat([ids, inverse_cdf(nucleus(log_p.log_softmax(-1), how.get("top_p", 1.0)), u[:, ids.shape[1]])[:, None]], 1)
     assert torch.equal(found, ids) and found.shape == (N, L)
     assert len({tuple(row) for row in found.tolist()}) > N // 2
+
+
+def test_the_windows_of_the_graphs_equal_the_exact_ones(monkeypatch):
+    """What a CUDA graph replays (more keys than are written, masked, of whatever another text left there), run here without the graph."""
+    gpt, u = tiny(), uniforms(4, 0, 5, 30)
+    exact, decoder, windows, step = Decoder(gpt, 5, 30), Decoder(gpt, 5, 30), [], Decoder.step
+    for cache in decoder.caches:
+        cache.k.fill_(1e3), cache.v.fill_(1e3)  # memory is not cleared
+
+    def wider(self, window, masked=False):
+        windows.append(min(max(8, 1 << (window - 1).bit_length()), 30))
+        step(self, windows[-1], masked=True)
+
+    expected = [exact.write(torch.tensor(start), u) for start in ([0], [0, 3, 5])]
+    monkeypatch.setattr(Decoder, "step", wider)
+    assert [torch.equal(decoder.write(torch.tensor(start), u), whole) for start, whole in zip(([0], [0, 3, 5]), expected, strict=True)] == [True, True]
+    assert set(windows) == {8, 16, 30}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_write_what_the_cpu_writes():
+    gpt, u = tiny(), uniforms(4, 0, 5, 150)
+    expected, decoder = Decoder(gpt, 5, 150).write(torch.tensor([0]), u), Decoder(gpt.cuda(), 5, 150)
+    found = [decoder.write(torch.tensor([0]), u) for _ in range(2)]
+    assert torch.equal(*found) and (found[0].cpu() == expected).double().mean() > 0.9 and set(decoder.graphs) == {64, 128, 150}
 
 
 def test_greedy_limit_is_the_argmax_of_the_full_pass():

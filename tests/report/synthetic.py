@@ -38,7 +38,7 @@ def write(results: Path, teacher="stories-tiny", runs=LOSSES, rounds=7, steps=ST
     data = common(teacher, "data", 0, "data", None, None) | {"sampler": None, "weights": None}
     dump(results / "metrics" / teacher / "data.json", quality(data, 7.2, 3.95, 1.0))
     if benchmark:
-        dump(results / "benchmarks" / teacher / "sampling.json", timings(teacher, runs[0] if runs else "teacher", rounds))
+        dump(results / "benchmarks" / teacher / "latency.json", timings(teacher, runs[0] if runs else "teacher", rounds))
     return results
 
 
@@ -114,9 +114,9 @@ def timings(teacher, run, r) -> list[dict]:
                 one = 0.004 * (1 + 0.02 * batch * length / 64)  # a pass over the window
                 latency = length * 0.0041 * (1 + 0.03 * batch) if steps is None else steps * one
                 rows.append({
-                    "metric": "latency_s", "protocol": "interleaved", "version": 1, "value": latency, "low": 0.97 * latency, "high": 1.06 * latency, "model": model, "teacher": teacher,
-                    "run": who, "round": 0 if steps is None else r, "steps": steps, "network_evaluations": steps or length, "sampler": "ancestral" if steps else None,
-                    "length": length, "batch_size": batch, "tokens_per_s": batch * length / latency, "device": "cpu", "dtype": "float32", "params": 2_100_000,
+                    "metric": "latency_s", "protocol": "interleaved", "version": 2, "value": latency, "low": 0.97 * latency, "high": 1.06 * latency, "model": model, "teacher": teacher,
+                    "run": who, "round": 0 if steps is None else r, "steps": steps, "network_evaluations": steps or length, "sampler": "ancestral" if steps else "kv_cache",
+                    "length": length, "batch_size": batch, "tokens_per_s": batch * length / latency, "tokens_per_forward": length / (steps or length), "device": "cpu", "dtype": "float32", "params": 2_100_000,
                     "num_samples": batch, "seed": 1, "weights": "ema", "checkpoint": None, "commit": "0123456789ab", "judge": None, "draw_dtype": "float64",
                 })  # fmt: skip
     return rows

@@ -20,12 +20,12 @@ def test_every_preset_has_a_test_here():
 def test_preset_resolves(workflow, preset):
     jobs = counts(workflow.plan("--config", f"preset={preset}"))
     teachers, (_, rounds) = jobs["pretrain"], GRAPHS[preset]
-    assert jobs["train_baseline"] == jobs["time_sampling"] == jobs["score_corpus"] == teachers
+    assert jobs["train_baseline"] == jobs["latency"] == jobs["score_corpus"] == teachers
     assert jobs["distill_round"] == rounds
     assert jobs["score_samples"] == jobs["score_lambada"] == rounds + 2 * teachers
     assert preset == "laptop" or jobs["generate"] % (rounds + teachers) == teachers  # as often for every denoiser, and once for every baseline
     prompts = preset != "laptop"  # whether held-out prompts are continued
-    assert (jobs["plot"], jobs["tabulate"], jobs["track"]) == (6 + prompts, 3 + prompts, 1)
+    assert (jobs["plot"], jobs["tabulate"], jobs["track"]) == (7 + prompts, 3 + prompts, 1)
     assert jobs.get("score_continuations", 0) == prompts * (2 if preset == "ci" else rounds + 2 * teachers)
 
 
@@ -49,7 +49,7 @@ def test_a_teacher_can_come_from_elsewhere(workflow):
 def test_one_figure_needs_no_flag(workflow):
     jobs = counts(workflow.plan("results/figures/ppl_vs_steps.pdf"))
     assert jobs["plot"] == jobs["tabulate"] == 1 and jobs["distill_round"] == 7
-    assert not {"track", "time_sampling", "score_lambada"} & jobs.keys()  # nothing that the figure does not show
+    assert not {"track", "latency", "score_lambada"} & jobs.keys()  # nothing that the figure does not show
 
 
 def test_slurm_runs_the_paper_on_gpus(workflow):

@@ -72,7 +72,7 @@ def test_learning_rate_of_one_run(finished):
     assert trained(jobs) == {"distill_round stories-ci mse 1", "distill_round stories-ci mse 2"}
     assert {job for job in jobs if "kl_backward" in job} == set()
     assert {"generate stories-ci/mse/round-1 8", "score_samples stories-ci/mse/round-2"} | REPORT <= jobs
-    assert not any(job.startswith("time_sampling") for job in jobs)
+    assert not any(job.startswith("latency") for job in jobs)
 
 
 def test_one_more_step_count_trains_nothing(finished):

@@ -6,10 +6,12 @@ steps of all positions are drawn first; each text visits only its own non-empty 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from halfstep.diffusion.caching import write_blocks
 from halfstep.diffusion.masking import reveal_probability
 from halfstep.draws import float32_uniforms, inverse_cdf, released_race, uniforms
 from halfstep.errors import HalfstepError
@@ -150,6 +152,8 @@ def sample(
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
         return carry_out_released(denoiser, x, times, schedule, seed, first, temperature, on_pass)
     u = uniforms(seed, first, num_samples, 2 * length).to(device)
+    if sampler == "block":
+        return Samples(*write_blocks(denoiser, x, u, steps, ancestral, partial(draw, temperature=temperature), schedule))
     plan = SAMPLERS[sampler](u[:, :length].masked_fill(x != denoiser.mask_id, -1), steps, schedule)  # given positions take no step
     times = torch.linspace(1, 0, steps + 1, device=device)[:-1]
     return carry_out(denoiser, x, plan, times, u[:, length:], temperature, on_pass)

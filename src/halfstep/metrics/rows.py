@@ -11,7 +11,7 @@ ABOUT = (
     "model", "teacher", "run", "round", "steps", "sampler", "network_evaluations", "num_samples", "seed", "weights", "draw_dtype",
     "temperature", "top_p", "judge", "judge_dtype", "data", "checkpoint",
 )  # fmt: skip
-SPEED = ("length", "batch_size", "tokens_per_s", "device", "dtype", "params")  # columns of timings only
+SPEED = ("length", "batch_size", "tokens_per_s", "tokens_per_forward", "energy_j", "device", "dtype", "params")  # columns of timings only
 
 
 def row(metric: str, protocol: str, value: float, interval: tuple[float, float], **about) -> dict:

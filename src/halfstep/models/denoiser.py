@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halfstep.models.dit import Kept
 from halfstep.vocabulary import logits
 
 
@@ -26,6 +27,11 @@ class Denoiser:
     def features(self, xt: Tensor, t: Tensor) -> Tensor:
         """One pass of the network: xt[B, L] int64, t[B] in [0, 1] -> h[B, L, D]."""
         return self.network(xt, None if self._sigma is None else self._sigma(t))
+
+    def features_and_keys(self, xt: Tensor, t: Tensor, start: int = 0, kept: list | None = None) -> tuple[Tensor, list]:
+        """As `features`, and every block's keys and values. Given back, xt[B, l] are the tokens from `start` on, and only they are computed."""
+        kept = kept or [Kept() for _ in self.network.blocks]
+        return self.network(xt, None if self._sigma is None else self._sigma(t), start, kept), kept
 
     @property
     def readout(self) -> tuple[Tensor, Tensor]:

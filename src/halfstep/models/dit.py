@@ -23,6 +23,25 @@ class TimeEmbedding(nn.Module):
         return F.silu(self.mlp(torch.cat([angles.cos(), angles.sin()], -1)))
 
 
+class Kept:
+    """Keys and values of one block's whole pass; later passes write over the columns that they compute."""
+
+    def __init__(self):
+        self.kv: tuple[Tensor, Tensor] | None = None
+        self.start = 0
+
+    def at(self, start: int) -> "Kept":
+        self.start = start
+        return self
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kv is None:
+            self.kv = k.clone(), v.clone()
+        for old, new in zip(self.kv, (k, v), strict=True):
+            old[:, :, self.start : self.start + new.shape[2]] = new
+        return self.kv
+
+
 class DiT(nn.Module):
     """Bidirectional transformer with RoPE and adaLN over `vocabulary` data tokens and one mask token (the last id)."""
 
@@ -35,11 +54,14 @@ class DiT(nn.Module):
         self.output_layer = Head(width, vocabulary + 1, cond_width)
         self.vocabulary = vocabulary
 
-    def forward(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
-        """Token ids x[B, L] and noise levels sigma[B] (zero when absent: the paper's time-unconditional network) -> h[B, L, D]."""
+    def forward(self, x: Tensor, sigma: Tensor | None = None, start: int = 0, kept: "list[Kept] | None" = None) -> Tensor:
+        """Token ids x[B, L] and noise levels sigma[B] (zero when absent: the paper's time-unconditional network) -> h[B, L, D].
+
+        With `kept`, x are the tokens from `start` on, which see the keys and values of all others as they were left there.
+        """
         cond = self.sigma_map(torch.zeros(1, device=x.device) if sigma is None else sigma)
-        angles = self.rotary_emb(torch.arange(x.shape[1], device=x.device))
+        angles = self.rotary_emb(torch.arange(start, start + x.shape[1], device=x.device))
         h = self.vocab_embed(x)
-        for block in self.blocks:
-            h = block(h, angles, cond)
+        for i, block in enumerate(self.blocks):
+            h = block(h, angles, cond, kept[i].at(start) if kept else None)
         return self.output_layer(h, cond)

@@ -88,7 +88,7 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
             past = k.shape[2] - L
-            if past and L > 1:  # is_causal would count from the first key, not from the last
+            if causal and past and L > 1:  # is_causal would count from the first key, not from the last
                 mask = torch.ones(L, past + L, dtype=torch.bool, device=h.device).tril(past)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and L > 1 and mask is None)
         return self.attn_out(out.transpose(1, 2).reshape(B, L, D))

@@ -21,7 +21,7 @@ from halfstep.errors import HalfstepError
 from halfstep.report import style
 from halfstep.report.continuations import mauve_vs_steps
 from halfstep.report.published import PROTOCOL
-from halfstep.report.tables import LEVELS, conditions, short
+from halfstep.report.tables import LEVELS, baseline, conditions, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +60,10 @@ def entropy_vs_steps(tables: dict[str, DataFrame]) -> Drawn:
 
 
 def ppl_vs_latency(tables: dict[str, DataFrame]) -> Drawn:
-    """Generative perplexity against the time to write one text: teacher and last rounds at each timed step count, the baseline as a point."""
+    """Generative perplexity against the time to write one text: teacher and last rounds at each timed step count, the fastest baseline as a point.
+
+    A speed-up is one of equal quality where a student's line meets the level of the baseline's perplexity.
+    """
     quality, speed = _metric(tables["steps"], "generative_perplexity"), tables["speed"]
     parts, notes = [], []
     for teacher, mine in quality.groupby("teacher", sort=False):
@@ -75,7 +78,8 @@ def ppl_vs_latency(tables: dict[str, DataFrame]) -> Drawn:
         parts.append(_points(lines, teacher, name, 1000 * lines["steps"].map(seconds).astype(float)).assign(round=0, text=counts))
         base, base_time = mine[mine["run"] == "baseline"], timed.loc[timed["run"] == "baseline", "value"]
         if len(base) and len(base_time):
-            parts.append(_points(base.tail(1), teacher, "baseline", 1000 * base_time.iloc[0]).assign(kind="point", text="baseline"))
+            parts.append(_points(base.tail(1), teacher, "baseline", 1000 * base_time.min()).assign(kind="point"))
+            parts.append(_points(base.tail(1), teacher, "the baseline's quality", None).assign(kind="level", low=None, high=None))
         parts.append(_points(mine[mine["run"] == "data"].tail(1), teacher, "data", None).assign(kind="level"))
         if len(timed):
             what = f"{timed['length'].iloc[0]} tokens, batch size {timed['batch_size'].iloc[0]}, {timed['device'].iloc[0]}, {timed['dtype'].iloc[0]}"
@@ -109,23 +113,66 @@ def lambada_vs_round(tables: dict[str, DataFrame]) -> Drawn:
 
 
 def latency_vs_length(tables: dict[str, DataFrame]) -> Drawn:
-    """Time to write against the number of tokens: the baseline with its KV cache and every step count, a panel for each batch size."""
+    """Time to write against the number of tokens: baselines with their KV cache and every step count, a panel for each network and batch size.
+
+    The paper's figures 3b and 20 (batch 8) and 21 (batch 4), and a text alone; others of many batch sizes are in `speedup_vs_batch`.
+    """
     table, parts, sizes = tables["speed"], [], {}
+    if table["batch_size"].nunique() > 3:
+        table = table[table["batch_size"].isin((1, 4, 8)) | ~table["batch_size"].isin((1, 4, 8)).any()]
     counts = sorted(table["steps"].dropna().unique(), reverse=True)
     for (teacher, size), mine in table.groupby(["teacher", "batch_size"], sort=False):
         panel = _title(table, teacher, "one text at a time" if size == 1 else f"{size} texts at once")
         sizes[panel] = size
         base, timed = mine[mine["run"] == "baseline"], mine[mine["run"] != "baseline"]
-        parts.append(_points(base, panel, "baseline, KV cache", base["length"], 1000).assign(round=0))
+        for name, rows in base.groupby(base["sampler"].map(baseline).where(base["sampler"].notna(), "baseline"), sort=False):
+            parts.append(_points(rows, panel, "baseline, KV cache" if name == "baseline" else name, rows["length"], 1000).assign(round=0))
         for model, rows in timed.groupby("model", sort=False):
             prefix = f"{model.partition('/')[2]}, " if timed["model"].nunique() > 1 else ""
             for darker, steps in enumerate(counts, start=1):  # the fewer steps, the darker
                 line = rows[rows["steps"] == steps]
                 parts.append(_points(line, panel, f"{prefix}{steps} steps", line["length"], 1000).assign(round=darker))
     points, published = _with_published(pandas.concat(parts, ignore_index=True), tables, "latency_s", "length", sizes, 1000)
-    where = "; ".join(", ".join(map(str, table[column].dropna().unique())) for column in ("device", "dtype"))
-    note = f"Medians, bands to the quartiles; all in one process. {where}; commit {', '.join(table['commit'].dropna().unique())}.{published}"
+    note = f"Medians, bands to the quartiles; {_timed(table)}{published}"
     return style.draw(points, note, xlabel="tokens written", ylabel="milliseconds", x_scale="steps", log_y=True), points
+
+
+def speedup_vs_batch(tables: dict[str, DataFrame]) -> Drawn:
+    """How many times faster than the fastest baseline against the number of texts at once: a line for each step count, a panel for each network
+    and three of the lengths. Below one, in the grey, autoregression wins.
+    """
+    table, parts = tables["speed"], []
+    lengths = sorted(table["length"].unique())
+    shown = {lengths[0], lengths[len(lengths) // 2], lengths[-1]}
+    counts = sorted(table["steps"].dropna().unique(), reverse=True)
+    timed = table[(table["run"] != "baseline") & table["times_faster"].notna() & table["length"].isin(shown)]
+    if timed.empty:
+        raise HalfstepError("speedup_vs_batch: the speed table has no student timed beside a baseline; make it with halfstep latency")
+    for (teacher, length), mine in timed.groupby(["teacher", "length"], sort=False):
+        panel = _title(table, teacher, f"{length} tokens")
+        for model, rows in mine.groupby("model", sort=False):
+            prefix = f"{model.partition('/')[2]}, " if mine["model"].nunique() > 1 else ""
+            for darker, steps in enumerate(counts, start=1):
+                line = rows[rows["steps"] == steps].sort_values("batch_size")
+                ratio = line.assign(value=line["times_faster"], low=None, high=None)
+                parts.append(_points(ratio, panel, f"{prefix}{steps} steps", line["batch_size"]).assign(round=darker))
+        parts.append(_points(mine.head(1).assign(value=1.0, low=None, high=None), panel, "baseline", None).assign(kind="level", round=0))
+    points = pandas.concat(parts, ignore_index=True)
+
+    def lost(axes, mine) -> None:
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(min(bottom, 0.7), max(top, 1.5))
+        axes.axhspan(axes.get_ylim()[0], 1, color="#999", alpha=0.18, linewidth=0, zorder=0)
+        axes.annotate("autoregression wins", (0.02, 0.02), xycoords="axes fraction", fontsize=6.5, color="#555")
+
+    note = f"Ratio of medians to the fastest baseline ({', '.join(dict.fromkeys(map(baseline, table.loc[table['run'] == 'baseline', 'sampler'])))}); {_timed(table)}"
+    return style.draw(points, note, xlabel="texts at once", ylabel="times faster than autoregression", x_scale="steps", log_y=True, before=lost), points
+
+
+def _timed(table: DataFrame) -> str:
+    """Where and how the rows of the speed table were timed, in a sentence."""
+    where = "; ".join(", ".join(map(str, table[column].dropna().unique())) for column in ("device", "dtype"))
+    return f"all in one process. {where}; weights {', '.join(table['weights'].dropna().unique())}; commit {', '.join(table['commit'].dropna().unique())}."
 
 
 def loss_curves(tables: dict[str, DataFrame]) -> Drawn:
@@ -232,6 +279,7 @@ FIGURES = {
     "ppl_vs_latency": (ppl_vs_latency, ("steps", "speed")),
     "lambada_vs_round": (lambada_vs_round, ("lambada",)),
     "latency_vs_length": (latency_vs_length, ("speed",)),
+    "speedup_vs_batch": (speedup_vs_batch, ("speed",)),
     "loss_curves": (loss_curves, ("journals",)),
     "mauve_vs_steps": (mauve_vs_steps, ("continuations",)),
 }

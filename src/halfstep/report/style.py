@@ -39,7 +39,8 @@ def series_style(series: str, round_: int, rounds: int, order: int) -> dict:
     if series == "teacher":
         return {"color": "black", "marker": "s", "markerfacecolor": "white", "linewidth": 1.5, "linestyle": "-"}
     if series.startswith("baseline"):
-        return {"color": LEVELS["baseline"][0], "marker": "D", "markerfacecolor": "white", "linestyle": LEVELS["baseline"][1]}
+        other = series in ("baseline, transformers", "baseline, vLLM")
+        return {"color": LEVELS["baseline"][0], "marker": "P" if other else "D", "markerfacecolor": "white", "linestyle": LEVELS["data" if other else "baseline"][1]}
     if round_:
         shade = matplotlib.colormaps["plasma"](0.8 - 0.78 * (round_ - 1) / max(rounds - 1, 1))
         return {"color": matplotlib.colors.to_hex(shade), "marker": MARKERS[(round_ - 1) % len(MARKERS)], "linestyle": "-"}

@@ -165,6 +165,18 @@ def distance(a, b):
     return ((a - b).abs().max() / (a.max() - a.min())).item()
 
 
+def test_the_nucleus_and_the_seed_reach_the_baseline(pipeline, tmp_path):
+    """A nucleus of the likeliest token alone writes one text, whatever the seed; without it the seed decides, and is named."""
+    texts = {}
+    for name, words in (("greedy", "--top-p 1e-6"), ("greedy 7", "--top-p 1e-6 --sampling-seed 7"), ("free", ""), ("free 7", "--sampling-seed 7")):
+        folder = tmp_path / name.replace(" ", "-")
+        done(f"generate --checkpoint {pipeline.baseline} --output {folder} --steps 24 --num-samples 3 {words} {MACHINE}")
+        texts[name] = np.load(folder / "samples.npy")
+        assert json.loads((folder / "samples.json").read_text())["seed"] == (7 if "7" in name else 1)
+    assert (texts["greedy"] == texts["greedy"][0]).all() and np.array_equal(texts["greedy"], texts["greedy 7"])
+    assert not np.array_equal(texts["free"], texts["free 7"]) and len(np.unique(texts["free"], axis=0)) == 3
+
+
 def test_threads(pipeline, undisturbed, tmp_path):
     """Sums may come in another order: what the trained networks say differs by no more than the tolerance, and far less than training moved it.
     (At this size the bits were the same with 1, 2 and 3 threads; matrices large enough to be cut among threads promise no such thing.)"""

@@ -63,6 +63,12 @@ class Corpus(Section):
             raise ValueError(f"`files` is given with kind: files and only then, found kind: {self.kind} and files: {self.files}")
         if self.kind == "stories" and self.num_documents is None:
             raise ValueError("kind: stories needs num_documents, the number of stories to write")
+        for key, used, where in (
+            ("corpus_seed", self.kind == "stories", "kind: stories"), ("text_field", self.kind == "files", "kind: files"),
+            ("vocab_size", self.tokenizer == "bpe", "tokenizer: bpe"),
+        ):  # fmt: skip
+            if not used and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}: found {getattr(self, key)!r}, which is of use with {where} only; leave it out")
         return self
 
 
@@ -380,6 +386,8 @@ class Config(Section):
                     f"evaluation.lambada is last_words, but corpus {teacher.corpus!r} has kind {self.corpora[teacher.corpus].kind}: "
                     "only stories come with last words; name a hub data set or a .jsonl"
                 )
+            if teacher.source and self.sampling.weights == "best":
+                raise ValueError(f"sampling.weights is best, but teachers.{name}.from brings no best weights, for it was not validated here; choose ema or raw")
             length, how = self.corpora[teacher.corpus].length, self.continuations
             most = max(run.teacher_steps if count == "own" else count for count in self.sampling.steps for run in teacher.runs.values() or [teacher.distillation])
             if self.sampling.sampler == "first_hitting" and most > length:

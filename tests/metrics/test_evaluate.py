@@ -84,6 +84,19 @@ def test_held_out_text_is_a_line_of_its_own_and_the_grammar_accepts_it(world, tm
     assert by_name(tmp_path / "rows.json")["accepted_share", "grammar", 8]["value"] == 0
 
 
+def test_the_number_of_resamples_is_the_configurations(world, tmp_path):
+    """Other resamples, another interval of the same number: of the judge's perplexity and of the last words'."""
+    found = []
+    for resamples in (100, 150):
+        how = scoring(world).model_copy(update={"bootstrap": resamples})
+        score_samples([world.samples / "steps-8"], world.corpus, tmp_path / "samples.json", how, MACHINE)
+        score_lambada(world.models / "teacher", world.corpus, tmp_path / "lambada.json", how, MACHINE)
+        found.append(by_name(tmp_path / "samples.json") | by_name(tmp_path / "lambada.json"))
+    for key in (("generative_perplexity", "ids", 8), ("lambada_perplexity", "elbo-exact", None)):
+        one, two = (rows[key] for rows in found)
+        assert one["value"] == two["value"] and (one["low"], one["high"]) != (two["low"], two["high"]), key
+
+
 def test_samples_without_a_whole_story_say_that_nothing_is_known(world, tmp_path):
     write_samples(tmp_path / "samples", np.full((3, 128), 5, np.int32), 8)
     score_samples([tmp_path / "samples"], world.corpus, tmp_path / "rows.json", scoring(world), MACHINE)

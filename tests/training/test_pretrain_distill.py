@@ -21,6 +21,7 @@ from halfstep.data.pack import Windows
 from halfstep.distill.rounds import Round
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256
+from halfstep.metrics.diversity import unigram_entropy
 from halfstep.tracking import read
 from halfstep.training import loop
 from halfstep.training.loop import generator
@@ -328,6 +329,21 @@ def test_a_round_whose_entropy_leaves_the_band_stops(teacher, corpus, tmp_path, 
         distill_round(teacher, corpus, 1, out, distillation(num_steps=1, warmup_steps=0, entropy_band=1e-6), MACHINE)
     assert not (out / "meta.json").exists() and read(out)[0]["status"] == "failed"
     assert 0 < checkpoint.read_meta(first)["validation"]["val/entropy"] < math.log(24)
+
+
+def test_the_band_is_a_share_of_held_out_texts_entropy(teacher, corpus):
+    """Just inside of it a round goes on, just outside it stops."""
+    model, held_out = halfstep.load(teacher), Windows(corpus, "validation")
+    goal = unigram_entropy(held_out[torch.arange(min(256, len(held_out)))].numpy()).mean()
+    meta = model.meta | {"round": 1, "student_steps": 8}
+
+    def entropy(band):
+        return distill.watch_entropy(model.network, meta, held_out, band, torch.device("cpu"), 1)()["val/entropy"]
+
+    gap = abs(entropy(None) / goal - 1)
+    assert gap > 1e-3 and entropy(1.001 * gap) == entropy(None)
+    with pytest.raises(HalfstepError, match="outside entropy_band"):
+        entropy(0.999 * gap)
 
 
 def test_refusals(teacher, first, corpus, tmp_path):

@@ -20,6 +20,7 @@ PRESETS = REPOSITORY / "workflow/presets"
         (["presett=ci"], "configuration: presett: found 'ci': unknown key; did you mean preset?"),
         (["preset=labtop"], "did you mean laptop?"),
         (['sampling={"steps": [8, "owns"]}'], "configuration: sampling.steps.1: found 'owns': expected a whole number above zero, or own"),
+        (['corpora={"stories": {"text_field": "story"}}'], "text_field: found 'story', which is of use with kind: files only; leave it out"),
         (['sampling={"stepz": [8]}'], "configuration: sampling.stepz: found [8]: unknown key; did you mean steps?"),
     ],
 )

@@ -281,5 +281,11 @@ def tracked():
     return [f"curves: {uri}" if uri.startswith("http") else f"curves: mlflow ui --backend-store-uri {uri}"] if uri else []
 
 
+def unsent():
+    """Why MLflow could not be brought up to date, if it could not."""
+    marker = Path("results/mlflow.synced")
+    return marker.read_text().splitlines() if marker.exists() else []
+
+
 def banner(*lines):
     print("", *(f"  halfstep | {line}" for line in lines), "", sep="\n", file=sys.stderr)

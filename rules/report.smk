@@ -68,12 +68,6 @@ rule plot:
 
 # A server that is away must not make a finished graph red, and Snakemake wants its output: `track` then succeeds with a warning, which it
 # writes into the file. The file is empty when all was sent. One with a warning is taken away here, so that the next call that works tries again.
-def unsent():
-    """Why MLflow could not be brought up to date, if it could not."""
-    marker = Path("results/mlflow.synced")
-    return marker.read_text().splitlines() if marker.exists() else []
-
-
 if unsent() and not any(re.fullmatch(r"-\w*n\w*|--dry-?run|--report.*|--lint.*", word) for word in sys.argv[1:]):
     os.remove("results/mlflow.synced")
 

@@ -78,7 +78,7 @@ def save(folder: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, tokeni
     """Write a checkpoint: `tensors` maps file names (model.safetensors, ...) to named tensors. meta.json, with every file's checksum, comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
-    for part in folder.glob(".*.part"):  # of a writer that was killed
+    for part in (*folder.glob(".*.part"), *folder.glob(".tmp*")):  # ours and safetensors', of a writer that was killed
         part.unlink(missing_ok=True)
     for name, state in tensors.items():
         write_tensors(folder / name, state, {"format": "pt"})

@@ -285,6 +285,7 @@ def main() -> None:
     args = parser.parse_args()
     size = TINY if args.tiny else CPU
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    loop.hold_memory()  # as every command does; the textbook gains by it too
     if args.peak:
         print(peak(*args.peak, size))
         return

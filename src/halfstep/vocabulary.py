@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 27}  # in one piece of [rows, V]: 16 MiB on a CPU, where the allocator gives pages back above 32 MiB
+NUMBERS = {"cpu": 13 << 19, "cuda": 1 << 27}  # in one piece of [rows, V]: 26 MiB on a CPU, where the allocator gives pages back above 32 MiB
 
 
 def pieces(N: int, V: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cut N rows into pieces of at most NUMBERS numbers each, a multiple of 16 rows (BLAS is slower with others), 16 at least."""
-    rows = max(16, NUMBERS.get(device.type, NUMBERS["cuda"]) // V // 16 * 16)
+    """Slices that cut N rows into pieces of at most NUMBERS numbers each, a multiple of 32 rows (sums and BLAS are slower with others), 32 at least."""
+    rows = max(32, NUMBERS.get(device.type, NUMBERS["cuda"]) // V // 32 * 32)
     return (slice(start, min(start + rows, N)) for start in range(0, N, rows))
 
 

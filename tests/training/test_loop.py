@@ -235,6 +235,7 @@ def test_a_loss_that_explodes_stops_and_leaves_the_state_from_before(tmp_path, m
         run(tmp_path / "b", how=training(num_steps=9), loss=loss({8: 25.0}))
     with safe_open(tmp_path / "b" / "state" / "state.safetensors", "pt") as file:
         assert file.metadata()["step"] == "7"
+    run(tmp_path / "c", how=training(num_steps=9), loss=loss({8: 25.0}), from_zero=True)
 
 
 def test_the_next_batch_is_made_while_one_is_used():

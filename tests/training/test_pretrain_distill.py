@@ -332,6 +332,14 @@ def test_a_round_whose_entropy_leaves_the_band_stops(teacher, corpus, tmp_path, 
     assert 0 < checkpoint.read_meta(first)["validation"]["val/entropy"] < math.log(24)
 
 
+def test_a_round_begins_near_zero_and_its_loss_may_grow(teacher, corpus, tmp_path, monkeypatch):
+    """The student is its teacher's copy, so the first losses say nothing of what comes; pretraining's do."""
+    monkeypatch.setattr(loop, "EXPLODED", 1e-9)
+    distill_round(teacher, corpus, 1, tmp_path / "run" / "round-1", distillation(num_steps=8), MACHINE)
+    with pytest.raises(HalfstepError, match="training exploded"):
+        pretrain(corpus, tmp_path / "teacher", TINY, training(num_steps=8, warmup_steps=1), MACHINE, 3)
+
+
 def test_the_band_is_a_share_of_held_out_texts_entropy(teacher, corpus):
     """Just inside of it a round goes on, just outside it stops."""
     model, held_out = halfstep.load(teacher), Windows(corpus, "validation")

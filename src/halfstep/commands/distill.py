@@ -75,7 +75,7 @@ def distill_round(teacher: Path, corpus: Path, round: int, output: Path, run: Di
         fitted = fit(
             student, lambda step: windows[batch_indices(len(windows), run.batch_size, seed + round, step)], *objective, lambda: nelbo() | entropy(), run,
             seed=seed + 1000 * round, device=device, micro_batch=machine.micro_batch, state=output / "state", label=f"distill-round {base}/{name}",
-            journal=journal, warm=moments is None, carried=moments, ema=ema, group=group, time_limit=machine.time_limit,
+            journal=journal, warm=moments is None, carried=moments, ema=ema, group=group, time_limit=machine.time_limit, from_zero=True,
             flops_per_token=flops_per_token(student, old, plan_, run.batch_size, windows.length),
         )  # fmt: skip
         finish(output, student, fitted, meta, corpus, group)

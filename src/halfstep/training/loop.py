@@ -117,6 +117,7 @@ def fit(
     group: Group = ALONE,
     time_limit: float | None = None,
     flops_per_token: float | None = None,
+    from_zero: bool = False,
 ) -> Fitted:
     """Train `network` for training.num_steps updates and return what they left.
 
@@ -127,6 +128,7 @@ def fit(
     dropout's draws are a process's own). `state` is a folder for a rolling checkpoint: an interrupted call continues there, to the same bits,
     if its journal bears the same fingerprint; else it starts anew. `time_limit`: minutes of this process, before whose end it saves and
     leaves by SystemExit(75); at SIGTERM and SIGINT likewise, with 143 and 130. `flops_per_token`: of training, for the MFU in the journal.
+    `from_zero`: the loss begins near zero and grows (a student begins as its teacher), so only what is not finite has exploded.
     """
     optimizer = adamw(network, training)
     if carried:
@@ -138,6 +140,8 @@ def fit(
     journal.rewind(start or -1)
     objective, scale = _shared(network, loss, training, group)
     peak = peak_flops(device, training.precision)
+    if device.type == "cuda" and training.precision == "bfloat16":
+        torch.set_float32_matmul_precision("high")  # the readout's float32 products by TF32: finer than the bfloat16 around them
     every = max(1, training.num_steps // 200)
     summed = torch.tensor(fitted.pending[0] if group.first else 0.0, device=device)
     updates, seen = fitted.pending[1], 0
@@ -177,7 +181,7 @@ def fit(
             seen, updates = seen + tokens, updates + 1
             if done % every == 0 or done == training.num_steps:
                 mean = group.total(summed) / updates
-                _check(mean, norm.item(), done, fitted.logged)
+                _check(mean, norm.item(), done, [] if from_zero else fitted.logged)
                 fitted.logged = [*fitted.logged, mean][-RECENT:]
                 speed = seen / (time.monotonic() - since)
                 shown = {"loss": mean, "tokens_per_s": speed}
@@ -199,7 +203,7 @@ def fit(
                 look, looked = done + pace, now
                 if code or due:
                     fitted.pending = group.total(summed), updates
-                    _check(fitted.pending[0] / max(1, updates), norm.item(), done, fitted.logged)  # a broken state is never kept
+                    _check(fitted.pending[0] / max(1, updates), norm.item(), done, [] if from_zero else fitted.logged)  # a broken state is never kept
                     _save(network, optimizer, fitted, state, stamp, done, group)
                     saved = time.monotonic()
                 if code:

@@ -79,7 +79,7 @@ def training_steps(size: Size) -> dict[str, dict[str, Callable]]:
 
     def ours(dt: float) -> torch.Tensor:
         goal = teacher_targets(teacher, xt, t, dt, SUBSTEPS, d["u"][1], d["u"][2], SCHEDULE)
-        return divergence_loss(divergence, student.features(xt, t)[masked], student.readout, goal, teacher.readout)
+        return divergence_loss(divergence, student.features(xt, t, masked), student.readout, goal, teacher.readout)
 
     paths = {}
     for round in (1, 7):
@@ -218,7 +218,7 @@ def on_cuda(device: str, tiny: bool, repeats: int) -> list[dict]:
 
     def sdtt() -> torch.Tensor:
         goal = teacher_targets(teacher, xt, t, dt, SUBSTEPS, d["u"][1], d["u"][2], SCHEDULE)
-        return divergence_loss(kl_backward, student.features(xt, t)[masked], student.readout, goal, teacher.readout)
+        return divergence_loss(kl_backward, student.features(xt, t, masked), student.readout, goal, teacher.readout)
 
     def peak_bytes(step) -> int:
         if not cuda:

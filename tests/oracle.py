@@ -60,10 +60,11 @@ class Perfect:
         """Exact p(x0_l = v | state) at time t, [S, L, V] float64."""
         return (self.language.posterior.log() * (1 + self.heat * t)).softmax(-1).nan_to_num(1 / self.language.V)
 
-    def features(self, xt: Tensor, t: Tensor) -> Tensor:
+    def features(self, xt: Tensor, t: Tensor, where: Tensor | None = None) -> Tensor:
         self.passes, self.texts = self.passes + 1, self.texts + len(xt)
         log_p = self.language.posterior[self.language.index(xt)].log() * (1 + self.heat * t.double())[:, None, None]
-        return log_p.log_softmax(-1).nan_to_num(nan=0.0, neginf=-torch.inf)
+        log_p = log_p.log_softmax(-1).nan_to_num(nan=0.0, neginf=-torch.inf)
+        return log_p if where is None else log_p[where]
 
     def log_p(self, h: Tensor) -> Tensor:
         return h.log_softmax(-1)

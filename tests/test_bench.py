@@ -28,8 +28,8 @@ LANGUAGE, SCHEDULE = Language(4, 3, seed=2), LogLinear()
 class Plain(Perfect):
     """The perfect denoiser with finite features, which a textbook readout can multiply."""
 
-    def features(self, xt, t):
-        return super().features(xt, t).clamp(min=-60)
+    def features(self, xt, t, where=None):
+        return super().features(xt, t, where).clamp(min=-60)
 
     def __init__(self, language):
         super().__init__(language)

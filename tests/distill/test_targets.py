@@ -228,8 +228,9 @@ class Tiny(torch.nn.Module):
         )
         self.head = torch.nn.Linear(8, language.V)
 
-    def features(self, xt, t):
-        return self.body(torch.nn.functional.one_hot(xt, self.mask_id + 1).float().flatten(1)).view(len(xt), self.L, 8)
+    def features(self, xt, t, where=None):
+        h = self.body(torch.nn.functional.one_hot(xt, self.mask_id + 1).float().flatten(1)).view(len(xt), self.L, 8)
+        return h if where is None else h[where]
 
     @property
     def readout(self):

@@ -16,14 +16,14 @@ class Language:
         self.windows, self.vocabulary, self.mask_id = windows, vocabulary, vocabulary
         self.asked = 0
 
-    def features(self, xt, t):
+    def features(self, xt, t, where=None):
         assert t.shape == (len(xt),) and ((t > 0) & (t < 1)).all()
         p = torch.zeros(*xt.shape, self.vocabulary, dtype=torch.float64)
         for row, out in zip(xt.tolist(), p, strict=True):
             for window, chance in self.windows.items():
                 if len(window) == len(row) and all(v in (w, self.mask_id) for v, w in zip(row, window, strict=True)):
                     out[torch.arange(len(row)), torch.tensor(window)] += chance
-        return p.log()
+        return p.log() if where is None else p.log()[where]
 
     def log_p(self, h):
         self.asked += len(h)
@@ -36,9 +36,10 @@ class Stubborn:
     def __init__(self, vocabulary: int):
         self.vocabulary, self.mask_id = vocabulary, vocabulary
 
-    def features(self, xt, t):
+    def features(self, xt, t, where=None):
         rows = [np.random.default_rng([7, *row]).normal(0, 2, (len(row), self.vocabulary)) for row in xt.tolist()]
-        return torch.from_numpy(np.stack(rows))
+        table = torch.from_numpy(np.stack(rows))
+        return table if where is None else table[where]
 
     def log_p(self, h):
         return h.log_softmax(-1)

@@ -122,3 +122,17 @@ def test_time_conditioning():
     found = knowing.features(x, t)
     assert not torch.allclose(found[0], found[1], atol=1e-3)
     assert torch.allclose(found[1:2], knowing.features(x[1:2], t[1:2]), atol=1e-5)
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_asked_for_some_positions_it_says_there_what_it_says_of_all(conditioned):
+    """Values and gradients of every weight; each of three texts has its own noise level."""
+    denoiser = Denoiser(tiny(), LogLinear().sigma if conditioned else None)
+    x, t = torch.randint(0, 12, (3, 5), generator=torch.Generator().manual_seed(1)), torch.tensor([0.1, 0.5, 0.999])
+    where = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
+    pull = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+    found, expected = denoiser.features(x, t, where), denoiser.features(x, t)[where]
+    assert found.shape == (5, 32) and torch.allclose(found, expected, atol=1e-5)
+    ours, theirs = (torch.autograd.grad((h * pull).sum(), list(denoiser.network.parameters()), allow_unused=True) for h in (found, expected))
+    for (name, _), one, other in zip(denoiser.network.named_parameters(), ours, theirs, strict=True):
+        assert (one is None) == (other is None) and (one is None or torch.allclose(one, other, atol=1e-4, rtol=1e-4)), name

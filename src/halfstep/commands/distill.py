@@ -100,7 +100,7 @@ def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
     def loss(part: dict[str, Tensor]) -> Tensor:
         xt, t = part["xt"], part["t"].float()
         goal = teacher_targets(teacher, xt, t, round.dt, round.substeps, part["u_reveal"], part["u_token"], schedule, run.teacher_times)
-        h = own.features(xt, t)[xt == own.mask_id]
+        h = own.features(xt, t, xt == own.mask_id)
         return divergence_loss(divergence, h, own.readout, goal, teacher.readout)
 
     return corrupt, loss
@@ -114,7 +114,7 @@ def flops_per_token(student, teacher, round: Round, texts: int, length: int) -> 
     drawn, masked = texts * (round.substeps - 1) * round.dt * length, texts * length / 2
     levels = (1, 1) if teacher.ignores_time else (texts, passes)
     own = flops.training(student, texts, length, masked, levels[0])
-    return (own + flops.forward(teacher.network, passes, length, masked + drawn, levels[1])) / (texts * length)
+    return (own + flops.forward(teacher.network, passes, length, masked + drawn, levels[1], masked * passes / texts)) / (texts * length)
 
 
 def watch_entropy(student, meta: dict, held_out: Windows, band: float | None, device, seed: int) -> Callable[[], dict[str, float]]:

@@ -26,6 +26,6 @@ def nelbo(denoiser, x0: Tensor, t: Tensor, u: Tensor, schedule) -> Tensor:
     """
     xt = corrupt(x0, t, u, schedule, denoiser.mask_id)
     masked = xt == denoiser.mask_id
-    h = denoiser.features(xt, t)[masked]
+    h = denoiser.features(xt, t, masked)
     weight = nelbo_weight(t, schedule).float()[:, None].expand_as(x0)[masked]
     return cross_entropy(h, denoiser.readout, x0[masked], weight)

@@ -56,19 +56,16 @@ def teacher_targets(
     masked = xt == teacher.mask_id
     step_of = reveal_substep(starts, dt, u_reveal, schedule).masked_fill(~masked, -1)
     x = xt.clone()
-    h = target = teacher.features(x, starts[0].to(t.dtype))
+    h = teacher.features(x, starts[0].to(t.dtype), masked)
     for i in range(substeps - 1):
         reveal = step_of == i
         if reveal.any():
-            x[reveal] = draw(teacher, h[reveal], u_token[reveal])
+            x[reveal] = draw(teacher, h[reveal[masked]], u_token[reveal])
         changed = reveal.any(1) if teacher.ignores_time else torch.ones_like(reveal[:, 0])
-        if not changed.any():
-            continue
-        h = h.clone()
-        h[changed] = teacher.features(x[changed], starts[i + 1][changed].to(t.dtype)).to(h.dtype)
-        open_yet = (step_of > i) & changed[:, None]
-        target = torch.where(open_yet[..., None], h, target)
-    return target[masked]
+        left = (step_of > i) & changed[:, None]  # whose prediction may still change
+        if left.any():
+            h[left[masked]] = teacher.features(x[changed], starts[i + 1][changed].to(t.dtype), left[changed]).to(h.dtype)
+    return h
 
 
 def divergence_loss(divergence: Callable[[Tensor, Tensor], Tensor], h: Tensor, readout, h_teacher: Tensor, teacher_readout) -> Tensor:

@@ -192,7 +192,7 @@ def _stack(questions: list[Question], masks: Iterable[np.ndarray] | None, device
 def _read_masked(denoiser, x0: Tensor, hidden: Tensor, t: list[float], of_guess: bool = False):
     """One pass: at hidden positions log p of the true token (or of the guess), the likeliest token, and the row [N]."""
     xt = x0.masked_fill(hidden, denoiser.mask_id)
-    h = denoiser.features(xt, torch.tensor(t, dtype=torch.float32, device=x0.device))[hidden]
+    h = denoiser.features(xt, torch.tensor(t, dtype=torch.float32, device=x0.device), hidden)
     log_p, guess = _read(denoiser.log_p, h, None if of_guess else x0[hidden])
     return log_p, guess, hidden.nonzero()[:, 0].cpu().numpy()
 

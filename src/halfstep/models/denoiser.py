@@ -24,14 +24,14 @@ class Denoiser:
     def ignores_time(self) -> bool:
         return self._sigma is None
 
-    def features(self, xt: Tensor, t: Tensor) -> Tensor:
-        """One pass of the network: xt[B, L] int64, t[B] in [0, 1] -> h[B, L, D]."""
-        return self.network(xt, None if self._sigma is None else self._sigma(t))
+    def features(self, xt: Tensor, t: Tensor, where: Tensor | None = None) -> Tensor:
+        """One pass of the network: xt[B, L] int64, t[B] in [0, 1] -> h[B, L, D]; of the positions where[B, L] alone, in row order, h[N, D]."""
+        return self.network(xt, None if self._sigma is None else self._sigma(t), where)
 
     def features_and_keys(self, xt: Tensor, t: Tensor, start: int = 0, kept: list | None = None) -> tuple[Tensor, list]:
         """As `features`, and every block's keys and values. Given back, xt[B, l] are the tokens from `start` on, and only they are computed."""
         kept = kept or [Kept() for _ in self.network.blocks]
-        return self.network(xt, None if self._sigma is None else self._sigma(t), start, kept), kept
+        return self.network(xt, None if self._sigma is None else self._sigma(t), start=start, kept=kept), kept
 
     @property
     def readout(self) -> tuple[Tensor, Tensor]:

@@ -54,14 +54,18 @@ class DiT(nn.Module):
         self.output_layer = Head(width, vocabulary + 1, cond_width)
         self.vocabulary = vocabulary
 
-    def forward(self, x: Tensor, sigma: Tensor | None = None, start: int = 0, kept: "list[Kept] | None" = None) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor | None = None, where: Tensor | None = None, start: int = 0, kept: "list[Kept] | None" = None
+    ) -> Tensor:
         """Token ids x[B, L] and noise levels sigma[B] (zero when absent: the paper's time-unconditional network) -> h[B, L, D].
 
-        With `kept`, x are the tokens from `start` on, which see the keys and values of all others as they were left there.
+        Of the positions where[B, L] alone, in row order, h[N, D]: the last block forms keys and values of all positions and nothing else of
+        the others. With `kept`, x are the tokens from `start` on, which see the keys and values of all others as they were left there.
         """
+        rows = None if where is None else where.flatten().nonzero()[:, 0]
         cond = self.sigma_map(torch.zeros(1, device=x.device) if sigma is None else sigma)
         angles = self.rotary_emb(torch.arange(start, start + x.shape[1], device=x.device))
         h = self.vocab_embed(x)
         for i, block in enumerate(self.blocks):
-            h = block(h, angles, cond, kept[i].at(start) if kept else None)
-        return self.output_layer(h, cond)
+            h = block(h, angles, cond, kept[i].at(start) if kept else None, rows if block is self.blocks[-1] else None)
+        return self.output_layer(h, cond, rows, x.shape[1])

@@ -69,18 +69,26 @@ class Block(nn.Module):
             nn.init.zeros_(self.adaLN_modulation.weight)
             nn.init.zeros_(self.adaLN_modulation.bias)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cond: Tensor | None = None, cache=None) -> Tensor:
-        """x[B, L, D] -> [B, L, D]. Bidirectional with `cond[B or 1, cond_width]`; causal without it. `cache` holds past keys and values."""
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cond: Tensor | None = None, cache=None, rows: Tensor | None = None) -> Tensor:
+        """x[B, L, D] -> [B, L, D]. Bidirectional with `cond[B or 1, cond_width]`; causal without it. `cache` holds past keys and values.
+
+        `rows[N]` of the B L positions: keys and values are formed of all, the rest of the block of these alone -> [N, D].
+        """
         shift_a = scale_a = shift_m = scale_m = None
         gate_a = gate_m = 1.0
+        L = x.shape[1]
         if self.adaLN_modulation is not None:
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(cond)[:, None].chunk(6, -1)
-        h = modulate(self.norm1(x), shift_a, scale_a)
-        x = x + gate_a * F.dropout(self.attend(h, angles, cond is None, cache), self.dropout, self.training)
+            shift_a, scale_a, *later = self.adaLN_modulation(cond)[:, None].chunk(6, -1)
+            gate_a, shift_m, scale_m, gate_m = later if rows is None else (at_rows(m, rows, L) for m in later)
+        out = self.attend(modulate(self.norm1(x), shift_a, scale_a), angles, cond is None, cache)
+        if rows is not None:
+            x, out = x.flatten(0, 1)[rows], out.flatten(0, 1)[rows]
+        x = x + gate_a * F.dropout(self.attn_out(out), self.dropout, self.training)
         h = modulate(self.norm2(x), shift_m, scale_m)
         return x + gate_m * F.dropout(self.mlp(h), self.dropout, self.training)
 
     def attend(self, h: Tensor, angles: tuple[Tensor, Tensor], causal: bool, cache) -> Tensor:
+        """What each position of h[B, L, D] gathers from those it sees, [B, L, D], its heads side by side."""
         B, L, D = h.shape
         q, k, v = self.attn_qkv(h).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, *angles), rotate(k, *angles)
@@ -91,7 +99,12 @@ class Block(nn.Module):
             if causal and past and L > 1:  # is_causal would count from the first key, not from the last
                 mask = torch.ones(L, past + L, dtype=torch.bool, device=h.device).tril(past)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and L > 1 and mask is None)
-        return self.attn_out(out.transpose(1, 2).reshape(B, L, D))
+        return out.transpose(1, 2).reshape(B, L, D)
+
+
+def at_rows(m: Tensor, rows: Tensor, L: int) -> Tensor:
+    """A modulation m[B or 1, 1, D] of texts of L positions at rows[N] of those B L positions, [N or 1, D]."""
+    return m[rows // L, 0] if len(m) > 1 else m[0]
 
 
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
@@ -113,9 +126,10 @@ class Head(nn.Module):
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Features h[B, L, D], before the vocabulary."""
+    def forward(self, x: Tensor, cond: Tensor | None = None, rows: Tensor | None = None, L: int = 1) -> Tensor:
+        """Features, before the vocabulary, of x[B, L, D], or of x[N, D] that are `rows` of the positions of texts of length L."""
         shift = scale = None
         if self.adaLN_modulation is not None:
-            shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, -1)
+            both = self.adaLN_modulation(cond)[:, None]
+            shift, scale = (both if rows is None else at_rows(both, rows, L)).chunk(2, -1)
         return modulate(self.norm_final(x), shift, scale)

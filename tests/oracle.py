@@ -69,7 +69,11 @@ class Perfect:
     def log_p(self, h: Tensor) -> Tensor:
         return h.log_softmax(-1)
 
-    logits = log_p
+    def logits(self, h: Tensor, words: slice = slice(None)) -> Tensor:
+        return self.log_p(h)[:, words]
+
+    def logits_at(self, h: Tensor, place: Tensor) -> Tensor:
+        return self.log_p(h).gather(-1, place)
 
 
 def reveal_chance(t: float, s: float) -> float:

@@ -38,7 +38,6 @@ class Plain(Perfect):
     def log_p(self, h):
         return h.float().log_softmax(-1)
 
-    logits = log_p
 
 
 def network(seed: int) -> Denoiser:

@@ -3,9 +3,13 @@
 Sample i of a seed owns its uniforms, whatever batch, device or process it is drawn in.
 """
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
+
+WIDTH = 32  # words of a block of the CDF
 
 
 def uniforms(seed: int, first: int, count: int, n: int) -> Tensor:
@@ -15,28 +19,41 @@ def uniforms(seed: int, first: int, count: int, n: int) -> Tensor:
 
 
 def inverse_cdf(z: Tensor, u: Tensor) -> Tensor:
-    """One draw a row from softmax(z[N, V]) by its uniform u[N] (float64): the smallest v with CDF(v) > u.
+    """One draw a row from softmax(z[N, V]) by its uniform u[N] (float64): the smallest v with CDF(v) > u, [N] int64."""
+    return inverse_cdf_of(lambda words: z[:, words].clone(), lambda place: z.gather(-1, place), [slice(0, z.shape[1])], u)
 
-    The CDF is searched on two levels (blocks of about sqrt(V), then inside one block): a row costs one exponential of V numbers and one sum, and
-    no noise over the vocabulary. Blocks are summed in the precision of z (their relative error is that of a probability), searched in float64: float32 noise over V tokens truncates the tail
-    of the law and acts as a lower temperature (Zheng et al., arXiv 2409.02908). Returns [N] int64.
+
+def inverse_cdf_of(logits: Callable[[slice], Tensor], logits_at: Callable[[Tensor], Tensor], pieces: Iterable[slice], u: Tensor) -> Tensor:
+    """`inverse_cdf` of logits z[N, V] that are never there at once: logits(words) are those of a slice of the vocabulary, [N, words], and are
+    overwritten; logits_at(place[N, n]) are a row's own; `pieces` are the slices, in order.
+
+    The CDF is searched on two levels, blocks of WIDTH words and then inside one block, whose logits are asked for again: a row costs one exponential
+    of V numbers and one sum, and no noise over the vocabulary. Blocks are summed in the precision of z (their relative error is that of a
+    probability), searched in float64: float32 noise over V tokens truncates the tail of the law and acts as a lower temperature (Zheng et al.,
+    arXiv 2409.02908).
     """
-    N, V = z.shape
-    width = max(1, int(V**0.5))
-    whole = V - V % width
-    p = (z - z.amax(-1, keepdim=True)).exp_()
-    blocks = p[:, :whole].unflatten(-1, (-1, width)).sum(-1)
-    blocks = torch.cat([blocks, p[:, whole:].sum(-1, keepdim=True)], -1).double().cumsum(-1)
-    goal = u.to(p.device, torch.float64)[:, None] * blocks[:, -1:]
-    block = (blocks <= goal).sum(-1, keepdim=True).clamp_(max=blocks.shape[1] - 1)
-    before = torch.where(block > 0, blocks.gather(-1, (block - 1).clamp_(min=0)), 0.0)
-    place = block * width + torch.arange(width, device=p.device)
-    inside = p.gather(-1, place.clamp(max=V - 1)).masked_fill_(place >= V, 0).double()
-    cdf = inside.cumsum(-1)
-    rest = (goal - before) / (blocks.gather(-1, block) - before)  # of this block, as its own sum was rounded
-    offset = (cdf <= rest * cdf[:, -1:]).sum(-1, keepdim=True)
-    last = width - 1 - inside.flip(-1).ne(0).to(torch.uint8).argmax(-1, keepdim=True)  # rounding never leaves the support
-    return (block * width + torch.minimum(offset, last))[:, 0]
+    sums, tops, V = [], [], 0
+    for words in pieces:
+        z = logits(words)
+        V = words.stop
+        top = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # a piece may have no mass
+        p = z.sub_(top).exp_()
+        whole = p.shape[1] - p.shape[1] % WIDTH
+        blocks = p[:, :whole].unflatten(-1, (-1, WIDTH)).sum(-1)
+        sums.append(blocks if whole == p.shape[1] else torch.cat([blocks, p[:, whole:].sum(-1, keepdim=True)], -1))
+        tops.append(top)
+    top = torch.cat(tops, -1).amax(-1, keepdim=True)
+    cdf = torch.cat([s * (t - top).exp() for s, t in zip(sums, tops, strict=True)], -1).double().cumsum(-1)
+    goal = u.to(cdf.device, torch.float64)[:, None] * cdf[:, -1:]
+    block = torch.searchsorted(cdf, goal, right=True).clamp_(max=cdf.shape[1] - 1)
+    before = torch.where(block > 0, cdf.gather(-1, (block - 1).clamp_(min=0)), 0.0)
+    place = block * WIDTH + torch.arange(WIDTH, device=cdf.device)
+    inside = (logits_at(place.clamp(max=V - 1)) - top).exp_().masked_fill_(place >= V, 0).double()
+    steps = inside.cumsum(-1)
+    rest = (goal - before) / (cdf.gather(-1, block) - before)  # of this block, as its own sum was rounded
+    offset = (steps <= rest * steps[:, -1:]).sum(-1, keepdim=True)
+    last = WIDTH - 1 - inside.flip(-1).ne(0).to(torch.uint8).argmax(-1, keepdim=True)  # rounding never leaves the support
+    return (block * WIDTH + torch.minimum(offset, last))[:, 0]
 
 
 def float32_uniforms(seed: int, sample: int, step: int, rows: int, n: int) -> Tensor:

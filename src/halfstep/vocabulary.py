@@ -7,11 +7,19 @@ from torch import Tensor
 
 NUMBERS = {"cpu": 13 << 19, "cuda": 1 << 27}  # in one piece of [rows, V]: 26 MiB on a CPU, where the allocator gives pages back above 32 MiB
 
+CACHED = 1 << 19  # numbers, 2 MiB
+
 
 def pieces(N: int, V: int, device: torch.device) -> Iterator[slice]:
     """Slices that cut N rows into pieces of at most NUMBERS numbers each, a multiple of 32 rows (sums and BLAS are slower with others), 32 at least."""
     rows = max(32, NUMBERS.get(device.type, NUMBERS["cuda"]) // V // 32 * 32)
     return (slice(start, min(start + rows, N)) for start in range(0, N, rows))
+
+
+def words(N: int, V: int, device: torch.device) -> list[slice]:
+    """Slices of the vocabulary, so that [N, words] stays in a CPU's cache, a multiple of 32 words, 1,024 at least; all of it on other devices."""
+    count = max(1024, CACHED // max(N, 1) // 32 * 32) if device.type == "cpu" else V
+    return [slice(start, min(start + count, V)) for start in range(0, V, count)]
 
 
 def logits(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

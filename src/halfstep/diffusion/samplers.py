@@ -13,9 +13,9 @@ from torch import Tensor
 
 from halfstep.diffusion.caching import write_blocks
 from halfstep.diffusion.masking import reveal_probability
-from halfstep.draws import float32_uniforms, inverse_cdf, released_race, uniforms
+from halfstep.draws import float32_uniforms, inverse_cdf_of, released_race, uniforms
 from halfstep.errors import HalfstepError
-from halfstep.vocabulary import pieces
+from halfstep.vocabulary import pieces, words
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,15 @@ SAMPLERS: dict[str, Callable[[Tensor, int, object], Tensor]] = {
 
 def draw(denoiser, h: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
     """Tokens [N] from p(x0 | xt) of features h[N, D] by their uniforms u[N], a piece of the rows at a time."""
-    drawn = torch.empty(len(h), dtype=torch.long, device=h.device)
-    for piece in pieces(len(h), len(denoiser.readout[1]), h.device):
-        z = denoiser.logits(h[piece])
-        drawn[piece] = inverse_cdf(z if temperature == 1 else z.div_(temperature), u[piece])
+    drawn, V = torch.empty(len(h), dtype=torch.long, device=h.device), len(denoiser.readout[1])
+    for piece in pieces(len(h), V, h.device):
+        x = h[piece]
+        drawn[piece] = inverse_cdf_of(
+            lambda some, x=x: denoiser.logits(x, some).div_(temperature),
+            lambda place, x=x: denoiser.logits_at(x, place).div_(temperature),
+            words(len(x), V, h.device),
+            u[piece],
+        )
     return drawn
 
 

@@ -39,9 +39,16 @@ class Denoiser:
         linear = self.network.output_layer.linear
         return linear.weight, linear.bias[:-1]
 
-    def logits(self, h: Tensor) -> Tensor:
-        """log p(x0 = v | xt) up to a number for each row, [N, V] float32, of features h[N, D]."""
-        return logits(h, *self.readout)
+    def logits(self, h: Tensor, words: slice = slice(None)) -> Tensor:
+        """log p(x0 = v | xt) up to a number for each row, float32, of features h[N, D]: [N, V], or of a slice of the vocabulary."""
+        weight, bias = self.readout
+        return logits(h, weight[: len(bias)][words], bias[words])
+
+    def logits_at(self, h: Tensor, place: Tensor) -> Tensor:
+        """`logits` of each row's own words place[N, n] -> [N, n]."""
+        weight, bias = self.readout
+        with torch.autocast(h.device.type, enabled=False):
+            return (weight[place].float() @ h.float()[:, :, None])[:, :, 0] + bias[place].float()
 
     def log_p(self, h: Tensor) -> Tensor:
         """log p(x0 = v | xt) [..., V], float32 inside autocast too, normalised over the data vocabulary, of features h[..., D]."""

@@ -7,13 +7,20 @@ from torch import Tensor
 
 NUMBERS = {"cpu": 13 << 19, "cuda": 1 << 27}  # in one piece of [rows, V]: 26 MiB on a CPU, where the allocator gives pages back above 32 MiB
 
+ROWS = 32  # sums and products of so many rows, or multiples, are fast, and a row's last bits do not depend on the rows beside it
 CACHED = 1 << 19  # numbers, 2 MiB
 
 
 def pieces(N: int, V: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cut N rows into pieces of at most NUMBERS numbers each, a multiple of 32 rows (sums and BLAS are slower with others), 32 at least."""
-    rows = max(32, NUMBERS.get(device.type, NUMBERS["cuda"]) // V // 32 * 32)
+    """Slices that cut N rows into pieces of at most NUMBERS numbers each, a multiple of ROWS, ROWS at least."""
+    rows = max(ROWS, NUMBERS.get(device.type, NUMBERS["cuda"]) // V // ROWS * ROWS)
     return (slice(start, min(start + rows, N)) for start in range(0, N, rows))
+
+
+def fill_up(x: Tensor) -> Tensor:
+    """x[N, ...] and zeros below it, up to a multiple of ROWS."""
+    missing = -len(x) % ROWS
+    return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
 
 def words(N: int, V: int, device: torch.device) -> list[slice]:

@@ -18,7 +18,7 @@ def counted(run) -> int:
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
-@pytest.mark.parametrize("texts,length,rows,blocks", [(3, 10, 7, 2), (2, 16, 32, 3)])
+@pytest.mark.parametrize("texts,length,rows,blocks", [(3, 10, 17, 2), (2, 16, 32, 3)])
 def test_dit(texts, length, rows, blocks, conditioned):
     network = DiT(50, 32, blocks, 4)
     denoiser = Denoiser(network, (lambda t: t) if conditioned else None)

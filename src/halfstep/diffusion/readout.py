@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halfstep.vocabulary import log_softmax_, logits, pieces
+from halfstep.vocabulary import fill_up, log_softmax_, logits, pieces
 
-RowLoss = Callable[[Tensor, slice], Tensor]  # log_p[n, V], which of the N rows -> [n]
+RowLoss = Callable[[Tensor, slice], Tensor]  # log_p[n, V], which of the rows, filled up -> [n]
 RowGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # the same -> [n], and its gradient in the logits [n, V]
 
 
@@ -17,20 +17,21 @@ class _Readout(torch.autograd.Function):
     def forward(ctx, h, weight, bias, row_loss, row_gradient):
         wanted = any(ctx.needs_input_grad[:3])
         W, b, V = weight.detach().float(), bias.detach().float(), len(bias)
-        total = torch.zeros((), device=h.device)
-        grad_h, grad_W, grad_b = (torch.empty_like(h), torch.zeros_like(W), torch.zeros_like(b)) if wanted else (None, None, None)
-        for part in pieces(len(h), V, h.device):
-            x = h[part].detach().float()
+        total, N, rows = torch.zeros((), device=h.device), len(h), fill_up(h.detach())
+        grad_h, grad_W, grad_b = (torch.empty_like(rows), torch.zeros_like(W), torch.zeros_like(b)) if wanted else (None, None, None)
+        for part in pieces(len(rows), V, h.device):
+            x, n = rows[part].float(), N - part.start  # of the last piece n rows are real
             z = logits(x, W, b)
             if not wanted:
-                total += row_loss(log_softmax_(z), part).sum()
+                total += row_loss(log_softmax_(z), part)[:n].sum()
                 continue
             loss, g = (row_gradient or _by_autograd(row_loss))(log_softmax_(z) if row_gradient else z, part)
-            total += loss.sum()
+            total += loss[:n].sum()
+            g[n:] = 0
             grad_h[part] = (W[:V].t() @ g.t()).t()
             grad_W[:V].addmm_(g.t(), x)
             grad_b += g.sum(0)
-        ctx.grads = grad_h, grad_W, grad_b
+        ctx.grads = (grad_h[:N], grad_W, grad_b) if wanted else None
         return total
 
     @staticmethod
@@ -55,8 +56,8 @@ def _by_autograd(row_loss: RowLoss) -> RowGradient:
 def readout_loss(h: Tensor, readout: tuple[Tensor, Tensor], row_loss: RowLoss, row_gradient: RowGradient | None = None) -> Tensor:
     """sum_n row_loss(log_p[n]) with log_p = log_softmax(h W' + b): exact value and gradient, float32, a piece of the rows at a time.
 
-    h[N, D]; readout = W[V or more, D], b[V], the rows beyond V being no words; row_loss(log_p[n, V], rows) -> [n] for the slice `rows` of the N rows, differentiable in
-    log_p alone; row_gradient, where there is a closed form, gives value and gradient in the logits at once, and may overwrite log_p. The gradient
+    h[N, D]; readout = W[V or more, D], b[V], the rows beyond V being no words; row_loss(log_p[n, V], rows) -> [n] for the slice `rows` of the rows, filled up with
+    zeros to a multiple of ROWS (what is cut by `rows` should be `fill_up`ed too; the rows beyond N count nothing), differentiable in log_p alone; row_gradient, where there is a closed form, gives value and gradient in the logits at once, and may overwrite log_p. The gradient
     is formed with the value, piece by piece, so no [N, V] tensor outlives its piece. Scalar float32.
     """
     if not torch.is_grad_enabled():  # autograd.Function would not know
@@ -67,6 +68,8 @@ def readout_loss(h: Tensor, readout: tuple[Tensor, Tensor], row_loss: RowLoss, r
 
 def cross_entropy(h: Tensor, readout: tuple[Tensor, Tensor], x0: Tensor, weight: Tensor) -> Tensor:
     """sum_n weight[n] * -log p(x0[n] | h[n])."""
+
+    x0, weight = fill_up(x0), fill_up(weight)
 
     def loss(log_p: Tensor, rows: slice) -> Tensor:
         return weight[rows] * F.nll_loss(log_p, x0[rows], reduction="none")

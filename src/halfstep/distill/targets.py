@@ -9,7 +9,7 @@ from halfstep.diffusion.masking import reveal_probability
 from halfstep.diffusion.readout import readout_loss
 from halfstep.diffusion.samplers import draw
 from halfstep.distill.divergences import GRADIENTS
-from halfstep.vocabulary import log_softmax_, logits
+from halfstep.vocabulary import fill_up, log_softmax_, logits
 
 MIN_T = 1e-5
 
@@ -71,6 +71,7 @@ def teacher_targets(
 def divergence_loss(divergence: Callable[[Tensor, Tensor], Tensor], h: Tensor, readout, h_teacher: Tensor, teacher_readout) -> Tensor:
     """sum_n D(student_n, teacher_n) over rows h[N, D] and h_teacher[N, D], each with its own readout; no [N, V] tensor outlives a piece."""
     weight, bias = (p.detach() for p in teacher_readout)
+    h_teacher = fill_up(h_teacher)
 
     def log_q(rows: slice) -> Tensor:
         with torch.no_grad():

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from halfstep.models.layers import Block, Embedding, Head, Rotary
 
 COND_WIDTH = 128
+FEWEST = 16  # rows of a product whose last bits do not depend on how many there are (MKL)
 
 
 class TimeEmbedding(nn.Module):
@@ -62,10 +63,14 @@ class DiT(nn.Module):
         Of the positions where[B, L] alone, in row order, h[N, D]: the last block forms keys and values of all positions and nothing else of
         the others. With `kept`, x are the tokens from `start` on, which see the keys and values of all others as they were left there.
         """
-        rows = None if where is None else where.flatten().nonzero()[:, 0]
+        rows, N = None, len(x)
+        if where is not None:
+            rows = where.flatten().nonzero()[:, 0]
+            N = len(rows)
+            rows = F.pad(rows, (0, max(0, FEWEST - N)))  # products of fewer rows end in other bits
         cond = self.sigma_map(torch.zeros(1, device=x.device) if sigma is None else sigma)
         angles = self.rotary_emb(torch.arange(start, start + x.shape[1], device=x.device))
         h = self.vocab_embed(x)
         for i, block in enumerate(self.blocks):
             h = block(h, angles, cond, kept[i].at(start) if kept else None, rows if block is self.blocks[-1] else None)
-        return self.output_layer(h, cond, rows, x.shape[1])
+        return self.output_layer(h, cond, rows, x.shape[1])[: N]

@@ -78,7 +78,7 @@ class Block(nn.Module):
         gate_a = gate_m = 1.0
         L = x.shape[1]
         if self.adaLN_modulation is not None:
-            shift_a, scale_a, *later = self.adaLN_modulation(cond)[:, None].chunk(6, -1)
+            shift_a, scale_a, *later = modulation(self.adaLN_modulation, cond).chunk(6, -1)
             gate_a, shift_m, scale_m, gate_m = later if rows is None else (at_rows(m, rows, L) for m in later)
         out = self.attend(modulate(self.norm1(x), shift_a, scale_a), angles, cond is None, cache)
         if rows is not None:
@@ -100,6 +100,13 @@ class Block(nn.Module):
                 mask = torch.ones(L, past + L, dtype=torch.bool, device=h.device).tril(past)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and L > 1 and mask is None)
         return out.transpose(1, 2).reshape(B, L, D)
+
+
+def modulation(linear: nn.Linear, cond: Tensor) -> Tensor:
+    """adaLN's shifts, scales and gates [B or 1, 1, n D] of cond[B or 1, cond_width], float32 inside autocast too: a weight's gradient is the sum over
+    all positions, whose rounding to bfloat16 would depend on how they are shared between micro-batches."""
+    with torch.autocast(cond.device.type, enabled=False):
+        return F.linear(cond.float(), linear.weight.float(), linear.bias.float())[:, None]
 
 
 def at_rows(m: Tensor, rows: Tensor, L: int) -> Tensor:
@@ -130,6 +137,6 @@ class Head(nn.Module):
         """Features, before the vocabulary, of x[B, L, D], or of x[N, D] that are `rows` of the positions of texts of length L."""
         shift = scale = None
         if self.adaLN_modulation is not None:
-            both = self.adaLN_modulation(cond)[:, None]
+            both = modulation(self.adaLN_modulation, cond)
             shift, scale = (both if rows is None else at_rows(both, rows, L)).chunk(2, -1)
         return modulate(self.norm_final(x), shift, scale)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from halfstep import slurm
 from halfstep.commands import plan
-from halfstep.config import Drawing, Machine, Prompts, Writing
+from halfstep.config import Drawing, Prompts, Writing
 from halfstep.resolve import ConfigError, flags, part, resolve
 
 # `halfstep` is found whether its environment is activated or not, and its lines reach the log when they are written.
@@ -40,18 +40,18 @@ except ConfigError as error:
 # The text of a rule, its threads and its resources never make a finished file stale.
 STAGE = dict(
     corpus=1,
-    pretrain=1,
-    baseline=1,
+    pretrain=2,
+    baseline=2,
     import_teacher=1,
-    distill=1,
-    generate=1,
-    continue_prompts=1,
-    score_continuations=1,
-    score=2,
+    distill=2,
+    generate=2,
+    continue_prompts=2,
+    score_continuations=2,
+    score=3,
     lambada=2,
     latency=3,
-    tabulate=2,
-    plot=2,
+    tabulate=3,
+    plot=3,
     track=1,
     merge_provenance=1,
     fetch=1,
@@ -219,7 +219,7 @@ def limit(what):
     parameters decide what is made again."""
 
     def words(wildcards, attempt=1):
-        return f"${{SLURM_JOB_ID:+--time-limit {need(what)(wildcards, attempt)}}}" if "time_limit" in Machine.model_fields else ""
+        return f"${{SLURM_JOB_ID:+--time-limit {need(what)(wildcards, attempt)}}}"
 
     return words
 

@@ -22,6 +22,17 @@ def done(line: str) -> None:
     assert call(line) == 0, line
 
 
+def trainings(pipeline, options: str) -> dict[str, str]:
+    """Command lines of a training of each kind, but for their --output."""
+    rounds = f"--corpus {pipeline.corpus} --rounds 2 --teacher-steps 16 {options}"
+    return {
+        "pretrain": f"pretrain --corpus {pipeline.corpus} --size tiny {options}",
+        "train-baseline": f"train-baseline --corpus {pipeline.corpus} --size tiny {options}",
+        "round-1": f"distill-round --round 1 --teacher {pipeline.teacher} {rounds}",
+        "round-2": f"distill-round --round 2 --teacher {pipeline.student} {rounds}",
+    }
+
+
 def pipeline(root: Path) -> SimpleNamespace:
     """results/ below `root`, and its places."""
     results = root / "results"

@@ -8,13 +8,13 @@ import pytest
 import torch
 from forked import launch, note_batches
 from safetensors.torch import load_file
-from small import MACHINE
+from small import MACHINE, trainings
 
 from halfstep.config import Machine
 from halfstep.errors import HalfstepError
 from halfstep.processes import Group, join
 
-TRAINING = "--num-steps 6 --validate-every 3 --batch-size 8 --warmup-steps 2 --dropout 0 --precision float32 --seed 4 --lr 1e-3"
+OPTIONS = f"--num-steps 6 --validate-every 3 --batch-size 8 --warmup-steps 2 --dropout 0 --precision float32 --seed 4 --lr 1e-3 {MACHINE}"
 
 
 def losses(folder: Path) -> dict[tuple[int, str], float]:
@@ -22,26 +22,20 @@ def losses(folder: Path) -> dict[tuple[int, str], float]:
     return {(p["step"], k): v for p in points for k, v in p["metrics"].items() if k in ("train/loss", "train/grad_norm", "val/nelbo", "val/nll")}
 
 
-def commands(pipeline) -> dict[str, str]:
-    return {
-        "pretrain": f"pretrain --corpus {pipeline.corpus} --size tiny {TRAINING} {MACHINE}",
-        "distill-round": f"distill-round --round 1 --teacher {pipeline.teacher} --corpus {pipeline.corpus} --rounds 2 --teacher-steps 16 {TRAINING} {MACHINE}",
-    }
-
-
 @pytest.fixture(scope="module")
 def alone(pipeline, tmp_path_factory):
     """Both kinds of training in one process."""
     root = tmp_path_factory.mktemp("alone")
-    for name, line in commands(pipeline).items():
+    for name in ("pretrain", "round-1"):
+        line = trainings(pipeline, OPTIONS)[name]
         ((code, err),) = launch(f"{line} --output {root}/{name}/t/out", 1, root / name, note_batches, root / name, False)
         assert code == 0, err
     return root
 
 
-@pytest.mark.parametrize(("name", "size", "sharded"), [("pretrain", 4, False), ("distill-round", 4, False), ("distill-round", 2, True)])
+@pytest.mark.parametrize(("name", "size", "sharded"), [("pretrain", 4, False), ("round-1", 4, False), ("round-1", 2, True)])
 def test_the_losses_and_batches_are_those_of_one_process(pipeline, alone, tmp_path, name, size, sharded):
-    line = commands(pipeline)[name].replace("--micro-batch 8", "--micro-batch 2")
+    line = trainings(pipeline, OPTIONS)[name].replace("--micro-batch 8", "--micro-batch 2")
     done = launch(f"{line} --processes {size} --output {tmp_path}/t/out", size, tmp_path, note_batches, tmp_path, sharded)
     assert [code for code, _ in done] == [0] * size, done
     one, many = losses(alone / name / "t/out"), losses(tmp_path / "t/out")
@@ -91,6 +85,6 @@ def test_another_number_of_processes_than_asked_for(monkeypatch):
 
 
 def test_a_batch_smaller_than_the_processes(pipeline, tmp_path):
-    line = f"{commands(pipeline)['pretrain'].replace('--batch-size 8', '--batch-size 2')} --output {tmp_path}/t/out"
+    line = f"{trainings(pipeline, OPTIONS)['pretrain'].replace('--batch-size 8', '--batch-size 2')} --output {tmp_path}/t/out"
     done = launch(line, 3, tmp_path)
     assert all(code == 1 and "batch_size: found 2, but 3 processes share it" in err for code, err in done), done

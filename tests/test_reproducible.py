@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
-from small import CORPUS, MACHINE, call, done
+from small import CORPUS, MACHINE, call, done, trainings
 
 import halfstep
 from halfstep import checkpoint
@@ -19,7 +19,7 @@ from halfstep.data import pack
 from halfstep.training import loop
 
 STEPS, EVERY = 4, 2
-TRAINING = f"--num-steps {STEPS} --validate-every {EVERY} --batch-size 8 --warmup-steps 2 --dropout 0.1 --lr-decay cosine --precision float32 --seed 4"
+OPTIONS = f"--num-steps {STEPS} --validate-every {EVERY} --batch-size 8 --warmup-steps 2 --dropout 0.1 --lr-decay cosine --precision float32 --seed 4 {MACHINE}"
 NETWORK_TOLERANCE = 1e-3  # of the spread of the log-probabilities: float32 sums in another order
 
 
@@ -38,22 +38,13 @@ def test_tokens_whatever_the_workers(tmp_path, monkeypatch):
     assert bits(tmp_path / "other")["train.bin"] != one["train.bin"]
 
 
-def commands(pipeline):
-    return {
-        "pretrain": f"pretrain --corpus {pipeline.corpus} --size tiny {TRAINING} {MACHINE}",
-        "train-baseline": f"train-baseline --corpus {pipeline.corpus} --size tiny {TRAINING} {MACHINE}",
-        "round-1": f"distill-round --round 1 --teacher {pipeline.teacher} --corpus {pipeline.corpus} --rounds 2 --teacher-steps 16 {TRAINING} {MACHINE}",
-        "round-2": f"distill-round --round 2 --teacher {pipeline.student} --corpus {pipeline.corpus} --rounds 2 --teacher-steps 16 {TRAINING} {MACHINE}",
-    }
-
-
 @pytest.fixture(scope="module")
 def undisturbed(pipeline, tmp_path_factory):
     """Each kind of training, run through once."""
     root = tmp_path_factory.mktemp("undisturbed")
-    for name, line in commands(pipeline).items():
+    for name, line in trainings(pipeline, OPTIONS).items():
         done(f"{line} --output {root}/models/{name}/out")
-    return {name: root / "models" / name / "out" for name in commands(pipeline)}
+    return {name: root / "models" / name / "out" for name in trainings(pipeline, OPTIONS)}
 
 
 class Interrupted(Exception):
@@ -109,16 +100,16 @@ def test_interrupted_anywhere_and_resumed(pipeline, undisturbed, tmp_path, monke
         for stop in stops:
             with monkeypatch.context() as patch, pytest.raises(Interrupted):
                 interrupt(patch, *stop)
-                call(f"{commands(pipeline)[name]} --output {output}")
+                call(f"{trainings(pipeline, OPTIONS)[name]} --output {output}")
             assert not (output / "meta.json").exists() and not list(output.rglob("*.part"))
-        done(f"{commands(pipeline)[name]} --output {output}")
+        done(f"{trainings(pipeline, OPTIONS)[name]} --output {output}")
         assert bits(output) == expected, stops
         assert not (output / "state").exists()
 
 
 def test_the_seed_decides(pipeline, undisturbed, tmp_path):
     """The same command gives the same bits, another seed others; samples likewise."""
-    line = commands(pipeline)["pretrain"]
+    line = trainings(pipeline, OPTIONS)["pretrain"]
     done(f"{line} --output {tmp_path}/pretrain/out")
     assert bits(tmp_path / "pretrain/out") == bits(undisturbed["pretrain"])
     done(f"{line.replace('--seed 4', '--seed 5')} --output {tmp_path}/other/out")
@@ -182,7 +173,7 @@ def test_threads(pipeline, undisturbed, tmp_path):
     (At this size the bits were the same with 1, 2 and 3 threads; matrices large enough to be cut among threads promise no such thing.)"""
     try:
         torch.set_num_threads(1)
-        done(f"{commands(pipeline)['pretrain'].replace('--threads 1', '--threads 3')} --output {tmp_path}/pretrain/out")
+        done(f"{trainings(pipeline, OPTIONS)['pretrain'].replace('--threads 1', '--threads 3')} --output {tmp_path}/pretrain/out")
     finally:
         torch.set_num_threads(1)
     one, three = (log_p(folder) for folder in (undisturbed["pretrain"], tmp_path / "pretrain/out"))
@@ -197,8 +188,8 @@ def test_gpu(pipeline, undisturbed, tmp_path):
     folder = undisturbed["pretrain"]
     assert distance(log_p(folder), log_p(folder, "cuda")) < NETWORK_TOLERANCE
     gpu = MACHINE.replace("--device cpu", "--device cuda")
-    done(f"{commands(pipeline)['pretrain'].replace(MACHINE, gpu)} --dropout 0 --output {tmp_path}/gpu/out")
-    done(f"{commands(pipeline)['pretrain']} --dropout 0 --output {tmp_path}/cpu/out")
+    done(f"{trainings(pipeline, OPTIONS)['pretrain'].replace(MACHINE, gpu)} --dropout 0 --output {tmp_path}/gpu/out")
+    done(f"{trainings(pipeline, OPTIONS)['pretrain']} --dropout 0 --output {tmp_path}/cpu/out")
     assert distance(log_p(tmp_path / "cpu/out"), log_p(tmp_path / "gpu/out")) < 10 * NETWORK_TOLERANCE
     a, b = ([json.loads(line) for line in (tmp_path / which / "out/journal.jsonl").read_text().splitlines()] for which in ("cpu", "gpu"))
     losses = [[p["metrics"]["train/loss"] for p in points if "train/loss" in p["metrics"]] for points in (a, b)]

@@ -78,8 +78,6 @@ def save(folder: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, tokeni
     """Write a checkpoint: `tensors` maps file names (model.safetensors, ...) to named tensors. meta.json, with every file's checksum, comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
-    for part in (*folder.glob(".*.part"), *folder.glob(".tmp*")):  # ours and safetensors', of a writer that was killed
-        part.unlink(missing_ok=True)
     for name, state in tensors.items():
         write_tensors(folder / name, state, {"format": "pt"})
     write_atomic(folder / "tokenizer.json", Path(tokenizer).read_bytes())
@@ -88,11 +86,13 @@ def save(folder: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, tokeni
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """One whole safetensors file or none; OSError when the file system refuses, with its own number."""
+    """One whole safetensors file or none, and no leavings of a writer that was killed; OSError when the file system refuses, with its own number."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    for part in (*path.parent.glob(".*.part"), *path.parent.glob(".tmp*")):  # ours and safetensors'
+        part.unlink(missing_ok=True)
     try:
         write_atomic(path, lambda part: save_file(tensors, part, header))
     except SafetensorError as error:

@@ -153,7 +153,7 @@ class Stop:
 
     @contextmanager
     def listening(self):
-    
+        """SIGTERM and SIGINT are noted, and end nothing, while this lasts."""
         before = {}
 
         def note(number: int, _) -> None:

@@ -41,6 +41,8 @@ def plain(leaves, row_loss):
 def test_value_and_gradients(monkeypatch, loss, N, chunk, closed):
     """Float32 against float64: relative 1e-5 of the largest entry. The smallest chunk has 32 rows, so 33 and 70 rows take several."""
     monkeypatch.setitem(vocabulary.NUMBERS, "cpu", chunk)
+    if closed and DIVERGENCES.get(loss) not in {*GRADIENTS, None}:
+        pytest.skip("no closed form was written of this divergence")
     leaves, log_q, x0, w = case(N)
     row_loss = row_losses(log_q, x0, w)[loss]
     expected, gradients = plain(leaves, row_loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from halfstep import provenance
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, sha256, write_json
 
 UNREAD = ["*.msgpack", "*.h5", "*.onnx", "*.ot", "onnx/*", "*.tflite", "*.mlmodel", "*.gguf"]  # of model repositories
@@ -27,9 +27,8 @@ def fetch(repositories: list[str], output: Path = Path("results/hub.json")) -> N
         try:
             version, folder = GET[kind](name)
         except Exception as error:  # the hub's client, datasets, the network and the file system each raise their own
-            reason = (str(error).strip().splitlines() or [""])[0][:200]
             raise HalfstepError(
-                f"--repositories {repository}: not in the hub's cache, and the hub did not give it ({type(error).__name__}: {reason}); run this on a "
+                f"--repositories {repository}: not in the hub's cache, and the hub did not give it ({type(error).__name__}: {reason(error)}); run this on a "
                 "node with internet and without HF_HUB_OFFLINE, and with HF_HOME in a folder that all nodes see"
             ) from None
         files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".lock")}

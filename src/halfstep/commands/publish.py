@@ -15,7 +15,7 @@ from halfstep.checkpoint import files as checkpoint_files
 from halfstep.config import SIZES, Network, Training
 from halfstep.data.pack import read_manifest
 from halfstep.data.tokenizer import EOS, load_bpe
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, sha256, write_atomic, write_json
 from halfstep.metrics.rows import model_name
 from halfstep.models import hub
@@ -105,9 +105,8 @@ def fetch(name: str, revision: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=FETCHED))
     except Exception as error:  # the client raises its own, requests' and OSError
-        reason = str(error).strip().splitlines()[0][:160]
         raise HalfstepError(
-            f"--source {name}{'@' * bool(revision)}{revision}: the hub did not give it ({type(error).__name__}: {reason}); check name, revision and network, or "
+            f"--source {name}{'@' * bool(revision)}{revision}: the hub did not give it ({type(error).__name__}: {reason(error)}); check name, revision and network, or "
             "download it elsewhere and name the folder"
         ) from None
 
@@ -220,8 +219,7 @@ def upload(folder: Path, name: str, branch: str) -> None:
             api.create_branch(name, branch=branch, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, revision=branch, commit_message=f"halfstep export, {branch}")
     except Exception as error:  # the client raises its own, requests' and OSError
-        reason = str(error).strip().splitlines()[0][:160]
         raise HalfstepError(
-            f"--push {name}: the hub did not take it ({type(error).__name__}: {reason}); the folder {folder} is whole: check the network and "
+            f"--push {name}: the hub did not take it ({type(error).__name__}: {reason(error)}); the folder {folder} is whole: check the network and "
             "`hf auth login`, and give the command again"
         ) from None

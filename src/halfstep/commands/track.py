@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from halfstep import tracking
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, write_atomic
 from halfstep.sync import Job, Tracker
 
@@ -126,9 +126,9 @@ def once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
                     break
     except TimeoutError as error:
         fault = error
-    reason = "no server answers" if "Max retries exceeded" in str(fault) else str(fault).strip().split("\n")[0][:300]
+    why = "no server answers" if "Max retries exceeded" in str(fault) else reason(fault)
     raise HalfstepError(
-        f"MLflow at {uri} does not take the data ({reason}); nothing is lost: mend it, or name another place with --uri, and call again"
+        f"MLflow at {uri} does not take the data ({why}); nothing is lost: mend it, or name another place with --uri, and call again"
     ) from fault
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
 
 EOS = "<|endoftext|>"
 FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # names in the hub, and in OpenAI's release
@@ -74,8 +74,7 @@ def _download(name: str) -> Tokenizer:
     try:
         return Tokenizer.from_pretrained(name)
     except Exception as error:  # the bindings raise bare Exception, offline or unknown alike
-        reason = str(error).splitlines()[0][:200]
         raise HalfstepError(
-            f"tokenizer: {name!r} is no local folder and the hub did not give it ({reason}); check name and network, or name a folder "
+            f"tokenizer: {name!r} is no local folder and the hub did not give it ({reason(error)}); check name and network, or name a folder "
             "with vocab.json and merges.txt"
         ) from None

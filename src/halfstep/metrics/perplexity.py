@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
 from halfstep.files import sha256_once
 from halfstep.metrics.rows import model_name
 from halfstep.progress import Progress
@@ -92,14 +92,13 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
         network = network.float() if network.dtype == torch.float16 else network  # whose largest number is 65,504
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision or "main")
     except Exception as error:  # transformers, the hub client and safetensors each raise their own
-        reason = str(error).strip().split("\n")[0]
         hint = (
             "make the folder again" if folder.is_dir()
             else f"accept its licence at https://huggingface.co/{where}, then log in with `hf auth login` or set HF_TOKEN, or name a folder that holds it"
             if "gated" in str(error).lower()
             else "without network, download it beforehand or name a folder that holds the model"
         )  # fmt: skip
-        raise HalfstepError(f"judge: transformers cannot load {name!r} ({type(error).__name__}: {reason}); {hint}") from error
+        raise HalfstepError(f"judge: transformers cannot load {name!r} ({type(error).__name__}: {reason(error)}); {hint}") from error
     found = weights_sha256(folder) if folder.is_dir() else getattr(network.config, "_commit_hash", None)
     where = model_name(folder) if folder.is_dir() else where  # however its path was typed, on whatever machine
     name = f"{where}@{found[:12]}" if found else name

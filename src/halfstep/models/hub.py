@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -49,7 +49,7 @@ def read(path: Path) -> Published:
         else:
             content = torch.load(file, map_location="cpu", weights_only=False, pickle_module=Harmless)
     except Exception as error:  # safetensors, zipfile, pickle and torch each raise their own
-        raise HalfstepError(f"--source {file}: cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:160]}); fetch it again") from None
+        raise HalfstepError(f"--source {file}: cannot be read ({type(error).__name__}: {reason(error)}); fetch it again") from None
     if not isinstance(content, dict):
         raise HalfstepError(f"--source {file}: holds a {type(content).__name__}, expected named tensors or a Lightning checkpoint")
     beside = file.parent / "config.json"

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from halfstep.checkpoint import write_tensors
 from halfstep.config import Machine, Training
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
 from halfstep.processes import ALONE, Group, Stop, cut_like, is_sharded, leave, local_device, whole
 from halfstep.progress import Progress
 from halfstep.training.ema import EMA
@@ -82,7 +82,7 @@ def device_of(machine: Machine) -> torch.device:
         device = torch.empty(0, device=machine.device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such word; not compiled in; no such card
         raise HalfstepError(
-            f"device: found {machine.device!r}, which torch cannot use ({str(error).splitlines()[0][:200]}); name cpu, or auto"
+            f"device: found {machine.device!r}, which torch cannot use ({reason(error)}); name cpu, or auto"
         ) from None
     return local_device() if machine.device == "cuda" else device
 
@@ -256,8 +256,6 @@ def _save(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted, 
     counters |= {"logged": json.dumps(fitted.logged), "pending": json.dumps(fitted.pending)}
     header = {k: str(v) for k, v in counters.items()} | {f"validation:{k}": repr(v) for k, v in fitted.validation.items()}
     if group.first:
-        for part in state.glob(".*.part"):  # of a writer that was killed
-            part.unlink(missing_ok=True)
         write_tensors(state / "state.safetensors", tensors, header)
     group.most(0)
 
@@ -286,6 +284,6 @@ def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted
     for name, shadow in fitted.ema.shadow.items():
         shadow.copy_(cut_like(groups["ema"][name], shadow))
     fitted.ema.updates, fitted.best, fitted.best_step = int(header["ema_updates"]), groups["best"], int(header["best_step"])
-    fitted.logged, fitted.pending = json.loads(header["logged"]), tuple(json.loads(header["pending"]))
+    fitted.logged, fitted.pending = json.loads(header.get("logged", "[]")), tuple(json.loads(header.get("pending", "[0, 0]")))
     fitted.validation = {k.split(":", 1)[1]: float(v) for k, v in header.items() if k.startswith("validation:")}
     return int(header["step"])

@@ -14,12 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads `6e-5` and `1_000.0` as text; a float field means a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    try:
+        return float(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
+    except ValueError:
+        return value
 
 
 Float = Annotated[float, pydantic.BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -346,9 +344,8 @@ class Teacher(Section):
     def _rows(cls, raw):
         if isinstance(raw, dict) and isinstance(raw.get("runs"), dict):
             shared = raw.get("distillation") or {}
-            rows = {k: {**shared, **(v or {})} if isinstance(v, dict | None) and isinstance(shared, dict) else v
-                    for k, v in raw["runs"].items()}  # fmt: skip
-            return {**raw, "runs": rows}
+            if isinstance(shared, dict):
+                return {**raw, "runs": {k: {**shared, **(v or {})} if isinstance(v, dict | None) else v for k, v in raw["runs"].items()}}
         return raw
 
     @field_validator("runs")
@@ -381,23 +378,22 @@ class Config(Section):
         for name, teacher in self.teachers.items():
             if teacher.corpus not in self.corpora:
                 raise ValueError(f"teachers.{name}.corpus is {teacher.corpus!r}, which is not a key of corpora: {', '.join(self.corpora)}")
-            if self.evaluation.lambada == "last_words" and self.corpora[teacher.corpus].kind != "stories":
-                raise ValueError(
-                    f"evaluation.lambada is last_words, but corpus {teacher.corpus!r} has kind {self.corpora[teacher.corpus].kind}: "
-                    "only stories come with last words; name a hub data set or a .jsonl"
-                )
+            corpus, how = self.corpora[teacher.corpus], self.continuations
+            of = f"of corpus {teacher.corpus!r}"
+            if self.evaluation.lambada == "last_words" and corpus.kind != "stories":
+                raise ValueError(f"evaluation.lambada is last_words, but the kind {of} is {corpus.kind}: only stories have them; name a hub data set or a .jsonl")
             if teacher.source and self.sampling.weights == "best":
                 raise ValueError(f"sampling.weights is best, but teachers.{name}.from brings no best weights, for it was not validated here; choose ema or raw")
-            length, how = self.corpora[teacher.corpus].length, self.continuations
-            most = max(run.teacher_steps if count == "own" else count for count in self.sampling.steps for run in teacher.runs.values() or [teacher.distillation])
-            if self.sampling.sampler == "first_hitting" and most > length:
+            runs = teacher.runs.values() or [teacher.distillation]
+            most = max(run.teacher_steps if count == "own" else count for count in self.sampling.steps for run in runs)
+            if self.sampling.sampler == "first_hitting" and most > corpus.length:
                 raise ValueError(
-                    f"sampling.steps: found {most}, but sampler first_hitting reveals at least one of the {length} positions of corpus "
-                    f"{teacher.corpus!r} in each step; give at most {length} steps"
+                    f"sampling.steps: found {most}, but sampler first_hitting reveals at least one of the {corpus.length} positions {of} "
+                    f"in each step; give at most {corpus.length} steps"
                 )
-            if how and how.prompt_tokens + how.continuation_tokens >= length:
+            if how and how.prompt_tokens + how.continuation_tokens >= corpus.length:
                 raise ValueError(
                     f"continuations: prompt_tokens + continuation_tokens are {how.prompt_tokens} + {how.continuation_tokens}, "
-                    f"but a window of corpus {teacher.corpus!r} has {length} tokens, EOS at its end; lower one of them"
+                    f"but a window {of} has {corpus.length} tokens, EOS at its end; lower one of them"
                 )
         return self

@@ -21,6 +21,7 @@ from halfstep.files import write_json
 from halfstep.metrics.rows import model_name, name_parts, row
 from halfstep.models import gpt
 from halfstep.models.denoiser import Denoiser
+from halfstep.models.graphs import cast_matrices
 from halfstep.progress import Progress
 from halfstep.training.loop import device_of
 
@@ -84,13 +85,13 @@ def _pairs(folder: Path, baseline: Path, benchmark: Benchmark, device: torch.dev
     student, peer = _load(folder, "diffusion", device), _load(baseline, "autoregressive", device)
     meta, dtype = student.meta, getattr(torch, benchmark.timed_dtype)
     sums = (student.sha256[:16], peer.sha256[:16])
-    networks = [_cast(model.network, dtype) for model in (student, peer)]
+    networks = [cast_matrices(model.network, dtype) for model in (student, peer)]
     yield Pair(model_name(folder), model_name(baseline), "ema", student.denoiser, networks[1], sums, baseline / "hf"), meta
     del student, peer, networks
     for size in benchmark.sizes:
         shape = meta | {"network": Network(size=size).model_dump()}
         with torch.device(device):
-            networks = [_cast(checkpoint.build(shape | {"kind": kind}), dtype).eval().requires_grad_(False) for kind in checkpoint.KINDS]
+            networks = [cast_matrices(checkpoint.build(shape | {"kind": kind}), dtype).eval().requires_grad_(False) for kind in checkpoint.KINDS]
         name = f"{size}-untrained"
         denoiser = checkpoint.denoiser_of(networks[0], shape)
         yield Pair(f"{name}/teacher", f"{name}/baseline", "untrained", denoiser, networks[1], (None, None), None), shape
@@ -105,21 +106,13 @@ def _load(folder: Path, kind: str, device: torch.device) -> checkpoint.Model:
     return model
 
 
-def _cast(network: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """Matrices of the blocks in `dtype`, once and for all; autocast does the rest, and norms, table and readout keep their float32."""
-    for module in network.blocks.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.to(dtype)
-    return network
-
-
 def _cases(pair: Pair, writers: dict, length: int, batch: int, benchmark: Benchmark, device: torch.device) -> dict[tuple[str, int | None], tuple]:
     """{(sampler, steps): (call, network evaluations)} of what runs here; the call that tells is a warm-up, too."""
     low = benchmark.timed_dtype != "float32"
 
     def student(steps: int):
         with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
-            return sample(pair.denoiser, batch, length, steps, schedule=LogLinear(), seed=SEED, device=device)
+            return sample(pair.denoiser.replayed, batch, length, steps, schedule=LogLinear(), seed=SEED, device=device)
 
     found = {}
     wanted = [("ancestral", steps) for steps in benchmark.benchmark_steps] + [(BASELINE[name], None) for name in writers]

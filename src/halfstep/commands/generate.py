@@ -98,7 +98,7 @@ def fill(
                 frame[:, :begun] = given[first : first + count]
                 frame[:, length:] = model.mask_id if end is None else end
                 out = sample(
-                    model.denoiser, count, frame.shape[1], steps, schedule=LogLinear(), sampler=drawing.sampler, seed=drawing.sampling_seed, first=first,
+                    model.denoiser.replayed, count, frame.shape[1], steps, schedule=LogLinear(), sampler=drawing.sampler, seed=drawing.sampling_seed, first=first,
                     temperature=drawing.temperature, given=frame, device=device, draw_dtype=drawing.draw_dtype,
                 )  # fmt: skip
                 pieces.append(out.ids[:, :length].cpu())

@@ -1,12 +1,14 @@
 """A network and the SUBS parameterisation as a Denoiser: the one callable that the mathematics knows."""
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfstep.models.dit import Kept
+from halfstep.models.graphs import Graphs
 from halfstep.vocabulary import logits
 
 
@@ -17,7 +19,7 @@ class Denoiser:
     """
 
     def __init__(self, network: nn.Module, sigma: Callable[[Tensor], Tensor] | None = None):
-        self.network, self._sigma = network, sigma
+        self.network, self._sigma, self._pass = network, sigma, network
         self.mask_id = network.vocabulary
 
     @property
@@ -25,8 +27,18 @@ class Denoiser:
         return self._sigma is None
 
     def features(self, xt: Tensor, t: Tensor, where: Tensor | None = None) -> Tensor:
-        """One pass of the network: xt[B, L] int64, t[B] in [0, 1] -> h[B, L, D]; of the positions where[B, L] alone, in row order, h[N, D]."""
-        return self.network(xt, None if self._sigma is None else self._sigma(t), where)
+        """One pass of the network: xt[B, L] int64, t[B] in [0, 1] -> h[B, L, D]; of the positions where[B, L] alone, in row order, h[N, D].
+
+        Given as rows[N] of the B L positions they need not be counted, for which the host would wait for a device.
+        """
+        return self._pass(xt, None if self._sigma is None else self._sigma(t), where)
+
+    @cached_property
+    def replayed(self) -> "Denoiser":
+        """The same law of the same weights, which must no longer move: `features` replays CUDA graphs where there are few texts. For sampling."""
+        twin = Denoiser(self.network, self._sigma)
+        twin._pass = Graphs(self.network)
+        return twin
 
     def features_and_keys(self, xt: Tensor, t: Tensor, start: int = 0, kept: list | None = None) -> tuple[Tensor, list]:
         """As `features`, and every block's keys and values. Given back, xt[B, l] are the tokens from `start` on, and only they are computed."""

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfstep.models.layers import Block, Embedding, Head, Rotary
+from halfstep.models.layers import Block, Embedding, Head, Rotary, rows_of
 
 COND_WIDTH = 128
 FEWEST = 16  # rows of a product whose last bits do not depend on how many there are (MKL)
@@ -60,12 +60,12 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Token ids x[B, L] and noise levels sigma[B] (zero when absent: the paper's time-unconditional network) -> h[B, L, D].
 
-        Of the positions where[B, L] alone, in row order, h[N, D]: the last block forms keys and values of all positions and nothing else of
+        Of the positions where[B, L], or rows[N] of B L, alone, h[N, D]: the last block forms keys and values of all positions and nothing else of
         the others. With `kept`, x are the tokens from `start` on, which see the keys and values of all others as they were left there.
         """
         rows, N = None, len(x)
         if where is not None:
-            rows = where.flatten().nonzero()[:, 0]
+            rows = rows_of(where)
             N = len(rows)
             rows = F.pad(rows, (0, max(0, FEWEST - N)))  # products of fewer rows end in other bits
         cond = self.sigma_map(torch.zeros(1, device=x.device) if sigma is None else sigma)

@@ -109,6 +109,11 @@ def modulation(linear: nn.Linear, cond: Tensor) -> Tensor:
         return F.linear(cond.float(), linear.weight.float(), linear.bias.float())[:, None]
 
 
+def rows_of(where: Tensor) -> Tensor:
+    """rows[N] of the B L positions that the mask where[B, L] names, in their order; rows[N] as they are."""
+    return where if where.dim() == 1 else where.flatten().nonzero()[:, 0]
+
+
 def at_rows(m: Tensor, rows: Tensor, L: int) -> Tensor:
     """A modulation m[B or 1, 1, D] of texts of L positions at rows[N] of those B L positions, [N or 1, D]."""
     return m[rows // L, 0] if len(m) > 1 else m[0]

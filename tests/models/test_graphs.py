@@ -33,7 +33,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def replay(self) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for op, args, kwargs, out in self.calls:
                 if op.overloadpacket in EMPTY:
                     continue

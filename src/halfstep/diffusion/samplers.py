@@ -77,29 +77,34 @@ def carry_out(
     x[B, L] holds the mask token where text is wanted and any tokens that are given; times[steps] is t at the start of each step;
     u[B, L] float64 draws each position's token. `on_pass` gets the number of texts of a pass.
     """
-    x = x.clone()
-    B, L = x.shape
-    step_of = plan.masked_fill(x != denoiser.mask_id, -1)
+    given, x = x.cpu(), x.clone()
+    step_of = plan.cpu().masked_fill(given != denoiser.mask_id, -1)  # all that decides what a pass holds is known here: no pass waits for a device
     order = step_of.sort(1).values  # a text's non-empty steps, ascending, given positions (-1) first
     fresh = (order >= 0) & (order != torch.nn.functional.pad(order, (1, 0), value=-1)[:, :-1])
     passes = fresh.sum(1)
-    visits = torch.full((B, int(passes.max()) if B else 0), -1, dtype=torch.long, device=x.device)
+    visits = torch.full((len(x), int(passes.max()) if len(x) else 0), -1, dtype=torch.long)
     rows, columns = fresh.nonzero(as_tuple=True)
     visits[rows, (fresh.cumsum(1) - 1)[rows, columns]] = order[rows, columns]
     for j in range(visits.shape[1]):
         alive = (passes > j).nonzero()[:, 0]
         now = visits[alive, j]
-        batch = x[alive]
-        reveal = step_of[alive] == now[:, None]
-        if j == 0 and denoiser.ignores_time and (batch == batch[:1]).all():  # nothing is written yet: one text's features are all texts'
-            h = denoiser.features(batch[:1], times[now[:1]])[0, reveal.nonzero()[:, 1]]
+        texts, columns = (step_of[alive] == now[:, None]).nonzero(as_tuple=True)
+        alike = j == 0 and denoiser.ignores_time and bool((given[alive] == given[alive[:1]]).all())
+        alive, now, texts, columns = (_sent(index, x.device) for index in (alive, now, texts, columns))
+        if alike:  # nothing is written yet: one text's features are all texts'
+            h = denoiser.features(x[alive[:1]], times[now[:1]])[0, columns]
         else:
-            h = denoiser.features(batch, times[now], reveal)
-        batch[reveal] = draw(denoiser, h, u[alive][reveal], temperature)
-        x[alive] = batch
+            h = denoiser.features(x[alive], times[now], (texts, columns))
+        rows = alive[texts]
+        x[rows, columns] = draw(denoiser, h, u[rows, columns], temperature)
         if on_pass:
             on_pass(len(alive))
-    return Samples(x, passes)
+    return Samples(x, passes.to(x.device))
+
+
+def _sent(index: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on the device; the host goes on before it has arrived."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from halfstep.models.dit import Kept
 from halfstep.models.graphs import Graphs
+from halfstep.models.layers import Where
 from halfstep.vocabulary import logits
 
 
@@ -26,10 +27,10 @@ class Denoiser:
     def ignores_time(self) -> bool:
         return self._sigma is None
 
-    def features(self, xt: Tensor, t: Tensor, where: Tensor | None = None) -> Tensor:
+    def features(self, xt: Tensor, t: Tensor, where: Where = None) -> Tensor:
         """One pass of the network: xt[B, L] int64, t[B] in [0, 1] -> h[B, L, D]; of the positions where[B, L] alone, in row order, h[N, D].
 
-        Given as rows[N] of the B L positions they need not be counted, for which the host would wait for a device.
+        `where` is a mask, or its nonzero(as_tuple=True): found on the host, it is not counted on a device, for which the host would wait.
         """
         return self._pass(xt, None if self._sigma is None else self._sigma(t), where)
 

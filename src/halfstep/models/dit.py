@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfstep.models.layers import Block, Embedding, Head, Rotary, rows_of
+from halfstep.models.layers import Block, Embedding, Head, Rotary, Where
 
 COND_WIDTH = 128
 FEWEST = 16  # rows of a product whose last bits do not depend on how many there are (MKL)
@@ -56,16 +56,16 @@ class DiT(nn.Module):
         self.vocabulary = vocabulary
 
     def forward(
-        self, x: Tensor, sigma: Tensor | None = None, where: Tensor | None = None, start: int = 0, kept: "list[Kept] | None" = None
+        self, x: Tensor, sigma: Tensor | None = None, where: Where = None, start: int = 0, kept: "list[Kept] | None" = None
     ) -> Tensor:
         """Token ids x[B, L] and noise levels sigma[B] (zero when absent: the paper's time-unconditional network) -> h[B, L, D].
 
-        Of the positions where[B, L], or rows[N] of B L, alone, h[N, D]: the last block forms keys and values of all positions and nothing else of
+        Of the positions where[B, L] (a mask, or its nonzero(as_tuple=True)) alone, in row order, h[N, D]: the last block forms keys and values of all positions and nothing else of
         the others. With `kept`, x are the tokens from `start` on, which see the keys and values of all others as they were left there.
         """
         rows, N = None, len(x)
         if where is not None:
-            rows = rows_of(where)
+            rows = where[0] * x.shape[1] + where[1] if isinstance(where, tuple) else where.flatten().nonzero()[:, 0]
             N = len(rows)
             rows = F.pad(rows, (0, max(0, FEWEST - N)))  # products of fewer rows end in other bits
         cond = self.sigma_map(torch.zeros(1, device=x.device) if sigma is None else sigma)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from halfstep.models.layers import rows_of
+from halfstep.models.layers import Where
 
 WARM_UP = 2  # passes before a capture: libraries make their handles, choose their kernels and take their workspaces in them
 
@@ -24,7 +24,7 @@ class Graphs:
         self.network = network
         self.captured: dict[tuple, tuple[Tensor, Tensor | None, Callable[[], None], Tensor]] = {}
 
-    def __call__(self, x: Tensor, sigma: Tensor | None = None, where: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor | None = None, where: Where = None) -> Tensor:
         (B, L), device = x.shape, x.device.type
         bucket = 1 << max(0, B - 1).bit_length()
         if device != self.DEVICE or torch.is_grad_enabled() or self.network.training or bucket * L > self.TOKENS:
@@ -38,7 +38,7 @@ class Graphs:
         if sigma is not None:
             levels[:B] = sigma
         replay()
-        return h[:B].clone() if where is None else h.flatten(0, 1)[rows_of(where)]  # no view: the next replay writes over h
+        return h[:B].clone() if where is None else h[:B][where]  # no view: the next replay writes over h
 
     def _capture(self, bucket: int, x: Tensor, sigma: Tensor | None, dtype: torch.dtype | None) -> tuple:
         """Memory that the graph reads (ids, noise levels), its replay, and memory that it writes (features)."""

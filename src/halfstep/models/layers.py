@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Where = Tensor | tuple[Tensor, Tensor] | None  # positions: a mask [B, L], or texts[N] and columns[N], for which no host waits; None: all
+
 
 class LayerNorm(nn.Module):
     """LayerNorm with a scale and no bias, computed in float32 (eps 1e-5)."""
@@ -107,11 +109,6 @@ def modulation(linear: nn.Linear, cond: Tensor) -> Tensor:
     all positions, whose rounding to bfloat16 would depend on how they are shared between micro-batches."""
     with torch.autocast(cond.device.type, enabled=False):
         return F.linear(cond.float(), linear.weight.float(), linear.bias.float())[:, None]
-
-
-def rows_of(where: Tensor) -> Tensor:
-    """rows[N] of the B L positions that the mask where[B, L] names, in their order; rows[N] as they are."""
-    return where if where.dim() == 1 else where.flatten().nonzero()[:, 0]
 
 
 def at_rows(m: Tensor, rows: Tensor, L: int) -> Tensor:

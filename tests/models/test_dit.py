@@ -132,6 +132,7 @@ def test_asked_for_some_positions_it_says_there_what_it_says_of_all(conditioned)
     where = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
     pull = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
     found, expected = denoiser.features(x, t, where), denoiser.features(x, t)[where]
+    assert torch.equal(denoiser.features(x, t, where.nonzero(as_tuple=True)), found)
     assert found.shape == (5, 32) and torch.allclose(found, expected, atol=1e-5)
     ours, theirs = (torch.autograd.grad((h * pull).sum(), list(denoiser.network.parameters()), allow_unused=True) for h in (found, expected))
     for (name, _), one, other in zip(denoiser.network.named_parameters(), ours, theirs, strict=True):

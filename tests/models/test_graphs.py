@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from small import MACHINE, done
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -178,6 +179,19 @@ def test_no_pass_waits_for_the_device(monkeypatch, timed):
         out = carry_out(one, *far, on_pass=lambda texts: seen.append(texts) or device.copies.append("pass"))
     assert out.ids.device.type == "meta" and len(seen) == 2 * 4 and seen[:4] == seen[4:] and expected.ids.max() < 31
     assert device.copies[:2] == ["cpu", "cpu"] and "cpu" not in device.copies[2:] and device.copies.count("pass") == 4
+
+
+def test_generate_and_latency_replay(tapes, pipeline, tmp_path):
+    """The commands that write texts, and the same texts as without."""
+    line = f"generate --checkpoint {pipeline.teacher} --steps 8 --num-samples 4 --output"
+    done(f"{line} {tmp_path}/texts {MACHINE}")
+    assert tapes and (tmp_path / "texts/samples.npy").read_bytes() == (pipeline.samples / "samples.npy").read_bytes()
+    tapes.clear()
+    done(
+        f"latency --checkpoint {pipeline.student} --baseline {pipeline.baseline} --output {tmp_path}/rows.json --lengths 6 --batch-sizes 1 --benchmark-steps 2 "
+        f"--baselines halfstep --repeats 3 --timed-dtype bfloat16 {MACHINE}"
+    )
+    assert len(tapes) == 1
 
 
 def test_a_cpu_runs_as_ever():

@@ -1,6 +1,8 @@
 """Timing on a clock that the test moves."""
 
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +48,60 @@ def test_a_cuda_device_is_waited_for_before_every_reading(monkeypatch):
     timing.measure(lambda: events.append("run"), repeats=2, device="cuda")
     assert events == ["wait", "run", "wait"] * 3
     assert clock.now == 100.0
+
+
+class Meter:
+    """pynvml with one card, whose counter of millijoules the test moves; `broken` names the call that this card does not know."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, monkeypatch, broken=None):
+        self.millijoules, self.broken = 5e9, broken
+        monkeypatch.setitem(sys.modules, "pynvml", self)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab"))
+
+    def __getattr__(self, name):
+        def call(*given):
+            if name == self.broken:
+                raise self.NVMLError(name)
+            return {"nvmlInit": lambda: None, "nvmlDeviceGetHandleByUUID": lambda uuid: {"GPU-12ab": "card"}[uuid],
+                    "nvmlDeviceGetTotalEnergyConsumption": lambda handle: {"card": self.millijoules}[handle]}[name](*given)  # fmt: skip
+
+        return call
+
+
+def test_energy_is_the_mean_of_a_call_and_each_case_has_its_own(monkeypatch):
+    """What warm-ups and what lies between the calls take is nobody's."""
+    meter = Meter(monkeypatch)
+
+    def task(*joules):
+        left = iter(joules)
+
+        def call():
+            meter.millijoules += 1000 * next(left)
+
+        return call
+
+    def between():
+        meter.millijoules += 7000
+
+    found = timing.measure_in_turns({"a": task(50, 1, 2, 6), "b": task(900, 10, 10, 40)}, 3, 1, "cuda", between)
+    assert (found["a"].joules, found["b"].joules) == (3, 20)
+    assert timing.measure(task(1, 1), 1).joules is None  # a CPU
+
+
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetTotalEnergyConsumption"])
+def test_a_card_that_does_not_count_energy_has_none(monkeypatch, call):
+    Meter(monkeypatch, broken=call)
+    assert timing.measure(lambda: None, 2, device="cuda").joules is None
+
+
+def test_without_nvml_there_is_no_energy(monkeypatch):
+    Meter(monkeypatch)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert timing.measure(lambda: None, 2, device="cuda").joules is None
 
 
 def test_an_error_in_the_timed_call_is_not_swallowed():

@@ -1,6 +1,7 @@
 """latency: which cases are timed, in which order, and what the rows say."""
 
 from importlib.util import find_spec
+from itertools import count
 
 import pytest
 
@@ -39,6 +40,15 @@ def test_students_and_baseline_in_turns(world, tmp_path, monkeypatch):
         else:
             assert row["run"] == "teacher" and 1 <= row["network_evaluations"] <= row["steps"]
             assert row["tokens_per_forward"] == pytest.approx(row["length"] / row["network_evaluations"]) and row["energy_j"] is None
+
+
+def test_energy_of_a_call_where_the_device_counts_it(world, tmp_path, monkeypatch):
+    """A counter that rises by 5 J at each reading: 5 J lie between the two readings of a call, for a student and for its peer."""
+    joules = count(100, 5)
+    monkeypatch.setattr(timing, "energy_counter", lambda device: lambda: next(joules))
+    sizes = Benchmark(lengths=[6], batch_sizes=[2], benchmark_steps=[2], baselines=["halfstep"], repeats=3)
+    latency(world.models / "teacher", world.models / "baseline", tmp_path / "rows.json", sizes, MACHINE)
+    assert [row["energy_j"] for row in read_json(tmp_path / "rows.json")] == [5, 5]
 
 
 def test_other_baselines_and_untrained_sizes_in_bfloat16(world, tmp_path, monkeypatch):

@@ -8,8 +8,14 @@ from small import MACHINE, done
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from halfstep.commands.distill import sdtt_loss
+from halfstep.config import Distillation
+from halfstep.diffusion.masking import corrupt
+from halfstep.diffusion.objective import nelbo
 from halfstep.diffusion.samplers import carry_out, sample
 from halfstep.diffusion.schedules import LogLinear
+from halfstep.distill.rounds import Round
+from halfstep.distill.targets import exact_times, reveal_substep
 from halfstep.models import graphs
 from halfstep.models.denoiser import Denoiser
 from halfstep.models.dit import DiT
@@ -147,18 +153,20 @@ def test_samples_are_those_of_eager_passes(tapes, timed):
 
 
 class Device(TorchDispatchMode):
-    """Meta as a device that is not the host: an operation has all its tensors on one of the two, except copies, whose ways are noted. Values that
-    come from the device are `answers`, in turn; for a number or a number of rows it cannot be asked at all."""
+    """Meta as a device that is not the host: an operation has all its tensors on one of the two, except copies. What comes from the device is one of
+    `answers`, in turn; for a number or a number of rows it cannot be asked at all. Noted are answers, passes of a network, and what is sent."""
 
     def __init__(self, *answers):
         super().__init__()
-        self.answers, self.copies = list(answers), []
+        self.answers, self.notes = list(answers), []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         to = (kwargs or {}).get("device")
         if op.overloadpacket is aten._to_copy and to is not None and to != args[0].device:
-            self.copies.append(to.type)
+            self.notes.append("answer" if to.type == "cpu" else "sent")
             return self.answers.pop(0) if to.type == "cpu" else op(*args, **kwargs)
+        if op.overloadpacket is aten.embedding:
+            self.notes.append("pass")
         out = op(*args, **(kwargs or {}))
         assert len({part.device for part in tree_leaves((args, kwargs, out)) if isinstance(part, torch.Tensor)}) < 2, op
         return out
@@ -176,9 +184,32 @@ def test_no_pass_waits_for_the_device(monkeypatch, timed):
     one.network.to("meta")
     far = [tensor.to("meta") for tensor in (given, plan, times, u)]
     with Device(given, plan) as device:
-        out = carry_out(one, *far, on_pass=lambda texts: seen.append(texts) or device.copies.append("pass"))
+        out = carry_out(one, *far, on_pass=seen.append)
     assert out.ids.device.type == "meta" and len(seen) == 2 * 4 and seen[:4] == seen[4:] and expected.ids.max() < 31
-    assert device.copies[:2] == ["cpu", "cpu"] and "cpu" not in device.copies[2:] and device.copies.count("pass") == 4
+    assert device.notes[:2] == ["answer", "answer"] and device.notes.count("answer") == 2 and device.notes.count("pass") == 4
+
+
+@pytest.mark.parametrize("timed", [False, True], ids=["blind", "timed"])
+def test_a_training_step_waits_once_before_its_first_pass(monkeypatch, timed):
+    """For the masks, and in a round for the substeps in which they fall; then nothing is asked until the gradients are there."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **how: nullcontext())
+    one, random, schedule = denoiser(timed), torch.Generator().manual_seed(2), LogLinear()
+    one.network.requires_grad_().train()
+    x0, t = torch.randint(0, 31, (4, 10), generator=random), torch.tensor([0.9, 0.3, 0.6, 0.8])
+    u = torch.rand(3, 4, 10, generator=random, dtype=torch.float64)
+    xt = corrupt(x0, t, u[0], schedule, 31)
+    step_of = reveal_substep(exact_times(t.double(), 0.2, 3), 0.2, u[1], schedule).masked_fill(xt != 31, -1)
+    assert {-1, 0, 1, 2, 3} == set(step_of.flatten().tolist())  # all that can be
+    one.network.to("meta")
+    x0, t, u, far = (tensor.to("meta") for tensor in (x0, t, u, xt))
+    with Device(xt == 31) as device:
+        nelbo(one, x0, t, u[0], schedule).backward()
+    assert device.notes[0] == "answer" and device.notes.count("answer") == 1 == device.notes.count("pass")
+    _, loss = sdtt_loss(one.network, one, Round(1, 0.2, 3, 4), Distillation(), {"network": {"time_conditioning": timed}})
+    with Device(xt == 31, step_of) as device:
+        loss({"xt": far, "t": t, "u_reveal": u[1], "u_token": u[2]}).backward()
+    before = device.notes[: device.notes.index("pass")]
+    assert before.count("answer") == 2 == device.notes.count("answer") and device.notes.count("pass") == 4
 
 
 def test_generate_and_latency_replay(tapes, pipeline, tmp_path):

@@ -13,6 +13,7 @@ from halfstep.config import Distillation, Machine
 from halfstep.data.batches import batch_indices
 from halfstep.data.pack import Windows, files
 from halfstep.diffusion.masking import corrupt as mask
+from halfstep.diffusion.masking import positions
 from halfstep.diffusion.objective import stratified_times
 from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import LogLinear
@@ -99,8 +100,9 @@ def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
 
     def loss(part: dict[str, Tensor]) -> Tensor:
         xt, t = part["xt"], part["t"].float()
+        masked = positions((xt == own.mask_id).cpu(), xt.device)
         goal = teacher_targets(teacher, xt, t, round.dt, round.substeps, part["u_reveal"], part["u_token"], schedule, run.teacher_times)
-        h = own.features(xt, t, xt == own.mask_id)
+        h = own.features(xt, t, masked)
         return divergence_loss(divergence, h, own.readout, goal, teacher.readout)
 
     return corrupt, loss

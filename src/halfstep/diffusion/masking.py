@@ -1,5 +1,6 @@
 """The absorbing process: its forward marginal, and the one reverse posterior that everything uses."""
 
+import torch
 from torch import Tensor
 
 
@@ -9,6 +10,16 @@ def corrupt(x0: Tensor, t: Tensor, u: Tensor, schedule, mask_id: int) -> Tensor:
     x0[B, L] int64, t[B] float64 -> xt[B, L].
     """
     return x0.masked_fill(u < 1 - schedule.alpha(t)[:, None], mask_id)
+
+
+def positions(where: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """A mask on the host as its nonzero(as_tuple=True) on `device`: counted here, so nothing waits for the device."""
+    return tuple(sent(index, device) for index in where.nonzero(as_tuple=True))
+
+
+def sent(index: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on `device`; the host goes on before it has arrived."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
 def reveal_probability(t: Tensor, s: Tensor, schedule) -> Tensor:

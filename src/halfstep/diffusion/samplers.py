@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from halfstep.diffusion.caching import write_blocks
-from halfstep.diffusion.masking import reveal_probability
+from halfstep.diffusion.masking import positions, reveal_probability, sent
 from halfstep.draws import float32_uniforms, inverse_cdf_of, released_race, uniforms
 from halfstep.errors import HalfstepError
 from halfstep.vocabulary import pieces, words
@@ -86,25 +86,20 @@ def carry_out(
     rows, columns = fresh.nonzero(as_tuple=True)
     visits[rows, (fresh.cumsum(1) - 1)[rows, columns]] = order[rows, columns]
     for j in range(visits.shape[1]):
-        alive = (passes > j).nonzero()[:, 0]
-        now = visits[alive, j]
-        texts, columns = (step_of[alive] == now[:, None]).nonzero(as_tuple=True)
-        alike = j == 0 and denoiser.ignores_time and bool((given[alive] == given[alive[:1]]).all())
-        alive, now, texts, columns = (_sent(index, x.device) for index in (alive, now, texts, columns))
+        going = passes > j
+        now = visits[going, j]
+        alike = j == 0 and denoiser.ignores_time and bool((given[going] == given[going][:1]).all())
+        (alive,), (texts, columns) = positions(going, x.device), positions(step_of[going] == now[:, None], x.device)
+        t = times[sent(now, x.device)]
         if alike:  # nothing is written yet: one text's features are all texts'
-            h = denoiser.features(x[alive[:1]], times[now[:1]])[0, columns]
+            h = denoiser.features(x[alive[:1]], t[:1])[0, columns]
         else:
-            h = denoiser.features(x[alive], times[now], (texts, columns))
+            h = denoiser.features(x[alive], t, (texts, columns))
         rows = alive[texts]
         x[rows, columns] = draw(denoiser, h, u[rows, columns], temperature)
         if on_pass:
             on_pass(len(alive))
     return Samples(x, passes.to(x.device))
-
-
-def _sent(index: Tensor, device: torch.device) -> Tensor:
-    """A host's tensor on the device; the host goes on before it has arrived."""
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
 
 
 @torch.no_grad()

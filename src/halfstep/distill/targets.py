@@ -1,11 +1,12 @@
 """The teacher's targets: Algorithm 1 of SDTT, in features."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from halfstep.diffusion.masking import reveal_probability
+from halfstep.diffusion.masking import positions, reveal_probability
 from halfstep.diffusion.readout import readout_loss
 from halfstep.diffusion.samplers import draw
 from halfstep.distill.divergences import GRADIENTS
@@ -53,18 +54,19 @@ def teacher_targets(
     xt[B, L], t[B], uniforms u_reveal[B, L] and u_token[B, L] (float64).
     """
     starts = TEACHER_TIMES[times](t.double(), dt, substeps)
-    masked = xt == teacher.mask_id
-    step_of = reveal_substep(starts, dt, u_reveal, schedule).masked_fill(~masked, -1)
+    step_of = reveal_substep(starts, dt, u_reveal, schedule).masked_fill(xt != teacher.mask_id, -1).cpu()  # the one wait for the device, before all passes
+    masked, at = step_of >= 0, partial(positions, device=xt.device)
     x = xt.clone()
-    h = teacher.features(x, starts[0].to(t.dtype), masked)
+    h = teacher.features(x, starts[0].to(t.dtype), at(masked))
     for i in range(substeps - 1):
         reveal = step_of == i
         if reveal.any():
-            x[reveal] = draw(teacher, h[reveal[masked]], u_token[reveal])
+            x[at(reveal)] = draw(teacher, h[at(reveal[masked])], u_token[at(reveal)])
         changed = reveal.any(1) if teacher.ignores_time else torch.ones_like(reveal[:, 0])
         left = (step_of > i) & changed[:, None]  # whose prediction may still change
         if left.any():
-            h[left[masked]] = teacher.features(x[changed], starts[i + 1][changed].to(t.dtype), left[changed]).to(h.dtype)
+            some = at(changed)
+            h[at(left[masked])] = teacher.features(x[some], starts[i + 1][some].to(t.dtype), at(left[changed])).to(h.dtype)
     return h
 
 

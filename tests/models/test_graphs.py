@@ -168,6 +168,7 @@ class Device(TorchDispatchMode):
         if op.overloadpacket is aten.embedding:
             self.notes.append("pass")
         out = op(*args, **(kwargs or {}))
+        assert op.overloadpacket is not aten.index_put_ or all(index is None or index.dtype != torch.bool for index in args[1]), "a mask is counted"
         assert len({part.device for part in tree_leaves((args, kwargs, out)) if isinstance(part, torch.Tensor)}) < 2, op
         return out
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,8 @@ def test_the_processes_code_and_one_sentence(start, words, code, line):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("number", "target", "code"), [
-    (signal.SIGTERM, "launcher", 143), (signal.SIGINT, "launcher", 130), (signal.SIGTERM, "all", 143), (signal.SIGKILL, "launcher", -9), (signal.SIGKILL, "worker", 137),
+    (signal.SIGTERM, "launcher", 143), (signal.SIGINT, "launcher", 130), (signal.SIGTERM, "all", 143), (signal.SIGKILL, "launcher", -9),
+    (signal.SIGKILL, "worker", 137),
 ])  # fmt: skip
 def test_a_signal_reaches_the_processes_and_their_state_is_kept(start, tmp_path, number, target, code):
     process, journal = start(""), tmp_path / "t/out/journal.jsonl"
@@ -63,13 +65,18 @@ def test_a_signal_reaches_the_processes_and_their_state_is_kept(start, tmp_path,
         time.sleep(0.05)
     workers = children(process.pid)
     assert len(workers) == 2
-    for one in {"launcher": [process.pid], "worker": workers[1:], "all": [*workers, process.pid]}[target]:
-        os.kill(one, number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == code, said
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    try:
+        for one in {"launcher": [process.pid], "worker": workers[1:], "all": [*workers, process.pid]}[target]:
+            os.kill(one, number)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == code, said
+        while left := [worker for worker in workers if Path(f"/proc/{worker}").exists()]:
+            assert time.monotonic() < until, left
+            time.sleep(0.05)
+    finally:
+        for one in (*workers, process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
     if target != "worker":
         came = signal.Signals(number if number != signal.SIGKILL else signal.SIGTERM).name
         assert said.count(f"{came} came; its state is kept") == 1 and (tmp_path / "t/out/state/state.safetensors").exists(), said
@@ -96,7 +103,8 @@ def test_one_process_pays_nothing_for_it():
 def step(tmp_path, monkeypatch):
     """A task of srun on nodes a3 and a4, and Slurm's own word about them."""
     (tmp_path / "scontrol").write_text(
-        '#!/bin/sh\ncase "$*" in\n"show hostnames a[3-4]") printf "a3\\na4\\n" ;;\n"show node a3") echo "NodeName=a3 NodeAddr=10.0.0.3 Port=1" ;;\n*) exit 1\nesac\n'
+        '#!/bin/sh\ncase "$*" in\n"show hostnames a[3-4]") printf "a3\\na4\\n" ;;\n'
+        '"show node a3") echo "NodeName=a3 NodeAddr=10.0.0.3 Port=1" ;;\n*) exit 1\nesac\n'
     )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

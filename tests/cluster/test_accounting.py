@@ -27,9 +27,10 @@ def test_jobs_that_squeue_forgets_are_followed_by_sacct(accounting, tmp_path):
                 accounting.call("scancel", job)
                 cancelled.append(job)
 
-    code = finish(accounting, snakemake(accounting, folder, "results/models/stories-ci/teacher/meta.json", "--latency-wait", "5", "--config", "preset=ci"), cancel)
+    meta = "results/models/stories-ci/teacher/meta.json"
+    code = finish(accounting, snakemake(accounting, folder, meta, "--latency-wait", "5", "--config", "preset=ci"), cancel)
     said = (folder / "out").read_text()
-    assert code == 0 and (folder / "results/models/stories-ci/teacher/meta.json").exists(), said[-6000:]
+    assert code == 0 and (folder / meta).exists(), said[-6000:]
     jobs = re.findall(r"SLURM jobid (\d+) ", said)
     states = dict(line.split("|")[:2] for line in accounting.call("sacct", "-X", "-n", "-P", "-o", "JobIdRaw,State").splitlines())
     assert [states[job].split()[0] for job in jobs] == ["COMPLETED", "CANCELLED", "COMPLETED"] and jobs[1:2] == cancelled, (states, said[-3000:])

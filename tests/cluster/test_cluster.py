@@ -43,7 +43,8 @@ def workers(job: str) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if f"SLURM_JOB_ID={job}\0".encode() in (process / "environ").read_bytes() and re.search(rb"bin/halfstep\0|halfstep\.cli\0", (process / "cmdline").read_bytes()):
+            its = f"SLURM_JOB_ID={job}\0".encode() in (process / "environ").read_bytes()
+            if its and re.search(rb"bin/halfstep\0|halfstep\.cli\0", (process / "cmdline").read_bytes()):
                 found.append(int(process.name))
         except OSError:
             pass

@@ -47,7 +47,8 @@ def test_several_gpus_are_as_many_processes_on_as_many_nodes(workflow, words, gp
     assert re.findall(r"--processes (\d+)", shell) == ([str(gpus)] if gpus > 1 else [])
     if (nodes or 1) > 1:
         assert all(word in resources for word in ("mpi=srun", f"tasks={nodes}", "tasks_per_gpu=0", f"gres=gpu:a100:{gpus // nodes}"))
-        assert re.match(rf"\s*srun --nodes={nodes} --ntasks-per-node=1 --gpus-per-node={gpus // nodes} --cpus-per-task=\d+ --kill-on-bad-exit=1 halfstep pretrain ", shell)
+        srun = rf"\s*srun --nodes={nodes} --ntasks-per-node=1 --gpus-per-node={gpus // nodes} --cpus-per-task=\d+ --kill-on-bad-exit=1 "
+        assert re.match(srun + "halfstep pretrain ", shell)
     else:
         assert not re.search(r"\b(mpi|tasks|tasks_per_gpu|gres)=", resources) and shell.split()[:2] == ["halfstep", "pretrain"]
 
@@ -128,7 +129,8 @@ def test_the_plugin_that_is_installed_is_the_one_that_is_mended():
         "import snakemake_executor_plugin_slurm as p, snakemake_executor_plugin_slurm_jobstep as j, inspect; from halfstep import slurm; slurm.be_patient();"
         "source = inspect.getsource(p.Executor.check_active_jobs);"
         "assert 'await query_job_status(' in source and 'get_min_job_age()' in source and '3 * initial_interval' in source;"
-        "assert p.query_job_status.__module__ == p.get_min_job_age.__module__ == 'halfstep.slurm'; assert all(hasattr(x.Executor.run_job, '__wrapped__') for x in (p, j))"
+        "assert p.query_job_status.__module__ == p.get_min_job_age.__module__ == 'halfstep.slurm';"
+        "assert all(hasattr(x.Executor.run_job, '__wrapped__') for x in (p, j))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

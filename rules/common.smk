@@ -58,20 +58,22 @@ STAGE = dict(
 )
 
 # What a job asks of a machine, by size of the network. All of it is speed: `--set-resources distill_round:micro_batch=16`
-# and `--set-threads` override it, and a machine with fewer GPUs or cores is asked for what it has.
+# and `--set-threads` override it, and a machine with fewer GPUs or cores is asked for what it has. Threads and memory are a node's.
 MACHINE = {
-    # size     gpu threads  mem_mb micro_batch  time for pretraining, one round, samples at one step count
-    "tiny":   (0,       1,   3000,         64,  "1h",   "1h",  "1h"),
-    "mini":   (1,       2,   8000,         64, "12h",   "2h",  "1h"),
-    "small":  (1,       8,  32000,         32, "72h",   "8h",  "2h"),
-    "medium": (1,       8,  48000,         16, "72h",  "16h",  "4h"),
-    "large":  (1,       8,  64000,          8, "72h",  "24h",  "6h"),
-    "1.3B":   (1,       8,  96000,          8, "72h",  "36h",  "8h"),
-    "3B":     (1,       8, 192000,          4, "72h",  "72h", "12h"),
-    "8B":     (1,       8, 384000,          1, "72h",  "72h", "24h"),
+    # size   threads mem_mb micro_batch  GPUs and time for pretraining, one round, samples at one step count
+    "tiny":   (1,   3000, 64,  0,  "1h",  0,  "1h", 0,  "1h"),
+    "mini":   (2,   8000, 64,  1, "12h",  1,  "2h", 1,  "1h"),
+    "small":  (8,  32000, 32,  8, "72h",  4,  "8h", 1,  "2h"),
+    "medium": (8,  48000, 16,  8, "72h",  8, "16h", 1,  "4h"),
+    "large":  (8,  64000,  8, 16, "72h",  8, "24h", 1,  "6h"),
+    "1.3B":   (8,  96000,  8, 16, "72h",  8, "36h", 1,  "8h"),
+    "3B":     (8, 192000,  4, 16, "72h", 16, "72h", 1, "12h"),
+    "8B":     (8, 384000,  1, 32, "72h", 16, "72h", 1, "24h"),
 }  # fmt: skip
+COLUMNS = ("threads", "mem_mb", "micro_batch", "pretrain_gpu", "pretrain", "round_gpu", "round", "gpu", "sample")
 LONGEST = int(os.environ.get("HALFSTEP_SLURM_MAX_MINUTES", 72 * 60))  # of a job; a training that needs more goes on in the next one
-COLUMNS = ("gpu", "threads", "mem_mb", "micro_batch", "pretrain", "round", "sample")
+ON_CLUSTER = any(word.startswith(("--profile", "--executor")) or word == "-e" for word in sys.argv) or "SNAKEMAKE_PROFILE" in os.environ
+GPUS_PER_NODE = int(os.environ.get("HALFSTEP_SLURM_GPUS_PER_NODE", 4))
 
 # Models are named by their folder: {teacher}/teacher, {teacher}/baseline, {teacher}/{run}/round-{round}.
 ROUNDS = [f"{t}/{run}/round-{r}" for t in CONFIG.teachers for run, d in CONFIG.teachers[t].runs.items() for r in range(1, d.rounds + 1)]
@@ -214,6 +216,43 @@ def need(what):
     return value
 
 
+def spread(word):
+    """What a job of more than one GPU asks for and says besides: as many processes, on as many nodes. None asks for nothing."""
+
+    def value(wildcards, input, attempt, threads, rulename):
+        def asked(name):
+            """As --set-resources leaves it, and no more than this machine has."""
+            found = workflow.get_rule(rulename).resources[name]
+            known = dict(input=input, attempt=attempt, threads=threads, rulename=rulename, async_run=workflow.async_run)
+            return found.evaluate(wildcards, **known).constrain(workflow.global_resources.get(name)).value or 0
+
+        gpus = asked("gpu")
+        if gpus < 2:
+            return "" if word in ("srun", "processes") else None
+        nodes = asked("nodes") if word != "nodes" else -(-gpus // GPUS_PER_NODE)
+        if nodes < 2 or workflow.is_main_process and not ON_CLUSTER:  # all on this machine
+            return {"nodes": 1, "srun": "", "processes": f"--processes {gpus}"}.get(word)
+        if gpus % nodes:
+            raise ValueError(
+                f"gpu: found {gpus} for {nodes} nodes, which do not share them evenly; name others with --set-resources {rulename}:gpu=..."
+            )
+        each, model = gpus // nodes, asked("gpu_model")
+        return {
+            "nodes": nodes,
+            "mpi": "srun",  # the plugin's word for: the command starts srun itself
+            "tasks": nodes,
+            "tasks_per_gpu": 0,
+            "gres": ":".join(filter(None, ["gpu", model, str(each)])),  # as many on each node
+            "srun": f"srun --nodes={nodes} --ntasks-per-node=1 --gpus-per-node={each} --cpus-per-task={threads} --kill-on-bad-exit=1 ",
+            "processes": f"--processes {gpus}",
+        }[word]
+
+    return value
+
+
+SPREAD = {word: spread(word) for word in ("nodes", "mpi", "tasks", "tasks_per_gpu", "gres", "srun", "processes")}
+
+
 def limit(what):
     """Words for a training's command: inside a Slurm job its time limit, by which it keeps its state; nothing elsewhere. A resource, for
     parameters decide what is made again."""
@@ -232,9 +271,6 @@ def alone(wildcards):
 
 def resume_command():
     return shlex.join(["snakemake", *sys.argv[1:]])
-
-
-ON_CLUSTER = any(word.startswith(("--profile", "--executor")) or word == "-e" for word in sys.argv) or "SNAKEMAKE_PROFILE" in os.environ
 
 
 def priced(jobs):

@@ -16,6 +16,7 @@ rule continue_prompts:
         "../envs/gpu.yaml"
     threads: need("threads")
     resources:
+        **SPREAD,
         gpu=need("gpu"),
         gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
@@ -30,14 +31,14 @@ rule continue_prompts:
         code=STAGE["continue_prompts"],
     shell:
         r"""
-        halfstep continue-prompts \
+        {resources.srun}halfstep continue-prompts \
             --checkpoint {params.checkpoint:q} \
             --corpus {params.corpus:q} \
             --output {params.output:q} \
             --steps {wildcards.steps} \
             {params.prompts} \
             {params.drawing} \
-            --threads {threads} --micro-batch {resources.micro_batch} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}
         """
 
@@ -61,6 +62,7 @@ rule score_continuations:
         "../envs/gpu.yaml"
     threads: need("threads")
     resources:
+        **SPREAD,
         gpu=need("gpu"),
         gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
@@ -74,12 +76,12 @@ rule score_continuations:
         code=STAGE["score_continuations"],
     shell:
         r"""
-        halfstep score-continuations \
+        {resources.srun}halfstep score-continuations \
             --samples {params.samples:q} \
             --judge {params.judge:q} \
             --corpus {params.corpus:q} \
             --output {output.rows:q} \
             {params.evaluation} \
-            --threads {threads} --micro-batch {resources.micro_batch} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}
         """

@@ -17,7 +17,8 @@ rule distill_round:
         "../envs/gpu.yaml"
     threads: need("threads")
     resources:
-        gpu=need("gpu"),
+        **SPREAD,
+        gpu=need("round_gpu"),
         gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
@@ -32,13 +33,13 @@ rule distill_round:
         code=STAGE["distill"],
     shell:
         r"""
-        halfstep distill-round \
+        {resources.srun}halfstep distill-round \
             --teacher {params.teacher:q} \
             --corpus {params.corpus:q} \
             --round {wildcards.round} \
             --output {params.output:q} \
             {params.options} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} {resources.limit} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} {resources.limit} \
             2>&1 | tee {log:q}
         """

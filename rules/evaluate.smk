@@ -20,6 +20,7 @@ rule score_samples:
         "../envs/gpu.yaml"
     threads: need("threads")
     resources:
+        **SPREAD,
         gpu=need("gpu"),
         gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
@@ -33,13 +34,13 @@ rule score_samples:
         code=STAGE["score"],
     shell:
         r"""
-        halfstep score-samples \
+        {resources.srun}halfstep score-samples \
             --samples {params.samples:q} \
             --judge {params.judge:q} \
             --corpus {params.corpus:q} \
             --output {output.rows:q} \
             {params.evaluation} \
-            --threads {threads} --micro-batch {resources.micro_batch} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}
         """
 
@@ -60,6 +61,7 @@ rule score_corpus:
         "../envs/gpu.yaml"
     threads: need("threads")
     resources:
+        **SPREAD,
         gpu=need("gpu"),
         gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
@@ -72,12 +74,12 @@ rule score_corpus:
         code=STAGE["score"],
     shell:
         r"""
-        halfstep score-corpus \
+        {resources.srun}halfstep score-corpus \
             --corpus {params.corpus:q} \
             --judge {params.judge:q} \
             --output {output.rows:q} \
             {params.evaluation} \
-            --threads {threads} --micro-batch {resources.micro_batch} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}
         """
 
@@ -99,6 +101,7 @@ rule score_lambada:
         "../envs/gpu.yaml"
     threads: need("threads")
     resources:
+        **SPREAD,
         gpu=need("gpu"),
         gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
@@ -112,12 +115,12 @@ rule score_lambada:
         code=STAGE["lambada"],
     shell:
         r"""
-        halfstep score-lambada \
+        {resources.srun}halfstep score-lambada \
             --checkpoint {params.checkpoint:q} \
             --weights {params.weights} \
             --corpus {params.corpus:q} \
             --output {output.rows:q} \
             {params.evaluation} \
-            --threads {threads} --micro-batch {resources.micro_batch} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}
         """

@@ -15,6 +15,7 @@ rule generate:
         "../envs/gpu.yaml"
     threads: need("threads")
     resources:
+        **SPREAD,
         gpu=need("gpu"),
         gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
@@ -27,11 +28,11 @@ rule generate:
         code=STAGE["generate"],
     shell:
         r"""
-        halfstep generate \
+        {resources.srun}halfstep generate \
             --checkpoint {params.checkpoint:q} \
             --output {params.output:q} \
             --steps {wildcards.steps} \
             {params.writing} \
-            --threads {threads} --micro-batch {resources.micro_batch} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}
         """

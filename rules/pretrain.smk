@@ -18,7 +18,8 @@ rule pretrain:
         "../envs/gpu.yaml"
     threads: need("threads")
     resources:
-        gpu=need("gpu"),
+        **SPREAD,
+        gpu=need("pretrain_gpu"),
         gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
@@ -33,13 +34,13 @@ rule pretrain:
         code=STAGE["pretrain"],
     shell:
         r"""
-        halfstep pretrain \
+        {resources.srun}halfstep pretrain \
             --corpus {params.corpus:q} \
             --output {params.output:q} \
             {params.network} \
             {params.training} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} {resources.limit} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} {resources.limit} \
             2>&1 | tee {log:q}
         """
 
@@ -97,7 +98,8 @@ rule train_baseline:
         "../envs/gpu.yaml"
     threads: need("threads")
     resources:
-        gpu=need("gpu"),
+        **SPREAD,
+        gpu=need("pretrain_gpu"),
         gpu_model=need("gpu_model"),
         mem_mb=need("mem_mb"),
         micro_batch=need("micro_batch"),
@@ -112,12 +114,12 @@ rule train_baseline:
         code=STAGE["baseline"],
     shell:
         r"""
-        halfstep train-baseline \
+        {resources.srun}halfstep train-baseline \
             --corpus {params.corpus:q} \
             --output {params.output:q} \
             {params.network} \
             {params.training} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} {resources.limit} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} {resources.limit} \
             2>&1 | tee {log:q}
         """

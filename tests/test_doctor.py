@@ -22,7 +22,7 @@ def site(tmp_path, monkeypatch, capsys):
     """A pretended site: replace a command or a variable, and get (exit code, lines)."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "results").mkdir()
-    for name in ("PARTITION", "ACCOUNT", "QOS", "GPU_MODEL", "MAX_MINUTES"):
+    for name in ("PARTITION", "ACCOUNT", "QOS", "GPU_MODEL", "GPUS_PER_NODE", "MAX_MINUTES"):
         monkeypatch.delenv(f"HALFSTEP_SLURM_{name}", raising=False)
     for name in ("MLFLOW_TRACKING_URI", "WORLD_SIZE", "SLURM_GPUS_ON_NODE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
@@ -56,6 +56,8 @@ def test_a_good_site_is_good(site):
         ({}, {"HALFSTEP_SLURM_PARTITION": "short"}, "slurm", "export HALFSTEP_SLURM_MAX_MINUTES=240"),
         ({"scontrol": "echo 'MinJobAge = 30 sec'"}, {}, "accounting", "ask for MinJobAge=200"),
         ({}, {"HALFSTEP_SLURM_GPU_MODEL": "h100"}, "gpus", "set HALFSTEP_SLURM_GPU_MODEL"),
+        ({}, {"HALFSTEP_SLURM_GPUS_PER_NODE": "8"}, "gpus", "export HALFSTEP_SLURM_GPUS_PER_NODE=4"),
+        ({"sinfo": GOOD["sinfo"].replace("gpu:a100:4", "gpu:a100:2(S:0-1),gpu:v100:3")}, {}, "gpus", "export HALFSTEP_SLURM_GPUS_PER_NODE=3"),
         ({"srun": "echo unseen"}, {}, "shared", "a folder that all nodes share"),
         ({}, {"WORLD_SIZE": "1", "SLURM_GPUS_ON_NODE": "2"}, "world", "--nproc-per-node 2"),
     ],

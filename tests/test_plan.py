@@ -14,13 +14,14 @@ rule pretrain:
     input: results/data/c/manifest.json
     output: results/models/t/teacher/model.safetensors, results/models/t/teacher/optimizer.safetensors, results/models/t/teacher/provenance.json
     wildcards: teacher=t
-    resources: tmpdir=/tmp, mem_mb=3000, runtime=60, gpu=2, gpu_model=
+    resources: tmpdir=/tmp, mem_mb=3000, runtime=60, gpu=2, gpu_model=, nodes=2, srun=srun --nodes=2 --gpus-per-node=1 , processes=--processes 2
 Shell command: 
-        halfstep pretrain \
+        srun --nodes=2 --gpus-per-node=1 halfstep pretrain \
             --corpus results/data/c \
             --output results/models/t/teacher \
             --size small \
             --num-steps 1000 --batch-size 512 --lr 0.002 \
+            --threads 8 --micro-batch 32 --processes 2  \
             2>&1 | tee results/logs/pretrain/t.log
         
 
@@ -50,21 +51,22 @@ def test_jobs_are_read_and_priced_as_by_hand(tmp_path):
     weights = 12 * 12 * 768**2 + 768 * 50258
     assert parameters("small") == weights
     seconds, source = prices.price(train)  # windows of 1,024 tokens; 6 operations per weight and token
-    assert source == "assumed" and seconds == pytest.approx(6 * weights * 1000 * 512 * 1024 / ASSUMED[True])
+    assert source == "assumed" and seconds == pytest.approx(6 * weights * 1000 * 512 * 1024 / ASSUMED[True] / 2)
     assert prices.price(score) == (7200, "limit")
     assert prices.disk(train) == 4 * 3 * weights and prices.disk(score) == 0  # one set of weights, two moments
 
 
 def test_a_finished_job_is_the_measure_of_its_kind(tmp_path):
-    """A job of a tenth of the steps took 1,000 s, so this one takes 10,000 s; a scoring job takes what another took."""
+    """A job of a tenth of the steps took 1,000 s on four GPUs, so this one takes 20,000 s on two; a scoring job takes what another took."""
     jobs = jobs_of(PRINTED)
     for spoiled in ("models/u/teacher/meta.json", "models/v/teacher/meta.json", "models/v/provenance.json"):
         write_json(tmp_path / spoiled, {})  # a price never stops a run
     shorter = ["halfstep", "pretrain", "--corpus", "results/data/c", "--output", "results/models/u/teacher", "--size", "small", "--num-steps", "100"]
+    shorter += ["--processes", "4"]
     record(tmp_path, "models/u/teacher/provenance.json", 1000, shorter)
     record(tmp_path, "metrics/u/teacher/lambada.provenance.json", 77, ["halfstep", "score-lambada", "--checkpoint", "results/models/u/teacher"])
     prices = Prices(jobs, tmp_path)
-    assert [prices.price(job) for job in jobs] == [(pytest.approx(10_000), "measured"), (77, "measured")]
+    assert [prices.price(job) for job in jobs] == [(pytest.approx(20_000), "measured"), (77, "measured")]
 
 
 def test_the_longest_path_is_that_of_all_paths():

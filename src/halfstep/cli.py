@@ -57,6 +57,8 @@ def arguments(command: Callable, argv: list[str]) -> dict:
     import tyro
     from pydantic import ValidationError
 
+    from halfstep import launch
+
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -67,7 +69,8 @@ def arguments(command: Callable, argv: list[str]) -> dict:
         while cause := cause.__context__:  # tyro draws a box around pydantic's message
             if isinstance(cause, ValidationError):
                 raise cause from None
-        sys.stderr.write(said.getvalue())
+        if not launch.is_said(said.getvalue()):
+            sys.stderr.write(said.getvalue())
         raise
 
 
@@ -82,11 +85,26 @@ def main(argv: list[str] | None = None) -> int:
         near = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.4)
         print(f"halfstep: unknown command {argv[0]!r}" + (f"; did you mean {near[0]}?" if near else "; see halfstep --help"), file=sys.stderr)
         return 2
+    from halfstep import launch
+    from halfstep.errors import HalfstepError
+
+    if (processes := launch.asked(argv)) > 1:
+        try:
+            return launch.launch(argv, processes)
+        except HalfstepError as error:
+            print(f"halfstep {argv[0]}: {error}", file=sys.stderr)
+            return 1
+    launch.obey()
     import pydantic
 
     from halfstep import provenance
-    from halfstep.errors import HalfstepError
     from halfstep.resolve import explain
+
+    def refuse(*lines: str) -> int:
+        text = "\n".join(f"halfstep {argv[0]}: {line}" for line in lines)
+        if not launch.is_said(text):
+            print(text, file=sys.stderr)
+        return 1
 
     provenance.begin(["halfstep", *argv])
     module, function = COMMANDS[argv[0]][0].split(":")
@@ -94,17 +112,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command(**arguments(command, argv))
     except pydantic.ValidationError as error:
-        print("\n".join(f"halfstep {argv[0]}: {line}" for line in explain(error)), file=sys.stderr)
-        return 1
+        return refuse(*explain(error))
     except HalfstepError as error:
-        print(f"halfstep {argv[0]}: {error}", file=sys.stderr)
-        return 1
+        return refuse(str(error))
     except OSError as error:
         if error.errno is None:  # not the file system's
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"halfstep {argv[0]}: {where}{error.strerror}; {MENDS.get(error.errno, 'check the path')}", file=sys.stderr)
-        return 1
+        return refuse(f"{where}{error.strerror}; {MENDS.get(error.errno, 'check the path')}")
     return 0
 
 

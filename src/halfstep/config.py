@@ -312,11 +312,11 @@ class Machine(Section):
     device: str = "auto"
     """auto: the first CUDA device, else the CPU"""
     threads: PositiveInt | None = None
-    """CPU threads of torch; all cores when absent"""
+    """CPU threads of torch, shared by this machine's processes; all cores when absent"""
     micro_batch: PositiveInt = 32
     """windows per forward pass; gradients are accumulated up to batch_size"""
     processes: PositiveInt | None = None
-    """how many processes share this job, one for each GPU, as torchrun started them; any number when absent"""
+    """how many processes share this job, one for each GPU: they are started, through torchrun, unless torchrun has done so; any number when absent"""
     time_limit: Positive | None = None
     """minutes that a training may take: it keeps its state in time and leaves with exit code 75; the same command goes on"""
 

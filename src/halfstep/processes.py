@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from halfstep.config import Machine
 from halfstep.errors import HalfstepError
+from halfstep.launch import is_said
 
 STARTED = time.monotonic()
 OUT_OF_TIME = 75  # EX_TEMPFAIL: the same command goes on where this one stopped; docs/reliability.md lists all codes
@@ -109,8 +110,13 @@ def join(machine: Machine) -> Group:
 
 
 def local_device() -> torch.device:
-    """This process's GPU."""
+    """This process's GPU. HalfstepError where there are fewer than processes."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.index >= torch.cuda.device_count():
+        raise HalfstepError(
+            f"processes: found {os.environ['LOCAL_WORLD_SIZE']} on this machine, but torch sees {torch.cuda.device_count()} GPUs; ask for as many processes, "
+            "or name --device cpu"
+        )
     torch.cuda.set_device(device)
     return device
 
@@ -174,5 +180,7 @@ class Stop:
 def leave(code: int, label: str, step: int) -> None:
     """SystemExit with this code, and a line that says why."""
     why = "the time limit is near" if code == OUT_OF_TIME else f"{signal.Signals(code - 128).name} came"
-    print(f"{label} | stopped after step {step}: {why}; its state is kept, and the same command goes on from there", file=sys.stderr, flush=True)
+    line = f"{label} | stopped after step {step}: {why}; its state is kept, and the same command goes on from there"
+    if not is_said(line):
+        print(line, file=sys.stderr, flush=True)
     raise SystemExit(code)

@@ -1,7 +1,8 @@
 """Slurm as Snakemake's plugin (2.x) meets it, made patient: a controller that is away delays a run and ends none of its jobs.
 
 Unchanged, the plugin drops all its jobs and waits for ever once it was refused an answer often enough; takes `CANCELLED by 0` for a running
-job; asks accounting that a site may not have; waits for ever for jobs that Slurm has forgotten; and fails a job that cannot be submitted.
+job; asks accounting that a site may not have; waits for ever for jobs that Slurm has forgotten; and fails a job that cannot be submitted, or that
+has been started but not yet its step.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ def patient_query(query: Callable, known: set[str]) -> Callable:
 
 
 def patient_submit(submit: Callable) -> Callable:
-    """The plugin's `run_job`, which waits for a controller that is away."""
+    """The plugin's `run_job`, or its jobstep's within a job, which waits for a controller that is away."""
 
     @functools.wraps(submit)
     def run_job(self, job) -> None:
         said = False
         while ask("sinfo", "--noheader") is None:
             if not said:
-                say("Slurm does not answer; what is to be submitted waits until it does")
+                say("Slurm does not answer; what is to be started waits until it does")
             said = True
             time.sleep(WAIT_S)
         submit(self, job)
@@ -81,9 +82,10 @@ def lasting_age(age: Callable[[], int | None]) -> Callable[[], int | None]:
 
 def be_patient() -> None:
     """Mend Snakemake's Slurm plugin in this process, where it is loaded."""
-    plugin = sys.modules.get("snakemake_executor_plugin_slurm")
+    plugin, jobstep = (sys.modules.get(f"snakemake_executor_plugin_slurm{name}") for name in ("", "_jobstep"))
     if plugin is None or getattr(plugin, "patient", False):
         return
+    jobstep.Executor.run_job = patient_submit(jobstep.Executor.run_job)
     plugin.query_job_status = patient_query(plugin.query_job_status, set())
     plugin.get_min_job_age = lasting_age(plugin.get_min_job_age)
     plugin.Executor.run_job = patient_submit(plugin.Executor.run_job)

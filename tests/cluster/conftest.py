@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "workflow"))
+PACKAGES = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge", "slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
 TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
 
 
@@ -37,16 +40,28 @@ class Cluster:
         subprocess.run(["slurmctld"], env=self.environment | {"SLURM_CONF": str(self.home / "etc/slurm.conf")}, check=True, timeout=60)
 
 
-@pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
+@contextmanager
+def running(home: Path, tools: tuple[str, ...], *words: str) -> Iterator[Cluster]:
     path = os.pathsep.join([*os.get_exec_path(), "/usr/sbin", "/sbin"])
-    missing = [tool for tool in TOOLS if not shutil.which(tool, path=path)]
+    missing = [tool for tool in tools if not shutil.which(tool, path=path)]
     if missing:
-        pytest.skip(f"no {', '.join(missing)} here: the cluster tests need Slurm (Debian: apt-get install slurm-wlm munge)")
-    home = tmp_path_factory.mktemp("slurm")
-    up = subprocess.run([HERE / "slurm.sh", "up", home], capture_output=True, text=True, timeout=120)
+        pytest.skip(f"no {', '.join(missing)} here: this test needs Slurm (Debian: apt-get install {' '.join(dict.fromkeys(map(PACKAGES.get, tools)))})")
+    up = subprocess.run([HERE / "slurm.sh", "up", home, *words], capture_output=True, text=True, timeout=120)
     try:
         assert up.returncode == 0, f"the local Slurm did not start\n{up.stdout}{up.stderr}"
         yield Cluster(home)
     finally:
         subprocess.run([HERE / "slurm.sh", "down", home], capture_output=True, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("slurm"), TOOLS) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def accounting(tmp_path_factory):
+    """With a database of jobs (slurmdbd), which squeue forgets within seconds."""
+    with running(tmp_path_factory.mktemp("accounting"), (*TOOLS, "slurmdbd", "mariadbd"), "accounting") as found:
+        yield found

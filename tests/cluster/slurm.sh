@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# slurm.sh up FOLDER: a Slurm of its own on this machine, two pretended nodes of 8 CPUs and 2 GPUs each, all on the loopback.
+# slurm.sh up FOLDER [accounting]: a Slurm of its own on this machine, two pretended nodes of 8 CPUs and 2 GPUs each, all on the loopback.
 # slurm.sh down FOLDER stops it, by the process ids it wrote. Needs Debian's slurm-wlm and munge, no systemd, no root.
+# With `accounting` (slurmdbd and mariadb-server) it keeps a database of jobs, and squeue forgets an ended job within seconds.
 # Partition `main` preempts jobs of `low`, which are requeued. FOLDER/bin goes first in PATH: Snakemake drops SLURM_CONF on its way.
 set -euo pipefail
 what=$1 home=$2 port=${SLURM_TEST_PORT:-$((20000 + RANDOM % 20000))}
@@ -16,11 +17,19 @@ end() { # a daemon, by the file with its process id
 
 if [ "$what" = down ]; then
     timeout 10 "$home/bin/scancel" --user="$(id -un)" 2>/dev/null || true
-    for file in "$home"/run/slurmd-*.pid "$home/run/slurmctld.pid" "$home/munge/pid"; do end "$file"; done
+    for file in "$home"/run/slurmd-*.pid "$home"/run/{slurmctld,slurmdbd,mariadbd}.pid "$home/munge/pid"; do end "$file"; done
     exit 0
 fi
-[ "$what" = up ] || { echo "usage: slurm.sh up|down FOLDER" >&2; exit 2; }
+[ "$what" = up ] || { echo "usage: slurm.sh up|down FOLDER [accounting]" >&2; exit 2; }
 
+if [ "${3:-}" = accounting ]; then
+    age=2 jobs="AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort=$((port + 3))
+AccountingStoragePass=$home/munge/socket"
+else
+    age=3600 jobs=AccountingStorageType=accounting_storage/none
+fi
 me=$(id -un) host=$(hostname -s) memory=$(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
 mkdir -p "$home"/{bin,etc,run,log,state,dev,munge} "$home"/spool/{n1,n2}
 chmod 755 "$home" && chmod 700 "$home/munge"
@@ -52,8 +61,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
 GresTypes=gpu
-AccountingStorageType=accounting_storage/none
-MinJobAge=3600
+$jobs
+MinJobAge=$age
 KillWait=2
 SlurmdTimeout=30
 ReturnToService=2
@@ -73,6 +82,34 @@ echo "NodeName=n[1-2] Name=gpu File=$home/dev/nvidia[0-1] AutoDetect=off" > "$ho
 munged --force --key-file="$home/munge/key" --socket="$home/munge/socket" --pid-file="$home/munge/pid" \
     --log-file="$home/munge/log" --seed-file="$home/munge/seed"
 export SLURM_CONF=$home/etc/slurm.conf
+if [ "${3:-}" = accounting ]; then
+    base="--no-defaults --user=$me --datadir=$home/db"
+    mkdir -m 700 "$home/db"
+    mariadb-install-db $base --auth-root-authentication-method=normal --skip-test-db > "$home/log/mariadb.log" 2>&1
+    setsid mariadbd $base --skip-networking --socket="$home/run/mysql" --pid-file="$home/run/mariadbd.pid" \
+        --innodb-buffer-pool-size=64M --innodb-lock-wait-timeout=900 >> "$home/log/mariadb.log" 2>&1 &
+    for _ in $(seq 100); do mariadb-admin --no-defaults -uroot -S "$home/run/mysql" ping > /dev/null 2>&1 && break; sleep 0.2; done
+    (umask 077 && cat > "$home/etc/slurmdbd.conf" <<CONF
+AuthType=auth/munge
+AuthInfo=socket=$home/munge/socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort=$((port + 3))
+SlurmUser=$me
+LogFile=$home/log/slurmdbd.log
+PidFile=$home/run/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+CommunicationParameters=NoInAddrAny
+CONF
+    )
+    MYSQL_UNIX_PORT=$home/run/mysql slurmdbd
+    for _ in $(seq 100); do timeout 5 sacctmgr --noheader show cluster > /dev/null 2>&1 && break; sleep 0.2; done
+    sacctmgr --immediate add cluster halfstep > /dev/null
+    sacctmgr --immediate add account halfstep > /dev/null
+    sacctmgr --immediate add user "$me" Account=halfstep > /dev/null
+fi
 slurmctld
 slurmd -N n1 && slurmd -N n2
 for _ in $(seq 100); do

@@ -39,11 +39,12 @@ def running(cluster) -> dict[str, tuple[str, str]]:
 
 
 def workers(job: str) -> list[int]:
-    """The processes of `halfstep` itself in a job."""
+    """The processes of `halfstep` itself in a job, the one that starts others among them."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if f"SLURM_JOB_ID={job}\0".encode() in (process / "environ").read_bytes() and b"bin/halfstep\0" in (process / "cmdline").read_bytes():
+            its = f"SLURM_JOB_ID={job}\0".encode() in (process / "environ").read_bytes()
+            if its and re.search(rb"bin/halfstep\0|halfstep\.cli\0", (process / "cmdline").read_bytes()):
                 found.append(int(process.name))
         except OSError:
             pass

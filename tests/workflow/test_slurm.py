@@ -15,6 +15,8 @@ SITE = {f"HALFSTEP_SLURM_{k}": v for k, v in {"PARTITION": "fast", "ACCOUNT": "u
 
 TARGETS = [f"results/metrics/owt-small/kl_backward/round-1/{kind}.json" for kind in ("samples", "lambada")]
 
+TEACHER = "results/models/owt-small/teacher/meta.json"
+
 CI = ["results/models/stories-ci/teacher/meta.json"]
 
 
@@ -27,11 +29,42 @@ def test_the_sites_words_reach_every_job(workflow):
     for rule in ("distill_round", "generate", "score_samples", "prepare_corpus"):
         for words in ("slurm_partition=fast", "slurm_account=us", "qos=long", "constraint=ib"):
             assert words in asked(plan, rule)
-    assert "gpu=1, gpu_model=a100" in asked(plan, "distill_round") and "gpu" not in asked(plan, "prepare_corpus")
+    assert "gpu=1, gpu_model=a100" in asked(plan, "generate") and "gpu" not in asked(plan, "prepare_corpus")
     assert "runtime=1440" in asked(plan, "pretrain") and "runtime=480" in asked(plan, "distill_round")
     assert "gpu_model=," in asked(workflow.plan("--profile", "slurm", "--config", "preset=ci", "--", *CI, **SITE), "pretrain")  # asks for no GPU
     one = workflow.plan("--profile", "slurm", *TARGETS, "--set-resources", "pretrain:gpu_model=h100", "pretrain:runtime=99")
     assert "gpu_model=h100" in asked(one, "pretrain") and "runtime=99" in asked(one, "pretrain") and "h100" not in asked(one, "distill_round")
+
+
+@pytest.mark.parametrize("words, gpus, nodes", [
+    ([], 8, 2), (["pretrain:gpu=4"], 4, 1), (["pretrain:gpu=1"], 1, None), (["pretrain:gpu=0"], 0, None), (["pretrain:gpu=4", "pretrain:nodes=4"], 4, 4),
+    (["pretrain:nodes=1"], 8, 1), (["pretrain:gpu=12"], 12, 3),
+])  # fmt: skip
+def test_several_gpus_are_as_many_processes_on_as_many_nodes(workflow, words, gpus, nodes):
+    plan = workflow.plan("-p", "--profile", "slurm", TEACHER, *(["--set-resources", *words] if words else []), **SITE)
+    resources, shell = asked(plan, "pretrain"), plan.split("rule pretrain:")[1].split("Shell command:")[1].split("2>&1")[0]
+    assert re.search(rf"\bgpu={gpus}\b", resources) and (f"nodes={nodes}," in resources if nodes else "nodes=" not in resources)
+    assert re.findall(r"--processes (\d+)", shell) == ([str(gpus)] if gpus > 1 else [])
+    if (nodes or 1) > 1:
+        assert all(word in resources for word in ("mpi=srun", f"tasks={nodes}", "tasks_per_gpu=0", f"gres=gpu:a100:{gpus // nodes}"))
+        srun = rf"\s*srun --nodes={nodes} --ntasks-per-node=1 --gpus-per-node={gpus // nodes} --cpus-per-task=\d+ --kill-on-bad-exit=1 "
+        assert re.match(srun + "halfstep pretrain ", shell)
+    else:
+        assert not re.search(r"\b(mpi|tasks|tasks_per_gpu|gres)=", resources) and shell.split()[:2] == ["halfstep", "pretrain"]
+
+
+def test_a_site_says_how_many_gpus_a_node_has_and_uneven_shares_are_refused(workflow):
+    assert "nodes=1," in asked(workflow.plan("--profile", "slurm", TEACHER, HALFSTEP_SLURM_GPUS_PER_NODE="8"), "pretrain")
+    done = workflow.run("-n", "--profile", "slurm", TEACHER, "--set-resources", "pretrain:gpu=5")
+    assert done.returncode and "gpu: found 5 for 2 nodes, which do not share them evenly" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("has, processes", [(0, []), (1, []), (2, ["2"]), (16, ["8"])])
+def test_one_machine_starts_no_more_processes_than_it_has_gpus_and_all_on_itself(workflow, has, processes):
+    """The same rule, and what was made with other numbers stays: they are no parameters."""
+    plan = workflow.plan("-p", TEACHER, "--resources", f"gpu={has}", "--config", "preset=owt-small")
+    shell = plan.split("rule pretrain:")[1].split("Shell command:")[1].split("2>&1")[0]
+    assert re.findall(r"--processes (\d+)", shell) == processes and shell.split()[:2] == ["halfstep", "pretrain"]
 
 
 def test_a_retry_asks_for_more(workflow):
@@ -91,12 +124,13 @@ def test_a_job_waits_for_the_controller_to_be_submitted(monkeypatch):
 
 
 def test_the_plugin_that_is_installed_is_the_one_that_is_mended():
-    """Its three functions are looked up where slurm.py puts ours."""
+    """Its functions are looked up where slurm.py puts ours."""
     code = (
-        "import snakemake_executor_plugin_slurm as p, inspect; from halfstep import slurm; slurm.be_patient();"
+        "import snakemake_executor_plugin_slurm as p, snakemake_executor_plugin_slurm_jobstep as j, inspect; from halfstep import slurm; slurm.be_patient();"
         "source = inspect.getsource(p.Executor.check_active_jobs);"
         "assert 'await query_job_status(' in source and 'get_min_job_age()' in source and '3 * initial_interval' in source;"
-        "assert p.query_job_status.__module__ == p.get_min_job_age.__module__ == 'halfstep.slurm'; assert hasattr(p.Executor.run_job, '__wrapped__')"
+        "assert p.query_job_status.__module__ == p.get_min_job_age.__module__ == 'halfstep.slurm';"
+        "assert all(hasattr(x.Executor.run_job, '__wrapped__') for x in (p, j))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ from halfstep.config import SIZES, Corpus, Distillation, Training, Writing
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_json
 
-ASSUMED = {True: 100e12, False: 20e9}  # FLOP/s of a job with and without GPU, where nothing was measured yet
+ASSUMED = {True: 100e12, False: 20e9}  # FLOP/s of each GPU of a job, or of a job without, where nothing was measured yet
 SOURCES = ("measured", "assumed", "limit")  # of an estimate: the job's own kind here; ASSUMED; its time limit, an upper bound
 LOCAL = {"fetch", "tabulate", "plot", "track", "merge_provenance"}  # run where snakemake runs, and cost no job
 Job = dict  # {"rule", "input": [paths], "output": [paths], "gpu", "runtime" in minutes, "command": [words]}
@@ -60,6 +60,11 @@ def options(command: list[str]) -> dict[str, str]:
     return {w[2:].replace("-", "_"): v for w, v in zip(command, [*command[1:], "--"], strict=True) if w.startswith("--") and not v.startswith("--")}
 
 
+def processes(command: list[str]) -> int:
+    """How many share a command's work, evenly; one without `--processes`."""
+    return int(options(command).get("processes", 1))
+
+
 def parameters(size: str, vocabulary: int = 50_258) -> int:
     """Weights of a network that take part in a multiplication for each token: blocks and output layer."""
     blocks, width, _ = SIZES[size]
@@ -69,8 +74,8 @@ def parameters(size: str, vocabulary: int = 50_258) -> int:
 class Prices:
     """Seconds of jobs, by the floating-point operations of their commands and the speed of finished ones of their kind.
 
-    Operations are 2 per weight and token forward, 6 with the gradient (arXiv 2001.08361, table 1). Speed comes from the records beside the
-    outputs, of jobs of the same command and size.
+    Operations are 2 per weight and token forward, 6 with the gradient (arXiv 2001.08361, table 1). Speed, of one process, comes from the records
+    beside the outputs, of jobs of the same command and size; several processes are taken to share a job without loss.
     """
 
     def __init__(self, jobs: list[Job], results: Path):
@@ -99,9 +104,9 @@ class Prices:
             except (HalfstepError, KeyError, TypeError):  # whoever needs the model will say what is wrong with it
                 continue
         for command, seconds in done:
-            self.seconds[self.kind(command)].append(seconds)
+            self.seconds[self.kind(command)].append(seconds * processes(command))
             if work := self.work(command):
-                self.speed[self.kind(command)].append(work / seconds)
+                self.speed[self.kind(command)].append(work / seconds / processes(command))
 
     def teacher(self, command: list[str]) -> str | None:
         found = re.search(r"\b(?:models|samples)/([^/\s]+)", " ".join(command))
@@ -131,10 +136,10 @@ class Prices:
 
     def price(self, job: Job) -> tuple[float, str]:
         """(seconds, one of SOURCES)"""
-        work, kind = self.work(job["command"]), self.kind(job["command"])
+        work, kind, n = self.work(job["command"]), self.kind(job["command"]), processes(job["command"])
         if work:
-            return (work / median(self.speed[kind]), "measured") if self.speed[kind] else (work / ASSUMED[job["gpu"] > 0], "assumed")
-        return (median(self.seconds[kind]), "measured") if self.seconds[kind] else (job["runtime"] * 60, "limit")
+            return (work / n / median(self.speed[kind]), "measured") if self.speed[kind] else (work / n / ASSUMED[job["gpu"] > 0], "assumed")
+        return (median(self.seconds[kind]) / n, "measured") if self.seconds[kind] else (job["runtime"] * 60, "limit")
 
     def disk(self, job: Job) -> float:
         """Bytes of a checkpoint: weights, average, best and two moments in float32; of anything else next to nothing, or not known."""
@@ -183,7 +188,7 @@ def lines(jobs: list[Job], results: Path) -> list[str]:
     gpu = sum(s * job["gpu"] for s, job in zip(seconds, jobs, strict=True)) / 3600
     out.append(f"{'together':22}{len(jobs):5}{gpu:11.1f}{'':11}{sum(map(prices.disk, jobs)) / 1e9:6.1f} GB{clock(total):>17}")
     out.append(
-        f"measured: speed of finished jobs of this kind here; assumed: {ASSUMED[True] / 1e12:.0f} TFLOP/s on a GPU, {ASSUMED[False] / 1e9:.0f} GFLOP/s "
+        f"measured: speed of finished jobs of this kind here; assumed: {ASSUMED[True] / 1e12:.0f} TFLOP/s on each GPU, {ASSUMED[False] / 1e9:.0f} GFLOP/s "
         "without, until one is finished; limit: the job's time limit, an upper bound"
     )
     return out + beside(jobs, found, prices, results)

@@ -3,7 +3,9 @@
 import ctypes
 import json
 import math
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
@@ -75,7 +77,7 @@ def device_of(machine: Machine) -> torch.device:
     """The device that `machine` names, torch's threads set; HalfstepError when there is no such device. Of several processes each has its own GPU."""
     hold_memory()
     if machine.threads:
-        torch.set_num_threads(machine.threads)
+        torch.set_num_threads(max(1, machine.threads // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if machine.device == "auto":
         return local_device() if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -219,7 +221,9 @@ def _shared(network: nn.Module, loss: Callable[[Parts], Tensor], training: Train
         raise HalfstepError(f"batch_size: found {training.batch_size}, but {group.size} processes share it; choose a multiple of {group.size}")
     if group.size == 1 or sharded:
         return objective, 1.0
-    return DistributedDataParallel(objective, broadcast_buffers=False), float(group.size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what takes its place in new versions of torch is not in older ones
+        return DistributedDataParallel(objective, broadcast_buffers=False), float(group.size)
 
 
 def _check(loss: float, norm: float, step: int, before: list[float]) -> None:

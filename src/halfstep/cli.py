@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         print(f"halfstep {argv[0]}: {where}{error.strerror}; {MENDS.get(error.errno, 'check the path')}", file=sys.stderr)
         return 1
+    if processes := sys.modules.get("halfstep.processes"):  # not where all went ill: to part in good order takes all
+        processes.part()
     return 0
 
 

@@ -23,7 +23,8 @@ from halfstep.training import loop
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([  # Python 3.11's server does not see the path of the tests, so not this file
     "pytest", "tyro", "safetensors.torch", "torch.distributed.fsdp", "torch._dynamo", "halfstep.cli", "halfstep.resolve", "halfstep.commands.train",
-    "halfstep.commands.distill", "halfstep.commands.generate",
+    "halfstep.commands.distill", "halfstep.commands.generate", "transformers.models.auto", "transformers.models.gpt_neox.modeling_gpt_neox",
+    "halfstep.metrics.lambada",
 ])  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def note_batches(log: Path, sharded: bool) -> None:
 
 
 def note_rows(log: Path) -> None:
-    """From now on each process writes down every text that it begins to draw, and every row that a network reads for a score."""
+    """From now on each process writes down every text that it begins to draw, every row that a network reads for a score, and every file that it writes."""
     file, embedding, sample = open(log / f"rows-{os.environ['RANK']}", "w", buffering=1), torch.nn.functional.embedding, generate.sample
     drawing = []
 
@@ -118,7 +119,12 @@ def note_rows(log: Path) -> None:
         finally:
             drawing.pop()
 
+    def audit(event, about):
+        if event == "os.rename" and str(about[1]).startswith(f"{log}/"):
+            file.write(f"file {os.path.relpath(about[1], log)}\n")
+
     torch.nn.functional.embedding, generate.sample = noted, begun
+    sys.addaudithook(audit)
 
 
 def break_down(rank: int, how: str) -> None:

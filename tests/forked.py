@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -14,18 +16,23 @@ import torch.distributed
 
 from halfstep import processes
 from halfstep.cli import main
-from halfstep.commands import distill, generate, train  # noqa: F401
+from halfstep.commands import distill, generate, train
+from halfstep.errors import HalfstepError
 from halfstep.training import loop
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([  # Python 3.11's server does not see the path of the tests, so not this file
     "pytest", "tyro", "safetensors.torch", "torch.distributed.fsdp", "torch._dynamo", "halfstep.cli", "halfstep.resolve", "halfstep.commands.train",
-    "halfstep.commands.distill", "halfstep.commands.generate",
+    "halfstep.commands.distill", "halfstep.commands.generate", "transformers.models.auto", "transformers.models.gpt_neox.modeling_gpt_neox",
+    "halfstep.metrics.lambada",
 ])  # fmt: skip
 
 
 def start(line: str, errors: Path, before: Callable[..., None] | None = None, *args: object, env: dict[str, str] | None = None):
-    """A running `halfstep <line>`, its standard error in a file; `before(*args)`, a function of a module, is called in it first."""
+    """A running `halfstep <line>`, its standard error in a file; `before(*args)`, a function of a module, is called in it first.
+
+    `one && another` are run one after another, until one fails.
+    """
     process = _context.Process(target=_run, args=(line, errors, before, args, env or {}))
     process.start()
     return process
@@ -38,7 +45,10 @@ def _run(line: str, errors: Path, before, args, env: dict[str, str]) -> None:
     torch.set_num_threads(1)
     if before:
         before(*args)
-    sys.exit(main(line.split()))
+    for part in line.split(" && "):
+        if code := main(part.split()):
+            sys.exit(code)
+        assert not torch.distributed.is_initialized()  # else gloo may abort a process that had finished
 
 
 def launch(line: str, size: int, log: Path, before=None, *args: object, timeout: float = 120) -> list[tuple[int, str]]:
@@ -55,8 +65,10 @@ def launch(line: str, size: int, log: Path, before=None, *args: object, timeout:
 
 
 def _meet(meeting: Path, rank: int, size: int, before, *args) -> None:
-    real = torch.distributed.init_process_group
-    torch.distributed.init_process_group = lambda *a, **k: real(*a, init_method=f"file://{meeting}", rank=rank, world_size=size, **k)
+    real, times = torch.distributed.init_process_group, count()
+    torch.distributed.init_process_group = lambda *a, **k: real(
+        *a, init_method=f"file://{meeting}-{next(times)}", rank=rank, world_size=size, **k
+    )
     if before:
         before(*args)
 
@@ -87,3 +99,42 @@ def note_batches(log: Path, sharded: bool) -> None:
         return fitted
 
     train.fit = distill.fit = fit
+
+
+def note_rows(log: Path) -> None:
+    """From now on each process writes down every text that it begins to draw, every row that a network reads for a score, and every file that it writes."""
+    file, embedding, sample = open(log / f"rows-{os.environ['RANK']}", "w", buffering=1), torch.nn.functional.embedding, generate.sample
+    drawing = []
+
+    def noted(x, table, *more):
+        if not drawing:
+            file.writelines(" ".join(map(str, row)).rstrip(" 0") + "\n" for row in x.tolist())  # without padding, which is 0
+        return embedding(x, table, *more)
+
+    def begun(denoiser, number, *more, first, **how):
+        file.writelines(f"text {first + i}\n" for i in range(number))
+        drawing.append(first)
+        try:
+            return sample(denoiser, number, *more, first=first, **how)
+        finally:
+            drawing.pop()
+
+    def audit(event, about):
+        if event == "os.rename" and str(about[1]).startswith(f"{log}/"):
+            file.write(f"file {os.path.relpath(about[1], log)}\n")
+
+    torch.nn.functional.embedding, generate.sample = noted, begun
+    sys.addaudithook(audit)
+
+
+def break_down(rank: int, how: str) -> None:
+    """In one process the first pass of a network ends in an error, or in kill -9."""
+    if os.environ["RANK"] != str(rank):
+        return
+
+    def embedding(*_):
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise HalfstepError("the network broke down")
+
+    torch.nn.functional.embedding = embedding

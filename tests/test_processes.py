@@ -1,14 +1,15 @@
-"""Several processes (gloo on the CPU, as torchrun starts them) do what one does: the same batches, losses within 1e-5, the same texts."""
+"""Several processes (gloo on the CPU, as torchrun starts them) do what one does: the same batches, losses within 1e-5, the same texts and scores."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forked import launch, note_batches
+from forked import break_down, launch, note_batches, note_rows
 from safetensors.torch import load_file
-from small import MACHINE, trainings
+from small import MACHINE, done, trainings
 
 from halfstep.config import Machine
 from halfstep.errors import HalfstepError
@@ -64,6 +65,87 @@ def test_texts_are_drawn_once_and_come_in_order(pipeline, tmp_path):
     assert np.array_equal(one, three) and len({tuple(row) for row in three}) == 7
     about = [json.loads((tmp_path / size / "samples.json").read_text()) for size in "13"]
     assert about[0]["network_evaluations"] == about[1]["network_evaluations"] and about[1]["num_samples"] == 7
+
+
+SCORING = "--bootstrap 100 --lambada last_words --lambada-items 14 --device cpu --threads 1 --micro-batch 4"
+NUMBERS = "value", "low", "high"
+PROMPTS = "--num-prompts 3 --per-prompt 4 --prompt-tokens 4 --continuation-tokens 8 --document-tokens 12"
+
+
+def scoring(pipeline, samples: Path, root: Path) -> dict[str, str]:
+    """Commands that write below `root`, by the file that each writes."""
+    judged = f"--corpus {pipeline.corpus} --judge {pipeline.baseline}/hf {SCORING}"
+    examined = f"--corpus {pipeline.corpus} {SCORING}"
+    written = f"--checkpoint {pipeline.student} --corpus {pipeline.corpus} --steps 4 {PROMPTS} --device cpu --threads 1 --micro-batch 4"
+    return {
+        "samples.json": f"score-samples --samples {samples} --output {root}/samples.json {judged}",
+        "tiny/data.json": f"score-corpus --output {root}/tiny/data.json {judged}",
+        "student.json": f"score-lambada --checkpoint {pipeline.student} --output {root}/student.json {examined}",
+        "baseline.json": f"score-lambada --checkpoint {pipeline.baseline} --output {root}/baseline.json {examined}",
+        "texts/samples.json": f"continue-prompts --output {root}/texts {written}",
+        "continuations.json": f"score-continuations --samples {root}/texts --output {root}/continuations.json {judged}",
+    }
+
+
+@pytest.fixture(scope="module")
+def samples(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared") / "samples"
+    done(f"generate --checkpoint {pipeline.student} --output {folder} --steps 8 --num-samples 12 {MACHINE}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(pipeline, samples, tmp_path_factory):
+    """What one process writes and reads."""
+    root = tmp_path_factory.mktemp("scored")
+    ((code, err),) = launch(" && ".join(scoring(pipeline, samples, root).values()), 1, root, note_rows, root)
+    assert code == 0, err
+    return root
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_nothing_is_scored_or_written_twice_and_scores_are_those_of_one_process(pipeline, samples, scored, tmp_path, size):
+    """To the bit where three processes' batches of four are one's, to float32 rounding where batches differ (a text is padded to another length)."""
+    lines = scoring(pipeline, samples, tmp_path)
+    done = launch(" && ".join(lines.values()), size, tmp_path, note_rows, tmp_path)
+    assert [code for code, _ in done] == [0] * size, done
+    rows = [(tmp_path / f"rows-{rank}").read_text().splitlines() for rank in range(size)]
+    whole = (scored / "rows-0").read_text().splitlines()
+    assert {f"file {name}" for name in lines} < {*rows[0]} and sum(map(Counter, rows), Counter()) == Counter(whole)
+    assert not any(line.startswith("file") for line in sum(rows[1:], [])) and min(map(len, rows)) > len(whole) / size / 2
+    assert np.array_equal(*(np.load(root / "texts/samples.npy") for root in (scored, tmp_path)))
+    for name in lines:
+        one, many = (json.loads((root / name).read_text()) for root in (scored, tmp_path))
+        if name == "texts/samples.json":
+            assert one | {"elapsed_s": 0} == many | {"elapsed_s": 0}
+            continue
+        same_batches = size == 3 and name in ("samples.json", "continuations.json")
+        for a, b in zip(one, many, strict=True):
+            rounding = 0 if same_batches and a["protocol"] != "retokenized" else 2e-6
+            assert {key: b[key] for key in a if key not in NUMBERS} == {key: a[key] for key in a if key not in NUMBERS}
+            assert [b[key] for key in NUMBERS] == pytest.approx([a[key] for key in NUMBERS], rel=rounding, abs=0), (a, b)
+        assert (tmp_path / name).with_suffix(".provenance.json").is_file()
+    assert "judge, ids | text" in done[0][1] and "likelihood | item" in done[0][1] and not any(err for _, err in done[1:])  # one process speaks
+
+
+@pytest.mark.parametrize(("name", "rank", "how"), [
+    ("samples.json", 1, "broke"), ("student.json", 0, "broke"), ("student.json", 1, "killed"), ("texts/samples.json", 2, "killed"),
+])  # fmt: skip
+def test_an_error_of_one_process_ends_all(pipeline, samples, tmp_path, name, rank, how):
+    done = launch(scoring(pipeline, samples, tmp_path)[name], 3, tmp_path, break_down, rank, how, timeout=60)
+    code, said = done.pop(rank)
+    assert code == -9 if how == "killed" else (code, said.count("the network broke down")) == (1, 1)
+    for code, said in done:
+        assert code == 1 and "of 3: another process of this job has ended" in said and "Traceback" not in said
+    assert not (tmp_path / name).exists()
+
+
+def test_fewer_texts_than_processes(pipeline, tmp_path):
+    """Who has no text waits for the others."""
+    line = f"generate --checkpoint {pipeline.student} --output {tmp_path}/texts --steps 2 --num-samples 1 {MACHINE}"
+    line += f" && score-samples --samples {tmp_path}/texts --output {tmp_path}/rows.json --corpus {pipeline.corpus} --judge {pipeline.baseline}/hf {MACHINE}"
+    assert [code for code, _ in launch(line, 3, tmp_path)] == [0] * 3
+    assert {row["num_samples"] for row in json.loads((tmp_path / "rows.json").read_text()) if row["protocol"] == "ids"} == {1}
 
 
 @pytest.mark.parametrize("n", [1, 5, 8, 12])

@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
         return refuse(f"{where}{error.strerror}; {MENDS.get(error.errno, 'check the path')}")
+    if processes := sys.modules.get("halfstep.processes"):  # not where all went ill: to part in good order takes all
+        processes.part()
     return 0
 
 

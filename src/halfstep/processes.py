@@ -11,10 +11,12 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -63,8 +65,34 @@ class Group:
         if self.size == 1:
             return [piece]
         pieces = [None] * self.size if self.first else None
-        dist.gather_object(piece, pieces)
+        with self._with_others():
+            dist.gather_object(piece, pieces)
         return pieces
+
+    def map(self, n: int, work: Callable[[slice], np.ndarray]) -> np.ndarray | None:
+        """work(rows) of each process's own rows of `n`, an array with a row for each, all in order, in the first process; None in the others."""
+        own = self.share(n)
+        pieces = self.gather(work(own) if own.start < own.stop else None)
+        return pieces and np.concatenate([piece for piece in pieces if piece is not None])
+
+    def tell(self, said: object = None) -> object:
+        """What the first process says, in all of them; the others wait for it."""
+        box = [said]
+        if self.size > 1:
+            with self._with_others():
+                dist.broadcast_object_list(box)
+        return box[0]
+
+    @contextmanager
+    def _with_others(self):
+        """Around what processes do together: HalfstepError when one of them is gone."""
+        try:
+            yield
+        except RuntimeError as error:  # gloo's
+            raise HalfstepError(
+                f"process {self.rank} of {self.size}: another process of this job has ended, or was silent for {TIMEOUT.seconds // 60} minutes; "
+                "its own message says why"
+            ) from error
 
     def collect(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors on the CPU, in the first process; all have to ask, for each holds a part of what is sharded."""
@@ -107,6 +135,12 @@ def join(machine: Machine) -> Group:
         cuda = machine.device != "cpu" and torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     return Group(dist.get_rank(), dist.get_world_size())
+
+
+def part() -> None:
+    """Leave the group, if this process is in one. Without it gloo's threads now and then abort a process that had finished (134)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def local_device() -> torch.device:
@@ -183,4 +217,5 @@ def leave(code: int, label: str, step: int) -> None:
     line = f"{label} | stopped after step {step}: {why}; its state is kept, and the same command goes on from there"
     if not is_said(line):
         print(line, file=sys.stderr, flush=True)
+    part()
     raise SystemExit(code)

@@ -1,5 +1,6 @@
-"""Progress of a loop: a bar on a terminal, one line per interval in a log."""
+"""Progress of a loop: a bar on a terminal, one line per interval in a log; of several processes the first alone shows it."""
 
+import os
 import sys
 import time
 
@@ -12,10 +13,11 @@ class Progress:
     def __init__(self, label: str, total: int, unit: str = "step", interval: float = 10.0, done: int = 0):
         self.label, self.total, self.unit, self.interval, self.done = label, total, unit, interval, done
         self._first, self._bar = done, None
+        self._silent = os.environ.get("RANK", "0") != "0"
 
     def __enter__(self) -> "Progress":
         self._start = self._last = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._silent:
             self._bar = tqdm(total=self.total, initial=self.done, desc=self.label, unit=self.unit, dynamic_ncols=True, mininterval=0.5)
         return self
 
@@ -27,7 +29,7 @@ class Progress:
                 self._bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()}, refresh=False)
             return
         now = time.monotonic()
-        if now - self._last >= self.interval or self.done >= self.total:
+        if not self._silent and (now - self._last >= self.interval or self.done >= self.total):
             self._last = now
             rate = (self.done - self._first) / max(now - self._start, 1e-9)
             left = (self.total - self.done) / rate if rate else 0.0

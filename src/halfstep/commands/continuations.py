@@ -19,8 +19,9 @@ from halfstep.files import write_json
 from halfstep.metrics.diversity import distinct, self_bleu
 from halfstep.metrics.intervals import bootstrap
 from halfstep.metrics.mauve import features, mauve
-from halfstep.metrics.perplexity import token_nll
+from halfstep.metrics.perplexity import ids_nll
 from halfstep.metrics.rows import model_name, row
+from halfstep.processes import join
 from halfstep.training.loop import device_of
 
 PROTOCOL = "continuations"
@@ -42,7 +43,7 @@ def continue_prompts(
         output: folder of the continuations
         steps: sampling steps
     """
-    started, device = time.monotonic(), device_of(machine)
+    started, group, device = time.monotonic(), join(machine), device_of(machine)
     model = load(checkpoint, drawing, str(device))
     if model.tokenizer.get_vocab() != tokenizer_of(corpus).get_vocab():
         raise HalfstepError(
@@ -55,7 +56,10 @@ def continue_prompts(
             f"{model.length} tokens, EOS at its end; lower one of them"
         )
     given, label = texts[:, :P].repeat_interleave(prompts.per_prompt, 0), f"continue {model_name(checkpoint)} at {steps} steps"
-    ids, evaluations = fill(model, steps, drawing, machine, device, given, texts.shape[1], label, model.eos_id)
+    drawn = fill(model, steps, drawing, machine, device, given, texts.shape[1], label, model.eos_id, group)
+    if not group.first:
+        return
+    ids, evaluations = drawn
     save(checkpoint, output, model, steps, ids, evaluations, drawing, prompts=prompts.model_dump(), elapsed_s=time.monotonic() - started)
     provenance.record(
         output / provenance.NAME, output.glob("samples.*"), [*model_files(checkpoint, drawing.weights), *files(corpus, "validation")]
@@ -72,7 +76,7 @@ def score_continuations(samples: list[Path], corpus: Path, output: Path, evaluat
         corpus: folder of `halfstep prepare-corpus` that holds the prompts
         output: JSON file of the rows
     """
-    sets, human, rows = [], {}, []
+    group, sets, human, found = join(machine), [], {}, []
     for folder in samples:
         ids, facts = read_samples(folder)
         if "prompts" not in facts:
@@ -90,21 +94,25 @@ def score_continuations(samples: list[Path], corpus: Path, output: Path, evaluat
     tokenizer, eos_id = tokenizer_of(corpus), read_manifest(corpus)["eos_id"]
     for judge in judges(evaluation, machine):
         states = {
-            prompts: features(judge, texts, tokenizer, eos_id, machine.micro_batch, "judge, held-out text")
+            prompts: features(judge, texts, tokenizer, eos_id, machine.micro_batch, "judge, held-out text", group)
             for prompts, texts in human.items()
         }
         for ids, prompts, about in sets:
             label = f"{about['model']} at {about['steps'] or 'all'} steps: judge"
-            written = features(judge, ids, tokenizer, eos_id, machine.micro_batch, f"{label}, features")
-            rows.append(row("mauve", PROTOCOL, *mauve(states[prompts], written), **about, **judge.about))
+            written = features(judge, ids, tokenizer, eos_id, machine.micro_batch, f"{label}, features", group)
+            nll = None
             if judge.shares(tokenizer):
-                nll = token_nll(judge, ids.tolist(), machine.micro_batch, f"{label}, perplexity")
-                of_text = np.array(
-                    [text[prompts.prompt_tokens - 1 :].mean(dtype=np.float64) for text in nll]
-                )  # token i is predicted at i - 1
-                of_prompt = of_text.reshape(prompts.num_prompts, -1).mean(1)
-                rows.append(over_prompts("continuation_perplexity", of_prompt, evaluation, about | judge.about, np.exp))
+                nll = ids_nll(judge, ids, machine.micro_batch, f"{label}, perplexity", group, prompts.prompt_tokens)
+            found.append((prompts, states[prompts], written, nll, about | judge.about))
         del judge  # before the next is loaded
+    if not group.first:
+        return
+    rows = []
+    for prompts, reference, written, nll, about in found:
+        rows.append(row("mauve", PROTOCOL, *mauve(reference, written), **about))
+        if nll is not None:
+            of_prompt = nll.reshape(prompts.num_prompts, -1).mean(1)
+            rows.append(over_prompts("continuation_perplexity", of_prompt, evaluation, about, np.exp))
     for ids, prompts, about in sets:
         of_prompt = ids[:, prompts.prompt_tokens :].reshape(prompts.num_prompts, prompts.per_prompt, -1)
         rows.append(over_prompts("self_bleu", self_bleu(of_prompt), evaluation, about))

@@ -18,6 +18,7 @@ from halfstep.metrics.diversity import distinct, unigram_entropy
 from halfstep.metrics.intervals import bootstrap, wilson
 from halfstep.metrics.perplexity import Judge, ids_nll, load_judge, retokenized_nll
 from halfstep.metrics.rows import model_name, name_parts, row
+from halfstep.processes import Group, join
 from halfstep.training.loop import device_of
 
 LAMBADA_SEED = 0  # of the masks drawn for an item
@@ -35,7 +36,7 @@ def score_samples(samples: list[Path], corpus: Path, output: Path, evaluation: E
         corpus: folder of `halfstep prepare-corpus` that the model was trained on
         output: JSON file of the rows
     """
-    texts, words = [], vocabulary_sha256(tokenizer_of(corpus))
+    group, texts, words = join(machine), [], vocabulary_sha256(tokenizer_of(corpus))
     for folder in samples:
         ids, facts = read_samples(folder)
         if facts.get("vocabulary", words) != words:
@@ -43,7 +44,10 @@ def score_samples(samples: list[Path], corpus: Path, output: Path, evaluation: E
                 f"{folder}: samples of other tokens than those of the corpus {corpus}; name the corpus that their model was trained on"
             )
         texts.append((ids, about_samples(facts)))
-    write_json(output, measures(texts, corpus, evaluation, machine))
+    rows = measures(texts, corpus, evaluation, machine, group)
+    if not group.first:
+        return
+    write_json(output, rows)
     read = (folder / name for folder in samples for name in ("samples.json", "samples.npy"))
     provenance.record(output.with_suffix(f".{provenance.NAME}"), [output], [*read, *files(corpus), *evaluation.judge])
 
@@ -55,10 +59,13 @@ def score_corpus(corpus: Path, output: Path, evaluation: Evaluation, machine: Ma
         corpus: folder of `halfstep prepare-corpus`
         output: JSON file of the rows, in a folder named after the teacher
     """
-    windows = Windows(corpus, "validation")
+    group, windows = join(machine), Windows(corpus, "validation")
     chosen = np.unique(np.linspace(0, len(windows) - 1, min(DATA_WINDOWS, len(windows))).astype(int))
     about = {"model": "data", "teacher": output.parent.name, "run": "data", "round": 0, "num_samples": len(chosen)}
-    write_json(output, measures([(windows[chosen].numpy(), about)], corpus, evaluation, machine))
+    rows = measures([(windows[chosen].numpy(), about)], corpus, evaluation, machine, group)
+    if not group.first:
+        return
+    write_json(output, rows)
     provenance.record(output.with_suffix(f".{provenance.NAME}"), [output], [*files(corpus, "validation"), *evaluation.judge])
 
 
@@ -73,10 +80,12 @@ def score_lambada(checkpoint: Path, corpus: Path, output: Path, evaluation: Eval
     """
     from halfstep.metrics.lambada import examine
 
-    device = device_of(machine)
+    group, device = join(machine), device_of(machine)
     model = load(checkpoint, weights, device)
     items = str(corpus / "last_words.jsonl") if evaluation.lambada == "last_words" else evaluation.lambada
-    found = examine(model, items, evaluation.lambada_items, machine.micro_batch, str(device), LAMBADA_SEED)
+    found = examine(model, items, evaluation.lambada_items, machine.micro_batch, str(device), LAMBADA_SEED, group)
+    if not group.first:
+        return
     about = name_parts(model_name(checkpoint)) | {"weights": weights, "checkpoint": model.sha256[:16], "data": found["data"]}
 
     def row_of(metric: str, protocol: str, value: float, interval: tuple[float, float], each: np.ndarray) -> dict:
@@ -118,10 +127,11 @@ def read_samples(folder: Path) -> tuple[np.ndarray, dict]:
     return np.load(path), facts
 
 
-def measures(texts: list[tuple[np.ndarray, dict]], corpus: Path, evaluation: Evaluation, machine: Machine) -> list[dict]:
+def measures(texts: list[tuple[np.ndarray, dict]], corpus: Path, evaluation: Evaluation, machine: Machine, group: Group) -> list[dict] | None:
     """All rows of sets of texts of a corpus, each a pair of ids[N, L] and what its rows say of it. Judges are loaded one after another.
 
-    Protocol `ids` needs a judge with the corpus's tokenizer, and is left out otherwise.
+    Protocol `ids` needs a judge with the corpus's tokenizer, and is left out otherwise. The processes share what the judges read; all but
+    the first get None.
     """
     manifest, tokenizer = read_manifest(corpus), tokenizer_of(corpus)
     named = [(ids, about | {"data": corpus_name(corpus)}, _label(ids, about, corpus, manifest["vocab_size"])) for ids, about in texts]
@@ -130,17 +140,18 @@ def measures(texts: list[tuple[np.ndarray, dict]], corpus: Path, evaluation: Eva
         value = statistic(*values.reshape(len(values), -1).mean(0))
         return row(metric, protocol, value, bootstrap(values, statistic, evaluation.bootstrap), **about)
 
-    rows = []
+    found = []
     for judge in judges(evaluation, machine):
         for ids, about, label in named:
             if judge.shares(tokenizer):
-                nll = ids_nll(judge, ids, machine.micro_batch, f"{label}: judge, ids")
-                rows.append(mean_row("generative_perplexity", "ids", nll, about | judge.about, np.exp))
-            sums = retokenized_nll(judge, ids, tokenizer, manifest["eos_id"], machine.micro_batch, f"{label}: judge, retokenized")
-            rows.append(
-                mean_row("generative_perplexity", "retokenized", sums, about | judge.about, lambda total, number: np.exp(total / number))
-            )
+                nll = ids_nll(judge, ids, machine.micro_batch, f"{label}: judge, ids", group)
+                found.append(("ids", nll, about | judge.about, np.exp))
+            sums = retokenized_nll(judge, ids, tokenizer, manifest["eos_id"], machine.micro_batch, f"{label}: judge, retokenized", group)
+            found.append(("retokenized", sums, about | judge.about, lambda total, number: np.exp(total / number)))
         del judge  # before the next is loaded
+    if not group.first:
+        return None
+    rows = [mean_row("generative_perplexity", *of_judge) for of_judge in found]
     for ids, about, _ in named:
         rows.append(mean_row("entropy", "unigram", unigram_entropy(ids), about))
         rows.append(mean_row("distinct_2", "bigrams", distinct(ids, 2), about))

@@ -69,7 +69,7 @@ def load(folder: Path, drawing: Drawing, device: str) -> checkpoint.Model:
 
 def draw(
     model, steps: int, writing: Writing, machine: Machine, device, prompt: str, label: str | None = None, group: Group = ALONE
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray] | None:
     """ids [N, L] and network evaluations [N] of writing.num_samples texts of the model's length; shared and gathered as `fill` does."""
     return fill(model, steps, writing, machine, device, _prompt(model, prompt).expand(writing.num_samples, -1), model.length, label, group=group)
 
@@ -77,10 +77,10 @@ def draw(
 def fill(
     model, steps: int, drawing: Drawing, machine: Machine, device, given: torch.Tensor, length: int, label: str | None = None, end: int | None = None,
     group: Group = ALONE,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray] | None:
     """ids [N, length], text i beginning with given[i] of given[N, P], and network evaluations [N]; micro_batch texts at a time.
 
-    Each process of the group writes its own texts, and the first returns all in order, the others their own. With a label it shows its progress.
+    Each process of the group writes its own texts, and the first returns all in order, the others None. With a label it shows its progress.
     A denoiser sees `end` to the right of each text, a token that is given and not kept.
     """
     (total, begun), pieces, evaluations = given.shape, [], []
@@ -111,9 +111,10 @@ def fill(
                 evaluations.append(torch.full((count,), length - max(begun, 1)))  # BOS, where nothing is given, costs no pass
             if progress:
                 progress.update(count)
-    if gathered := group.gather((pieces, evaluations)):
-        pieces, evaluations = ([piece for process in gathered for piece in process[which]] for which in (0, 1))
-    return torch.cat(pieces).numpy(), torch.cat(evaluations).numpy()
+    if not (gathered := group.gather((pieces, evaluations))):
+        return None
+    ids, evaluations = (torch.cat([piece for process in gathered for piece in process[which]]).numpy() for which in (0, 1))
+    return ids, evaluations
 
 
 def _prompt(model, prompt: str) -> torch.Tensor:

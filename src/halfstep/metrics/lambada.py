@@ -36,6 +36,7 @@ from halfstep.metrics.likelihood import (
     diffusion_nll,
     monte_carlo_nll,
 )
+from halfstep.processes import ALONE, Group
 from halfstep.progress import Progress
 
 if TYPE_CHECKING:
@@ -56,14 +57,16 @@ class HalfstepLM(LM):
 
     `accuracy` says what `is_greedy` means (a protocol above). Answers are kept, so asking again under another protocol costs no second
     likelihood. A text longer than the model's length keeps BOS and the last tokens that fit.
+
+    Of several processes the first alone drives lm-eval; the others are in `serve`, and all share what is asked of the network.
     """
 
-    def __init__(self, model: Model, accuracy: str, micro_batch: int = 32, device: str = "cpu", seed: int = 0):
+    def __init__(self, model: Model, accuracy: str, micro_batch: int = 32, device: str = "cpu", seed: int = 0, group: Group = ALONE):
         super().__init__()
         if accuracy not in ACCURACY[model.kind]:
             raise HalfstepError(f"accuracy: found {accuracy!r}, a {model.kind} model has {', '.join(ACCURACY[model.kind])}")
         self.model, self.accuracy, self.micro_batch, self.seed = model, accuracy, micro_batch, seed
-        self._device = device
+        self._device, self.group = device, group
         self._answers: dict[tuple[str, str], tuple[float, dict[str, bool]]] = {}
 
     def question(self, context: str, continuation: str) -> Question:
@@ -84,15 +87,11 @@ class HalfstepLM(LM):
         asked = list(dict.fromkeys(request.args for request in requests))
         new = [args for args in asked if args not in self._answers]
         if new:
-            questions = [self.question(*args) for args in new]
-            with Progress("likelihood", len(new), "item") as progress:
-                nll, right = self._nll(questions, progress.update)
+            nll, right = self._ask("likelihood", [self.question(*args) for args in new]).T
             first = ACCURACY[self.model.kind][0]
             self._answers |= {args: (-float(v), {first: bool(r)}) for args, v, r in zip(new, nll, right, strict=True)}
         if unsure := [args for args in asked if self.accuracy not in self._answers[args][1]]:
-            with Progress(self.accuracy, len(unsure), "item") as progress:
-                questions = [self.question(*args) for args in unsure]
-                right = confident_guess(self.model.denoiser, questions, self.micro_batch, self._device, progress.update)
+            right = self._ask(self.accuracy, [self.question(*args) for args in unsure])
             for args, r in zip(unsure, right, strict=True):
                 self._answers[args][1][self.accuracy] = bool(r)
         return [(self._answers[r.args][0], self._answers[r.args][1][self.accuracy]) for r in requests]
@@ -106,19 +105,40 @@ class HalfstepLM(LM):
                 questions.append(Question((self.model.eos_id, *part, self.model.eos_id), 1, 1 + len(part)))
                 owner.append(i)
         if questions:
-            np.subtract.at(totals, owner, self._nll(questions)[0])
+            np.subtract.at(totals, owner, self._ask("likelihood", questions)[:, 0])
         return totals.tolist()
 
-    def _nll(self, questions: list[Question], tick=None) -> tuple[np.ndarray, np.ndarray]:
+    def _ask(self, what: str, questions: list[Question]) -> np.ndarray:
+        """ANSWERS[what] of all questions, in the first process, which tells the others of them."""
+        self.group.tell((what, questions))
+        return self._answer(what, questions)
+
+    def serve(self) -> None:
+        """What the other processes do until the first has no more to ask."""
+        while asked := self.group.tell():
+            self._answer(*asked)
+
+    def _answer(self, what: str, questions: list[Question]) -> np.ndarray | None:
+        def own(rows: slice) -> np.ndarray:
+            with Progress(what, rows.stop - rows.start, "item") as progress:
+                return ANSWERS[what](self, questions[rows], rows.start, progress.update)
+
+        return self.group.map(len(questions), own)
+
+    def _nll(self, questions: list[Question], first: int, tick) -> np.ndarray:
         if self.model.kind == "diffusion":
-            return diffusion_nll(self.model.denoiser, questions, self.micro_batch, self.seed, self._device, tick)
-        return autoregressive_nll(self.model.network, questions, self.micro_batch, self._device, tick)
+            return np.column_stack(diffusion_nll(self.model.denoiser, questions, self.micro_batch, self.seed, self._device, tick, first))
+        return np.column_stack(autoregressive_nll(self.model.network, questions, self.micro_batch, self._device, tick))
+
+    def _guess(self, questions: list[Question], first: int, tick) -> np.ndarray:
+        return confident_guess(self.model.denoiser, questions, self.micro_batch, self._device, tick)
+
+    def _drawn(self, questions: list[Question], first: int, tick) -> np.ndarray:
+        return monte_carlo_nll(self.model.denoiser, questions, self.micro_batch, self.seed, self._device, tick, first)
 
     def monte_carlo(self, requests) -> np.ndarray:
         """Protocol elbo-mc's NELBO in nats of (context, continuation) requests, [N]; request i has its own draws."""
-        with Progress("elbo-mc", len(requests), "item") as progress:
-            questions = [self.question(*request.args) for request in requests]
-            return monte_carlo_nll(self.model.denoiser, questions, self.micro_batch, self.seed, self._device, progress.update)
+        return self._ask("elbo-mc", [self.question(*request.args) for request in requests])
 
     def passes(self, requests) -> dict[str, float]:
         """Calls of the network for one item under each protocol, the mean over the requests. elbo-mc: its draws, those that mask nothing too."""
@@ -132,6 +152,13 @@ class HalfstepLM(LM):
         raise HalfstepError(
             "lm-eval: a generate_until task was asked for; halfstep answers likelihood tasks, and writes text by `halfstep generate`"
         )
+
+
+ANSWERS = {  # what the network can be asked, its progress's name: answers of questions `first`, first + 1, ...; likelihood's are [Q, 2]: nats, is it right?
+    "likelihood": HalfstepLM._nll,
+    "confidence": HalfstepLM._guess,
+    "elbo-mc": HalfstepLM._drawn,
+}
 
 
 def context_of(doc: dict) -> str:
@@ -182,11 +209,14 @@ def check_items(path: Path) -> int:
     return count
 
 
-def examine(model: Model, data: str, items: int | None = None, micro_batch: int = 32, device: str = "cpu", seed: int = 0) -> dict:
+def examine(
+    model: Model, data: str, items: int | None = None, micro_batch: int = 32, device: str = "cpu", seed: int = 0, group: Group = ALONE
+) -> dict | None:
     """Run lm-eval: {"nll": {protocol: [N] nats per item}, "hits": {protocol: [N] bool}, "passes": {protocol: network calls per item},
     "data": name[number of items]@sha256 of their texts, "lm_eval": its own results under the first protocols}.
 
     data: hub name or local .jsonl; items: only the first so many. Further protocols answer the requests that lm-eval made.
+    Of the group's processes the first examines; the others answer their share of its questions, and get None.
     """
     from datasets import disable_progress_bars
     from lm_eval.evaluator import simple_evaluate
@@ -196,10 +226,12 @@ def examine(model: Model, data: str, items: int | None = None, micro_batch: int 
     if local:
         count = check_items(Path(data))
         items = min(items or count, count)
+    first, *others = ACCURACY[model.kind]
+    lm = HalfstepLM(model, first, micro_batch, device, seed, group)
+    if not group.first:
+        return lm.serve()
     disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    first, *others = ACCURACY[model.kind]
-    lm = HalfstepLM(model, first, micro_batch, device, seed)
     with tempfile.TemporaryDirectory() as cache:
         try:
             tasks = list(TaskManager(include_defaults=False).load([task(data, Path(cache))])["tasks"].values())
@@ -220,6 +252,7 @@ def examine(model: Model, data: str, items: int | None = None, micro_batch: int 
         hits[lm.accuracy] = np.array([hit for _, hit in lm.loglikelihood(requests)])
     exact, *drawn = PERPLEXITY[model.kind]
     nll = {exact: -np.array([s["perplexity"] for s in samples])} | {protocol: lm.monte_carlo(requests) for protocol in drawn}
+    group.tell(None)
     texts = hashlib.sha256("\0".join(s["doc"]["text"] for s in samples).encode()).hexdigest()
     asked = f"{Path(data).name if local else data}[{len(samples)}]@{texts[:12]}"
     return {"nll": nll, "hits": hits, "passes": lm.passes(requests), "data": asked, "lm_eval": found["results"][name]}

@@ -71,28 +71,33 @@ def drawn_masks(u: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return masks[some], 1 / (len(u) * t[some]), t[some]
 
 
-def diffusion_nll(denoiser, questions: list[Question], micro_batch: int, seed: int = 0, device: str | torch.device = "cpu", tick=None):
+def diffusion_nll(
+    denoiser, questions: list[Question], micro_batch: int, seed: int = 0, device: str | torch.device = "cpu", tick=None, first: int = 0
+):
     """NELBO of each suffix in nats [Q] float64, and whether one pass with the whole suffix masked gets every token right [Q] bool.
 
     `denoiser.features(xt, t)` gets t = k / (n + 1), the mean of t given that k of n are masked; the NELBO is exact for a denoiser that
-    ignores t. tick(count) is told of finished questions. Question i of a seed owns its masks, whatever the batch.
+    ignores t. tick(count) is told of finished questions. The questions are numbers first, first + 1, ... of the seed, and each owns its
+    masks, whatever the batch.
     """
 
     def plan(i: int, n: int):
-        masks, weights = suffix_masks(n, uniforms(seed, i, 1, DRAWS * (n + 1))[0].view(DRAWS, n + 1) if n > EXACT else None)
+        masks, weights = suffix_masks(n, uniforms(seed, first + i, 1, DRAWS * (n + 1))[0].view(DRAWS, n + 1) if n > EXACT else None)
         return masks, weights, masks.sum(1) / (n + 1)
 
     return _weighted(denoiser, questions, plan, micro_batch, device, tick)
 
 
-def monte_carlo_nll(denoiser, questions: list[Question], micro_batch: int, seed: int = 0, device: str | torch.device = "cpu", tick=None):
+def monte_carlo_nll(
+    denoiser, questions: list[Question], micro_batch: int, seed: int = 0, device: str | torch.device = "cpu", tick=None, first: int = 0
+):
     """The released code's estimate of each suffix's NELBO in nats, MC_DRAWS masks drawn for it (`drawn_masks`): [Q] float64.
 
     Without bias, but noisier than enumeration; exp of a mean of such estimates is on average above exp of the mean of the bounds.
     """
 
     def plan(i: int, n: int):
-        return drawn_masks(uniforms(seed, i, 1, MC_DRAWS * (n + 1))[0].view(MC_DRAWS, n + 1))
+        return drawn_masks(uniforms(seed, first + i, 1, MC_DRAWS * (n + 1))[0].view(MC_DRAWS, n + 1))
 
     return _weighted(denoiser, questions, plan, micro_batch, device, tick)[0]
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from halfstep.errors import HalfstepError
+from halfstep.processes import ALONE, Group
 from halfstep.progress import Progress
 
 if TYPE_CHECKING:
@@ -29,32 +30,36 @@ T = 2.7764451051977987  # the 97.5% point of Student's t with four degrees of fr
 
 @torch.no_grad()
 def features(
-    judge: Judge, ids: np.ndarray, tokenizer: Tokenizer, eos_id: int, micro_batch: int, label: str = "judge, features"
-) -> np.ndarray:
+    judge: Judge, ids: np.ndarray, tokenizer: Tokenizer, eos_id: int, micro_batch: int, label: str = "judge, features", group: Group = ALONE
+) -> np.ndarray | None:
     """Texts ids[N, L] of `tokenizer` -> the judge's last hidden state (after its last norm) at each text's last token, [N, D] float32.
 
-    As `mauve-text` does with texts: they are decoded, and tokenised again by the judge's tokenizer, the first L tokens.
+    As `mauve-text` does with texts: they are decoded, and tokenised again by the judge's tokenizer, the first L tokens. The processes of the
+    group share the texts; all but the first get None.
     """
-    N, L = ids.shape
+    L = ids.shape[1]
     if judge.context is not None and judge.context < L:
         raise HalfstepError(f"judge: texts of {L} tokens, but {judge.name} reads at most {judge.context}; name another judge")
-    texts = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
-    if judge.tokenizer.eos_token:
-        texts = [text.replace(tokenizer.id_to_token(eos_id), judge.tokenizer.eos_token) for text in texts]
-    again = judge.tokenizer(texts, truncation=True, max_length=L)["input_ids"]
-    network, pieces = judge.network.base_model, []
-    with Progress(label, N, "text") as progress:
-        for first in range(0, N, micro_batch):
-            rows = [torch.tensor(text) for text in again[first : first + micro_batch]]
-            x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(
-                judge.device
-            )  # on the right, where a causal model does not see it
-            last = torch.tensor([len(row) - 1 for row in rows], device=judge.device)
-            attend = (torch.arange(x.shape[1], device=judge.device) <= last[:, None]).long()
-            h = network(input_ids=x, attention_mask=attend, use_cache=False).last_hidden_state
-            pieces.append(h[torch.arange(len(rows), device=judge.device), last].float().cpu())
-            progress.update(len(rows))
-    return torch.cat(pieces).numpy()
+
+    def own(rows: slice) -> np.ndarray:
+        texts = tokenizer.decode_batch(ids[rows].tolist(), skip_special_tokens=False)
+        if judge.tokenizer.eos_token:
+            texts = [text.replace(tokenizer.id_to_token(eos_id), judge.tokenizer.eos_token) for text in texts]
+        again = judge.tokenizer(texts, truncation=True, max_length=L)["input_ids"]
+        network, pieces = judge.network.base_model, []
+        with Progress(label, len(again), "text") as progress:
+            for first in range(0, len(again), micro_batch):
+                batch = [torch.tensor(text) for text in again[first : first + micro_batch]]
+                # padded on the right, where a causal model does not see it
+                x = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True).to(judge.device)
+                last = torch.tensor([len(text) - 1 for text in batch], device=judge.device)
+                attend = (torch.arange(x.shape[1], device=judge.device) <= last[:, None]).long()
+                h = network(input_ids=x, attention_mask=attend, use_cache=False).last_hidden_state
+                pieces.append(h[torch.arange(len(batch), device=judge.device), last].float().cpu())
+                progress.update(len(batch))
+        return torch.cat(pieces).numpy()
+
+    return group.map(len(ids), own)
 
 
 def mauve(reference: np.ndarray, written: np.ndarray) -> tuple[float, tuple[float, float]]:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import sha256_once
 from halfstep.metrics.rows import model_name
+from halfstep.processes import ALONE, Group
 from halfstep.progress import Progress
 
 if TYPE_CHECKING:
@@ -149,26 +150,44 @@ def token_nll(judge: Judge, texts: list[list[int]], micro_batch: int, label: str
     return out
 
 
-def ids_nll(judge: Judge, ids: np.ndarray, micro_batch: int, label: str = "judge, ids") -> np.ndarray:
-    """Mean -log p per text of ids[N, L], all L - 1 predictions: [N] float64. Perplexity (protocol ids) = exp(mean)."""
-    return np.array([nll.mean(dtype=np.float64) for nll in token_nll(judge, ids.tolist(), micro_batch, label)])
+def ids_nll(
+    judge: Judge, ids: np.ndarray, micro_batch: int, label: str = "judge, ids", group: Group = ALONE, start: int = 1
+) -> np.ndarray | None:
+    """Mean -log p of the tokens from `start` on, per text of ids[N, L]: [N] float64. Perplexity (protocol ids) = exp(mean).
+
+    The processes of the group share the texts; all but the first get None.
+    """
+
+    def own(rows: slice) -> np.ndarray:
+        found = token_nll(judge, ids[rows].tolist(), micro_batch, label)
+        return np.array([nll[start - 1 :].mean(dtype=np.float64) for nll in found])  # token i is predicted at i - 1
+
+    return group.map(len(ids), own)
 
 
 def retokenized_nll(
-    judge: Judge, ids: np.ndarray, tokenizer: Tokenizer, eos_id: int, micro_batch: int, label: str = "judge, retokenized"
-) -> np.ndarray:
-    """Per text of ids[N, L]: sum of -log p, and number, of the tokens that count, [N, 2]. Perplexity = exp(mean sum / mean number)."""
+    judge: Judge, ids: np.ndarray, tokenizer: Tokenizer, eos_id: int, micro_batch: int, label: str = "judge, retokenized", group: Group = ALONE
+) -> np.ndarray | None:
+    """Per text of ids[N, L]: sum of -log p, and number, of the tokens that count, [N, 2]. Perplexity = exp(mean sum / mean number).
+
+    The processes of the group share the texts; all but the first get None.
+    """
     ours, theirs = tokenizer.id_to_token(eos_id), judge.tokenizer.eos_token
     if theirs is None:
         raise HalfstepError(f"judge: the tokenizer of {judge.name} names no eos_token; add it to its tokenizer_config.json")
-    texts = [text.replace(ours, theirs) for text in tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)]
     limit = min(ids.shape[1], judge.context or ids.shape[1])
-    again = judge.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
-    sums = []
-    for text, nll in zip(again, token_nll(judge, again, micro_batch, label), strict=True):
-        eos = np.array(text) == judge.tokenizer.eos_token_id
-        counts = (~eos | (eos.cumsum() == 1))[1:]  # at an EOS the running count is 1 for the first only
-        sums.append((nll[counts].sum(dtype=np.float64), counts.sum()))
-    if not sum(number for _, number in sums):
+
+    def own(rows: slice) -> np.ndarray:
+        texts = [text.replace(ours, theirs) for text in tokenizer.decode_batch(ids[rows].tolist(), skip_special_tokens=False)]
+        again = judge.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+        sums = []
+        for text, nll in zip(again, token_nll(judge, again, micro_batch, label), strict=True):
+            eos = np.array(text) == judge.tokenizer.eos_token_id
+            counts = (~eos | (eos.cumsum() == 1))[1:]  # at an EOS the running count is 1 for the first only
+            sums.append((nll[counts].sum(dtype=np.float64), counts.sum()))
+        return np.array(sums, np.float64)
+
+    sums = group.map(len(ids), own)
+    if group.first and not sums[:, 1].any():
         raise HalfstepError("samples: no token to score, every text is empty or end-of-text alone; look at samples.txt")
-    return np.array(sums, np.float64)
+    return sums

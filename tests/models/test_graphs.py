@@ -1,6 +1,8 @@
 """Replayed passes say what eager ones say. A tape stands in for a CUDA graph: it keeps tensors, not the code that made them, and hears the host asking."""
 
-from contextlib import nullcontext
+import inspect
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,6 +215,36 @@ def test_a_training_step_waits_once_before_its_first_pass(monkeypatch, timed):
     assert before.count("answer") == 2 == device.notes.count("answer") and device.notes.count("pass") == 4
 
 
+def test_the_order_of_a_capture(monkeypatch):
+    """PyTorch's rules: warm up on a stream of its own, which waits for what was launched before, and is waited for; record there; hold what was recorded."""
+    events, signature = [], inspect.signature(torch.cuda.graph.__init__)
+
+    @contextmanager
+    def on(name):
+        events.append(f"{name}:")
+        yield
+        events.append(f"end of {name}")
+
+    def stream(name):
+        return SimpleNamespace(name=name, wait_stream=lambda other: events.append(f"{name} waits for {other.name}"))
+
+    def graph(*args, **how):
+        said = signature.bind(None, *args, **how).arguments
+        assert said["capture_error_mode"] == "thread_local" and said["cuda_graph"].replay == "the replay"
+        return on(f"graph on {said['stream'].name}")
+
+    fake = SimpleNamespace(
+        device=lambda device: on(f"device {device}"), Stream=lambda: stream("side"), current_stream=lambda: stream("main"),
+        stream=lambda given: on(given.name), CUDAGraph=lambda: SimpleNamespace(replay="the replay"), graph=graph,
+    )  # fmt: skip
+    monkeypatch.setattr(torch, "cuda", fake)
+    replay, value = graphs.record(lambda: events.append("run") or len(events), torch.device("cuda", 1))
+    assert (replay, value) == ("the replay", 9) and events == [
+        "device cuda:1:", "side waits for main", "side:", "run", "run", "end of side", "main waits for side", "graph on side:", "run", "end of graph on side",
+        "end of device cuda:1",
+    ]  # fmt: skip
+
+
 def test_generate_and_latency_replay(tapes, pipeline, tmp_path):
     """The commands that write texts, and the same texts as without."""
     line = f"generate --checkpoint {pipeline.teacher} --steps 8 --num-samples 4 --output"
@@ -261,5 +293,5 @@ def test_cuda_graphs_say_what_eager_passes_say(compute):
             rows = tuple(index.cuda() for index in rows)
             held += [(one.replayed.features(x, t), one.features(x, t)), (one.replayed.features(x, t, rows), one.features(x, t, rows))]
         for found, expected in held:
-            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 if compute is None else 5e-2)
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 if compute is None else 0.1)  # features reach 8
     assert {key[0] for key in one.replayed._pass.captured} == {1, 2, 4, 8}

@@ -93,8 +93,6 @@ def main(argv: list[str] | None = None) -> int:
     command = getattr(importlib.import_module(module), function)
     try:
         command(**arguments(command, argv))
-        if joined := sys.modules.get("halfstep.processes"):  # not after an error: to part in good order takes all
-            joined.part()
     except pydantic.ValidationError as error:
         print("\n".join(f"halfstep {argv[0]}: {line}" for line in explain(error)), file=sys.stderr)
         return 1
@@ -107,6 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         print(f"halfstep {argv[0]}: {where}{error.strerror}; {MENDS.get(error.errno, 'check the path')}", file=sys.stderr)
         return 1
+    if processes := sys.modules.get("halfstep.processes"):  # not where all went ill: to part in good order takes all
+        processes.part()
     return 0
 
 

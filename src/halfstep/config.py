@@ -318,7 +318,7 @@ class Machine(Section):
     micro_batch: PositiveInt = 32
     """windows per forward pass; gradients are accumulated up to batch_size"""
     processes: PositiveInt | None = None
-    """how many processes share this job (training, writing or scoring), one for each GPU, as torchrun started them; any number when absent"""
+    """how many processes share this job, one for each GPU, as torchrun started them; any number when absent"""
     time_limit: Positive | None = None
     """minutes that a training may take: it keeps its state in time and leaves with exit code 75; the same command goes on"""
 

@@ -212,7 +212,7 @@ class Stop:
 
 def leave(code: int, label: str, step: int) -> None:
     """SystemExit with this code, and a line that says why."""
-    part()
     why = "the time limit is near" if code == OUT_OF_TIME else f"{signal.Signals(code - 128).name} came"
     print(f"{label} | stopped after step {step}: {why}; its state is kept, and the same command goes on from there", file=sys.stderr, flush=True)
+    part()
     raise SystemExit(code)

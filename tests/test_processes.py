@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import break_down, launch, note_batches, note_rows
+from forked import break_down, impatient, launch, note_batches, note_rows
 from safetensors.torch import load_file
 from small import MACHINE, done, trainings
 
@@ -136,8 +136,17 @@ def test_an_error_of_one_process_ends_all(pipeline, samples, tmp_path, name, ran
     code, said = done.pop(rank)
     assert code == -9 if how == "killed" else (code, said.count("the network broke down")) == (1, 1)
     for code, said in done:
-        assert code == 1 and "of 3: another process of this job has ended" in said and "Traceback" not in said
+        assert code == 1 and "another process of this job has ended" in said and "Traceback" not in said
     assert not (tmp_path / name).exists()
+
+
+def test_one_that_never_comes(pipeline, tmp_path):
+    """Two of three processes: a sentence when the time is over, no traceback."""
+    line = f"generate --checkpoint {pipeline.student} --output {tmp_path}/texts --steps 2 --num-samples 3 {MACHINE}"
+    (_, absent), *done = launch(line, 3, tmp_path, impatient, 0)
+    assert not absent
+    for code, said in done:
+        assert code == 1 and "processes: 3 were to meet, but not all did within 0.05 minutes" in said and "Traceback" not in said
 
 
 def test_fewer_texts_than_processes(pipeline, tmp_path):

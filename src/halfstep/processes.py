@@ -90,8 +90,7 @@ class Group:
             yield
         except RuntimeError as error:  # gloo's
             raise HalfstepError(
-                f"process {self.rank} of {self.size}: another process of this job has ended, or was silent for {TIMEOUT.seconds // 60} minutes; "
-                "its own message says why"
+                f"another process of this job has ended, or was silent for {TIMEOUT.seconds // 60} minutes; its own message says why"
             ) from error
 
     def collect(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -133,7 +132,13 @@ def join(machine: Machine) -> Group:
         return ALONE
     if not dist.is_initialized():
         cuda = machine.device != "cpu" and torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        except RuntimeError as error:
+            raise HalfstepError(
+                f"processes: {size} were to meet, but not all did within {TIMEOUT.seconds / 60:.3g} minutes ({str(error).splitlines()[0]}); one that "
+                "ended early says why in its own message"
+            ) from error
     return Group(dist.get_rank(), dist.get_world_size())
 
 

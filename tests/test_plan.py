@@ -52,8 +52,11 @@ def test_jobs_are_read_and_priced_as_by_hand(tmp_path):
     assert parameters("small") == weights
     seconds, source = prices.price(train)  # windows of 1,024 tokens; 6 operations per weight and token
     assert source == "assumed" and seconds == pytest.approx(6 * weights * 1000 * 512 * 1024 / ASSUMED[True] / 2)
+    assert Prices(unsaid := jobs_of(PRINTED.replace("            --size small \\\n", "")), tmp_path).price(unsaid[0]) == (seconds, source)  # the default
     assert prices.price(score) == (7200, "limit")
     assert prices.disk(train) == 4 * 3 * weights and prices.disk(score) == 0  # one set of weights, two moments
+    named = {**score, "output": ["results/metrics/t/reset_optimizer/round-1/lambada.json"], "command": train["command"]}
+    assert prices.disk(named) == 0
 
 
 def test_a_finished_job_is_the_measure_of_its_kind(tmp_path):

@@ -58,7 +58,7 @@ def test_slurm_runs_the_paper_on_gpus(workflow):
     assert "models/owt-small/teacher" in plan and "stories" not in plan
     assert jobs["distill_round"] == 12 * 7 + 3 + 2  # fourteen rows: twelve by halves, one by quarters, one by eighths
     job = plan.split("rule distill_round:")[1].split("\n[")[0]
-    for resource in ("gpu=1", "mem_mb=32000", "runtime=480", "slurm_partition=fast", "micro_batch=32"):
+    for resource in ("gpu=4", "nodes=1", "mem_mb=32000", "runtime=480", "slurm_partition=fast", "micro_batch=32"):
         assert resource in job, job
     assert "gpu=" not in plan.split("rule tabulate:")[1].split("\n[")[0]
 

@@ -15,7 +15,7 @@ from typing import Annotated
 import tyro
 
 from halfstep import provenance
-from halfstep.config import SIZES, Corpus, Distillation, Training, Writing
+from halfstep.config import SIZES, Corpus, Distillation, Network, Training, Writing
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_json
 
@@ -92,8 +92,8 @@ class Prices:
                 self.took[str(file)] = seconds
         for command in [job["command"] for job in jobs] + [command for command, _ in done]:
             given = options(command)
-            if "size" in given and "output" in given:
-                self.sizes[Path(given["output"]).parent.name] = given["size"]
+            if "output" in given and ("size" in given or command[1] in ("pretrain", "train-baseline")):  # a default is not in a printed command
+                self.sizes[Path(given["output"]).parent.name] = given.get("size", Network.model_fields["size"].default)
             if command[1] == "prepare-corpus":
                 self.lengths[Path(given["output"]).name] = int(given.get("length", Corpus.model_fields["length"].default))
         for meta in (results / "models").glob("*/*/meta.json") if results.is_dir() else []:
@@ -144,7 +144,7 @@ class Prices:
     def disk(self, job: Job) -> float:
         """Bytes of a checkpoint: weights, average, best and two moments in float32; of anything else next to nothing, or not known."""
         size = self.sizes.get(self.teacher(job["command"]))
-        held = sum(path.endswith(".safetensors") for path in job["output"]) + any("optimizer" in path for path in job["output"])
+        held = sum(path.endswith(".safetensors") for path in job["output"]) + any(path.endswith("optimizer.safetensors") for path in job["output"])
         return 4.0 * parameters(size) * held if size else 0.0
 
 

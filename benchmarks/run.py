@@ -254,8 +254,7 @@ def on_cuda(device: str, tiny: bool, repeats: int) -> list[dict]:
                 light.features(x, torch.ones(len(x), device=device))
 
     times = measure_in_turns({"write": write, "bare": bare}, repeats, 1, device)
-    over = times["write"].median_s / times["bare"].median_s - 1
-    rows.append({"path": "sampling overhead over the bare network", "ours": over, "must": 0.15, "aim": 0.05})
+    rows.append({"path": "sampling, times the bare network", "ours": times["write"].median_s / times["bare"].median_s, "must": 1.15, "aim": 1.05})
     rows.append({"path": "1,024 samples of 1,024 tokens at 8 steps, s", "ours": times["write"].median_s, "must": 15, "aim": 6})
     one = measure_in_turns({"eager": lambda: write(light, 1), "replayed": lambda: write(light.replayed, 1)}, 4 * repeats, 1, device)
     faster = one["eager"].median_s / one["replayed"].median_s

@@ -109,5 +109,4 @@ def test_bench_runs_and_writes_a_table(tmp_path, cases):
     assert {"machine", "commit", "versions", "date", "rows"} <= facts.keys() and text.read_text() in printed
     assert ("H100" in printed) == bool(cases) and len(facts["rows"]) == (6 if cases else 10)
     for row in facts["rows"]:
-        least = -1 if "overhead over the bare network" in row["path"] else 0  # a pass of sampling computes less than a whole one
-        assert row["path"] in printed and all(least <= row[k] < float("inf") for k in ("ours", "ratio", "times_faster", "memory_ratio") if k in row)
+        assert row["path"] in printed and all(0 <= row[k] < float("inf") for k in ("ours", "ratio", "times_faster", "memory_ratio") if k in row)

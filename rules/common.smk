@@ -31,6 +31,13 @@ def typed(value):
         return value
 
 
+def counted(name, otherwise):
+    """A whole number above zero from the environment."""
+    if not (said := os.environ.get(name, str(otherwise))).isdecimal() or int(said) < 1:
+        sys.exit(f"{name}: found {said!r}, expected a whole number above zero; set it to one, or not at all")
+    return int(said)
+
+
 try:
     CONFIG = resolve(typed(config), Path(workflow.basedir) / "workflow" / "presets")
 except ConfigError as error:
@@ -48,8 +55,8 @@ STAGE = dict(
     continue_prompts=2,
     score_continuations=2,
     score=3,
-    lambada=2,
-    latency=3,
+    lambada=3,
+    latency=4,
     tabulate=3,
     plot=3,
     track=1,
@@ -57,7 +64,7 @@ STAGE = dict(
     fetch=1,
 )
 
-# What a job asks of a machine, by size of the network. All of it is speed: `--set-resources distill_round:micro_batch=16`
+# What a job asks of a machine, by size of the network. All of it is speed (but for the draws of dropout): `--set-resources distill_round:micro_batch=16`
 # and `--set-threads` override it, and a machine with fewer GPUs or cores is asked for what it has. Threads and memory are a node's.
 MACHINE = {
     # size   threads mem_mb micro_batch  GPUs and time for pretraining, one round, samples at one step count
@@ -71,9 +78,9 @@ MACHINE = {
     "8B":     (8, 384000,  1, 32, "72h", 16, "72h", 1, "24h"),
 }  # fmt: skip
 COLUMNS = ("threads", "mem_mb", "micro_batch", "pretrain_gpu", "pretrain", "round_gpu", "round", "gpu", "sample")
-LONGEST = int(os.environ.get("HALFSTEP_SLURM_MAX_MINUTES", 72 * 60))  # of a job; a training that needs more goes on in the next one
+LONGEST = counted("HALFSTEP_SLURM_MAX_MINUTES", 72 * 60)  # of a job; a training that needs more goes on in the next one
 ON_CLUSTER = any(word.startswith(("--profile", "--executor")) or word == "-e" for word in sys.argv) or "SNAKEMAKE_PROFILE" in os.environ
-GPUS_PER_NODE = int(os.environ.get("HALFSTEP_SLURM_GPUS_PER_NODE", 4))
+GPUS_PER_NODE = counted("HALFSTEP_SLURM_GPUS_PER_NODE", 4)
 
 # Models are named by their folder: {teacher}/teacher, {teacher}/baseline, {teacher}/{run}/round-{round}.
 ROUNDS = [f"{t}/{run}/round-{r}" for t in CONFIG.teachers for run, d in CONFIG.teachers[t].runs.items() for r in range(1, d.rounds + 1)]
@@ -229,7 +236,8 @@ def spread(word):
         gpus = asked("gpu")
         if gpus < 2:
             return "" if word in ("srun", "processes") else None
-        nodes = asked("nodes") if word != "nodes" else -(-gpus // GPUS_PER_NODE)
+        shares = (n for n in range(-(-gpus // GPUS_PER_NODE), gpus + 1) if gpus % n == 0)  # nodes with as many each
+        nodes = next(shares) if word == "nodes" else asked("nodes")
         if nodes < 2 or workflow.is_main_process and not ON_CLUSTER:  # all on this machine
             return {"nodes": 1, "srun": "", "processes": f"--processes {gpus}"}.get(word)
         if gpus % nodes:

@@ -59,7 +59,7 @@ def test_a_good_site_is_good(site):
         ({}, {"HALFSTEP_SLURM_GPUS_PER_NODE": "8"}, "gpus", "export HALFSTEP_SLURM_GPUS_PER_NODE=4"),
         ({"sinfo": GOOD["sinfo"].replace("gpu:a100:4", "gpu:a100:2(S:0-1),gpu:v100:3")}, {}, "gpus", "export HALFSTEP_SLURM_GPUS_PER_NODE=3"),
         ({"srun": "echo unseen"}, {}, "shared", "a folder that all nodes share"),
-        ({}, {"WORLD_SIZE": "1", "SLURM_GPUS_ON_NODE": "2"}, "world", "--nproc-per-node 2"),
+        ({}, {"WORLD_SIZE": "1", "SLURM_GPUS_ON_NODE": "2"}, "world", "--processes 2"),
     ],
 )
 def test_what_is_broken_is_named_and_fails(site, commands, variables, what, mend):

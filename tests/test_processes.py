@@ -168,7 +168,7 @@ def test_another_number_of_processes_than_asked_for(monkeypatch):
     """What a Slurm job without torchrun would do: run once, alone, and seem to work."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert join(Machine()) == join(Machine(processes=1)) == Group(0, 1)
-    with pytest.raises(HalfstepError, match="processes: 4 were asked for, but 1 run; start them as `torchrun --nproc-per-node 4"):
+    with pytest.raises(HalfstepError, match="processes: 4 were asked for, but torchrun started 1; let it start as many, or leave it away: `halfstep <command> ... --processes 4"):
         join(Machine(processes=4))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(HalfstepError, match="processes: 1 were asked for, but 2 run"):

@@ -92,7 +92,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     for part in (*path.parent.glob(".*.part"), *path.parent.glob(".tmp*")):  # ours and safetensors'
-        part.unlink(missing_ok=True)
+        if part.is_file():
+            part.unlink(missing_ok=True)
     try:
         write_atomic(path, lambda part: save_file(tensors, part, header))
     except SafetensorError as error:

@@ -25,7 +25,8 @@ def inverse_cdf(z: Tensor, u: Tensor) -> Tensor:
 
 def inverse_cdf_of(logits: Callable[[slice], Tensor], logits_at: Callable[[Tensor], Tensor], pieces: Iterable[slice], u: Tensor) -> Tensor:
     """`inverse_cdf` of logits z[N, V] that are never there at once: logits(words) are those of a slice of the vocabulary, [N, words], and are
-    overwritten; logits_at(place[N, n]) are a row's own; `pieces` are the slices, in order.
+    overwritten; logits_at(place[N, n]) are a row's own; `pieces` are the slices, in order, each but the last of whole
+    blocks (ValueError). [N] int64.
 
     The CDF is searched on two levels, blocks of WIDTH words and then inside one block, whose logits are asked for again: a row costs one exponential
     of V numbers and one sum, and no noise over the vocabulary. Blocks are summed in the precision of z (their relative error is that of a
@@ -34,6 +35,8 @@ def inverse_cdf_of(logits: Callable[[slice], Tensor], logits_at: Callable[[Tenso
     """
     sums, tops, V = [], [], 0
     for words in pieces:
+        if words.start % WIDTH:
+            raise ValueError(f"a piece begins at word {words.start}, which is inside of a block of {WIDTH}")
         z = logits(words)
         V = words.stop
         top = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # a piece may have no mass

@@ -16,7 +16,7 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
 
 SAID = "HALFSTEP_SAID"  # the folder where the processes of one launcher note what was said already
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -24,13 +24,14 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 def asked(argv: list[str]) -> int:
     """How many processes this command is to start: those of `--processes`; 1 where torchrun has started it, and where the flags will be refused anyway."""
-    found = re.findall(r"(?<= --processes[ =])[0-9]+(?= )", f" {' '.join(argv)} ")
-    return 1 if "WORLD_SIZE" in os.environ or "--help" in argv or not found else int(found[-1])
+    said = [after if word == "--processes" else word.partition("=")[2] for word, after in zip(argv, [*argv[1:], ""], strict=True)
+            if word.split("=")[0] == "--processes"]  # fmt: skip
+    return 1 if "WORLD_SIZE" in os.environ or "--help" in argv or not said or not said[-1].isdecimal() else int(said[-1])
 
 
 def place(processes: int) -> list[str]:
     """torchrun's words for this machine alone or, in a task of srun on several nodes, for this node of them. HalfstepError where the tasks do not fit."""
-    step = {key: os.environ.get(f"SLURM_{key}", "1") for key in ("STEP_NUM_NODES", "STEP_NUM_TASKS", "NODEID", "JOB_ID")}
+    step = {key: os.environ.get(f"SLURM_{key}", "1") for key in ("STEP_NUM_NODES", "STEP_NUM_TASKS", "NODEID", "JOB_ID", "STEP_ID")}
     nodes, tasks = int(step["STEP_NUM_NODES"]), int(step["STEP_NUM_TASKS"])
     if nodes == 1 and tasks == 1:
         return ["--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
@@ -43,7 +44,7 @@ def place(processes: int) -> list[str]:
     address = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", first))
     return [
         f"--nnodes={nodes}", f"--node-rank={step['NODEID']}", f"--nproc-per-node={processes // nodes}",
-        f"--master-addr={address[1] if address else first}", f"--master-port={15_000 + int(step['JOB_ID']) % 5_000}",
+        f"--master-addr={address[1] if address else first}", f"--master-port={15_000 + (int(step['JOB_ID']) + 97 * int(step['STEP_ID'])) % 5_000}",
     ]  # fmt: skip
 
 
@@ -60,11 +61,14 @@ def launch(argv: list[str], processes: int) -> int:
     Signals are sent on to the processes, who keep their state and leave; there is no limit to the time they take.
     """
     words = place(processes)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(words[2].rpartition("=")[2]))))  # torchrun would say 1
     import logging
 
     from torch.distributed import run
     from torch.distributed.elastic.agent.server import local_elastic_agent as agent
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # the processes say what is to be said
     came: list[int] = []
@@ -86,7 +90,8 @@ def launch(argv: list[str], processes: int) -> int:
 
     start_processes, agent.start_processes = agent.start_processes, start
     for number in FORWARDED:
-        signal.signal(number, forward)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, forward)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[SAID] = folder
         # torchrun is to handle no signal but one that nobody sends
@@ -96,6 +101,11 @@ def launch(argv: list[str], processes: int) -> int:
         except ChildFailedError as error:
             code = error.get_first_failure()[1].exitcode
             return code if code >= 0 else 128 - code
+        except (OSError, RuntimeError, RendezvousError) as error:  # a taken port, a first node out of reach
+            raise HalfstepError(
+                f"processes: torchrun could not bring {processes} together ({' '.join(words[:-1 - len(argv)])}: {type(error).__name__}: {reason(error)}); "
+                "look whether the first node can be reached at that port, and call again"
+            ) from error
     return 0
 
 

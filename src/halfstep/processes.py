@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from halfstep.config import Machine
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
 from halfstep.launch import is_said
 
 STARTED = time.monotonic()
@@ -125,8 +125,8 @@ def join(machine: Machine) -> Group:
     size = int(os.environ.get("WORLD_SIZE", 1))
     if machine.processes not in (None, size):
         raise HalfstepError(
-            f"processes: {machine.processes} were asked for, but {size} run; start them as `torchrun --nproc-per-node {machine.processes} -m halfstep.cli "
-            "<command> ...` (with --nnodes on several nodes), or change --processes"
+            f"processes: {machine.processes} were asked for, but torchrun started {size}; let it start as many, or leave it away: "
+            f"`halfstep <command> ... --processes {machine.processes}` starts them"
         )
     if size == 1:
         return ALONE
@@ -136,7 +136,7 @@ def join(machine: Machine) -> Group:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
         except RuntimeError as error:
             raise HalfstepError(
-                f"processes: {size} were to meet, but not all did within {TIMEOUT.seconds / 60:.3g} minutes ({str(error).splitlines()[0]}); one that "
+                f"processes: {size} were to meet, but not all did within {TIMEOUT.seconds / 60:.3g} minutes ({reason(error)}); one that "
                 "ended early says why in its own message"
             ) from error
     return Group(dist.get_rank(), dist.get_world_size())

@@ -75,7 +75,7 @@ def test_chunks_are_small(monkeypatch):
 
 @pytest.mark.parametrize("loss", [*GRADIENTS, "cross_entropy"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(loss):
-    """Bit for bit, value and gradient: so a training's curve is the same whatever its micro-batch and its processes."""
+    """Bit for bit, value and gradient: so the sum alone depends on micro-batches and processes."""
     leaves, log_q, x0, w = case(70)
     h, readout = leaves[0].detach(), tuple(p.detach() for p in leaves[1:])
 

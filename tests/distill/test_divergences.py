@@ -18,6 +18,7 @@ def pair(N=6, V=9, seed=0):
 
 
 def test_the_configuration_knows_them_all():
+    assert {DIVERGENCES[name] for name in ("kl_backward", "kl_forward", "mse", "tvd", "l1_log_p")} <= set(GRADIENTS)
     assert set(get_args(Distillation.model_fields["divergence"].annotation)) == set(DIVERGENCES)
 
 

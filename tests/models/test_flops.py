@@ -33,6 +33,13 @@ def test_dit(texts, length, rows, blocks, conditioned):
     assert counted(lambda: run().backward()) == flops.training(network, texts, length, rows, conditions) - 2 * conditions * leaf
 
 
+def test_features_that_are_asked_for_and_not_read_out():
+    network = DiT(50, 32, 2, 4)
+    denoiser = Denoiser(network)
+    ids, where = torch.randint(0, 51, (3, 10)), (torch.arange(30) < 20).view(3, 10)
+    assert counted(lambda: denoiser.log_p(denoiser.features(ids, torch.rand(3), where)[:5])) == flops.forward(network, 3, 10, 5, wanted=20)
+
+
 def test_gpt():
     network = GPT(50, 32, 2, 4)
     ids = torch.randint(0, 50, (3, 10))

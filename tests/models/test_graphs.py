@@ -293,5 +293,5 @@ def test_cuda_graphs_say_what_eager_passes_say(compute):
             rows = tuple(index.cuda() for index in rows)
             held += [(one.replayed.features(x, t), one.features(x, t)), (one.replayed.features(x, t, rows), one.features(x, t, rows))]
         for found, expected in held:
-            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 if compute is None else 0.1)  # features reach 8
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 if compute is None else 2e-2)
     assert {key[0] for key in one.replayed._pass.captured} == {1, 2, 4, 8}

@@ -55,7 +55,7 @@ def test_several_gpus_are_as_many_processes_on_as_many_nodes(workflow, words, gp
 
 def test_a_site_says_how_many_gpus_a_node_has_and_uneven_shares_are_refused(workflow):
     assert "nodes=1," in asked(workflow.plan("--profile", "slurm", TEACHER, HALFSTEP_SLURM_GPUS_PER_NODE="8"), "pretrain")
-    done = workflow.run("-n", "--profile", "slurm", TEACHER, "--set-resources", "pretrain:gpu=5")
+    done = workflow.run("-n", "--profile", "slurm", TEACHER, "--set-resources", "pretrain:gpu=5", "pretrain:nodes=2")
     assert done.returncode and "gpu: found 5 for 2 nodes, which do not share them evenly" in done.stdout + done.stderr
 
 

@@ -22,6 +22,7 @@ from halfstep.metrics.rows import model_name, name_parts, row
 from halfstep.models import gpt
 from halfstep.models.denoiser import Denoiser
 from halfstep.models.graphs import cast_matrices
+from halfstep.processes import join
 from halfstep.progress import Progress
 from halfstep.training.loop import device_of
 
@@ -54,6 +55,8 @@ def latency(checkpoint: Path, baseline: Path, output: Path, benchmark: Benchmark
         baseline: an autoregressive checkpoint
         output: JSON file of the rows
     """
+    if join(machine).size > 1:
+        raise HalfstepError("processes: latency times one process, which others would disturb; leave --processes out")
     device, rows = device_of(machine), []
     places = list(product(benchmark.lengths, benchmark.batch_sizes))
     calls = len(places) * (len(benchmark.baselines) + len(benchmark.benchmark_steps)) * benchmark.repeats * (1 + len(benchmark.sizes))

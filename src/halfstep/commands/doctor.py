@@ -104,7 +104,7 @@ def world(results: Path, mounts: Path) -> Iterator[Finding]:
         if size == asked:
             yield "ok", f"{size} processes for {asked} GPUs"
         else:
-            yield "broken", f"{size} processes for {asked} GPUs: start torchrun with --nproc-per-node {here} on every node"
+            yield "broken", f"{size} processes for {asked} GPUs: give the command --processes {asked}"
 
 
 def disk(results: Path, mounts: Path) -> Iterator[Finding]:

@@ -56,12 +56,15 @@ SAMPLERS: dict[str, Callable[[Tensor, int, object], Tensor]] = {
 
 def draw(denoiser, h: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
     """Tokens [N] from p(x0 | xt) of features h[N, D] by their uniforms u[N], a piece of the rows at a time."""
+    def tempered(z: Tensor) -> Tensor:
+        return z if temperature == 1 else z.div_(temperature)
+
     drawn, V = torch.empty(len(h), dtype=torch.long, device=h.device), len(denoiser.readout[1])
     for piece in pieces(len(h), V, h.device):
         x = h[piece]
         drawn[piece] = inverse_cdf_of(
-            lambda some, x=x: denoiser.logits(x, some).div_(temperature),
-            lambda place, x=x: denoiser.logits_at(x, place).div_(temperature),
+            lambda some, x=x: tempered(denoiser.logits(x, some)),
+            lambda place, x=x: tempered(denoiser.logits_at(x, place)),
             words(len(x), V, h.device),
             u[piece],
         )
@@ -75,7 +78,7 @@ def carry_out(
     """Reveal x's masked positions at the steps of plan[B, L]; the j-th non-empty steps of all texts share one pass.
 
     x[B, L] holds the mask token where text is wanted and any tokens that are given; times[steps] is t at the start of each step;
-    u[B, L] float64 draws each position's token. `on_pass` gets the number of texts of a pass.
+    u[B, L] float64 draws each position's token. `on_pass` gets the number of texts that a pass serves.
     """
     given, x = x.cpu(), x.clone()
     step_of = plan.cpu().masked_fill(given != denoiser.mask_id, -1)  # all that decides what a pass holds is known here: no pass waits for a device

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from lm_eval.api.model import LM
 
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
 from halfstep.metrics.likelihood import (
     DRAWS,
     EXACT,
@@ -238,7 +238,7 @@ def examine(
         except (OSError, ValueError) as error:
             where = "mend the file" if local else "download it where there is a network, or name a .jsonl"
             raise HalfstepError(
-                f"lambada: cannot load {data!r} ({type(error).__name__}: {str(error).strip().split(chr(10))[0]}); {where}"
+                f"lambada: cannot load {data!r} ({type(error).__name__}: {reason(error)}); {where}"
             ) from error
         found = simple_evaluate(
             model=lm, tasks=tasks, task_manager=TaskManager(include_defaults=False), limit=items, bootstrap_iters=0, log_samples=True,

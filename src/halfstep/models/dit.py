@@ -60,8 +60,8 @@ class DiT(nn.Module):
     ) -> Tensor:
         """Token ids x[B, L] and noise levels sigma[B] (zero when absent: the paper's time-unconditional network) -> h[B, L, D].
 
-        Of the positions where[B, L] (a mask, or its nonzero(as_tuple=True)) alone, in row order, h[N, D]: the last block forms keys and values of all positions and nothing else of
-        the others. With `kept`, x are the tokens from `start` on, which see the keys and values of all others as they were left there.
+        Of the positions where[B, L] (a mask, or its nonzero(as_tuple=True)) alone, in row order, h[N, D]: the last block's attention is of all
+        positions, its output and MLP of these. With `kept`, x are the tokens from `start` on, which see the keys and values of all others as they were left there.
         """
         rows, N = None, len(x)
         if where is not None:
@@ -73,4 +73,4 @@ class DiT(nn.Module):
         h = self.vocab_embed(x)
         for i, block in enumerate(self.blocks):
             h = block(h, angles, cond, kept[i].at(start) if kept else None, rows if block is self.blocks[-1] else None)
-        return self.output_layer(h, cond, rows, x.shape[1])[: N]
+        return self.output_layer(h, cond, rows, x.shape[1])[:N]

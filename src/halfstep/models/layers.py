@@ -74,7 +74,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cond: Tensor | None = None, cache=None, rows: Tensor | None = None) -> Tensor:
         """x[B, L, D] -> [B, L, D]. Bidirectional with `cond[B or 1, cond_width]`; causal without it. `cache` holds past keys and values.
 
-        `rows[N]` of the B L positions: keys and values are formed of all, the rest of the block of these alone -> [N, D].
+        `rows[N]` of the B L positions: attention is of all, its output and the MLP of these alone -> [N, D].
         """
         shift_a = scale_a = shift_m = scale_m = None
         gate_a = gate_m = 1.0

@@ -218,7 +218,7 @@ def _shared(network: nn.Module, loss: Callable[[Parts], Tensor], training: Train
     """The loss as the engine runs it, and what its gradients must be scaled by to be the sum over processes: DDP takes their mean."""
     objective, sharded = Objective(network, loss), any(map(is_sharded, network.parameters()))
     if training.batch_size % group.size if sharded else training.batch_size < group.size:
-        raise HalfstepError(f"batch_size: found {training.batch_size}, but {group.size} processes share it; choose a multiple of {group.size}")
+        raise HalfstepError(f"batch_size: found {training.batch_size}, but {group.size} processes share it; ask for fewer, by which it can be divided")
     if group.size == 1 or sharded:
         return objective, 1.0
     with warnings.catch_warnings():

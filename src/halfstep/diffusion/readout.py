@@ -56,9 +56,10 @@ def _by_autograd(row_loss: RowLoss) -> RowGradient:
 def readout_loss(h: Tensor, readout: tuple[Tensor, Tensor], row_loss: RowLoss, row_gradient: RowGradient | None = None) -> Tensor:
     """sum_n row_loss(log_p[n]) with log_p = log_softmax(h W' + b): exact value and gradient, float32, a piece of the rows at a time.
 
-    h[N, D]; readout = W[V or more, D], b[V], the rows beyond V being no words; row_loss(log_p[n, V], rows) -> [n] for the slice `rows` of the rows, filled up with
-    zeros to a multiple of ROWS (what is cut by `rows` should be `fill_up`ed too; the rows beyond N count nothing), differentiable in log_p alone; row_gradient, where there is a closed form, gives value and gradient in the logits at once, and may overwrite log_p. The gradient
-    is formed with the value, piece by piece, so no [N, V] tensor outlives its piece. Scalar float32.
+    h[N, D]; readout = W[V or more, D], b[V], the rows beyond V being no words. row_loss(log_p[n, V], rows) -> [n] for the slice `rows` of the rows,
+    filled up with zeros to a multiple of ROWS (what is cut by `rows` should be `fill_up`ed too; rows beyond N count nothing), differentiable in
+    log_p alone. row_gradient, where there is a closed form, gives value and gradient in the logits at once, and may overwrite log_p. The
+    gradient is formed with the value, piece by piece, so no [N, V] tensor outlives its piece. Scalar float32.
     """
     if not torch.is_grad_enabled():  # autograd.Function would not know
         h, readout = h.detach(), [p.detach() for p in readout]

@@ -49,8 +49,8 @@ def teacher_targets(
     """Algorithm 1 (SDTT): what the teacher, moving `substeps` times by dt from xt, would say at each masked position.
 
     A position revealed in substep i keeps that substep's prediction; one still masked keeps the last substep's. Predictions are returned
-    as features h[N, D] of the N masked positions in row order (read them out with the teacher's readout). The last substep's draw cannot change a target and is not made; a text in which nothing was
-    revealed needs no further pass of a teacher that ignores time.
+    as features h[N, D] of the N masked positions in row order (read them out with the teacher's readout). The last substep's draw cannot change a
+    target and is not made; a text in which nothing was revealed needs no further pass of a teacher that ignores time.
     xt[B, L], t[B], uniforms u_reveal[B, L] and u_token[B, L] (float64).
     """
     starts = TEACHER_TIMES[times](t.double(), dt, substeps)

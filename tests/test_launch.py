@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from small import MACHINE
+from small import MACHINE, call
 
 from halfstep import launch
 from halfstep.errors import HalfstepError
+from halfstep.processes import Group
 
 TRAINING = "--size tiny --num-steps 100000 --batch-size 4 --warmup-steps 2 --precision float32 --validate-every 5"
 
@@ -127,3 +129,31 @@ def test_tasks_that_do_not_fit_the_nodes(step):
     step.setenv("SLURM_STEP_NODELIST", "elsewhere")
     with pytest.raises(HalfstepError, match="`scontrol show hostnames elsewhere` has to say"):
         launch.place(8)
+
+
+def test_a_meeting_that_fails_is_a_sentence():
+    """The first of two nodes cannot have its port: another program has it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        words = ["--nnodes=2", "--node-rank=0", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={taken.getsockname()[1]}"]
+        code = f"import sys; from halfstep import cli, launch; launch.place = lambda n: {words}; sys.exit(cli.main(['pretrain', '--processes', '2']))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "halfstep pretrain: processes: torchrun could not bring 2 together (--nnodes=2" in done.stderr
+
+
+def test_what_asks_for_processes(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for line, n in {"--processes 3": 3, "--processes=3": 3, "--processes 3 --processes 1": 1, "--processes": 1, "--processes many": 1, "--help --processes 3": 1}.items():
+        assert launch.asked(["generate", *line.split()]) == n, line
+    assert launch.asked(["generate", "--prompt", "use --processes 4 now"]) == 1
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert launch.asked(["generate", "--processes", "3"]) == 1
+
+
+def test_latency_is_of_one_process(monkeypatch, pipeline, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("halfstep.commands.benchmark.join", lambda machine: Group(0, 2))
+    assert call(f"latency --checkpoint {pipeline.teacher} --baseline {pipeline.baseline} --output {tmp_path}/rows.json --processes 2 {MACHINE}") == 1
+    assert "halfstep latency: processes: latency times one process" in capsys.readouterr().err and not (tmp_path / "rows.json").exists()

@@ -58,6 +58,8 @@ def test_a_good_site_is_good(site):
         ({}, {"HALFSTEP_SLURM_GPU_MODEL": "h100"}, "gpus", "set HALFSTEP_SLURM_GPU_MODEL"),
         ({}, {"HALFSTEP_SLURM_GPUS_PER_NODE": "8"}, "gpus", "export HALFSTEP_SLURM_GPUS_PER_NODE=4"),
         ({"sinfo": GOOD["sinfo"].replace("gpu:a100:4", "gpu:a100:2(S:0-1),gpu:v100:3")}, {}, "gpus", "export HALFSTEP_SLURM_GPUS_PER_NODE=3"),
+        ({"sinfo": GOOD["sinfo"].replace("gpu:a100:4", "gpu:a100:4,gpu:v100:2")}, {"HALFSTEP_SLURM_GPU_MODEL": "v100"}, "gpus", "4 GPUs v100, which"),
+        ({}, {"HALFSTEP_SLURM_GPUS_PER_NODE": "many"}, "gpus", "found 'many', expected a whole number"),
         ({"srun": "echo unseen"}, {}, "shared", "a folder that all nodes share"),
         ({}, {"WORLD_SIZE": "1", "SLURM_GPUS_ON_NODE": "2"}, "world", "--processes 2"),
     ],

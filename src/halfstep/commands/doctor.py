@@ -79,14 +79,16 @@ def accounting(results: Path, mounts: Path) -> Iterator[Finding]:
 
 def gpus(results: Path, mounts: Path) -> Iterator[Finding]:
     if kinds := ask("sinfo", "--noheader", "-o", "%G"):
-        model, each = os.environ.get("HALFSTEP_SLURM_GPU_MODEL"), int(os.environ.get("HALFSTEP_SLURM_GPUS_PER_NODE", 4))
-        most = max(map(int, re.findall(r"\bgpu(?::[^:,()\s]+)?:(\d+)", kinds)), default=1)
+        model, each = os.environ.get("HALFSTEP_SLURM_GPU_MODEL"), os.environ.get("HALFSTEP_SLURM_GPUS_PER_NODE", "4")
+        most = max(map(int, re.findall(rf"\bgpu:{re.escape(model)}:(\d+)" if model else r"\bgpu(?::[^:,()\s]+)?:(\d+)", kinds)), default=1)
         if "gpu" not in kinds:
             yield "warning", "Slurm knows no GPU (sinfo -o %G): every preset but those of size tiny asks for one, and would be refused"
         elif model and f"gpu:{model}" not in kinds:
             yield "broken", f"no GPU model {model} among {' '.join(kinds.split())}: set HALFSTEP_SLURM_GPU_MODEL to one of these, or not at all"
-        elif most < each:
-            yield "broken", f"no node has {each} GPUs, which large trainings ask of each: export HALFSTEP_SLURM_GPUS_PER_NODE={most}"
+        elif not each.isdecimal() or int(each) < 1:
+            yield "broken", f"HALFSTEP_SLURM_GPUS_PER_NODE: found {each!r}, expected a whole number above zero: export HALFSTEP_SLURM_GPUS_PER_NODE={most}"
+        elif most < int(each):
+            yield "broken", f"no node has {each} GPUs{f' {model}' * bool(model)}, which large trainings ask of each: export HALFSTEP_SLURM_GPUS_PER_NODE={most}"
         else:
             yield "ok", f"Slurm's GPUs: {' '.join(sorted(set(kinds.split())))}"
     import torch

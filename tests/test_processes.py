@@ -171,7 +171,7 @@ def test_another_number_of_processes_than_asked_for(monkeypatch):
     with pytest.raises(HalfstepError, match="processes: 4 were asked for, but torchrun started 1; let it start as many, or leave it away: `halfstep <command> ... --processes 4"):
         join(Machine(processes=4))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(HalfstepError, match="processes: 1 were asked for, but 2 run"):
+    with pytest.raises(HalfstepError, match="processes: 1 were asked for, but torchrun started 2"):
         join(Machine(processes=1))
 
 

@@ -65,7 +65,7 @@ $jobs
 MinJobAge=$age
 KillWait=2
 SlurmdTimeout=30
-ReturnToService=2
+ReturnToService=1
 JobRequeue=1
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1

@@ -51,6 +51,18 @@ def workers(job: str) -> list[int]:
     return found
 
 
+def steps(jobs: list[str]) -> list[int]:
+    """The processes by which Slurm's daemon of a node holds these jobs."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if re.match(rb"slurmstepd: \[(%s)\." % "|".join(jobs).encode(), (process / "cmdline").read_bytes()):
+                found.append(int(process.name))
+        except OSError:
+            pass
+    return found
+
+
 class Faults:
     """Each happens once, to one running job, when the job struck before has ended; `done` names the jobs."""
 
@@ -80,8 +92,12 @@ class Faults:
         self.cluster.call("scontrol", "update", f"JobId={job}", "EndTime=now+1")
 
     def node_down(self, job: str, node: str) -> None:
+        """It is back when nothing of its jobs is left on it, as after a boot; before, Slurm would find a job there that it had started again."""
+        left = steps([other for other, where in running(self.cluster).values() if where == node])
         self.cluster.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-        time.sleep(3)
+        end = time.monotonic() + 60
+        while any(Path(f"/proc/{process}").exists() for process in left) and time.monotonic() < end:
+            time.sleep(0.5)
         self.cluster.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
     def no_controller(self, job: str, node: str) -> None:

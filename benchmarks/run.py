@@ -296,7 +296,7 @@ def main() -> None:
     if args.peak:
         print(peak(*args.peak, size))
         return
-    loop.hold_memory()  # as every command does; the textbook gains by it too. Not where memory is measured: what is kept would hide what is needed
+    loop.hold_memory()  # as every command does; the textbook's tensors are too large for it. Not where memory is measured: what is kept would hide what is needed
     started, cuda = time.monotonic(), args.h100 or torch.device(args.device).type == "cuda"
     if cuda:
         rows = on_cuda(args.device, args.tiny, args.repeats)

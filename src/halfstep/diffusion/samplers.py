@@ -56,6 +56,7 @@ SAMPLERS: dict[str, Callable[[Tensor, int, object], Tensor]] = {
 
 def draw(denoiser, h: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
     """Tokens [N] from p(x0 | xt) of features h[N, D] by their uniforms u[N], a piece of the rows at a time."""
+
     def tempered(z: Tensor) -> Tensor:
         return z if temperature == 1 else z.div_(temperature)
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from halfstep.vocabulary import exp_
+
 WIDTH = 32  # words of a block of the CDF
 
 
@@ -40,7 +42,7 @@ def inverse_cdf_of(logits: Callable[[slice], Tensor], logits_at: Callable[[Tenso
         z = logits(words)
         V = words.stop
         top = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # a piece may have no mass
-        p = z.sub_(top).exp_()
+        p = exp_(z.sub_(top))
         whole = p.shape[1] - p.shape[1] % WIDTH
         blocks = p[:, :whole].unflatten(-1, (-1, WIDTH)).sum(-1)
         sums.append(blocks if whole == p.shape[1] else torch.cat([blocks, p[:, whole:].sum(-1, keepdim=True)], -1))
@@ -51,7 +53,7 @@ def inverse_cdf_of(logits: Callable[[slice], Tensor], logits_at: Callable[[Tenso
     block = torch.searchsorted(cdf, goal, right=True).clamp_(max=cdf.shape[1] - 1)
     before = torch.where(block > 0, cdf.gather(-1, (block - 1).clamp_(min=0)), 0.0)
     place = block * WIDTH + torch.arange(WIDTH, device=cdf.device)
-    inside = (logits_at(place.clamp(max=V - 1)) - top).exp_().masked_fill_(place >= V, 0).double()
+    inside = exp_(logits_at(place.clamp(max=V - 1)) - top).masked_fill_(place >= V, 0).double()
     steps = inside.cumsum(-1)
     rest = (goal - before) / (cdf.gather(-1, block) - before)  # of this block, as its own sum was rounded
     offset = (steps <= rest * steps[:, -1:]).sum(-1, keepdim=True)

@@ -1,19 +1,25 @@
-"""Arithmetic over the vocabulary: logits and their normalisation, in float32, in the layout and in pieces of the size that are fast."""
+"""Arithmetic over the vocabulary: logits and their normalisation, in float32, in pieces of the size that is fast."""
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from halfstep.products import linear
+
 NUMBERS = {"cpu": 13 << 19, "cuda": 1 << 27}  # in one piece of [rows, V]: 26 MiB on a CPU, where the allocator gives pages back above 32 MiB
 
 ROWS = 32  # sums and products of so many rows, or multiples, are fast, and a row's last bits do not depend on the rows beside it
-CACHED = 1 << 19  # numbers, 2 MiB
+CACHED = 1 << 20  # numbers, 4 MiB
+FEW = 16
 
 
-def pieces(N: int, V: int, device: torch.device) -> Iterator[slice]:
-    """Slices that cut N rows into pieces of at most NUMBERS numbers each, a multiple of ROWS, ROWS at least."""
+def pieces(N: int, V: int, device: torch.device, cached: bool = False) -> Iterator[slice]:
+    """Slices that cut N rows into pieces of at most NUMBERS numbers each, a multiple of ROWS, ROWS at least; or FEW rows that stay in a CPU's cache."""
     rows = max(ROWS, NUMBERS.get(device.type, NUMBERS["cuda"]) // V // ROWS * ROWS)
+    if cached and device.type == "cpu":
+        rows = FEW
     return (slice(start, min(start + rows, N)) for start in range(0, N, rows))
 
 
@@ -23,26 +29,29 @@ def fill_up(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
 
-def words(N: int, V: int, device: torch.device) -> list[slice]:
-    """Slices of the vocabulary, so that [N, words] stays in a CPU's cache, a multiple of 32 words, 1,024 at least; all of it on other devices."""
-    count = max(1024, CACHED // max(N, 1) // 32 * 32) if device.type == "cpu" else V
-    return [slice(start, min(start + count, V)) for start in range(0, V, count)]
+def tiles(N: int, V: int, device: torch.device) -> Iterator[tuple[slice, list[slice]]]:
+    """Slices of N rows, each with slices of the vocabulary so that [rows, words] stays in a CPU's cache: a multiple of 32 words, 2,048 at least;
+    the whole vocabulary on other devices."""
+    if device.type != "cpu":
+        yield from ((rows, [slice(0, V)]) for rows in pieces(N, V, device))
+        return
+    for start in range(0, N, CACHED >> 11):
+        rows = slice(start, min(start + (CACHED >> 11), N))
+        count = CACHED // (rows.stop - start) // 32 * 32
+        yield rows, [slice(word, min(word + count, V)) for word in range(0, V, count)]
 
 
 def logits(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """h[N, D], weight[V or more, D], bias[V] -> h W' + b, [N, V] float32 whatever the autocast. Rows of the weight beyond V are no words.
-
-    On a CPU it is a view of a product [V, N]: with few rows and many words BLAS forms that one twice as fast.
-    """
-    h, weight, bias = h.float(), weight[: len(bias)].float(), bias.float()
+    """h[N, D], weight[V or more, D], bias[V] -> h W' + b, [N, V] float32 whatever the autocast. Rows of the weight beyond V are no words."""
     with torch.autocast(h.device.type, enabled=False):
-        if h.device.type == "cpu":
-            return torch.addmm(bias[:, None], weight, h.t()).t()
-        return torch.nn.functional.linear(h, weight, bias)
+        return linear(h.float(), weight[: len(bias)].float(), bias.float())
+
+
+def exp_(x: Tensor) -> Tensor:
+    """e^x, in place, as a power of two: on a CPU a third of the time of `exp`. Relative error |x| 2^-24 in float32."""
+    return x.mul_(1 / math.log(2)).exp2_()
 
 
 def log_softmax_(z: Tensor) -> Tensor:
-    """Logits z[N, V] become log-probabilities, in place; rows as in `torch.log_softmax`, whatever the layout. Not differentiable."""
-    z -= z.amax(-1, keepdim=True)
-    z -= z.exp().sum(-1, keepdim=True).log_()
-    return z
+    """Logits z[N, V] become log-probabilities, in place. Not differentiable."""
+    return torch.log_softmax(z, -1, out=z)

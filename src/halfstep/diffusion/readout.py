@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halfstep.vocabulary import fill_up, log_softmax_, logits, pieces
+from halfstep.products import linear
+from halfstep.vocabulary import exp_, fill_up, log_softmax_, logits, pieces
 
 RowLoss = Callable[[Tensor, slice], Tensor]  # log_p[n, V], which of the rows, filled up -> [n]
 RowGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # the same -> [n], and its gradient in the logits [n, V]
@@ -28,7 +29,7 @@ class _Readout(torch.autograd.Function):
             loss, g = (row_gradient or _by_autograd(row_loss))(log_softmax_(z) if row_gradient else z, part)
             total += loss[:n].sum()
             g[n:] = 0
-            grad_h[part] = (W[:V].t() @ g.t()).t()
+            grad_h[part] = linear(g, W[:V].t())
             grad_W[:V].addmm_(g.t(), x)
             grad_b += g.sum(0)
         ctx.grads = (grad_h[:N], grad_W, grad_b) if wanted else None
@@ -78,6 +79,6 @@ def cross_entropy(h: Tensor, readout: tuple[Tensor, Tensor], x0: Tensor, weight:
     def gradient(log_p: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         w, truth = weight[rows, None], x0[rows, None]
         value = -w * log_p.gather(-1, truth)
-        return value[:, 0], log_p.exp_().mul_(w).scatter_add_(-1, truth, -w.to(log_p.dtype))
+        return value[:, 0], exp_(log_p).mul_(w).scatter_add_(-1, truth, -w.to(log_p.dtype))
 
     return readout_loss(h, readout, loss, gradient)

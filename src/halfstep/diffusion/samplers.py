@@ -15,7 +15,7 @@ from halfstep.diffusion.caching import write_blocks
 from halfstep.diffusion.masking import positions, reveal_probability, sent
 from halfstep.draws import float32_uniforms, inverse_cdf_of, released_race, uniforms
 from halfstep.errors import HalfstepError
-from halfstep.vocabulary import pieces, words
+from halfstep.vocabulary import tiles
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,10 @@ def draw(denoiser, h: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
         return z if temperature == 1 else z.div_(temperature)
 
     drawn, V = torch.empty(len(h), dtype=torch.long, device=h.device), len(denoiser.readout[1])
-    for piece in pieces(len(h), V, h.device):
-        x = h[piece]
-        drawn[piece] = inverse_cdf_of(
-            lambda some, x=x: tempered(denoiser.logits(x, some)),
-            lambda place, x=x: tempered(denoiser.logits_at(x, place)),
-            words(len(x), V, h.device),
-            u[piece],
+    for rows, words in tiles(len(h), V, h.device):
+        x = h[rows]
+        drawn[rows] = inverse_cdf_of(
+            lambda some, x=x: tempered(denoiser.logits(x, some)), lambda place, x=x: tempered(denoiser.logits_at(x, place)), words, u[rows]
         )
     return drawn
 

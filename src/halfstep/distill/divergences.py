@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from halfstep.vocabulary import exp_
+
 
 def kl_backward(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(student || teacher) = sum_v p (log p - log q): the paper's KLD (SDTT appendix B); seeks the teacher's modes."""
@@ -39,45 +41,50 @@ DIVERGENCES = {"kl_backward": kl_backward, "kl_forward": kl_forward, "mse": mse,
 
 
 # Gradients in the student's logits z, log p = log_softmax(z): where dD = sum_v g_v d log p_v, it is g - p sum_v g_v. Each is
-# (log_p[N, V], log_q[N, V]) -> (D[N], dD/dz[N, V]) and overwrites what it is given.
+# (log_p[N, V], log_q[N, V]) -> D[N], overwrites log_p, and leaves dD/dz where log_q was.
 
 
 # The two KL are summed as p (log p - log q) + q - p, whose last terms sum to zero: what rounding did to a row's normaliser, and would be
-# as large as the divergence of a student that begins as its teacher, then counts in second order only.
+# as large as the divergence of a student that begins as its teacher, then counts in second order only. Where p - q is formed, `exp_` would be too coarse.
 
 
-def _kl_backward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def _kl_backward(log_p: Tensor, log_q: Tensor) -> Tensor:
     q = log_q.exp()
-    difference, p = torch.sub(log_p, log_q, out=log_q), log_p.exp_()
-    g = difference.mul_(p)
+    g, p = torch.sub(log_p, log_q, out=log_q), log_p.exp_()
+    g *= p
     D = q.sub_(p).add_(g).sum(-1)
-    return D, g.sub_(p.mul_(g.sum(-1, keepdim=True)))
+    g -= p.mul_(g.sum(-1, keepdim=True))
+    return D
 
 
-def _kl_forward(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    q = log_q.exp()
-    difference, g = log_q.sub_(log_p), log_p.exp_().sub_(q)
-    return difference.mul_(q).add_(g).sum(-1), g
+def _kl_forward(log_p: Tensor, log_q: Tensor) -> Tensor:
+    q, p = log_q.exp(), log_p.exp()
+    difference, g = log_p.sub_(log_q), torch.sub(p, q, out=log_q)
+    return g.sub(difference.mul_(q)).sum(-1)
 
 
-def _mse(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    difference, p = torch.sub(log_p, log_q, out=log_q), log_p.exp_()
-    D, total = difference.square().mean(-1), difference.sum(-1, keepdim=True)
-    return D, difference.sub_(p.mul_(total)).mul_(2 / p.shape[-1])
+def _mse(log_p: Tensor, log_q: Tensor) -> Tensor:
+    g, p = torch.sub(log_p, log_q, out=log_q), exp_(log_p)
+    D = g.square().mean(-1)
+    g.sub_(p.mul_(g.sum(-1, keepdim=True))).mul_(2 / p.shape[-1])
+    return D
 
 
-def _tvd(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def _tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
     p = log_p.exp_()
-    difference = torch.sub(p, log_q.exp_(), out=log_q)
-    D = difference.abs().sum(-1) / 2
-    g = difference.sign_().mul_(p).div_(2)
-    return D, g.sub_(p.mul_(g.sum(-1, keepdim=True)))
+    g = torch.sub(p, log_q.exp_(), out=log_q)
+    D = g.abs().sum(-1) / 2
+    g.sign_().mul_(p).div_(2)
+    g -= p.mul_(g.sum(-1, keepdim=True))
+    return D
 
 
-def _l1_log_p(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    difference, p = torch.sub(log_p, log_q, out=log_q), log_p.exp_()
-    D, g = difference.abs().sum(-1), difference.sign_()
-    return D, g.sub_(p.mul_(g.sum(-1, keepdim=True)))
+def _l1_log_p(log_p: Tensor, log_q: Tensor) -> Tensor:
+    g, p = torch.sub(log_p, log_q, out=log_q), exp_(log_p)
+    D = g.abs().sum(-1)
+    g.sign_()
+    g -= p.mul_(g.sum(-1, keepdim=True))
+    return D
 
 
 GRADIENTS: dict[Callable, Callable] = {kl_backward: _kl_backward, kl_forward: _kl_forward, mse: _mse, tvd: _tvd, l1_log_p: _l1_log_p}

@@ -10,7 +10,7 @@ from halfstep.diffusion.masking import positions, reveal_probability
 from halfstep.diffusion.readout import readout_loss
 from halfstep.diffusion.samplers import draw
 from halfstep.distill.divergences import GRADIENTS
-from halfstep.vocabulary import fill_up, log_softmax_, logits
+from halfstep.vocabulary import fill_up, log_softmax_, logits, pieces
 
 MIN_T = 1e-5
 
@@ -79,6 +79,11 @@ def divergence_loss(divergence: Callable[[Tensor, Tensor], Tensor], h: Tensor, r
         with torch.no_grad():
             return log_softmax_(logits(h_teacher[rows], weight, bias))
 
+    def gradient(log_p: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_q, D = logits(h_teacher[rows], weight, bias), torch.empty_like(log_p[:, 0])
+        for few in pieces(len(log_p), len(bias), h.device, cached=True):  # of these all that is formed lies in a CPU's cache
+            D[few] = closed(log_p[few], log_softmax_(log_q[few]))
+        return D, log_q
+
     closed = GRADIENTS.get(divergence)
-    gradient = closed and (lambda log_p, rows: closed(log_p, log_q(rows)))
-    return readout_loss(h, readout, lambda log_p, rows: divergence(log_p, log_q(rows)), gradient)
+    return readout_loss(h, readout, lambda log_p, rows: divergence(log_p, log_q(rows)), gradient if closed else None)

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfstep.models.dit import Kept
 from halfstep.models.graphs import Graphs
 from halfstep.models.layers import Where
+from halfstep.products import linear
 from halfstep.vocabulary import logits
 
 
@@ -67,4 +67,4 @@ class Denoiser:
         """log p(x0 = v | xt) [..., V], float32 inside autocast too, normalised over the data vocabulary, of features h[..., D]."""
         weight, bias = self.readout
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(h.float(), weight[:-1].float(), bias.float()).log_softmax(-1)
+            return linear(h.float(), weight[:-1].float(), bias.float()).log_softmax(-1)

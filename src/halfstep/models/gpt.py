@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from halfstep.draws import inverse_cdf, uniforms
 from halfstep.models.layers import Block, Embedding, Head, Rotary
+from halfstep.products import linear, mlp
 
 
 class Cache:
@@ -50,7 +51,7 @@ class GPT(nn.Module):
     def log_p(self, h: Tensor) -> Tensor:
         """log-probabilities [N, V] of the next token from features h[N, D], float32 inside autocast too."""
         with torch.autocast(h.device.type, enabled=False):
-            return nn.functional.linear(h.float(), self.output_layer.linear.weight.float()).log_softmax(-1)
+            return linear(h.float(), self.output_layer.linear.weight.float()).log_softmax(-1)
 
     def new_caches(self, batch: int, length: int) -> list[Cache]:
         table = self.vocab_embed.embedding
@@ -123,17 +124,16 @@ class Decoder:
         seen = (self.keys[:window] <= self.position)[None, None, None] if masked else None
         x = F.embedding(self.ids.index_select(1, self.position)[:, 0], self.gpt.vocab_embed.embedding)
         for block, cache in zip(self.gpt.blocks, self.caches, strict=True):
-            qkv = F.linear(_norm(x, block.norm1), block.attn_qkv.weight).view(B, 3, block.heads, -1)
+            qkv = linear(_norm(x, block.norm1), block.attn_qkv.weight).view(B, 3, block.heads, -1)
             qk, v = qkv[:, :2], qkv[:, 2, :, None]
             qk = (qk * cos + qk.roll(half, -1) * sin).to(v.dtype)
             cache.k.index_copy_(2, self.position, qk[:, 1, :, None])
             cache.v.index_copy_(2, self.position, v)
             out = F.scaled_dot_product_attention(qk[:, 0, :, None], cache.k[:, :, :window], cache.v[:, :, :window], seen)
-            x = x + F.linear(out.reshape(B, -1), block.attn_out.weight)
-            up, down = block.mlp[0], block.mlp[2]
-            x = x + F.linear(F.gelu(F.linear(_norm(x, block.norm2), up.weight, up.bias), approximate="tanh"), down.weight, down.bias)
+            x = x + linear(out.reshape(B, -1), block.attn_out.weight)
+            x = x + mlp(_norm(x, block.norm2), block.mlp[0], block.mlp[2])
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(_norm(x, self.gpt.output_layer.norm_final).float(), self.head)
+            logits = linear(_norm(x, self.gpt.output_layer.norm_final).float(), self.head)
             if self.temperature != 1:
                 logits = logits / self.temperature
             if self.top_p < 1:

@@ -7,18 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from halfstep.products import linear, mlp
+
 Where = Tensor | tuple[Tensor, Tensor] | None  # positions: a mask [B, L], or texts[N] and columns[N], for which no host waits; None: all
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with a scale and no bias, computed in float32 (eps 1e-5)."""
+    """LayerNorm with a weight and no bias, computed in float32 (eps 1e-5), and adaLN's modulation."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5)
+    def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """x[..., D]; then times 1 + scale, plus shift. One shift and scale for all positions are the norm's own bias and weight."""
+        if shift is None or shift.numel() != len(self.weight):
+            h = F.layer_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5)
+            return h if shift is None else torch.addcmul(shift, h, 1 + scale)
+        return F.layer_norm(x.float(), x.shape[-1:], self.weight * (1 + scale.flatten()), shift.flatten(), eps=1e-5)
 
 
 class Embedding(nn.Module):
@@ -50,8 +56,10 @@ class Rotary(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x[..., L, head_width] by its positions' angles."""
     half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return (x * cos + turned * sin).to(x.dtype)
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[:, :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[:, half:])
+    return out.to(x.dtype)
 
 
 class Block(nn.Module):
@@ -77,23 +85,23 @@ class Block(nn.Module):
         `rows[N]` of the B L positions: attention is of all, its output and the MLP of these alone -> [N, D].
         """
         shift_a = scale_a = shift_m = scale_m = None
-        gate_a = gate_m = 1.0
+        gate_a = gate_m = None
         L = x.shape[1]
         if self.adaLN_modulation is not None:
             shift_a, scale_a, *later = modulation(self.adaLN_modulation, cond).chunk(6, -1)
             gate_a, shift_m, scale_m, gate_m = later if rows is None else (at_rows(m, rows, L) for m in later)
-        out = self.attend(modulate(self.norm1(x), shift_a, scale_a), angles, cond is None, cache)
+        out = self.attend(self.norm1(x, shift_a, scale_a), angles, cond is None, cache)
         if rows is not None:
             x, out = x.flatten(0, 1)[rows], out.flatten(0, 1)[rows]
-        x = x + gate_a * F.dropout(self.attn_out(out), self.dropout, self.training)
-        h = modulate(self.norm2(x), shift_m, scale_m)
-        return x + gate_m * F.dropout(self.mlp(h), self.dropout, self.training)
+        x = gated(x, gate_a, F.dropout(linear(out, self.attn_out.weight), self.dropout, self.training))
+        h = self.norm2(x, shift_m, scale_m)
+        return gated(x, gate_m, F.dropout(mlp(h, self.mlp[0], self.mlp[2]), self.dropout, self.training))
 
     def attend(self, h: Tensor, angles: tuple[Tensor, Tensor], causal: bool, cache) -> Tensor:
         """What each position of h[B, L, D] gathers from those it sees, [B, L, D], its heads side by side."""
         B, L, D = h.shape
-        q, k, v = self.attn_qkv(h).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        qkv = linear(h, self.attn_qkv.weight).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        (q, k), v = rotate(qkv[:2], *angles), qkv[2]
         mask = None
         if cache is not None:
             k, v = cache.append(k, v)
@@ -116,8 +124,8 @@ def at_rows(m: Tensor, rows: Tensor, L: int) -> Tensor:
     return m[rows // L, 0] if len(m) > 1 else m[0]
 
 
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    return x if shift is None else x * (1 + scale) + shift
+def gated(x: Tensor, gate: Tensor | None, y: Tensor) -> Tensor:
+    return x + y if gate is None else torch.addcmul(x, gate, y)
 
 
 class Head(nn.Module):
@@ -141,4 +149,4 @@ class Head(nn.Module):
         if self.adaLN_modulation is not None:
             both = modulation(self.adaLN_modulation, cond)
             shift, scale = (both if rows is None else at_rows(both, rows, L)).chunk(2, -1)
-        return modulate(self.norm_final(x), shift, scale)
+        return self.norm_final(x, shift, scale)

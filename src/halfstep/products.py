@@ -4,6 +4,7 @@ oneDNN forms the shapes met here up to a third faster than the BLAS that torch l
 are (from two on) nor on the words beside it.
 """
 
+import copy
 import math
 
 import torch
@@ -12,14 +13,20 @@ from torch import Tensor, nn
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 LARGE = 1 << 17  # numbers in a weight: with fewer, a call of oneDNN costs more than it saves
+ROWS = 128  # that a packed matrix will meet; with other numbers of rows the layout was the same
 SCALE, CUBIC = 2 * (2 / math.pi) ** 0.5, 0.044715  # of GELU's tanh form
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + b: x[..., K], weight[N, K], bias[N] or None -> [..., N]."""
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W' + b: x[..., K], weight[N, K] or `pack`ed, bias[N] or None -> [..., N]."""
     if not (_plain(x, weight) and _large(weight)):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if _learns(x, weight, bias) else _product(x, weight, bias)
+    return _Product.apply(x, weight, bias) if _learns(x, weight, bias) else _product(x, weight, bias)
+
+
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """layer(x): x[..., K] -> [..., N]."""
+    return product(x, _matrix(x, layer), layer.bias)
 
 
 def mlp(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
@@ -27,13 +34,33 @@ def mlp(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
     if not _plain(x, up.weight):
         return down(F.gelu(up(x), approximate="tanh"))
     if _learns(x, up.weight, down.weight):
-        return _GELULinear.apply(linear(x, up.weight, up.bias), down.weight, down.bias)
+        return _GELUProduct.apply(product(x, up.weight, up.bias), down.weight, down.bias)
     if _large(up.weight):
-        y = torch.ops.mkldnn._linear_pointwise(x, up.weight, up.bias, "gelu", [], "tanh")
+        y = torch.ops.mkldnn._linear_pointwise(x, _matrix(x, up), up.bias, "gelu", [], "tanh")
     else:
         z = F.linear(x, up.weight, up.bias)
         y = _gate(z).mul_(z)
-    return _product(y, down.weight, down.bias)
+    return _product(y, _matrix(y, down), down.bias)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A matrix [N, K] in the layout that oneDNN reads, for `product`; itself where oneDNN does not form its products."""
+    with torch.no_grad():
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS) if _plain(weight, weight) and _large(weight) else weight
+
+
+def packed(network: nn.Module) -> nn.Module:
+    """A copy of the network that shares its tensors, which must no longer change; `linear` finds its large matrices `pack`ed."""
+    twin = copy.deepcopy(network, {id(t): t for t in (*network.parameters(), *network.buffers())})
+    for layer in twin.blocks.modules():
+        if isinstance(layer, nn.Linear) and (matrix := pack(layer.weight)) is not layer.weight:
+            layer.packed = matrix
+    return twin
+
+
+def _matrix(x: Tensor, layer: nn.Linear) -> Tensor:
+    weight = getattr(layer, "packed", layer.weight)
+    return weight if _plain(x, weight) and not _learns(x) else layer.weight
 
 
 def _plain(x: Tensor, weight: Tensor) -> bool:
@@ -52,7 +79,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if _large(weight) else F.linear(x, weight, bias)
 
 
-class _Linear(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
@@ -64,7 +91,7 @@ class _Linear(torch.autograd.Function):
         return _gradients(ctx, g, *ctx.saved_tensors)
 
 
-class _GELULinear(torch.autograd.Function):
+class _GELUProduct(torch.autograd.Function):
     """GELU(z) W' + b. z is kept, not GELU(z), which is as large and formed again in a moment."""
 
     @staticmethod

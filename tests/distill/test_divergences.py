@@ -52,9 +52,9 @@ def test_the_closed_form_is_the_gradient(divergence):
     z = (log_p + 0.3).requires_grad_()
     value = divergence(z.log_softmax(-1), log_q)
     (expected,) = torch.autograd.grad(value.sum(), z)
-    for layout in (lambda x: x.clone(), lambda x: x.t().contiguous().t()):  # rows, or columns as on a CPU
-        found, gradient = GRADIENTS[divergence](layout(log_p), layout(log_q))
-        torch.testing.assert_close((found, gradient), (value.detach(), expected), rtol=1e-12, atol=1e-14)
+    gradient = log_q.clone()
+    found = GRADIENTS[divergence](log_p.clone(), gradient)
+    torch.testing.assert_close((found, gradient), (value.detach(), expected), rtol=1e-12, atol=1e-14)
 
 
 @every

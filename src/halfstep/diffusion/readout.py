@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halfstep.products import linear
+from halfstep.products import product
 from halfstep.vocabulary import exp_, fill_up, log_softmax_, logits, pieces
 
 RowLoss = Callable[[Tensor, slice], Tensor]  # log_p[n, V], which of the rows, filled up -> [n]
@@ -29,7 +29,7 @@ class _Readout(torch.autograd.Function):
             loss, g = (row_gradient or _by_autograd(row_loss))(log_softmax_(z) if row_gradient else z, part)
             total += loss[:n].sum()
             g[n:] = 0
-            grad_h[part] = linear(g, W[:V].t())
+            grad_h[part] = product(g, W[:V].t())
             grad_W[:V].addmm_(g.t(), x)
             grad_b += g.sum(0)
         ctx.grads = (grad_h[:N], grad_W, grad_b) if wanted else None

@@ -15,7 +15,7 @@ from halfstep.diffusion.caching import write_blocks
 from halfstep.diffusion.masking import positions, reveal_probability, sent
 from halfstep.draws import float32_uniforms, inverse_cdf_of, released_race, uniforms
 from halfstep.errors import HalfstepError
-from halfstep.vocabulary import tiles
+from halfstep.vocabulary import CACHED, pieces, words_of
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def draw(denoiser, h: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
     def tempered(z: Tensor) -> Tensor:
         return z if temperature == 1 else z.div_(temperature)
 
-    drawn, V = torch.empty(len(h), dtype=torch.long, device=h.device), len(denoiser.readout[1])
-    for rows, words in tiles(len(h), V, h.device):
+    drawn, words = torch.empty(len(h), dtype=torch.long, device=h.device), words_of(len(denoiser.readout[1]), h.device)
+    for rows in pieces(len(h), words[0].stop, h.device, CACHED):
         x = h[rows]
         drawn[rows] = inverse_cdf_of(
             lambda some, x=x: tempered(denoiser.logits(x, some)), lambda place, x=x: tempered(denoiser.logits_at(x, place)), words, u[rows]

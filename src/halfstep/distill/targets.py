@@ -10,7 +10,7 @@ from halfstep.diffusion.masking import positions, reveal_probability
 from halfstep.diffusion.readout import readout_loss
 from halfstep.diffusion.samplers import draw
 from halfstep.distill.divergences import GRADIENTS
-from halfstep.vocabulary import fill_up, log_softmax_, logits, pieces
+from halfstep.vocabulary import CACHED, fill_up, log_softmax_, logits, pieces
 
 MIN_T = 1e-5
 
@@ -81,7 +81,7 @@ def divergence_loss(divergence: Callable[[Tensor, Tensor], Tensor], h: Tensor, r
 
     def gradient(log_p: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         log_q, D = logits(h_teacher[rows], weight, bias), torch.empty_like(log_p[:, 0])
-        for few in pieces(len(log_p), len(bias), h.device, cached=True):  # of these all that is formed lies in a CPU's cache
+        for few in pieces(*log_p.shape, h.device, CACHED):
             D[few] = closed(log_p[few], log_softmax_(log_q[few]))
         return D, log_q
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from halfstep.models.dit import Kept
 from halfstep.models.graphs import Graphs
 from halfstep.models.layers import Where
-from halfstep.products import linear
-from halfstep.vocabulary import logits
+from halfstep.products import pack, packed, product
+from halfstep.vocabulary import logits, words_of
 
 
 class Denoiser:
@@ -21,6 +21,7 @@ class Denoiser:
 
     def __init__(self, network: nn.Module, sigma: Callable[[Tensor], Tensor] | None = None):
         self.network, self._sigma, self._pass = network, sigma, network
+        self._packed: dict[tuple[int, int], Tensor] = {}  # the readout, by first and last word of each slice
         self.mask_id = network.vocabulary
 
     @property
@@ -36,9 +37,12 @@ class Denoiser:
 
     @cached_property
     def replayed(self) -> "Denoiser":
-        """The same law of the same weights, which must no longer move: `features` replays CUDA graphs where there are few texts. For sampling."""
-        twin = Denoiser(self.network, self._sigma)
-        twin._pass = Graphs(self.network)
+        """The same law of the same weights, which must no longer change: matrices as oneDNN reads them on a CPU, CUDA graphs where there are few
+        texts. For sampling."""
+        twin, (weight, bias) = Denoiser(packed(self.network), self._sigma), self.readout
+        twin._pass = Graphs(twin.network)
+        if weight.device.type == "cpu":
+            twin._packed = {(words.start, words.stop): pack(weight[words].float()) for words in words_of(len(bias), weight.device)}
         return twin
 
     def features_and_keys(self, xt: Tensor, t: Tensor, start: int = 0, kept: list | None = None) -> tuple[Tensor, list]:
@@ -55,7 +59,7 @@ class Denoiser:
     def logits(self, h: Tensor, words: slice = slice(None)) -> Tensor:
         """log p(x0 = v | xt) up to a number for each row, float32, of features h[N, D]: [N, V], or of a slice of the vocabulary."""
         weight, bias = self.readout
-        return logits(h, weight[: len(bias)][words], bias[words])
+        return logits(h, self._packed.get((words.start, words.stop), weight[: len(bias)][words]), bias[words])
 
     def logits_at(self, h: Tensor, place: Tensor) -> Tensor:
         """`logits` of each row's own words place[N, n] -> [N, n]."""
@@ -67,4 +71,4 @@ class Denoiser:
         """log p(x0 = v | xt) [..., V], float32 inside autocast too, normalised over the data vocabulary, of features h[..., D]."""
         weight, bias = self.readout
         with torch.autocast(h.device.type, enabled=False):
-            return linear(h.float(), weight[:-1].float(), bias.float()).log_softmax(-1)
+            return product(h.float(), weight[:-1].float(), bias.float()).log_softmax(-1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from halfstep.draws import inverse_cdf, uniforms
 from halfstep.models.layers import Block, Embedding, Head, Rotary
-from halfstep.products import linear, mlp
+from halfstep.products import linear, mlp, pack, packed, product
 
 
 class Cache:
@@ -51,7 +51,7 @@ class GPT(nn.Module):
     def log_p(self, h: Tensor) -> Tensor:
         """log-probabilities [N, V] of the next token from features h[N, D], float32 inside autocast too."""
         with torch.autocast(h.device.type, enabled=False):
-            return linear(h.float(), self.output_layer.linear.weight.float()).log_softmax(-1)
+            return product(h.float(), self.output_layer.linear.weight.float()).log_softmax(-1)
 
     def new_caches(self, batch: int, length: int) -> list[Cache]:
         table = self.vocab_embed.embedding
@@ -86,7 +86,7 @@ class Decoder:
         self.caches = [Cache(batch, gpt.blocks[0].heads, length, table.shape[1] // gpt.blocks[0].heads, table.new_empty(0, dtype=kind)) for _ in gpt.blocks]
         cos, sin = gpt.rotary_emb(torch.arange(length, device=table.device))
         self.cos, self.sin = cos, torch.cat([-sin[:, : sin.shape[1] // 2], sin[:, sin.shape[1] // 2 :]], 1)
-        self.head = gpt.output_layer.linear.weight.float()  # cast once: the readout is float32 whatever the blocks are
+        self.blocks, self.head = packed(gpt).blocks, pack(gpt.output_layer.linear.weight.float())  # cast once: the readout is float32 whatever the blocks are
         self.ids = torch.zeros(batch, length, dtype=torch.long, device=table.device)
         self.u = torch.zeros(batch, length, dtype=torch.float64, device=table.device)
         self.position = torch.zeros(1, dtype=torch.long, device=table.device)
@@ -123,17 +123,17 @@ class Decoder:
         cos, sin = self.cos[self.position], self.sin[self.position]
         seen = (self.keys[:window] <= self.position)[None, None, None] if masked else None
         x = F.embedding(self.ids.index_select(1, self.position)[:, 0], self.gpt.vocab_embed.embedding)
-        for block, cache in zip(self.gpt.blocks, self.caches, strict=True):
-            qkv = linear(_norm(x, block.norm1), block.attn_qkv.weight).view(B, 3, block.heads, -1)
+        for block, cache in zip(self.blocks, self.caches, strict=True):
+            qkv = linear(_norm(x, block.norm1), block.attn_qkv).view(B, 3, block.heads, -1)
             qk, v = qkv[:, :2], qkv[:, 2, :, None]
             qk = (qk * cos + qk.roll(half, -1) * sin).to(v.dtype)
             cache.k.index_copy_(2, self.position, qk[:, 1, :, None])
             cache.v.index_copy_(2, self.position, v)
             out = F.scaled_dot_product_attention(qk[:, 0, :, None], cache.k[:, :, :window], cache.v[:, :, :window], seen)
-            x = x + linear(out.reshape(B, -1), block.attn_out.weight)
+            x = x + linear(out.reshape(B, -1), block.attn_out)
             x = x + mlp(_norm(x, block.norm2), block.mlp[0], block.mlp[2])
         with torch.autocast(x.device.type, enabled=False):
-            logits = linear(_norm(x, self.gpt.output_layer.norm_final).float(), self.head)
+            logits = product(_norm(x, self.gpt.output_layer.norm_final).float(), self.head)
             if self.temperature != 1:
                 logits = logits / self.temperature
             if self.top_p < 1:

@@ -93,14 +93,14 @@ class Block(nn.Module):
         out = self.attend(self.norm1(x, shift_a, scale_a), angles, cond is None, cache)
         if rows is not None:
             x, out = x.flatten(0, 1)[rows], out.flatten(0, 1)[rows]
-        x = gated(x, gate_a, F.dropout(linear(out, self.attn_out.weight), self.dropout, self.training))
+        x = gated(x, gate_a, F.dropout(linear(out, self.attn_out), self.dropout, self.training))
         h = self.norm2(x, shift_m, scale_m)
         return gated(x, gate_m, F.dropout(mlp(h, self.mlp[0], self.mlp[2]), self.dropout, self.training))
 
     def attend(self, h: Tensor, angles: tuple[Tensor, Tensor], causal: bool, cache) -> Tensor:
         """What each position of h[B, L, D] gathers from those it sees, [B, L, D], its heads side by side."""
         B, L, D = h.shape
-        qkv = linear(h, self.attn_qkv.weight).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = linear(h, self.attn_qkv).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         (q, k), v = rotate(qkv[:2], *angles), qkv[2]
         mask = None
         if cache is not None:

@@ -10,7 +10,7 @@ from halfstep.products import product
 
 NUMBERS = {"cpu": 13 << 19, "cuda": 1 << 27}  # in one piece of rows: 26 MiB on a CPU, where the allocator gives pages back above 32 MiB
 CACHED = {**NUMBERS, "cpu": 1 << 20}  # in one that stays in a CPU's cache
-ROWS = 32  # sums and products of so many rows, or multiples, are fast, and a row's last bits do not depend on the rows beside it
+ROWS = 16  # sums and products of so many rows, or multiples, are fast, and a row's last bits do not depend on the rows beside it
 WORDS = 4096
 
 

@@ -137,8 +137,12 @@ def sampling(size: Size, repeats: int) -> list[dict]:
          "timings": asdict(times[s]), "textbook_timings": asdict(times["textbook"])}
         for s, goal in STEPS.items()
     ]  # fmt: skip
-    flat = measure_in_turns({s: (lambda s=s: samplers.sample(ours, batch, length, s, schedule=SCHEDULE)) for s in (1024, 8192)}, repeats)
-    rows.append({"path": "sample, 8192 steps over 1024 steps", "ratio": flat[8192].median_s / flat[1024].median_s, "goal": 1.05})
+    passes, beyond = {}, {}
+    for s in (1024, 8192):
+        beyond[s] = lambda s=s: passes.update({s: samplers.sample(ours, batch, length, s, schedule=SCHEDULE).network_evaluations.sum().item()})
+    flat = measure_in_turns(beyond, repeats)
+    rows.append({"path": f"sample, 8192 steps over 1024 steps (network evaluations {passes[8192] / passes[1024]:.3f})",
+                 "ratio": flat[8192].median_s / flat[1024].median_s, "goal": 1.05})  # fmt: skip
     return rows
 
 

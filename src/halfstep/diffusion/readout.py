@@ -32,6 +32,7 @@ class _Readout(torch.autograd.Function):
             grad_h[part] = product(g, W[:V].t())
             grad_W[:V].addmm_(g.t(), x)
             grad_b += g.sum(0)
+            del z, g  # before the next piece is formed
         ctx.grads = (grad_h[:N], grad_W, grad_b) if wanted else None
         return total
 

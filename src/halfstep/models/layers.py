@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfstep.products import linear, mlp
+from halfstep.products import Again, linear, mlp
 
 Where = Tensor | tuple[Tensor, Tensor] | None  # positions: a mask [B, L], or texts[N] and columns[N], for which no host waits; None: all
 
@@ -25,6 +25,10 @@ class LayerNorm(nn.Module):
             h = F.layer_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5)
             return h if shift is None else torch.addcmul(shift, h, 1 + scale)
         return F.layer_norm(x.float(), x.shape[-1:], self.weight * (1 + scale.flatten()), shift.flatten(), eps=1e-5)
+
+    def kept_as(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Again]:
+        """The same, and how to form it again from x, which the backward pass keeps anyway."""
+        return self(x, shift, scale), (self.forward, tuple(t if t is None else t.detach() for t in (x, shift, scale)))
 
 
 class Embedding(nn.Module):
@@ -90,18 +94,18 @@ class Block(nn.Module):
         if self.adaLN_modulation is not None:
             shift_a, scale_a, *later = modulation(self.adaLN_modulation, cond).chunk(6, -1)
             gate_a, shift_m, scale_m, gate_m = later if rows is None else (at_rows(m, rows, L) for m in later)
-        out = self.attend(self.norm1(x, shift_a, scale_a), angles, cond is None, cache)
+        out = self.attend(*self.norm1.kept_as(x, shift_a, scale_a), angles, cond is None, cache)
         if rows is not None:
             x, out = x.flatten(0, 1)[rows], out.flatten(0, 1)[rows]
         x = gated(x, gate_a, F.dropout(linear(out, self.attn_out), self.dropout, self.training))
-        h = self.norm2(x, shift_m, scale_m)
-        return gated(x, gate_m, F.dropout(mlp(h, self.mlp[0], self.mlp[2]), self.dropout, self.training))
+        h, again = self.norm2.kept_as(x, shift_m, scale_m)
+        return gated(x, gate_m, F.dropout(mlp(h, self.mlp[0], self.mlp[2], again), self.dropout, self.training))
 
-    def attend(self, h: Tensor, angles: tuple[Tensor, Tensor], causal: bool, cache) -> Tensor:
+    def attend(self, h: Tensor, again: Again, angles: tuple[Tensor, Tensor], causal: bool, cache) -> Tensor:
         """What each position of h[B, L, D] gathers from those it sees, [B, L, D], its heads side by side."""
         B, L, D = h.shape
-        qkv = linear(h, self.attn_qkv).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        (q, k), v = rotate(qkv[:2], *angles), qkv[2]
+        qkv = linear(h, self.attn_qkv, again).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        (q, k), v = rotate(qkv[:2], *angles), qkv[2].contiguous()  # a view would have a backward pass keep q and k as they were, too
         mask = None
         if cache is not None:
             k, v = cache.append(k, v)

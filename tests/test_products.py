@@ -127,21 +127,20 @@ def test_log_softmax_in_place():
 
 
 @pytest.mark.parametrize("timed", [False, True], ids=["blind", "timed"])
-def test_a_wide_network_learns_as_in_float64(timed):
-    """Values and all gradients, some positions asked for, through every shortcut of float32 on a CPU; float64 takes none of them."""
+def test_a_wide_network_learns_as_with_torchs_own_layers(monkeypatch, timed):
+    """Features and all gradients, with some positions asked for."""
     torch.manual_seed(0)
     network = DiT(300, 256, 3, 4)
     for p in network.parameters():
         nn.init.normal_(p, std=0.04)
     x, sigma, where = torch.randint(0, 301, (4, 18)), torch.rand(4) if timed else None, torch.rand(4, 18) < 0.6
     weight = torch.randn(int(where.sum()), 256)
-    exact, found = copy.deepcopy(network).double(), []
-    for net in (network, exact):
-        h = net(x, sigma, where)
-        (h * weight).sum().backward()
-        found.append((h, [p.grad for p in net.parameters()]))
-    (h, grads), (h64, grads64) = found
-    torch.testing.assert_close(h.double(), h64.double(), rtol=1e-4, atol=1e-4)
-    for (name, _), a, b in zip(network.named_parameters(), grads, grads64, strict=True):
-        if b is not None:
-            assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-6, name
+
+    def learned() -> list[torch.Tensor]:
+        h = network(x, sigma, where)
+        return [h, *torch.autograd.grad((h * weight).sum(), [*network.parameters()], allow_unused=True)]
+
+    found = learned()
+    monkeypatch.setattr(products, "_plain", lambda *_: False)
+    for name, a, b in zip(["features", *dict(network.named_parameters())], found, learned(), strict=True):
+        assert (a is b is None) or (a - b).abs().max() <= 3e-5 * b.abs().max(), name

@@ -6,13 +6,14 @@ are (from two on) nor on the words beside it.
 
 import copy
 import math
+import platform
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 LARGE = 1 << 17  # numbers in a weight: with fewer, a call of oneDNN costs more than it saves
 ROWS = 128  # that a packed matrix will meet; with other numbers of rows the layout was the same
 SCALE, CUBIC = 2 * (2 / math.pi) ** 0.5, 0.044715  # of GELU's tanh form
@@ -64,7 +65,7 @@ def packed(network: nn.Module) -> nn.Module:
 
 def _matrix(x: Tensor, layer: nn.Linear) -> Tensor:
     weight = getattr(layer, "packed", layer.weight)
-    return weight if _plain(x, weight) and not _learns(x) else layer.weight
+    return weight if _plain(x, weight) and not _learns(x, layer.weight) else layer.weight
 
 
 def _plain(x: Tensor, weight: Tensor) -> bool:

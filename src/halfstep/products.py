@@ -18,7 +18,6 @@ LARGE = 1 << 17  # numbers in a weight: with fewer, a call of oneDNN costs more 
 ROWS = 128  # that a packed matrix will meet; with other numbers of rows the layout was the same
 SCALE, CUBIC = 2 * (2 / math.pi) ** 0.5, 0.044715  # of GELU's tanh form
 
-
 Again = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]] | None  # forms x once more of what a backward pass keeps anyway, so that x is not kept
 
 
@@ -88,7 +87,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, again, given):
         ctx.save_for_backward(weight, *(given if again else [x]))
-        ctx.biased, ctx.again = bias is not None, again
+        ctx.again = again
         return _product(x, weight, bias)
 
     @staticmethod
@@ -103,7 +102,6 @@ class _GELUProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, weight, bias):
         ctx.save_for_backward(z, weight)
-        ctx.biased = True
         return _product(_gate(z).mul_(z), weight, bias)
 
     @staticmethod
@@ -130,5 +128,5 @@ def _gradients(ctx, g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None
     return (
         _product(g, weight.t()) if of_x else None,
         rows.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
-        rows.sum(0) if ctx.biased and of_bias else None,
+        rows.sum(0) if of_bias else None,
     )

@@ -83,7 +83,7 @@ def fill(
     Each process of the group writes its own texts, and the first returns all in order, the others None. With a label it shows its progress.
     A denoiser sees `end` to the right of each text, a token that is given and not kept.
     """
-    (total, begun), pieces, evaluations = given.shape, [], []
+    (total, begun), pieces, evaluations, decoder = given.shape, [], [], None
     if model.denoiser and steps > length:
         if drawing.sampler == "first_hitting":
             raise HalfstepError(f"steps: found {steps}, but first_hitting reveals at least one of the {length} positions in each step; give at most {length} steps")
@@ -104,9 +104,11 @@ def fill(
                 pieces.append(out.ids[:, :length].cpu())
                 evaluations.append(out.network_evaluations.cpu())
             else:
+                if decoder is None or len(decoder.ids) != count:  # its memory, matrices and graphs serve every full batch
+                    decoder = gpt.Decoder(model.network, count, length, drawing.temperature, drawing.top_p)
                 pieces.append(gpt.generate(
                     model.network, count, length, model.eos_id, seed=drawing.sampling_seed, first=first, temperature=drawing.temperature,
-                    top_p=drawing.top_p, prompt=given[first : first + count] if begun else None,
+                    top_p=drawing.top_p, prompt=given[first : first + count] if begun else None, decoder=decoder,
                 ).cpu())  # fmt: skip
                 evaluations.append(torch.full((count,), length - max(begun, 1)))  # BOS, where nothing is given, costs no pass
             if progress:

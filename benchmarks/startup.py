@@ -1,6 +1,6 @@
 """How long nothing takes: help, import, a command that needs torch, the graph of the paper's presets, and 300 jobs that do nothing.
 
-    python benchmarks/startup.py [repeats]     medians of whole processes, beside the goal of each; reported, never asserted
+python benchmarks/startup.py [repeats]     medians of whole processes, beside the goal of each; reported, never asserted
 """
 
 import os
@@ -28,21 +28,38 @@ def seconds(commands: list[list[str]], repeats: int, cwd: Path = ROOT) -> float:
     for _ in range(repeats):
         start = time.perf_counter()
         for command in commands:
-            subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                command, cwd=cwd, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
         times.append(time.perf_counter() - start)
     return median(times)
 
 
 def main(repeats: int = 5) -> None:
-    graphs = [[*SNAKEMAKE, "-n", "--quiet", "--cores", "1", "--config", f"preset={name}"] for name in ("owt-small", "owt-scaling")]
+    graphs = [
+        [*SNAKEMAKE, "-n", "--quiet", "--cores", "1", "--config", f"preset={name}"]
+        for name in ("owt-small", "owt-scaling")
+    ]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "Snakefile").write_text(JOBS)
         cases = (
             ("halfstep --help", 0.3, [[*HALFSTEP, "--help"]], repeats, ROOT),
             ("import halfstep", 0.1, [[sys.executable, "-c", "import halfstep"]], repeats, ROOT),
-            ("halfstep generate --help (imports torch)", 3, [[*HALFSTEP, "generate", "--help"]], repeats, ROOT),
+            (
+                "halfstep generate --help (imports torch)",
+                3,
+                [[*HALFSTEP, "generate", "--help"]],
+                repeats,
+                ROOT,
+            ),
             ("graph of owt-small and owt-scaling", 10, graphs, min(repeats, 3), ROOT),
-            ("300 jobs that do nothing", 90, [[*SNAKEMAKE, "--cores", "2", "--quiet", "all"]], 1, Path(folder)),
+            (
+                "300 jobs that do nothing",
+                90,
+                [[*SNAKEMAKE, "--cores", "2", "--quiet", "all"]],
+                1,
+                Path(folder),
+            ),
         )
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
         for name, goal, commands, times, where in cases:

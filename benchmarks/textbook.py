@@ -1,7 +1,7 @@
 """The plain version of each hot path, written from the equations: what `make bench` compares with.
 
 Full [B, L, V] float32 log-probabilities, a whole-vocabulary Gumbel draw at every position of every step, every substep's pass and readout of the
-teacher, full-tensor divergence and cross-entropy. Same law of the samples, same value and gradient of the losses as halfstep's; tests/test_bench.py says so.
+teacher, full-tensor divergence and cross-entropy. Same law of the samples, same value and gradient of the losses as halfstep's; tests/benchmarks/test_bench.py says so.
 """
 
 import torch
@@ -14,7 +14,9 @@ from halfstep.distill.targets import MIN_T
 def log_p(denoiser, x: Tensor, t: Tensor) -> Tensor:
     """log p(x0 | xt), [B, L, V] float32, at every position."""
     weight, bias = denoiser.readout
-    return torch.nn.functional.linear(denoiser.features(x, t).float(), weight[: len(bias)].float(), bias.float()).log_softmax(-1)
+    return torch.nn.functional.linear(
+        denoiser.features(x, t).float(), weight[: len(bias)].float(), bias.float()
+    ).log_softmax(-1)
 
 
 def gumbel_draw(log_q: Tensor) -> Tensor:
@@ -26,18 +28,32 @@ def gumbel_draw(log_q: Tensor) -> Tensor:
 def reveal(denoiser, x: Tensor, scores: Tensor, chance: Tensor) -> Tensor:
     """One reverse step (MDLM eq. 7): a masked position takes a token v with chance r p_v and stays masked with chance 1 - r. chance[B]."""
     r = chance.float()[:, None, None].expand(*x.shape, 1)
-    drawn = gumbel_draw(torch.cat([scores + r.log(), (1 - r).log()], -1))  # the last outcome is the mask
-    return torch.where(x == denoiser.mask_id, drawn.masked_fill(drawn == scores.shape[-1], denoiser.mask_id), x)
+    drawn = gumbel_draw(
+        torch.cat([scores + r.log(), (1 - r).log()], -1)
+    )  # the last outcome is the mask
+    return torch.where(
+        x == denoiser.mask_id, drawn.masked_fill(drawn == scores.shape[-1], denoiser.mask_id), x
+    )
 
 
 @torch.no_grad()
-def sample(denoiser, num_samples: int, length: int, steps: int, schedule, device="cpu", stop: int | None = None) -> Tensor:
+def sample(
+    denoiser,
+    num_samples: int,
+    length: int,
+    steps: int,
+    schedule,
+    device="cpu",
+    stop: int | None = None,
+) -> Tensor:
     """Ancestral sampling, ids [N, L]; `stop`: end after that many steps, for a time per step (all steps cost the same)."""
     x = torch.full((num_samples, length), denoiser.mask_id, device=device)
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
     for i in range(steps if stop is None else min(stop, steps)):
         scores = log_p(denoiser, x, t[i].float().expand(num_samples))
-        x = reveal(denoiser, x, scores, reveal_probability(t[i], t[i + 1], schedule).expand(num_samples))
+        x = reveal(
+            denoiser, x, scores, reveal_probability(t[i], t[i + 1], schedule).expand(num_samples)
+        )
     return x
 
 
@@ -48,12 +64,18 @@ def teacher_targets(teacher, xt: Tensor, t: Tensor, dt: float, substeps: int, sc
     for i in range(substeps):
         now = (t.double() - i * dt).clamp(min=MIN_T)
         scores = log_p(teacher, x, now.to(t.dtype))
-        target = scores if target is None else torch.where((x == teacher.mask_id)[..., None], scores, target)
+        target = (
+            scores
+            if target is None
+            else torch.where((x == teacher.mask_id)[..., None], scores, target)
+        )
         x = reveal(teacher, x, scores, reveal_probability(now, (now - dt).clamp(min=0), schedule))
     return target
 
 
-def distillation_loss(student, teacher, divergence, xt: Tensor, t: Tensor, dt: float, substeps: int, schedule) -> Tensor:
+def distillation_loss(
+    student, teacher, divergence, xt: Tensor, t: Tensor, dt: float, substeps: int, schedule
+) -> Tensor:
     """Sum over the masked positions of D(student, teacher's target)."""
     target = teacher_targets(teacher, xt, t, dt, substeps, schedule)
     return (divergence(log_p(student, xt, t), target) * (xt == student.mask_id)).sum()

@@ -33,7 +33,9 @@ KINDS = {  # file: what it says of itself, pip options, what is appended to torc
 }
 
 
-def closure(name: str, extras: frozenset = frozenset(), pins: dict | None = None, seen: set | None = None) -> dict[str, str]:
+def closure(
+    name: str, extras: frozenset = frozenset(), pins: dict | None = None, seen: set | None = None
+) -> dict[str, str]:
     """Name -> installed version, of everything that `name[extras]` needs on this Python and platform."""
     pins, seen = {} if pins is None else pins, set() if seen is None else seen
     key = canonicalize_name(name)
@@ -44,7 +46,9 @@ def closure(name: str, extras: frozenset = frozenset(), pins: dict | None = None
     if key != "halfstep":
         pins[key] = found.version.split("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 are the same source
     for requirement in map(Requirement, found.requires or []):
-        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras or {""}):
+        if requirement.marker is None or any(
+            requirement.marker.evaluate({"extra": extra}) for extra in extras or {""}
+        ):
             closure(requirement.name, frozenset(requirement.extras), pins, seen)
     return dict(sorted(pins.items()))
 
@@ -55,7 +59,10 @@ def requirements(pins: dict[str, str]) -> str:
 
 def conda(kind: str, pins: dict[str, str]) -> str:
     about, options, local = KINDS[kind]
-    lines = [*options, *(f"{name}=={version}{local if name == 'torch' else ''}" for name, version in pins.items())]
+    lines = [
+        *options,
+        *(f"{name}=={version}{local if name == 'torch' else ''}" for name, version in pins.items()),
+    ]
     return CONDA.format(header=HEADER, about=about) + "".join(f"      - {line}\n" for line in lines)
 
 

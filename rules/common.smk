@@ -8,15 +8,18 @@ import shlex
 import sys
 from pathlib import Path
 
-from halfstep import slurm
+from halfstep.workflow import slurm_plugin
 from halfstep.commands import plan
-from halfstep.config import Drawing, Prompts, Writing
-from halfstep.resolve import ConfigError, flags, part, resolve
+from halfstep.config import DrawOptions, GenerateOptions, Prompts
+from halfstep.resolve import ConfigError, flags, resolve, subsection
 
 # `halfstep` is found whether its environment is activated or not, and its lines reach the log when they are written.
-os.environ.update(PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]), PYTHONUNBUFFERED="1")
+os.environ.update(
+    PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()]),
+    PYTHONUNBUFFERED="1",
+)
 
-slurm.be_patient()  # a controller that is away delays jobs and loses none
+slurm_plugin.patch_plugin()  # a controller that is away delays jobs and loses none
 
 
 def typed(value):
@@ -34,7 +37,9 @@ def typed(value):
 def counted(name, otherwise):
     """A whole number above zero from the environment."""
     if not (said := os.environ.get(name, str(otherwise))).isdecimal() or int(said) < 1:
-        sys.exit(f"{name}: found {said!r}, expected a whole number above zero; set it to one, or not at all")
+        sys.exit(
+            f"{name}: found {said!r}, expected a whole number above zero; set it to one, or not at all"
+        )
     return int(said)
 
 
@@ -77,25 +82,63 @@ MACHINE = {
     "3B":     (8, 192000,  4, 16, "72h", 16, "72h", 1, "12h"),
     "8B":     (8, 384000,  1, 32, "72h", 16, "72h", 1, "24h"),
 }  # fmt: skip
-COLUMNS = ("threads", "mem_mb", "micro_batch", "pretrain_gpu", "pretrain", "round_gpu", "round", "gpu", "sample")
-LONGEST = counted("HALFSTEP_SLURM_MAX_MINUTES", 72 * 60)  # of a job; a training that needs more goes on in the next one
-ON_CLUSTER = any(word.startswith(("--profile", "--executor")) or word == "-e" for word in sys.argv) or "SNAKEMAKE_PROFILE" in os.environ
+COLUMNS = (
+    "threads",
+    "mem_mb",
+    "micro_batch",
+    "pretrain_gpu",
+    "pretrain",
+    "round_gpu",
+    "round",
+    "gpu",
+    "sample",
+)
+LONGEST = counted(
+    "HALFSTEP_SLURM_MAX_MINUTES", 72 * 60
+)  # of a job; a training that needs more goes on in the next one
+ON_CLUSTER = (
+    any(word.startswith(("--profile", "--executor")) or word == "-e" for word in sys.argv)
+    or "SNAKEMAKE_PROFILE" in os.environ
+)
 GPUS_PER_NODE = counted("HALFSTEP_SLURM_GPUS_PER_NODE", 4)
 
 # Models are named by their folder: {teacher}/teacher, {teacher}/baseline, {teacher}/{run}/round-{round}.
-ROUNDS = [f"{t}/{run}/round-{r}" for t in CONFIG.teachers for run, d in CONFIG.teachers[t].runs.items() for r in range(1, d.rounds + 1)]
+ROUNDS = [
+    f"{t}/{run}/round-{r}"
+    for t in CONFIG.teachers
+    for run, d in CONFIG.teachers[t].runs.items()
+    for r in range(1, d.rounds + 1)
+]
 DENOISERS = [f"{t}/teacher" for t in CONFIG.teachers] + ROUNDS
 MODELS = [f"{t}/baseline" for t in CONFIG.teachers] + DENOISERS
 
-IMPORTED = [t for t in CONFIG.teachers if CONFIG.teachers[t].source]  # their teachers are not trained here
+IMPORTED = [
+    t for t in CONFIG.teachers if CONFIG.teachers[t].source
+]  # their teachers are not trained here
 
 # What the hub has to give: fetched once, where snakemake runs, for compute nodes have no internet.
 HUB = sorted(
-    {f"model:{c.tokenizer}" for c in CONFIG.corpora.values() if c.tokenizer != "bpe" and not Path(c.tokenizer).is_dir()}
+    {
+        f"model:{c.tokenizer}"
+        for c in CONFIG.corpora.values()
+        if c.tokenizer != "bpe" and not Path(c.tokenizer).is_dir()
+    }
     | {"dataset:Skylion007/openwebtext" for c in CONFIG.corpora.values() if c.kind == "openwebtext"}
-    | {f"model:{name}" for name in CONFIG.evaluation.judge if name != "baseline" and not Path(name).is_dir()}
-    | {f"dataset:{name}" for name in [CONFIG.evaluation.lambada] if name != "last_words" and not name.endswith(".jsonl")}
-    | {f"model:{CONFIG.teachers[t].source}" for t in IMPORTED if not glob.glob(glob.escape(CONFIG.teachers[t].source))}
+    | {
+        f"model:{name}"
+        for name in CONFIG.evaluation.judge
+        if name != "baseline" and not Path(name).is_dir()
+    }
+    | {
+        f"dataset:{name}"
+        for name in [CONFIG.evaluation.lambada]
+        if name != "last_words" and not name.endswith(".jsonl")
+    }
+    | {
+        f"model:{CONFIG.teachers[t].source}"
+        for t in IMPORTED
+        if not glob.glob(glob.escape(CONFIG.teachers[t].source))
+    }
 )
 FETCHED = ["results/hub.json"] if HUB else []
 if "SLURM_JOB_ID" in os.environ:
@@ -103,22 +146,36 @@ if "SLURM_JOB_ID" in os.environ:
 
 # A model's folder. meta.json is written last, so it stands for the whole folder where a later rule asks for the model. The journal
 # (run.json, journal.jsonl) and the state of an unfinished training are not declared: Snakemake would delete them before a restart.
-CHECKPOINT = ["model.safetensors", "ema.safetensors", "best.safetensors", "optimizer.safetensors", "tokenizer.json", "provenance.json"]
+CHECKPOINT = [
+    "model.safetensors",
+    "ema.safetensors",
+    "best.safetensors",
+    "optimizer.safetensors",
+    "tokenizer.json",
+    "provenance.json",
+]
 
 
 def continued(model):
     """Does this model continue prompts? Its round is its number, 0 for the teacher; the baseline always does."""
     name, rounds = model.split("/", 1)[1], CONFIG.continuations.continuation_rounds
-    return rounds is None or name == "baseline" or (0 if name == "teacher" else int(name.rpartition("-")[2])) in rounds
+    return (
+        rounds is None
+        or name == "baseline"
+        or (0 if name == "teacher" else int(name.rpartition("-")[2])) in rounds
+    )
 
 
 TABLES = {  # table: the metric rows it gathers
-    "steps": [f"results/metrics/{model}/samples.json" for model in MODELS] + [f"results/metrics/{t}/data.json" for t in CONFIG.teachers],
+    "steps": [f"results/metrics/{model}/samples.json" for model in MODELS]
+    + [f"results/metrics/{t}/data.json" for t in CONFIG.teachers],
     "lambada": [f"results/metrics/{model}/lambada.json" for model in MODELS],
     "speed": [f"results/benchmarks/{t}/latency.json" for t in CONFIG.teachers],
 }
 if CONFIG.continuations:
-    TABLES["continuations"] = [f"results/metrics/{model}/continuations.json" for model in MODELS if continued(model)]
+    TABLES["continuations"] = [
+        f"results/metrics/{model}/continuations.json" for model in MODELS if continued(model)
+    ]
 FIGURES = {  # figure: what it is drawn from
     "ppl_vs_steps": ["results/tables/steps.csv"],
     "entropy_vs_steps": ["results/tables/steps.csv"],
@@ -155,7 +212,9 @@ def teacher(wildcards):
 
 def round_options(wildcards):
     """One round's options. Rounds after this one are none of its business, so that `rounds: 5 -> 7` trains two rounds, not seven."""
-    return flags(teacher(wildcards).runs[wildcards.run].model_copy(update={"rounds": int(wildcards.round)}))
+    return flags(
+        teacher(wildcards).runs[wildcards.run].model_copy(update={"rounds": int(wildcards.round)})
+    )
 
 
 def manifest(wildcards):
@@ -164,12 +223,20 @@ def manifest(wildcards):
 
 def own_text(wildcards):
     """The user's files (kind: files), so that new text makes a new corpus."""
-    return sorted(file for pattern in CONFIG.corpora[wildcards.corpus].files for file in glob.glob(pattern, recursive=True))
+    return sorted(
+        file
+        for pattern in CONFIG.corpora[wildcards.corpus].files
+        for file in glob.glob(pattern, recursive=True)
+    )
 
 
 def previous_round(wildcards):
     """The teacher of round r: the student of round r-1, and in round 1 the teacher itself."""
-    before = f"{wildcards.run}/round-{int(wildcards.round) - 1}" if int(wildcards.round) > 1 else "teacher"
+    before = (
+        f"{wildcards.run}/round-{int(wildcards.round) - 1}"
+        if int(wildcards.round) > 1
+        else "teacher"
+    )
     return f"results/models/{wildcards.teacher}/{before}/meta.json"
 
 
@@ -186,7 +253,10 @@ def step_counts(model):
         line = ["teacher", *(f"{run}/round-{round}" for round in range(1, how.rounds + 1))]
         if kind in line:
             at = line.index(kind)
-            steps |= {how.teacher_steps // how.substeps**round for round in range(at, min(at + 1, how.rounds) + 1)}
+            steps |= {
+                how.teacher_steps // how.substeps**round
+                for round in range(at, min(at + 1, how.rounds) + 1)
+            }
     return sorted(steps - {"own"})
 
 
@@ -199,12 +269,18 @@ def continuation_steps(model):
 def judge(wildcards):
     """The judges that score-samples is told, names or folders for transformers; `baseline` is the corpus's own autoregressive model."""
     own = judge_file(wildcards)
-    return [str(Path(own[0]).parent) if name == "baseline" else name for name in CONFIG.evaluation.judge]
+    return [
+        str(Path(own[0]).parent) if name == "baseline" else name for name in CONFIG.evaluation.judge
+    ]
 
 
 def judge_file(wildcards):
     name = wildcards.get("teacher") or wildcards.model.split("/")[0]
-    return [f"results/models/{name}/baseline/hf/config.json"] if "baseline" in CONFIG.evaluation.judge else []
+    return (
+        [f"results/models/{name}/baseline/hf/config.json"]
+        if "baseline" in CONFIG.evaluation.judge
+        else []
+    )
 
 
 def need(what):
@@ -230,13 +306,26 @@ def spread(word):
         def asked(name):
             """As --set-resources leaves it, and no more than this machine has."""
             found = workflow.get_rule(rulename).resources[name]
-            known = dict(input=input, attempt=attempt, threads=threads, rulename=rulename, async_run=workflow.async_run)
-            return found.evaluate(wildcards, **known).constrain(workflow.global_resources.get(name)).value or 0
+            known = dict(
+                input=input,
+                attempt=attempt,
+                threads=threads,
+                rulename=rulename,
+                async_run=workflow.async_run,
+            )
+            return (
+                found.evaluate(wildcards, **known)
+                .constrain(workflow.global_resources.get(name))
+                .value
+                or 0
+            )
 
         gpus = asked("gpu")
         if gpus < 2:
             return "" if word in ("srun", "processes") else None
-        shares = (n for n in range(-(-gpus // GPUS_PER_NODE), gpus + 1) if gpus % n == 0)  # nodes with as many each
+        shares = (
+            n for n in range(-(-gpus // GPUS_PER_NODE), gpus + 1) if gpus % n == 0
+        )  # nodes with as many each
         nodes = next(shares) if word == "nodes" else asked("nodes")
         if nodes < 2 or workflow.is_main_process and not ON_CLUSTER:  # all on this machine
             return {"nodes": 1, "srun": "", "processes": f"--processes {gpus}"}.get(word)
@@ -258,7 +347,10 @@ def spread(word):
     return value
 
 
-SPREAD = {word: spread(word) for word in ("nodes", "mpi", "tasks", "tasks_per_gpu", "gres", "srun", "processes")}
+SPREAD = {
+    word: spread(word)
+    for word in ("nodes", "mpi", "tasks", "tasks_per_gpu", "gres", "srun", "processes")
+}
 
 
 def limit(what):
@@ -285,12 +377,27 @@ def priced(jobs):
     """Lines of `halfstep plan` about these jobs of the graph."""
 
     def keys(job):
-        return dict(rule=job.rule.name, input=[*map(str, job.input)], output=[*map(str, job.output)])
+        return dict(
+            rule=job.rule.name, input=[*map(str, job.input)], output=[*map(str, job.output)]
+        )
 
-    shells = [(job, re.search(r"halfstep .*?(?=2>&1)", (job.shellcmd or "").replace("\\\n", " "), re.DOTALL)) for job in jobs]
+    shells = [
+        (
+            job,
+            re.search(
+                r"halfstep .*?(?=2>&1)", (job.shellcmd or "").replace("\\\n", " "), re.DOTALL
+            ),
+        )
+        for job in jobs
+    ]
     return plan.lines(
         [
-            keys(job) | dict(gpu=job.resources.get("gpu", 0), runtime=job.resources.get("runtime", 0), command=shlex.split(shell[0]))
+            keys(job)
+            | dict(
+                gpu=job.resources.get("gpu", 0),
+                runtime=job.resources.get("runtime", 0),
+                command=shlex.split(shell[0]),
+            )
             for job, shell in shells
             if shell
         ],
@@ -300,11 +407,17 @@ def priced(jobs):
 
 def failures(log):
     """Of every failed job the rule, the last lines of its log, and where that and Slurm's own lie."""
-    blocks = re.findall(r"^Error in rule\s(\w+)[^\n]*:\n((?: .*\n?)+)", log.read_text(errors="replace"), re.MULTILINE)
+    blocks = re.findall(
+        r"^Error in rule\s(\w+)[^\n]*:\n((?: .*\n?)+)",
+        log.read_text(errors="replace"),
+        re.MULTILINE,
+    )
     last = {}
     for rule, facts in blocks:
         own = re.search(r"^ +log: ([^\s,]+)", facts, re.MULTILINE)
-        last.setdefault((rule, own and own[1]), []).extend(re.findall(r"\S*logs/slurm/\S+\.log", facts))
+        last.setdefault((rule, own and own[1]), []).extend(
+            re.findall(r"\S*logs/slurm/\S+\.log", facts)
+        )
     for (rule, own), slurm_logs in last.items():
         yield f"rule {rule}"
         if own:
@@ -321,8 +434,20 @@ def failures(log):
 
 
 def tracked():
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or ("sqlite:///results/mlflow.db" if Path("results/mlflow.db").exists() else "")
-    return [f"curves: {uri}" if uri.startswith("http") else f"curves: mlflow ui --backend-store-uri {uri}"] if uri else []
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or (
+        "sqlite:///results/mlflow.db" if Path("results/mlflow.db").exists() else ""
+    )
+    return (
+        [
+            (
+                f"curves: {uri}"
+                if uri.startswith("http")
+                else f"curves: mlflow ui --backend-store-uri {uri}"
+            )
+        ]
+        if uri
+        else []
+    )
 
 
 def unsent():

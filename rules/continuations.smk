@@ -6,7 +6,12 @@ rule continue_prompts:
         checkpoint="results/models/{model}/meta.json",
         corpus=manifest,
     output:
-        multiext("results/continuations/{model}/steps-{steps}/", "samples.npy", "samples.txt", "provenance.json"),
+        multiext(
+            "results/continuations/{model}/steps-{steps}/",
+            "samples.npy",
+            "samples.txt",
+            "provenance.json",
+        ),
         about="results/continuations/{model}/steps-{steps}/samples.json",
     log:
         "results/logs/continue_prompts/{model}/steps-{steps}.log",
@@ -26,8 +31,8 @@ rule continue_prompts:
         checkpoint=subpath(input.checkpoint, parent=True),
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.about, parent=True),
-        prompts=lambda wildcards: flags(part(CONFIG.continuations, Prompts)),
-        drawing=flags(part(CONFIG.sampling, Drawing)),
+        prompts=lambda wildcards: flags(subsection(CONFIG.continuations, Prompts)),
+        drawing=flags(subsection(CONFIG.sampling, DrawOptions)),
         code=STAGE["continue_prompts"],
     shell:
         r"""
@@ -46,7 +51,9 @@ rule continue_prompts:
 rule score_continuations:
     input:
         samples=lambda wildcards: expand(
-            "results/continuations/{model}/steps-{steps}/samples.json", model=wildcards.model, steps=continuation_steps(wildcards.model)
+            "results/continuations/{model}/steps-{steps}/samples.json",
+            model=wildcards.model,
+            steps=continuation_steps(wildcards.model),
         ),
         corpus=manifest,
         judge=judge_file,

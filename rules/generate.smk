@@ -5,7 +5,12 @@ rule generate:
     input:
         checkpoint="results/models/{model}/meta.json",
     output:
-        multiext("results/samples/{model}/steps-{steps}/", "samples.npy", "samples.txt", "provenance.json"),
+        multiext(
+            "results/samples/{model}/steps-{steps}/",
+            "samples.npy",
+            "samples.txt",
+            "provenance.json",
+        ),
         about="results/samples/{model}/steps-{steps}/samples.json",
     log:
         "results/logs/generate/{model}/steps-{steps}.log",
@@ -24,7 +29,7 @@ rule generate:
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         output=subpath(output.about, parent=True),
-        writing=flags(part(CONFIG.sampling, Writing)),
+        writing=flags(subsection(CONFIG.sampling, GenerateOptions)),
         code=STAGE["generate"],
     shell:
         r"""

@@ -35,7 +35,9 @@ rule tabulate:
 
 rule plot:
     input:
-        lambda wildcards: [source.replace("journal.jsonl", "meta.json") for source in FIGURES[wildcards.figure]],
+        lambda wildcards: [
+            source.replace("journal.jsonl", "meta.json") for source in FIGURES[wildcards.figure]
+        ],
     output:
         multiext("results/figures/{figure}", ".pdf", ".csv", ".provenance.json"),
         svg=report(
@@ -68,7 +70,9 @@ rule plot:
 
 # A server that is away must not make a finished graph red, and Snakemake wants its output: `track` then succeeds with a warning, which it
 # writes into the file. The file is empty when all was sent. One with a warning is taken away here, so that the next call that works tries again.
-if unsent() and not any(re.fullmatch(r"-\w*n\w*|--dry-?run|--report.*|--lint.*", word) for word in sys.argv[1:]):
+if unsent() and not any(
+    re.fullmatch(r"-\w*n\w*|--dry-?run|--report.*|--lint.*", word) for word in sys.argv[1:]
+):
     os.remove("results/mlflow.synced")
 
 

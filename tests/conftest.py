@@ -2,9 +2,18 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from known import write_samples
+
+from halfstep import checkpoint
+from halfstep.commands.data import prepare_corpus
+from halfstep.config import Corpus, Network
+from halfstep.files import read_json
+from halfstep.models.gpt import save_gpt_neox
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
@@ -23,5 +32,58 @@ def shared() -> Path:
     """../shared, what developers have beside the checkout; users do not."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is not there: this test compares with files that only developers have")
+        pytest.skip(
+            f"{folder} is not there: this test compares with files that only developers have"
+        )
     return folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """results/ with a stories corpus, a random teacher and baseline of size tiny, and the teacher's samples at two step counts."""
+    root = tmp_path_factory.mktemp("world") / "results"
+    corpus = root / "data" / "stories"
+    prepare_corpus(
+        corpus,
+        Corpus(
+            kind="stories", length=128, vocab_size=640, num_documents=60, validation_documents=60
+        ),
+        workers=1,
+    )
+    facts = read_json(corpus / "manifest.json")
+    models_ = root / "models" / "stories-tiny"
+    for kind, name in (("diffusion", "teacher"), ("autoregressive", "baseline")):
+        torch.manual_seed(0)
+        meta = {
+            "kind": kind,
+            "network": Network(size="tiny").model_dump(),
+            **{k: facts[k] for k in ("vocab_size", "eos_id", "length")},
+        }
+        network = checkpoint.build_network(meta)
+        torch.nn.init.normal_(network.output_layer.linear.weight, std=0.1)
+        state = network.state_dict()
+        checkpoint.save_checkpoint(
+            models_ / name,
+            {"model.safetensors": state, "ema.safetensors": state},
+            meta,
+            corpus / "tokenizer.json",
+        )
+    save_gpt_neox(
+        network,
+        models_ / "baseline" / "hf",
+        facts["length"],
+        facts["eos_id"],
+        corpus / "tokenizer.json",
+    )
+    held_out = np.fromfile(corpus / "validation.bin", facts["dtype"]).reshape(-1, facts["length"])
+    for steps in (8, 16):
+        ids = np.random.default_rng(steps).permuted(held_out[:12], axis=1).astype(np.int32)
+        write_samples(root / "samples" / "stories-tiny" / "teacher" / f"steps-{steps}", ids, steps)
+    return SimpleNamespace(
+        root=root,
+        corpus=corpus,
+        facts=facts,
+        models=models_,
+        samples=root / "samples" / "stories-tiny" / "teacher",
+        held_out=held_out,
+    )

@@ -25,10 +25,15 @@ class Language:
         score[torch.randperm(len(score), generator=generator)[:forbidden]] = -torch.inf
         self.log_p = score.log_softmax(0)
         self.p = self.log_p.exp()
-        fits = ((self.states[:, None] == self.texts) | (self.states[:, None] == V)).all(-1).double()  # [S, T]
+        fits = (
+            ((self.states[:, None] == self.texts) | (self.states[:, None] == V)).all(-1).double()
+        )  # [S, T]
         self.chance = fits @ self.p  # [S] of seeing what is visible in a state
         hot = torch.nn.functional.one_hot(self.texts, V).double()  # [T, L, V]
-        self.posterior = torch.einsum("st,t,tlv->slv", fits, self.p, hot) / self.chance.clamp(min=1e-300)[:, None, None]
+        self.posterior = (
+            torch.einsum("st,t,tlv->slv", fits, self.p, hot)
+            / self.chance.clamp(min=1e-300)[:, None, None]
+        )
         self.fits, self.masked = fits, self.states == V
 
     def index(self, x: Tensor) -> Tensor:
@@ -52,17 +57,27 @@ class Perfect:
 
     def __init__(self, language: Language, heat: float = 0.0):
         self.language, self.heat, self.mask_id = language, heat, language.mask_id
-        self.readout = torch.eye(language.V, dtype=torch.float64), torch.zeros(language.V, dtype=torch.float64)
+        self.readout = (
+            torch.eye(language.V, dtype=torch.float64),
+            torch.zeros(language.V, dtype=torch.float64),
+        )
         self.ignores_time = heat == 0
         self.passes = self.texts = 0
 
     def table(self, t: float) -> Tensor:
         """Exact p(x0_l = v | state) at time t, [S, L, V] float64."""
-        return (self.language.posterior.log() * (1 + self.heat * t)).softmax(-1).nan_to_num(1 / self.language.V)
+        return (
+            (self.language.posterior.log() * (1 + self.heat * t))
+            .softmax(-1)
+            .nan_to_num(1 / self.language.V)
+        )
 
     def features(self, xt: Tensor, t: Tensor, where: Tensor | None = None) -> Tensor:
         self.passes, self.texts = self.passes + 1, self.texts + len(xt)
-        log_p = self.language.posterior[self.language.index(xt)].log() * (1 + self.heat * t.double())[:, None, None]
+        log_p = (
+            self.language.posterior[self.language.index(xt)].log()
+            * (1 + self.heat * t.double())[:, None, None]
+        )
         log_p = log_p.log_softmax(-1).nan_to_num(nan=0.0, neginf=-torch.inf)
         return log_p if where is None else log_p[where]
 
@@ -106,7 +121,12 @@ def exactly(language: Language, law: Tensor, p: Tensor, count: int) -> Tensor:
     revealed = m[rows][:, None] - m[None]
     sets = torch.tensor([comb(int(n), count) for n in m[rows]], dtype=torch.float64)
     # at r = 1/2 each set of revealed positions has weight 2^-m, whatever the set
-    return law[rows] @ (_moves(language, rows, p, 0.5) * 2.0 ** m[rows][:, None] * (revealed == count) / sets[:, None])
+    return law[rows] @ (
+        _moves(language, rows, p, 0.5)
+        * 2.0 ** m[rows][:, None]
+        * (revealed == count)
+        / sets[:, None]
+    )
 
 
 def ancestral_law(denoiser: Perfect, steps: int, start: Tensor) -> Tensor:
@@ -141,7 +161,9 @@ def grid(name: str, t: float, dt: float, substeps: int) -> list[float]:
     return [max(t * w + (1 - t) * (t - substeps * dt), 1e-5) for w in space]
 
 
-def target_mean(denoiser: Perfect, xt: Tensor, t: float, dt: float, substeps: int, times: str, of=torch.log) -> tuple[Tensor, Tensor]:
+def target_mean(
+    denoiser: Perfect, xt: Tensor, t: float, dt: float, substeps: int, times: str, of=torch.log
+) -> tuple[Tensor, Tensor]:
     """Mean over the teacher's draws of of(target)[L, V] at each masked position of the state xt[L], and of its square."""
     language = denoiser.language
     law = torch.zeros(len(language.states), dtype=torch.float64)
@@ -163,7 +185,9 @@ def masked_loss(language: Language, share: float) -> float:
     """E sum over masked positions of -log posterior(x0), when each position is masked with chance `share`."""
     m = language.masked.sum(1).double()
     weight = share**m * (1 - share) ** (language.L - m)  # [S] chance of the pattern
-    loss = -(language.posterior * language.posterior.clamp(min=1e-300).log()).sum(-1)  # [S, L]: entropy of each posterior
+    loss = -(language.posterior * language.posterior.clamp(min=1e-300).log()).sum(
+        -1
+    )  # [S, L]: entropy of each posterior
     return (weight * language.chance * (loss * language.masked).sum(1)).sum().item()
 
 
@@ -172,7 +196,8 @@ def nelbo(language: Language, low: float = 0.0, high: float = 1.0, eps: float = 
     nodes, weights = _gauss(32)
     t = low + (high - low) * (nodes + 1) / 2
     return sum(
-        (high - low) / 2 * w.item() * masked_loss(language, (1 - eps) * a.item()) / a.item() for a, w in zip(t, weights, strict=True)
+        (high - low) / 2 * w.item() * masked_loss(language, (1 - eps) * a.item()) / a.item()
+        for a, w in zip(t, weights, strict=True)
     )
 
 
@@ -193,4 +218,10 @@ def chi_square(counts: Tensor, law: Tensor, least: float = 5.0) -> float:
     keep = expected > 0
     statistic = ((seen - expected).square() / expected)[keep].sum()
     freedom = int(keep.sum()) - 1
-    return torch.special.gammaincc(torch.tensor(freedom / 2, dtype=torch.float64), statistic / 2).item() if freedom > 0 else 1.0
+    return (
+        torch.special.gammaincc(
+            torch.tensor(freedom / 2, dtype=torch.float64), statistic / 2
+        ).item()
+        if freedom > 0
+        else 1.0
+    )

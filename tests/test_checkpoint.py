@@ -12,7 +12,14 @@ from halfstep.config import Network
 from halfstep.data.tokenizer import train_bpe
 from halfstep.errors import HalfstepError
 
-META = {"kind": "diffusion", "network": Network(size="tiny").model_dump(), "vocab_size": 300, "eos_id": 0, "length": 16, "round": 0}
+META = {
+    "kind": "diffusion",
+    "network": Network(size="tiny").model_dump(),
+    "vocab_size": 300,
+    "eos_id": 0,
+    "length": 16,
+    "round": 0,
+}
 
 
 @pytest.fixture
@@ -23,12 +30,14 @@ def folder(tmp_path):
     torch.manual_seed(0)
     tensors = {}
     for name in checkpoint.FILES.values():
-        network = checkpoint.build(META)
+        network = checkpoint.build_network(META)
         for p in network.parameters():
             torch.nn.init.normal_(p, std=0.1)
-        tensors[name] = dict(network.named_parameters()) if name == "ema.safetensors" else network.state_dict()
+        tensors[name] = (
+            dict(network.named_parameters()) if name == "ema.safetensors" else network.state_dict()
+        )
     tensors["optimizer.safetensors"] = {"step:a": torch.tensor(3.0)}
-    checkpoint.save(tmp_path / "model", tensors, META, tmp_path / "tokenizer.json")
+    checkpoint.save_checkpoint(tmp_path / "model", tensors, META, tmp_path / "tokenizer.json")
     return tmp_path / "model"
 
 
@@ -37,23 +46,42 @@ def test_round_trip(folder, weights):
     model = halfstep.load(folder, weights)
     for key, value in load_file(folder / checkpoint.FILES[weights]).items():
         assert torch.equal(model.network.state_dict()[key], value), key
-    assert torch.equal(model.network.rotary_emb.inv_freq, checkpoint.build(META).rotary_emb.inv_freq)
-    assert not model.network.training and not any(p.requires_grad for p in model.network.parameters())
-    assert (model.kind, model.length, model.vocab_size, model.eos_id, model.mask_id) == ("diffusion", 16, 300, 0, 300)
+    assert torch.equal(
+        model.network.rotary_emb.inv_freq, checkpoint.build_network(META).rotary_emb.inv_freq
+    )
+    assert not model.network.training and not any(
+        p.requires_grad for p in model.network.parameters()
+    )
+    assert (model.kind, model.length, model.vocab_size, model.eos_id, model.mask_id) == (
+        "diffusion",
+        16,
+        300,
+        0,
+        300,
+    )
     assert model.denoiser.mask_id == 300 and model.denoiser.ignores_time
-    assert model.sha256 == json.loads((folder / "meta.json").read_text())["sha256"][checkpoint.FILES[weights]]
+    assert (
+        model.sha256
+        == json.loads((folder / "meta.json").read_text())["sha256"][checkpoint.FILES[weights]]
+    )
     assert model.tokenizer.decode(model.tokenizer.encode("a red kite").ids) == "a red kite"
 
 
 def test_the_average_is_what_is_loaded_by_default(folder):
-    assert torch.equal(halfstep.load(folder).network.vocab_embed.embedding, load_file(folder / "ema.safetensors")["vocab_embed.embedding"])
+    assert torch.equal(
+        halfstep.load(folder).network.vocab_embed.embedding,
+        load_file(folder / "ema.safetensors")["vocab_embed.embedding"],
+    )
 
 
 def test_kinds_and_time_conditioning():
     meta = META | {"network": {"size": "tiny", "time_conditioning": True}}
-    assert not checkpoint.denoiser_of(checkpoint.build(meta), meta).ignores_time
-    assert type(checkpoint.build(META | {"kind": "autoregressive"})).__name__ == "GPT"
-    assert checkpoint.build(META, dropout=0.25).blocks[0].dropout == 0.25 and checkpoint.build(META).blocks[0].dropout == 0
+    assert not checkpoint.denoiser_of(checkpoint.build_network(meta), meta).ignores_time
+    assert type(checkpoint.build_network(META | {"kind": "autoregressive"})).__name__ == "GPT"
+    assert (
+        checkpoint.build_network(META, dropout=0.25).blocks[0].dropout == 0.25
+        and checkpoint.build_network(META).blocks[0].dropout == 0
+    )
 
 
 def test_meta_comes_last_and_goes_first(folder, monkeypatch, tmp_path):
@@ -64,7 +92,9 @@ def test_meta_comes_last_and_goes_first(folder, monkeypatch, tmp_path):
 
     monkeypatch.setattr(checkpoint, "write_atomic", broken)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(folder, {"model.safetensors": {"a": torch.ones(1)}}, META, tmp_path / "tokenizer.json")
+        checkpoint.save_checkpoint(
+            folder, {"model.safetensors": {"a": torch.ones(1)}}, META, tmp_path / "tokenizer.json"
+        )
     with pytest.raises(HalfstepError, match="no meta.json there, so no finished checkpoint"):
         halfstep.load(folder)
 
@@ -83,7 +113,9 @@ def rewrite(folder, **changes):
     from halfstep.files import sha256
 
     meta = json.loads((folder / "meta.json").read_text()) | changes
-    meta["sha256"] = {name: sha256(folder / name) for name in meta["sha256"] if (folder / name).exists()}
+    meta["sha256"] = {
+        name: sha256(folder / name) for name in meta["sha256"] if (folder / name).exists()
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
 
 

@@ -36,7 +36,10 @@ def test_median_and_quartiles_of_the_repeats_after_the_warm_up(monkeypatch):
 
 def test_cases_take_turns_in_alternating_order(monkeypatch):
     clock, ticks = Clock(monkeypatch), []
-    cases = {name: clock.task(name, [seconds] * 4) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
+    cases = {
+        name: clock.task(name, [seconds] * 4)
+        for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 3.0))
+    }
     found = timing.measure_in_turns(cases, repeats=3, tick=lambda: ticks.append(1))
     assert "".join(clock.calls) == "cba" + "abc" + "cba" + "abc" and len(ticks) == 12
     assert {name: t.median_s for name, t in found.items()} == {"a": 1, "b": 2, "c": 3}
@@ -60,7 +63,9 @@ class Meter:
         self.millijoules, self.broken = 5e9, broken
         monkeypatch.setitem(sys.modules, "pynvml", self)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab"))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12ab")
+        )
 
     def __getattr__(self, name):
         def call(*given):
@@ -87,12 +92,16 @@ def test_energy_is_the_mean_of_a_call_and_each_case_has_its_own(monkeypatch):
     def between():
         meter.millijoules += 7000
 
-    found = timing.measure_in_turns({"a": task(50, 1, 2, 6), "b": task(900, 10, 10, 40)}, 3, 1, "cuda", between)
+    found = timing.measure_in_turns(
+        {"a": task(50, 1, 2, 6), "b": task(900, 10, 10, 40)}, 3, 1, "cuda", between
+    )
     assert (found["a"].joules, found["b"].joules) == (3, 20)
     assert timing.measure(task(1, 1), 1).joules is None  # a CPU
 
 
-@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetTotalEnergyConsumption"])
+@pytest.mark.parametrize(
+    "call", ["nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetTotalEnergyConsumption"]
+)
 def test_a_card_that_does_not_count_energy_has_none(monkeypatch, call):
     Meter(monkeypatch, broken=call)
     assert timing.measure(lambda: None, 2, device="cuda").joules is None

@@ -21,20 +21,22 @@ __all__ = ["generate", "load"]
 
 def load(folder: str | Path, weights: str = "ema", device: str = "cpu") -> Model:
     """A checkpoint folder, ready for use; no configuration needed. weights: ema, raw or best."""
-    from halfstep.checkpoint import load
+    from halfstep.checkpoint import load_checkpoint
 
-    return load(folder, weights, device)
+    return load_checkpoint(folder, weights, device)
 
 
-def generate(model: Model, steps: int = 8, num_samples: int = 1, prompt: str = "", seed: int = 1, **writing) -> list[str]:
+def generate(
+    model: Model, steps: int = 8, num_samples: int = 1, prompt: str = "", seed: int = 1, **writing
+) -> list[str]:
     """Texts written by a loaded model in `steps` sampling steps; `writing` takes sampler, temperature and top_p.
 
     A prompt begins every text; each <|mask|> in it is one token to be filled in.
     """
-    from halfstep.commands.generate import draw
-    from halfstep.config import Machine, Writing
+    from halfstep.commands.generate import draw_texts
+    from halfstep.config import GenerateOptions, Machine
 
     device = next(model.network.parameters()).device
-    how = Writing(num_samples=num_samples, sampling_seed=seed, **writing)
-    ids, _ = draw(model, steps, how, Machine(), device, prompt)
+    how = GenerateOptions(num_samples=num_samples, sampling_seed=seed, **writing)
+    ids, _ = draw_texts(model, steps, how, Machine(), device, prompt)
     return model.tokenizer.decode_batch(ids.tolist(), skip_special_tokens=True)

@@ -9,29 +9,89 @@ import sys
 from collections.abc import Callable
 
 COMMANDS = {  # name: (module:function, what it does)
-    "prepare-corpus": ("halfstep.commands.data:prepare_corpus", "write tokens, tokenizer and held-out split of a corpus"),
-    "pretrain": ("halfstep.commands.train:pretrain", "train the teacher, a masked diffusion language model"),
-    "train-baseline": ("halfstep.commands.train:train_baseline", "train the autoregressive peer: baseline, and judge at laptop scale"),
-    "import": ("halfstep.commands.publish:import_checkpoint", "make a checkpoint of published weights (MDLM, SDTT), from a file or the hub"),
-    "export": ("halfstep.commands.publish:export_checkpoint", "write a folder that transformers loads, with a model card, and push it"),
-    "distill-round": ("halfstep.commands.distill:distill_round", "one round of SDTT: the student learns two teacher steps in one"),
-    "generate": ("halfstep.commands.generate:generate", "draw samples from a checkpoint at one step count"),
-    "score-samples": ("halfstep.commands.evaluate:score_samples", "generative perplexity, entropy and consistency of samples"),
-    "score-corpus": ("halfstep.commands.evaluate:score_corpus", "the same measures of held-out text itself"),
-    "score-lambada": ("halfstep.commands.evaluate:score_lambada", "last-word accuracy and perplexity through lm-eval"),
-    "continue-prompts": ("halfstep.commands.continuations:continue_prompts", "continue the beginnings of held-out documents"),
-    "score-continuations": ("halfstep.commands.continuations:score_continuations", "MAUVE, self-BLEU and perplexity of continuations"),
-    "latency": ("halfstep.commands.benchmark:latency", "time students at each step count against autoregressive baselines"),
+    "prepare-corpus": (
+        "halfstep.commands.data:prepare_corpus",
+        "write tokens, tokenizer and held-out split of a corpus",
+    ),
+    "pretrain": (
+        "halfstep.commands.train:pretrain",
+        "train the teacher, a masked diffusion language model",
+    ),
+    "train-baseline": (
+        "halfstep.commands.train:train_baseline",
+        "train the autoregressive peer: baseline, and judge at laptop scale",
+    ),
+    "import": (
+        "halfstep.commands.publish:import_checkpoint",
+        "make a checkpoint of published weights (MDLM, SDTT), from a file or the hub",
+    ),
+    "export": (
+        "halfstep.commands.publish:export_checkpoint",
+        "write a folder that transformers loads, with a model card, and push it",
+    ),
+    "distill-round": (
+        "halfstep.commands.distill:distill_round",
+        "one round of SDTT: the student learns two teacher steps in one",
+    ),
+    "generate": (
+        "halfstep.commands.generate:generate",
+        "draw samples from a checkpoint at one step count",
+    ),
+    "score-samples": (
+        "halfstep.commands.evaluate:score_samples",
+        "generative perplexity, entropy and consistency of samples",
+    ),
+    "score-corpus": (
+        "halfstep.commands.evaluate:score_corpus",
+        "the same measures of held-out text itself",
+    ),
+    "score-lambada": (
+        "halfstep.commands.evaluate:score_lambada",
+        "last-word accuracy and perplexity through lm-eval",
+    ),
+    "continue-prompts": (
+        "halfstep.commands.continuations:continue_prompts",
+        "continue the beginnings of held-out documents",
+    ),
+    "score-continuations": (
+        "halfstep.commands.continuations:score_continuations",
+        "MAUVE, self-BLEU and perplexity of continuations",
+    ),
+    "latency": (
+        "halfstep.commands.benchmark:latency",
+        "time students at each step count against autoregressive baselines",
+    ),
     "tabulate": ("halfstep.commands.report:tabulate", "gather metric rows into tables"),
     "plot": ("halfstep.commands.report:plot", "draw one figure from the tables"),
     "track": ("halfstep.commands.track:track", "send the journals to MLflow, idempotently"),
-    "merge-provenance": ("halfstep.commands.verify:merge_provenance", "gather the records of all artefacts in results/provenance.json"),
-    "verify": ("halfstep.commands.verify:verify", "recompute all checksums, and name what is changed, missing or stale"),
-    "fetch": ("halfstep.commands.fetch:fetch", "bring text, tokenizers, judges and weights from the hub, for nodes without internet"),
-    "plan": ("halfstep.commands.plan:plan", "price the graph: GPU-hours, disk and longest path, before anything is submitted"),
-    "doctor": ("halfstep.commands.doctor:doctor", "look at Slurm, GPUs, disks, hub cache and MLflow, and say what to do"),
-    "summary": ("halfstep.commands.report:summary", "print the tables, two texts and where everything lies"),
-    "write-schema": ("halfstep.commands.config:write_schema", "write the JSON schema of config.yaml, for editors"),
+    "merge-provenance": (
+        "halfstep.commands.verify:merge_provenance",
+        "gather the records of all artefacts in results/provenance.json",
+    ),
+    "verify": (
+        "halfstep.commands.verify:verify",
+        "recompute all checksums, and name what is changed, missing or stale",
+    ),
+    "fetch": (
+        "halfstep.commands.fetch:fetch",
+        "bring text, tokenizers, judges and weights from the hub, for nodes without internet",
+    ),
+    "plan": (
+        "halfstep.commands.plan:plan",
+        "price the graph: GPU-hours, disk and longest path, before anything is submitted",
+    ),
+    "doctor": (
+        "halfstep.commands.doctor:doctor",
+        "look at Slurm, GPUs, disks, hub cache and MLflow, and say what to do",
+    ),
+    "summary": (
+        "halfstep.commands.report:summary",
+        "print the tables, two texts and where everything lies",
+    ),
+    "write-schema": (
+        "halfstep.commands.config:write_schema",
+        "write the JSON schema of config.yaml, for editors",
+    ),
 }
 
 MENDS = {  # what the file system refused: what to do
@@ -57,19 +117,24 @@ def arguments(command: Callable, argv: list[str]) -> dict:
     import tyro
     from pydantic import ValidationError
 
-    from halfstep import launch
+    from halfstep.distributed import launch
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             given = functools.wraps(command)(lambda **given: given)
-            return tyro.cli(given, prog=f"halfstep {argv[0]}", args=argv[1:], config=(tyro.conf.OmitArgPrefixes,))
+            return tyro.cli(
+                given,
+                prog=f"halfstep {argv[0]}",
+                args=argv[1:],
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
     except SystemExit as error:
         cause: BaseException | None = error
         while cause := cause.__context__:  # tyro draws a box around pydantic's message
             if isinstance(cause, ValidationError):
                 raise cause from None
-        if not launch.is_said(said.getvalue()):
+        if not launch.already_printed(said.getvalue()):
             sys.stderr.write(said.getvalue())
         raise
 
@@ -83,30 +148,34 @@ def main(argv: list[str] | None = None) -> int:
         import difflib
 
         near = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.4)
-        print(f"halfstep: unknown command {argv[0]!r}" + (f"; did you mean {near[0]}?" if near else "; see halfstep --help"), file=sys.stderr)
+        print(
+            f"halfstep: unknown command {argv[0]!r}"
+            + (f"; did you mean {near[0]}?" if near else "; see halfstep --help"),
+            file=sys.stderr,
+        )
         return 2
-    from halfstep import launch
+    from halfstep.distributed import launch
     from halfstep.errors import HalfstepError
 
-    if (processes := launch.asked(argv)) > 1:
+    if (processes := launch.processes_requested(argv)) > 1:
         try:
             return launch.launch(argv, processes)
         except HalfstepError as error:
             print(f"halfstep {argv[0]}: {error}", file=sys.stderr)
             return 1
-    launch.obey()
+    launch.die_with_launcher()
     import pydantic
 
-    from halfstep import provenance
+    from halfstep.records import provenance
     from halfstep.resolve import explain
 
     def refuse(*lines: str) -> int:
         text = "\n".join(f"halfstep {argv[0]}: {line}" for line in lines)
-        if not launch.is_said(text):
+        if not launch.already_printed(text):
             print(text, file=sys.stderr)
         return 1
 
-    provenance.begin(["halfstep", *argv])
+    provenance.begin_record(["halfstep", *argv])
     module, function = COMMANDS[argv[0]][0].split(":")
     command = getattr(importlib.import_module(module), function)
     try:
@@ -120,8 +189,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
         return refuse(f"{where}{error.strerror}; {MENDS.get(error.errno, 'check the path')}")
-    if processes := sys.modules.get("halfstep.processes"):  # not where all went ill: to part in good order takes all
-        processes.part()
+    if processes := sys.modules.get(
+        "halfstep.distributed.group"
+    ):  # not where all went ill: to part in good order takes all
+        processes.leave_group()
     return 0
 
 

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 def _number(value: Any) -> Any:
     """YAML 1.1 reads `6e-5` and `1_000.0` as text; a float field means a number."""
     try:
-        return float(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
+        return (
+            float(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
+        )
     except ValueError:
         return value
 
@@ -23,14 +25,22 @@ def _number(value: Any) -> Any:
 Float = Annotated[float, pydantic.BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Float, Field(gt=0)]
 Share = Annotated[Float, Field(ge=0, lt=1)]
-Names = Annotated[list[str], pydantic.BeforeValidator(lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str])]
+Names = Annotated[
+    list[str],
+    pydantic.BeforeValidator(
+        lambda value: [value] if isinstance(value, str) else value,
+        json_schema_input_type=str | list[str],
+    ),
+]
 Weights = Literal["ema", "raw", "best"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
 
 class Corpus(Section):
@@ -58,7 +68,9 @@ class Corpus(Section):
     @model_validator(mode="after")
     def _agree(self):
         if (self.kind == "files") != bool(self.files):
-            raise ValueError(f"`files` is given with kind: files and only then, found kind: {self.kind} and files: {self.files}")
+            raise ValueError(
+                f"`files` is given with kind: files and only then, found kind: {self.kind} and files: {self.files}"
+            )
         if self.kind == "stories" and self.num_documents is None:
             raise ValueError("kind: stories needs num_documents, the number of stories to write")
         for key, used, where in (
@@ -66,11 +78,15 @@ class Corpus(Section):
             ("vocab_size", self.tokenizer == "bpe", "tokenizer: bpe"),
         ):  # fmt: skip
             if not used and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key}: found {getattr(self, key)!r}, which is of use with {where} only; leave it out")
+                raise ValueError(
+                    f"{key}: found {getattr(self, key)!r}, which is of use with {where} only; leave it out"
+                )
         return self
 
 
-SIZES: dict[str, tuple[int, int, int]] = {  # blocks, width, heads: SDTT Table 2, and two for small machines
+SIZES: dict[
+    str, tuple[int, int, int]
+] = {  # blocks, width, heads: SDTT Table 2, and two for small machines
     "tiny": (3, 128, 8),
     "mini": (6, 384, 6),
     "small": (12, 768, 12),
@@ -139,7 +155,9 @@ class Training(Section):
     @model_validator(mode="after")
     def _agree(self):
         if self.warmup_steps >= self.num_steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below num_steps ({self.num_steps})")
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must be below num_steps ({self.num_steps})"
+            )
         return self
 
 
@@ -188,7 +206,7 @@ class Distillation(Training):
         return self
 
 
-class Drawing(Section):
+class DrawOptions(Section):
     """How a text is drawn."""
 
     sampler: Literal["ancestral", "analytic", "first_hitting", "block"] = "ancestral"
@@ -207,11 +225,13 @@ class Drawing(Section):
     @model_validator(mode="after")
     def _noise(self):
         if self.draw_dtype == "float32-released" and self.sampler != "ancestral":
-            raise ValueError(f"draw_dtype float32-released is the noise of sampler ancestral, found sampler {self.sampler}; change one of the two")
+            raise ValueError(
+                f"draw_dtype float32-released is the noise of sampler ancestral, found sampler {self.sampler}; change one of the two"
+            )
         return self
 
 
-class Writing(Drawing):
+class GenerateOptions(DrawOptions):
     """How one set of samples is drawn."""
 
     num_samples: PositiveInt = 1024
@@ -224,10 +244,14 @@ def _step_count(value: Any) -> int | str:
     raise ValueError("expected a whole number above zero, or own")
 
 
-StepCount = Annotated[Any, pydantic.PlainValidator(_step_count), pydantic.WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "own"}]})]
+StepCount = Annotated[
+    Any,
+    pydantic.PlainValidator(_step_count),
+    pydantic.WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "own"}]}),
+]
 
 
-class Sampling(Writing):
+class Sampling(GenerateOptions):
     """How samples are drawn for scoring, and at which step counts."""
 
     steps: Annotated[list[StepCount], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
@@ -283,7 +307,9 @@ class Continuations(Prompts):
 
     continuation_steps: Annotated[list[PositiveInt], Field(min_length=1)] = [8, 16, 32, 64, 128]
     """step counts at which prompts are continued"""
-    continuation_rounds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    continuation_rounds: (
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None
+    ) = None
     """which rounds continue them, 0 being the teacher; all when absent. The baseline always does"""
 
 
@@ -296,7 +322,10 @@ class Benchmark(Section):
     """texts at once"""
     benchmark_steps: Annotated[list[PositiveInt], Field(min_length=1)] = [4, 8, 16, 32, 64]
     """sampling steps of the timed students"""
-    baselines: Annotated[list[Literal["halfstep", "transformers", "vllm"]], Field(min_length=1)] = ["halfstep", "transformers"]
+    baselines: Annotated[list[Literal["halfstep", "transformers", "vllm"]], Field(min_length=1)] = [
+        "halfstep",
+        "transformers",
+    ]
     """who writes one token at a time: our decoder (static KV cache, CUDA graphs), transformers' generate with its static cache, vLLM where installed"""
     sizes: list[Size] = []
     """network sizes that are timed too, with untrained weights and the checkpoint's vocabulary; their rows say so"""
@@ -345,14 +374,22 @@ class Teacher(Section):
         if isinstance(raw, dict) and isinstance(raw.get("runs"), dict):
             shared = raw.get("distillation") or {}
             if isinstance(shared, dict):
-                return {**raw, "runs": {k: {**shared, **(v or {})} if isinstance(v, dict | None) else v for k, v in raw["runs"].items()}}
+                return {
+                    **raw,
+                    "runs": {
+                        k: {**shared, **(v or {})} if isinstance(v, dict | None) else v
+                        for k, v in raw["runs"].items()
+                    },
+                }
         return raw
 
     @field_validator("runs")
     @classmethod
     def _reserved(cls, runs):
         for name in {"teacher", "baseline"} & runs.keys():
-            raise ValueError(f"a run may not be called {name}: results/models/<teacher>/{name} is taken; choose another name")
+            raise ValueError(
+                f"a run may not be called {name}: results/models/<teacher>/{name} is taken; choose another name"
+            )
         return runs
 
 
@@ -377,15 +414,25 @@ class Config(Section):
     def _agree(self):
         for name, teacher in self.teachers.items():
             if teacher.corpus not in self.corpora:
-                raise ValueError(f"teachers.{name}.corpus is {teacher.corpus!r}, which is not a key of corpora: {', '.join(self.corpora)}")
+                raise ValueError(
+                    f"teachers.{name}.corpus is {teacher.corpus!r}, which is not a key of corpora: {', '.join(self.corpora)}"
+                )
             corpus, how = self.corpora[teacher.corpus], self.continuations
             of = f"of corpus {teacher.corpus!r}"
             if self.evaluation.lambada == "last_words" and corpus.kind != "stories":
-                raise ValueError(f"evaluation.lambada is last_words, but the kind {of} is {corpus.kind}: only stories have them; name a hub data set or a .jsonl")
+                raise ValueError(
+                    f"evaluation.lambada is last_words, but the kind {of} is {corpus.kind}: only stories have them; name a hub data set or a .jsonl"
+                )
             if teacher.source and self.sampling.weights == "best":
-                raise ValueError(f"sampling.weights is best, but teachers.{name}.from brings no best weights, for it was not validated here; choose ema or raw")
+                raise ValueError(
+                    f"sampling.weights is best, but teachers.{name}.from brings no best weights, for it was not validated here; choose ema or raw"
+                )
             runs = teacher.runs.values() or [teacher.distillation]
-            most = max(run.teacher_steps if count == "own" else count for count in self.sampling.steps for run in runs)
+            most = max(
+                run.teacher_steps if count == "own" else count
+                for count in self.sampling.steps
+                for run in runs
+            )
             if self.sampling.sampler == "first_hitting" and most > corpus.length:
                 raise ValueError(
                     f"sampling.steps: found {most}, but sampler first_hitting reveals at least one of the {corpus.length} positions {of} "

@@ -26,7 +26,9 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], object]) ->
             part.write_bytes(content.encode() if isinstance(content, str) else content)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
-        part.chmod(0o666 & ~_umask())  # safetensors writes 0600, which colleagues on a cluster could not read
+        part.chmod(
+            0o666 & ~_umask()
+        )  # safetensors writes 0600, which colleagues on a cluster could not read
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -47,9 +49,13 @@ def read_json(path: Path) -> dict | list:
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise HalfstepError(f"{path}: no such file; run the step that makes it, or check the path") from None
+        raise HalfstepError(
+            f"{path}: no such file; run the step that makes it, or check the path"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise HalfstepError(f"{path}: not valid JSON ({error}); delete it and run the step that makes it again") from None
+        raise HalfstepError(
+            f"{path}: not valid JSON ({error}); delete it and run the step that makes it again"
+        ) from None
 
 
 def sha256(path: Path) -> str:
@@ -61,7 +67,7 @@ def sha256(path: Path) -> str:
     return digest
 
 
-def hashed(path: Path, digest: str) -> None:
+def remember_sha256(path: Path, digest: str) -> None:
     """This process has just written the file, and took the checksum of its bytes on the way."""
     _hashed[os.path.abspath(path)] = _stamp(os.stat(path)), digest
 

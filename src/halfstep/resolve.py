@@ -34,12 +34,30 @@ def explain(error: pydantic.ValidationError, top: type[BaseModel] = Config) -> l
         if fault["type"] == "extra_forbidden":
             names = _allowed(top, fault["loc"][:-1])
             near = difflib.get_close_matches(str(fault["loc"][-1]), names, 1, 0.5)
-            message = f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(names)}"
+            message = (
+                f"unknown key; did you mean {near[0]}?"
+                if near
+                else f"unknown key; known are {', '.join(names)}"
+            )
         elif fault["type"] == "literal_error":
-            near = difflib.get_close_matches(str(value), [w.strip("'\"") for w in fault["ctx"]["expected"].replace(" or ", ", ").split(", ")], 1, 0.5)
-            message = f"allowed are {fault['ctx']['expected']}" + (f"; did you mean {near[0]}?" if near else "")
+            near = difflib.get_close_matches(
+                str(value),
+                [
+                    w.strip("'\"")
+                    for w in fault["ctx"]["expected"].replace(" or ", ", ").split(", ")
+                ],
+                1,
+                0.5,
+            )
+            message = f"allowed are {fault['ctx']['expected']}" + (
+                f"; did you mean {near[0]}?" if near else ""
+            )
         shown = repr(value) if not isinstance(value, dict | BaseModel) else "this section"
-        lines.append(f"{path}: found {shown}: {message[0].lower() + message[1:]}" if shown != "this section" else f"{path}: {message}")
+        lines.append(
+            f"{path}: found {shown}: {message[0].lower() + message[1:]}"
+            if shown != "this section"
+            else f"{path}: {message}"
+        )
     return list(dict.fromkeys(lines))
 
 
@@ -47,20 +65,31 @@ def _allowed(top: type[BaseModel], path: tuple) -> list[str]:
     """Names of the keys of the section at `path`."""
     model: Any = top
     for key in path:
-        annotation = model.model_fields[key].annotation if isinstance(model, type) and key in model.model_fields else model
+        annotation = (
+            model.model_fields[key].annotation
+            if isinstance(model, type) and key in model.model_fields
+            else model
+        )
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
         else:  # dict[Name, Section]: the field gives the section, the next key is a free name
-            model = next((a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)), model)
+            model = next(
+                (
+                    a
+                    for a in getattr(annotation, "__args__", ())
+                    if isinstance(a, type) and issubclass(a, BaseModel)
+                ),
+                model,
+            )
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def merge(base: dict, over: dict) -> dict:
+def merge_sections(base: dict, over: dict) -> dict:
     """`over` laid on `base`, section by section; lists and values are replaced, and null removes a named entry."""
     out = dict(base)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(out.get(key), dict):
-            out[key] = merge(out[key], value)
+            out[key] = merge_sections(out[key], value)
         elif value is None and isinstance(out.get(key), dict):
             del out[key]
         else:
@@ -79,13 +108,17 @@ def resolve(user: dict, presets: Path = PRESETS) -> Config:
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             raise ConfigError(f"preset: found {name!r}: no file {file}; {hint}")
         if name in names[:-1]:
-            raise ConfigError(f"preset: {' is laid on '.join(names)}: a circle; remove the key `preset` from one of these files")
+            raise ConfigError(
+                f"preset: {' is laid on '.join(names)}: a circle; remove the key `preset` from one of these files"
+            )
         try:
             layers.append(yaml.safe_load(file.read_text()) or {})
         except yaml.YAMLError as error:
-            raise ConfigError(f"preset: {file} is not YAML: {' '.join(str(error).split())}") from None
+            raise ConfigError(
+                f"preset: {file} is not YAML: {' '.join(str(error).split())}"
+            ) from None
         names.append(layers[-1].get("preset"))
-    return validate(functools.reduce(merge, reversed(layers)) | {"preset": names[0]})
+    return validate(functools.reduce(merge_sections, reversed(layers)) | {"preset": names[0]})
 
 
 def validate(raw: dict) -> Config:
@@ -113,7 +146,7 @@ def flags(section: Section, *names: str) -> str:
     return " ".join(words)
 
 
-def part(section: Section, kind: type[Section]) -> Section:
+def subsection(section: Section, kind: type[Section]) -> Section:
     """The `kind` that a section is a kind of: its fields alone, as `Writing` of `Sampling`."""
     return kind(**section.model_dump(include=set(kind.model_fields)))
 

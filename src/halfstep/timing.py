@@ -22,13 +22,19 @@ class Timing:
     joules: float | None = None
 
 
-def measure(fn: Callable[[], object], repeats: int, warmup: int = 1, device: str | torch.device = "cpu") -> Timing:
+def measure(
+    fn: Callable[[], object], repeats: int, warmup: int = 1, device: str | torch.device = "cpu"
+) -> Timing:
     """Time `repeats` calls of fn after `warmup` calls that do not count."""
     return measure_in_turns({"": fn}, repeats, warmup, device)[""]
 
 
 def measure_in_turns(
-    cases: dict, repeats: int, warmup: int = 1, device: str | torch.device = "cpu", tick: Callable[[], None] | None = None
+    cases: dict,
+    repeats: int,
+    warmup: int = 1,
+    device: str | torch.device = "cpu",
+    tick: Callable[[], None] | None = None,
 ) -> dict:
     """Time the functions of `cases` against one another: {name: fn} -> {name: Timing}.
 
@@ -52,7 +58,10 @@ def measure_in_turns(
                 tick()
     quartiles = {name: np.quantile(values, [0.5, 0.25, 0.75]) for name, values in seconds.items()}
     energy = {name: joules[name] / repeats if counter else None for name in cases}
-    return {name: Timing(*map(float, quartiles[name]), tuple(seconds[name]), energy[name]) for name in cases}
+    return {
+        name: Timing(*map(float, quartiles[name]), tuple(seconds[name]), energy[name])
+        for name in cases
+    }
 
 
 def energy_counter(device: str | torch.device = "cpu") -> Callable[[], float] | None:
@@ -63,7 +72,9 @@ def energy_counter(device: str | torch.device = "cpu") -> Callable[[], float] | 
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        handle = pynvml.nvmlDeviceGetHandleByUUID(
+            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        )
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except ImportError:
         return None
@@ -78,7 +89,9 @@ def device_name(device: str | torch.device = "cpu") -> str:
         return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+            names = [
+                line.partition(":")[2].strip() for line in file if line.startswith("model name")
+            ]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
@@ -86,7 +99,9 @@ def device_name(device: str | torch.device = "cpu") -> str:
 
 def machine(device: str | torch.device = "cpu") -> dict[str, str | int]:
     """What a time was taken on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return {
         "device": device_name(device), "cores": cores, "threads": torch.get_num_threads(), "system": platform.platform(),
         "python": platform.python_version(), "torch": metadata.version("torch"),

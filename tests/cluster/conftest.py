@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,14 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "workflow"))
-PACKAGES = {"slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "sbatch": "slurm-wlm", "munged": "munge", "slurmdbd": "slurmdbd", "mariadbd": "mariadb-server"}
+PACKAGES = {
+    "slurmctld": "slurm-wlm",
+    "slurmd": "slurm-wlm",
+    "sbatch": "slurm-wlm",
+    "munged": "munge",
+    "slurmdbd": "slurmdbd",
+    "mariadbd": "mariadb-server",
+}
 TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
 
 
@@ -25,19 +30,33 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE_", "HALFSTEP_", "SLURM_", "PYTEST_"))}
-        return clean | {"PATH": os.pathsep.join([str(self.home / "bin"), *os.get_exec_path(), "/usr/sbin"]), "OMP_NUM_THREADS": "1"}
+        clean = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("SNAKEMAKE_", "HALFSTEP_", "SLURM_", "PYTEST_"))
+        }
+        return clean | {
+            "PATH": os.pathsep.join([str(self.home / "bin"), *os.get_exec_path(), "/usr/sbin"]),
+            "OMP_NUM_THREADS": "1",
+        }
 
     def call(self, *words: str) -> str:
         """What a command of Slurm prints; empty while the controller is away."""
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, timeout=60
+        )
         return done.stdout.strip() if done.returncode == 0 else ""
 
     def stop_controller(self) -> None:
         os.kill(int((self.home / "run/slurmctld.pid").read_text()), 15)
 
     def start_controller(self) -> None:
-        subprocess.run(["slurmctld"], env=self.environment | {"SLURM_CONF": str(self.home / "etc/slurm.conf")}, check=True, timeout=60)
+        subprocess.run(
+            ["slurmctld"],
+            env=self.environment | {"SLURM_CONF": str(self.home / "etc/slurm.conf")},
+            check=True,
+            timeout=60,
+        )
 
 
 @contextmanager
@@ -45,8 +64,12 @@ def running(home: Path, tools: tuple[str, ...], *words: str) -> Iterator[Cluster
     path = os.pathsep.join([*os.get_exec_path(), "/usr/sbin", "/sbin"])
     missing = [tool for tool in tools if not shutil.which(tool, path=path)]
     if missing:
-        pytest.skip(f"no {', '.join(missing)} here: this test needs Slurm (Debian: apt-get install {' '.join(dict.fromkeys(map(PACKAGES.get, tools)))})")
-    up = subprocess.run([HERE / "slurm.sh", "up", home, *words], capture_output=True, text=True, timeout=120)
+        pytest.skip(
+            f"no {', '.join(missing)} here: this test needs Slurm (Debian: apt-get install {' '.join(dict.fromkeys(map(PACKAGES.get, tools)))})"
+        )
+    up = subprocess.run(
+        [HERE / "slurm.sh", "up", home, *words], capture_output=True, text=True, timeout=120
+    )
     try:
         assert up.returncode == 0, f"the local Slurm did not start\n{up.stdout}{up.stderr}"
         yield Cluster(home)
@@ -63,5 +86,7 @@ def cluster(tmp_path_factory):
 @pytest.fixture(scope="session")
 def accounting(tmp_path_factory):
     """With a database of jobs (slurmdbd), which squeue forgets within seconds."""
-    with running(tmp_path_factory.mktemp("accounting"), (*TOOLS, "slurmdbd", "mariadbd"), "accounting") as found:
+    with running(
+        tmp_path_factory.mktemp("accounting"), (*TOOLS, "slurmdbd", "mariadbd"), "accounting"
+    ) as found:
         yield found

@@ -28,14 +28,27 @@ def test_jobs_that_squeue_forgets_are_followed_by_sacct(accounting, tmp_path):
                 cancelled.append(job)
 
     meta = "results/models/stories-ci/teacher/meta.json"
-    code = finish(accounting, snakemake(accounting, folder, meta, "--latency-wait", "5", "--config", "preset=ci"), cancel)
+    code = finish(
+        accounting,
+        snakemake(accounting, folder, meta, "--latency-wait", "5", "--config", "preset=ci"),
+        cancel,
+    )
     said = (folder / "out").read_text()
     assert code == 0 and (folder / meta).exists(), said[-6000:]
     jobs = re.findall(r"SLURM jobid (\d+) ", said)
-    states = dict(line.split("|")[:2] for line in accounting.call("sacct", "-X", "-n", "-P", "-o", "JobIdRaw,State").splitlines())
-    assert [states[job].split()[0] for job in jobs] == ["COMPLETED", "CANCELLED", "COMPLETED"] and jobs[1:2] == cancelled, (states, said[-3000:])
+    states = dict(
+        line.split("|")[:2]
+        for line in accounting.call("sacct", "-X", "-n", "-P", "-o", "JobIdRaw,State").splitlines()
+    )
+    assert [states[job].split()[0] for job in jobs] == [
+        "COMPLETED",
+        "CANCELLED",
+        "COMPLETED",
+    ] and jobs[1:2] == cancelled, (states, said[-3000:])
     assert " by " in states[jobs[1]]
     time.sleep(10)
     assert accounting.call("squeue", "-h", "-t", "all") == ""  # it knows of none of them any more
     name = re.search(r"--name (\S+)", (tmp_path / "asked-sacct").read_text())[1]
-    assert name not in (tmp_path / "asked-squeue").read_text()  # the run's status was asked of sacct alone
+    assert (
+        name not in (tmp_path / "asked-squeue").read_text()
+    )  # the run's status was asked of sacct alone

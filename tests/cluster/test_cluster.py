@@ -19,7 +19,11 @@ RemoteExecutor.sleep = second
 from snakemake.cli import main
 sys.exit(main())
 """
-SMALL = ["preset=ci", 'teachers={"stories-ci": {"distillation": {"rounds": 2, "teacher_steps": 32}}}', "continuations=null"]
+SMALL = [
+    "preset=ci",
+    'teachers={"stories-ci": {"distillation": {"rounds": 2, "teacher_steps": 32}}}',
+    "continuations=null",
+]
 LIMIT_S = 420
 
 
@@ -34,7 +38,12 @@ def snakemake(cluster, folder, *words: str) -> subprocess.Popen:
 
 def running(cluster) -> dict[str, tuple[str, str]]:
     """Rule and wildcards of every running job: its id and node."""
-    lines = [line.split("|") for line in cluster.call("squeue", "-h", "-t", "RUNNING", "-p", "low", "-o", "%k|%i|%N").splitlines()]
+    lines = [
+        line.split("|")
+        for line in cluster.call(
+            "squeue", "-h", "-t", "RUNNING", "-p", "low", "-o", "%k|%i|%N"
+        ).splitlines()
+    ]
     return {about.removeprefix("rule_"): (job, node) for about, job, node in lines}
 
 
@@ -44,7 +53,9 @@ def workers(job: str) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             its = f"SLURM_JOB_ID={job}\0".encode() in (process / "environ").read_bytes()
-            if its and re.search(rb"bin/halfstep\0|halfstep\.cli\0", (process / "cmdline").read_bytes()):
+            if its and re.search(
+                rb"bin/halfstep\0|halfstep\.cli\0", (process / "cmdline").read_bytes()
+            ):
                 found.append(int(process.name))
         except OSError:
             pass
@@ -56,7 +67,10 @@ def steps(jobs: list[str]) -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if re.match(rb"slurmstepd: \[(%s)\." % "|".join(jobs).encode(), (process / "cmdline").read_bytes()):
+            if re.match(
+                rb"slurmstepd: \[(%s)\." % "|".join(jobs).encode(),
+                (process / "cmdline").read_bytes(),
+            ):
                 found.append(int(process.name))
         except OSError:
             pass
@@ -68,10 +82,17 @@ class Faults:
 
     def __init__(self, cluster):
         self.cluster, self.done = cluster, {}
-        self.left = [("pretrain", self.preempt), ("distill_round.*_1$", self.node_down), ("distill_round.*_2$", self.time_limit), (".", self.no_controller)]
+        self.left = [
+            ("pretrain", self.preempt),
+            ("distill_round.*_1$", self.node_down),
+            ("distill_round.*_2$", self.time_limit),
+            (".", self.no_controller),
+        ]
 
     def strike(self) -> None:
-        if self.left and all(re.search("JobState=(COMPLETED|TIMEOUT)", self.about(fault)) for fault in self.done):
+        if self.left and all(
+            re.search("JobState=(COMPLETED|TIMEOUT)", self.about(fault)) for fault in self.done
+        ):
             pattern, fault = self.left[0]
             for rule, (job, node) in running(self.cluster).items():
                 if re.match(pattern, rule) and workers(job):
@@ -83,7 +104,18 @@ class Faults:
         return self.cluster.call("scontrol", "show", "job", self.done[fault])
 
     def preempt(self, job: str, node: str) -> None:
-        self.cluster.call("sbatch", "-p", "main", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+        self.cluster.call(
+            "sbatch",
+            "-p",
+            "main",
+            "-w",
+            node,
+            "--exclusive",
+            "-o",
+            "/dev/null",
+            "--wrap",
+            "sleep 1",
+        )
 
     def time_limit(self, job: str, node: str) -> None:
         """It hangs, and its limit is over in a moment."""
@@ -123,8 +155,18 @@ def run(cluster, tmp_path_factory):
     """The graph, run to its end while the faults happen: (folder, output, faults)."""
     folder = copy(tmp_path_factory.mktemp("clone")).folder
     faults = Faults(cluster)
-    gpus = ["--set-resources", "pretrain:gpu=1", "distill_round:gpu=2", "--jobs", "4", "--latency-wait", "5"]
-    code = finish(cluster, snakemake(cluster, folder, "all", *gpus, "--config", *SMALL), faults.strike)
+    gpus = [
+        "--set-resources",
+        "pretrain:gpu=1",
+        "distill_round:gpu=2",
+        "--jobs",
+        "4",
+        "--latency-wait",
+        "5",
+    ]
+    code = finish(
+        cluster, snakemake(cluster, folder, "all", *gpus, "--config", *SMALL), faults.strike
+    )
     said = (folder / "out").read_text()
     assert code == 0, said[-6000:]
     return folder, said, faults
@@ -135,7 +177,10 @@ def test_the_graph_reaches_its_figures_through_every_fault(run):
     assert list(faults.done) == ["preempt", "node_down", "time_limit", "no_controller"]
     for kind in ("pdf", "svg", "csv"):
         assert (folder / f"results/figures/ppl_vs_steps.{kind}").stat().st_size > 0
-    assert len((folder / "results/tables/steps.csv").read_text().splitlines()) > 4 and (folder / "results/mlflow.synced").exists()
+    assert (
+        len((folder / "results/tables/steps.csv").read_text().splitlines()) > 4
+        and (folder / "results/mlflow.synced").exists()
+    )
 
 
 @pytest.mark.parametrize("fault", ["preempt", "node_down"])
@@ -147,16 +192,27 @@ def test_preemption_and_node_failure_start_the_same_job_again(run, fault):
 def test_a_time_limit_is_a_new_job_that_asks_for_more(run, cluster):
     old = run[2].done["time_limit"]
     assert "JobState=TIMEOUT" in run[2].about("time_limit")
-    lines = [line.split("|") for line in cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%i|%m|%T").splitlines()]
-    was, new = sorted((line for line in lines if re.match("rule_distill_round.*_2$", line[0])), key=lambda line: int(line[1]))
+    lines = [
+        line.split("|")
+        for line in cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%i|%m|%T").splitlines()
+    ]
+    was, new = sorted(
+        (line for line in lines if re.match("rule_distill_round.*_2$", line[0])),
+        key=lambda line: int(line[1]),
+    )
     assert was[1:] == [old, "3000M", "TIMEOUT"] and new[2:] == ["4500M", "COMPLETED"]
 
 
 def test_jobs_ask_for_what_they_need(run, cluster):
-    asked = {fault: re.search(r"gres.gpu[=:](\d)", run[2].about(fault)) for fault in ("preempt", "node_down")}
+    asked = {
+        fault: re.search(r"gres.gpu[=:](\d)", run[2].about(fault))
+        for fault in ("preempt", "node_down")
+    }
     assert (asked["preempt"][1], asked["node_down"][1]) == ("1", "2"), run[2].about("preempt")
     jobs = cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%b")
-    assert re.search(r"rule_prepare_corpus\S*\|N/A", jobs) and not re.search("rule_(plot|tabulate|track|merge_provenance|fetch)", jobs), jobs
+    assert re.search(r"rule_prepare_corpus\S*\|N/A", jobs) and not re.search(
+        "rule_(plot|tabulate|track|merge_provenance|fetch)", jobs
+    ), jobs
 
 
 def test_a_lost_controller_is_waited_for(run):
@@ -165,7 +221,9 @@ def test_a_lost_controller_is_waited_for(run):
 
 def test_the_price_is_told_before_and_after(run):
     before, after = run[1].split("Submitted batch job", 1)[0], run[1].rsplit("halfstep | ", 40)
-    assert re.search(r"halfstep \| pretrain +1 ", before) and any("finished:" in line for line in after), run[1][-3000:]
+    assert re.search(r"halfstep \| pretrain +1 ", before) and any(
+        "finished:" in line for line in after
+    ), run[1][-3000:]
 
 
 def test_a_failure_shows_its_reason_and_the_way_on(run, cluster):
@@ -177,11 +235,25 @@ def test_a_failure_shows_its_reason_and_the_way_on(run, cluster):
     meta.write_text("{}")
     os.utime(meta, ns=(when.st_atime_ns, when.st_mtime_ns))
     try:
-        process = snakemake(cluster, folder, "results/models/stories-ci/kl_backward/round-1/meta.json", "--retries", "0", "--config", *config)
+        process = snakemake(
+            cluster,
+            folder,
+            "results/models/stories-ci/kl_backward/round-1/meta.json",
+            "--retries",
+            "0",
+            "--config",
+            *config,
+        )
         assert finish(cluster, process) == 1
     finally:
         meta.write_text(good)
     end = (folder / "out").read_text().split("stopped; what failed:")[1]
-    assert "rule distill_round" in end and "log: results/logs/distill_round/stories-ci/kl_backward/round-1.log" in end, end
+    assert (
+        "rule distill_round" in end
+        and "log: results/logs/distill_round/stories-ci/kl_backward/round-1.log" in end
+    ), end
     assert "meta.json" in end.split("Slurm's log:")[0] and "halfstep distill-round:" in end, end
-    assert re.search(r"Slurm's log: \S+/rule_distill_round/\S+\.log", end) and "to go on: snakemake --profile slurm" in end, end
+    assert (
+        re.search(r"Slurm's log: \S+/rule_distill_round/\S+\.log", end)
+        and "to go on: snakemake --profile slurm" in end
+    ), end

@@ -34,9 +34,26 @@ sys.exit(main(sys.argv[4:]))
 def trained(cluster, tmp_path_factory):
     """(clone where the job has trained the teacher, what its processes noted, the job's number)"""
     folder, noted = copy(tmp_path_factory.mktemp("clone")).folder, tmp_path_factory.mktemp("noted")
-    (noted / "python").write_text(PYTHON.format(python=sys.executable, tests=str(Path(__file__).parents[1]), noted=str(noted)))
+    (noted / "python").write_text(
+        PYTHON.format(
+            python=sys.executable,
+            tests=str(Path(__file__).parents[1] / "support"),
+            noted=str(noted),
+        )
+    )
     (noted / "python").chmod(0o755)
-    words = ["--set-resources", "pretrain:nodes=2", "pretrain:gpu=4", "--set-threads", "pretrain=2", "--latency-wait", "5", "--config", "preset=ci", SAME]
+    words = [
+        "--set-resources",
+        "pretrain:nodes=2",
+        "pretrain:gpu=4",
+        "--set-threads",
+        "pretrain=2",
+        "--latency-wait",
+        "5",
+        "--config",
+        "preset=ci",
+        SAME,
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHON_EXEC", str(noted / "python"))
         code = finish(cluster, snakemake(cluster, folder, f"{TEACHER}/meta.json", *words))
@@ -48,7 +65,11 @@ def trained(cluster, tmp_path_factory):
 def test_a_job_of_two_nodes_has_two_processes_on_each(trained, cluster):
     _, noted, job = trained
     about = cluster.call("scontrol", "show", "job", job)
-    assert "JobState=COMPLETED" in about and "NumNodes=2" in about and re.search(r"gres.gpu[=:]4", about), about
+    assert (
+        "JobState=COMPLETED" in about
+        and "NumNodes=2" in about
+        and re.search(r"gres.gpu[=:]4", about)
+    ), about
     assert [(noted / f"node-{rank}").read_text() for rank in range(4)] == ["n1", "n1", "n2", "n2"]
 
 
@@ -62,12 +83,19 @@ def test_it_draws_the_batches_and_has_the_losses_of_one_process(trained, tmp_pat
     ((code, said),) = launch(" ".join(alone), 1, tmp_path, note_batches, tmp_path, False)
     assert code == 0, said
     batches = (tmp_path / "batches-0").read_text()
-    assert len(set(batches.splitlines())) == 12 and all((noted / f"batches-{rank}").read_text() == batches for rank in range(4))
+    assert len(set(batches.splitlines())) == 12 and all(
+        (noted / f"batches-{rank}").read_text() == batches for rank in range(4)
+    )
     assert [int((noted / f"rows-{rank}").read_text()) for rank in range(4)] == [12 * 16 // 4] * 4
 
     def losses(place: Path) -> dict:
         points = [json.loads(line) for line in (place / "journal.jsonl").read_text().splitlines()]
-        return {(p["step"], key): value for p in points for key, value in p["metrics"].items() if key in ("train/loss", "train/grad_norm", "val/nelbo")}
+        return {
+            (p["step"], key): value
+            for p in points
+            for key, value in p["metrics"].items()
+            if key in ("train/loss", "train/grad_norm", "val/nelbo")
+        }
 
     one, four = losses(tmp_path / "t/out"), losses(folder / TEACHER)
     assert one.keys() == four.keys() and len(one) >= 2 * 12 + 2

@@ -10,7 +10,9 @@ from halfstep.errors import HalfstepError
 @pytest.mark.parametrize("num_windows, batch_size", [(12, 4), (13, 4), (7, 7), (101, 32), (5, 1)])
 def test_every_window_comes_once_per_epoch(num_windows, batch_size):
     steps = num_windows  # batch_size whole epochs
-    stream = np.concatenate([batch_indices(num_windows, batch_size, 1, step) for step in range(steps)])
+    stream = np.concatenate(
+        [batch_indices(num_windows, batch_size, 1, step) for step in range(steps)]
+    )
     epochs = stream.reshape(batch_size, num_windows)
     assert (np.sort(epochs, 1) == np.arange(num_windows)).all()
     if num_windows > 6 and batch_size > 1:
@@ -20,7 +22,10 @@ def test_every_window_comes_once_per_epoch(num_windows, batch_size):
 def test_a_batch_depends_on_seed_and_step_alone():
     straight = [batch_indices(1000, 64, 7, step) for step in range(40)]
     resumed = [batch_indices(1000, 64, 7, step) for step in reversed(range(40))][::-1]
-    assert all((a == b).all() and a.dtype == np.int64 and a.shape == (64,) for a, b in zip(straight, resumed, strict=True))
+    assert all(
+        (a == b).all() and a.dtype == np.int64 and a.shape == (64,)
+        for a, b in zip(straight, resumed, strict=True)
+    )
     assert (batch_indices(1000, 64, 8, 0) != straight[0]).any()
     assert (np.sort(straight[0]) != np.arange(64)).any()
 

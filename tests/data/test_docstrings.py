@@ -49,7 +49,9 @@ def test_every_documented_node_of_real_sources_is_visited():
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for module in ("typing.py", "subprocess.py", "asyncio/tasks.py"):
         tree = ast.parse((Path(ast.__file__).parent / module).read_text())
-        assert set(docstrings._documented(tree)) == {node for node in ast.walk(tree) if isinstance(node, kinds)}
+        assert set(docstrings._documented(tree)) == {
+            node for node in ast.walk(tree) if isinstance(node, kinds)
+        }
 
 
 def test_what_is_not_python_gives_nothing(tmp_path):
@@ -65,9 +67,13 @@ def test_repeated_paragraphs_are_dropped_whatever_their_marks_and_case():
         "Another text, long enough too, stands here. " * 6,
         "The third is long as well. " * 8,
     )
-    found = docstrings.documents([[a, b, a], [b.upper().replace(",", ";"), c], [a, b], ["short"]])
+    found = docstrings.docstring_documents(
+        [[a, b, a], [b.upper().replace(",", ";"), c], [a, b], ["short"]]
+    )
     assert sorted(found) == sorted([a + "\n\n" + b, c])
-    assert found == docstrings.documents([[a, b, a], [b.upper().replace(",", ";"), c], [a, b], ["short"]])
+    assert found == docstrings.docstring_documents(
+        [[a, b, a], [b.upper().replace(",", ";"), c], [a, b], ["short"]]
+    )
 
 
 def test_the_sources_are_the_library_and_the_closure_of_the_requirements():
@@ -77,7 +83,13 @@ def test_the_sources_are_the_library_and_the_closure_of_the_requirements():
     files = docstrings.source_files()
     assert len(files) == len(set(files)) > 2000
     assert any(path.name == "argparse.py" for path in files)
-    assert not [path for path in files if "tests" in path.parts[-3:] or "site-packages" not in path.parts and "test" in path.parts[-2:]]
+    assert not [
+        path
+        for path in files
+        if "tests" in path.parts[-3:]
+        or "site-packages" not in path.parts
+        and "test" in path.parts[-2:]
+    ]
 
 
 def test_the_documents_do_not_depend_on_the_workers(monkeypatch):

@@ -5,14 +5,14 @@ import json
 
 import pytest
 
-from halfstep.data.files import find, read
+from halfstep.data.files import find, read_documents
 from halfstep.errors import HalfstepError
 
 DOCUMENTS = ["Once upon a time\nthere was é 🙂.", "Two.", "Three\tx"]
 
 
 def contents(path, field="text"):
-    return [text for text, _ in read(path, field)]
+    return [text for text, _ in read_documents(path, field)]
 
 
 def write(path, raw):
@@ -36,12 +36,18 @@ def test_all_formats_give_the_same_documents(tmp_path, name, raw):
 
 
 def test_a_marked_txt_keeps_its_blank_lines(tmp_path):
-    assert contents(write(tmp_path / "a.txt", b"one\n\ntwo\n<|endoftext|>\nthree\n")) == ["one\n\ntwo", "three"]
+    assert contents(write(tmp_path / "a.txt", b"one\n\ntwo\n<|endoftext|>\nthree\n")) == [
+        "one\n\ntwo",
+        "three",
+    ]
 
 
 def test_a_long_txt_is_cut_at_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr("halfstep.data.files.LONGEST_DOCUMENT", 10)
-    assert contents(write(tmp_path / "a.txt", b"seven..\nseven..\nrest\n")) == ["seven..\nseven..", "rest"]
+    assert contents(write(tmp_path / "a.txt", b"seven..\nseven..\nrest\n")) == [
+        "seven..\nseven..",
+        "rest",
+    ]
 
 
 def test_parquet(tmp_path):
@@ -90,8 +96,17 @@ def test_globs_are_sorted_and_each_file_comes_once(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.jsonl", "odd[1].txt"):
         write(tmp_path / name, b"x")
-    assert [str(p) for p in find(["b.txt", "[ab].txt", "**/*.jsonl", "odd[1].txt"])] == ["b.txt", "a.txt", "deep/c.jsonl", "odd[1].txt"]
-    for pattern, sentence in (("*.md", "matches nothing"), ("deep", "deep is a folder"), ("x.csv", "unknown suffix; expected one of .txt")):
+    assert [str(p) for p in find(["b.txt", "[ab].txt", "**/*.jsonl", "odd[1].txt"])] == [
+        "b.txt",
+        "a.txt",
+        "deep/c.jsonl",
+        "odd[1].txt",
+    ]
+    for pattern, sentence in (
+        ("*.md", "matches nothing"),
+        ("deep", "deep is a folder"),
+        ("x.csv", "unknown suffix; expected one of .txt"),
+    ):
         if pattern == "x.csv":
             write(tmp_path / pattern, b"x")
         with pytest.raises(HalfstepError, match=sentence):

@@ -11,19 +11,21 @@ import pytest
 
 from halfstep.data import pack
 from halfstep.data.pack import Spool, Windows
-from halfstep.data.stories import sample
+from halfstep.data.stories import sample_stories
 from halfstep.data.tokenizer import EOS, train_bpe
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256
 
-TOKENIZER = train_bpe(sample(300, 1), 400)
+TOKENIZER = train_bpe(sample_stories(300, 1), 400)
 
 
 def texts(count, seed=0):
     rng = random.Random(seed)
     odd = ["", f"says {EOS} inside", "é🙂", "a\n\nb"]
     return [
-        rng.choice(odd) if rng.random() < 0.2 else " ".join(rng.choices(["kite", "Lily", "zzz", "."], k=rng.randrange(60)))
+        rng.choice(odd)
+        if rng.random() < 0.2
+        else " ".join(rng.choices(["kite", "Lily", "zzz", "."], k=rng.randrange(60)))
         for _ in range(count)
     ]
 
@@ -31,7 +33,14 @@ def texts(count, seed=0):
 def folder(path, documents, length=16, held_out=20, workers=1, tokenizer=TOKENIZER):
     with Spool(path / ".spool", documents) as spool:
         train = len(spool) - held_out
-        facts = pack.pack(spool, tokenizer, length, path, {"train": range(train), "validation": range(train, len(spool))}, workers)
+        facts = pack.pack_windows(
+            spool,
+            tokenizer,
+            length,
+            path,
+            {"train": range(train), "validation": range(train, len(spool))},
+            workers,
+        )
     (path / "tokenizer.json").write_text(tokenizer.to_str())
     manifest = {"format": 1, "length": length, "dtype": pack.dtype_of(tokenizer), "vocab_size": tokenizer.get_vocab_size(),
                 "eos_id": 0, "splits": facts, "tokenizer_sha256": sha256(path / "tokenizer.json")}  # fmt: skip
@@ -55,11 +64,24 @@ def test_windows_are_the_oracles(tmp_path, monkeypatch, chunk):
     facts = folder(tmp_path, documents)
     for split, part in (("train", documents[:-20]), ("validation", documents[-20:])):
         windows, (stream, expected) = Windows(tmp_path, split), oracle(part, 16)
-        assert windows[list(range(len(windows)))].tolist() == expected and len(windows) == len(expected)
+        assert windows[list(range(len(windows)))].tolist() == expected and len(windows) == len(
+            expected
+        )
         windows.verify()
-        assert (facts[split]["documents"], facts[split]["tokens"], stream.count(0)) == (len(part), len(stream), len(part))
-    assert Windows(tmp_path, "train")[[3, 1]].dtype.is_signed and Windows(tmp_path, "train")[[3, 1]].shape == (2, 16)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["manifest.json", "tokenizer.json", "train.bin", "validation.bin"]
+        assert (facts[split]["documents"], facts[split]["tokens"], stream.count(0)) == (
+            len(part),
+            len(stream),
+            len(part),
+        )
+    assert Windows(tmp_path, "train")[[3, 1]].dtype.is_signed and Windows(tmp_path, "train")[
+        [3, 1]
+    ].shape == (2, 16)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "manifest.json",
+        "tokenizer.json",
+        "train.bin",
+        "validation.bin",
+    ]
 
 
 def test_bytes_do_not_depend_on_the_workers(tmp_path, monkeypatch):
@@ -105,12 +127,16 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
     tokenizer.add_tokens([f"word{i:05d}" for i in range(70_000)])
     folder(tmp_path, ["word69999 word00001"] * 200, tokenizer=tokenizer)
     windows = Windows(tmp_path, "train")
-    assert windows.vocab_size > 1 << 16 and windows.vocab_size - 1 in windows[list(range(len(windows)))].flatten().tolist()
+    assert (
+        windows.vocab_size > 1 << 16
+        and windows.vocab_size - 1 in windows[list(range(len(windows)))].flatten().tolist()
+    )
 
 
 def test_a_corpus_shorter_than_a_window_is_an_error(tmp_path):
     with pytest.raises(
-        HalfstepError, match="validation text is shorter than one window: 40 tokens in 20 documents, expected at least 1022"
+        HalfstepError,
+        match="validation text is shorter than one window: 40 tokens in 20 documents, expected at least 1022",
     ):
         folder(tmp_path, ["Lily Lily Lily " * 20] * 200 + ["."] * 20, length=1024)
     assert not list(tmp_path.glob(".*"))
@@ -149,11 +175,13 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc (Linux)")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc (Linux)"
+)
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Eight times the text takes the same peak memory (VmHWM; ru_maxrss would be inherited from pytest and hide all growth)."""
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
-    lines = [json.dumps({"text": text}) + "\n" for text in sample(1000, 1)]
+    lines = [json.dumps({"text": text}) + "\n" for text in sample_stories(1000, 1)]
     peaks = []
     for times in (10, 80):
         path = tmp_path / f"{times}.jsonl"
@@ -161,10 +189,18 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
             for _ in range(times):
                 file.writelines(lines)
         run = [sys.executable, "-c", MEASURE, path, tmp_path, tmp_path / "out"]
-        found = subprocess.run(run, capture_output=True, text=True, check=True, env={**os.environ, "RAYON_NUM_THREADS": "1"})
+        found = subprocess.run(
+            run,
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "RAYON_NUM_THREADS": "1"},
+        )
         peaks.append(int(found.stdout.split()[-1]) / 1024)
         size = path.stat().st_size / 2**20
-    assert size > 10 and peaks[1] - peaks[0] < 5, f"peak of {peaks} MB for {size / 8:.0f} and {size:.0f} MB of text"
+    assert size > 10 and peaks[1] - peaks[0] < 5, (
+        f"peak of {peaks} MB for {size / 8:.0f} and {size:.0f} MB of text"
+    )
 
 
 def test_windows_are_memory_mapped(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from halfstep.data import stories
 from halfstep.data.stories import EOS, is_held_out, judge, judge_window, log_likelihood
 
-TRAIN = list(stories.sample(4000, seed=3))
-HELD_OUT = list(stories.sample(1000, seed=3, split="validation"))
+TRAIN = list(stories.sample_stories(4000, seed=3))
+HELD_OUT = list(stories.sample_stories(1000, seed=3, split="validation"))
 
 
 def words(story):
@@ -21,7 +21,11 @@ def words(story):
 
 def told(story):
     """The facts, read off the parse."""
-    return {slot: words[i] for pattern, words in stories._parse(story).values() for i, slot in stories.SLOTS[pattern]}
+    return {
+        slot: words[i]
+        for pattern, words in stories._parse(story).values()
+        for i, slot in stories.SLOTS[pattern]
+    }
 
 
 def test_everything_written_is_accepted_and_consistent():
@@ -29,8 +33,8 @@ def test_everything_written_is_accepted_and_consistent():
 
 
 def test_a_longer_run_begins_with_the_shorter_and_seeds_differ():
-    assert list(stories.sample(50, seed=3)) == TRAIN[:50]
-    assert list(stories.sample(50, seed=4)) != TRAIN[:50]
+    assert list(stories.sample_stories(50, seed=3)) == TRAIN[:50]
+    assert list(stories.sample_stories(50, seed=4)) != TRAIN[:50]
 
 
 def test_held_out_pairs_never_occur_in_training():
@@ -41,7 +45,9 @@ def test_held_out_pairs_never_occur_in_training():
     assert len(heroes) > 2 and all(is_held_out(*pair) for pair in heroes)
     pairs = [is_held_out(n, t) for n in stories.WORDS["NAME"] for t in stories.WORDS["THING"]]
     assert 0.05 < sum(pairs) / len(pairs) < 0.15
-    assert set().union(*map(words, HELD_OUT)) <= set().union(*map(words, TRAIN))  # combined as never before, but no unknown word
+    assert set().union(*map(words, HELD_OUT)) <= set().union(
+        *map(words, TRAIN)
+    )  # combined as never before, but no unknown word
 
 
 def test_the_shares_of_the_splits_are_exact():
@@ -60,7 +66,9 @@ def reduced(monkeypatch):
     facts = {k: (v[0][: few[k]] if k in few else v[0], *v[1:]) for k, v in stories.FACTS.items()}
     patterns = {part: (given, dict(list(p.items())[: {"opening": 2, "meeting": 1}.get(part)]))
                 for part, (given, p) in stories.PATTERNS.items()}  # fmt: skip
-    monkeypatch.setattr(stories, "is_held_out", lambda name, thing: (name, thing) == ("Tom", "kite"))
+    monkeypatch.setattr(
+        stories, "is_held_out", lambda name, thing: (name, thing) == ("Tom", "kite")
+    )
     monkeypatch.setattr(stories, "FACTS", facts)
     monkeypatch.setattr(stories, "PATTERNS", patterns)
     caches = (stories.fact_choice, stories.pattern_choice, stories.split_shares)
@@ -75,11 +83,18 @@ def enumerate_texts():
     """Every derivation as text, by brute force and with nothing of the probabilities."""
     for values in product(*(options for options, _, _ in stories.FACTS.values())):
         facts = dict(zip(stories.FACTS, values, strict=True))
-        if any(unlike and facts[fact] == facts[unlike] for fact, (_, _, unlike) in stories.FACTS.items()):
+        if any(
+            unlike and facts[fact] == facts[unlike]
+            for fact, (_, _, unlike) in stories.FACTS.items()
+        ):
             continue
         words = stories._derived(facts)
         parts = [
-            [pattern for pattern, allowed in patterns.items() if allowed is None or facts[given] in allowed]
+            [
+                pattern
+                for pattern, allowed in patterns.items()
+                if allowed is None or facts[given] in allowed
+            ]
             for given, patterns in stories.PATTERNS.values()
         ]
         for chosen in product(*parts):
@@ -98,7 +113,9 @@ def test_the_probabilities_of_all_stories_sum_to_one(reduced):
     rng, draws = random.Random(5), 20_000
     counts = Counter(stories.write(rng)[0] for _ in range(draws))
     assert counts.keys() <= log_p.keys()
-    for text in sorted(texts, key=log_p.get)[-40:]:  # the sampler draws each as often as its probability says
+    for text in sorted(texts, key=log_p.get)[
+        -40:
+    ]:  # the sampler draws each as often as its probability says
         p = math.exp(log_p[text])
         assert abs(counts[text] - draws * p) < 5 * math.sqrt(draws * p)
 
@@ -107,7 +124,9 @@ def test_choices_are_skewed_and_depend_on_each_other():
     top = [max(stories.fact_choice("place", kind, None).chances) for kind in stories.WORDS["KIND"]]
     favourites = {stories.fact_choice("place", k, None).options[t] for k in stories.WORDS["KIND"]
                   for t in [max(range(6), key=stories.fact_choice("place", k, None).chances.__getitem__)]}  # fmt: skip
-    assert min(top) > 0.3 and len(favourites) >= 3  # uniform would be 0.17; independent would have one favourite
+    assert (
+        min(top) > 0.3 and len(favourites) >= 3
+    )  # uniform would be 0.17; independent would have one favourite
     nats = -sum(log_likelihood(s, "train") for s in TRAIN) / len(TRAIN)
     assert 10 < nats < 14
     print(f"{nats:.2f} nats per story")
@@ -123,9 +142,7 @@ def test_every_class_has_words_of_its_own_and_the_english_holds():
     assert 60 <= len(set().union(*map(words, TRAIN))) <= 100
 
 
-STORY = (
-    "A cat named Lily had a red kite. She met Tom at the park. They played with the kite. Lily was happy and took home the kite."
-)
+STORY = "A cat named Lily had a red kite. She met Tom at the park. They played with the kite. Lily was happy and took home the kite."
 
 
 @pytest.mark.parametrize("old, new", [
@@ -171,7 +188,9 @@ def test_a_swapped_name_is_noticed_and_scrambled_sentences_are_refused():
 def test_a_pronoun_alone_follows_the_name():
     for story in TRAIN[:500]:
         he = told(story)["name"] in stories.HE
-        assert bool(re.search(r"\b[Hh]e\b", story)) <= he and bool(re.search(r"\b[Ss]he\b", story)) <= (not he)
+        assert bool(re.search(r"\b[Hh]e\b", story)) <= he and bool(
+            re.search(r"\b[Ss]he\b", story)
+        ) <= (not he)
 
 
 def test_last_words_follow_from_the_story():
@@ -180,7 +199,9 @@ def test_last_words_follow_from_the_story():
     classes = Counter()
     for item in items:
         context, word = item["text"].rsplit(" ", 1)
-        assert word.isalpha() and word in re.findall(r"\w+", ". ".join(context.split(". ")[:2]))  # told in the first two of four sentences
+        assert word.isalpha() and word in re.findall(
+            r"\w+", ". ".join(context.split(". ")[:2])
+        )  # told in the first two of four sentences
         classes[stories.WORD_CLASS[word]] += 1
     assert len(classes) >= 3 and max(classes.values()) < 0.8 * len(items), classes
 
@@ -190,5 +211,9 @@ def test_a_window_is_judged_by_its_whole_stories():
     window = EOS + "end of one." + EOS + EOS.join(inside) + EOS + "Once there" + EOS
     assert judge_window(window) == (4, 2, 1)
     assert judge_window(["end of one.", *inside, "Once there"]) == (4, 2, 1)
-    assert judge_window(EOS + TRAIN[0] + EOS) == (0, 0, 0)  # without a neighbour it may be a fragment
+    assert judge_window(EOS + TRAIN[0] + EOS) == (
+        0,
+        0,
+        0,
+    )  # without a neighbour it may be a fragment
     assert judge_window(EOS * 10) == (7, 0, 0)  # collapse into EOS is no success

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from halfstep.data.stories import sample
+from halfstep.data.stories import sample_stories
 from halfstep.data.tokenizer import EOS, load_bpe, train_bpe
 from halfstep.errors import HalfstepError
 
@@ -14,17 +14,26 @@ GPT2 = Path("/work/shared/data/gpt2_bpe")
 
 
 def test_the_stories_words_are_one_token_each():
-    tokenizer = train_bpe(sample(3000, 1), 640)
+    tokenizer = train_bpe(sample_stories(3000, 1), 640)
     assert tokenizer.token_to_id(EOS) == 0 and tokenizer.get_vocab_size() <= 640
-    words = {word for story in sample(500, 2) for word in story.replace(".", "").split()[1:]}
+    words = {
+        word for story in sample_stories(500, 2) for word in story.replace(".", "").split()[1:]
+    }
     assert not [word for word in words if len(tokenizer.encode(" " + word).ids) > 1]
-    assert train_bpe(sample(3000, 1), 640).to_str() == tokenizer.to_str()
+    assert train_bpe(sample_stories(3000, 1), 640).to_str() == tokenizer.to_str()
 
 
 def test_any_text_comes_back():
-    tokenizer, rng = train_bpe(sample(200, 1), 300), random.Random(0)
+    tokenizer, rng = train_bpe(sample_stories(200, 1), 300), random.Random(0)
     for _ in range(200):
-        text = "".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0xD7FF), rng.randrange(0x1F300, 0x1F700)])) for _ in range(20))
+        text = "".join(
+            chr(
+                rng.choice(
+                    [rng.randrange(32, 127), rng.randrange(0xD7FF), rng.randrange(0x1F300, 0x1F700)]
+                )
+            )
+            for _ in range(20)
+        )
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
@@ -40,9 +49,12 @@ def test_gpt2_ids(tmp_path):
 
 
 def test_a_folder_with_the_hubs_names(tmp_path):
-    tokenizer = train_bpe(sample(200, 1), 300)
+    tokenizer = train_bpe(sample_stories(200, 1), 300)
     tokenizer.model.save(str(tmp_path))
-    assert load_bpe(str(tmp_path)).encode("Lily went home.").ids == tokenizer.encode("Lily went home.").ids
+    assert (
+        load_bpe(str(tmp_path)).encode("Lily went home.").ids
+        == tokenizer.encode("Lily went home.").ids
+    )
 
 
 def test_errors_name_the_folder(tmp_path):

@@ -25,11 +25,14 @@ class Bent:
 def test_oracle_nelbo_of_the_perfect_denoiser_is_the_entropy():
     assert abs(exact_nelbo(LANGUAGE, eps=0.0) - LANGUAGE.entropy) < 1e-9
     assert (
-        abs(masked_loss(LANGUAGE, 1.0) - (-(p := LANGUAGE.posterior[-1]) * p.log()).sum().item()) < 1e-12
+        abs(masked_loss(LANGUAGE, 1.0) - (-(p := LANGUAGE.posterior[-1]) * p.log()).sum().item())
+        < 1e-12
     )  # all masked: sum of marginal entropies
 
 
-@pytest.mark.parametrize("schedule", [*(s() for s in SCHEDULES.values()), Bent()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "schedule", [*(s() for s in SCHEDULES.values()), Bent()], ids=lambda s: type(s).__name__
+)
 def test_schedule_is_one(schedule):
     """alpha falls from 1, its slope is its derivative, sigma is -log alpha."""
     t = torch.linspace(0, 1, 101, dtype=torch.float64, requires_grad=True)
@@ -40,7 +43,9 @@ def test_schedule_is_one(schedule):
     if hasattr(schedule, "sigma"):
         assert torch.allclose(schedule.sigma(t), -alpha.log(), atol=1e-12)
         small = torch.tensor([1e-5])
-        assert abs(schedule.sigma(small).item() / (1e-5 * (1 - EPS)) - 1) < 1e-4  # no cancellation in float32
+        assert (
+            abs(schedule.sigma(small).item() / (1e-5 * (1 - EPS)) - 1) < 1e-4
+        )  # no cancellation in float32
 
 
 def test_corrupt_masks_with_the_chance_of_the_schedule_and_leaves_the_rest():
@@ -53,7 +58,9 @@ def test_corrupt_masks_with_the_chance_of_the_schedule_and_leaves_the_rest():
     for i, share in enumerate(((1 - EPS) * t).tolist()):
         law = torch.tensor([1 - share, share], dtype=torch.float64)
         assert chi_square(masked[i].long().bincount(minlength=2), law) > 1e-5
-    assert 0 < (~masked[3]).sum() < 120  # a thousandth stays visible at t = 1 (MDLM's eps), about 50 here
+    assert (
+        0 < (~masked[3]).sum() < 120
+    )  # a thousandth stays visible at t = 1 (MDLM's eps), about 50 here
     assert torch.equal(masked[2], u[2] < (1 - EPS) * 0.5)
 
 
@@ -65,11 +72,15 @@ def test_reveal_probability():
         assert torch.allclose(reveal_probability(t, s, LogLinear()), (t - s) / t, rtol=1e-9)
         assert torch.allclose(
             reveal_probability(t, s, LogLinear()),
-            torch.tensor([reveal_chance(*p) for p in zip(t.tolist(), s.tolist(), strict=True)]).double(),
+            torch.tensor(
+                [reveal_chance(*p) for p in zip(t.tolist(), s.tolist(), strict=True)]
+            ).double(),
         )
         for schedule in (LogLinear(), Bent()):
             halfway = (t + s) / 2
-            two = (1 - reveal_probability(t, halfway, schedule)) * (1 - reveal_probability(halfway, s, schedule))
+            two = (1 - reveal_probability(t, halfway, schedule)) * (
+                1 - reveal_probability(halfway, s, schedule)
+            )
             assert torch.allclose(two, 1 - reveal_probability(t, s, schedule), atol=1e-9)
     assert (reveal_probability(t, torch.zeros_like(t), LogLinear()) == 1).all()
 
@@ -97,14 +108,23 @@ def test_nelbo_of_given_draws_is_its_sum(heat):
     """Against loops over rows and positions."""
     denoiser, generator = Perfect(LANGUAGE, heat), torch.Generator().manual_seed(4)
     x0 = torch.randint(0, 4, (40, 4), generator=generator)
-    t, u = torch.rand(40, generator=generator, dtype=torch.float64), torch.rand(40, 4, generator=generator, dtype=torch.float64)
+    t, u = (
+        torch.rand(40, generator=generator, dtype=torch.float64),
+        torch.rand(40, 4, generator=generator, dtype=torch.float64),
+    )
     expected = 0.0
     for row in range(40):
         hidden = u[row] < (1 - EPS) * t[row]
         p = denoiser.table(t[row].item())[LANGUAGE.index(x0[row].masked_fill(hidden, 4))]
-        expected += sum(-p[i, x0[row, i]].log().item() / t[row].item() for i in range(4) if hidden[i])
+        expected += sum(
+            -p[i, x0[row, i]].log().item() / t[row].item() for i in range(4) if hidden[i]
+        )
     found = nelbo(denoiser, x0, t, u, LogLinear())
-    assert found.dtype == torch.float32 and found.shape == () and abs(found.item() / expected - 1) < 1e-5
+    assert (
+        found.dtype == torch.float32
+        and found.shape == ()
+        and abs(found.item() / expected - 1) < 1e-5
+    )
 
 
 def test_nelbo_estimate_is_the_exact_bound():
@@ -114,7 +134,9 @@ def test_nelbo_estimate_is_the_exact_bound():
     t = stratified_times(torch.rand(N, generator=generator, dtype=torch.float64), min_t)
     u = torch.rand(N, 4, generator=generator, dtype=torch.float64)
     exact = exact_nelbo(LANGUAGE, min_t, 1.0) / (1 - min_t)
-    totals = torch.stack([nelbo(Perfect(LANGUAGE), *(a[k::60] for a in (x0, t, u)), LogLinear()) for k in range(60)]) / (N / 60)
+    totals = torch.stack(
+        [nelbo(Perfect(LANGUAGE), *(a[k::60] for a in (x0, t, u)), LogLinear()) for k in range(60)]
+    ) / (N / 60)
     assert abs(totals.mean().item() - exact) < 4.5 * totals.std().item() / 60**0.5
     assert totals.std().item() / 60**0.5 < 0.01 * exact  # the test can tell one percent
     assert abs(exact - LANGUAGE.entropy) < 0.01 * exact
@@ -122,4 +144,7 @@ def test_nelbo_estimate_is_the_exact_bound():
 
 def test_nothing_masked_costs_nothing():
     x0, t = torch.zeros(3, 4, dtype=torch.long), torch.full((3,), 1e-3, dtype=torch.float64)
-    assert nelbo(Perfect(LANGUAGE), x0, t, torch.ones(3, 4, dtype=torch.float64), LogLinear()).item() == 0
+    assert (
+        nelbo(Perfect(LANGUAGE), x0, t, torch.ones(3, 4, dtype=torch.float64), LogLinear()).item()
+        == 0
+    )

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from halfstep import vocabulary
 from halfstep.diffusion.readout import cross_entropy, readout_loss
 from halfstep.distill.divergences import DIVERGENCES, GRADIENTS
+from halfstep.kernels import logits as chunked
 
 V, D = 53, 12
 
@@ -21,15 +21,20 @@ def case(N: int, dtype=torch.float32):
 
 
 def row_losses(log_q, x0, w):
-    log_q, x0, w = (vocabulary.fill_up(x) for x in (log_q, x0, w))
-    losses = {name: lambda log_p, rows, d=d: d(log_p, log_q.to(log_p.dtype)[rows]) for name, d in DIVERGENCES.items()}
-    losses["cross_entropy"] = lambda log_p, rows: w.to(log_p.dtype)[rows] * F.nll_loss(log_p, x0[rows], reduction="none")
+    log_q, x0, w = (chunked.pad_rows(x) for x in (log_q, x0, w))
+    losses = {
+        name: lambda log_p, rows, d=d: d(log_p, log_q.to(log_p.dtype)[rows])
+        for name, d in DIVERGENCES.items()
+    }
+    losses["cross_entropy"] = lambda log_p, rows: (
+        w.to(log_p.dtype)[rows] * F.nll_loss(log_p, x0[rows], reduction="none")
+    )
     return losses
 
 
 def closed_form(divergence, log_q):
     def gradient(log_p, rows):
-        g = vocabulary.fill_up(log_q)[rows].clone()
+        g = chunked.pad_rows(log_q)[rows].clone()
         return GRADIENTS[divergence](log_p, g), g
 
     return gradient
@@ -48,7 +53,7 @@ def plain(leaves, row_loss):
 @pytest.mark.parametrize("closed", [False, True], ids=["autograd", "closed"])
 def test_value_and_gradients(monkeypatch, loss, N, chunk, closed):
     """Float32 against float64: relative 1e-5 of the largest entry. The smallest chunk has 32 rows, so 33 and 70 rows take several."""
-    monkeypatch.setitem(vocabulary.NUMBERS, "cpu", chunk)
+    monkeypatch.setitem(chunked.NUMBERS, "cpu", chunk)
     if closed and DIVERGENCES.get(loss) not in {*GRADIENTS, None}:
         pytest.skip("no closed form was written of this divergence")
     leaves, log_q, x0, w = case(N)
@@ -57,17 +62,26 @@ def test_value_and_gradients(monkeypatch, loss, N, chunk, closed):
     if closed and loss == "cross_entropy":
         found = cross_entropy(leaves[0], tuple(leaves[1:]), x0, w)
     else:
-        found = readout_loss(leaves[0], tuple(leaves[1:]), row_loss, closed_form(DIVERGENCES[loss], log_q) if closed else None)
+        found = readout_loss(
+            leaves[0],
+            tuple(leaves[1:]),
+            row_loss,
+            closed_form(DIVERGENCES[loss], log_q) if closed else None,
+        )
     assert found.dtype == torch.float32 and found.shape == ()
     assert abs(found.item() - expected.item()) <= 1e-5 * max(1, abs(expected.item()))
     (found / 7).backward()
     for leaf, gradient in zip(leaves, gradients, strict=True):
         assert leaf.grad.dtype == leaf.dtype and leaf.grad.shape == leaf.shape
-        assert (leaf.grad - gradient / 7).abs().max() <= 1e-5 * max(1, gradient.abs().max()) if leaf.numel() else True
+        assert (
+            (leaf.grad - gradient / 7).abs().max() <= 1e-5 * max(1, gradient.abs().max())
+            if leaf.numel()
+            else True
+        )
 
 
 def test_chunks_are_small(monkeypatch):
-    monkeypatch.setitem(vocabulary.NUMBERS, "cpu", 40 * V)
+    monkeypatch.setitem(chunked.NUMBERS, "cpu", 40 * V)
     leaves, log_q, x0, w = case(50)
     sizes = []
 
@@ -98,14 +112,19 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(loss):
     assert sum(value for value, _ in whole) == pytest.approx(found(slice(None))[0], rel=1e-6)
     for first, last in ((0, 70), (0, 33), (3, 9), (20, 52)):
         gradient = found(slice(first, last))[1]
-        assert all(torch.equal(gradient[n - first], whole[n][1][0]) for n in range(first, last)), (first, last)
+        assert all(torch.equal(gradient[n - first], whole[n][1][0]) for n in range(first, last)), (
+            first,
+            last,
+        )
 
 
 def test_cross_entropy_is_weighted():
     leaves, _, x0, w = case(30)
     found = cross_entropy(leaves[0], tuple(leaves[1:]), x0, w)
     logits = leaves[0] @ leaves[1].T + leaves[2]
-    assert torch.allclose(found, (w * F.cross_entropy(logits, x0, reduction="none")).sum(), rtol=1e-5)
+    assert torch.allclose(
+        found, (w * F.cross_entropy(logits, x0, reduction="none")).sum(), rtol=1e-5
+    )
 
 
 def test_gradient_reaches_what_lies_below_and_only_what_asks_for_it():
@@ -159,10 +178,14 @@ def test_bfloat16_features_and_autocast(loss):
     found.backward()
     assert found.dtype == torch.float32 and abs(found.item() / expected.item() - 1) < 1e-5
     for leaf, gradient in zip(leaves, gradients, strict=True):
-        assert leaf.grad.dtype == torch.float32 and (leaf.grad - gradient).abs().max() < 1e-4 * max(1, gradient.abs().max())
+        assert leaf.grad.dtype == torch.float32 and (leaf.grad - gradient).abs().max() < 1e-4 * max(
+            1, gradient.abs().max()
+        )
 
     half, *rest = leaves
-    half = half.detach().bfloat16().requires_grad_()  # features of a network that computes in bfloat16
+    half = (
+        half.detach().bfloat16().requires_grad_()
+    )  # features of a network that computes in bfloat16
     expected, gradients = plain([half, *rest], row_loss)
     for leaf in rest:
         leaf.grad = None
@@ -170,5 +193,10 @@ def test_bfloat16_features_and_autocast(loss):
         found = readout_loss(half, tuple(rest), row_loss)
     found.backward()
     assert found.dtype == torch.float32 and abs(found.item() / expected.item() - 1) < 1e-5
-    assert half.grad.dtype == torch.bfloat16 and (half.grad - gradients[0]).abs().max() < 2**-8 * gradients[0].abs().max()
-    assert rest[0].grad.dtype == torch.float32 and (rest[0].grad - gradients[1]).abs().max() < 1e-4 * max(1, gradients[1].abs().max())
+    assert (
+        half.grad.dtype == torch.bfloat16
+        and (half.grad - gradients[0]).abs().max() < 2**-8 * gradients[0].abs().max()
+    )
+    assert rest[0].grad.dtype == torch.float32 and (
+        rest[0].grad - gradients[1]
+    ).abs().max() < 1e-4 * max(1, gradients[1].abs().max())

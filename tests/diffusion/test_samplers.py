@@ -4,21 +4,36 @@ import pytest
 import torch
 from oracle import Language, Perfect, ancestral_law, chi_square, first_hitting_law
 
-from halfstep.diffusion.samplers import SAMPLERS, ancestral, carry_out, first_hitting, sample
+from halfstep.diffusion.samplers import SAMPLERS, ancestral, first_hitting, run_plan, sample
 from halfstep.diffusion.schedules import LogLinear
-from halfstep.draws import uniforms
 from halfstep.errors import HalfstepError
+from halfstep.kernels.categorical import uniforms
 
 ALPHA = 1e-4 / 70  # corrected for the number of chi-square tests here
 DRAWS = 10_000
 SMALL, LONG = Language(4, 3, seed=2), Language(3, 5, seed=3)
 GAPPY = Language(3, 4, seed=4, forbidden=40)  # half of its texts cannot be
-LAW = {"ancestral": ancestral_law, "analytic": ancestral_law, "first_hitting": first_hitting_law}  # one for each of SAMPLERS
-DISTINCT = sorted({id(plan): name for name, plan in SAMPLERS.items()}.values())  # two names of one function are tested once
+LAW = {
+    "ancestral": ancestral_law,
+    "analytic": ancestral_law,
+    "first_hitting": first_hitting_law,
+}  # one for each of SAMPLERS
+DISTINCT = sorted(
+    {id(plan): name for name, plan in SAMPLERS.items()}.values()
+)  # two names of one function are tested once
 
 
 def draw(denoiser, steps, sampler, given=None, n=DRAWS, **how):
-    return sample(denoiser, n, denoiser.language.L, steps, schedule=LogLinear(), sampler=sampler, given=given, **how)
+    return sample(
+        denoiser,
+        n,
+        denoiser.language.L,
+        steps,
+        schedule=LogLinear(),
+        sampler=sampler,
+        given=given,
+        **how,
+    )
 
 
 def agree(language: Language, ids: torch.Tensor, law: torch.Tensor) -> float:
@@ -32,26 +47,40 @@ def unknown(language: Language) -> torch.Tensor:
 def test_oracle_is_consistent():
     """The laws that need no sampler: one position at a time is the language itself, one step the product of marginals, many steps converge."""
     denoiser, texts = Perfect(SMALL), SMALL.index(SMALL.texts)
-    assert torch.allclose(first_hitting_law(denoiser, 3, unknown(SMALL))[texts], SMALL.p, atol=1e-12)
+    assert torch.allclose(
+        first_hitting_law(denoiser, 3, unknown(SMALL))[texts], SMALL.p, atol=1e-12
+    )
     marginal = SMALL.posterior[-1]  # the last state is all masks
     product = torch.stack([marginal[i, SMALL.texts[:, i]] for i in range(SMALL.L)]).prod(0)
     for law in LAW.values():
         assert torch.allclose(law(denoiser, 1, unknown(SMALL))[texts], product, atol=1e-12)
-    far = [(ancestral_law(denoiser, n, unknown(SMALL))[texts] - SMALL.p).abs().sum().item() / 2 for n in (1, 2, 4, 8, 64)]
-    assert far == sorted(far, reverse=True) and far[0] > 0.2 and far[-1] < 0.01  # the factorisation error falls with the steps
+    far = [
+        (ancestral_law(denoiser, n, unknown(SMALL))[texts] - SMALL.p).abs().sum().item() / 2
+        for n in (1, 2, 4, 8, 64)
+    ]
+    assert (
+        far == sorted(far, reverse=True) and far[0] > 0.2 and far[-1] < 0.01
+    )  # the factorisation error falls with the steps
 
 
 CASES = [*((SMALL, n) for n in (1, 2, 3, 4, 7, 32)), (LONG, 2), (LONG, 5), (GAPPY, 1), (GAPPY, 3)]
 
 
 @pytest.mark.parametrize("sampler", DISTINCT)
-@pytest.mark.parametrize(("language", "steps"), CASES, ids=lambda value: value if isinstance(value, int) else f"V{value.V}L{value.L}")
+@pytest.mark.parametrize(
+    ("language", "steps"),
+    CASES,
+    ids=lambda value: value if isinstance(value, int) else f"V{value.V}L{value.L}",
+)
 def test_law(language, sampler, steps):
     denoiser = Perfect(language)
     out = draw(denoiser, steps, sampler, seed=100 + steps)
     assert out.ids.dtype == torch.int64 and out.ids.max() < language.V
     assert agree(language, out.ids, LAW[sampler](denoiser, steps, unknown(language))) > ALPHA
-    assert out.network_evaluations.max() <= min(steps, language.L) and out.network_evaluations.min() >= 1
+    assert (
+        out.network_evaluations.max() <= min(steps, language.L)
+        and out.network_evaluations.min() >= 1
+    )
 
 
 @pytest.mark.parametrize("sampler", DISTINCT)
@@ -61,14 +90,18 @@ def test_law_of_a_denoiser_that_knows_the_time(sampler, steps):
     denoiser = Perfect(SMALL, heat=3.0)
     out = draw(denoiser, steps, sampler, seed=200 + steps)
     assert agree(SMALL, out.ids, LAW[sampler](denoiser, steps, unknown(SMALL))) > ALPHA
-    if steps == 4 and LAW[sampler] is ancestral_law:  # the test can tell: as many passes, all told t = 1
+    if (
+        steps == 4 and LAW[sampler] is ancestral_law
+    ):  # the test can tell: as many passes, all told t = 1
         stuck = Perfect(SMALL)
         stuck.table = lambda t: denoiser.table(1.0)
         assert agree(SMALL, out.ids, ancestral_law(stuck, steps, unknown(SMALL))) < 1e-6
 
 
 @pytest.mark.parametrize("sampler", DISTINCT)
-@pytest.mark.parametrize("frame", [[1, 3, 3, 3, 3], [3, 3, 3, 3, 0], [3, 2, 3, 0, 3], [0, 1, 2, 0, 3]], ids=str)
+@pytest.mark.parametrize(
+    "frame", [[1, 3, 3, 3, 3], [3, 3, 3, 3, 0], [3, 2, 3, 0, 3], [0, 1, 2, 0, 3]], ids=str
+)
 @pytest.mark.parametrize("steps", [2, 3])
 def test_prompt_and_infilling(sampler, frame, steps):
     given, denoiser = torch.tensor(frame), Perfect(LONG)
@@ -83,13 +116,20 @@ def test_every_text_can_have_a_frame_of_its_own():
     frames = torch.tensor([[1, 3, 3, 3, 3], [3, 2, 3, 0, 3], [0, 1, 2, 0, 3]])
     together = draw(Perfect(LONG), 2, "ancestral", frames, n=3, seed=5).ids
     for i, frame in enumerate(frames):
-        assert torch.equal(together[i : i + 1], draw(Perfect(LONG), 2, "ancestral", frame, n=1, seed=5, first=i).ids)
+        assert torch.equal(
+            together[i : i + 1],
+            draw(Perfect(LONG), 2, "ancestral", frame, n=1, seed=5, first=i).ids,
+        )
 
 
 def test_nothing_to_write_needs_no_pass():
     denoiser = Perfect(LONG)
     out = draw(denoiser, 4, "ancestral", torch.tensor([0, 1, 2, 1, 0]), n=3)
-    assert out.ids.tolist() == [[0, 1, 2, 1, 0]] * 3 and out.network_evaluations.tolist() == [0, 0, 0] and denoiser.passes == 0
+    assert (
+        out.ids.tolist() == [[0, 1, 2, 1, 0]] * 3
+        and out.network_evaluations.tolist() == [0, 0, 0]
+        and denoiser.passes == 0
+    )
     assert draw(denoiser, 4, "ancestral", n=0).ids.shape == (0, 5)
 
 
@@ -97,7 +137,10 @@ def test_nothing_to_write_needs_no_pass():
 def test_same_seed_same_text_whatever_the_batch(sampler):
     denoiser = Perfect(LONG, heat=1.0)
     whole = draw(denoiser, 3, sampler, n=64, seed=5)
-    parts = [draw(denoiser, 3, sampler, n=n, seed=5, first=first) for first, n in ((0, 1), (1, 30), (31, 33))]
+    parts = [
+        draw(denoiser, 3, sampler, n=n, seed=5, first=first)
+        for first, n in ((0, 1), (1, 30), (31, 33))
+    ]
     assert torch.equal(whole.ids, torch.cat([p.ids for p in parts]))
     assert torch.equal(whole.network_evaluations, torch.cat([p.network_evaluations for p in parts]))
     assert not torch.equal(whole.ids, draw(denoiser, 3, sampler, n=64, seed=6).ids)
@@ -107,7 +150,9 @@ def test_same_seed_same_text_whatever_the_batch(sampler):
 def test_temperature_sharpens_each_draw(temperature):
     denoiser = Perfect(SMALL)
     cooled = Perfect(SMALL)
-    cooled.table = lambda t: (SMALL.posterior.log() / temperature).softmax(-1).nan_to_num(1 / SMALL.V)
+    cooled.table = lambda t: (
+        (SMALL.posterior.log() / temperature).softmax(-1).nan_to_num(1 / SMALL.V)
+    )
     out = draw(denoiser, 2, "ancestral", seed=400, temperature=temperature)
     assert agree(SMALL, out.ids, ancestral_law(cooled, 2, unknown(SMALL))) > ALPHA
 
@@ -120,7 +165,9 @@ def test_network_evaluations_are_the_non_empty_steps():
         mean = steps * (1 - (1 - 1 / steps) ** LONG.L)
         found = out.network_evaluations.double()
         assert abs(found.mean() - mean) < 5 * found.std() / DRAWS**0.5 + 1e-12
-        assert denoiser.texts == out.network_evaluations.sum() - (DRAWS - 1)  # all texts begin alike, so one stands for all in the first pass
+        assert denoiser.texts == out.network_evaluations.sum() - (
+            DRAWS - 1
+        )  # all texts begin alike, so one stands for all in the first pass
         assert denoiser.passes == out.network_evaluations.max()
 
 
@@ -137,8 +184,12 @@ def test_ancestral_plan_has_the_law_of_the_schedule(steps):
         plan = ancestral(u, steps, schedule)
         t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         assert plan.shape == u.shape and plan.min() >= 0 and plan.max() < steps
-        assert chi_square(plan.flatten().bincount(minlength=steps), law(t[:-1]) - law(t[1:])) > ALPHA
-    assert ancestral(torch.tensor([[0.0, 1 - 2**-53]]), steps, LogLinear()).tolist() == [[steps - 1, 0]]
+        assert (
+            chi_square(plan.flatten().bincount(minlength=steps), law(t[:-1]) - law(t[1:])) > ALPHA
+        )
+    assert ancestral(torch.tensor([[0.0, 1 - 2**-53]]), steps, LogLinear()).tolist() == [
+        [steps - 1, 0]
+    ]
 
 
 @pytest.mark.parametrize("L", [1, 5, 12, 64])
@@ -167,10 +218,25 @@ def test_carry_out_obeys_any_plan():
     plan = torch.tensor([[7, 2, 0, 7], [1, 1, 1, 1]])
     times = torch.linspace(1, 0, 9)[:-1]
     texts = []
-    out = carry_out(Spy(language), x, plan, times, torch.full((2, 4), 0.5, dtype=torch.float64), on_pass=texts.append)
-    assert texts == [2, 1] and out.network_evaluations.tolist() == [2, 1] and x.tolist() == [[3, 3, 1, 3], [3, 3, 3, 3]]
+    out = run_plan(
+        Spy(language),
+        x,
+        plan,
+        times,
+        torch.full((2, 4), 0.5, dtype=torch.float64),
+        on_pass=texts.append,
+    )
+    assert (
+        texts == [2, 1]
+        and out.network_evaluations.tolist() == [2, 1]
+        and x.tolist() == [[3, 3, 1, 3], [3, 3, 3, 3]]
+    )
     assert seen[0] == ([[3, 3, 1, 3], [3, 3, 3, 3]], [0.75, 0.875])
-    assert seen[1] == ([[3, out.ids[0, 1].item(), 1, 3]], [0.125]) and out.ids[0, 2] == 1 and out.ids.max() < 3
+    assert (
+        seen[1] == ([[3, out.ids[0, 1].item(), 1, 3]], [0.125])
+        and out.ids[0, 2] == 1
+        and out.ids.max() < 3
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -181,18 +247,27 @@ def test_released_noise_has_nearly_the_law_and_belongs_to_the_text(steps):
     assert agree(SMALL, out.ids, LAW["ancestral"](Perfect(SMALL), steps, unknown(SMALL))) > ALPHA
     assert out.network_evaluations.max() <= steps
     some = draw(Perfect(SMALL), steps, "ancestral", n=5, first=7, **how)
-    assert torch.equal(some.ids, out.ids[7:12]) and torch.equal(some.network_evaluations, out.network_evaluations[7:12])
+    assert torch.equal(some.ids, out.ids[7:12]) and torch.equal(
+        some.network_evaluations, out.network_evaluations[7:12]
+    )
     frame = torch.tensor([1, 4, 2])
-    assert (draw(Perfect(SMALL), steps, "ancestral", frame, n=4, **how).ids[:, [0, 2]] == frame[[0, 2]]).all()
+    assert (
+        draw(Perfect(SMALL), steps, "ancestral", frame, n=4, **how).ids[:, [0, 2]] == frame[[0, 2]]
+    ).all()
 
 
-@pytest.mark.parametrize("wish", [{"sampler": "first_hitting"}, {"sampler": "ancestral", "draw_dtype": "float16"}])
+@pytest.mark.parametrize(
+    "wish", [{"sampler": "first_hitting"}, {"sampler": "ancestral", "draw_dtype": "float16"}]
+)
 def test_released_noise_is_ancestral_samplings(wish):
     with pytest.raises(HalfstepError, match="draw_dtype: found"):
         draw(Perfect(LONG), 2, n=2, **{"draw_dtype": "float32-released"} | wish)
 
 
-@pytest.mark.parametrize("fault", [{"steps": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"given": torch.tensor([1, 2])}])
+@pytest.mark.parametrize(
+    "fault",
+    [{"steps": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"given": torch.tensor([1, 2])}],
+)
 def test_impossible_wishes_are_one_sentence(fault):
     how = {"steps": 2, "sampler": "ancestral", "n": 2} | fault
     with pytest.raises(HalfstepError, match=r"expected \[5\]|above zero"):

@@ -13,12 +13,16 @@ every = pytest.mark.parametrize("divergence", DIVERGENCES.values(), ids=DIVERGEN
 
 
 def pair(N=6, V=9, seed=0):
-    logits = torch.randn(2, N, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = torch.randn(
+        2, N, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return (2 * logits).log_softmax(-1)
 
 
 def test_the_configuration_knows_them_all():
-    assert {DIVERGENCES[name] for name in ("kl_backward", "kl_forward", "mse", "tvd", "l1_log_p")} <= set(GRADIENTS)
+    assert {
+        DIVERGENCES[name] for name in ("kl_backward", "kl_forward", "mse", "tvd", "l1_log_p")
+    } <= set(GRADIENTS)
     assert set(get_args(Distillation.model_fields["divergence"].annotation)) == set(DIVERGENCES)
 
 
@@ -37,7 +41,9 @@ def test_one_number_per_row_zero_where_equal_and_only_there(divergence):
 def test_gradient_by_finite_differences(divergence):
     log_p, log_q = pair(N=4, V=5, seed=1)
     logits = (log_p + 0.3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: divergence(x.log_softmax(-1), log_q), (logits,), eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradcheck(
+        lambda x: divergence(x.log_softmax(-1), log_q), (logits,), eps=1e-6, atol=1e-7
+    )
     assert torch.autograd.gradcheck(
         lambda x: divergence(x, log_q), (logits,), eps=1e-6, atol=1e-7
     )  # log_p's own gradient too: readout_loss takes it
@@ -54,13 +60,17 @@ def test_the_closed_form_is_the_gradient(divergence):
     (expected,) = torch.autograd.grad(value.sum(), z)
     gradient = log_q.clone()
     found = GRADIENTS[divergence](log_p.clone(), gradient)
-    torch.testing.assert_close((found, gradient), (value.detach(), expected), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        (found, gradient), (value.detach(), expected), rtol=1e-12, atol=1e-14
+    )
 
 
 @every
 def test_float32_agrees_with_float64_for_a_large_vocabulary(divergence):
     log_p, log_q = pair(N=3, V=50257, seed=2)
-    assert torch.allclose(divergence(log_p.float(), log_q.float()).double(), divergence(log_p, log_q), rtol=1e-5)
+    assert torch.allclose(
+        divergence(log_p.float(), log_q.float()).double(), divergence(log_p, log_q), rtol=1e-5
+    )
 
 
 @every
@@ -79,13 +89,21 @@ def test_definitions():
     student, teacher = Categorical(logits=log_p), Categorical(logits=log_q)
     assert torch.allclose(kl_backward(log_p, log_q), kl_divergence(student, teacher))
     assert torch.allclose(kl_forward(log_p, log_q), kl_divergence(teacher, student))
-    assert torch.allclose(kl_forward(log_p, log_q), kl_backward(log_q, log_p)) and not torch.allclose(
-        kl_forward(log_p, log_q), kl_backward(log_p, log_q)
-    )
     assert torch.allclose(
-        mse(log_p, log_q), torch.stack([sum((a - b) ** 2 for a, b in zip(*row, strict=True)) / 9 for row in zip(log_p, log_q, strict=True)])
+        kl_forward(log_p, log_q), kl_backward(log_q, log_p)
+    ) and not torch.allclose(kl_forward(log_p, log_q), kl_backward(log_p, log_q))
+    assert torch.allclose(
+        mse(log_p, log_q),
+        torch.stack(
+            [
+                sum((a - b) ** 2 for a, b in zip(*row, strict=True)) / 9
+                for row in zip(log_p, log_q, strict=True)
+            ]
+        ),
     )
-    greatest = torch.where(p > q, p - q, torch.zeros_like(p)).sum(-1)  # the event on which they differ most
+    greatest = torch.where(p > q, p - q, torch.zeros_like(p)).sum(
+        -1
+    )  # the event on which they differ most
     assert torch.allclose(tvd(log_p, log_q), greatest) and (tvd(log_p, log_q) < 1).all()
     assert (tvd(log_p, log_q) <= (kl_forward(log_p, log_q) / 2).sqrt()).all()  # Pinsker
 

@@ -8,7 +8,14 @@ from oracle import Language, Perfect, chi_square, grid, reveal_chance, target_me
 
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.distill.divergences import DIVERGENCES
-from halfstep.distill.targets import TEACHER_TIMES, divergence_loss, exact_times, released_times, reveal_substep, teacher_targets
+from halfstep.distill.targets import (
+    TEACHER_TIMES,
+    divergence_loss,
+    exact_times,
+    released_times,
+    reveal_substep,
+    teacher_targets,
+)
 
 LANGUAGE = Language(3, 4, seed=11)
 grids = pytest.mark.parametrize("times", TEACHER_TIMES)
@@ -24,29 +31,47 @@ def draws(N, L, seed):
 def test_times(times, substeps):
     t = torch.tensor([1e-5, 0.01, 0.3, 0.5, 0.99, 1.0], dtype=torch.float64)
     for dt in (1 / 1024, 1 / 64, 1 / 16, 1 / 8):
-        expected = torch.tensor([grid(times, value, dt, substeps) for value in t.tolist()], dtype=torch.float64).T
+        expected = torch.tensor(
+            [grid(times, value, dt, substeps) for value in t.tolist()], dtype=torch.float64
+        ).T
         found = TEACHER_TIMES[times](t, dt, substeps)
-        assert found.shape == (substeps, 6) and torch.allclose(found, expected, atol=1e-12) and found.min() >= 1e-5
+        assert (
+            found.shape == (substeps, 6)
+            and torch.allclose(found, expected, atol=1e-12)
+            and found.min() >= 1e-5
+        )
 
 
 def test_released_times_are_those_read_in_the_code():
     """REFERENCE.md Q1, at t = 0.5 and dt = 1/1024."""
     t = torch.tensor([0.5], dtype=torch.float64)
     assert released_times(t, 1 / 1024, 2)[:, 0].tolist() == pytest.approx([0.749, 0.249], abs=1e-3)
-    assert released_times(t, 1 / 1024, 4)[:, 0].tolist() == pytest.approx([0.748, 0.581, 0.415, 0.248], abs=1e-3)
-    assert exact_times(t, 1 / 1024, 4)[:, 0].tolist() == pytest.approx([0.5 - i / 1024 for i in range(4)], abs=1e-12)
+    assert released_times(t, 1 / 1024, 4)[:, 0].tolist() == pytest.approx(
+        [0.748, 0.581, 0.415, 0.248], abs=1e-3
+    )
+    assert exact_times(t, 1 / 1024, 4)[:, 0].tolist() == pytest.approx(
+        [0.5 - i / 1024 for i in range(4)], abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
     ("dt", "exact", "released"),
-    [(1 / 1024, 0.0020, 0.0014), (16 / 1024, 0.0310, 0.0229), (32 / 1024, 0.0615, 0.0477), (64 / 1024, 0.121, 0.101)],
+    [
+        (1 / 1024, 0.0020, 0.0014),
+        (16 / 1024, 0.0310, 0.0229),
+        (32 / 1024, 0.0615, 0.0477),
+        (64 / 1024, 0.121, 0.101),
+    ],
 )
 def test_the_released_first_step_reveals_too_little(dt, exact, released):
     """PAPER.md 1.3: mean chance of a masked position to be revealed in the first substep, t uniform, in rounds 1, 5, 6, 7."""
     t = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
     u = ((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000).expand(500, -1)
     shares = [
-        (t * (reveal_substep(times(t, dt, 2), dt, u, LogLinear()) == 0).double().mean(1)).sum().item() / t.sum().item()
+        (t * (reveal_substep(times(t, dt, 2), dt, u, LogLinear()) == 0).double().mean(1))
+        .sum()
+        .item()
+        / t.sum().item()
         for times in (exact_times, released_times)
     ]
     assert shares == pytest.approx([exact, released], rel=0.04)
@@ -65,14 +90,25 @@ def test_reveal_substep_has_the_law_of_a_draw_in_every_substep(times, substeps):
             r = reveal_chance(start, max(start - dt, 0.0))
             law.append(hidden * r)
             hidden *= 1 - r
-        assert chi_square(found[row].bincount(minlength=substeps + 1), torch.tensor([*law, hidden], dtype=torch.float64)) > 1e-6
+        assert (
+            chi_square(
+                found[row].bincount(minlength=substeps + 1),
+                torch.tensor([*law, hidden], dtype=torch.float64),
+            )
+            > 1e-6
+        )
 
 
 def textbook(denoiser, xt, t, dt, substeps, u_reveal, u_token, times):
     """Algorithm 1, one text and one position at a time; gives log targets of the masked positions in row order, and the reveal substeps."""
     language, rows, when = denoiser.language, [], []
     for b, row in enumerate(xt.tolist()):
-        x, target, hidden, step = list(row), [None] * len(row), [1.0] * len(row), [substeps] * len(row)
+        x, target, hidden, step = (
+            list(row),
+            [None] * len(row),
+            [1.0] * len(row),
+            [substeps] * len(row),
+        )
         for i, start in enumerate(grid(times, t[b].item(), dt, substeps)):
             p = denoiser.table(start)[language.index(torch.tensor(x))]
             r, now = reveal_chance(start, max(start - dt, 0.0)), list(x)
@@ -106,7 +142,9 @@ def test_against_the_algorithm_written_out(times, substeps, heat):
     expected, _ = textbook(denoiser, xt, t, 0.2, substeps, u_reveal, u_token, times)
     assert torch.equal(xt, before) and h.shape == ((xt == 3).sum(), 3)
     assert torch.allclose(denoiser.log_p(h), expected, atol=1e-9)
-    assert len({tuple(row) for row in expected.round(decimals=6).tolist()}) > 30  # the case is rich enough to tell
+    assert (
+        len({tuple(row) for row in expected.round(decimals=6).tolist()}) > 30
+    )  # the case is rich enough to tell
 
 
 @grids
@@ -118,10 +156,20 @@ def test_mean_over_draws_is_the_exact_mean(times, substeps, heat):
     xt, t, dt = torch.tensor([3, 1, 3, 3]), 0.45, 0.15
     u_reveal, u_token = draws(N, 4, 50 + substeps)
     h = teacher_targets(
-        denoiser, xt.expand(N, 4), torch.full((N,), t, dtype=torch.float64), dt, substeps, u_reveal, u_token, LogLinear(), times
+        denoiser,
+        xt.expand(N, 4),
+        torch.full((N,), t, dtype=torch.float64),
+        dt,
+        substeps,
+        u_reveal,
+        u_token,
+        LogLinear(),
+        times,
     )
     found = denoiser.log_p(h).view(N, 3, 3).mean(0)
-    first, second = (moment[xt == 3] for moment in target_mean(denoiser, xt, t, dt, substeps, times))
+    first, second = (
+        moment[xt == 3] for moment in target_mean(denoiser, xt, t, dt, substeps, times)
+    )
     error = ((second - first.square()).clamp(min=0) / N).sqrt()
     assert ((found - first).abs() <= 5 * error + 1e-9).all()
     untouched = denoiser.table(grid(times, t, dt, substeps)[0])[LANGUAGE.index(xt)][xt == 3].log()
@@ -139,7 +187,9 @@ def test_two_substeps_enumerated(times):
         chance, reveal_u, token_u = 1.0, [], []
         for place, (revealed, token) in enumerate(choice):
             low = p[place, :token].sum().item()
-            reveal_u.append((1 - r) + r / 2 if revealed else 1e-9)  # below every hidden chance: not yet
+            reveal_u.append(
+                (1 - r) + r / 2 if revealed else 1e-9
+            )  # below every hidden chance: not yet
             token_u.append(min(low + p[place, token].item() / 2, 1 - 1e-9))
             chance *= (r if revealed else 1 - r) * p[place, token].item()
         u_reveal.append(reveal_u), u_token.append(token_u), weight.append(chance)
@@ -167,7 +217,9 @@ def test_a_text_in_which_nothing_was_revealed_needs_no_second_pass():
 @grids
 def test_nothing_masked_gives_no_targets(times):
     xt = LANGUAGE.texts[:5]
-    h = teacher_targets(Perfect(LANGUAGE), xt, torch.full((5,), 0.5), 0.1, 3, *draws(5, 4, 1), LogLinear(), times)
+    h = teacher_targets(
+        Perfect(LANGUAGE), xt, torch.full((5,), 0.5), 0.1, 3, *draws(5, 4, 1), LogLinear(), times
+    )
     assert h.shape == (0, 3)
 
 
@@ -175,14 +227,31 @@ def test_nothing_masked_gives_no_targets(times):
 def test_divergence_loss_is_its_plain_sum(divergence):
     """Student and teacher each with a readout of its own; no gradient reaches the teacher."""
     generator = torch.Generator().manual_seed(1)
-    h, weight, bias = (torch.randn(*shape, generator=generator, requires_grad=True) for shape in ((30, 6), (11, 6), (11,)))
-    goal, w_teacher, b_teacher = (torch.randn(*shape, generator=generator, requires_grad=True) for shape in ((30, 4), (11, 4), (11,)))
-    found = divergence_loss(DIVERGENCES[divergence], h, (weight, bias), goal, (w_teacher, b_teacher))
-    plain = DIVERGENCES[divergence]((h @ weight.T + bias).log_softmax(-1), (goal @ w_teacher.T + b_teacher).log_softmax(-1).detach()).sum()
+    h, weight, bias = (
+        torch.randn(*shape, generator=generator, requires_grad=True)
+        for shape in ((30, 6), (11, 6), (11,))
+    )
+    goal, w_teacher, b_teacher = (
+        torch.randn(*shape, generator=generator, requires_grad=True)
+        for shape in ((30, 4), (11, 4), (11,))
+    )
+    found = divergence_loss(
+        DIVERGENCES[divergence], h, (weight, bias), goal, (w_teacher, b_teacher)
+    )
+    plain = DIVERGENCES[divergence](
+        (h @ weight.T + bias).log_softmax(-1),
+        (goal @ w_teacher.T + b_teacher).log_softmax(-1).detach(),
+    ).sum()
     assert torch.allclose(found, plain, rtol=1e-5)
-    for a, b in zip(torch.autograd.grad(found, (h, weight, bias)), torch.autograd.grad(plain, (h, weight, bias)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(found, (h, weight, bias)),
+        torch.autograd.grad(plain, (h, weight, bias)),
+        strict=True,
+    ):
         assert torch.allclose(a, b, atol=1e-4)
-    divergence_loss(DIVERGENCES[divergence], h, (weight, bias), goal, (w_teacher, b_teacher)).backward()
+    divergence_loss(
+        DIVERGENCES[divergence], h, (weight, bias), goal, (w_teacher, b_teacher)
+    ).backward()
     assert goal.grad is None and w_teacher.grad is None
 
 
@@ -201,11 +270,28 @@ OPTIMA = {"kl_forward": mean, "kl_backward": geometric_mean}  # of a student tha
 def test_the_gradient_vanishes_at_the_exact_optimum_and_not_at_the_other(divergence):
     language = Language(3, 4, seed=11, sharpness=3.0)
     teacher, N, xt, t, dt = Perfect(language), 20_000, torch.tensor([3, 3, 3, 0]), 0.5, 0.3
-    h = teacher_targets(teacher, xt.expand(N, 4), torch.full((N,), t, dtype=torch.float64), dt, 2, *draws(N, 4, 8), LogLinear())
+    h = teacher_targets(
+        teacher,
+        xt.expand(N, 4),
+        torch.full((N,), t, dtype=torch.float64),
+        dt,
+        2,
+        *draws(N, 4, 8),
+        LogLinear(),
+    )
     size = {}
     for name, optimum in OPTIMA.items():
         student = optimum(teacher, xt, t, dt)[xt == 3].log().requires_grad_()
-        loss = divergence_loss(DIVERGENCES[divergence], student.expand(N, 3, 3).reshape(-1, 3), teacher.readout, h, teacher.readout) / N
+        loss = (
+            divergence_loss(
+                DIVERGENCES[divergence],
+                student.expand(N, 3, 3).reshape(-1, 3),
+                teacher.readout,
+                h,
+                teacher.readout,
+            )
+            / N
+        )
         size[name] = torch.autograd.grad(loss, student)[0].abs().max().item()
     assert size[divergence] < 0.01 < 0.05 < max(size.values()), size
 
@@ -229,7 +315,9 @@ class Tiny(torch.nn.Module):
         self.head = torch.nn.Linear(8, language.V)
 
     def features(self, xt, t, where=None):
-        h = self.body(torch.nn.functional.one_hot(xt, self.mask_id + 1).float().flatten(1)).view(len(xt), self.L, 8)
+        h = self.body(torch.nn.functional.one_hot(xt, self.mask_id + 1).float().flatten(1)).view(
+            len(xt), self.L, 8
+        )
         return h if where is None else h[where]
 
     @property
@@ -244,7 +332,10 @@ def test_a_tiny_network_reaches_the_exact_optimum(divergence):
     language = Language(3, 3, seed=5, sharpness=2.0)
     teacher, t, dt, steps = Perfect(language), 0.8, 0.4, 500
     states = language.states[language.masked.any(1)]
-    exact = {name: torch.stack([optimum(teacher, x, t, dt) for x in states])[states == 3] for name, optimum in OPTIMA.items()}
+    exact = {
+        name: torch.stack([optimum(teacher, x, t, dt) for x in states])[states == 3]
+        for name, optimum in OPTIMA.items()
+    }
     torch.manual_seed(0)
     student, generator = Tiny(language), torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(student.parameters(), 1e-2)
@@ -254,7 +345,13 @@ def test_a_tiny_network_reaches_the_exact_optimum(divergence):
     for _ in range(steps):
         u_reveal, u_token = torch.rand(2, *xt.shape, generator=generator, dtype=torch.float64)
         goal = teacher_targets(teacher, xt, times, dt, 2, u_reveal, u_token, LogLinear())
-        loss = divergence_loss(DIVERGENCES[divergence], student.features(xt, times)[xt == 3], student.readout, goal, teacher.readout)
+        loss = divergence_loss(
+            DIVERGENCES[divergence],
+            student.features(xt, times)[xt == 3],
+            student.readout,
+            goal,
+            teacher.readout,
+        )
         optimizer.zero_grad()
         (loss / len(goal)).backward()
         optimizer.step()

@@ -19,17 +19,26 @@ def judge(world):
 
 def test_features_are_the_last_hidden_state_of_the_last_token(world, judge):
     """Each text alone, without padding, through transformers' own hidden_states; texts of different lengths once they are tokenised again."""
-    tokenizer, eos = Tokenizer.from_file(str(world.corpus / "tokenizer.json")), world.facts["eos_id"]
+    tokenizer, eos = (
+        Tokenizer.from_file(str(world.corpus / "tokenizer.json")),
+        world.facts["eos_id"],
+    )
     ids = np.random.default_rng(0).permuted(world.held_out[:7, :40], axis=1)
     letters = tokenizer.decode(world.held_out[0].tolist()).replace(" ", "Ġ")[:40]
-    ids[0] = [tokenizer.token_to_id(letter) for letter in letters]  # spelt out: its letters merge again
+    ids[0] = [
+        tokenizer.token_to_id(letter) for letter in letters
+    ]  # spelt out: its letters merge again
     found = features(judge, ids, tokenizer, eos, 3)
     lengths = set()
-    for text, mine in zip(tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False), found, strict=True):
+    for text, mine in zip(
+        tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False), found, strict=True
+    ):
         again = judge.tokenizer(text)["input_ids"][:40]
         lengths.add(len(again))
         with torch.no_grad():
-            states = judge.network(input_ids=torch.tensor([again]), output_hidden_states=True).hidden_states[-1]
+            states = judge.network(
+                input_ids=torch.tensor([again]), output_hidden_states=True
+            ).hidden_states[-1]
         assert np.allclose(mine, states[0, -1].numpy(), atol=1e-4)
     assert len(lengths) > 1 and found.shape == (7, 128) and found.dtype == np.float32
     assert np.allclose(found, features(judge, ids, tokenizer, eos, 7), atol=1e-4)
@@ -38,7 +47,13 @@ def test_features_are_the_last_hidden_state_of_the_last_token(world, judge):
 def test_a_judge_that_reads_less_than_a_text_is_named(world, judge):
     short = SimpleNamespace(context=8, name="short")
     with pytest.raises(HalfstepError, match="texts of 40 tokens, but short reads at most 8"):
-        features(short, world.held_out[:2, :40], Tokenizer.from_file(str(world.corpus / "tokenizer.json")), 0, 2)
+        features(
+            short,
+            world.held_out[:2, :40],
+            Tokenizer.from_file(str(world.corpus / "tokenizer.json")),
+            0,
+            2,
+        )
 
 
 def test_area_under_the_curve_of_two_bins():
@@ -62,10 +77,15 @@ def test_area_under_the_curve_of_two_bins():
 def test_equal_laws_one_far_laws_zero_and_order_between():
     rng = np.random.default_rng(1)
     human = rng.normal(size=(200, 16)).astype(np.float32)
-    same, *further = (mauve(human, (rng.normal(size=(400, 16)) + shift).astype(np.float32)) for shift in (0, 0.5, 1, 4))
+    same, *further = (
+        mauve(human, (rng.normal(size=(400, 16)) + shift).astype(np.float32))
+        for shift in (0, 0.5, 1, 4)
+    )
     assert mauve(human, human)[0] > 0.999 and same[0] > 0.95 and further[-1][0] < 0.01
     values = [value for value, _ in (same, *further)]
-    assert values == sorted(values, reverse=True) and all(low <= value <= high for value, (low, high) in (same, *further))
+    assert values == sorted(values, reverse=True) and all(
+        low <= value <= high for value, (low, high) in (same, *further)
+    )
     assert same[1][0] < same[1][1] <= 1
     assert mauve(human, human + 0.3) == mauve(human, human + 0.3)
     with pytest.raises(HalfstepError, match="found 200 references and 1 texts"):

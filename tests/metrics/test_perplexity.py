@@ -7,7 +7,14 @@ import pytest
 import torch
 from known import words_tokenizer
 from tokenizers import normalizers
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from halfstep.errors import HalfstepError
 from halfstep.metrics import perplexity
@@ -22,7 +29,11 @@ def save_judge(folder, architecture, words=WORDS, seed=0, eos=EOS):
     size = dict(vocab_size=tokenizer.get_vocab_size(), bos_token_id=0, eos_token_id=0)
     torch.manual_seed(seed)
     if architecture == "gpt2":
-        network = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=24, initializer_range=0.5, **size))
+        network = GPT2LMHeadModel(
+            GPT2Config(
+                n_embd=16, n_layer=1, n_head=2, n_positions=24, initializer_range=0.5, **size
+            )
+        )
     else:
         network = GPTNeoXForCausalLM(GPTNeoXConfig(
             hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=24, initializer_range=0.5, **size
@@ -42,7 +53,9 @@ def by_hand(folder, text):
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     with torch.no_grad():
         logits = network(torch.tensor([text])).logits[0, :-1]
-    return (logits.logsumexp(-1) - logits[torch.arange(len(text) - 1), torch.tensor(text[1:])]).numpy()
+    return (
+        logits.logsumexp(-1) - logits[torch.arange(len(text) - 1), torch.tensor(text[1:])]
+    ).numpy()
 
 
 def test_token_nll_is_logsumexp_minus_logit_whatever_the_batch(folder, monkeypatch):
@@ -52,7 +65,9 @@ def test_token_nll_is_logsumexp_minus_logit_whatever_the_batch(folder, monkeypat
         monkeypatch.setitem(perplexity.LOGITS, "cpu", budget)
         found = token_nll(judge, texts, micro_batch)
         for text, nll in zip(texts, found, strict=True):
-            np.testing.assert_allclose(nll, by_hand(folder, text) if len(text) > 1 else [], rtol=2e-5)
+            np.testing.assert_allclose(
+                nll, by_hand(folder, text) if len(text) > 1 else [], rtol=2e-5
+            )
 
 
 def test_ids_is_sdtts_mean_of_means(folder):
@@ -65,7 +80,15 @@ def test_ids_is_sdtts_mean_of_means(folder):
 def test_retokenized_is_mdlms_masked_token_mean(folder):
     """MDLM's own mask, (cumsum of EOS == 1) or not EOS, on texts with none, one and several EOS, at the start and within."""
     tokenizer, judge = words_tokenizer(WORDS), load_judge(str(folder))
-    ids = np.array([[1, 2, 3, 4, 5, 6], [0, 2, 3, 0, 5, 0], [1, 0, 3, 0, 0, 6], [0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 2, 0]])
+    ids = np.array(
+        [
+            [1, 2, 3, 4, 5, 6],
+            [0, 2, 3, 0, 5, 0],
+            [1, 0, 3, 0, 0, 6],
+            [0, 0, 0, 0, 0, 0],
+            [1, 0, 0, 0, 2, 0],
+        ]
+    )
     sums = retokenized_nll(judge, ids, tokenizer, 0, 2)
     for text, (total, number) in zip(ids.tolist(), sums, strict=True):
         eos = np.array(text) == 0
@@ -77,9 +100,18 @@ def test_retokenized_is_mdlms_masked_token_mean(folder):
 
 def test_retokenized_reads_the_text_with_the_judges_own_tokens_and_eos(tmp_path):
     """The judge's words have other ids, and its EOS another name: only the text counts."""
-    judge = load_judge(str(save_judge(tmp_path, "gpt2", words="hat red its with rug door to ran and mat a on sat cat the")))
+    judge = load_judge(
+        str(
+            save_judge(
+                tmp_path, "gpt2", words="hat red its with rug door to ran and mat a on sat cat the"
+            )
+        )
+    )
     ids = np.array([[0, 1, 2, 3, 0], [0, 4, 5, 6, 7]])
-    theirs = [judge.tokenizer.convert_tokens_to_ids(words_tokenizer(WORDS).decode(text, False).split()) for text in ids.tolist()]
+    theirs = [
+        judge.tokenizer.convert_tokens_to_ids(words_tokenizer(WORDS).decode(text, False).split())
+        for text in ids.tolist()
+    ]
     sums = retokenized_nll(judge, ids, words_tokenizer(WORDS), 0, 8)
     assert not judge.shares(words_tokenizer(WORDS))
     assert sums[1, 0] == pytest.approx(by_hand(tmp_path, theirs[1]).sum(), rel=1e-4)
@@ -87,14 +119,18 @@ def test_retokenized_reads_the_text_with_the_judges_own_tokens_and_eos(tmp_path)
     judge.tokenizer.add_special_tokens({"eos_token": "hat"})
     sums = retokenized_nll(judge, ids, words_tokenizer(WORDS), 0, 8)
     hat = judge.tokenizer.convert_tokens_to_ids("hat")
-    assert sums[0, 0] == pytest.approx(by_hand(tmp_path, [hat, *theirs[0][1:4], hat])[:3].sum(), rel=1e-4)
+    assert sums[0, 0] == pytest.approx(
+        by_hand(tmp_path, [hat, *theirs[0][1:4], hat])[:3].sum(), rel=1e-4
+    )
 
 
 def test_retokenized_cuts_to_the_length_of_the_samples(folder):
     judge, tokenizer = load_judge(str(folder)), words_tokenizer(WORDS)
     judge.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("mat", "red red hat")
     ids = np.array([[1, 6, 2, 6, 3]])
-    assert retokenized_nll(judge, ids, tokenizer, 0, 8)[0, 1] == 4  # nine tokens again, five of them read
+    assert (
+        retokenized_nll(judge, ids, tokenizer, 0, 8)[0, 1] == 4
+    )  # nine tokens again, five of them read
 
 
 def test_nothing_but_eos_is_an_error_and_so_is_a_tokenizer_without_eos(folder, tmp_path):
@@ -109,7 +145,9 @@ def test_nothing_but_eos_is_an_error_and_so_is_a_tokenizer_without_eos(folder, t
 def test_the_judge_knows_whose_tokens_it_shares(folder):
     judge = load_judge(str(folder))
     assert judge.shares(words_tokenizer(WORDS)) and judge.shares(words_tokenizer("the cat sat"))
-    assert not judge.shares(words_tokenizer("cat the sat")) and not judge.shares(words_tokenizer(WORDS + " more"))
+    assert not judge.shares(words_tokenizer("cat the sat")) and not judge.shares(
+        words_tokenizer(WORDS + " more")
+    )
 
 
 def test_ids_beyond_the_judges_vocabulary_or_context(folder):
@@ -131,7 +169,9 @@ def test_judges_that_cannot_be_loaded(folder, tmp_path, monkeypatch):
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in folder.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes()[:100] if file.suffix == ".safetensors" else file.read_bytes())
+        (broken / file.name).write_bytes(
+            file.read_bytes()[:100] if file.suffix == ".safetensors" else file.read_bytes()
+        )
     with pytest.raises(HalfstepError, match="cannot load .*broken.*make the folder again"):
         load_judge(str(broken))
 
@@ -139,7 +179,10 @@ def test_judges_that_cannot_be_loaded(folder, tmp_path, monkeypatch):
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files\nmore")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offline)
-    with pytest.raises(HalfstepError, match=r"cannot load 'gpt2-large' \(OSError: We couldn't connect.*files\).*without network, download"):
+    with pytest.raises(
+        HalfstepError,
+        match=r"cannot load 'gpt2-large' \(OSError: We couldn't connect.*files\).*without network, download",
+    ):
         load_judge("gpt2-large")
 
     def gated(*_, **__):
@@ -149,7 +192,8 @@ def test_judges_that_cannot_be_loaded(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", gated)
     with pytest.raises(
-        HalfstepError, match=r"accept its licence at https://huggingface.co/meta-llama/Meta-Llama-3-8B, then log in"
+        HalfstepError,
+        match=r"accept its licence at https://huggingface.co/meta-llama/Meta-Llama-3-8B, then log in",
     ) as caught:
         load_judge("meta-llama/Meta-Llama-3-8B@main")
     assert "\n" not in str(caught.value)
@@ -165,6 +209,9 @@ def test_a_revision_is_passed_on(folder, monkeypatch):
         return network
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fetch)
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name, revision: seen.update(tokenizer=(name, revision)))
+    monkeypatch.setattr(
+        "transformers.AutoTokenizer.from_pretrained",
+        lambda name, revision: seen.update(tokenizer=(name, revision)),
+    )
     assert load_judge("openai/judge@v2").name == "openai/judge@0123456789ab"
     assert seen == {"name": "openai/judge", "revision": "v2", "tokenizer": ("openai/judge", "v2")}

@@ -8,12 +8,16 @@ import torch
 
 from halfstep.config import SIZES
 from halfstep.diffusion.schedules import LogLinear
-from halfstep.models.denoiser import Denoiser
+from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
 from halfstep.models.gpt import GPT
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "parity" / "state_dict_keys.json").read_text())
-EXACT = {"small": 169_627_218, "medium": 424_477_010, "large": 863_158_098}  # SDTT Table 2: 169M, 424M, 863M
+EXACT = {
+    "small": 169_627_218,
+    "medium": 424_477_010,
+    "large": 863_158_098,
+}  # SDTT Table 2: 169M, 424M, 863M
 
 
 def on_meta(make, vocabulary, size):
@@ -33,12 +37,18 @@ def tiny(**more) -> DiT:
 @pytest.mark.parametrize("size", EXACT)
 def test_parameters_of_the_published_sizes(size):
     network = on_meta(DiT, 50257, size)
-    assert sum(p.numel() for p in network.parameters()) == EXACT[size] == PUBLISHED[f"dit-{size}"]["n_params"]
+    assert (
+        sum(p.numel() for p in network.parameters())
+        == EXACT[size]
+        == PUBLISHED[f"dit-{size}"]["n_params"]
+    )
 
 
 @pytest.mark.parametrize(("size", "billions"), [("1.3B", 1.3), ("3B", 3), ("8B", 8)])
 def test_parameters_of_the_sizes_that_were_only_timed(size, billions):
-    assert sum(p.numel() for p in on_meta(DiT, 50257, size).parameters()) / 1e9 == pytest.approx(billions, rel=0.15)
+    assert sum(p.numel() for p in on_meta(DiT, 50257, size).parameters()) / 1e9 == pytest.approx(
+        billions, rel=0.15
+    )
 
 
 @pytest.mark.parametrize("size", EXACT)
@@ -51,14 +61,20 @@ def test_names_and_shapes_of_the_published_checkpoints(kind, size):
     ours = {k: list(v.shape) for k, v in network.state_dict().items()}
     for i in range(1, len(network.blocks)):
         block = {k: ours.pop(k) for k in list(ours) if k.startswith(f"blocks.{i}.")}
-        assert block == {k.replace("blocks.0.", f"blocks.{i}."): v for k, v in theirs["state_dict"].items() if k.startswith("blocks.0.")}
+        assert block == {
+            k.replace("blocks.0.", f"blocks.{i}."): v
+            for k, v in theirs["state_dict"].items()
+            if k.startswith("blocks.0.")
+        }
     expected = dict(theirs["state_dict"])
     if kind == "ar":
         assert expected.pop("output_layer.linear.bias") == [50258]
         for key in ("vocab_embed.embedding", "output_layer.linear.weight"):
             expected[key] = [50257, expected[key][1]]
     assert ours == expected
-    assert [n for n, _ in network.named_buffers()] == ["rotary_emb.inv_freq"]  # in the state, not among the parameters
+    assert [n for n, _ in network.named_buffers()] == [
+        "rotary_emb.inv_freq"
+    ]  # in the state, not among the parameters
 
 
 def test_a_fresh_network_says_nothing():
@@ -66,7 +82,9 @@ def test_a_fresh_network_says_nothing():
     torch.manual_seed(0)
     network = DiT(11, 32, 2, 2)
     h = network(torch.randint(0, 12, (2, 9)))
-    assert torch.allclose(Denoiser(network).log_p(h.flatten(0, 1)).exp(), torch.full((18, 11), 1 / 11))
+    assert torch.allclose(
+        SubsDenoiser(network).log_p(h.flatten(0, 1)).exp(), torch.full((18, 11), 1 / 11)
+    )
 
 
 def test_every_position_sees_both_sides_and_its_own_place():
@@ -78,7 +96,9 @@ def test_every_position_sees_both_sides_and_its_own_place():
         other[0, changed] = (x[0, changed] + 1) % 11
         assert ((network(other) - base).abs().amax(-1) > 1e-5).all()
     assert not torch.allclose(network(x.flip(1)).flip(1), base, atol=1e-3)
-    assert torch.allclose(network(torch.cat([x, x.flip(1)]))[:1], base, atol=1e-5)  # texts of a batch do not see one another
+    assert torch.allclose(
+        network(torch.cat([x, x.flip(1)]))[:1], base, atol=1e-5
+    )  # texts of a batch do not see one another
 
 
 def test_dropout_is_for_training_only():
@@ -91,11 +111,16 @@ def test_dropout_is_for_training_only():
 
 def test_denoiser_reads_out_the_data_tokens_only():
     network = tiny()
-    model, x = Denoiser(network), torch.full((2, 5), 11)
+    model, x = SubsDenoiser(network), torch.full((2, 5), 11)
     h = model.features(x, torch.tensor([0.1, 0.9]))
     log_p = model.log_p(h.flatten(0, 1))
     weight, bias = model.readout
-    assert model.mask_id == 11 and log_p.shape == (10, 11) and weight.shape == (12, 32) and bias.shape == (11,)
+    assert (
+        model.mask_id == 11
+        and log_p.shape == (10, 11)
+        and weight.shape == (12, 32)
+        and bias.shape == (11,)
+    )
     assert torch.allclose(model.logits(h.flatten(0, 1)).log_softmax(-1), log_p, atol=1e-5)
     assert torch.allclose(log_p.exp().sum(-1), torch.ones(10), atol=1e-6)
     logits = network.output_layer.linear(h.flatten(0, 1))
@@ -103,7 +128,9 @@ def test_denoiser_reads_out_the_data_tokens_only():
     assert torch.allclose(log_p, logits.log_softmax(-1)[:, :11], atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [lambda: Denoiser(tiny()), lambda: GPT(11, 32, 2, 2)], ids=["denoiser", "gpt"])
+@pytest.mark.parametrize(
+    "make", [lambda: SubsDenoiser(tiny()), lambda: GPT(11, 32, 2, 2)], ids=["denoiser", "gpt"]
+)
 def test_log_probabilities_are_float32_inside_autocast(make):
     """Logits rounded to bfloat16 (three digits) would move the teacher's draws and the baseline's: the released code does so (Q12)."""
     model, h = make(), torch.randn(20, 32, generator=torch.Generator().manual_seed(2))
@@ -116,9 +143,11 @@ def test_log_probabilities_are_float32_inside_autocast(make):
 def test_time_conditioning():
     """With a noise level the network is told sigma(t) of each text; without it time changes nothing."""
     network, x, t = tiny(), torch.full((3, 5), 11), torch.tensor([0.1, 0.5, 0.999])
-    blind, knowing = Denoiser(network), Denoiser(network, LogLinear().sigma)
+    blind, knowing = SubsDenoiser(network), SubsDenoiser(network, LogLinear().sigma)
     assert blind.ignores_time and not knowing.ignores_time
-    assert torch.equal(blind.features(x, t), network(x)) and torch.equal(knowing.features(x, t), network(x, LogLinear().sigma(t)))
+    assert torch.equal(blind.features(x, t), network(x)) and torch.equal(
+        knowing.features(x, t), network(x, LogLinear().sigma(t))
+    )
     found = knowing.features(x, t)
     assert not torch.allclose(found[0], found[1], atol=1e-3)
     assert torch.allclose(found[1:2], knowing.features(x[1:2], t[1:2]), atol=1e-5)
@@ -127,13 +156,25 @@ def test_time_conditioning():
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_asked_for_some_positions_it_says_there_what_it_says_of_all(conditioned):
     """Values and gradients of every weight; each of three texts has its own noise level."""
-    denoiser = Denoiser(tiny(), LogLinear().sigma if conditioned else None)
-    x, t = torch.randint(0, 12, (3, 5), generator=torch.Generator().manual_seed(1)), torch.tensor([0.1, 0.5, 0.999])
+    denoiser = SubsDenoiser(tiny(), LogLinear().sigma if conditioned else None)
+    x, t = (
+        torch.randint(0, 12, (3, 5), generator=torch.Generator().manual_seed(1)),
+        torch.tensor([0.1, 0.5, 0.999]),
+    )
     where = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.bool)
     pull = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
     found, expected = denoiser.features(x, t, where), denoiser.features(x, t)[where]
     assert torch.equal(denoiser.features(x, t, where.nonzero(as_tuple=True)), found)
     assert found.shape == (5, 32) and torch.allclose(found, expected, atol=1e-5)
-    ours, theirs = (torch.autograd.grad((h * pull).sum(), list(denoiser.network.parameters()), allow_unused=True) for h in (found, expected))
-    for (name, _), one, other in zip(denoiser.network.named_parameters(), ours, theirs, strict=True):
-        assert (one is None) == (other is None) and (one is None or torch.allclose(one, other, atol=1e-4, rtol=1e-4)), name
+    ours, theirs = (
+        torch.autograd.grad(
+            (h * pull).sum(), list(denoiser.network.parameters()), allow_unused=True
+        )
+        for h in (found, expected)
+    )
+    for (name, _), one, other in zip(
+        denoiser.network.named_parameters(), ours, theirs, strict=True
+    ):
+        assert (one is None) == (other is None) and (
+            one is None or torch.allclose(one, other, atol=1e-4, rtol=1e-4)
+        ), name

@@ -5,8 +5,8 @@ import torch
 from oracle import chi_square
 
 from halfstep.data.tokenizer import train_bpe
-from halfstep.draws import inverse_cdf, uniforms
-from halfstep.models.gpt import GPT, Decoder, generate, nucleus, save_gpt_neox
+from halfstep.kernels.categorical import inverse_cdf, uniforms
+from halfstep.models.gpt import GPT, Decoder, decode, nucleus, save_gpt_neox
 
 
 def tiny(vocabulary=13, width=32, blocks=2, heads=4) -> GPT:
@@ -38,14 +38,32 @@ def test_cache_equals_the_full_pass(pieces):
     assert torch.allclose(torch.cat(found, 1), gpt(x), atol=1e-5) and caches[0].end == 10
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.5}, {"top_p": 0.6}, {"prompt": torch.tensor([0, 3, 5])}, {"prompt": torch.arange(36).view(12, 3) % 13}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_p": 0.6},
+        {"prompt": torch.tensor([0, 3, 5])},
+        {"prompt": torch.arange(36).view(12, 3) % 13},
+    ],
+    ids=str,
+)
 def test_generation_equals_the_full_pass(how):
     gpt, N, L = tiny(), 12, 11
-    found = generate(gpt, N, L, 0, seed=4, **how)
+    found = decode(gpt, N, L, 0, seed=4, **how)
     u, ids = uniforms(4, 0, N, L), how.get("prompt", torch.tensor([0])).expand(N, -1)
     while ids.shape[1] < L:
         log_p = gpt.log_p(gpt(ids)[:, -1]) / how.get("temperature", 1.0)
-        ids = torch.cat([ids, inverse_cdf(nucleus(log_p.log_softmax(-1), how.get("top_p", 1.0)), u[:, ids.shape[1]])[:, None]], 1)
+        ids = torch.cat(
+            [
+                ids,
+                inverse_cdf(
+                    nucleus(log_p.log_softmax(-1), how.get("top_p", 1.0)), u[:, ids.shape[1]]
+                )[:, None],
+            ],
+            1,
+        )
     assert torch.equal(found, ids) and found.shape == (N, L)
     assert len({tuple(row) for row in found.tolist()}) > N // 2
 
@@ -63,37 +81,54 @@ def test_the_windows_of_the_graphs_equal_the_exact_ones(monkeypatch):
 
     expected = [exact.write(torch.tensor(start), u) for start in ([0], [0, 3, 5])]
     monkeypatch.setattr(Decoder, "step", wider)
-    assert [torch.equal(decoder.write(torch.tensor(start), u), whole) for start, whole in zip(([0], [0, 3, 5]), expected, strict=True)] == [True, True]
+    assert [
+        torch.equal(decoder.write(torch.tensor(start), u), whole)
+        for start, whole in zip(([0], [0, 3, 5]), expected, strict=True)
+    ] == [True, True]
     assert set(windows) == {8, 16, 30}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graphs_write_what_the_cpu_writes():
     gpt, u = tiny(), uniforms(4, 0, 5, 150)
-    expected, decoder = Decoder(gpt, 5, 150).write(torch.tensor([0]), u), Decoder(gpt.cuda(), 5, 150)
+    expected, decoder = (
+        Decoder(gpt, 5, 150).write(torch.tensor([0]), u),
+        Decoder(gpt.cuda(), 5, 150),
+    )
     found = [decoder.write(torch.tensor([0]), u) for _ in range(2)]
-    assert torch.equal(*found) and (found[0].cpu() == expected).double().mean() > 0.9 and set(decoder.graphs) == {64, 128, 150}
+    assert (
+        torch.equal(*found)
+        and (found[0].cpu() == expected).double().mean() > 0.9
+        and set(decoder.graphs) == {64, 128, 150}
+    )
 
 
 def test_greedy_limit_is_the_argmax_of_the_full_pass():
     gpt = tiny()
-    found = generate(gpt, 1, 12, 0, seed=1, temperature=1e-4)
+    found = decode(gpt, 1, 12, 0, seed=1, temperature=1e-4)
     assert torch.equal(gpt.log_p(gpt(found)[0, :-1]).argmax(-1), found[0, 1:])
-    assert torch.equal(generate(gpt, 1, 12, 0, seed=2, top_p=1e-6), found)
+    assert torch.equal(decode(gpt, 1, 12, 0, seed=2, top_p=1e-6), found)
 
 
 def test_same_seed_same_text_whatever_the_batch():
     gpt = tiny()
-    whole = generate(gpt, 9, 8, 0, seed=3)
-    assert torch.equal(whole, torch.cat([generate(gpt, 4, 8, 0, seed=3), generate(gpt, 5, 8, 0, seed=3, first=4)]))
+    whole = decode(gpt, 9, 8, 0, seed=3)
+    assert torch.equal(
+        whole, torch.cat([decode(gpt, 4, 8, 0, seed=3), decode(gpt, 5, 8, 0, seed=3, first=4)])
+    )
 
 
 def test_law_of_two_tokens():
     gpt = tiny(vocabulary=5)
-    found = generate(gpt, 8000, 3, 0, seed=7)[:, 1:]
+    found = decode(gpt, 8000, 3, 0, seed=7)[:, 1:]
     p = gpt.log_p(gpt(torch.tensor([[0]]))[:, -1]).exp()[0].double()
     after = gpt.log_p(gpt(torch.tensor([[0, v] for v in range(5)]))[:, -1]).exp().double()
-    assert chi_square((5 * found[:, 0] + found[:, 1]).bincount(minlength=25), (p[:, None] * after).flatten()) > 1e-5
+    assert (
+        chi_square(
+            (5 * found[:, 0] + found[:, 1]).bincount(minlength=25), (p[:, None] * after).flatten()
+        )
+        > 1e-5
+    )
 
 
 def test_nucleus_keeps_the_fewest_tokens_that_reach_the_mass():
@@ -113,7 +148,9 @@ def test_nucleus_keeps_the_fewest_tokens_that_reach_the_mass():
 def test_transformers_loads_the_same_function_and_tokenizer(tmp_path):
     """AutoModelForCausalLM and AutoTokenizer on the folder alone: log-probabilities within 1e-4, equal ids, equal texts."""
     transformers = pytest.importorskip("transformers")
-    text = "Once upon a time Ann lost her red kite. She looked for it in the old barn. <|endoftext|>"
+    text = (
+        "Once upon a time Ann lost her red kite. She looked for it in the old barn. <|endoftext|>"
+    )
     tokenizer = train_bpe([text] * 3, 300)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     gpt = tiny(tokenizer.get_vocab_size(), width=48, blocks=3, heads=6)
@@ -127,6 +164,14 @@ def test_transformers_loads_the_same_function_and_tokenizer(tmp_path):
     assert ours.std() > 0.5  # not flat
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for words in (text, "kites, barns and Ünïcode"):
-        assert loaded(words)["input_ids"] == tokenizer.encode(words).ids and loaded.decode(loaded(words)["input_ids"]) == words
-    assert loaded.eos_token_id == loaded.bos_token_id == tokenizer.token_to_id("<|endoftext|>") == theirs.config.eos_token_id
+        assert (
+            loaded(words)["input_ids"] == tokenizer.encode(words).ids
+            and loaded.decode(loaded(words)["input_ids"]) == words
+        )
+    assert (
+        loaded.eos_token_id
+        == loaded.bos_token_id
+        == tokenizer.token_to_id("<|endoftext|>")
+        == theirs.config.eos_token_id
+    )
     assert loaded.model_max_length == 24

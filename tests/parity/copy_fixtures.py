@@ -12,7 +12,12 @@ WHOLE = ("dit_a_teacher.safetensors", "dit_a_student.safetensors", "ar.safetenso
 LEFT_OUT = {  # prefixes of arrays; the uniforms of the reference's categorical draws are not needed where the drawn tokens are known
     "distill_m2_dt8.npz": ("u_step",),
     "distill_m4_dt16.npz": ("u_step", "student_logp"),
-    "divergences.npz": ("subs_mse_f64_grad", "subs_tvd_f64_grad", "subs_kl_fwd_f64_grad", "subs_kl_bwd_f64_grad"),
+    "divergences.npz": (
+        "subs_mse_f64_grad",
+        "subs_tvd_f64_grad",
+        "subs_kl_fwd_f64_grad",
+        "subs_kl_bwd_f64_grad",
+    ),
     "transitions.npz": ("q_xs", "q_norm_0", "mdlm_", "closed_form"),
     "analytic.npz": ("probs_0", "probs_2", "probs_3"),
     "forward_a.npz": ("h_embed",),
@@ -36,7 +41,9 @@ def main(source: Path) -> None:
         for i in range(facts["config"]["n_blocks"]):
             block = {k.replace("blocks.0.", f"blocks.{i}."): v for k, v in first.items()}
             assert block.items() <= facts["state_dict"].items()
-            facts["state_dict"] = {k: v for k, v in facts["state_dict"].items() if k not in block or i == 0}
+            facts["state_dict"] = {
+                k: v for k, v in facts["state_dict"].items() if k not in block or i == 0
+            }
     (HERE / "state_dict_keys.json").write_text(json.dumps(networks) + "\n")
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from halfstep.checkpoint import load_weights
-from halfstep.models.denoiser import Denoiser
+from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
 
 HERE = Path(__file__).parent
@@ -29,11 +29,11 @@ def dit(which: str) -> DiT:
     return network
 
 
-def denoiser(which: str) -> Denoiser:
-    return Denoiser(dit(which).eval())
+def denoiser(which: str) -> SubsDenoiser:
+    return SubsDenoiser(dit(which).eval())
 
 
-def subs(denoiser: Denoiser, x: torch.Tensor) -> torch.Tensor:
+def subs(denoiser: SubsDenoiser, x: torch.Tensor) -> torch.Tensor:
     """Our log p(x0 | x) over the 256 data tokens at every position, [B, L, 256]."""
     h = denoiser.features(x, torch.zeros(len(x)))
     return denoiser.log_p(h.flatten(0, 1)).view(*x.shape, MASK)

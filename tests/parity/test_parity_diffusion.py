@@ -8,7 +8,7 @@ from halfstep.diffusion.masking import corrupt, reveal_probability
 from halfstep.diffusion.objective import nelbo, nelbo_weight, stratified_times
 from halfstep.diffusion.samplers import SAMPLERS
 from halfstep.diffusion.schedules import LogLinear
-from halfstep.models.denoiser import Denoiser
+from halfstep.models.denoiser import SubsDenoiser
 
 SCHEDULE = LogLinear()
 
@@ -17,12 +17,18 @@ def test_schedule():
     fixture = arrays("noise.npz")
     t = fixture["t"].double()
     assert SCHEDULE.eps == fixture["eps"].item()
-    assert torch.allclose(SCHEDULE.sigma(t), fixture["sigma"].double(), rtol=2e-5)  # float32 there: 1 - alpha cancels near t = 1
+    assert torch.allclose(
+        SCHEDULE.sigma(t), fixture["sigma"].double(), rtol=2e-5
+    )  # float32 there: 1 - alpha cancels near t = 1
     assert torch.allclose(1 - SCHEDULE.alpha(t), fixture["move_chance"].double(), atol=1e-7)
-    assert torch.allclose(-SCHEDULE.alpha_prime(t) / SCHEDULE.alpha(t), fixture["dsigma"].double(), rtol=1e-4)
+    assert torch.allclose(
+        -SCHEDULE.alpha_prime(t) / SCHEDULE.alpha(t), fixture["dsigma"].double(), rtol=1e-4
+    )
     inside = t > 0
     # the reference computes expm1(sigma) in float32, one part in 1e7 times 1 / t
-    assert torch.allclose(nelbo_weight(t, SCHEDULE)[inside], fixture["loss_weight"].double()[inside], rtol=1e-4)
+    assert torch.allclose(
+        nelbo_weight(t, SCHEDULE)[inside], fixture["loss_weight"].double()[inside], rtol=1e-4
+    )
 
 
 def test_stratified_times_as_mdlm_draws_them():
@@ -46,30 +52,44 @@ def test_nelbo_and_its_gradient(tag):
     """Loss and gradient norms of the released objective: continuous time, and T = 1000 which is the same weight on a grid of times. The
     reference's mask of padding (row 1 ends in 7 padded tokens) is laid on by hand: halfstep packs windows and has no padding."""
     fixture = arrays("mdlm_loss_a.npz")
-    x0, t, u, kept = fixture["x0"], fixture[f"{tag}_t"].double(), fixture[f"{tag}_u"].double(), fixture["attention_mask"].bool()
+    x0, t, u, kept = (
+        fixture["x0"],
+        fixture[f"{tag}_t"].double(),
+        fixture[f"{tag}_u"].double(),
+        fixture["attention_mask"].bool(),
+    )
     xt = corrupt(x0, t, u, SCHEDULE, MASK)
     assert torch.equal(xt, fixture[f"{tag}_xt"])
     full = [0, 2, 3]
     for row in full:
-        found = nelbo(denoiser("teacher"), x0[row : row + 1], t[row : row + 1], u[row : row + 1], SCHEDULE)
+        found = nelbo(
+            denoiser("teacher"), x0[row : row + 1], t[row : row + 1], u[row : row + 1], SCHEDULE
+        )
         assert abs(found.item() / fixture[f"{tag}_nll"][row].sum().item() - 1) < 2e-5
     per_token = (
-        -subs(denoiser("teacher"), xt).gather(-1, x0[..., None])[..., 0] * nelbo_weight(t, SCHEDULE)[:, None] * ((xt == MASK) & kept)
+        -subs(denoiser("teacher"), xt).gather(-1, x0[..., None])[..., 0]
+        * nelbo_weight(t, SCHEDULE)[:, None]
+        * ((xt == MASK) & kept)
     )
     assert torch.allclose(per_token.float(), fixture[f"{tag}_nll"], atol=1e-4, rtol=1e-4)
-    assert abs(per_token.sum().item() / kept.sum().item() / fixture[f"{tag}_loss"].item() - 1) < 2e-5
+    assert (
+        abs(per_token.sum().item() / kept.sum().item() / fixture[f"{tag}_loss"].item() - 1) < 2e-5
+    )
 
     network = dit("teacher").eval()
     hidden = (~kept) & (xt == MASK)
-    loss = nelbo(Denoiser(network), x0, t, u, SCHEDULE)
-    model, rows = Denoiser(network), hidden.nonzero(as_tuple=True)
+    loss = nelbo(SubsDenoiser(network), x0, t, u, SCHEDULE)
+    model, rows = SubsDenoiser(network), hidden.nonzero(as_tuple=True)
     padded = (
-        nelbo_weight(t, SCHEDULE)[rows[0]].float() * -model.log_p(model.features(xt, t)[rows]).gather(-1, x0[rows][:, None])[:, 0]
+        nelbo_weight(t, SCHEDULE)[rows[0]].float()
+        * -model.log_p(model.features(xt, t)[rows]).gather(-1, x0[rows][:, None])[:, 0]
     ).sum()
     ((loss - padded) / kept.sum()).backward()
     norms = torch.stack([p.grad.norm() for p in network.parameters()])
     assert torch.allclose(norms, fixture[f"{tag}_grad_norms"], rtol=1e-4, atol=1e-6)
-    assert torch.allclose(network.output_layer.linear.bias.grad, fixture[f"{tag}_grad_head_bias"], atol=1e-5)
+    assert torch.allclose(
+        network.output_layer.linear.bias.grad, fixture[f"{tag}_grad_head_bias"], atol=1e-5
+    )
 
 
 def transition(x, log_p, t, dt):
@@ -87,10 +107,15 @@ def test_ancestral_transition():
     ours, theirs = subs(denoiser("student"), x), fixture["log_p_x0"][1:4, :, :MASK]
     masked = x == MASK
     assert torch.allclose(ours[masked], theirs[masked], atol=5e-5)
-    for i in (1, 2):  # the reference draws at visible positions too, and then carries their tokens over
+    for i in (
+        1,
+        2,
+    ):  # the reference draws at visible positions too, and then carries their tokens over
         expected = fixture[f"q_norm_{i}"][masked].double()
         for log_p, tolerance in ((theirs, 1e-6), (ours, 2e-6)):
-            assert torch.allclose(transition(x, log_p, t, fixture["dts"][i].item())[masked], expected, atol=tolerance)
+            assert torch.allclose(
+                transition(x, log_p, t, fixture["dts"][i].item())[masked], expected, atol=tolerance
+            )
 
 
 def test_analytic_transition_has_the_same_law():
@@ -98,13 +123,15 @@ def test_analytic_transition_has_the_same_law():
     fixture, log_p = arrays("analytic.npz"), arrays("transitions.npz")["log_p_x0"][..., :MASK]
     x = fixture["x"]
     t = fixture["t_1"].double().expand(len(x))
-    assert torch.allclose(transition(x, log_p, t, fixture["dt_1"].item()), fixture["probs_1"].double(), atol=1e-6)
+    assert torch.allclose(
+        transition(x, log_p, t, fixture["dt_1"].item()), fixture["probs_1"].double(), atol=1e-6
+    )
     assert SAMPLERS["analytic"] is SAMPLERS["ancestral"]
 
 
 def test_the_released_noise_repeats_the_released_states():
     """draw_dtype float32-released, given the reference's uniforms, makes the reference's own next states: mask or token at every position."""
-    from halfstep.draws import released_race
+    from halfstep.kernels.categorical import released_race
 
     fixture, model = arrays("sample_ancestral.npz"), denoiser("teacher")
     dt = fixture["dt"].item()

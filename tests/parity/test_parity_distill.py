@@ -8,7 +8,7 @@ from halfstep.diffusion.masking import corrupt, reveal_probability
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.distill.divergences import DIVERGENCES, kl_backward, kl_forward, mse, tvd
 from halfstep.distill.targets import TEACHER_TIMES, divergence_loss, teacher_targets
-from halfstep.models.denoiser import Denoiser
+from halfstep.models.denoiser import SubsDenoiser
 
 SCHEDULE = LogLinear()
 CASES = pytest.mark.parametrize("name", ["distill_m2_dt8.npz", "distill_m4_dt16.npz"])
@@ -25,7 +25,9 @@ def uniforms_that_reveal(states, starts, dt, teacher):
     """u_reveal and u_token under which our draws repeat the reference's reveals and tokens: the middle of each interval."""
     B, L = states[0].shape
     chance = reveal_probability(starts, (starts - dt).clamp(min=0), SCHEDULE)
-    hidden = torch.cat([torch.ones(1, B, dtype=torch.float64), (1 - chance).cumprod(0)])  # [m + 1, B]
+    hidden = torch.cat(
+        [torch.ones(1, B, dtype=torch.float64), (1 - chance).cumprod(0)]
+    )  # [m + 1, B]
     u_reveal = (hidden[-1] / 2)[:, None].expand(B, L).clone()  # never revealed
     u_token = torch.full((B, L), 0.5, dtype=torch.float64)
     for i, (before, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
@@ -36,7 +38,10 @@ def uniforms_that_reveal(states, starts, dt, teacher):
         p = subs(teacher, before).double().exp()
         cdf = p.cumsum(-1) / p.sum(-1, keepdim=True)
         token = after.clamp(max=MASK - 1)[..., None]
-        upper, lower = cdf.gather(-1, token)[..., 0], torch.where(token > 0, cdf.gather(-1, (token - 1).clamp(min=0)), 0.0)[..., 0]
+        upper, lower = (
+            cdf.gather(-1, token)[..., 0],
+            torch.where(token > 0, cdf.gather(-1, (token - 1).clamp(min=0)), 0.0)[..., 0],
+        )
         u_token[now] = ((upper + lower) / 2)[now]
     return u_reveal, u_token
 
@@ -46,7 +51,9 @@ def our_targets(fixture, way):
     times, teacher = {"alg": "exact", "ref": "released"}[way], denoiser("teacher")
     starts = TEACHER_TIMES[times](fixture["t"].double(), dt, m)
     u_reveal, u_token = uniforms_that_reveal(reference_states(fixture, way, m), starts, dt, teacher)
-    h = teacher_targets(teacher, fixture["xt"], fixture["t"].double(), dt, m, u_reveal, u_token, SCHEDULE, times)
+    h = teacher_targets(
+        teacher, fixture["xt"], fixture["t"].double(), dt, m, u_reveal, u_token, SCHEDULE, times
+    )
     return teacher, h
 
 
@@ -54,7 +61,9 @@ def our_targets(fixture, way):
 def test_forward_process_and_times(name):
     fixture = arrays(name)
     t, dt, m = fixture["t"].double(), fixture["dt"].item(), int(fixture["m"])
-    assert torch.equal(corrupt(fixture["x0"], t, fixture["u_qxt"].double(), SCHEDULE, MASK), fixture["xt"])
+    assert torch.equal(
+        corrupt(fixture["x0"], t, fixture["u_qxt"].double(), SCHEDULE, MASK), fixture["xt"]
+    )
     for way, times in (("alg", "exact"), ("ref", "released")):
         found = TEACHER_TIMES[times](t, dt, m)
         for i in range(m):
@@ -72,7 +81,9 @@ def test_targets(name, way):
     masked = fixture["xt"] == MASK
     assert torch.allclose(teacher.log_p(h), fixture[f"{way}_target"][masked][:, :MASK], atol=5e-5)
     other = fixture[f"{'ref' if way == 'alg' else 'alg'}_target"][masked][:, :MASK]
-    assert (teacher.log_p(h) - other).abs().max() > 0.1  # the two grids differ, and the test can tell
+    assert (
+        teacher.log_p(h) - other
+    ).abs().max() > 0.1  # the two grids differ, and the test can tell
 
 
 @CASES
@@ -83,23 +94,35 @@ def test_kl_losses_and_gradients(name, loss):
     masked = fixture["xt"] == MASK
     for way, key in (("alg", f"alg_loss_{loss}"), ("ref", f"loss_{loss}")):
         network = dit("student").eval()
-        student = Denoiser(network)
+        student = SubsDenoiser(network)
         teacher, goal = our_targets(fixture, way)
         value = (
-            divergence_loss(NAMES[loss], student.features(fixture["xt"], fixture["t"])[masked], student.readout, goal, teacher.readout)
+            divergence_loss(
+                NAMES[loss],
+                student.features(fixture["xt"], fixture["t"])[masked],
+                student.readout,
+                goal,
+                teacher.readout,
+            )
             / masked.sum()
         )
         assert value.item() == pytest.approx(fixture[key].item(), rel=1e-4)
         value.backward()
     norms = torch.stack([p.grad.norm() for p in network.parameters()])
     assert torch.allclose(norms, fixture[f"grad_norms_{loss}"], rtol=1e-3, atol=1e-6)
-    assert torch.allclose(network.output_layer.linear.bias.grad, fixture[f"grad_head_bias_{loss}"], atol=1e-5)
+    assert torch.allclose(
+        network.output_layer.linear.bias.grad, fixture[f"grad_head_bias_{loss}"], atol=1e-5
+    )
 
 
 def test_student_log_probabilities():
     fixture = arrays("distill_m2_dt8.npz")
     masked = fixture["xt"] == MASK
-    assert torch.allclose(subs(denoiser("student"), fixture["xt"])[masked], fixture["student_logp"][masked][:, :MASK], atol=5e-5)
+    assert torch.allclose(
+        subs(denoiser("student"), fixture["xt"])[masked],
+        fixture["student_logp"][masked][:, :MASK],
+        atol=5e-5,
+    )
 
 
 @CASES
@@ -109,7 +132,10 @@ def test_released_mse_and_tvd_are_other_formulas(name):
     `tvd` here is the true distance; the released one is a sum of |log p - log q| without the half (hundreds, where a distance is below one)."""
     fixture = arrays(name)
     masked = fixture["xt"] == MASK
-    log_p, (teacher, h) = subs(denoiser("student"), fixture["xt"])[masked].double(), our_targets(fixture, "ref")
+    log_p, (teacher, h) = (
+        subs(denoiser("student"), fixture["xt"])[masked].double(),
+        our_targets(fixture, "ref"),
+    )
     log_q = teacher.log_p(h).double()
     ours = mse(log_p, log_q).mean().item()
     column = fixture["loss_mse"].item() - ours * 256 / 257
@@ -127,18 +153,27 @@ def test_divergences(case):
     if case == "subs":
         log_p, log_q = log_p[:, :MASK], log_q[:, :MASK]
     for name, key in (("kl_backward", "kl_bwd_f64"), ("kl_backward", "KL_student_teacher"), ("kl_forward", "kl_fwd_f64"), ("kl_forward", "KL_teacher_student"), ("tvd", "tv_dist_unused_f64")):  # fmt: skip
-        assert DIVERGENCES[name](log_p, log_q).mean().item() == pytest.approx(fixture[f"{case}_{key}"].item(), rel=1e-9), name
+        assert DIVERGENCES[name](log_p, log_q).mean().item() == pytest.approx(
+            fixture[f"{case}_{key}"].item(), rel=1e-9
+        ), name
     released = fixture["plain_mse_f64" if case == "plain" else "subs_mse_f64_no_mask_col"].item()
     found = mse(log_p, log_q).mean().item()
-    assert found == pytest.approx(released, rel=1e-9) or found * 256 / 257 == pytest.approx(released, rel=1e-9)
+    assert found == pytest.approx(released, rel=1e-9) or found * 256 / 257 == pytest.approx(
+        released, rel=1e-9
+    )
     l1 = fixture["plain_tvd_f64" if case == "plain" else "subs_tvd_f64_no_mask_col"].item()
     assert (log_p - log_q).abs().sum(-1).mean().item() == pytest.approx(l1, rel=1e-9)
 
 
-@pytest.mark.parametrize(("name", "key"), [("kl_backward", "kl_bwd"), ("kl_forward", "kl_fwd"), ("mse", "mse")])
+@pytest.mark.parametrize(
+    ("name", "key"), [("kl_backward", "kl_bwd"), ("kl_forward", "kl_fwd"), ("mse", "mse")]
+)
 def test_gradients_of_divergences(name, key):
     """With respect to the student's log-probabilities, float64, absolute 1e-12."""
     fixture = arrays("divergences.npz")
-    log_p, log_q = fixture["plain_student_logp"].double().requires_grad_(), fixture["plain_teacher_logp"].double()
+    log_p, log_q = (
+        fixture["plain_student_logp"].double().requires_grad_(),
+        fixture["plain_teacher_logp"].double(),
+    )
     DIVERGENCES[name](log_p, log_q).mean().backward()
     assert torch.allclose(log_p.grad, fixture[f"plain_{key}_f64_grad"], atol=1e-12)

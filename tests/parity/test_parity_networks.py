@@ -11,7 +11,9 @@ from halfstep.training.ema import EMA
 def test_dit_hidden_states_and_logits():
     fixture, network = arrays("forward_a.npz"), dit("teacher").eval()
     cond = network.sigma_map(torch.zeros(1))
-    assert torch.allclose(cond.expand(3, -1), torch.nn.functional.silu(fixture["sigma_emb"]), atol=2e-6)  # sigma is zero: time is ignored
+    assert torch.allclose(
+        cond.expand(3, -1), torch.nn.functional.silu(fixture["sigma_emb"]), atol=2e-6
+    )  # sigma is zero: time is ignored
     angles = network.rotary_emb(torch.arange(64))
     h = network.vocab_embed(fixture["x"])
     for i, block in enumerate(network.blocks):
@@ -28,15 +30,22 @@ def test_subs_log_probabilities():
     x, found = fixture["x"], subs(model, fixture["x"])
     expected, masked = fixture["log_p_subs"][0], x[0] == MASK
     assert torch.allclose(found[0][masked], expected[masked][:, :MASK], atol=5e-5)
-    assert (expected[masked][:, MASK] < -1e5).all() and torch.equal(expected[~masked].argmax(-1), x[0][~masked])
+    assert (expected[masked][:, MASK] < -1e5).all() and torch.equal(
+        expected[~masked].argmax(-1), x[0][~masked]
+    )
     assert torch.allclose(found, fixture["logits"][..., :MASK].log_softmax(-1), atol=5e-5)
 
 
 def test_time_does_not_matter_to_a_network_that_ignores_it():
     fixture, model = arrays("forward_a.npz"), denoiser("teacher")
-    assert torch.equal(model.features(fixture["x"], torch.tensor([0.1, 0.5, 1.0])), model.features(fixture["x"], torch.zeros(3)))
+    assert torch.equal(
+        model.features(fixture["x"], torch.tensor([0.1, 0.5, 1.0])),
+        model.features(fixture["x"], torch.zeros(3)),
+    )
     network = dit("teacher").eval()
-    assert not torch.allclose(network(fixture["x"], fixture["sigma"]), network(fixture["x"]), atol=1e-3)
+    assert not torch.allclose(
+        network(fixture["x"], fixture["sigma"]), network(fixture["x"]), atol=1e-3
+    )
 
 
 def test_autoregressive_network():

@@ -11,10 +11,16 @@ from torch import nn
 
 from halfstep.config import Machine, Training
 from halfstep.errors import HalfstepError
-from halfstep.tracking import Journal, read
+from halfstep.records.journal import Journal, read_journal
 from halfstep.training import loop
 from halfstep.training.ema import EMA
-from halfstep.training.optim import FLOOR, adamw, learning_rate, moments, restore_moments
+from halfstep.training.optim import (
+    FLOOR,
+    adamw,
+    learning_rate,
+    load_optimizer_state,
+    optimizer_state,
+)
 
 STEPS = 7
 
@@ -25,7 +31,14 @@ class Interrupted(Exception):
 
 def training(**more) -> Training:
     how = dict(
-        num_steps=STEPS, batch_size=12, lr=1e-2, warmup_steps=2, lr_decay="linear", dropout=0.0, precision="float32", validate_every=3
+        num_steps=STEPS,
+        batch_size=12,
+        lr=1e-2,
+        warmup_steps=2,
+        lr_decay="linear",
+        dropout=0.0,
+        precision="float32",
+        validate_every=3,
     )
     return Training(**{**how, **more})
 
@@ -35,7 +48,20 @@ def network(dropout=0.0, seed=0) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
 
 
-def run(folder, *, how=None, dropout=0.0, micro_batch=12, stop_at=None, seed=3, params=None, batch=None, loss=None, validate=None, **more):
+def run(
+    folder,
+    *,
+    how=None,
+    dropout=0.0,
+    micro_batch=12,
+    stop_at=None,
+    seed=3,
+    params=None,
+    batch=None,
+    loss=None,
+    validate=None,
+    **more,
+):
     """A small regression through `fit`: y = sum x, noise from the step's own generator; optionally interrupted when asked for a batch."""
     how, net = how or training(), network(dropout)
 
@@ -45,7 +71,10 @@ def run(folder, *, how=None, dropout=0.0, micro_batch=12, stop_at=None, seed=3, 
         return torch.arange(48, dtype=torch.float64).view(12, 4).sin() + step
 
     def corrupt(x0, random):
-        return {"x": x0 + torch.randn(x0.shape, generator=random, dtype=torch.float64), "y": x0.sum(1)}, x0.numel()
+        return {
+            "x": x0 + torch.randn(x0.shape, generator=random, dtype=torch.float64),
+            "y": x0.sum(1),
+        }, x0.numel()
 
     def squares(part):
         return (net(part["x"].float())[:, 0] - part["y"].float()).square().sum()
@@ -54,7 +83,10 @@ def run(folder, *, how=None, dropout=0.0, micro_batch=12, stop_at=None, seed=3, 
         return {"val/loss": (net(torch.ones(1, 4)) - 4).square().item(), "val/other": 1.0}
 
     with Journal(
-        folder, name="test", node="test", params=params or {"training": how.model_dump(), "dropout": dropout, "seed": seed}
+        folder,
+        name="test",
+        node="test",
+        params=params or {"training": how.model_dump(), "dropout": dropout, "seed": seed},
     ) as journal:
         fitted = loop.fit(
             net, batch or data, corrupt, loss(net) if loss else squares, validate or measured, how, seed=seed, device=torch.device("cpu"),
@@ -90,19 +122,25 @@ def test_gradients_are_those_of_the_global_batch(tmp_path, micro_batch):
 
 def test_one_step_by_hand(tmp_path):
     """The first update: mean loss over the global batch, clipped gradient, AdamW at the first warm-up rate."""
-    how = training(num_steps=1, warmup_steps=0, lr_decay="constant", grad_clip=0.05, weight_decay=0.1)
+    how = training(
+        num_steps=1, warmup_steps=0, lr_decay="constant", grad_clip=0.05, weight_decay=0.1
+    )
     found, fitted = run(tmp_path, how=how)
     net = network()
-    optimizer = torch.optim.AdamW(net.parameters(), how.lr, (0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), how.lr, (0.9, 0.999), eps=1e-8, weight_decay=0.1
+    )
     x0 = torch.arange(48, dtype=torch.float64).view(12, 4).sin()
-    x = (x0 + torch.randn(12, 4, generator=loop.generator(3, 0), dtype=torch.float64)).float()
+    x = (x0 + torch.randn(12, 4, generator=loop.step_generator(3, 0), dtype=torch.float64)).float()
     ((net(x)[:, 0] - x0.sum(1).float()).square().sum() / 48).backward()
     norm = nn.utils.clip_grad_norm_(net.parameters(), 0.05)
     optimizer.step()
     for a, b, p in zip(found.parameters(), net.parameters(), network().parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-7) and not torch.allclose(a, p, atol=1e-4)
-    (point,) = [point for point in read(tmp_path)[1] if "train/loss" in point["metrics"]]
-    assert point["metrics"]["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5) and norm > 0.05
+    (point,) = [point for point in read_journal(tmp_path)[1] if "train/loss" in point["metrics"]]
+    assert (
+        point["metrics"]["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5) and norm > 0.05
+    )
 
 
 @pytest.mark.parametrize("stop_at", range(1, STEPS))
@@ -116,12 +154,22 @@ def test_interrupted_and_resumed_is_bit_equal(tmp_path, monkeypatch, stop_at):
         assert file.metadata()["step"] == str(stop_at)
     asked = []
     resumed = run(
-        tmp_path / "b", dropout=0.3, batch=lambda step: asked.append(step) or torch.arange(48, dtype=torch.float64).view(12, 4).sin() + step
+        tmp_path / "b",
+        dropout=0.3,
+        batch=lambda step: (
+            asked.append(step) or torch.arange(48, dtype=torch.float64).view(12, 4).sin() + step
+        ),
     )
     assert asked == list(range(stop_at, STEPS))
     assert_same_bits(undisturbed, resumed)
     points = {
-        folder: [(p["step"], {k: v for k, v in p["metrics"].items() if "per_s" not in k and "system" not in k}) for p in read(tmp_path / folder)[1]]
+        folder: [
+            (
+                p["step"],
+                {k: v for k, v in p["metrics"].items() if "per_s" not in k and "system" not in k},
+            )
+            for p in read_journal(tmp_path / folder)[1]
+        ]
         for folder in "ab"
     }
     assert points["a"] == points["b"]  # the journal too: no point twice, none missing
@@ -136,7 +184,10 @@ def test_interrupted_between_two_log_lines(tmp_path, monkeypatch):
         run(tmp_path / "b", how=how, stop_at=7)
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 1e9)
     assert_same_bits(undisturbed, run(tmp_path / "b", how=how))
-    curves = [[(p["step"], p["metrics"].get("train/loss")) for p in read(tmp_path / folder)[1]] for folder in "ab"]
+    curves = [
+        [(p["step"], p["metrics"].get("train/loss")) for p in read_journal(tmp_path / folder)[1]]
+        for folder in "ab"
+    ]
     assert curves[0] == curves[1] and len(curves[0]) == 201
 
 
@@ -150,7 +201,7 @@ def test_twice_interrupted_and_the_journal_runs_ahead(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         run(tmp_path / "b", stop_at=5)
     assert_same_bits(undisturbed, run(tmp_path / "b"))
-    steps = [p["step"] for p in read(tmp_path / "b")[1] if "train/loss" in p["metrics"]]
+    steps = [p["step"] for p in read_journal(tmp_path / "b")[1] if "train/loss" in p["metrics"]]
     assert steps == list(range(1, STEPS + 1))
 
 
@@ -160,10 +211,19 @@ def test_carried_moments_and_average_survive_an_interruption(tmp_path, monkeypat
 
     def second(folder, **more):
         net = network()
-        return run(folder, carried=first.moments, warm=False, ema=EMA(net, 0.9, first.ema.shadow, first.ema.updates), **more)
+        return run(
+            folder,
+            carried=first.moments,
+            warm=False,
+            ema=EMA(net, 0.9, first.ema.shadow, first.ema.updates),
+            **more,
+        )
 
     undisturbed = second(tmp_path / "a")
-    assert undisturbed[1].ema.updates == 2 * STEPS and undisturbed[1].moments["step:0.weight"] == 2 * STEPS
+    assert (
+        undisturbed[1].ema.updates == 2 * STEPS
+        and undisturbed[1].moments["step:0.weight"] == 2 * STEPS
+    )
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
     with pytest.raises(Interrupted):
         second(tmp_path / "b", stop_at=4)
@@ -189,9 +249,13 @@ def test_same_seed_same_bits_other_seed_others(tmp_path):
 
 
 def test_generator_is_a_function_of_seed_and_step():
-    draws = {(seed, step): torch.rand(4, generator=loop.generator(seed, step)).tolist() for seed in (0, 1, 11) for step in (0, 1, 10, 110)}
+    draws = {
+        (seed, step): torch.rand(4, generator=loop.step_generator(seed, step)).tolist()
+        for seed in (0, 1, 11)
+        for step in (0, 1, 10, 110)
+    }
     assert len({tuple(v) for v in draws.values()}) == len(draws)
-    assert torch.rand(4, generator=loop.generator(11, 10)).tolist() == draws[11, 10]
+    assert torch.rand(4, generator=loop.step_generator(11, 10)).tolist() == draws[11, 10]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -213,13 +277,16 @@ def test_a_broken_state_is_never_kept(tmp_path, monkeypatch):
     def loss(net):
         calls = iter(range(10_000))
         return lambda part: (
-            net(part["x"].float()).sum() + (0.0 if next(calls) != 11 else (net[0].weight * 0).sum().sqrt())
+            net(part["x"].float()).sum()
+            + (0.0 if next(calls) != 11 else (net[0].weight * 0).sum().sqrt())
         )  # finite, slope 0 * inf
 
     with pytest.raises(HalfstepError, match="gradient's norm nan at step 12"):
         run(tmp_path, how=how, loss=loss)
     with safe_open(tmp_path / "state" / "state.safetensors", "pt") as file:
-        assert file.metadata()["step"] == "11" and all(file.get_tensor(k).isfinite().all() for k in file.keys())
+        assert file.metadata()["step"] == "11" and all(
+            file.get_tensor(k).isfinite().all() for k in file.keys()
+        )
 
 
 def test_a_loss_that_explodes_stops_and_leaves_the_state_from_before(tmp_path, monkeypatch):
@@ -228,10 +295,15 @@ def test_a_loss_that_explodes_stops_and_leaves_the_state_from_before(tmp_path, m
 
     def loss(factors):
         calls = iter(range(1, 100))
-        return lambda net: lambda part: net(part["x"].float()).sum() * 0 + 48.0 * factors.get(next(calls), 1.0)
+        return lambda net: (
+            lambda part: net(part["x"].float()).sum() * 0 + 48.0 * factors.get(next(calls), 1.0)
+        )
 
     run(tmp_path / "a", how=training(num_steps=9), loss=loss({4: 1000.0, 8: 15.0}))
-    with pytest.raises(HalfstepError, match=r"the loss is 25 at step 8, the median before it 1: training exploded; lower lr"):
+    with pytest.raises(
+        HalfstepError,
+        match=r"the loss is 25 at step 8, the median before it 1: training exploded; lower lr",
+    ):
         run(tmp_path / "b", how=training(num_steps=9), loss=loss({8: 25.0}))
     with safe_open(tmp_path / "b" / "state" / "state.safetensors", "pt") as file:
         assert file.metadata()["step"] == "7"
@@ -252,7 +324,9 @@ def test_the_next_batch_is_made_while_one_is_used():
         for batch in loop.prefetched(make, 1, 6):
             assert len(found) == 2 or made[len(found) + 2].wait(10)
             found.append(batch)
-    assert found == [10, 20, 30] and list(loop.prefetched(make, 2, 2)) == []  # the fault of step 4 comes when step 4 is asked for
+    assert (
+        found == [10, 20, 30] and list(loop.prefetched(make, 2, 2)) == []
+    )  # the fault of step 4 comes when step 4 is asked for
 
 
 def test_best_is_the_average_at_the_lowest_first_figure(tmp_path):
@@ -272,11 +346,21 @@ def test_best_is_the_average_at_the_lowest_first_figure(tmp_path):
     net, fitted = run(tmp_path, loss=loss, validate=validate)  # at steps 3, 6 and 7
     plain, plain_fitted = run(tmp_path / "plain")
     assert [mode for mode, _ in seen] == [False] * 3 and net.training
-    assert fitted.best_step == 6 and fitted.validation == {"best": 1.0, "val/loss": 2.0, "val/other": -1.0}
+    assert fitted.best_step == 6 and fitted.validation == {
+        "best": 1.0,
+        "val/loss": 2.0,
+        "val/other": -1.0,
+    }
     assert all(torch.equal(fitted.best[k], seen[1][1][k]) for k in fitted.best)
     assert all(torch.equal(fitted.ema.shadow[k], seen[2][1][k]) for k in fitted.ema.shadow)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))  # measuring moved nothing
-    points = [(p["step"], p["metrics"]["val/loss"]) for p in read(tmp_path)[1] if "val/loss" in p["metrics"]]
+    assert all(
+        torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True)
+    )  # measuring moved nothing
+    points = [
+        (p["step"], p["metrics"]["val/loss"])
+        for p in read_journal(tmp_path)[1]
+        if "val/loss" in p["metrics"]
+    ]
     assert points == [(3, 3.0), (6, 1.0), (7, 2.0)]
 
 
@@ -291,21 +375,33 @@ def test_moving_average_in_closed_form(decay):
         ema.update()
     rates = [min(decay, (1 + n) / (10 + n)) for n in range(1, 31)]
     expected = sum((1 - rates[i]) * (i + 1) * math.prod(rates[i + 1 :]) for i in range(30))
-    assert ema.shadow["weight"].item() == pytest.approx(expected, rel=1e-5) and net.weight.item() == 30
+    assert (
+        ema.shadow["weight"].item() == pytest.approx(expected, rel=1e-5) and net.weight.item() == 30
+    )
     ema.swap()
-    assert net.weight.item() == pytest.approx(expected, rel=1e-5) and ema.shadow["weight"].item() == 30
+    assert (
+        net.weight.item() == pytest.approx(expected, rel=1e-5) and ema.shadow["weight"].item() == 30
+    )
     ema.swap()
     assert net.weight.item() == 30
 
 
 def test_moving_average_begins_where_it_is_told():
     net = nn.Linear(2, 1)
-    assert torch.equal(EMA(net, 0.9).shadow["weight"], net.weight) and EMA(net, 0.9).shadow["weight"].data_ptr() != net.weight.data_ptr()
+    assert (
+        torch.equal(EMA(net, 0.9).shadow["weight"], net.weight)
+        and EMA(net, 0.9).shadow["weight"].data_ptr() != net.weight.data_ptr()
+    )
     given = {"weight": torch.ones(1, 2), "bias": torch.zeros(1), "a buffer": torch.ones(1)}
     ema = EMA(net, 0.9, given, 100)
-    assert torch.equal(ema.shadow["weight"], torch.ones(1, 2)) and ema.shadow.keys() == {"weight", "bias"}
+    assert torch.equal(ema.shadow["weight"], torch.ones(1, 2)) and ema.shadow.keys() == {
+        "weight",
+        "bias",
+    }
     ema.update()
-    assert ema.updates == 101 and torch.allclose(ema.shadow["weight"], 0.9 * torch.ones(1, 2) + 0.1 * net.weight)
+    assert ema.updates == 101 and torch.allclose(
+        ema.shadow["weight"], 0.9 * torch.ones(1, 2) + 0.1 * net.weight
+    )
     assert torch.equal(given["weight"], torch.ones(1, 2))
 
 
@@ -321,11 +417,18 @@ def test_learning_rate(lr_decay, warm):
     if lr_decay == "constant":
         assert set(rest) == {2.0}
         return
-    assert all(a > b for a, b in zip(rest, rest[1:], strict=False)) and rest[-1] == pytest.approx(2.0 * FLOOR, rel=0.06)
+    assert all(a > b for a, b in zip(rest, rest[1:], strict=False)) and rest[-1] == pytest.approx(
+        2.0 * FLOOR, rel=0.06
+    )
     middle = rest[len(rest) // 2]
-    assert middle == pytest.approx(2.0 * (1 + FLOOR) / 2, rel=1e-6)  # both are symmetric about the middle
+    assert middle == pytest.approx(
+        2.0 * (1 + FLOOR) / 2, rel=1e-6
+    )  # both are symmetric about the middle
     quarter = rest[len(rest) // 4] / 2.0
-    assert quarter == pytest.approx(1 - 0.98 / 4 if lr_decay == "linear" else FLOOR + 0.98 * (1 + math.cos(math.pi / 4)) / 2, rel=1e-3)
+    assert quarter == pytest.approx(
+        1 - 0.98 / 4 if lr_decay == "linear" else FLOOR + 0.98 * (1 + math.cos(math.pi / 4)) / 2,
+        rel=1e-3,
+    )
 
 
 def test_moments_go_out_and_in(tmp_path):
@@ -338,18 +441,22 @@ def test_moments_go_out_and_in(tmp_path):
         first.step()
     nets[1].load_state_dict(nets[0].state_dict())
     nets[1][0].weight.grad = None
-    state = moments(nets[0], first)
-    assert set(state) == {f"{kind}:{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name, _ in nets[0].named_parameters()}
+    state = optimizer_state(nets[0], first)
+    assert set(state) == {
+        f"{kind}:{name}"
+        for kind in ("step", "exp_avg", "exp_avg_sq")
+        for name, _ in nets[0].named_parameters()
+    }
     kept = {k: v.clone() for k, v in state.items()}
     second = adamw(nets[1], how)
-    restore_moments(nets[1], second, state)
+    load_optimizer_state(nets[1], second, state)
     for net, optimizer in zip(nets, (first, second), strict=True):
         net.zero_grad()
         net(torch.full((2, 4), 0.5)).square().sum().backward()
         optimizer.step()
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(a, b)
-    restore_moments(nets[1], second, kept)
+    load_optimizer_state(nets[1], second, kept)
     second.step()
     assert kept["step:0.weight"] == 3
 
@@ -360,17 +467,23 @@ def test_moments_land_on_the_device_of_their_parameter():
     optimizer = adamw(net, training())
     net(torch.ones(2, 4)).sum().backward()
     optimizer.step()
-    state = moments(net, optimizer)
+    state = optimizer_state(net, optimizer)
     away = network().to("meta")
     other = torch.optim.AdamW(away.parameters())
-    restore_moments(away, other, state)
+    load_optimizer_state(away, other, state)
     assert {v.device.type for p in away.parameters() for v in other.state[p].values()} == {"meta"}
 
 
 def test_device():
     threads = torch.get_num_threads()
     try:
-        assert loop.device_of(Machine(device="cpu", threads=2)) == torch.device("cpu") and torch.get_num_threads() == 2
-        assert loop.device_of(Machine()).type == ("cuda" if torch.cuda.is_available() else "cpu") and torch.get_num_threads() == 2
+        assert (
+            loop.find_device(Machine(device="cpu", threads=2)) == torch.device("cpu")
+            and torch.get_num_threads() == 2
+        )
+        assert (
+            loop.find_device(Machine()).type == ("cuda" if torch.cuda.is_available() else "cpu")
+            and torch.get_num_threads() == 2
+        )
     finally:
         torch.set_num_threads(threads)

@@ -14,16 +14,26 @@ LOCK = runpy.run_path(str(REPOSITORY / "envs/lock.py"))
 
 def direct() -> list[Requirement]:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    words = project["dependencies"] + [word for extra in project["optional-dependencies"].values() for word in extra]
-    return [requirement for requirement in map(Requirement, words) if requirement.name != project["name"]]
+    words = project["dependencies"] + [
+        word for extra in project["optional-dependencies"].values() for word in extra
+    ]
+    return [
+        requirement
+        for requirement in map(Requirement, words)
+        if requirement.name != project["name"]
+    ]
 
 
 def test_every_requirement_is_pinned():
     pins = LOCK["read"]()
     for requirement in direct():
         name = canonicalize_name(requirement.name)
-        assert name in pins, f"{name} is missing in envs/requirements.txt: run `python envs/lock.py`"
-        assert requirement.specifier.contains(pins[name], prereleases=True), f"{requirement} does not admit the locked {pins[name]}"
+        assert name in pins, (
+            f"{name} is missing in envs/requirements.txt: run `python envs/lock.py`"
+        )
+        assert requirement.specifier.contains(pins[name], prereleases=True), (
+            f"{requirement} does not admit the locked {pins[name]}"
+        )
 
 
 def test_lock_holds_pins_alone():
@@ -34,7 +44,9 @@ def test_lock_holds_pins_alone():
 
 def test_conda_files_are_the_lock():
     for kind in LOCK["KINDS"]:
-        assert (REPOSITORY / "envs" / kind).read_text() == LOCK["conda"](kind, LOCK["read"]()), "run `python envs/lock.py`"
+        assert (REPOSITORY / "envs" / kind).read_text() == LOCK["conda"](kind, LOCK["read"]()), (
+            "run `python envs/lock.py`"
+        )
 
 
 def test_make_says_what_it_needs(tmp_path):

@@ -15,10 +15,24 @@ def test_a_second_snakemake_on_the_same_results_refuses(tmp_path):
     workflow = copy(tmp_path)
     options = [TARGET, "--config", "preset=ci", "--cores", "1"]
     hold, go = tmp_path / "hold", tmp_path / "go"
-    workflow.edit("rules/data.smk", lambda text: text.replace("halfstep prepare", f"touch {hold}; while [ ! -e {go} ]; do sleep 0.1; done; halfstep prepare", 1))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE_", "HALFSTEP_"))}
+    workflow.edit(
+        "rules/data.smk",
+        lambda text: text.replace(
+            "halfstep prepare",
+            f"touch {hold}; while [ ! -e {go} ]; do sleep 0.1; done; halfstep prepare",
+            1,
+        ),
+    )
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE_", "HALFSTEP_"))
+    }
     first = subprocess.Popen(
-        [sys.executable, "-m", "snakemake", *options], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "snakemake", *options],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 90
@@ -26,7 +40,9 @@ def test_a_second_snakemake_on_the_same_results_refuses(tmp_path):
             time.sleep(0.1)
         assert hold.exists(), first.communicate(timeout=10)[0]
         second = workflow.run(*options)
-        assert second.returncode != 0 and "cannot be locked" in " ".join((second.stdout + second.stderr).split())
+        assert second.returncode != 0 and "cannot be locked" in " ".join(
+            (second.stdout + second.stderr).split()
+        )
         assert first.poll() is None and not (tmp_path / TARGET).exists()
         go.touch()
         said = first.communicate(timeout=90)[0]

@@ -13,7 +13,10 @@ GRAPHS = {  # preset: runs, rounds over all runs
 
 
 def test_every_preset_has_a_test_here():
-    assert {file.stem for file in (REPOSITORY / "workflow/presets").glob("*.yaml")} == {*GRAPHS, "owt-small"}
+    assert {file.stem for file in (REPOSITORY / "workflow/presets").glob("*.yaml")} == {
+        *GRAPHS,
+        "owt-small",
+    }
 
 
 @pytest.mark.parametrize("preset", GRAPHS)
@@ -23,48 +26,87 @@ def test_preset_resolves(workflow, preset):
     assert jobs["train_baseline"] == jobs["latency"] == jobs["score_corpus"] == teachers
     assert jobs["distill_round"] == rounds
     assert jobs["score_samples"] == jobs["score_lambada"] == rounds + 2 * teachers
-    assert preset == "laptop" or jobs["generate"] % (rounds + teachers) == teachers  # as often for every denoiser, and once for every baseline
+    assert (
+        preset == "laptop" or jobs["generate"] % (rounds + teachers) == teachers
+    )  # as often for every denoiser, and once for every baseline
     prompts = preset != "laptop"  # whether held-out prompts are continued
     assert (jobs["plot"], jobs["tabulate"], jobs["track"]) == (7 + prompts, 3 + prompts, 1)
-    assert jobs.get("score_continuations", 0) == prompts * (2 if preset == "ci" else rounds + 2 * teachers)
+    assert jobs.get("score_continuations", 0) == prompts * (
+        2 if preset == "ci" else rounds + 2 * teachers
+    )
 
 
 def test_own_step_counts_are_where_a_round_meets_its_teacher(workflow):
     jobs = workflow.jobs("--config", "preset=laptop", 'sampling={"steps": ["own", 8]}')
     line = ["teacher", *(f"kl_backward/round-{round}" for round in range(1, 8))]
-    expected = {f"generate stories-tiny/{model} {steps}" for at, model in enumerate(line) for steps in (1024 // 2**at, 1024 // 2 ** min(at + 1, 7), 8)}
-    assert {job for job in jobs if job.startswith("generate")} == expected | {"generate stories-tiny/baseline 64"}
+    expected = {
+        f"generate stories-tiny/{model} {steps}"
+        for at, model in enumerate(line)
+        for steps in (1024 // 2**at, 1024 // 2 ** min(at + 1, 7), 8)
+    }
+    assert {job for job in jobs if job.startswith("generate")} == expected | {
+        "generate stories-tiny/baseline 64"
+    }
 
 
 def test_a_teacher_can_come_from_elsewhere(workflow):
     """`from` takes the place of pretraining, and of nothing else."""
-    plan = workflow.plan("--config", "preset=ci", 'teachers={"stories-ci": {"from": "jdeschena/sdtt@teacher_1M_sm"}}')
+    plan = workflow.plan(
+        "--config", "preset=ci", 'teachers={"stories-ci": {"from": "jdeschena/sdtt@teacher_1M_sm"}}'
+    )
     jobs = counts(plan)
-    assert jobs["import_teacher"] == 1 and "pretrain" not in jobs and jobs["train_baseline"] == 1 and jobs["distill_round"] == 7
+    assert (
+        jobs["import_teacher"] == 1
+        and "pretrain" not in jobs
+        and jobs["train_baseline"] == 1
+        and jobs["distill_round"] == 7
+    )
     assert "--source jdeschena/sdtt@teacher_1M_sm" in workflow.plan(
-        "-p", "--config", "preset=ci", 'teachers={"stories-ci": {"from": "jdeschena/sdtt@teacher_1M_sm"}}'
+        "-p",
+        "--config",
+        "preset=ci",
+        'teachers={"stories-ci": {"from": "jdeschena/sdtt@teacher_1M_sm"}}',
     )
 
 
 def test_one_figure_needs_no_flag(workflow):
     jobs = counts(workflow.plan("results/figures/ppl_vs_steps.pdf"))
     assert jobs["plot"] == jobs["tabulate"] == 1 and jobs["distill_round"] == 7
-    assert not {"track", "latency", "score_lambada"} & jobs.keys()  # nothing that the figure does not show
+    assert (
+        not {"track", "latency", "score_lambada"} & jobs.keys()
+    )  # nothing that the figure does not show
 
 
 def test_slurm_runs_the_paper_on_gpus(workflow):
     plan = workflow.plan("--profile", "slurm", "all", HALFSTEP_SLURM_PARTITION="fast")
     jobs = counts(plan)
     assert "models/owt-small/teacher" in plan and "stories" not in plan
-    assert jobs["distill_round"] == 12 * 7 + 3 + 2  # fourteen rows: twelve by halves, one by quarters, one by eighths
+    assert (
+        jobs["distill_round"] == 12 * 7 + 3 + 2
+    )  # fourteen rows: twelve by halves, one by quarters, one by eighths
     job = plan.split("rule distill_round:")[1].split("\n[")[0]
-    for resource in ("gpu=4", "nodes=1", "mem_mb=32000", "runtime=480", "slurm_partition=fast", "micro_batch=32"):
+    for resource in (
+        "gpu=4",
+        "nodes=1",
+        "mem_mb=32000",
+        "runtime=480",
+        "slurm_partition=fast",
+        "micro_batch=32",
+    ):
         assert resource in job, job
     assert "gpu=" not in plan.split("rule tabulate:")[1].split("\n[")[0]
 
 
 def test_slurm_obeys_another_preset(workflow):
-    plan = workflow.plan("--profile", "slurm", "--config", "preset=ci", "seed=2", "--", "results/models/stories-ci/teacher/meta.json")
+    plan = workflow.plan(
+        "--profile",
+        "slurm",
+        "--config",
+        "preset=ci",
+        "seed=2",
+        "--",
+        "results/models/stories-ci/teacher/meta.json",
+    )
     assert counts(plan)["pretrain"] == 1
 
 

@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 
-from halfstep.provenance import is_record
+from halfstep.records.provenance import is_record
 
 
 def test_every_job_has_one_record_under_the_name_that_its_command_writes(workflow, pipeline):
     jobs = re.findall(
-        r"^(?:local)?rule (\w+):\n(?: +input: .*\n)?(?: +output: (.*)\n)?", workflow.plan("--config", "preset=laptop"), re.MULTILINE
+        r"^(?:local)?rule (\w+):\n(?: +input: .*\n)?(?: +output: (.*)\n)?",
+        workflow.plan("--config", "preset=laptop"),
+        re.MULTILINE,
     )
     declared = {rule: set() for rule, _ in jobs}
     for rule, outputs in jobs:
@@ -16,5 +18,9 @@ def test_every_job_has_one_record_under_the_name_that_its_command_writes(workflo
         assert len(records) == (0 if rule in ("all", "track") else 1), (rule, outputs)
         declared[rule] |= records
     assert len(jobs) > 60 and declared["merge_provenance"] == {"results/provenance.json"}
-    written = {str(path.relative_to(pipeline.root)) for path in pipeline.results.rglob("*.json") if is_record(path)}
+    written = {
+        str(path.relative_to(pipeline.root))
+        for path in pipeline.results.rglob("*.json")
+        if is_record(path)
+    }
     assert len(written) == 8 and written <= set().union(*declared.values())

@@ -11,24 +11,32 @@ from pathlib import Path
 
 import torch
 
-from halfstep import checkpoint, provenance, timing
-from halfstep.checkpoint import files as model_files
+from halfstep import checkpoint, timing
+from halfstep.checkpoint import checkpoint_files as model_files
 from halfstep.config import Benchmark, Machine, Network
 from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import LogLinear
+from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError
 from halfstep.files import write_json
 from halfstep.metrics.rows import model_name, name_parts, row
 from halfstep.models import gpt
-from halfstep.models.denoiser import Denoiser
-from halfstep.models.graphs import cast_matrices
-from halfstep.processes import join
+from halfstep.models.cuda_graphs import cast_matrices
+from halfstep.models.denoiser import SubsDenoiser
 from halfstep.progress import Progress
-from halfstep.training.loop import device_of
+from halfstep.records import provenance
+from halfstep.training.loop import find_device
 
 SEED = 1
-PATIENCE_S, FEW = 60, 3  # where one call of each case takes longer than this together, so many repeats must do
-BASELINE = {"halfstep": "kv_cache", "transformers": "transformers", "vllm": "vllm"}  # what a row's `sampler` says
+PATIENCE_S, FEW = (
+    60,
+    3,
+)  # where one call of each case takes longer than this together, so many repeats must do
+BASELINE = {
+    "halfstep": "kv_cache",
+    "transformers": "transformers",
+    "vllm": "vllm",
+}  # what a row's `sampler` says
 
 
 @dataclass(frozen=True)
@@ -38,13 +46,15 @@ class Pair:
     student: str
     baseline: str
     weights: str
-    denoiser: Denoiser
+    denoiser: SubsDenoiser
     peer: torch.nn.Module
     sums: tuple[str | None, str | None]
     hf: Path | None
 
 
-def latency(checkpoint: Path, baseline: Path, output: Path, benchmark: Benchmark, machine: Machine) -> None:
+def latency(
+    checkpoint: Path, baseline: Path, output: Path, benchmark: Benchmark, machine: Machine
+) -> None:
     """Write latency rows: median seconds of whole calls, quartiles as low and high.
 
     At each length and batch size all cases take turns in one process, on one device, in one dtype. Texts may be longer than those
@@ -55,22 +65,45 @@ def latency(checkpoint: Path, baseline: Path, output: Path, benchmark: Benchmark
         baseline: an autoregressive checkpoint
         output: JSON file of the rows
     """
-    if join(machine).size > 1:
-        raise HalfstepError("processes: latency times one process, which others would disturb; leave --processes out")
-    device, rows = device_of(machine), []
+    if join_group(machine).size > 1:
+        raise HalfstepError(
+            "processes: latency times one process, which others would disturb; leave --processes out"
+        )
+    device, rows = find_device(machine), []
     places = list(product(benchmark.lengths, benchmark.batch_sizes))
-    calls = len(places) * (len(benchmark.baselines) + len(benchmark.benchmark_steps)) * benchmark.repeats * (1 + len(benchmark.sizes))
+    calls = (
+        len(places)
+        * (len(benchmark.baselines) + len(benchmark.benchmark_steps))
+        * benchmark.repeats
+        * (1 + len(benchmark.sizes))
+    )
     with Progress("latency", calls, "call") as progress:
         for pair, meta in _pairs(checkpoint, baseline, benchmark, device):
-            writers = {name: _writer(name, pair, meta, benchmark, device) for name in benchmark.baselines}
+            writers = {
+                name: _writer(name, pair, meta, benchmark, device) for name in benchmark.baselines
+            }
             for length, batch in places:
                 started = time.monotonic()
                 cases = _cases(pair, writers, length, batch, benchmark, device)
-                repeats = benchmark.repeats if time.monotonic() - started < PATIENCE_S else min(FEW, benchmark.repeats)
+                repeats = (
+                    benchmark.repeats
+                    if time.monotonic() - started < PATIENCE_S
+                    else min(FEW, benchmark.repeats)
+                )
                 evaluations = {key: passes for key, (_, passes) in cases.items()}
-                timed = timing.measure_in_turns({key: call for key, (call, _) in cases.items()}, repeats, 0, device, progress.update)
+                timed = timing.measure_in_turns(
+                    {key: call for key, (call, _) in cases.items()},
+                    repeats,
+                    0,
+                    device,
+                    progress.update,
+                )
                 for (who, steps), took in timed.items():
-                    name, network = (pair.student, pair.denoiser.network) if steps else (pair.baseline, pair.peer)
+                    name, network = (
+                        (pair.student, pair.denoiser.network)
+                        if steps
+                        else (pair.baseline, pair.peer)
+                    )
                     passes = evaluations[who, steps]
                     rows.append(row(
                         "latency_s", "interleaved", took.median_s, (took.low_s, took.high_s), **name_parts(name), steps=steps, sampler=who,
@@ -80,28 +113,61 @@ def latency(checkpoint: Path, baseline: Path, output: Path, benchmark: Benchmark
                         dtype=benchmark.timed_dtype, params=sum(p.numel() for p in network.parameters()),
                     ))  # fmt: skip
     write_json(output, rows)
-    provenance.record(output.with_suffix(f".{provenance.NAME}"), [output], [*model_files(checkpoint, "ema"), *model_files(baseline, "ema")])
+    provenance.write_record(
+        output.with_suffix(f".{provenance.NAME}"),
+        [output],
+        [*model_files(checkpoint, "ema"), *model_files(baseline, "ema")],
+    )
 
 
-def _pairs(folder: Path, baseline: Path, benchmark: Benchmark, device: torch.device) -> Iterator[tuple[Pair, dict]]:
+def _pairs(
+    folder: Path, baseline: Path, benchmark: Benchmark, device: torch.device
+) -> Iterator[tuple[Pair, dict]]:
     """The trained networks, then one pair of untrained ones for each further size, in memory one pair at a time."""
     student, peer = _load(folder, "diffusion", device), _load(baseline, "autoregressive", device)
     meta, dtype = student.meta, getattr(torch, benchmark.timed_dtype)
     sums = (student.sha256[:16], peer.sha256[:16])
     networks = [cast_matrices(model.network, dtype) for model in (student, peer)]
-    yield Pair(model_name(folder), model_name(baseline), "ema", student.denoiser, networks[1], sums, baseline / "hf"), meta
+    yield (
+        Pair(
+            model_name(folder),
+            model_name(baseline),
+            "ema",
+            student.denoiser,
+            networks[1],
+            sums,
+            baseline / "hf",
+        ),
+        meta,
+    )
     del student, peer, networks
     for size in benchmark.sizes:
         shape = meta | {"network": Network(size=size).model_dump()}
         with torch.device(device):
-            networks = [cast_matrices(checkpoint.build(shape | {"kind": kind}), dtype).eval().requires_grad_(False) for kind in checkpoint.KINDS]
+            networks = [
+                cast_matrices(checkpoint.build_network(shape | {"kind": kind}), dtype)
+                .eval()
+                .requires_grad_(False)
+                for kind in checkpoint.KINDS
+            ]
         name = f"{size}-untrained"
         denoiser = checkpoint.denoiser_of(networks[0], shape)
-        yield Pair(f"{name}/teacher", f"{name}/baseline", "untrained", denoiser, networks[1], (None, None), None), shape
+        yield (
+            Pair(
+                f"{name}/teacher",
+                f"{name}/baseline",
+                "untrained",
+                denoiser,
+                networks[1],
+                (None, None),
+                None,
+            ),
+            shape,
+        )
 
 
 def _load(folder: Path, kind: str, device: torch.device) -> checkpoint.Model:
-    model = checkpoint.load(folder, "ema", str(device))
+    model = checkpoint.load_checkpoint(folder, "ema", str(device))
     if model.kind != kind:
         raise HalfstepError(
             f"{folder}: holds a model of kind {model.kind}, expected {kind}; --checkpoint is the student, --baseline its peer"
@@ -109,33 +175,52 @@ def _load(folder: Path, kind: str, device: torch.device) -> checkpoint.Model:
     return model
 
 
-def _cases(pair: Pair, writers: dict, length: int, batch: int, benchmark: Benchmark, device: torch.device) -> dict[tuple[str, int | None], tuple]:
+def _cases(
+    pair: Pair, writers: dict, length: int, batch: int, benchmark: Benchmark, device: torch.device
+) -> dict[tuple[str, int | None], tuple]:
     """{(sampler, steps): (call, network evaluations)} of what runs here; the call that tells is a warm-up, too."""
     low = benchmark.timed_dtype != "float32"
 
     def student(steps: int):
         with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
-            return sample(pair.denoiser.replayed, batch, length, steps, schedule=LogLinear(), seed=SEED, device=device)
+            return sample(
+                pair.denoiser.replayed,
+                batch,
+                length,
+                steps,
+                schedule=LogLinear(),
+                seed=SEED,
+                device=device,
+            )
 
     found = {}
-    wanted = [("ancestral", steps) for steps in benchmark.benchmark_steps] + [(BASELINE[name], None) for name in writers]
+    wanted = [("ancestral", steps) for steps in benchmark.benchmark_steps] + [
+        (BASELINE[name], None) for name in writers
+    ]
     for who, steps in wanted:
         try:
             if steps:
                 call: Callable = partial(student, steps)
                 found[who, steps] = call, call().network_evaluations.double().mean().item()
             else:
-                call = next(writers[name] for name in writers if BASELINE[name] == who)(batch, length)
+                call = next(writers[name] for name in writers if BASELINE[name] == who)(
+                    batch, length
+                )
                 call()
                 found[who, None] = call, max(length - 1.0, 1.0)  # BOS is given
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             model = pair.student if steps else pair.baseline
-            print(f"note: {model}, {who}, {batch} texts of {length} tokens: not enough memory on {timing.device_name(device)}; left out", file=sys.stderr)
+            print(
+                f"note: {model}, {who}, {batch} texts of {length} tokens: not enough memory on {timing.device_name(device)}; left out",
+                file=sys.stderr,
+            )
     return found
 
 
-def _writer(name: str, pair: Pair, meta: dict, benchmark: Benchmark, device: torch.device) -> Callable[[int, int], Callable[[], object]]:
+def _writer(
+    name: str, pair: Pair, meta: dict, benchmark: Benchmark, device: torch.device
+) -> Callable[[int, int], Callable[[], object]]:
     """(batch, length) -> a call that writes so many texts with this baseline."""
     dtype, eos = getattr(torch, benchmark.timed_dtype), meta["eos_id"]
     longest = max(benchmark.lengths)
@@ -144,43 +229,77 @@ def _writer(name: str, pair: Pair, meta: dict, benchmark: Benchmark, device: tor
 
         def ours(batch: int, length: int):
             decoder = gpt.Decoder(pair.peer, batch, length, compute=compute)
-            return partial(gpt.generate, pair.peer, batch, length, eos, seed=SEED, decoder=decoder)
+            return partial(gpt.decode, pair.peer, batch, length, eos, seed=SEED, decoder=decoder)
 
         return ours
     if pair.hf is not None and not (pair.hf / "config.json").is_file():
-        raise HalfstepError(f"{pair.hf}: no config.json there, so nothing that {name} can load; train the baseline again, or leave {name} out of baselines")
+        raise HalfstepError(
+            f"{pair.hf}: no config.json there, so nothing that {name} can load; train the baseline again, or leave {name} out of baselines"
+        )
     if name == "vllm":
         return _vllm(pair, benchmark, eos, longest)
     try:
         from transformers import AutoModelForCausalLM, GPTNeoXConfig
     except ImportError:
-        raise HalfstepError("baselines: transformers is not installed; pip install transformers, or leave it out of --baselines") from None
+        raise HalfstepError(
+            "baselines: transformers is not installed; pip install transformers, or leave it out of --baselines"
+        ) from None
     if pair.hf is None:
-        model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**gpt.gpt_neox_config(pair.peer, longest, eos)), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(
+            GPTNeoXConfig(**gpt.gpt_neox_config(pair.peer, longest, eos)), dtype=dtype
+        )
     else:
-        model = AutoModelForCausalLM.from_pretrained(pair.hf, max_position_embeddings=longest, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(
+            pair.hf, max_position_embeddings=longest, dtype=dtype
+        )
     model = model.to(device).eval()
-    model.generation_config.eos_token_id = None  # all texts are of one length, so nothing asks each token whether it is the last
+    model.generation_config.eos_token_id = (
+        None  # all texts are of one length, so nothing asks each token whether it is the last
+    )
 
     def theirs(batch: int, length: int):
         start = torch.full((batch, 1), eos, device=device)
-        how = {"max_new_tokens": length - 1, "do_sample": True, "top_k": 0, "top_p": 1.0, "cache_implementation": "static", "pad_token_id": eos}
-        return lambda: (torch.manual_seed(SEED), model.generate(start, attention_mask=torch.ones_like(start), **how))[1]
+        how = {
+            "max_new_tokens": length - 1,
+            "do_sample": True,
+            "top_k": 0,
+            "top_p": 1.0,
+            "cache_implementation": "static",
+            "pad_token_id": eos,
+        }
+        return lambda: (
+            torch.manual_seed(SEED),
+            model.generate(start, attention_mask=torch.ones_like(start), **how),
+        )[1]
 
     return theirs
 
 
-def _vllm(pair: Pair, benchmark: Benchmark, eos: int, longest: int) -> Callable[[int, int], Callable[[], object]]:
+def _vllm(
+    pair: Pair, benchmark: Benchmark, eos: int, longest: int
+) -> Callable[[int, int], Callable[[], object]]:
     try:
         from vllm import LLM, SamplingParams
     except ImportError:
-        raise HalfstepError("baselines: vllm is not installed here; pip install vllm (it needs a CUDA device), or leave it out of --baselines") from None
+        raise HalfstepError(
+            "baselines: vllm is not installed here; pip install vllm (it needs a CUDA device), or leave it out of --baselines"
+        ) from None
     if pair.hf is None:
-        raise HalfstepError("baselines: vllm loads folders, and untrained networks have none; give it without --sizes")
-    engine = LLM(str(pair.hf), skip_tokenizer_init=True, dtype=benchmark.timed_dtype, max_model_len=longest, seed=SEED)
+        raise HalfstepError(
+            "baselines: vllm loads folders, and untrained networks have none; give it without --sizes"
+        )
+    engine = LLM(
+        str(pair.hf),
+        skip_tokenizer_init=True,
+        dtype=benchmark.timed_dtype,
+        max_model_len=longest,
+        seed=SEED,
+    )
 
     def theirs(batch: int, length: int):
-        how = SamplingParams(temperature=1.0, max_tokens=length - 1, ignore_eos=True, detokenize=False)
+        how = SamplingParams(
+            temperature=1.0, max_tokens=length - 1, ignore_eos=True, detokenize=False
+        )
         prompts = [{"prompt_token_ids": [eos]} for _ in range(batch)]
         return lambda: engine.generate(prompts, how, use_tqdm=False)
 

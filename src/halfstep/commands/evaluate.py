@@ -6,29 +6,39 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from halfstep import checkpoint, provenance
-from halfstep.checkpoint import files as model_files
+from halfstep import checkpoint
+from halfstep.checkpoint import checkpoint_files as model_files
 from halfstep.config import Evaluation, Machine, Weights
-from halfstep.data.pack import Windows, files, read_manifest, tokenizer_of
+from halfstep.data.pack import Windows, corpus_files, read_manifest, tokenizer_of
 from halfstep.data.stories import judge_window
 from halfstep.data.tokenizer import vocabulary_sha256
+from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, sha256, write_json
 from halfstep.metrics.diversity import distinct, unigram_entropy
 from halfstep.metrics.intervals import bootstrap, wilson
 from halfstep.metrics.perplexity import Judge, ids_nll, load_judge, retokenized_nll
 from halfstep.metrics.rows import model_name, name_parts, row
-from halfstep.processes import Group, join
-from halfstep.training.loop import device_of
+from halfstep.records import provenance
+from halfstep.training.loop import find_device
 
 LAMBADA_SEED = 0  # of the masks drawn for an item
 DATA_WINDOWS = 500  # held-out windows behind the "data" rows, or all there are
 
-DRAWN = ("sampler", "network_evaluations", "num_samples", "seed", "weights", "draw_dtype")  # of samples.json, and columns of a row
+DRAWN = (
+    "sampler",
+    "network_evaluations",
+    "num_samples",
+    "seed",
+    "weights",
+    "draw_dtype",
+)  # of samples.json, and columns of a row
 FACTS = {"model", "checkpoint", "steps", "sha256", *DRAWN}  # what every samples.json holds
 
 
-def score_samples(samples: list[Path], corpus: Path, output: Path, evaluation: Evaluation, machine: Machine) -> None:
+def score_samples(
+    samples: list[Path], corpus: Path, output: Path, evaluation: Evaluation, machine: Machine
+) -> None:
     """Generative perplexity, entropy, distinct bigrams, and for stories the shares that the grammar accepts, of one model's samples.
 
     Args:
@@ -36,7 +46,7 @@ def score_samples(samples: list[Path], corpus: Path, output: Path, evaluation: E
         corpus: folder of `halfstep prepare-corpus` that the model was trained on
         output: JSON file of the rows
     """
-    group, texts, words = join(machine), [], vocabulary_sha256(tokenizer_of(corpus))
+    group, texts, words = join_group(machine), [], vocabulary_sha256(tokenizer_of(corpus))
     for folder in samples:
         ids, facts = read_samples(folder)
         if facts.get("vocabulary", words) != words:
@@ -45,11 +55,15 @@ def score_samples(samples: list[Path], corpus: Path, output: Path, evaluation: E
             )
         texts.append((ids, about_samples(facts)))
     rows = measures(texts, corpus, evaluation, machine, group)
-    if not group.first:
+    if not group.is_main:
         return
     write_json(output, rows)
     read = (folder / name for folder in samples for name in ("samples.json", "samples.npy"))
-    provenance.record(output.with_suffix(f".{provenance.NAME}"), [output], [*read, *files(corpus), *evaluation.judge])
+    provenance.write_record(
+        output.with_suffix(f".{provenance.NAME}"),
+        [output],
+        [*read, *corpus_files(corpus), *evaluation.judge],
+    )
 
 
 def score_corpus(corpus: Path, output: Path, evaluation: Evaluation, machine: Machine) -> None:
@@ -59,17 +73,36 @@ def score_corpus(corpus: Path, output: Path, evaluation: Evaluation, machine: Ma
         corpus: folder of `halfstep prepare-corpus`
         output: JSON file of the rows, in a folder named after the teacher
     """
-    group, windows = join(machine), Windows(corpus, "validation")
-    chosen = np.unique(np.linspace(0, len(windows) - 1, min(DATA_WINDOWS, len(windows))).astype(int))
-    about = {"model": "data", "teacher": output.parent.name, "run": "data", "round": 0, "num_samples": len(chosen)}
+    group, windows = join_group(machine), Windows(corpus, "validation")
+    chosen = np.unique(
+        np.linspace(0, len(windows) - 1, min(DATA_WINDOWS, len(windows))).astype(int)
+    )
+    about = {
+        "model": "data",
+        "teacher": output.parent.name,
+        "run": "data",
+        "round": 0,
+        "num_samples": len(chosen),
+    }
     rows = measures([(windows[chosen].numpy(), about)], corpus, evaluation, machine, group)
-    if not group.first:
+    if not group.is_main:
         return
     write_json(output, rows)
-    provenance.record(output.with_suffix(f".{provenance.NAME}"), [output], [*files(corpus, "validation"), *evaluation.judge])
+    provenance.write_record(
+        output.with_suffix(f".{provenance.NAME}"),
+        [output],
+        [*corpus_files(corpus, "validation"), *evaluation.judge],
+    )
 
 
-def score_lambada(checkpoint: Path, corpus: Path, output: Path, evaluation: Evaluation, machine: Machine, weights: Weights = "ema") -> None:
+def score_lambada(
+    checkpoint: Path,
+    corpus: Path,
+    output: Path,
+    evaluation: Evaluation,
+    machine: Machine,
+    weights: Weights = "ema",
+) -> None:
     """Last words through lm-eval: accuracy under each protocol with Wilson's interval, perplexity per word with a bootstrap interval.
 
     Args:
@@ -80,45 +113,82 @@ def score_lambada(checkpoint: Path, corpus: Path, output: Path, evaluation: Eval
     """
     from halfstep.metrics.lambada import examine
 
-    group, device = join(machine), device_of(machine)
+    group, device = join_group(machine), find_device(machine)
     model = load(checkpoint, weights, device)
-    items = str(corpus / "last_words.jsonl") if evaluation.lambada == "last_words" else evaluation.lambada
-    found = examine(model, items, evaluation.lambada_items, machine.micro_batch, str(device), LAMBADA_SEED, group)
-    if not group.first:
+    items = (
+        str(corpus / "last_words.jsonl")
+        if evaluation.lambada == "last_words"
+        else evaluation.lambada
+    )
+    found = examine(
+        model,
+        items,
+        evaluation.lambada_items,
+        machine.micro_batch,
+        str(device),
+        LAMBADA_SEED,
+        group,
+    )
+    if not group.is_main:
         return
-    about = name_parts(model_name(checkpoint)) | {"weights": weights, "checkpoint": model.sha256[:16], "data": found["data"]}
+    about = name_parts(model_name(checkpoint)) | {
+        "weights": weights,
+        "checkpoint": model.sha256[:16],
+        "data": found["data"],
+    }
 
-    def row_of(metric: str, protocol: str, value: float, interval: tuple[float, float], each: np.ndarray) -> dict:
+    def row_of(
+        metric: str, protocol: str, value: float, interval: tuple[float, float], each: np.ndarray
+    ) -> dict:
         seed = LAMBADA_SEED if protocol.startswith("elbo") else None
         return row(
-            metric, protocol, value, interval, num_samples=len(each), network_evaluations=found["passes"][protocol], seed=seed, **about
+            metric,
+            protocol,
+            value,
+            interval,
+            num_samples=len(each),
+            network_evaluations=found["passes"][protocol],
+            seed=seed,
+            **about,
         )
 
     write_json(output, [
         *(row_of("lambada_accuracy", name, hits.mean(), wilson(int(hits.sum()), len(hits)), hits) for name, hits in found["hits"].items()),
         *(row_of("lambada_perplexity", name, np.exp(nll.mean()), bootstrap(nll, np.exp, evaluation.bootstrap), nll) for name, nll in found["nll"].items()),
     ])  # fmt: skip
-    provenance.record(output.with_suffix(f".{provenance.NAME}"), [output], [*model_files(checkpoint, weights), items])
+    provenance.write_record(
+        output.with_suffix(f".{provenance.NAME}"),
+        [output],
+        [*model_files(checkpoint, weights), items],
+    )
 
 
 def load(folder: Path, weights: str, device: torch.device) -> checkpoint.Model:
-    return checkpoint.load(folder, weights, str(device))
+    return checkpoint.load_checkpoint(folder, weights, str(device))
 
 
 def about_samples(facts: dict) -> dict:
     """What samples.json says of samples, as columns of a row."""
     about = {key: facts.get(key) for key in (*DRAWN, "temperature", "top_p")}
     steps = None if facts.get("kind") == "autoregressive" else facts["steps"]
-    return about | name_parts(facts["model"]) | {"checkpoint": facts["checkpoint"][:16], "steps": steps}
+    return (
+        about
+        | name_parts(facts["model"])
+        | {"checkpoint": facts["checkpoint"][:16], "steps": steps}
+    )
 
 
 def read_samples(folder: Path) -> tuple[np.ndarray, dict]:
     """ids [N, L] and samples.json of one folder, the checksum compared."""
     facts, path = read_json(folder / "samples.json"), folder / "samples.npy"
     if lacks := sorted(FACTS - facts.keys()) if isinstance(facts, dict) else FACTS:
-        raise HalfstepError(f"{folder}/samples.json: has no {', '.join(lacks)}; run halfstep generate again")
+        raise HalfstepError(
+            f"{folder}/samples.json: has no {', '.join(lacks)}; run halfstep generate again"
+        )
     if not path.is_file():
-        raise HalfstepError(f"{path}: no such file, though samples.json is there; run halfstep generate again")
+        raise HalfstepError(
+            f"{path}: no such file, though samples.json is there; run halfstep generate again"
+        )
     found = sha256(path)
     if found != facts["sha256"]:
         raise HalfstepError(
@@ -127,18 +197,35 @@ def read_samples(folder: Path) -> tuple[np.ndarray, dict]:
     return np.load(path), facts
 
 
-def measures(texts: list[tuple[np.ndarray, dict]], corpus: Path, evaluation: Evaluation, machine: Machine, group: Group) -> list[dict] | None:
+def measures(
+    texts: list[tuple[np.ndarray, dict]],
+    corpus: Path,
+    evaluation: Evaluation,
+    machine: Machine,
+    group: Group,
+) -> list[dict] | None:
     """All rows of sets of texts of a corpus, each a pair of ids[N, L] and what its rows say of it. Judges are loaded one after another.
 
     Protocol `ids` needs a judge with the corpus's tokenizer, and is left out otherwise. The processes share what the judges read; all but
     the first get None.
     """
     manifest, tokenizer = read_manifest(corpus), tokenizer_of(corpus)
-    named = [(ids, about | {"data": corpus_name(corpus)}, _label(ids, about, corpus, manifest["vocab_size"])) for ids, about in texts]
+    named = [
+        (
+            ids,
+            about | {"data": corpus_name(corpus)},
+            _label(ids, about, corpus, manifest["vocab_size"]),
+        )
+        for ids, about in texts
+    ]
 
-    def mean_row(metric: str, protocol: str, values: np.ndarray, about: dict, statistic=float) -> dict:
+    def mean_row(
+        metric: str, protocol: str, values: np.ndarray, about: dict, statistic=float
+    ) -> dict:
         value = statistic(*values.reshape(len(values), -1).mean(0))
-        return row(metric, protocol, value, bootstrap(values, statistic, evaluation.bootstrap), **about)
+        return row(
+            metric, protocol, value, bootstrap(values, statistic, evaluation.bootstrap), **about
+        )
 
     found = []
     for judge in judges(evaluation, machine):
@@ -146,10 +233,25 @@ def measures(texts: list[tuple[np.ndarray, dict]], corpus: Path, evaluation: Eva
             if judge.shares(tokenizer):
                 nll = ids_nll(judge, ids, machine.micro_batch, f"{label}: judge, ids", group)
                 found.append(("ids", nll, about | judge.about, np.exp))
-            sums = retokenized_nll(judge, ids, tokenizer, manifest["eos_id"], machine.micro_batch, f"{label}: judge, retokenized", group)
-            found.append(("retokenized", sums, about | judge.about, lambda total, number: np.exp(total / number)))
+            sums = retokenized_nll(
+                judge,
+                ids,
+                tokenizer,
+                manifest["eos_id"],
+                machine.micro_batch,
+                f"{label}: judge, retokenized",
+                group,
+            )
+            found.append(
+                (
+                    "retokenized",
+                    sums,
+                    about | judge.about,
+                    lambda total, number: np.exp(total / number),
+                )
+            )
         del judge  # before the next is loaded
-    if not group.first:
+    if not group.is_main:
         return None
     rows = [mean_row("generative_perplexity", *of_judge) for of_judge in found]
     for ids, about, _ in named:
@@ -158,9 +260,20 @@ def measures(texts: list[tuple[np.ndarray, dict]], corpus: Path, evaluation: Eva
         if manifest["corpus"]["kind"] == "stories":
             written = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
             stories, accepted, consistent = map(sum, zip(*map(judge_window, written), strict=True))
-            for metric, count in (("accepted_share", accepted), ("consistent_share", consistent)):  # no whole story: nothing is known
+            for metric, count in (
+                ("accepted_share", accepted),
+                ("consistent_share", consistent),
+            ):  # no whole story: nothing is known
                 interval = wilson(count, stories) if stories else (0.0, 1.0)
-                rows.append(row(metric, "grammar", count / max(stories, 1), interval, **about | {"num_samples": stories}))  # what was examined
+                rows.append(
+                    row(
+                        metric,
+                        "grammar",
+                        count / max(stories, 1),
+                        interval,
+                        **about | {"num_samples": stories},
+                    )
+                )  # what was examined
     return rows
 
 
@@ -171,7 +284,11 @@ def corpus_name(corpus: Path) -> str:
 
 def _label(ids: np.ndarray, about: dict, corpus: Path, vocab_size: int) -> str:
     """What the texts are called while they are judged; HalfstepError when they are no texts of the corpus."""
-    label = " ".join(str(about[key]) + unit for key, unit in (("model", ""), ("steps", " steps")) if about.get(key) is not None)
+    label = " ".join(
+        str(about[key]) + unit
+        for key, unit in (("model", ""), ("steps", " steps"))
+        if about.get(key) is not None
+    )
     if ids.ndim != 2 or not ids.size:
         raise HalfstepError(
             f"samples of {label}: an array of shape {list(ids.shape)}, expected [texts, tokens], at least one of each; run halfstep generate again"
@@ -191,4 +308,4 @@ def judges(evaluation: Evaluation, machine: Machine) -> Iterator[Judge]:
             "judge: found 'baseline', which only the workflow can resolve; name the folder, results/models/<teacher>/baseline/hf"
         )
     for name in evaluation.judge:
-        yield load_judge(name, device_of(machine))
+        yield load_judge(name, find_device(machine))

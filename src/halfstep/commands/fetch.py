@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from halfstep import provenance
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, sha256, write_json
+from halfstep.records import provenance
 
-UNREAD = ["*.msgpack", "*.h5", "*.onnx", "*.ot", "onnx/*", "*.tflite", "*.mlmodel", "*.gguf"]  # of model repositories
+UNREAD = [
+    "*.msgpack",
+    "*.h5",
+    "*.onnx",
+    "*.ot",
+    "onnx/*",
+    "*.tflite",
+    "*.mlmodel",
+    "*.gguf",
+]  # of model repositories
 
 
 def fetch(repositories: list[str], output: Path = Path("results/hub.json")) -> None:
@@ -23,7 +32,9 @@ def fetch(repositories: list[str], output: Path = Path("results/hub.json")) -> N
     for repository in repositories:
         kind, _, name = repository.partition(":")
         if kind not in GET or not name:
-            raise HalfstepError(f"--repositories {repository}: expected model:NAME, model:NAME@revision or dataset:NAME, as model:gpt2-large")
+            raise HalfstepError(
+                f"--repositories {repository}: expected model:NAME, model:NAME@revision or dataset:NAME, as model:gpt2-large"
+            )
         try:
             version, folder = GET[kind](name)
         except Exception as error:  # the hub's client, datasets, the network and the file system each raise their own
@@ -31,15 +42,25 @@ def fetch(repositories: list[str], output: Path = Path("results/hub.json")) -> N
                 f"--repositories {repository}: not in the hub's cache, and the hub did not give it ({type(error).__name__}: {reason(error)}); run this on a "
                 "node with internet and without HF_HUB_OFFLINE, and with HF_HOME in a folder that all nodes see"
             ) from None
-        files = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".lock")}
+        files = {
+            str(path.relative_to(folder)): sha256(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and not path.name.endswith(".lock")
+        }
         found[repository] = {"version": version, "files": files}
         before = known.get(repository, {})
-        changed = [file for file, digest in files.items() if before.get("files", {}).get(file, digest) != digest]
+        changed = [
+            file
+            for file, digest in files.items()
+            if before.get("files", {}).get(file, digest) != digest
+        ]
         if before.get("version") == version and changed:
-            raise HalfstepError(f"{folder / changed[0]}: differs from its sha256 in {output}, so it is damaged; delete {folder} and call again")
+            raise HalfstepError(
+                f"{folder / changed[0]}: differs from its sha256 in {output}, so it is damaged; delete {folder} and call again"
+            )
         print(f"{repository}: {version}, {len(files)} files in {folder}")
     write_json(output, found)
-    provenance.record(output.with_suffix(f".{provenance.NAME}"), [output], [])
+    provenance.write_record(output.with_suffix(f".{provenance.NAME}"), [output], [])
 
 
 def _model(name: str) -> tuple[str, Path]:

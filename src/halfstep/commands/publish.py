@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from tokenizers import Tokenizer
 
-from halfstep import __version__, checkpoint, provenance
-from halfstep.checkpoint import files as checkpoint_files
+from halfstep import __version__, checkpoint
+from halfstep.checkpoint import checkpoint_files as checkpoint_files
 from halfstep.config import SIZES, Network, Training
 from halfstep.data.pack import read_manifest
 from halfstep.data.tokenizer import EOS, load_bpe
@@ -20,7 +20,8 @@ from halfstep.files import read_json, sha256, write_atomic, write_json
 from halfstep.metrics.rows import model_name
 from halfstep.models import hub
 from halfstep.models.dit import COND_WIDTH
-from halfstep.tracking import Journal
+from halfstep.records import provenance
+from halfstep.records.journal import Journal
 
 MODELING = Path(__file__).parents[1] / "exported" / "modeling_halfstep.py"
 DIVERGENCES = {"kld": "kl_backward", "mse": "mse", "tvd": "l1_log_p"}  # SDTT's names on the hub
@@ -42,15 +43,28 @@ def import_checkpoint(
         size: refuse weights of another size (small, medium, large ...)
     """
     where, _, revision = source.partition("@")
-    path = Path(source) if Path(source).exists() else fetch(where, revision) if _is_hub_name(where) else Path(source)
-    found = hub.read(path)
+    path = (
+        Path(source)
+        if Path(source).exists()
+        else fetch_from_hub(where, revision)
+        if _is_hub_name(where)
+        else Path(source)
+    )
+    found = hub.read_published(path)
     vocabulary, blocks, width, heads = hub.shape_of(found.raw, found.file)
-    expected, size = size, next((name for name, shape in SIZES.items() if shape == (blocks, width, heads)), None)
+    expected, size = (
+        size,
+        next((name for name, shape in SIZES.items() if shape == (blocks, width, heads)), None),
+    )
     if size is None:
         known = "; ".join(f"{name} {shape}" for name, shape in SIZES.items())
-        raise HalfstepError(f"--source {found.file}: {blocks} blocks, width {width}, {heads} heads is no size of halfstep; known are {known}")
+        raise HalfstepError(
+            f"--source {found.file}: {blocks} blocks, width {width}, {heads} heads is no size of halfstep; known are {known}"
+        )
     if expected and size != expected:
-        raise HalfstepError(f"--source {found.file}: found size {size}, expected {expected}; change network.size, or name other weights")
+        raise HalfstepError(
+            f"--source {found.file}: found size {size}, expected {expected}; change network.size, or name other weights"
+        )
     words, length = _tokens(path, corpus, tokenizer, found.config)
     known = words.get_vocab_size()
     if known != vocabulary:
@@ -68,20 +82,44 @@ def import_checkpoint(
         },
     }  # fmt: skip
     with torch.device("meta"):
-        shell = checkpoint.build(meta)
+        shell = checkpoint.build_network(meta)
     buffers = {key: found.raw[key] for key in dict(shell.named_buffers())}
-    sets = {"raw": found.raw, "ema": {**found.ema, **buffers} if found.ema and weights == "ema" else found.raw}
+    sets = {
+        "raw": found.raw,
+        "ema": {**found.ema, **buffers} if found.ema and weights == "ema" else found.raw,
+    }
     for state in sets.values():
         checkpoint.check_weights(shell, state, found.file)
     params = {"source": source, "weights": weights, **meta["network"]}
     fed = [{"name": "source", "digest": meta["imported"]["sha256"], "source": source}]
     tags = {"teacher": output.parent.name, "round": meta["round"], "imported": source}
-    with Journal(output, name="teacher", node=f"import/{output.parent.name}", params=params, tags=tags, datasets=fed) as journal:
+    with Journal(
+        output,
+        name="teacher",
+        node=f"import/{output.parent.name}",
+        params=params,
+        tags=tags,
+        datasets=fed,
+    ) as journal:
         write_atomic(output / "tokenizer.json", words.to_str(pretty=False))
-        checkpoint.save(output, {checkpoint.FILES[name]: {k: v.float() for k, v in state.items()} for name, state in sets.items()}, meta, output / "tokenizer.json")
+        checkpoint.save_checkpoint(
+            output,
+            {
+                checkpoint.FILES[name]: {k: v.float() for k, v in state.items()}
+                for name, state in sets.items()
+            },
+            meta,
+            output / "tokenizer.json",
+        )
         journal.close(checkpoint=output)
-    read = [found.file, found.file.parent / "config.json", *([corpus / "manifest.json", corpus / "tokenizer.json"] if corpus else [])]
-    provenance.record(output / provenance.NAME, [output], [file for file in read if file.is_file()])
+    read = [
+        found.file,
+        found.file.parent / "config.json",
+        *([corpus / "manifest.json", corpus / "tokenizer.json"] if corpus else []),
+    ]
+    provenance.write_record(
+        output / provenance.NAME, [output], [file for file in read if file.is_file()]
+    )
 
 
 def lineage(revision: str) -> dict:
@@ -91,14 +129,19 @@ def lineage(revision: str) -> dict:
         return {"round": 0}
     round = int(match[2])
     run = {"divergence": DIVERGENCES.get(match[1] or "kld", match[1])}
-    return {"round": round, "run": run, "dt": 2 ** (round - 1) / 1024, "student_steps": 1024 // 2**round}
+    return {
+        "round": round,
+        "run": run,
+        "dt": 2 ** (round - 1) / 1024,
+        "student_steps": 1024 // 2**round,
+    }
 
 
 def _is_hub_name(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).suffix == ".ckpt"
 
 
-def fetch(name: str, revision: str) -> Path:
+def fetch_from_hub(name: str, revision: str) -> Path:
     """The folder of a hub repository's revision, downloaded or from the hub's cache."""
     from huggingface_hub import snapshot_download
 
@@ -111,19 +154,25 @@ def fetch(name: str, revision: str) -> Path:
         ) from None
 
 
-def _tokens(path: Path, corpus: Path | None, name: str | None, config: dict) -> tuple[Tokenizer, int]:
+def _tokens(
+    path: Path, corpus: Path | None, name: str | None, config: dict
+) -> tuple[Tokenizer, int]:
     """Tokenizer and length, of the corpus or of what else is named."""
     if corpus:
         return Tokenizer.from_file(str(corpus / "tokenizer.json")), read_manifest(corpus)["length"]
     model = config.get("model") if isinstance(config.get("model"), dict) else {}
     length = config.get("model_length") or model.get("length")
     if not isinstance(length, int):
-        raise HalfstepError(f"--source {path}: does not say how many tokens a text has; give --corpus, the folder of halfstep prepare-corpus")
+        raise HalfstepError(
+            f"--source {path}: does not say how many tokens a text has; give --corpus, the folder of halfstep prepare-corpus"
+        )
     if name:
         return load_bpe(name), length
     if path.is_dir() and (path / "tokenizer.json").is_file():
         return load_bpe(str(path)), length
-    raise HalfstepError(f"--source {path}: comes without a tokenizer; give --corpus, or --tokenizer gpt2 for the published models")
+    raise HalfstepError(
+        f"--source {path}: comes without a tokenizer; give --corpus, or --tokenizer gpt2 for the published models"
+    )
 
 
 def _knows_time(config: dict) -> bool:
@@ -146,7 +195,9 @@ def export_checkpoint(
     """
     model = load(checkpoint, weights)
     if model.denoiser is None:
-        raise HalfstepError(f"--checkpoint {checkpoint}: is autoregressive; its hf/ folder is what transformers loads already")
+        raise HalfstepError(
+            f"--checkpoint {checkpoint}: is autoregressive; its hf/ folder is what transformers loads already"
+        )
     meta, network = model.meta, Network.model_validate(model.meta["network"])
     write_json(output / "config.json", {
         "model_type": "halfstep", "architectures": ["HalfstepForMaskedLM"],
@@ -157,8 +208,12 @@ def export_checkpoint(
     })  # fmt: skip
     from safetensors.torch import save_file
 
-    state = {f"backbone.{key}": value.contiguous() for key, value in model.network.state_dict().items()}
-    write_atomic(output / "model.safetensors", lambda part: save_file(state, part, {"format": "pt"}))
+    state = {
+        f"backbone.{key}": value.contiguous() for key, value in model.network.state_dict().items()
+    }
+    write_atomic(
+        output / "model.safetensors", lambda part: save_file(state, part, {"format": "pt"})
+    )
     write_atomic(output / "tokenizer.json", (checkpoint / "tokenizer.json").read_bytes())
     eos = model.tokenizer.id_to_token(model.eos_id)
     write_json(output / "tokenizer_config.json", {
@@ -166,25 +221,43 @@ def export_checkpoint(
     })  # fmt: skip
     write_atomic(output / "modeling_halfstep.py", MODELING.read_bytes())
     name = model_name(checkpoint)
-    mine = [row for file in metrics or [] for row in read_json(file) if row.get("model") == name and row["metric"] != "latency_s"]
+    mine = [
+        row
+        for file in metrics or []
+        for row in read_json(file)
+        if row.get("model") == name and row["metric"] != "latency_s"
+    ]
     rows = [row for row in mine if row.get("checkpoint") == model.sha256[:16]]
     if others := {str(row.get("checkpoint")) for row in mine} - {model.sha256[:16]}:
-        print(f"note: rows of checkpoint {', '.join(sorted(others))} are not on the card: these weights, {weights}, are {model.sha256[:16]}", file=sys.stderr)
+        print(
+            f"note: rows of checkpoint {', '.join(sorted(others))} are not on the card: these weights, {weights}, are {model.sha256[:16]}",
+            file=sys.stderr,
+        )
     write_atomic(output / "README.md", card(name, meta, model.sha256, weights, rows))
-    provenance.record(output / provenance.NAME, [output], [*checkpoint_files(checkpoint, weights), *(metrics or [])])
+    provenance.write_record(
+        output / provenance.NAME,
+        [output],
+        [*checkpoint_files(checkpoint, weights), *(metrics or [])],
+    )
     if push:
-        branch = revision or ("main" if not meta["round"] else name.partition("/")[2].replace("/", "-"))
+        branch = revision or (
+            "main" if not meta["round"] else name.partition("/")[2].replace("/", "-")
+        )
         upload(output, push, branch)
 
 
 def load(folder: Path, weights: str):
-    return checkpoint.load(folder, weights)
+    return checkpoint.load_checkpoint(folder, weights)
 
 
 def card(name: str, meta: dict, digest: str, weights: str, rows: list[dict]) -> str:
     """The model card: what it is, how it was made, every number with its protocol and interval."""
     run, steps = meta.get("run", {}), meta.get("student_steps")
-    what = f"round {meta['round']} of Self-Distillation Through Time, meant for **{steps} sampling steps**" if meta["round"] else "a teacher, meant for 1,024 sampling steps"
+    what = (
+        f"round {meta['round']} of Self-Distillation Through Time, meant for **{steps} sampling steps**"
+        if meta["round"]
+        else "a teacher, meant for 1,024 sampling steps"
+    )
     facts = {
         "network": f"{meta['network']['size']}, {meta['vocab_size']} tokens and the mask, texts of {meta['length']} tokens", "corpus": meta.get("corpus"),
         "round": meta["round"] or None, "divergence": run.get("divergence"), "time grid of the teacher": run.get("teacher_times"),
@@ -200,11 +273,39 @@ def card(name: str, meta: dict, digest: str, weights: str, rows: list[dict]) -> 
         *(f"| {key} | {value} |" for key, value in facts.items() if value), "", "## Measured",
     ]  # fmt: skip
     if not rows:
-        return "\n".join([*lines, "Nothing was measured of these weights when this card was written.", ""])
-    columns = ("metric", "protocol", "version", "steps", "value", "low", "high", "num_samples", "seed", "sampler", "draw_dtype", "temperature", "judge", "data", "commit")
-    lines += ["The interval [low, high] is of 95%; that of MAUVE is of its clustering alone, over the same texts.", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    number = lambda value: f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)  # noqa: E731
-    lines += [f"| {' | '.join(number(row.get(column)) for column in columns)} |" for row in rows]
+        return "\n".join(
+            [*lines, "Nothing was measured of these weights when this card was written.", ""]
+        )
+    columns = (
+        "metric",
+        "protocol",
+        "version",
+        "steps",
+        "value",
+        "low",
+        "high",
+        "num_samples",
+        "seed",
+        "sampler",
+        "draw_dtype",
+        "temperature",
+        "judge",
+        "data",
+        "commit",
+    )
+    lines += [
+        "The interval [low, high] is of 95%; that of MAUVE is of its clustering alone, over the same texts.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
+    ]
+
+    def cell(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        return "" if value is None else str(value)
+
+    lines += [f"| {' | '.join(cell(row.get(column)) for column in columns)} |" for row in rows]
     return "\n".join([*lines, ""])
 
 
@@ -217,7 +318,12 @@ def upload(folder: Path, name: str, branch: str) -> None:
         api.create_repo(name, exist_ok=True)
         if branch != "main":
             api.create_branch(name, branch=branch, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, revision=branch, commit_message=f"halfstep export, {branch}")
+        api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            revision=branch,
+            commit_message=f"halfstep export, {branch}",
+        )
     except Exception as error:  # the client raises its own, requests' and OSError
         raise HalfstepError(
             f"--push {name}: the hub did not take it ({type(error).__name__}: {reason(error)}); the folder {folder} is whole: check the network and "

@@ -14,14 +14,28 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from halfstep import tracking
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, write_atomic
-from halfstep.sync import Job, Tracker
+from halfstep.records import journal
+from halfstep.records.mlflow import Job, Tracker
 
-WAITS_S = (0, 1, 4)  # before each pass of a call; a pass is idempotent, a single request of MLflow's is not
+WAITS_S = (
+    0,
+    1,
+    4,
+)  # before each pass of a call; a pass is idempotent, a single request of MLflow's is not
 PATIENCE_S = 600  # for all attempts of a call: a server that answers, but slowly, must not hold up a graph; what was sent stays
-FAULTS = ("mlflow", "sqlalchemy", "alembic", "requests", "urllib3", "json", "http", "psycopg", "pymysql")
+FAULTS = (
+    "mlflow",
+    "sqlalchemy",
+    "alembic",
+    "requests",
+    "urllib3",
+    "json",
+    "http",
+    "psycopg",
+    "pymysql",
+)
 
 
 def track(
@@ -43,18 +57,31 @@ def track(
         output: for the graph: the file that tells it was done. What cannot be sent is then a warning, the exit code 0, and the warning's text in the file
     """
     if not results.is_dir():
-        raise HalfstepError(f"--results {results}: no such folder; run the pipeline first, or name the folder that holds models/ and metrics/")
+        raise HalfstepError(
+            f"--results {results}: no such folder; run the pipeline first, or name the folder that holds models/ and metrics/"
+        )
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/mlflow.db"
     if watch:
         return _watch(results, uri, experiment, every)
     warning = ""
     try:
-        added, jobs, experiment_id = once(results, uri, experiment)
+        added, jobs, experiment_id = sync_once(results, uri, experiment)
         print(f"{jobs} runs, {added} points added\n{how_to_look(uri, experiment_id)}", flush=True)
     except HalfstepError as error:
         if output is None:  # somebody asked for just this: say that it failed
             raise
-        again = shlex.join(["halfstep", "track", "--results", str(results), "--uri", uri, "--experiment", experiment])
+        again = shlex.join(
+            [
+                "halfstep",
+                "track",
+                "--results",
+                str(results),
+                "--uri",
+                uri,
+                "--experiment",
+                experiment,
+            ]
+        )
         warning = f"WARNING: not sent to MLflow: {error}. The journals under {results}/models hold everything; to send it later: {again}\n"
         print(warning, end="", file=sys.stderr, flush=True)
     if output is not None:
@@ -71,12 +98,18 @@ def _watch(results: Path, uri: str, experiment: str, every: float) -> None:
     before, former = _changed(done), signal.signal(signal.SIGTERM, leave)
     try:
         while True:
-            ended = _changed(done) not in (before, None)  # looked at before the pass, so that the last pass sends the last points
+            ended = _changed(done) not in (
+                before,
+                None,
+            )  # looked at before the pass, so that the last pass sends the last points
             try:
-                added, jobs, experiment_id = once(results, uri, experiment)
+                added, jobs, experiment_id = sync_once(results, uri, experiment)
                 said = ""
                 if added:
-                    print(f"{jobs} runs, {added} points added\n{how_to_look(uri, experiment_id)}", flush=True)
+                    print(
+                        f"{jobs} runs, {added} points added\n{how_to_look(uri, experiment_id)}",
+                        flush=True,
+                    )
             except HalfstepError as error:
                 if str(error) != said:  # once for a fault, not for every pass
                     print(f"halfstep track: {error}", file=sys.stderr, flush=True)
@@ -98,13 +131,22 @@ def how_to_look(uri: str, experiment_id: str = "1") -> str:
     """The one command that opens MLflow, and the page of the runs."""
     page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     hint = "  (open a teacher's row with +, tick runs, press Compare)"
-    return f"{uri.rstrip('/')}/{page}\n{hint}" if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}\n  then http://localhost:5000/{page}\n{hint}"
+    return (
+        f"{uri.rstrip('/')}/{page}\n{hint}"
+        if uri.startswith("http")
+        else f"mlflow ui --backend-store-uri {uri}\n  then http://localhost:5000/{page}\n{hint}"
+    )
 
 
-def once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
+def sync_once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
     """Points added, number of jobs, id of the experiment. Two syncs at once take turns. At most len(WAITS_S) passes and PATIENCE_S seconds."""
     jobs = gather(results)
-    artifacts = sorted(file for kind in ("tables", "figures") for file in (results / kind).glob("*") if file.suffix in (".svg", ".pdf", ".csv", ".md", ".json"))
+    artifacts = sorted(
+        file
+        for kind in ("tables", "figures")
+        for file in (results / kind).glob("*")
+        if file.suffix in (".svg", ".pdf", ".csv", ".md", ".json")
+    )
     fault, added, start = None, 0, time.monotonic()
     try:
         with open(results / ".track.lock", "w") as lock, _alarm(PATIENCE_S):
@@ -119,10 +161,14 @@ def once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
                 except (HalfstepError, TimeoutError):
                     raise
                 except Exception as error:  # whatever MLflow or what is below it raises, the journals are whole and can be sent later
-                    if not isinstance(error, OSError) and not type(error).__module__.startswith(FAULTS):
+                    if not isinstance(error, OSError) and not type(error).__module__.startswith(
+                        FAULTS
+                    ):
                         raise
                     fault, added = error, added + (tracker.added if tracker else 0)
-                if time.monotonic() > start + PATIENCE_S:  # MLflow may have wrapped the alarm in an error of its own
+                if (
+                    time.monotonic() > start + PATIENCE_S
+                ):  # MLflow may have wrapped the alarm in an error of its own
                     break
     except TimeoutError as error:
         fault = error
@@ -155,36 +201,62 @@ def gather(results: Path) -> list[Job]:
     """Every model with a journal or a measurement, in the order teacher, baseline, rounds."""
     jobs = {}
     for file in sorted((results / "models").rglob("run.json")):
-        run, points = tracking.read(file.parent)
-        while read_json(file) != run:  # a job began anew between the two reads: its points are not the former run's
-            run, points = tracking.read(file.parent)
+        run, points = journal.read_journal(file.parent)
+        while (
+            read_json(file) != run
+        ):  # a job began anew between the two reads: its points are not the former run's
+            run, points = journal.read_journal(file.parent)
         model = file.parent.relative_to(results / "models").as_posix()
         jobs[model] = Job(model, run, points, folder=file.parent)
-    for file in sorted([*(results / "metrics").rglob("*.json"), *(results / "benchmarks").rglob("*.json")]):
+    for file in sorted(
+        [*(results / "metrics").rglob("*.json"), *(results / "benchmarks").rglob("*.json")]
+    ):
         rows = read_json(file)
         for row in rows if isinstance(rows, list) else []:
             _measure(jobs, row, file)
-    return [jobs[model] for model in sorted(jobs, key=lambda name: (name.split("/")[0], "round-" in name, name))]
+    return [
+        jobs[model]
+        for model in sorted(jobs, key=lambda name: (name.split("/")[0], "round-" in name, name))
+    ]
 
 
 def _measure(jobs: dict[str, Job], row: dict, file: Path) -> None:
     """Put a metric row on the job of its model; a row of an older checkpoint than the journal's is left out."""
     speed = row["metric"] == "latency_s"  # all timings of one machine are one run
-    model = f"{row['teacher']}/benchmark" if speed else row["model"] if "/" in row["model"] else f"{row['teacher']}/{row['model']}"
+    model = (
+        f"{row['teacher']}/benchmark"
+        if speed
+        else row["model"]
+        if "/" in row["model"]
+        else f"{row['teacher']}/{row['model']}"
+    )
     if model not in jobs:  # not trained here: held-out text, timings, or weights from elsewhere
-        found = {"folder": "", "sha256": {row.get("weights") or "model": row["checkpoint"]}} if row.get("checkpoint") and not speed else None
+        found = (
+            {"folder": "", "sha256": {row.get("weights") or "model": row["checkpoint"]}}
+            if row.get("checkpoint") and not speed
+            else None
+        )
         node = f"score/{model}"
-        jobs[model] = Job(model, {"name": model.split("/", 1)[1], "node": node, "started": 0.0, "checkpoint": found})
+        jobs[model] = Job(
+            model,
+            {"name": model.split("/", 1)[1], "node": node, "started": 0.0, "checkpoint": found},
+        )
     job = jobs[model]
     made = (job.run.get("checkpoint") or {}).get("sha256", {}).values()
-    if row.get("checkpoint") and made and not any(value.startswith(row["checkpoint"]) for value in made):
+    if (
+        row.get("checkpoint")
+        and made
+        and not any(value.startswith(row["checkpoint"]) for value in made)
+    ):
         return
     for key, value in _metrics(row).items():
         step = int(row.get("steps") or 0)
         if value is None or not math.isfinite(value):
             continue
         if job.evaluations.setdefault((key, step), value) != value:
-            raise HalfstepError(f"{file}: {key} of {model} at {step} steps is {value:g}, and {job.evaluations[key, step]:g} in another row; keep one")
+            raise HalfstepError(
+                f"{file}: {key} of {model} at {step} steps is {value:g}, and {job.evaluations[key, step]:g} in another row; keep one"
+            )
 
 
 def _metrics(row: dict) -> dict[str, float | None]:
@@ -192,7 +264,12 @@ def _metrics(row: dict) -> dict[str, float | None]:
     if row["metric"] == "latency_s":
         who = row["model"].split("/", 1)[-1].replace("/", "-")
         case = f"{who}_length_{row['length']}_batch_{row['batch_size']}"
-        return {f"speed/latency_s_{case}": row["value"], f"speed/tokens_per_s_{case}": row.get("tokens_per_s")}
+        return {
+            f"speed/latency_s_{case}": row["value"],
+            f"speed/tokens_per_s_{case}": row.get("tokens_per_s"),
+        }
     judge = (row.get("judge") or "").partition("@")[0]
-    named = f"_{judge.rpartition('/')[2]}" if judge and "/baseline" not in judge else ""  # several judges of one model are several curves
+    named = (
+        f"_{judge.rpartition('/')[2]}" if judge and "/baseline" not in judge else ""
+    )  # several judges of one model are several curves
     return {f"eval/{row['metric']}_{row['protocol']}{named}": row["value"]}

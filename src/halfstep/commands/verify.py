@@ -5,10 +5,10 @@ from typing import Annotated
 
 import tyro
 
-from halfstep import provenance
 from halfstep.errors import HalfstepError
 from halfstep.files import write_json
 from halfstep.progress import Progress
+from halfstep.records import provenance
 
 
 def merge_provenance(results: Path = Path("results")) -> None:
@@ -17,7 +17,7 @@ def merge_provenance(results: Path = Path("results")) -> None:
     Args:
         results: the folder with data, models, samples, metrics, tables and figures
     """
-    write_json(results / provenance.NAME, provenance.merge(results))
+    write_json(results / provenance.NAME, provenance.merge_records(results))
 
 
 def verify(results: Annotated[Path, tyro.conf.Positional] = Path("results")) -> None:
@@ -36,7 +36,7 @@ def verify(results: Annotated[Path, tyro.conf.Positional] = Path("results")) -> 
             if (ahead := (seen >> 20) - progress.done) > 0:
                 progress.update(ahead)
 
-        faults, recorded, unlisted = provenance.verify(results, tick)
+        faults, recorded, unlisted = provenance.verify_records(results, tick)
     for fault in faults:
         print(fault)
     if faults:

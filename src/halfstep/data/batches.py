@@ -26,5 +26,7 @@ def batch_indices(num_windows: int, batch_size: int, seed: int, step: int) -> np
     epoch, start = divmod(step * batch_size, num_windows)
     batch = _permutation(num_windows, seed, epoch)[start : start + batch_size]
     if len(batch) < batch_size:
-        batch = np.concatenate([batch, _permutation(num_windows, seed, epoch + 1)[: batch_size - len(batch)]])
+        batch = np.concatenate(
+            [batch, _permutation(num_windows, seed, epoch + 1)[: batch_size - len(batch)]]
+        )
     return batch.astype(np.int64)

@@ -13,10 +13,10 @@ OPENWEBTEXT = "Skylion007/openwebtext"
 
 def stories(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
     """Stories of the embedded grammar; the held-out ones combine names and things as never in training."""
-    from halfstep.data.stories import sample
+    from halfstep.data.stories import sample_stories
 
-    yield from sample(corpus.num_documents, corpus.corpus_seed)
-    yield from sample(held_out, corpus.corpus_seed, "validation")
+    yield from sample_stories(corpus.num_documents, corpus.corpus_seed)
+    yield from sample_stories(held_out, corpus.corpus_seed, "validation")
 
 
 def docs(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
@@ -26,16 +26,16 @@ def docs(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
     yield from read_docs(workers)
 
 
-def files(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
+def own_files(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
     """The user's own text."""
-    from halfstep.data.files import find, read
+    from halfstep.data.files import find, read_documents
 
     paths = find(corpus.files)
     sizes = [path.stat().st_size for path in paths]
     before = 0
     with Progress("read files", sum(sizes) >> 20, "MB") as progress:
         for path, size in zip(paths, sizes, strict=True):
-            for text, position in read(path, corpus.text_field):
+            for text, position in read_documents(path, corpus.text_field):
                 if (ahead := (before + position >> 20) - progress.done) > 0:
                     progress.update(ahead)
                 yield text
@@ -47,13 +47,19 @@ def openwebtext(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise HalfstepError("corpus kind openwebtext needs the package datasets; run pip install 'halfstep[eval]'") from None
+        raise HalfstepError(
+            "corpus kind openwebtext needs the package datasets; run pip install 'halfstep[eval]'"
+        ) from None
     try:
         try:
             rows = load_dataset(OPENWEBTEXT, split="train", streaming=True)
         except Exception:  # the hub, the network and the file system each have their own
             rows = load_dataset(OPENWEBTEXT, split="train")
-        with Progress("read openwebtext", corpus.num_documents or rows.info.splits["train"].num_examples, "document") as progress:
+        with Progress(
+            "read openwebtext",
+            corpus.num_documents or rows.info.splits["train"].num_examples,
+            "document",
+        ) as progress:
             for row in rows:
                 progress.update()
                 yield row["text"]
@@ -72,6 +78,8 @@ CORPORA: dict[str, Callable[[Corpus, int, int], Iterator[str]]] = {
     "stories": stories,
     "docs": docs,
     "openwebtext": openwebtext,
-    "files": files,
+    "files": own_files,
 }
-HELD_OUT = {"openwebtext": 100_000}  # documents, where the Corpus does not say; MDLM holds out the last 100,000
+HELD_OUT = {
+    "openwebtext": 100_000
+}  # documents, where the Corpus does not say; MDLM holds out the last 100,000

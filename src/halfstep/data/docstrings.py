@@ -25,7 +25,17 @@ from halfstep.progress import Progress
 
 SHORTEST = 200  # characters of prose in a document
 MANY = 500  # files from which on processes are worth their start
-SKIPPED = {"test", "tests", "testing", "_test", "idle_test", "__pycache__", "site-packages", "dist-packages", "lib2to3"}
+SKIPPED = {
+    "test",
+    "tests",
+    "testing",
+    "_test",
+    "idle_test",
+    "__pycache__",
+    "site-packages",
+    "dist-packages",
+    "lib2to3",
+}
 
 
 def distributions(root: str = "halfstep") -> list[Distribution]:
@@ -40,12 +50,17 @@ def distributions(root: str = "halfstep") -> list[Distribution]:
             found[name] = distribution(name)
         except PackageNotFoundError:
             if name == root:
-                raise HalfstepError(f"docs: {root} is not installed, so its dependencies are unknown; run pip install -e .") from None
+                raise HalfstepError(
+                    f"docs: {root} is not installed, so its dependencies are unknown; run pip install -e ."
+                ) from None
             continue
         queue += [
             re.match(r"[\w.-]+", line)[0]
             for line in found[name].requires or []
-            if name == root or not re.search(r"\bextra\s*==", line)  # what other packages need only in part is left out
+            if name == root
+            or not re.search(
+                r"\bextra\s*==", line
+            )  # what other packages need only in part is left out
         ]
     return [found[name] for name in sorted(found) if name != root]
 
@@ -65,7 +80,11 @@ def source_files() -> list[Path]:
 def is_prose(paragraph: str) -> bool:
     """Sentences: seven characters in eight are letters or spaces, the last ends a sentence, and nothing looks like an example or a table."""
     letters = sum(c.isalpha() or c == " " for c in paragraph)
-    return paragraph[-1] in ".!?" and letters >= 7 / 8 * len(paragraph) and not re.search(r">>>|---|===|\.\. ", paragraph)
+    return (
+        paragraph[-1] in ".!?"
+        and letters >= 7 / 8 * len(paragraph)
+        and not re.search(r">>>|---|===|\.\. ", paragraph)
+    )
 
 
 def paragraphs(source: str) -> list[str]:
@@ -76,7 +95,9 @@ def paragraphs(source: str) -> list[str]:
     found = []
     for node in _documented(tree):
         parts = re.split(r"\n\s*\n", ast.get_docstring(node) or "")
-        found += [text for text in (" ".join(part.split()) for part in parts) if text and is_prose(text)]
+        found += [
+            text for text in (" ".join(part.split()) for part in parts) if text and is_prose(text)
+        ]
     return found
 
 
@@ -99,10 +120,12 @@ def read_file(path: Path) -> list[str]:
 
 def normalised(text: str) -> bytes:
     """What makes two paragraphs the same: their letters, whatever case, digits, spaces and marks stand between."""
-    return hashlib.blake2b(" ".join(re.findall(r"[^\W\d_]+", text.lower())).encode(), digest_size=16).digest()
+    return hashlib.blake2b(
+        " ".join(re.findall(r"[^\W\d_]+", text.lower())).encode(), digest_size=16
+    ).digest()
 
 
-def documents(files: Iterable[list[str]]) -> list[str]:
+def docstring_documents(files: Iterable[list[str]]) -> list[str]:
     """Paragraphs of each file, the repeated ones dropped, as one document per file, in the order of their digests."""
     seen: set[bytes] = set()
     kept: dict[bytes, str] = {}
@@ -124,11 +147,16 @@ def read_docs(workers: int = 1) -> list[str]:
     files = source_files()
     spawn = multiprocessing.get_context("spawn")
     many = workers > 1 and len(files) >= MANY
-    with ProcessPoolExecutor(workers, spawn) if many else nullcontext() as pool, Progress("read docs", len(files), "file") as progress:
+    with (
+        ProcessPoolExecutor(workers, spawn) if many else nullcontext() as pool,
+        Progress("read docs", len(files), "file") as progress,
+    ):
 
         def shown(results):
             for result in results:
                 yield result
                 progress.update()
 
-        return documents(shown(pool.map(read_file, files, chunksize=64) if pool else map(read_file, files)))
+        return docstring_documents(
+            shown(pool.map(read_file, files, chunksize=64) if pool else map(read_file, files))
+        )

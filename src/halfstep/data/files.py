@@ -27,19 +27,29 @@ def find(patterns: list[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
-        paths = [Path(pattern)] if os.path.exists(pattern) else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+        paths = (
+            [Path(pattern)]
+            if os.path.exists(pattern)
+            else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+        )
         if not paths:
-            raise HalfstepError(f"files: {pattern!r} matches nothing; check the path (relative ones start at {Path.cwd()})")
+            raise HalfstepError(
+                f"files: {pattern!r} matches nothing; check the path (relative ones start at {Path.cwd()})"
+            )
         for path in paths:
             if path.is_dir():
-                raise HalfstepError(f"files: {path} is a folder; name its files, for instance {path}/*.jsonl")
+                raise HalfstepError(
+                    f"files: {path} is a folder; name its files, for instance {path}/*.jsonl"
+                )
             if not path.name.endswith(tuple(READERS)):
-                raise HalfstepError(f"files: {path} has an unknown suffix; expected one of {', '.join(READERS)}")
+                raise HalfstepError(
+                    f"files: {path} has an unknown suffix; expected one of {', '.join(READERS)}"
+                )
             found[path] = None
     return list(found)
 
 
-def read(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
+def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
     """The documents of one file, those of white space alone left out, each with the byte that the reader has reached."""
     suffix = next(suffix for suffix in READERS if path.name.endswith(suffix))
     count = 0
@@ -50,9 +60,13 @@ def read(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
                     count += 1
                     yield text, file.tell()
     except (OSError, EOFError, zlib.error) as error:  # missing, no permission, cut or damaged .gz
-        raise HalfstepError(f"{path}: cannot be read ({error}); check that the file is whole") from None
+        raise HalfstepError(
+            f"{path}: cannot be read ({error}); check that the file is whole"
+        ) from None
     if not count:
-        raise HalfstepError(f"{path}: holds no text ({path.stat().st_size} bytes); leave it out of `files` or fill it")
+        raise HalfstepError(
+            f"{path}: holds no text ({path.stat().st_size} bytes); leave it out of `files` or fill it"
+        )
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -63,7 +77,9 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
     while raw := stream.readline(LONGEST_LINE + 1):
         number += 1
         if len(raw) > LONGEST_LINE:
-            raise HalfstepError(f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MB; cut it into documents of their own")
+            raise HalfstepError(
+                f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MB; cut it into documents of their own"
+            )
         try:
             yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -80,14 +96,22 @@ def _jsonl(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise HalfstepError(f"{path}, line {number}: not valid JSON ({error}); expected one object per line") from None
+            raise HalfstepError(
+                f"{path}, line {number}: not valid JSON ({error}); expected one object per line"
+            ) from None
         if not isinstance(row, dict) or text_field not in row:
-            found = f"an object with {', '.join(row) or 'no fields'}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
+            found = (
+                f"an object with {', '.join(row) or 'no fields'}"
+                if isinstance(row, dict)
+                else f"a JSON {type(row).__name__}"
+            )
             raise HalfstepError(
                 f"{path}, line {number}: found {found}, expected a field {text_field!r}; set text_field to the one with the text"
             )
         if not isinstance(row[text_field], str):
-            raise HalfstepError(f"{path}, line {number}: field {text_field!r} holds a {type(row[text_field]).__name__}, expected text")
+            raise HalfstepError(
+                f"{path}, line {number}: field {text_field!r} holds a {type(row[text_field]).__name__}, expected text"
+            )
         yield row[text_field]
 
 
@@ -113,7 +137,9 @@ def _parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise HalfstepError(f"{path}: reading .parquet needs pyarrow; run pip install 'halfstep[eval]'") from None
+        raise HalfstepError(
+            f"{path}: reading .parquet needs pyarrow; run pip install 'halfstep[eval]'"
+        ) from None
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
@@ -126,10 +152,20 @@ def _parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if not isinstance(text, str):
-                        raise HalfstepError(f"{path}, row {number}: column {text_field!r} holds a {type(text).__name__}, expected text")
+                        raise HalfstepError(
+                            f"{path}, row {number}: column {text_field!r} holds a {type(text).__name__}, expected text"
+                        )
                     yield text
     except pyarrow.ArrowException as error:
-        raise HalfstepError(f"{path}: not a readable parquet file ({error}); check that the file is whole") from None
+        raise HalfstepError(
+            f"{path}: not a readable parquet file ({error}); check that the file is whole"
+        ) from None
 
 
-READERS = {".txt": _txt, ".txt.gz": _txt, ".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".parquet": _parquet}
+READERS = {
+    ".txt": _txt,
+    ".txt.gz": _txt,
+    ".jsonl": _jsonl,
+    ".jsonl.gz": _jsonl,
+    ".parquet": _parquet,
+}

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from halfstep.data.tokenizer import EOS
 from halfstep.errors import HalfstepError
-from halfstep.files import hashed, read_json, sha256, write_atomic
+from halfstep.files import read_json, remember_sha256, sha256, write_atomic
 from halfstep.progress import Progress
 
 if TYPE_CHECKING:
@@ -54,14 +54,18 @@ class Spool:
         try:
             with open(self.path, "wb", 1 << 20) as out, open(self._index, "wb", 1 << 20) as index:
                 for text in self._documents:
-                    raw = text.encode("utf-8", "replace")  # a lone surrogate, as broken JSON escapes make, becomes "?"
+                    raw = text.encode(
+                        "utf-8", "replace"
+                    )  # a lone surrogate, as broken JSON escapes make, becomes "?"
                     out.write(HEAD.pack(len(raw)) + raw)
                     self.bytes += HEAD.size + len(raw)
                     index.write(END.pack(self.bytes))
         except BaseException:
             self.__exit__()
             raise
-        self._ends = np.memmap(self._index, END.format, "r") if self.bytes else np.zeros(0, END.format)
+        self._ends = (
+            np.memmap(self._index, END.format, "r") if self.bytes else np.zeros(0, END.format)
+        )
         return self
 
     def __exit__(self, *exc) -> None:
@@ -109,11 +113,16 @@ class _Encoder:
     def __init__(self, spool: Path, tokenizer: str, dtype: str):
         self.spool, self.dtype = spool, dtype
         self.tokenizer = Tokenizer.from_str(tokenizer)
-        self.tokenizer.encode_special_tokens = True  # a text that speaks of <|endoftext|> does not end there
+        self.tokenizer.encode_special_tokens = (
+            True  # a text that speaks of <|endoftext|> does not end there
+        )
         self.eos = self.tokenizer.token_to_id(EOS)
 
     def __call__(self, chunk: Chunk) -> np.ndarray:
-        rows = [np.array([*e.ids, self.eos], self.dtype) for e in self.tokenizer.encode_batch_fast(read_chunk(self.spool, chunk))]
+        rows = [
+            np.array([*e.ids, self.eos], self.dtype)
+            for e in self.tokenizer.encode_batch_fast(read_chunk(self.spool, chunk))
+        ]
         return np.concatenate(rows)
 
 
@@ -151,13 +160,24 @@ def dtype_of(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
 
 
-def pack(spool: Spool, tokenizer: Tokenizer, length: int, output: Path, splits: dict[str, range], workers: int) -> dict[str, dict]:
+def pack_windows(
+    spool: Spool,
+    tokenizer: Tokenizer,
+    length: int,
+    output: Path,
+    splits: dict[str, range],
+    workers: int,
+) -> dict[str, dict]:
     """Write {split}.bin for each range of documents; gives each split's windows, documents, tokens and sha256."""
     args = (spool.path, tokenizer.to_str(), dtype_of(tokenizer))
     encoder = _Encoder(*args)
     pool = None
-    if workers > 1 and spool.bytes > 8 * CHUNK:  # below that, starting processes costs more than it gives
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, args)
+    if (
+        workers > 1 and spool.bytes > 8 * CHUNK
+    ):  # below that, starting processes costs more than it gives
+        pool = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), _start_worker, args
+        )
     facts = {}
     try:
         with Progress("tokenise", -(-spool.bytes // CHUNK), "MB") as progress:
@@ -165,25 +185,41 @@ def pack(spool: Spool, tokenizer: Tokenizer, length: int, output: Path, splits: 
 
                 def write(path: Path, split=split, documents=documents) -> None:
                     with open(path, "wb") as out:
-                        streams = _streams(spool.chunks(documents.start, documents.stop), pool, encoder, 4 * workers)
-                        facts[split] = {"documents": len(documents), **_cut(streams, length, encoder.eos, out, progress)}
+                        streams = _streams(
+                            spool.chunks(documents.start, documents.stop),
+                            pool,
+                            encoder,
+                            4 * workers,
+                        )
+                        facts[split] = {
+                            "documents": len(documents),
+                            **_cut(streams, length, encoder.eos, out, progress),
+                        }
 
                 write_atomic(output / f"{split}.bin", write)
-                hashed(output / f"{split}.bin", facts[split]["sha256"])
+                remember_sha256(output / f"{split}.bin", facts[split]["sha256"])
                 if not facts[split]["windows"]:
                     raise HalfstepError(
                         f"{split} text is shorter than one window: {facts[split]['tokens']} tokens in {len(documents)} documents, expected at "
                         f"least {length - 2}; add text, lower length ({length}), or change validation_documents"
                     )
     except BrokenProcessPool:
-        raise HalfstepError("tokenise: a worker process was killed, most likely for memory; try fewer with --workers") from None
+        raise HalfstepError(
+            "tokenise: a worker process was killed, most likely for memory; try fewer with --workers"
+        ) from None
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
     return facts
 
 
-def _cut(streams: Iterable[tuple[Chunk, np.ndarray]], length: int, eos: int, out: BinaryIO, progress: Progress) -> dict:
+def _cut(
+    streams: Iterable[tuple[Chunk, np.ndarray]],
+    length: int,
+    eos: int,
+    out: BinaryIO,
+    progress: Progress,
+) -> dict:
     """Write the joined streams as windows EOS + (length - 2) tokens + EOS."""
     digest, windows, tokens, seen = hashlib.sha256(), 0, 0, 0
     rest = None
@@ -205,9 +241,12 @@ def _cut(streams: Iterable[tuple[Chunk, np.ndarray]], length: int, eos: int, out
     return {"windows": windows, "tokens": tokens, "sha256": digest.hexdigest()}
 
 
-def files(corpus: Path, *splits: str) -> list[Path]:
+def corpus_files(corpus: Path, *splits: str) -> list[Path]:
     """What a command reads of a corpus whose `splits` it uses, for its record."""
-    return [Path(corpus) / name for name in ("manifest.json", "tokenizer.json", *(f"{split}.bin" for split in splits))]
+    return [
+        Path(corpus) / name
+        for name in ("manifest.json", "tokenizer.json", *(f"{split}.bin" for split in splits))
+    ]
 
 
 def read_manifest(corpus: Path) -> dict:
@@ -215,16 +254,24 @@ def read_manifest(corpus: Path) -> dict:
     manifest = read_json(Path(corpus) / "manifest.json")
     found = manifest.get("format") if isinstance(manifest, dict) else manifest
     if found != 1:
-        raise HalfstepError(f"{corpus}/manifest.json: format is {found!r}, expected 1; run halfstep prepare-corpus again")
-    if lacks := sorted({"length", "dtype", "vocab_size", "eos_id", "splits", "tokenizer_sha256"} - manifest.keys()):
-        raise HalfstepError(f"{corpus}/manifest.json: has no {', '.join(lacks)}; run halfstep prepare-corpus again")
+        raise HalfstepError(
+            f"{corpus}/manifest.json: format is {found!r}, expected 1; run halfstep prepare-corpus again"
+        )
+    if lacks := sorted(
+        {"length", "dtype", "vocab_size", "eos_id", "splits", "tokenizer_sha256"} - manifest.keys()
+    ):
+        raise HalfstepError(
+            f"{corpus}/manifest.json: has no {', '.join(lacks)}; run halfstep prepare-corpus again"
+        )
     return manifest
 
 
 def check(path: Path, expected: str) -> Path:
     """The path of a corpus's file, its checksum compared with what the manifest says."""
     if not path.is_file():
-        raise HalfstepError(f"{path}: missing, though the manifest names it; run halfstep prepare-corpus again")
+        raise HalfstepError(
+            f"{path}: missing, though the manifest names it; run halfstep prepare-corpus again"
+        )
     if (found := sha256(path)) != expected:
         raise HalfstepError(
             f"{path}: sha256 is {found[:16]}..., the manifest says {expected[:16]}...: the file was changed or is damaged; "
@@ -235,7 +282,9 @@ def check(path: Path, expected: str) -> Path:
 
 def tokenizer_of(corpus: Path) -> Tokenizer:
     """The tokenizer of a corpus folder, its checksum compared."""
-    return Tokenizer.from_file(str(check(Path(corpus) / "tokenizer.json", read_manifest(corpus)["tokenizer_sha256"])))
+    return Tokenizer.from_file(
+        str(check(Path(corpus) / "tokenizer.json", read_manifest(corpus)["tokenizer_sha256"]))
+    )
 
 
 class Windows:
@@ -244,14 +293,26 @@ class Windows:
     def __init__(self, folder: Path, split: str):
         manifest = read_manifest(folder)
         if split not in manifest["splits"]:
-            raise HalfstepError(f"{folder}/manifest.json: no split {split!r}; there are {', '.join(manifest['splits'])}")
-        self.path, self.facts, self.manifest = Path(folder) / f"{split}.bin", manifest["splits"][split], manifest
-        self.length, self.vocab_size, self.eos_id = manifest["length"], manifest["vocab_size"], manifest["eos_id"]
+            raise HalfstepError(
+                f"{folder}/manifest.json: no split {split!r}; there are {', '.join(manifest['splits'])}"
+            )
+        self.path, self.facts, self.manifest = (
+            Path(folder) / f"{split}.bin",
+            manifest["splits"][split],
+            manifest,
+        )
+        self.length, self.vocab_size, self.eos_id = (
+            manifest["length"],
+            manifest["vocab_size"],
+            manifest["eos_id"],
+        )
         shape = (self.facts["windows"], self.length)
         expected = shape[0] * shape[1] * np.dtype(manifest["dtype"]).itemsize
         found = self.path.stat().st_size if self.path.is_file() else 0
         if found != expected:
-            raise HalfstepError(f"{self.path}: found {found} bytes, expected {expected}; run halfstep prepare-corpus again")
+            raise HalfstepError(
+                f"{self.path}: found {found} bytes, expected {expected}; run halfstep prepare-corpus again"
+            )
         self.verify()
         self._tokens = np.memmap(self.path, manifest["dtype"], "r", shape=shape)
 

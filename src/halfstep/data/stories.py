@@ -36,7 +36,12 @@ WORDS = {
     "COLOUR": "red blue green yellow pink".split(),
     "FEELING": "happy glad proud tired calm".split(),
 }
-PRONOUNS = {"She": ("She", "He"), "she": ("she", "he"), "her": ("her", "his"), "him": ("her", "him")}  # her, him as in `his` and `to him`
+PRONOUNS = {
+    "She": ("She", "He"),
+    "she": ("she", "he"),
+    "her": ("her", "his"),
+    "him": ("her", "him"),
+}  # her, him as in `his` and `to him`
 
 EVENTS = "play gift lose save wish".split()
 
@@ -89,7 +94,15 @@ PATTERNS: dict[str, tuple[str, Patterns]] = {
 CLASS = {"name": "NAME", "friend": "NAME", "kind": "KIND", "thing": "THING", "colour": "COLOUR", "place": "PLACE",
          "feeling": "FEELING", "She": "She", "she": "she", "her": "her", "him": "her"}  # fmt: skip
 WORD_CLASS = {word: name for name, words in WORDS.items() for word in words}
-WORD_CLASS |= {"She": "She", "He": "She", "she": "she", "he": "she", "her": "her", "his": "her", "him": "her"}
+WORD_CLASS |= {
+    "She": "She",
+    "He": "She",
+    "she": "she",
+    "he": "she",
+    "her": "her",
+    "his": "her",
+    "him": "her",
+}
 
 
 Shape = tuple[str | tuple[str], ...]
@@ -105,7 +118,10 @@ def _slots(pattern: str) -> list[tuple[int, str]]:
 
 
 SHAPES: dict[Shape, tuple[str, str]] = {  # shape of a sentence: its part and pattern
-    tuple((CLASS[word[1:-1]],) if word[0] == "{" else word for word in pattern.split()): (part, pattern)
+    tuple((CLASS[word[1:-1]],) if word[0] == "{" else word for word in pattern.split()): (
+        part,
+        pattern,
+    )
     for part, (_, patterns) in PATTERNS.items()
     for pattern in patterns
 }
@@ -124,7 +140,9 @@ class Choice(NamedTuple):
         return self.options[min(bisect(self.sums, rng.random()), len(self.options) - 1)]
 
     def log_p(self, option: str) -> float | None:
-        return math.log(self.chances[self.options.index(option)]) if option in self.options else None
+        return (
+            math.log(self.chances[self.options.index(option)]) if option in self.options else None
+        )
 
 
 def _choice(options: list[str], label: str) -> Choice:
@@ -138,13 +156,18 @@ def _choice(options: list[str], label: str) -> Choice:
 @cache
 def fact_choice(fact: str, parent: str | None, taken: str | None) -> Choice:
     """P(fact | the fact it depends on, the fact it must differ from)."""
-    return _choice([option for option in FACTS[fact][0] if option != taken], f"{fact} given {parent}")
+    return _choice(
+        [option for option in FACTS[fact][0] if option != taken], f"{fact} given {parent}"
+    )
 
 
 @cache
 def pattern_choice(part: str, given: str) -> Choice:
     """P(pattern of this part | the fact it depends on)."""
-    return _choice([p for p, allowed in PATTERNS[part][1].items() if allowed is None or given in allowed], f"{part} given {given}")
+    return _choice(
+        [p for p, allowed in PATTERNS[part][1].items() if allowed is None or given in allowed],
+        f"{part} given {given}",
+    )
 
 
 def is_held_out(name: str, thing: str) -> bool:
@@ -172,7 +195,9 @@ def split_shares() -> dict[str | None, float]:
         for thing, p_thing in things.items():
             for name, p_name in _chances("name", kind):
                 for friend, p_friend in _chances("friend", name, name):
-                    shares[split_of({"name": name, "thing": thing, "friend": friend})] += p_thing * p_name * p_friend
+                    shares[split_of({"name": name, "thing": thing, "friend": friend})] += (
+                        p_thing * p_name * p_friend
+                    )
     return shares
 
 
@@ -190,13 +215,17 @@ def write(rng: random.Random) -> tuple[str, dict[str, str]]:
     """One story and its facts."""
     facts: dict[str, str] = {}
     for fact, (_, parent, unlike) in FACTS.items():
-        facts[fact] = fact_choice(fact, facts[parent] if parent else None, facts[unlike] if unlike else None).draw(rng)
+        facts[fact] = fact_choice(
+            fact, facts[parent] if parent else None, facts[unlike] if unlike else None
+        ).draw(rng)
     words = _derived(facts)
-    said = [TEXTS[pattern_choice(part, facts[given]).draw(rng)] for part, (given, _) in PATTERNS.items()]
+    said = [
+        TEXTS[pattern_choice(part, facts[given]).draw(rng)] for part, (given, _) in PATTERNS.items()
+    ]
     return " ".join(said).format_map(words), facts
 
 
-def sample(count: int, seed: int, split: str = "train") -> Iterator[str]:
+def sample_stories(count: int, seed: int, split: str = "train") -> Iterator[str]:
     """`count` stories of a split, train or validation; a longer run begins with the shorter one."""
     rng = random.Random(f"{seed}/{split}")
     while count:
@@ -208,7 +237,7 @@ def sample(count: int, seed: int, split: str = "train") -> Iterator[str]:
 
 def last_words(count: int, seed: int) -> list[dict[str, str]]:
     """Items in LAMBADA's form, from held-out stories: the word after the last space follows from the story alone."""
-    return [{"text": story.rstrip(".")} for story in sample(count, seed, "validation")]
+    return [{"text": story.rstrip(".")} for story in sample_stories(count, seed, "validation")]
 
 
 class Verdict(NamedTuple):
@@ -227,7 +256,11 @@ def _parse(text: str) -> dict[str, tuple[str, list[str]]] | None:
         words = [*sentence.split(" "), "."]
         part, pattern = SHAPES.get(_shape(words), (None, ""))
         forms = [(words[i], PRONOUNS.get(slot)) for i, slot in SLOTS[pattern]] if part else []
-        if part is None or part in found or any(allowed and word not in allowed for word, allowed in forms):
+        if (
+            part is None
+            or part in found
+            or any(allowed and word not in allowed for word, allowed in forms)
+        ):
             return None
         found[part] = (pattern, words)
     return found if list(found) == list(PATTERNS) else None
@@ -249,15 +282,22 @@ def log_likelihood(text: str, split: str | None = None) -> float | None:
         return None
     told = {slot: words.copy().pop() for slot, words in mentions.items()}
     event = next(iter(PATTERNS["event"][1][parse["event"][0]] or ()))
-    facts = {fact: told.get(fact, event) for fact in FACTS}  # every part tells its own; the event is told by its pattern
+    facts = {
+        fact: told.get(fact, event) for fact in FACTS
+    }  # every part tells its own; the event is told by its pattern
     derived = _derived(facts)
     if any(derived.get(slot) != word for slot, word in told.items()):
         return None
     terms = [
-        fact_choice(fact, facts[parent] if parent else None, facts[unlike] if unlike else None).log_p(facts[fact])
+        fact_choice(
+            fact, facts[parent] if parent else None, facts[unlike] if unlike else None
+        ).log_p(facts[fact])
         for fact, (_, parent, unlike) in FACTS.items()
     ]
-    terms += [pattern_choice(part, facts[PATTERNS[part][0]]).log_p(pattern) for part, (pattern, _) in parse.items()]
+    terms += [
+        pattern_choice(part, facts[PATTERNS[part][0]]).log_p(pattern)
+        for part, (pattern, _) in parse.items()
+    ]
     if None in terms:
         return None
     if split is not None:
@@ -288,4 +328,6 @@ def judge_window(window: str | Sequence[str]) -> Counts:
     if isinstance(window, str):
         window = window.removeprefix(EOS).removesuffix(EOS).split(EOS)
     verdicts = [judge(piece) for piece in window[1:-1]]
-    return Counts(len(verdicts), sum(v.accepted for v in verdicts), sum(v.consistent for v in verdicts))
+    return Counts(
+        len(verdicts), sum(v.accepted for v in verdicts), sum(v.consistent for v in verdicts)
+    )

@@ -12,7 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from halfstep.errors import HalfstepError, reason
 
 EOS = "<|endoftext|>"
-FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))  # names in the hub, and in OpenAI's release
+FILES = (
+    ("vocab.json", "merges.txt"),
+    ("encoder.json", "vocab.bpe"),
+)  # names in the hub, and in OpenAI's release
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
@@ -28,7 +31,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = _byte_level(models.BPE())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOS],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
     )
     return tokenizer
 
@@ -39,7 +48,9 @@ def load_bpe(name: str) -> Tokenizer:
     if folder.is_dir():
         for vocab, merges in FILES:
             if (folder / vocab).is_file() and (folder / merges).is_file():
-                tokenizer = _byte_level(_read(models.BPE.from_file, folder / vocab, folder / merges))
+                tokenizer = _byte_level(
+                    _read(models.BPE.from_file, folder / vocab, folder / merges)
+                )
                 break
         else:
             if not (folder / "tokenizer.json").is_file():
@@ -48,11 +59,15 @@ def load_bpe(name: str) -> Tokenizer:
                 )
             tokenizer = _read(Tokenizer.from_file, folder / "tokenizer.json")
     elif folder.exists() or name.startswith((".", "/", "~")):
-        raise HalfstepError(f"tokenizer: {name} is not a folder; name a folder with vocab.json and merges.txt, a hub name, or bpe")
+        raise HalfstepError(
+            f"tokenizer: {name} is not a folder; name a folder with vocab.json and merges.txt, a hub name, or bpe"
+        )
     else:
         tokenizer = _download(name)
     if tokenizer.token_to_id(EOS) is None:
-        raise HalfstepError(f"tokenizer: {name} has no token {EOS}, which ends documents; use a GPT-2-like tokenizer")
+        raise HalfstepError(
+            f"tokenizer: {name} has no token {EOS}, which ends documents; use a GPT-2-like tokenizer"
+        )
     tokenizer.add_special_tokens([EOS])  # known already: this only marks it as special
     return tokenizer
 
@@ -67,7 +82,9 @@ def _read(reader, *paths: Path):
         return reader(*map(str, paths))
     except Exception as error:  # the bindings raise bare Exception
         names = " and ".join(map(str, paths))
-        raise HalfstepError(f"tokenizer: {names} cannot be read ({error}); expected the files of a byte-level BPE") from None
+        raise HalfstepError(
+            f"tokenizer: {names} cannot be read ({error}); expected the files of a byte-level BPE"
+        ) from None
 
 
 def _download(name: str) -> Tokenizer:

@@ -12,14 +12,18 @@ def corrupt(x0: Tensor, t: Tensor, u: Tensor, schedule, mask_id: int) -> Tensor:
     return x0.masked_fill(u < 1 - schedule.alpha(t)[:, None], mask_id)
 
 
-def positions(where: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+def mask_indices(where: Tensor, device: torch.device) -> tuple[Tensor, ...]:
     """A mask on the host as its nonzero(as_tuple=True) on `device`: counted here, so nothing waits for the device."""
-    return tuple(sent(index, device) for index in where.nonzero(as_tuple=True))
+    return tuple(to_device(index, device) for index in where.nonzero(as_tuple=True))
 
 
-def sent(index: Tensor, device: torch.device) -> Tensor:
+def to_device(index: Tensor, device: torch.device) -> Tensor:
     """A host's tensor on `device`; the host goes on before it has arrived."""
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+    return (
+        index.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else index.to(device)
+    )
 
 
 def reveal_probability(t: Tensor, s: Tensor, schedule) -> Tensor:

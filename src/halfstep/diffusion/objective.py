@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from halfstep.diffusion.masking import corrupt, positions
+from halfstep.diffusion.masking import corrupt, mask_indices
 from halfstep.diffusion.readout import cross_entropy
 
 
@@ -25,7 +25,9 @@ def nelbo(denoiser, x0: Tensor, t: Tensor, u: Tensor, schedule) -> Tensor:
     x0[B, L] int64, times t[B], masking uniforms u[B, L]. Only masked positions are read out. Scalar float32.
     """
     xt = corrupt(x0, t, u, schedule, denoiser.mask_id)
-    masked = positions((xt == denoiser.mask_id).cpu(), xt.device)  # the one wait for the device, before the pass is launched
+    masked = mask_indices(
+        (xt == denoiser.mask_id).cpu(), xt.device
+    )  # the one wait for the device, before the pass is launched
     h = denoiser.features(xt, t, masked)
     weight = nelbo_weight(t, schedule).float()[:, None].expand_as(x0)[masked]
     return cross_entropy(h, denoiser.readout, x0[masked], weight)

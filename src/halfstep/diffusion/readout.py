@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halfstep.products import product
-from halfstep.vocabulary import exp_, fill_up, log_softmax_, logits, pieces
+from halfstep.kernels.linear import matmul
+from halfstep.kernels.logits import exp_, log_softmax_, logits, pad_rows, row_chunks
 
 RowLoss = Callable[[Tensor, slice], Tensor]  # log_p[n, V], which of the rows, filled up -> [n]
-RowGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # the same -> [n], and its gradient in the logits [n, V]
+RowGradient = Callable[
+    [Tensor, slice], tuple[Tensor, Tensor]
+]  # the same -> [n], and its gradient in the logits [n, V]
 
 
 class _Readout(torch.autograd.Function):
@@ -18,18 +20,24 @@ class _Readout(torch.autograd.Function):
     def forward(ctx, h, weight, bias, row_loss, row_gradient):
         wanted = any(ctx.needs_input_grad[:3])
         W, b, V = weight.detach().float(), bias.detach().float(), len(bias)
-        total, N, rows = torch.zeros((), device=h.device), len(h), fill_up(h.detach())
-        grad_h, grad_W, grad_b = (torch.empty_like(rows), torch.zeros_like(W), torch.zeros_like(b)) if wanted else (None, None, None)
-        for part in pieces(len(rows), V, h.device):
+        total, N, rows = torch.zeros((), device=h.device), len(h), pad_rows(h.detach())
+        grad_h, grad_W, grad_b = (
+            (torch.empty_like(rows), torch.zeros_like(W), torch.zeros_like(b))
+            if wanted
+            else (None, None, None)
+        )
+        for part in row_chunks(len(rows), V, h.device):
             x, n = rows[part].float(), N - part.start  # of the last piece n rows are real
             z = logits(x, W, b)
             if not wanted:
                 total += row_loss(log_softmax_(z), part)[:n].sum()
                 continue
-            loss, g = (row_gradient or _by_autograd(row_loss))(log_softmax_(z) if row_gradient else z, part)
+            loss, g = (row_gradient or _by_autograd(row_loss))(
+                log_softmax_(z) if row_gradient else z, part
+            )
             total += loss[:n].sum()
             g[n:] = 0
-            grad_h[part] = product(g, W[:V].t())
+            grad_h[part] = matmul(g, W[:V].t())
             grad_W[:V].addmm_(g.t(), x)
             grad_b += g.sum(0)
             del z, g  # before the next piece is formed
@@ -55,7 +63,12 @@ def _by_autograd(row_loss: RowLoss) -> RowGradient:
     return gradient
 
 
-def readout_loss(h: Tensor, readout: tuple[Tensor, Tensor], row_loss: RowLoss, row_gradient: RowGradient | None = None) -> Tensor:
+def readout_loss(
+    h: Tensor,
+    readout: tuple[Tensor, Tensor],
+    row_loss: RowLoss,
+    row_gradient: RowGradient | None = None,
+) -> Tensor:
     """sum_n row_loss(log_p[n]) with log_p = log_softmax(h W' + b): exact value and gradient, float32, a piece of the rows at a time.
 
     h[N, D]; readout = W[V or more, D], b[V], the rows beyond V being no words. row_loss(log_p[n, V], rows) -> [n] for the slice `rows` of the rows,
@@ -72,7 +85,7 @@ def readout_loss(h: Tensor, readout: tuple[Tensor, Tensor], row_loss: RowLoss, r
 def cross_entropy(h: Tensor, readout: tuple[Tensor, Tensor], x0: Tensor, weight: Tensor) -> Tensor:
     """sum_n weight[n] * -log p(x0[n] | h[n])."""
 
-    x0, weight = fill_up(x0), fill_up(weight)
+    x0, weight = pad_rows(x0), pad_rows(weight)
 
     def loss(log_p: Tensor, rows: slice) -> Tensor:
         return weight[rows] * F.nll_loss(log_p, x0[rows], reduction="none")

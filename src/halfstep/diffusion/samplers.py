@@ -11,11 +11,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from halfstep.diffusion.caching import write_blocks
-from halfstep.diffusion.masking import positions, reveal_probability, sent
-from halfstep.draws import float32_uniforms, inverse_cdf_of, released_race, uniforms
+from halfstep.diffusion.block import write_blocks
+from halfstep.diffusion.masking import mask_indices, reveal_probability, to_device
 from halfstep.errors import HalfstepError
-from halfstep.vocabulary import CACHED, pieces, words_of
+from halfstep.kernels.categorical import (
+    float32_uniforms,
+    inverse_cdf_chunked,
+    released_race,
+    uniforms,
+)
+from halfstep.kernels.logits import CACHED, row_chunks, vocab_chunks
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,9 @@ def ancestral(u: Tensor, steps: int, schedule) -> Tensor:
     """
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=u.device)
     hidden = (1 - schedule.alpha(t)) / (1 - schedule.alpha(t[0]))
-    return torch.searchsorted(-hidden[1:-1].contiguous(), -u)  # hidden falls: count of steps after which u is still hidden
+    return torch.searchsorted(
+        -hidden[1:-1].contiguous(), -u
+    )  # hidden falls: count of steps after which u is still hidden
 
 
 def first_hitting(u: Tensor, steps: int, schedule) -> Tensor:
@@ -54,24 +61,36 @@ SAMPLERS: dict[str, Callable[[Tensor, int, object], Tensor]] = {
 }
 
 
-def draw(denoiser, h: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
+def draw_tokens(denoiser, h: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
     """Tokens [N] from p(x0 | xt) of features h[N, D] by their uniforms u[N], a piece of the rows at a time."""
 
     def tempered(z: Tensor) -> Tensor:
         return z if temperature == 1 else z.div_(temperature)
 
-    drawn, words = torch.empty(len(h), dtype=torch.long, device=h.device), words_of(len(denoiser.readout[1]), h.device)
-    for rows in pieces(len(h), words[0].stop, h.device, CACHED):
+    drawn, words = (
+        torch.empty(len(h), dtype=torch.long, device=h.device),
+        vocab_chunks(len(denoiser.readout[1]), h.device),
+    )
+    for rows in row_chunks(len(h), words[0].stop, h.device, CACHED):
         x = h[rows]
-        drawn[rows] = inverse_cdf_of(
-            lambda some, x=x: tempered(denoiser.logits(x, some)), lambda place, x=x: tempered(denoiser.logits_at(x, place)), words, u[rows]
+        drawn[rows] = inverse_cdf_chunked(
+            lambda some, x=x: tempered(denoiser.logits(x, some)),
+            lambda place, x=x: tempered(denoiser.logits_at(x, place)),
+            words,
+            u[rows],
         )
     return drawn
 
 
 @torch.no_grad()
-def carry_out(
-    denoiser, x: Tensor, plan: Tensor, times: Tensor, u: Tensor, temperature: float = 1.0, on_pass: Callable[[int], None] | None = None
+def run_plan(
+    denoiser,
+    x: Tensor,
+    plan: Tensor,
+    times: Tensor,
+    u: Tensor,
+    temperature: float = 1.0,
+    on_pass: Callable[[int], None] | None = None,
 ) -> Samples:
     """Reveal x's masked positions at the steps of plan[B, L]; the j-th non-empty steps of all texts share one pass.
 
@@ -79,8 +98,12 @@ def carry_out(
     u[B, L] float64 draws each position's token. `on_pass` gets the number of texts that a pass serves.
     """
     given, x = x.cpu(), x.clone()
-    step_of = plan.cpu().masked_fill(given != denoiser.mask_id, -1)  # all that decides what a pass holds is known here: no pass waits for a device
-    order = step_of.sort(1).values  # a text's non-empty steps, ascending, given positions (-1) first
+    step_of = plan.cpu().masked_fill(
+        given != denoiser.mask_id, -1
+    )  # all that decides what a pass holds is known here: no pass waits for a device
+    order = step_of.sort(
+        1
+    ).values  # a text's non-empty steps, ascending, given positions (-1) first
     fresh = (order >= 0) & (order != torch.nn.functional.pad(order, (1, 0), value=-1)[:, :-1])
     passes = fresh.sum(1)
     visits = torch.full((len(x), int(passes.max()) if len(x) else 0), -1, dtype=torch.long)
@@ -90,22 +113,32 @@ def carry_out(
         going = passes > j
         now = visits[going, j]
         alike = j == 0 and denoiser.ignores_time and bool((given[going] == given[going][:1]).all())
-        (alive,), (texts, columns) = positions(going, x.device), positions(step_of[going] == now[:, None], x.device)
-        t = times[sent(now, x.device)]
+        (alive,), (texts, columns) = (
+            mask_indices(going, x.device),
+            mask_indices(step_of[going] == now[:, None], x.device),
+        )
+        t = times[to_device(now, x.device)]
         if alike:  # nothing is written yet: one text's features are all texts'
             h = denoiser.features(x[alive[:1]], t[:1])[0, columns]
         else:
             h = denoiser.features(x[alive], t, (texts, columns))
         rows = alive[texts]
-        x[rows, columns] = draw(denoiser, h, u[rows, columns], temperature)
+        x[rows, columns] = draw_tokens(denoiser, h, u[rows, columns], temperature)
         if on_pass:
             on_pass(len(alive))
     return Samples(x, passes.to(x.device))
 
 
 @torch.no_grad()
-def carry_out_released(
-    denoiser, x: Tensor, times: Tensor, schedule, seed: int, first: int, temperature: float = 1.0, on_pass: Callable[[int], None] | None = None
+def run_released(
+    denoiser,
+    x: Tensor,
+    times: Tensor,
+    schedule,
+    seed: int,
+    first: int,
+    temperature: float = 1.0,
+    on_pass: Callable[[int], None] | None = None,
 ) -> Samples:
     """Ancestral sampling with the released code's noise: in each step every masked position runs a race between all tokens and the mask.
 
@@ -126,7 +159,9 @@ def carry_out_released(
             where = masked[text].nonzero()[:, 0]
             p = (denoiser.log_p(h[i, where]) / temperature).softmax(-1).float()
             q = torch.cat([p * r, (1 - r).expand(len(p), 1)], -1)
-            x[text, where] = released_race(q, float32_uniforms(seed, first + text, step, *q.shape).to(q.device))  # the last outcome is the mask
+            x[text, where] = released_race(
+                q, float32_uniforms(seed, first + text, step, *q.shape).to(q.device)
+            )  # the last outcome is the mask
         if on_pass:
             on_pass(len(alive))
     return Samples(x, passes.to(x.device))
@@ -159,10 +194,22 @@ def sample(
                 "alone has the released code's noise"
             )
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=device)
-        return carry_out_released(denoiser, x, times, schedule, seed, first, temperature, on_pass)
+        return run_released(denoiser, x, times, schedule, seed, first, temperature, on_pass)
     u = uniforms(seed, first, num_samples, 2 * length).to(device)
     if sampler == "block":
-        return Samples(*write_blocks(denoiser, x, u, steps, ancestral, partial(draw, temperature=temperature), schedule))
-    plan = SAMPLERS[sampler](u[:, :length].masked_fill(x != denoiser.mask_id, -1), steps, schedule)  # given positions take no step
+        return Samples(
+            *write_blocks(
+                denoiser,
+                x,
+                u,
+                steps,
+                ancestral,
+                partial(draw_tokens, temperature=temperature),
+                schedule,
+            )
+        )
+    plan = SAMPLERS[sampler](
+        u[:, :length].masked_fill(x != denoiser.mask_id, -1), steps, schedule
+    )  # given positions take no step
     times = torch.linspace(1, 0, steps + 1, device=device)[:-1]
-    return carry_out(denoiser, x, plan, times, u[:, length:], temperature, on_pass)
+    return run_plan(denoiser, x, plan, times, u[:, length:], temperature, on_pass)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from halfstep.vocabulary import exp_
+from halfstep.kernels.logits import exp_
 
 
 def kl_backward(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -37,7 +37,13 @@ def l1_log_p(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p - log_q).abs().sum(-1)
 
 
-DIVERGENCES = {"kl_backward": kl_backward, "kl_forward": kl_forward, "mse": mse, "tvd": tvd, "l1_log_p": l1_log_p}
+DIVERGENCES = {
+    "kl_backward": kl_backward,
+    "kl_forward": kl_forward,
+    "mse": mse,
+    "tvd": tvd,
+    "l1_log_p": l1_log_p,
+}
 
 
 # Gradients in the student's logits z, log p = log_softmax(z): where dD = sum_v g_v d log p_v, it is g - p sum_v g_v. Each is
@@ -87,4 +93,10 @@ def _l1_log_p(log_p: Tensor, log_q: Tensor) -> Tensor:
     return D
 
 
-GRADIENTS: dict[Callable, Callable] = {kl_backward: _kl_backward, kl_forward: _kl_forward, mse: _mse, tvd: _tvd, l1_log_p: _l1_log_p}
+GRADIENTS: dict[Callable, Callable] = {
+    kl_backward: _kl_backward,
+    kl_forward: _kl_forward,
+    mse: _mse,
+    tvd: _tvd,
+    l1_log_p: _l1_log_p,
+}

@@ -16,8 +16,15 @@ class Round:
     student_steps: int
 
 
-def plan(run: Distillation, index: int) -> Round:
+def plan_round(run: Distillation, index: int) -> Round:
     """dt = substeps^(r-1) / teacher_steps and student_steps = teacher_steps / substeps^r (SDTT section 3.2): seven rounds from 1024 end at 8."""
     if not 1 <= index <= run.rounds:
-        raise HalfstepError(f"round: found {index}, expected 1 to {run.rounds}, the rounds of this run")
-    return Round(index, run.substeps ** (index - 1) / run.teacher_steps, run.substeps, run.teacher_steps // run.substeps**index)
+        raise HalfstepError(
+            f"round: found {index}, expected 1 to {run.rounds}, the rounds of this run"
+        )
+    return Round(
+        index,
+        run.substeps ** (index - 1) / run.teacher_steps,
+        run.substeps,
+        run.teacher_steps // run.substeps**index,
+    )

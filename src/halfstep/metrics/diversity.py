@@ -37,8 +37,12 @@ def self_bleu(ids: np.ndarray) -> np.ndarray:
 
     def bleu(texts: list[list[int]], i: int) -> float:
         score = sentence_bleu(texts[:i] + texts[i + 1 :], texts[i])
-        return score if score > 1e-50 else 0.0  # where no n-gram recurs nltk counts the smallest float
+        return (
+            score if score > 1e-50 else 0.0
+        )  # where no n-gram recurs nltk counts the smallest float
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of nltk, that BLEU is 0
-        return np.array([100 * np.mean([bleu(texts, i) for i in range(len(texts))]) for texts in ids.tolist()])
+        return np.array(
+            [100 * np.mean([bleu(texts, i) for i in range(len(texts))]) for texts in ids.tolist()]
+        )

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from lm_eval.api.model import LM
 
+from halfstep.distributed.group import ALONE, Group
 from halfstep.errors import HalfstepError, reason
 from halfstep.metrics.likelihood import (
     DRAWS,
@@ -36,7 +37,6 @@ from halfstep.metrics.likelihood import (
     diffusion_nll,
     monte_carlo_nll,
 )
-from halfstep.processes import ALONE, Group
 from halfstep.progress import Progress
 
 if TYPE_CHECKING:
@@ -61,17 +61,32 @@ class HalfstepLM(LM):
     Of several processes the first alone drives lm-eval; the others are in `serve`, and all share what is asked of the network.
     """
 
-    def __init__(self, model: Model, accuracy: str, micro_batch: int = 32, device: str = "cpu", seed: int = 0, group: Group = ALONE):
+    def __init__(
+        self,
+        model: Model,
+        accuracy: str,
+        micro_batch: int = 32,
+        device: str = "cpu",
+        seed: int = 0,
+        group: Group = ALONE,
+    ):
         super().__init__()
         if accuracy not in ACCURACY[model.kind]:
-            raise HalfstepError(f"accuracy: found {accuracy!r}, a {model.kind} model has {', '.join(ACCURACY[model.kind])}")
+            raise HalfstepError(
+                f"accuracy: found {accuracy!r}, a {model.kind} model has {', '.join(ACCURACY[model.kind])}"
+            )
         self.model, self.accuracy, self.micro_batch, self.seed = model, accuracy, micro_batch, seed
         self._device, self.group = device, group
         self._answers: dict[tuple[str, str], tuple[float, dict[str, bool]]] = {}
 
     def question(self, context: str, continuation: str) -> Question:
         """BOS + context + continuation + EOS, the continuation asked for."""
-        left, right = (e.ids for e in self.model.tokenizer.encode_batch([context, continuation], add_special_tokens=False))
+        left, right = (
+            e.ids
+            for e in self.model.tokenizer.encode_batch(
+                [context, continuation], add_special_tokens=False
+            )
+        )
         room = self.model.length - 2 - len(right)
         if room < 0 or not right:
             raise HalfstepError(
@@ -89,12 +104,17 @@ class HalfstepLM(LM):
         if new:
             nll, right = self._ask("likelihood", [self.question(*args) for args in new]).T
             first = ACCURACY[self.model.kind][0]
-            self._answers |= {args: (-float(v), {first: bool(r)}) for args, v, r in zip(new, nll, right, strict=True)}
+            self._answers |= {
+                args: (-float(v), {first: bool(r)})
+                for args, v, r in zip(new, nll, right, strict=True)
+            }
         if unsure := [args for args in asked if self.accuracy not in self._answers[args][1]]:
             right = self._ask(self.accuracy, [self.question(*args) for args in unsure])
             for args, r in zip(unsure, right, strict=True):
                 self._answers[args][1][self.accuracy] = bool(r)
-        return [(self._answers[r.args][0], self._answers[r.args][1][self.accuracy]) for r in requests]
+        return [
+            (self._answers[r.args][0], self._answers[r.args][1][self.accuracy]) for r in requests
+        ]
 
     def loglikelihood_rolling(self, requests) -> list[float]:
         """Log-likelihood of whole texts, read in windows of the model's length one after another (for a diffusion model by 128 masks each)."""
@@ -102,7 +122,9 @@ class HalfstepLM(LM):
         for i, request in enumerate(requests):
             ids = self.model.tokenizer.encode(request.args[0], add_special_tokens=False).ids
             for part in (ids[at : at + room] for at in range(0, len(ids), room)):
-                questions.append(Question((self.model.eos_id, *part, self.model.eos_id), 1, 1 + len(part)))
+                questions.append(
+                    Question((self.model.eos_id, *part, self.model.eos_id), 1, 1 + len(part))
+                )
                 owner.append(i)
         if questions:
             np.subtract.at(totals, owner, self._ask("likelihood", questions)[:, 0])
@@ -110,12 +132,12 @@ class HalfstepLM(LM):
 
     def _ask(self, what: str, questions: list[Question]) -> np.ndarray:
         """ANSWERS[what] of all questions, in the first process, which tells the others of them."""
-        self.group.tell((what, questions))
+        self.group.broadcast((what, questions))
         return self._answer(what, questions)
 
     def serve(self) -> None:
         """What the other processes do until the first has no more to ask."""
-        while asked := self.group.tell():
+        while asked := self.group.broadcast():
             self._answer(*asked)
 
     def _answer(self, what: str, questions: list[Question]) -> np.ndarray | None:
@@ -123,18 +145,32 @@ class HalfstepLM(LM):
             with Progress(what, rows.stop - rows.start, "item") as progress:
                 return ANSWERS[what](self, questions[rows], rows.start, progress.update)
 
-        return self.group.map(len(questions), own)
+        return self.group.map_rows(len(questions), own)
 
     def _nll(self, questions: list[Question], first: int, tick) -> np.ndarray:
         if self.model.kind == "diffusion":
-            return np.column_stack(diffusion_nll(self.model.denoiser, questions, self.micro_batch, self.seed, self._device, tick, first))
-        return np.column_stack(autoregressive_nll(self.model.network, questions, self.micro_batch, self._device, tick))
+            return np.column_stack(
+                diffusion_nll(
+                    self.model.denoiser,
+                    questions,
+                    self.micro_batch,
+                    self.seed,
+                    self._device,
+                    tick,
+                    first,
+                )
+            )
+        return np.column_stack(
+            autoregressive_nll(self.model.network, questions, self.micro_batch, self._device, tick)
+        )
 
     def _guess(self, questions: list[Question], first: int, tick) -> np.ndarray:
         return confident_guess(self.model.denoiser, questions, self.micro_batch, self._device, tick)
 
     def _drawn(self, questions: list[Question], first: int, tick) -> np.ndarray:
-        return monte_carlo_nll(self.model.denoiser, questions, self.micro_batch, self.seed, self._device, tick, first)
+        return monte_carlo_nll(
+            self.model.denoiser, questions, self.micro_batch, self.seed, self._device, tick, first
+        )
 
     def monte_carlo(self, requests) -> np.ndarray:
         """Protocol elbo-mc's NELBO in nats of (context, continuation) requests, [N]; request i has its own draws."""
@@ -144,9 +180,17 @@ class HalfstepLM(LM):
         """Calls of the network for one item under each protocol, the mean over the requests. elbo-mc: its draws, those that mask nothing too."""
         if self.model.kind == "autoregressive":
             return {"ar": 1.0}
-        tokens = [question.end - question.start for question in (self.question(*request.args) for request in requests)]
+        tokens = [
+            question.end - question.start
+            for question in (self.question(*request.args) for request in requests)
+        ]
         exact = [2**n - 1 if n <= EXACT else DRAWS + 1 for n in tokens]
-        return {"parallel": 1.0, "confidence": float(np.mean(tokens)), "elbo-exact": float(np.mean(exact)), "elbo-mc": float(MC_DRAWS)}
+        return {
+            "parallel": 1.0,
+            "confidence": float(np.mean(tokens)),
+            "elbo-exact": float(np.mean(exact)),
+            "elbo-mc": float(MC_DRAWS),
+        }
 
     def generate_until(self, requests):
         raise HalfstepError(
@@ -176,13 +220,20 @@ def task(data: str, cache: Path) -> dict:
     import lm_eval
     import yaml
 
-    stock = yaml.safe_load((Path(lm_eval.__file__).parent / "tasks/lambada/lambada_openai.yaml").read_text())
+    stock = yaml.safe_load(
+        (Path(lm_eval.__file__).parent / "tasks/lambada/lambada_openai.yaml").read_text()
+    )
     stock.pop("tag")
     stock |= {"doc_to_text": context_of, "doc_to_target": word_of}
     if not data.endswith(".jsonl"):
         return stock | {"dataset_path": data}
     files = {"data_files": {"test": str(Path(data).resolve())}, "cache_dir": str(cache)}
-    return stock | {"task": "lambada_local", "dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
+    return stock | {
+        "task": "lambada_local",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": files,
+    }
 
 
 def check_items(path: Path) -> int:
@@ -205,12 +256,20 @@ def check_items(path: Path) -> int:
                 )
             count += 1
     if not count:
-        raise HalfstepError(f'lambada: {path} holds no items; expected one {{"text": ...}} per line')
+        raise HalfstepError(
+            f'lambada: {path} holds no items; expected one {{"text": ...}} per line'
+        )
     return count
 
 
 def examine(
-    model: Model, data: str, items: int | None = None, micro_batch: int = 32, device: str = "cpu", seed: int = 0, group: Group = ALONE
+    model: Model,
+    data: str,
+    items: int | None = None,
+    micro_batch: int = 32,
+    device: str = "cpu",
+    seed: int = 0,
+    group: Group = ALONE,
 ) -> dict | None:
     """Run lm-eval: {"nll": {protocol: [N] nats per item}, "hits": {protocol: [N] bool}, "passes": {protocol: network calls per item},
     "data": name[number of items]@sha256 of their texts, "lm_eval": its own results under the first protocols}.
@@ -228,15 +287,23 @@ def examine(
         items = min(items or count, count)
     first, *others = ACCURACY[model.kind]
     lm = HalfstepLM(model, first, micro_batch, device, seed, group)
-    if not group.first:
+    if not group.is_main:
         return lm.serve()
     disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as cache:
         try:
-            tasks = list(TaskManager(include_defaults=False).load([task(data, Path(cache))])["tasks"].values())
+            tasks = list(
+                TaskManager(include_defaults=False)
+                .load([task(data, Path(cache))])["tasks"]
+                .values()
+            )
         except (OSError, ValueError) as error:
-            where = "mend the file" if local else "download it where there is a network, or name a .jsonl"
+            where = (
+                "mend the file"
+                if local
+                else "download it where there is a network, or name a .jsonl"
+            )
             raise HalfstepError(
                 f"lambada: cannot load {data!r} ({type(error).__name__}: {reason(error)}); {where}"
             ) from error
@@ -251,8 +318,16 @@ def examine(
     for lm.accuracy in others:
         hits[lm.accuracy] = np.array([hit for _, hit in lm.loglikelihood(requests)])
     exact, *drawn = PERPLEXITY[model.kind]
-    nll = {exact: -np.array([s["perplexity"] for s in samples])} | {protocol: lm.monte_carlo(requests) for protocol in drawn}
-    group.tell(None)
+    nll = {exact: -np.array([s["perplexity"] for s in samples])} | {
+        protocol: lm.monte_carlo(requests) for protocol in drawn
+    }
+    group.broadcast(None)
     texts = hashlib.sha256("\0".join(s["doc"]["text"] for s in samples).encode()).hexdigest()
     asked = f"{Path(data).name if local else data}[{len(samples)}]@{texts[:12]}"
-    return {"nll": nll, "hits": hits, "passes": lm.passes(requests), "data": asked, "lm_eval": found["results"][name]}
+    return {
+        "nll": nll,
+        "hits": hits,
+        "passes": lm.passes(requests),
+        "data": asked,
+        "lm_eval": found["results"][name],
+    }

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halfstep.draws import uniforms
+from halfstep.kernels.categorical import uniforms
 
 EXACT = 7  # suffixes up to this length: all 2^7 - 1 masks; longer ones: DRAWS masks
 DRAWS = 128
@@ -72,7 +72,13 @@ def drawn_masks(u: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def diffusion_nll(
-    denoiser, questions: list[Question], micro_batch: int, seed: int = 0, device: str | torch.device = "cpu", tick=None, first: int = 0
+    denoiser,
+    questions: list[Question],
+    micro_batch: int,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    tick=None,
+    first: int = 0,
 ):
     """NELBO of each suffix in nats [Q] float64, and whether one pass with the whole suffix masked gets every token right [Q] bool.
 
@@ -82,14 +88,25 @@ def diffusion_nll(
     """
 
     def plan(i: int, n: int):
-        masks, weights = suffix_masks(n, uniforms(seed, first + i, 1, DRAWS * (n + 1))[0].view(DRAWS, n + 1) if n > EXACT else None)
+        masks, weights = suffix_masks(
+            n,
+            uniforms(seed, first + i, 1, DRAWS * (n + 1))[0].view(DRAWS, n + 1)
+            if n > EXACT
+            else None,
+        )
         return masks, weights, masks.sum(1) / (n + 1)
 
     return _weighted(denoiser, questions, plan, micro_batch, device, tick)
 
 
 def monte_carlo_nll(
-    denoiser, questions: list[Question], micro_batch: int, seed: int = 0, device: str | torch.device = "cpu", tick=None, first: int = 0
+    denoiser,
+    questions: list[Question],
+    micro_batch: int,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    tick=None,
+    first: int = 0,
 ):
     """The released code's estimate of each suffix's NELBO in nats, MC_DRAWS masks drawn for it (`drawn_masks`): [Q] float64.
 
@@ -97,12 +114,16 @@ def monte_carlo_nll(
     """
 
     def plan(i: int, n: int):
-        return drawn_masks(uniforms(seed, first + i, 1, MC_DRAWS * (n + 1))[0].view(MC_DRAWS, n + 1))
+        return drawn_masks(
+            uniforms(seed, first + i, 1, MC_DRAWS * (n + 1))[0].view(MC_DRAWS, n + 1)
+        )
 
     return _weighted(denoiser, questions, plan, micro_batch, device, tick)[0]
 
 
-def _weighted(denoiser, questions: list[Question], plan, micro_batch: int, device, tick) -> tuple[np.ndarray, np.ndarray]:
+def _weighted(
+    denoiser, questions: list[Question], plan, micro_batch: int, device, tick
+) -> tuple[np.ndarray, np.ndarray]:
     """sum_m weight_m sum_{l in mask m} -log p of each suffix, and whether every token is right where a mask holds all of them.
 
     plan(i, n) -> masks [M, n], weights [M], times [M] of question i, whose suffix has n tokens.
@@ -129,7 +150,13 @@ def _weighted(denoiser, questions: list[Question], plan, micro_batch: int, devic
     return nelbo, right
 
 
-def confident_guess(denoiser, questions: list[Question], micro_batch: int, device: str | torch.device = "cpu", tick=None) -> np.ndarray:
+def confident_guess(
+    denoiser,
+    questions: list[Question],
+    micro_batch: int,
+    device: str | torch.device = "cpu",
+    tick=None,
+) -> np.ndarray:
     """Is each suffix right when its most confident token is written first, one per pass, each pass seeing those before? [Q] bool.
 
     Greedy decoding of LLaDA's kind. A suffix whose first written token is wrong already is not carried further.
@@ -143,7 +170,9 @@ def confident_guess(denoiser, questions: list[Question], micro_batch: int, devic
             while len(alive):
                 t = (hidden.sum(1) / (total + 1)).tolist()
                 log_p, guess, row = _read_masked(denoiser, x0, hidden, t, of_guess=True)
-                best = np.lexsort((-log_p, row))[np.unique(row, return_index=True)[1]]  # the most confident position of each row
+                best = np.lexsort((-log_p, row))[
+                    np.unique(row, return_index=True)[1]
+                ]  # the most confident position of each row
                 hit = guess[best] == x0[hidden].cpu().numpy()[best]
                 right[alive[~hit]] = False
                 hidden[tuple(hidden.nonzero()[best].T)] = False
@@ -154,7 +183,9 @@ def confident_guess(denoiser, questions: list[Question], micro_batch: int, devic
     return right
 
 
-def autoregressive_nll(gpt, questions: list[Question], micro_batch: int, device: str | torch.device = "cpu", tick=None):
+def autoregressive_nll(
+    gpt, questions: list[Question], micro_batch: int, device: str | torch.device = "cpu", tick=None
+):
     """-log p of each suffix in nats [Q] float64, and whether the argmax of every token, the former ones given, is right [Q] bool.
 
     `gpt(x[B, L]) -> h[B, L, D]` predicts at l the token l + 1; `gpt.log_p(h[N, D]) -> [N, V]`. What stands right of the suffix is unseen.
@@ -184,7 +215,9 @@ def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _stack(questions: list[Question], masks: Iterable[np.ndarray] | None, device) -> tuple[Tensor, Tensor]:
+def _stack(
+    questions: list[Question], masks: Iterable[np.ndarray] | None, device
+) -> tuple[Tensor, Tensor]:
     """Windows [B, L] and which of their tokens are asked for [B, L]: those of each suffix's mask, or all of the suffix."""
     x0 = torch.tensor([q.ids for q in questions])
     hidden = torch.zeros_like(x0, dtype=torch.bool)
@@ -208,7 +241,9 @@ def _read(log_p, h: Tensor, wanted: Tensor | None) -> tuple[np.ndarray, np.ndarr
     while at < len(h):
         table = log_p(h[at : at + chunk])
         best, guess = table.max(-1)
-        values.append(best if wanted is None else table.gather(-1, wanted[at : at + chunk, None])[:, 0])
+        values.append(
+            best if wanted is None else table.gather(-1, wanted[at : at + chunk, None])[:, 0]
+        )
         guesses.append(guess)
         at += chunk
         chunk = max(16, ROWS // table.shape[1])

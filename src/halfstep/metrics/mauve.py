@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from halfstep.distributed.group import ALONE, Group
 from halfstep.errors import HalfstepError
-from halfstep.processes import ALONE, Group
 from halfstep.progress import Progress
 
 if TYPE_CHECKING:
@@ -30,7 +30,13 @@ T = 2.7764451051977987  # the 97.5% point of Student's t with four degrees of fr
 
 @torch.no_grad()
 def features(
-    judge: Judge, ids: np.ndarray, tokenizer: Tokenizer, eos_id: int, micro_batch: int, label: str = "judge, features", group: Group = ALONE
+    judge: Judge,
+    ids: np.ndarray,
+    tokenizer: Tokenizer,
+    eos_id: int,
+    micro_batch: int,
+    label: str = "judge, features",
+    group: Group = ALONE,
 ) -> np.ndarray | None:
     """Texts ids[N, L] of `tokenizer` -> the judge's last hidden state (after its last norm) at each text's last token, [N, D] float32.
 
@@ -39,12 +45,17 @@ def features(
     """
     L = ids.shape[1]
     if judge.context is not None and judge.context < L:
-        raise HalfstepError(f"judge: texts of {L} tokens, but {judge.name} reads at most {judge.context}; name another judge")
+        raise HalfstepError(
+            f"judge: texts of {L} tokens, but {judge.name} reads at most {judge.context}; name another judge"
+        )
 
     def own(rows: slice) -> np.ndarray:
         texts = tokenizer.decode_batch(ids[rows].tolist(), skip_special_tokens=False)
         if judge.tokenizer.eos_token:
-            texts = [text.replace(tokenizer.id_to_token(eos_id), judge.tokenizer.eos_token) for text in texts]
+            texts = [
+                text.replace(tokenizer.id_to_token(eos_id), judge.tokenizer.eos_token)
+                for text in texts
+            ]
         again = judge.tokenizer(texts, truncation=True, max_length=L)["input_ids"]
         network, pieces = judge.network.base_model, []
         with Progress(label, len(again), "text") as progress:
@@ -59,7 +70,7 @@ def features(
                 progress.update(len(batch))
         return torch.cat(pieces).numpy()
 
-    return group.map(len(ids), own)
+    return group.map_rows(len(ids), own)
 
 
 def mauve(reference: np.ndarray, written: np.ndarray) -> tuple[float, tuple[float, float]]:
@@ -78,7 +89,13 @@ def mauve(reference: np.ndarray, written: np.ndarray) -> tuple[float, tuple[floa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # overflows of exp(-c inf), which is the 0 that is meant
         found = [
-            compute_mauve(p_features=reference, q_features=written, mauve_scaling_factor=SCALING, seed=seed, verbose=False).mauve
+            compute_mauve(
+                p_features=reference,
+                q_features=written,
+                mauve_scaling_factor=SCALING,
+                seed=seed,
+                verbose=False,
+            ).mauve
             for seed in SEEDS
         ]
     mean, half = float(np.mean(found)), T * float(np.std(found, ddof=1)) / len(SEEDS) ** 0.5

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from halfstep.distributed.group import ALONE, Group
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import sha256_once
 from halfstep.metrics.rows import model_name
-from halfstep.processes import ALONE, Group
 from halfstep.progress import Progress
 
 if TYPE_CHECKING:
@@ -89,8 +89,12 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        network = AutoModelForCausalLM.from_pretrained(where, revision=revision or "main", dtype="auto")
-        network = network.float() if network.dtype == torch.float16 else network  # whose largest number is 65,504
+        network = AutoModelForCausalLM.from_pretrained(
+            where, revision=revision or "main", dtype="auto"
+        )
+        network = (
+            network.float() if network.dtype == torch.float16 else network
+        )  # whose largest number is 65,504
         tokenizer = AutoTokenizer.from_pretrained(where, revision=revision or "main")
     except Exception as error:  # transformers, the hub client and safetensors each raise their own
         hint = (
@@ -99,11 +103,19 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
             if "gated" in str(error).lower()
             else "without network, download it beforehand or name a folder that holds the model"
         )  # fmt: skip
-        raise HalfstepError(f"judge: transformers cannot load {name!r} ({type(error).__name__}: {reason(error)}); {hint}") from error
-    found = weights_sha256(folder) if folder.is_dir() else getattr(network.config, "_commit_hash", None)
-    where = model_name(folder) if folder.is_dir() else where  # however its path was typed, on whatever machine
+        raise HalfstepError(
+            f"judge: transformers cannot load {name!r} ({type(error).__name__}: {reason(error)}); {hint}"
+        ) from error
+    found = (
+        weights_sha256(folder) if folder.is_dir() else getattr(network.config, "_commit_hash", None)
+    )
+    where = (
+        model_name(folder) if folder.is_dir() else where
+    )  # however its path was typed, on whatever machine
     name = f"{where}@{found[:12]}" if found else name
-    return Judge(name, network.to(device).eval().requires_grad_(False), tokenizer, torch.device(device))
+    return Judge(
+        name, network.to(device).eval().requires_grad_(False), tokenizer, torch.device(device)
+    )
 
 
 def weights_sha256(folder: Path) -> str:
@@ -114,7 +126,9 @@ def weights_sha256(folder: Path) -> str:
 
 
 @torch.no_grad()
-def token_nll(judge: Judge, texts: list[list[int]], micro_batch: int, label: str = "judge") -> list[np.ndarray]:
+def token_nll(
+    judge: Judge, texts: list[list[int]], micro_batch: int, label: str = "judge"
+) -> list[np.ndarray]:
     """-log p of each token but the first, in nats: one float32 array of len(text) - 1 per text. No more than LOGITS logits exist at once."""
     largest = max((max(text) for text in texts if text), default=0)
     if largest >= judge.vocab_size:
@@ -123,7 +137,9 @@ def token_nll(judge: Judge, texts: list[list[int]], micro_batch: int, label: str
             "name a judge with the corpus's own tokenizer (the baseline), or score `retokenized`"
         )
     out = [np.zeros(0, np.float32)] * len(texts)
-    order = sorted((i for i in range(len(texts)) if len(texts[i]) > 1), key=lambda i: -len(texts[i]))
+    order = sorted(
+        (i for i in range(len(texts)) if len(texts[i]) > 1), key=lambda i: -len(texts[i])
+    )
     if order and judge.context is not None and len(texts[order[0]]) > judge.context:
         raise HalfstepError(
             f"judge: texts of {len(texts[order[0]])} tokens, but {judge.name} reads at most {judge.context}; name another judge"
@@ -136,22 +152,37 @@ def token_nll(judge: Judge, texts: list[list[int]], micro_batch: int, label: str
             rows = order[at : at + max(1, min(micro_batch, budget // (L * judge.vocab_size)))]
             at += len(rows)
             lengths = [len(texts[i]) for i in rows]
-            x = torch.zeros(len(rows), L, dtype=torch.long)  # padding is on the right, where a causal model does not see it
+            x = torch.zeros(
+                len(rows), L, dtype=torch.long
+            )  # padding is on the right, where a causal model does not see it
             attend = torch.zeros_like(x)
             for j, i in enumerate(rows):
                 x[j, : lengths[j]] = torch.tensor(texts[i])
                 attend[j, : lengths[j]] = 1
             x = x.to(judge.device)
-            logits = judge.network(input_ids=x, attention_mask=attend.to(judge.device), use_cache=False).logits
+            logits = judge.network(
+                input_ids=x, attention_mask=attend.to(judge.device), use_cache=False
+            ).logits
             for j, i in enumerate(rows):
-                out[i] = F.cross_entropy(logits[j, : lengths[j] - 1].float(), x[j, 1 : lengths[j]], reduction="none").cpu().numpy()
+                out[i] = (
+                    F.cross_entropy(
+                        logits[j, : lengths[j] - 1].float(), x[j, 1 : lengths[j]], reduction="none"
+                    )
+                    .cpu()
+                    .numpy()
+                )
             del logits
             progress.update(len(rows))
     return out
 
 
 def ids_nll(
-    judge: Judge, ids: np.ndarray, micro_batch: int, label: str = "judge, ids", group: Group = ALONE, start: int = 1
+    judge: Judge,
+    ids: np.ndarray,
+    micro_batch: int,
+    label: str = "judge, ids",
+    group: Group = ALONE,
+    start: int = 1,
 ) -> np.ndarray | None:
     """Mean -log p of the tokens from `start` on, per text of ids[N, L]: [N] float64. Perplexity (protocol ids) = exp(mean).
 
@@ -160,13 +191,21 @@ def ids_nll(
 
     def own(rows: slice) -> np.ndarray:
         found = token_nll(judge, ids[rows].tolist(), micro_batch, label)
-        return np.array([nll[start - 1 :].mean(dtype=np.float64) for nll in found])  # token i is predicted at i - 1
+        return np.array(
+            [nll[start - 1 :].mean(dtype=np.float64) for nll in found]
+        )  # token i is predicted at i - 1
 
-    return group.map(len(ids), own)
+    return group.map_rows(len(ids), own)
 
 
 def retokenized_nll(
-    judge: Judge, ids: np.ndarray, tokenizer: Tokenizer, eos_id: int, micro_batch: int, label: str = "judge, retokenized", group: Group = ALONE
+    judge: Judge,
+    ids: np.ndarray,
+    tokenizer: Tokenizer,
+    eos_id: int,
+    micro_batch: int,
+    label: str = "judge, retokenized",
+    group: Group = ALONE,
 ) -> np.ndarray | None:
     """Per text of ids[N, L]: sum of -log p, and number, of the tokens that count, [N, 2]. Perplexity = exp(mean sum / mean number).
 
@@ -174,20 +213,29 @@ def retokenized_nll(
     """
     ours, theirs = tokenizer.id_to_token(eos_id), judge.tokenizer.eos_token
     if theirs is None:
-        raise HalfstepError(f"judge: the tokenizer of {judge.name} names no eos_token; add it to its tokenizer_config.json")
+        raise HalfstepError(
+            f"judge: the tokenizer of {judge.name} names no eos_token; add it to its tokenizer_config.json"
+        )
     limit = min(ids.shape[1], judge.context or ids.shape[1])
 
     def own(rows: slice) -> np.ndarray:
-        texts = [text.replace(ours, theirs) for text in tokenizer.decode_batch(ids[rows].tolist(), skip_special_tokens=False)]
+        texts = [
+            text.replace(ours, theirs)
+            for text in tokenizer.decode_batch(ids[rows].tolist(), skip_special_tokens=False)
+        ]
         again = judge.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
         sums = []
         for text, nll in zip(again, token_nll(judge, again, micro_batch, label), strict=True):
             eos = np.array(text) == judge.tokenizer.eos_token_id
-            counts = (~eos | (eos.cumsum() == 1))[1:]  # at an EOS the running count is 1 for the first only
+            counts = (~eos | (eos.cumsum() == 1))[
+                1:
+            ]  # at an EOS the running count is 1 for the first only
             sums.append((nll[counts].sum(dtype=np.float64), counts.sum()))
         return np.array(sums, np.float64)
 
-    sums = group.map(len(ids), own)
-    if group.first and not sums[:, 1].any():
-        raise HalfstepError("samples: no token to score, every text is empty or end-of-text alone; look at samples.txt")
+    sums = group.map_rows(len(ids), own)
+    if group.is_main and not sums[:, 1].any():
+        raise HalfstepError(
+            "samples: no token to score, every text is empty or end-of-text alone; look at samples.txt"
+        )
     return sums

@@ -5,13 +5,22 @@ from pathlib import Path
 
 from halfstep.errors import HalfstepError
 from halfstep.metrics.protocols import PROTOCOLS
-from halfstep.tracking import commit
+from halfstep.records.journal import commit
 
 ABOUT = (
     "model", "teacher", "run", "round", "steps", "sampler", "network_evaluations", "num_samples", "seed", "weights", "draw_dtype",
     "temperature", "top_p", "judge", "judge_dtype", "data", "checkpoint",
 )  # fmt: skip
-SPEED = ("length", "batch_size", "tokens_per_s", "tokens_per_forward", "energy_j", "device", "dtype", "params")  # columns of timings only
+SPEED = (
+    "length",
+    "batch_size",
+    "tokens_per_s",
+    "tokens_per_forward",
+    "energy_j",
+    "device",
+    "dtype",
+    "params",
+)  # columns of timings only
 
 
 def row(metric: str, protocol: str, value: float, interval: tuple[float, float], **about) -> dict:
@@ -21,9 +30,13 @@ def row(metric: str, protocol: str, value: float, interval: tuple[float, float],
     its revision; `checkpoint` the weights' sha256. temperature and top_p are null where they are 1, and so change nothing.
     """
     if protocol not in (known := PROTOCOLS.get(metric, {})):
-        raise TypeError(f"row: {metric} has no protocol {protocol!r}; known are {', '.join(known) or 'none'} (metrics/protocols.py)")
+        raise TypeError(
+            f"row: {metric} has no protocol {protocol!r}; known are {', '.join(known) or 'none'} (metrics/protocols.py)"
+        )
     if unknown := about.keys() - {*ABOUT, *SPEED}:
-        raise TypeError(f"row: unknown columns {sorted(unknown)}; known are {', '.join(ABOUT + SPEED)}")
+        raise TypeError(
+            f"row: unknown columns {sorted(unknown)}; known are {', '.join(ABOUT + SPEED)}"
+        )
     low, high = interval
     if not all(map(math.isfinite, (value, low, high))):
         raise HalfstepError(
@@ -39,7 +52,12 @@ def row(metric: str, protocol: str, value: float, interval: tuple[float, float],
         "low": float(low),
         "high": float(high),
     }
-    return numbers | {key: about.get(key) for key in ABOUT} | {key: about[key] for key in SPEED if key in about} | {"commit": commit()}
+    return (
+        numbers
+        | {key: about.get(key) for key in ABOUT}
+        | {key: about[key] for key in SPEED if key in about}
+        | {"commit": commit()}
+    )
 
 
 def name_parts(model: str) -> dict[str, str | int | None]:

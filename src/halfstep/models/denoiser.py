@@ -6,14 +6,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from halfstep.models.dit import Kept
-from halfstep.models.graphs import Graphs
+from halfstep.kernels.linear import matmul, pack_network, pack_weight
+from halfstep.kernels.logits import logits, vocab_chunks
+from halfstep.models.cuda_graphs import GraphedNetwork
+from halfstep.models.dit import BlockKV
 from halfstep.models.layers import Where
-from halfstep.products import pack, packed, product
-from halfstep.vocabulary import logits, words_of
 
 
-class Denoiser:
+class SubsDenoiser:
     """p(x0 | xt) of MDLM (arXiv 2406.07524, section 3.2.3): no mass on the mask token; visible tokens are carried over by the caller.
 
     `sigma(t[B]) -> [B]` is the noise level fed to a time-conditioned network, None for a network that ignores time.
@@ -21,7 +21,9 @@ class Denoiser:
 
     def __init__(self, network: nn.Module, sigma: Callable[[Tensor], Tensor] | None = None):
         self.network, self._sigma, self._pass = network, sigma, network
-        self._packed: dict[tuple[int, int], Tensor] = {}  # the readout, by first and last word of each slice
+        self._packed: dict[
+            tuple[int, int], Tensor
+        ] = {}  # the readout, by first and last word of each slice
         self.mask_id = network.vocabulary
 
     @property
@@ -36,19 +38,26 @@ class Denoiser:
         return self._pass(xt, None if self._sigma is None else self._sigma(t), where)
 
     @cached_property
-    def replayed(self) -> "Denoiser":
+    def replayed(self) -> "SubsDenoiser":
         """The same law of the same weights, which must no longer change: matrices as oneDNN reads them on a CPU, CUDA graphs where there are few
         texts. For sampling."""
-        twin, (weight, bias) = Denoiser(packed(self.network), self._sigma), self.readout
-        twin._pass = Graphs(twin.network)
+        twin, (weight, bias) = SubsDenoiser(pack_network(self.network), self._sigma), self.readout
+        twin._pass = GraphedNetwork(twin.network)
         if weight.device.type == "cpu":
-            twin._packed = {(words.start, words.stop): pack(weight[words].float()) for words in words_of(len(bias), weight.device)}
+            twin._packed = {
+                (words.start, words.stop): pack_weight(weight[words].float())
+                for words in vocab_chunks(len(bias), weight.device)
+            }
         return twin
 
-    def features_and_keys(self, xt: Tensor, t: Tensor, start: int = 0, kept: list | None = None) -> tuple[Tensor, list]:
+    def features_and_keys(
+        self, xt: Tensor, t: Tensor, start: int = 0, kept: list | None = None
+    ) -> tuple[Tensor, list]:
         """As `features`, and every block's keys and values. Given back, xt[B, l] are the tokens from `start` on, and only they are computed."""
-        kept = kept or [Kept() for _ in self.network.blocks]
-        return self.network(xt, None if self._sigma is None else self._sigma(t), start=start, kept=kept), kept
+        kept = kept or [BlockKV() for _ in self.network.blocks]
+        return self.network(
+            xt, None if self._sigma is None else self._sigma(t), start=start, kept=kept
+        ), kept
 
     @property
     def readout(self) -> tuple[Tensor, Tensor]:
@@ -59,7 +68,9 @@ class Denoiser:
     def logits(self, h: Tensor, words: slice = slice(None)) -> Tensor:
         """log p(x0 = v | xt) up to a number for each row, float32, of features h[N, D]: [N, V], or of a slice of the vocabulary."""
         weight, bias = self.readout
-        return logits(h, self._packed.get((words.start, words.stop), weight[: len(bias)][words]), bias[words])
+        return logits(
+            h, self._packed.get((words.start, words.stop), weight[: len(bias)][words]), bias[words]
+        )
 
     def logits_at(self, h: Tensor, place: Tensor) -> Tensor:
         """`logits` of each row's own words place[N, n] -> [N, n]."""
@@ -71,4 +82,4 @@ class Denoiser:
         """log p(x0 = v | xt) [..., V], float32 inside autocast too, normalised over the data vocabulary, of features h[..., D]."""
         weight, bias = self.readout
         with torch.autocast(h.device.type, enabled=False):
-            return product(h.float(), weight[:-1].float(), bias.float()).log_softmax(-1)
+            return matmul(h.float(), weight[:-1].float(), bias.float()).log_softmax(-1)

@@ -15,7 +15,9 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, cond_width: int, frequencies: int = 128):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, cond_width), nn.SiLU(), nn.Linear(cond_width, cond_width))
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * frequencies, cond_width), nn.SiLU(), nn.Linear(cond_width, cond_width)
+        )
         self.frequencies = frequencies
 
     def forward(self, sigma: Tensor) -> Tensor:
@@ -24,14 +26,14 @@ class TimeEmbedding(nn.Module):
         return F.silu(self.mlp(torch.cat([angles.cos(), angles.sin()], -1)))
 
 
-class Kept:
+class BlockKV:
     """Keys and values of one block's whole pass; later passes write over the columns that they compute."""
 
     def __init__(self):
         self.kv: tuple[Tensor, Tensor] | None = None
         self.start = 0
 
-    def at(self, start: int) -> "Kept":
+    def at(self, start: int) -> "BlockKV":
         self.start = start
         return self
 
@@ -46,7 +48,15 @@ class Kept:
 class DiT(nn.Module):
     """Bidirectional transformer with RoPE and adaLN over `vocabulary` data tokens and one mask token (the last id)."""
 
-    def __init__(self, vocabulary: int, width: int, blocks: int, heads: int, dropout: float = 0.0, cond_width: int = COND_WIDTH):
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int,
+        blocks: int,
+        heads: int,
+        dropout: float = 0.0,
+        cond_width: int = COND_WIDTH,
+    ):
         super().__init__()
         self.vocab_embed = Embedding(vocabulary + 1, width)
         self.sigma_map = TimeEmbedding(cond_width)
@@ -56,7 +66,12 @@ class DiT(nn.Module):
         self.vocabulary = vocabulary
 
     def forward(
-        self, x: Tensor, sigma: Tensor | None = None, where: Where = None, start: int = 0, kept: "list[Kept] | None" = None
+        self,
+        x: Tensor,
+        sigma: Tensor | None = None,
+        where: Where = None,
+        start: int = 0,
+        kept: "list[BlockKV] | None" = None,
     ) -> Tensor:
         """Token ids x[B, L] and noise levels sigma[B] (zero when absent: the paper's time-unconditional network) -> h[B, L, D].
 
@@ -65,12 +80,22 @@ class DiT(nn.Module):
         """
         rows, N = None, len(x)
         if where is not None:
-            rows = where[0] * x.shape[1] + where[1] if isinstance(where, tuple) else where.flatten().nonzero()[:, 0]
+            rows = (
+                where[0] * x.shape[1] + where[1]
+                if isinstance(where, tuple)
+                else where.flatten().nonzero()[:, 0]
+            )
             N = len(rows)
             rows = F.pad(rows, (0, max(0, FEWEST - N)))  # products of fewer rows end in other bits
         cond = self.sigma_map(torch.zeros(1, device=x.device) if sigma is None else sigma)
         angles = self.rotary_emb(torch.arange(start, start + x.shape[1], device=x.device))
         h = self.vocab_embed(x)
         for i, block in enumerate(self.blocks):
-            h = block(h, angles, cond, kept[i].at(start) if kept else None, rows if block is self.blocks[-1] else None)
+            h = block(
+                h,
+                angles,
+                cond,
+                kept[i].at(start) if kept else None,
+                rows if block is self.blocks[-1] else None,
+            )
         return self.output_layer(h, cond, rows, x.shape[1])[:N]

@@ -5,7 +5,9 @@ takes twice its forward pass. Attention counts all pairs of positions, causal or
 """
 
 
-def forward(network, texts: int, length: int, rows: float, conditions: int = 1, wanted: float | None = None) -> float:
+def forward_flops(
+    network, texts: int, length: int, rows: float, conditions: int = 1, wanted: float | None = None
+) -> float:
     """FLOPs of one forward pass of a DiT or GPT: texts of `length` tokens through the blocks, `rows` positions through the readout.
 
     Pretraining reads out the masked positions, about half of texts * length; sampling the revealed ones, length a text in all its passes.
@@ -14,19 +16,29 @@ def forward(network, texts: int, length: int, rows: float, conditions: int = 1, 
     """
     vocabulary, width = network.output_layer.linear.weight.shape
     tokens, pairs = texts * length, texts * length**2
-    block = tokens * 12 * width**2 + 2 * pairs * width  # q, k, v: 3, out: 1, MLP: 4 + 4; then q k' and p v
+    block = (
+        tokens * 12 * width**2 + 2 * pairs * width
+    )  # q, k, v: 3, out: 1, MLP: 4 + 4; then q k' and p v
     condition, spared = 0, 0.0
     if (scale := network.output_layer.adaLN_modulation) is not None:
         spared = (tokens - (rows if wanted is None else wanted)) * 9 * width**2  # out and MLP
-        condition = scale.weight.numel() + len(network.blocks) * network.blocks[0].adaLN_modulation.weight.numel()
+        condition = (
+            scale.weight.numel()
+            + len(network.blocks) * network.blocks[0].adaLN_modulation.weight.numel()
+        )
         condition += sum(p.numel() for p in network.sigma_map.parameters() if p.dim() == 2)
-    return 2.0 * (len(network.blocks) * block - spared + conditions * condition + rows * width * (vocabulary - hasattr(network, "sigma_map")))
+    return 2.0 * (
+        len(network.blocks) * block
+        - spared
+        + conditions * condition
+        + rows * width * (vocabulary - hasattr(network, "sigma_map"))
+    )
 
 
-def training(network, texts: int, length: int, rows: float, conditions: int = 1) -> float:
+def training_flops(network, texts: int, length: int, rows: float, conditions: int = 1) -> float:
     """FLOPs of one step, forward and backward: per token, divide by texts * length.
 
     A distillation step is training(student, texts, length, masked) + forward(teacher, passes, length, masked + drawn): `passes` the texts that the
     teacher saw in all its substeps, `drawn` the rows that it revealed.
     """
-    return 3 * forward(network, texts, length, rows, conditions)
+    return 3 * forward_flops(network, texts, length, rows, conditions)

@@ -30,7 +30,7 @@ class Published:
     config: dict
 
 
-def read(path: Path) -> Published:
+def read_published(path: Path) -> Published:
     """A .ckpt file, a file of weights, or a folder with one of WEIGHTS and a config.json. HalfstepError when it is none of these, or damaged."""
     path = Path(path)
     file = path
@@ -38,28 +38,49 @@ def read(path: Path) -> Published:
         file = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if file is None:
             found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-            raise HalfstepError(f"--source {path}: holds none of {', '.join(WEIGHTS)}, found {found}; name a .ckpt, or a folder as the hub gives it")
+            raise HalfstepError(
+                f"--source {path}: holds none of {', '.join(WEIGHTS)}, found {found}; name a .ckpt, or a folder as the hub gives it"
+            )
     elif not path.is_file():
-        raise HalfstepError(f"--source {path}: no such file or folder; name a .ckpt, a folder, or a hub name such as kuleshov-group/mdlm-owt")
+        raise HalfstepError(
+            f"--source {path}: no such file or folder; name a .ckpt, a folder, or a hub name such as kuleshov-group/mdlm-owt"
+        )
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             content = load_file(file)
         else:
-            content = torch.load(file, map_location="cpu", weights_only=False, pickle_module=Harmless)
+            content = torch.load(
+                file, map_location="cpu", weights_only=False, pickle_module=Harmless
+            )
     except Exception as error:  # safetensors, zipfile, pickle and torch each raise their own
-        raise HalfstepError(f"--source {file}: cannot be read ({type(error).__name__}: {reason(error)}); fetch it again") from None
+        raise HalfstepError(
+            f"--source {file}: cannot be read ({type(error).__name__}: {reason(error)}); fetch it again"
+        ) from None
     if not isinstance(content, dict):
-        raise HalfstepError(f"--source {file}: holds a {type(content).__name__}, expected named tensors or a Lightning checkpoint")
+        raise HalfstepError(
+            f"--source {file}: holds a {type(content).__name__}, expected named tensors or a Lightning checkpoint"
+        )
     beside = file.parent / "config.json"
-    config = json.loads(beside.read_text()) if path.is_dir() and beside.is_file() else plain(content.get("hyper_parameters", {}).get("config"))
+    config = (
+        json.loads(beside.read_text())
+        if path.is_dir() and beside.is_file()
+        else plain(content.get("hyper_parameters", {}).get("config"))
+    )
     state = content.get("state_dict", content)
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise HalfstepError(f"--source {file}: holds no tensors, found the keys {', '.join(map(str, list(state)[:5])) or 'none'}; name a file of weights")
+        raise HalfstepError(
+            f"--source {file}: holds no tensors, found the keys {', '.join(map(str, list(state)[:5])) or 'none'}; name a file of weights"
+        )
     raw = {bare(key): value for key, value in tensors.items()}
-    return Published(file, raw, _average(content.get("ema"), raw, file), config if isinstance(config, dict) else {})
+    return Published(
+        file,
+        raw,
+        _average(content.get("ema"), raw, file),
+        config if isinstance(config, dict) else {},
+    )
 
 
 def bare(key: str) -> str:
@@ -78,17 +99,34 @@ def _average(ema: dict | None, raw: dict[str, Tensor], file: Path) -> dict[str, 
     values = ema["shadow_params"]
     wrong = [n for n, v in zip(names, values, strict=False) if v.shape != raw[n].shape]
     if len(values) != len(names) or wrong:
-        what = f"{wrong[0]} of another shape" if wrong else f"{len(values)} tensors for {len(names)} parameters"
-        raise HalfstepError(f"--source {file}: its average has {what}; import with --weights raw from another file, or fetch it again")
+        what = (
+            f"{wrong[0]} of another shape"
+            if wrong
+            else f"{len(values)} tensors for {len(names)} parameters"
+        )
+        raise HalfstepError(
+            f"--source {file}: its average has {what}; import with --weights raw from another file, or fetch it again"
+        )
     return dict(zip(names, values, strict=True))
 
 
 def shape_of(raw: dict[str, Tensor], file: Path) -> tuple[int, int, int, int]:
     """(vocabulary without the mask, blocks, width, heads) that the shapes of a denoiser's tensors tell."""
-    for key in ("vocab_embed.embedding", "sigma_map.mlp.0.weight", "rotary_emb.inv_freq", "blocks.0.attn_qkv.weight"):
+    for key in (
+        "vocab_embed.embedding",
+        "sigma_map.mlp.0.weight",
+        "rotary_emb.inv_freq",
+        "blocks.0.attn_qkv.weight",
+    ):
         if key not in raw:
-            other = "an autoregressive network" if key.startswith("sigma") and "vocab_embed.embedding" in raw else "another network"
-            raise HalfstepError(f"--source {file}: has no {key}, so it holds {other}, expected MDLM's denoiser (first key: {next(iter(raw))})")
+            other = (
+                "an autoregressive network"
+                if key.startswith("sigma") and "vocab_embed.embedding" in raw
+                else "another network"
+            )
+            raise HalfstepError(
+                f"--source {file}: has no {key}, so it holds {other}, expected MDLM's denoiser (first key: {next(iter(raw))})"
+            )
     rows, width = raw["vocab_embed.embedding"].shape
     blocks = 1 + max(int(key.split(".")[1]) for key in raw if key.startswith("blocks."))
     return rows - 1, blocks, width, width // (2 * len(raw["rotary_emb.inv_freq"]))

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfstep.products import Again, linear, mlp
+from halfstep.kernels.linear import Again, linear, mlp
 
-Where = Tensor | tuple[Tensor, Tensor] | None  # positions: a mask [B, L], or texts[N] and columns[N], for which no host waits; None: all
+Where = (
+    Tensor | tuple[Tensor, Tensor] | None
+)  # positions: a mask [B, L], or texts[N] and columns[N], for which no host waits; None: all
 
 
 class LayerNorm(nn.Module):
@@ -19,16 +21,25 @@ class LayerNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
         """x[..., D]; then times 1 + scale, plus shift. One shift and scale for all positions are the norm's own bias and weight."""
         if shift is None or shift.numel() != len(self.weight):
             h = F.layer_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5)
             return h if shift is None else torch.addcmul(shift, h, 1 + scale)
-        return F.layer_norm(x.float(), x.shape[-1:], self.weight * (1 + scale.flatten()), shift.flatten(), eps=1e-5)
+        return F.layer_norm(
+            x.float(), x.shape[-1:], self.weight * (1 + scale.flatten()), shift.flatten(), eps=1e-5
+        )
 
-    def kept_as(self, x: Tensor, shift: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Again]:
+    def kept_as(
+        self, x: Tensor, shift: Tensor | None, scale: Tensor | None
+    ) -> tuple[Tensor, Again]:
         """The same, and how to form it again from x, which the backward pass keeps anyway."""
-        return self(x, shift, scale), (self.forward, tuple(t if t is None else t.detach() for t in (x, shift, scale)))
+        return self(x, shift, scale), (
+            self.forward,
+            tuple(t if t is None else t.detach() for t in (x, shift, scale)),
+        )
 
 
 class Embedding(nn.Module):
@@ -48,7 +59,9 @@ class Rotary(nn.Module):
 
     def __init__(self, head_width: int):
         super().__init__()
-        self.register_buffer("inv_freq", 1e4 ** -(torch.arange(0, head_width, 2).float() / head_width))
+        self.register_buffer(
+            "inv_freq", 1e4 ** -(torch.arange(0, head_width, 2).float() / head_width)
+        )
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [L, head_width] of integer positions [L]."""
@@ -76,14 +89,23 @@ class Block(nn.Module):
         self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
         self.norm2 = LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
         self.adaLN_modulation = None
         if cond_width is not None:
             self.adaLN_modulation = nn.Linear(cond_width, 6 * width)
             nn.init.zeros_(self.adaLN_modulation.weight)
             nn.init.zeros_(self.adaLN_modulation.bias)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cond: Tensor | None = None, cache=None, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor],
+        cond: Tensor | None = None,
+        cache=None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """x[B, L, D] -> [B, L, D]. Bidirectional with `cond[B or 1, cond_width]`; causal without it. `cache` holds past keys and values.
 
         `rows[N]` of the B L positions: attention is of all, its output and the MLP of these alone -> [N, D].
@@ -93,26 +115,45 @@ class Block(nn.Module):
         L = x.shape[1]
         if self.adaLN_modulation is not None:
             shift_a, scale_a, *later = modulation(self.adaLN_modulation, cond).chunk(6, -1)
-            gate_a, shift_m, scale_m, gate_m = later if rows is None else (at_rows(m, rows, L) for m in later)
+            gate_a, shift_m, scale_m, gate_m = (
+                later if rows is None else (at_rows(m, rows, L) for m in later)
+            )
         out = self.attend(*self.norm1.kept_as(x, shift_a, scale_a), angles, cond is None, cache)
         if rows is not None:
             x, out = x.flatten(0, 1)[rows], out.flatten(0, 1)[rows]
         x = gated(x, gate_a, F.dropout(linear(out, self.attn_out), self.dropout, self.training))
         h, again = self.norm2.kept_as(x, shift_m, scale_m)
-        return gated(x, gate_m, F.dropout(mlp(h, self.mlp[0], self.mlp[2], again), self.dropout, self.training))
+        return gated(
+            x,
+            gate_m,
+            F.dropout(mlp(h, self.mlp[0], self.mlp[2], again), self.dropout, self.training),
+        )
 
-    def attend(self, h: Tensor, again: Again, angles: tuple[Tensor, Tensor], causal: bool, cache) -> Tensor:
+    def attend(
+        self, h: Tensor, again: Again, angles: tuple[Tensor, Tensor], causal: bool, cache
+    ) -> Tensor:
         """What each position of h[B, L, D] gathers from those it sees, [B, L, D], its heads side by side."""
         B, L, D = h.shape
-        qkv = linear(h, self.attn_qkv, again).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        (q, k), v = rotate(qkv[:2], *angles), qkv[2].contiguous()  # a view would have a backward pass keep q and k as they were, too
+        qkv = (
+            linear(h, self.attn_qkv, again)
+            .view(B, L, 3, self.heads, D // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
+        (q, k), v = (
+            rotate(qkv[:2], *angles),
+            qkv[2].contiguous(),
+        )  # a view would have a backward pass keep q and k as they were, too
         mask = None
         if cache is not None:
             k, v = cache.append(k, v)
             past = k.shape[2] - L
-            if causal and past and L > 1:  # is_causal would count from the first key, not from the last
+            if (
+                causal and past and L > 1
+            ):  # is_causal would count from the first key, not from the last
                 mask = torch.ones(L, past + L, dtype=torch.bool, device=h.device).tril(past)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and L > 1 and mask is None)
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal and L > 1 and mask is None
+        )
         return out.transpose(1, 2).reshape(B, L, D)
 
 
@@ -135,7 +176,9 @@ def gated(x: Tensor, gate: Tensor | None, y: Tensor) -> Tensor:
 class Head(nn.Module):
     """Final norm and readout. `forward` stops at the features; vocabulary rows are read only where they are asked for."""
 
-    def __init__(self, width: int, vocabulary: int, cond_width: int | None = None, bias: bool = True):
+    def __init__(
+        self, width: int, vocabulary: int, cond_width: int | None = None, bias: bool = True
+    ):
         super().__init__()
         self.norm_final = LayerNorm(width)
         self.linear = nn.Linear(width, vocabulary, bias=bias)
@@ -147,7 +190,9 @@ class Head(nn.Module):
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor, cond: Tensor | None = None, rows: Tensor | None = None, L: int = 1) -> Tensor:
+    def forward(
+        self, x: Tensor, cond: Tensor | None = None, rows: Tensor | None = None, L: int = 1
+    ) -> Tensor:
         """Features, before the vocabulary, of x[B, L, D], or of x[N, D] that are `rows` of the positions of texts of length L."""
         shift = scale = None
         if self.adaLN_modulation is not None:

@@ -24,7 +24,9 @@ def continuations(table: DataFrame) -> DataFrame:
 
     table = table[table["metric"].isin(METRICS)].copy()
     comparable(table, ("data", "num_samples", "length"))
-    comparable(table[~table["run"].isin(LEVELS)], ("sampler", "weights", "draw_dtype", "temperature"))
+    comparable(
+        table[~table["run"].isin(LEVELS)], ("sampler", "weights", "draw_dtype", "temperature")
+    )
     return table
 
 
@@ -34,14 +36,20 @@ def continuations_markdown(table: DataFrame) -> str:
 
     parts = []
     for teacher, mine in table.groupby("teacher", sort=False):
-        parts.append(f"## {teacher}: continuations of held-out prompts, texts of {mine['length'].iloc[0]} tokens with their prompts")
+        parts.append(
+            f"## {teacher}: continuations of held-out prompts, texts of {mine['length'].iloc[0]} tokens with their prompts"
+        )
         for (metric, _, judge), group in _by(mine, METRICS):
             interval = "the k-means' alone" if metric == "mauve" else "over prompts"
-            title = f"### {METRICS[metric]}" + (f", judge {judge}" if mine["judge"].nunique() > 1 and judge else "")
+            title = f"### {METRICS[metric]}" + (
+                f", judge {judge}" if mine["judge"].nunique() > 1 and judge else ""
+            )
             parts.append(f"{title}, ± 95% interval ({interval})")
             students = group[~group["run"].isin(LEVELS)]
             parts += [_grid(students, "steps", "sampling steps")] if len(students) else []
-            level = [f"{row.run}: {_cell(row)}" for row in group[group["run"].isin(LEVELS)].itertuples()]
+            level = [
+                f"{row.run}: {_cell(row)}" for row in group[group["run"].isin(LEVELS)].itertuples()
+            ]
             parts += ["Without sampling steps: " + "; ".join(level) + "."] if level else []
         parts.append(conditions(mine))
     return "\n\n".join(parts) + "\n"
@@ -56,8 +64,14 @@ def mauve_vs_steps(tables: dict[str, DataFrame]) -> tuple[Figure, DataFrame]:
     rows = tables["continuations"]
     rows = rows[rows["metric"] == "mauve"]
     if rows.empty:
-        raise HalfstepError("mauve_vs_steps: the table continuations has no row of mauve; score continuations first")
-    rows = rows[rows["judge"] == rows.groupby("teacher")["judge"].transform("first")]  # of several, the first
+        raise HalfstepError(
+            "mauve_vs_steps: the table continuations has no row of mauve; score continuations first"
+        )
+    rows = rows[
+        rows["judge"] == rows.groupby("teacher")["judge"].transform("first")
+    ]  # of several, the first
     points = _by_run(rows, "steps")
     note = f"MAUVE of continuations against the documents' own, mean and 95% interval over the seeds of its k-means. {conditions(rows)}"
-    return style.draw(points, note, xlabel="sampling steps", ylabel="MAUVE", x_scale="steps", labels="left"), points
+    return style.draw_panels(
+        points, note, xlabel="sampling steps", ylabel="MAUVE", x_scale="steps", labels="left"
+    ), points

@@ -27,7 +27,11 @@ def published(metrics: Collection[str] | None = None) -> DataFrame:
     table = pandas.read_csv(FILE, dtype={"round": str})
     table = table[table["metric"].isin(table["metric"] if metrics is None else metrics)]
     rounds = table["round"].fillna("0")
-    words = (table["model"], table["size"].fillna(""), ("" if r == "0" else f"round {r}" for r in rounds))
+    words = (
+        table["model"],
+        table["size"].fillna(""),
+        ("" if r == "0" else f"round {r}" for r in rounds),
+    )
     table = table.assign(
         model=[" ".join(filter(None, name)) for name in zip(*words, strict=True)], round=rounds.str.extract(r"(\d+)")[0].astype(int),
         source=[s if c == "read" else f"{s}, {c}" for s, c in zip(table["source"], table["certainty"], strict=True)],
@@ -49,8 +53,12 @@ def published_markdown(table: DataFrame, titles: dict[str, str]) -> str:
 
     parts = []
     for metric, title in titles.items():
-        across, corner = ("length", "tokens") if metric == "latency_s" else ("steps", "sampling steps")
-        mine = table[table["metric"] == metric].sort_values(across, kind="stable")  # what has no steps comes last
+        across, corner = (
+            ("length", "tokens") if metric == "latency_s" else ("steps", "sampling steps")
+        )
+        mine = table[table["metric"] == metric].sort_values(
+            across, kind="stable"
+        )  # what has no steps comes last
         if len(mine):
             cases = mine.assign(case=["none" if pandas.isna(n) else str(n) for n in mine[across]])
             grid = _grid(cases, "case", corner, lambda row: number(row.value), _who)
@@ -61,5 +69,10 @@ def published_markdown(table: DataFrame, titles: dict[str, str]) -> str:
 def _who(row) -> str:
     import pandas
 
-    case = "" if pandas.isna(row.batch_size) else f", {row.batch_size} texts at once" + ("" if pandas.isna(row.steps) else f", {row.steps} steps")
+    case = (
+        ""
+        if pandas.isna(row.batch_size)
+        else f", {row.batch_size} texts at once"
+        + ("" if pandas.isna(row.steps) else f", {row.steps} steps")
+    )
     return f"{row.model}{case} [{row.source}]"

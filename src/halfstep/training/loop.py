@@ -21,16 +21,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from halfstep.checkpoint import write_tensors
 from halfstep.config import Machine, Training
+from halfstep.distributed.group import (
+    ALONE,
+    Group,
+    StopRequest,
+    exit_stopped,
+    full_tensor,
+    is_sharded,
+    local_device,
+    shard_like,
+)
 from halfstep.errors import HalfstepError, reason
-from halfstep.processes import ALONE, Group, Stop, cut_like, is_sharded, leave, local_device, whole
 from halfstep.progress import Progress
 from halfstep.training.ema import EMA
-from halfstep.training.gauges import gauges, peak_flops
-from halfstep.training.optim import adamw, learning_rate, moments, restore_moments
+from halfstep.training.optim import adamw, learning_rate, load_optimizer_state, optimizer_state
+from halfstep.training.system_metrics import peak_flops, system_metrics
 
 SAVE_EVERY_S = 300.0
 LOOK_EVERY_S = 1.0  # several processes agree about so often whether to save or to stop
-EXPLODED, RECENT = 20, 50  # a loss above so many times the median of the last so many logged ones has exploded
+EXPLODED, RECENT = (
+    20,
+    50,
+)  # a loss above so many times the median of the last so many logged ones has exploded
 Parts = dict[str, Tensor]
 
 
@@ -59,7 +71,7 @@ class Objective(nn.Module):
         return self.loss(part)
 
 
-def generator(seed: int, step: int) -> torch.Generator:
+def step_generator(seed: int, step: int) -> torch.Generator:
     """Random numbers of one optimiser step: a function of (seed, step) alone."""
     key = int.from_bytes(blake2b(f"{seed}/{step}".encode(), digest_size=8).digest(), "little") >> 1
     return torch.Generator().manual_seed(key)
@@ -73,7 +85,7 @@ def hold_memory() -> None:
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the largest there is
 
 
-def device_of(machine: Machine) -> torch.device:
+def find_device(machine: Machine) -> torch.device:
     """The device that `machine` names, torch's threads set; HalfstepError when there is no such device. Of several processes each has its own GPU."""
     hold_memory()
     if machine.threads:
@@ -82,7 +94,11 @@ def device_of(machine: Machine) -> torch.device:
         return local_device() if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.empty(0, device=machine.device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such word; not compiled in; no such card
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # no such word; not compiled in; no such card
         raise HalfstepError(
             f"device: found {machine.device!r}, which torch cannot use ({reason(error)}); name cpu, or auto"
         ) from None
@@ -134,7 +150,7 @@ def fit(
     """
     optimizer = adamw(network, training)
     if carried:
-        restore_moments(network, optimizer, carried)
+        load_optimizer_state(network, optimizer, carried)
     ema = ema or EMA(network, training.ema_decay)
     fitted = Fitted(ema, {})
     stamp = journal.run["fingerprint"]
@@ -143,38 +159,58 @@ def fit(
     objective, scale = _shared(network, loss, training, group)
     peak = peak_flops(device, training.precision)
     if device.type == "cuda" and training.precision == "bfloat16":
-        torch.set_float32_matmul_precision("high")  # the readout's float32 products by TF32: finer than the bfloat16 around them
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # the readout's float32 products by TF32: finer than the bfloat16 around them
     every = max(1, training.num_steps // 200)
-    summed = torch.tensor(fitted.pending[0] if group.first else 0.0, device=device)
+    summed = torch.tensor(fitted.pending[0] if group.is_main else 0.0, device=device)
     updates, seen = fitted.pending[1], 0
     since = saved = looked = time.monotonic()
     pace, look = 1, start + 1
 
     def prepare(step: int) -> tuple[int, int, Parts, float]:
-        x0, random = batch(step), generator(seed, step)
+        x0, random = batch(step), step_generator(seed, step)
         parts, divisor = corrupt(x0, random)
-        own = {k: v[group.share(len(x0))] for k, v in parts.items()}
-        return x0.numel(), random.initial_seed(), {k: v.pin_memory() if device.type == "cuda" else v for k, v in own.items()}, divisor
+        own = {k: v[group.local_slice(len(x0))] for k, v in parts.items()}
+        return (
+            x0.numel(),
+            random.initial_seed(),
+            {k: v.pin_memory() if device.type == "cuda" else v for k, v in own.items()},
+            divisor,
+        )
 
     network.train()
     with (
-        Stop(group, time_limit and 60 * time_limit).listening() as stop,
+        StopRequest(group, time_limit and 60 * time_limit).listening() as stop,
         closing(prefetched(prepare, start, training.num_steps)) as batches,
-        Progress(label, training.num_steps, done=start) if group.first else nullcontext() as progress,
+        Progress(label, training.num_steps, done=start)
+        if group.is_main
+        else nullcontext() as progress,
     ):
         for done, (tokens, key, parts, divisor) in enumerate(batches, start=start + 1):
             torch.manual_seed(key + group.rank)  # dropout
             lr = learning_rate(training, done - 1, warm)
             rows = len(next(iter(parts.values())))
             for first in range(0, rows, micro_batch):
-                part = {k: v[first : first + micro_batch].to(device, non_blocking=True) for k, v in parts.items()}
+                part = {
+                    k: v[first : first + micro_batch].to(device, non_blocking=True)
+                    for k, v in parts.items()
+                }
                 last = first + micro_batch >= rows
-                with nullcontext() if last or not isinstance(objective, DistributedDataParallel) else objective.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bfloat16"):
+                with (
+                    nullcontext()
+                    if last or not isinstance(objective, DistributedDataParallel)
+                    else objective.no_sync()
+                ):
+                    with torch.autocast(
+                        device.type, torch.bfloat16, enabled=training.precision == "bfloat16"
+                    ):
                         value = objective(part) / divisor
                     (value * scale).backward()
                 summed += value.detach()
-            norm = whole(nn.utils.clip_grad_norm_(network.parameters(), training.grad_clip, foreach=True))
+            norm = full_tensor(
+                nn.utils.clip_grad_norm_(network.parameters(), training.grad_clip, foreach=True)
+            )
             for settings in optimizer.param_groups:
                 settings["lr"] = lr
             optimizer.step()
@@ -182,15 +218,18 @@ def fit(
             ema.update()
             seen, updates = seen + tokens, updates + 1
             if done % every == 0 or done == training.num_steps:
-                mean = group.total(summed) / updates
+                mean = group.all_sum(summed) / updates
                 _check(mean, norm.item(), done, [] if from_zero else fitted.logged)
                 fitted.logged = [*fitted.logged, mean][-RECENT:]
                 speed = seen / (time.monotonic() - since)
                 shown = {"loss": mean, "tokens_per_s": speed}
                 if peak and flops_per_token:
                     shown["mfu"] = speed * flops_per_token / (peak * group.size)
-                figures = {f"train/{k}": v for k, v in shown.items()} | {"train/lr": lr, "train/grad_norm": norm.item()}
-                journal.log(figures | gauges(device), done)
+                figures = {f"train/{k}": v for k, v in shown.items()} | {
+                    "train/lr": lr,
+                    "train/grad_norm": norm.item(),
+                }
+                journal.log(figures | system_metrics(device), done)
                 if progress:
                     progress.update(done - progress.done, **shown)
                 summed.zero_()
@@ -200,71 +239,127 @@ def fit(
                 since, seen = time.monotonic(), 0
             if done == look and done < training.num_steps:
                 now = time.monotonic()
-                wish = 1 if group.size == 1 else min(2 * pace, math.ceil(pace * LOOK_EVERY_S / max(now - looked, 1e-6)))
-                code, due, pace = map(int, group.most(stop.code, now - saved > SAVE_EVERY_S, wish))
+                wish = (
+                    1
+                    if group.size == 1
+                    else min(2 * pace, math.ceil(pace * LOOK_EVERY_S / max(now - looked, 1e-6)))
+                )
+                code, due, pace = map(
+                    int, group.all_max(stop.code, now - saved > SAVE_EVERY_S, wish)
+                )
                 look, looked = done + pace, now
                 if code or due:
-                    fitted.pending = group.total(summed), updates
-                    _check(fitted.pending[0] / max(1, updates), norm.item(), done, [] if from_zero else fitted.logged)  # a broken state is never kept
+                    fitted.pending = group.all_sum(summed), updates
+                    _check(
+                        fitted.pending[0] / max(1, updates),
+                        norm.item(),
+                        done,
+                        [] if from_zero else fitted.logged,
+                    )  # a broken state is never kept
                     _save(network, optimizer, fitted, state, stamp, done, group)
                     saved = time.monotonic()
                 if code:
-                    leave(code, label, done)
-    fitted.moments = moments(network, optimizer)
+                    exit_stopped(code, label, done)
+    fitted.moments = optimizer_state(network, optimizer)
     return fitted
 
 
-def _shared(network: nn.Module, loss: Callable[[Parts], Tensor], training: Training, group: Group) -> tuple[nn.Module, float]:
+def _shared(
+    network: nn.Module, loss: Callable[[Parts], Tensor], training: Training, group: Group
+) -> tuple[nn.Module, float]:
     """The loss as the engine runs it, and what its gradients must be scaled by to be the sum over processes: DDP takes their mean."""
     objective, sharded = Objective(network, loss), any(map(is_sharded, network.parameters()))
     if training.batch_size % group.size if sharded else training.batch_size < group.size:
-        raise HalfstepError(f"batch_size: found {training.batch_size}, but {group.size} processes share it; ask for fewer, by which it can be divided")
+        raise HalfstepError(
+            f"batch_size: found {training.batch_size}, but {group.size} processes share it; ask for fewer, by which it can be divided"
+        )
     if group.size == 1 or sharded:
         return objective, 1.0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # what takes its place in new versions of torch is not in older ones
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # what takes its place in new versions of torch is not in older ones
         return DistributedDataParallel(objective, broadcast_buffers=False), float(group.size)
 
 
 def _check(loss: float, norm: float, step: int, before: list[float]) -> None:
     mend = "lower lr or grad_clip, or lengthen warmup_steps, and start again"
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise HalfstepError(f"the loss is {loss} and the gradient's norm {norm} at step {step}: training diverged; {mend}")
+        raise HalfstepError(
+            f"the loss is {loss} and the gradient's norm {norm} at step {step}: training diverged; {mend}"
+        )
     if len(before) >= 5 and 0 < EXPLODED * median(before) < loss:
-        raise HalfstepError(f"the loss is {loss:.4g} at step {step}, the median before it {median(before):.4g}: training exploded; {mend}")
+        raise HalfstepError(
+            f"the loss is {loss:.4g} at step {step}, the median before it {median(before):.4g}: training exploded; {mend}"
+        )
 
 
-def _validate(network: nn.Module, fitted: Fitted, validate: Callable[[], dict[str, float]], journal, step: int, group: Group) -> None:
+def _validate(
+    network: nn.Module,
+    fitted: Fitted,
+    validate: Callable[[], dict[str, float]],
+    journal,
+    step: int,
+    group: Group,
+) -> None:
     fitted.ema.swap()
     network.eval()
     with torch.no_grad():
         figures = validate()
     network.train()
-    if hasattr(network, "reshard"):  # what was gathered for a pass without a backward is stale after the swap
+    if hasattr(
+        network, "reshard"
+    ):  # what was gathered for a pass without a backward is stale after the swap
         network.reshard()
     fitted.ema.swap()
     journal.log(figures, step)
     name, value = next(iter(figures.items()))
     if not fitted.validation or value <= fitted.validation.get("best", math.inf):
-        average = group.collect(fitted.ema.shadow)
+        average = group.gather_tensors(fitted.ema.shadow)
         fitted.best = {k: v.clone() for k, v in average.items()}
         fitted.best_step, fitted.validation["best"] = step, value
     fitted.validation.update(figures)
 
 
-def _save(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted, state: Path, stamp: str, step: int, group: Group) -> None:
+def _save(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    fitted: Fitted,
+    state: Path,
+    stamp: str,
+    step: int,
+    group: Group,
+) -> None:
     """One atomic file: weights, average, moments, best average; the counters in its header. All processes wait until it is there."""
-    groups = {"raw": dict(network.named_parameters()), "ema": fitted.ema.shadow, "opt": moments(network, optimizer), "best": fitted.best}
-    tensors = {f"{name}/{k}": v for name, named in groups.items() for k, v in group.collect(named).items()}
-    counters = {"fingerprint": stamp, "step": step, "ema_updates": fitted.ema.updates, "best_step": fitted.best_step}
+    groups = {
+        "raw": dict(network.named_parameters()),
+        "ema": fitted.ema.shadow,
+        "opt": optimizer_state(network, optimizer),
+        "best": fitted.best,
+    }
+    tensors = {
+        f"{name}/{k}": v
+        for name, named in groups.items()
+        for k, v in group.gather_tensors(named).items()
+    }
+    counters = {
+        "fingerprint": stamp,
+        "step": step,
+        "ema_updates": fitted.ema.updates,
+        "best_step": fitted.best_step,
+    }
     counters |= {"logged": json.dumps(fitted.logged), "pending": json.dumps(fitted.pending)}
-    header = {k: str(v) for k, v in counters.items()} | {f"validation:{k}": repr(v) for k, v in fitted.validation.items()}
-    if group.first:
+    header = {k: str(v) for k, v in counters.items()} | {
+        f"validation:{k}": repr(v) for k, v in fitted.validation.items()
+    }
+    if group.is_main:
         write_tensors(state / "state.safetensors", tensors, header)
-    group.most(0)
+    group.all_max(0)
 
 
-def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted, state: Path, stamp: str) -> int:
+def _resume(
+    network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted, state: Path, stamp: str
+) -> int:
     """Load the rolling checkpoint if there is one of this very run; the number of finished steps."""
     path = state / "state.safetensors"
     if not path.is_file():
@@ -273,7 +368,9 @@ def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted
     try:
         opened = safe_open(path, "pt")
     except SafetensorError as error:
-        raise HalfstepError(f"{path}: not a whole file ({error}); delete the folder {state} to begin this training anew") from None
+        raise HalfstepError(
+            f"{path}: not a whole file ({error}); delete the folder {state} to begin this training anew"
+        ) from None
     with opened as file:
         header = file.metadata() or {}
         if header.get("fingerprint") != stamp:
@@ -283,11 +380,20 @@ def _resume(network: nn.Module, optimizer: torch.optim.Optimizer, fitted: Fitted
             groups[group][name] = file.get_tensor(key)
     with torch.no_grad():
         for name, p in network.named_parameters():
-            p.copy_(cut_like(groups["raw"][name], p))
-    restore_moments(network, optimizer, groups["opt"])
+            p.copy_(shard_like(groups["raw"][name], p))
+    load_optimizer_state(network, optimizer, groups["opt"])
     for name, shadow in fitted.ema.shadow.items():
-        shadow.copy_(cut_like(groups["ema"][name], shadow))
-    fitted.ema.updates, fitted.best, fitted.best_step = int(header["ema_updates"]), groups["best"], int(header["best_step"])
-    fitted.logged, fitted.pending = json.loads(header.get("logged", "[]")), tuple(json.loads(header.get("pending", "[0, 0]")))
-    fitted.validation = {k.split(":", 1)[1]: float(v) for k, v in header.items() if k.startswith("validation:")}
+        shadow.copy_(shard_like(groups["ema"][name], shadow))
+    fitted.ema.updates, fitted.best, fitted.best_step = (
+        int(header["ema_updates"]),
+        groups["best"],
+        int(header["best_step"]),
+    )
+    fitted.logged, fitted.pending = (
+        json.loads(header.get("logged", "[]")),
+        tuple(json.loads(header.get("pending", "[0, 0]"))),
+    )
+    fitted.validation = {
+        k.split(":", 1)[1]: float(v) for k, v in header.items() if k.startswith("validation:")
+    }
     return int(header["step"])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.config import Training
-from halfstep.processes import cut_like
+from halfstep.distributed.group import shard_like
 
 FLOOR = 1 / 50  # of lr, where linear and cosine decay end
 
@@ -27,18 +27,36 @@ def learning_rate(training: Training, step: int, warm: bool = True) -> float:
 
 def adamw(network: nn.Module, training: Training) -> torch.optim.AdamW:
     """AdamW over all parameters, fused."""
-    return torch.optim.AdamW(network.parameters(), training.lr, (0.9, training.beta2), eps=1e-8, weight_decay=training.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        network.parameters(),
+        training.lr,
+        (0.9, training.beta2),
+        eps=1e-8,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
 
 
-def moments(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_state(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimiser state by parameter name: `step|exp_avg|exp_avg_sq:name`."""
     return {
-        f"{kind}:{name}": value for name, p in network.named_parameters() for kind, value in optimizer.state[p].items() if isinstance(value, Tensor)
+        f"{kind}:{name}": value
+        for name, p in network.named_parameters()
+        for kind, value in optimizer.state[p].items()
+        if isinstance(value, Tensor)
     }
 
 
-def restore_moments(network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+def load_optimizer_state(
+    network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
+) -> None:
     """The inverse of `moments`."""
     for name, p in network.named_parameters():
-        own = {key.split(":", 1)[0]: value for key, value in state.items() if key.split(":", 1)[1] == name}
-        optimizer.state[p] = {kind: cut_like(v, p) for kind, v in own.items()}  # `step` too: the fused kernel reads it there
+        own = {
+            key.split(":", 1)[0]: value
+            for key, value in state.items()
+            if key.split(":", 1)[1] == name
+        }
+        optimizer.state[p] = {
+            kind: shard_like(v, p) for kind, v in own.items()
+        }  # `step` too: the fused kernel reads it there

@@ -1,0 +1,1 @@
+"""Arithmetic below the networks: matrix products, chunked logits, categorical draws."""

@@ -1,0 +1,1 @@
+"""Plain Python behind the Snakemake rules: targets, machines, messages, the Slurm plugin."""

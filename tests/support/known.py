@@ -1,0 +1,72 @@
+"""Languages that are known exactly, and files as the commands leave them."""
+
+import io
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from halfstep.files import sha256, write_atomic, write_json
+
+
+class Language:
+    """A denoiser that never errs: the posterior over an enumerated set of windows, found by summing those that agree with what is visible."""
+
+    def __init__(self, windows: dict[tuple[int, ...], float], vocabulary: int):
+        self.windows, self.vocabulary, self.mask_id = windows, vocabulary, vocabulary
+        self.asked = 0
+
+    def features(self, xt, t, where=None):
+        assert t.shape == (len(xt),) and ((t > 0) & (t < 1)).all()
+        p = torch.zeros(*xt.shape, self.vocabulary, dtype=torch.float64)
+        for row, out in zip(xt.tolist(), p, strict=True):
+            for window, chance in self.windows.items():
+                if len(window) == len(row) and all(
+                    v in (w, self.mask_id) for v, w in zip(row, window, strict=True)
+                ):
+                    out[torch.arange(len(row)), torch.tensor(window)] += chance
+        return p.log() if where is None else p.log()[where]
+
+    def log_p(self, h):
+        self.asked += len(h)
+        return h.log_softmax(-1)
+
+
+class Stubborn:
+    """A denoiser that is wrong in its own fixed way: each set of visible tokens has its own arbitrary law at each position."""
+
+    def __init__(self, vocabulary: int):
+        self.vocabulary, self.mask_id = vocabulary, vocabulary
+
+    def features(self, xt, t, where=None):
+        rows = [
+            np.random.default_rng([7, *row]).normal(0, 2, (len(row), self.vocabulary))
+            for row in xt.tolist()
+        ]
+        table = torch.from_numpy(np.stack(rows))
+        return table if where is None else table[where]
+
+    def log_p(self, h):
+        return h.log_softmax(-1)
+
+
+def words_tokenizer(text: str) -> Tokenizer:
+    """One token per word of `text`, in order of appearance after EOS (id 0)."""
+    words = dict.fromkeys(["<|endoftext|>", *text.split()])
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, "<|endoftext|>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+def write_samples(folder, ids, steps, kind="diffusion", model="stories-tiny/teacher"):
+    buffer = io.BytesIO()
+    np.save(buffer, ids)
+    write_atomic(folder / "samples.npy", buffer.getvalue())
+    write_json(folder / "samples.json", {
+        "model": model, "checkpoint": "ab" * 32, "kind": kind, "sampler": "ancestral", "steps": steps, "network_evaluations": float(steps),
+        "num_samples": len(ids), "seed": 1, "weights": "ema", "draw_dtype": "float64", "temperature": 1.0, "elapsed_s": 1.0,
+        "sha256": sha256(folder / "samples.npy"), "commit": "unknown", "meta": {},
+    })  # fmt: skip

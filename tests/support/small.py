@@ -1,0 +1,69 @@
+"""A small finished pipeline, made through the real command line: corpus, teacher, baseline, one round, samples and their scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from halfstep.cli import main
+
+MACHINE = "--device cpu --threads 1 --micro-batch 8"
+TRAINING = "--num-steps 2 --batch-size 8 --warmup-steps 1 --precision float32 --validate-every 2"
+ROUND = f"--round 1 --rounds 2 --teacher-steps 16 --seed 3 {TRAINING} {MACHINE}"
+CORPUS = "--kind stories --length 24 --vocab-size 300 --num-documents 40 --validation-documents 4"
+
+
+def call(line: str) -> int:
+    """`halfstep ...` as a user types it; paths without spaces."""
+    return main(line.split())
+
+
+def done(line: str) -> None:
+    assert call(line) == 0, line
+
+
+def trainings(pipeline, options: str) -> dict[str, str]:
+    """Command lines of a training of each kind, but for their --output."""
+    rounds = f"--corpus {pipeline.corpus} --rounds 2 --teacher-steps 16 {options}"
+    return {
+        "pretrain": f"pretrain --corpus {pipeline.corpus} --size tiny {options}",
+        "train-baseline": f"train-baseline --corpus {pipeline.corpus} --size tiny {options}",
+        "round-1": f"distill-round --round 1 --teacher {pipeline.teacher} {rounds}",
+        "round-2": f"distill-round --round 2 --teacher {pipeline.student} {rounds}",
+    }
+
+
+def pipeline(root: Path) -> SimpleNamespace:
+    """results/ below `root`, and its places."""
+    results = root / "results"
+    corpus, models, metrics = (
+        results / "data/stories",
+        results / "models/stories-tiny",
+        results / "metrics/stories-tiny",
+    )
+    teacher, baseline, student = (
+        models / "teacher",
+        models / "baseline",
+        models / "kl_backward/round-1",
+    )
+    samples = results / "samples/stories-tiny/teacher/steps-8"
+    score = f"--corpus {corpus} --judge {baseline}/hf --bootstrap 100 {MACHINE}"
+    done(f"prepare-corpus --output {corpus} {CORPUS} --workers 1")
+    done(f"pretrain --corpus {corpus} --output {teacher} --size tiny {TRAINING} {MACHINE}")
+    done(f"train-baseline --corpus {corpus} --output {baseline} --size tiny {TRAINING} {MACHINE}")
+    done(f"distill-round --teacher {teacher} --corpus {corpus} --output {student} {ROUND}")
+    done(f"generate --checkpoint {teacher} --output {samples} --steps 8 --num-samples 4 {MACHINE}")
+    done(f"score-samples --samples {samples} --output {metrics}/teacher/samples.json {score}")
+    done(f"score-corpus --output {metrics}/data.json {score}")
+    done(f"tabulate --table steps --metrics {results}/metrics --output {results}/tables/steps.csv")
+    return SimpleNamespace(
+        root=root,
+        results=results,
+        corpus=corpus,
+        models=models,
+        teacher=teacher,
+        baseline=baseline,
+        student=student,
+        samples=samples,
+        metrics=metrics,
+    )

@@ -95,11 +95,11 @@ def diffusion_loss(network: nn.Module, meta: dict) -> Objective:
 
     def corrupt(x0: Tensor, random: torch.Generator) -> tuple[dict[str, Tensor], float]:
         B, L = x0.shape
-        t = stratified_times(torch.rand(B, step_generator=random, dtype=torch.float64), min_t)
+        t = stratified_times(torch.rand(B, generator=random, dtype=torch.float64), min_t)
         return {
             "x0": x0,
             "t": t,
-            "u": torch.rand(B, L, step_generator=random, dtype=torch.float64),
+            "u": torch.rand(B, L, generator=random, dtype=torch.float64),
         }, B * L
 
     return corrupt, lambda part: nelbo(denoiser, part["x0"], part["t"].float(), part["u"], schedule)

@@ -56,7 +56,7 @@ def build(size: Size, device="cpu", dtype=torch.float32) -> SubsDenoiser:
     torch.manual_seed(0)
     network = DiT(vocabulary, width, blocks, heads)
     torch.nn.init.normal_(network.output_layer.linear.weight, std=2 / width**0.5)
-    return SubsDenoiser(network.to(device, dtype))
+    return SubsDenoiser(network.to(device, dtype), LogLinear())
 
 
 def draws(size: Size, device="cpu") -> dict:
@@ -84,7 +84,7 @@ def training_steps(size: Size) -> dict[str, dict[str, Callable]]:
     t, masked, divergence = d["t"].float(), xt == student.mask_id, kl_backward
 
     def ours(dt: float) -> torch.Tensor:
-        goal = teacher_targets(teacher, xt, t, dt, SUBSTEPS, d["u"][1], d["u"][2], SCHEDULE)
+        goal = teacher_targets(teacher, xt, t, dt, SUBSTEPS, d["u"][1], d["u"][2])
         return divergence_loss(
             divergence, student.features(xt, t, masked), student.readout, goal, teacher.readout
         )
@@ -104,7 +104,7 @@ def training_steps(size: Size) -> dict[str, dict[str, Callable]]:
         }
     paths["pretraining step"] = {
         "ours": lambda: grad_step(
-            student.network, lambda: nelbo(student, d["x0"], t, d["u"][0], SCHEDULE), xt.numel()
+            student.network, lambda: nelbo(student, d["x0"], t, d["u"][0]), xt.numel()
         ),
         "textbook": lambda: grad_step(
             student.network,
@@ -155,10 +155,8 @@ def peak_of(path: str, side: str, tiny: bool) -> int:
 def sampling(size: Size, repeats: int) -> list[dict]:
     """The textbook's steps all cost the same, so `stop` of them are timed and multiplied."""
     denoiser, stop, (*_, length, batch) = build(size), 2, size
-    ours = denoiser.replayed  # as `generate` does
-    cases: dict = {
-        s: lambda s=s: samplers.sample(ours, batch, length, s, schedule=SCHEDULE) for s in STEPS
-    }
+    ours = denoiser.inference_copy  # as `generate` does
+    cases: dict = {s: lambda s=s: samplers.sample(ours, batch, length, s) for s in STEPS}
     cases["textbook"] = lambda: textbook.sample(
         denoiser, batch, length, max(STEPS), SCHEDULE, stop=stop
     )
@@ -172,11 +170,7 @@ def sampling(size: Size, repeats: int) -> list[dict]:
     passes, beyond = {}, {}
     for s in (1024, 8192):
         beyond[s] = lambda s=s: passes.update(
-            {
-                s: samplers.sample(ours, batch, length, s, schedule=SCHEDULE)
-                .network_evaluations.sum()
-                .item()
-            }
+            {s: samplers.sample(ours, batch, length, s).network_evaluations.sum().item()}
         )
     flat = measure_in_turns(beyond, repeats)
     rows.append({"path": f"sample, 8192 steps over 1024 steps (network evaluations {passes[8192] / passes[1024]:.3f})",
@@ -245,7 +239,7 @@ def overhead(size: Size, repeats: int) -> list[dict]:
     def step() -> None:
         grad_step(
             network,
-            lambda: nelbo(denoiser, d["x0"], d["t"].float(), d["u"][0], SCHEDULE),
+            lambda: nelbo(denoiser, d["x0"], d["t"].float(), d["u"][0]),
             d["x0"].numel(),
         )
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0, foreach=True)
@@ -313,7 +307,7 @@ def on_cuda(device: str, tiny: bool, repeats: int) -> list[dict]:
 
     def sdtt() -> torch.Tensor:
         masked = mask_indices((xt == student.mask_id).cpu(), xt.device)
-        goal = teacher_targets(teacher, xt, t, dt, SUBSTEPS, d["u"][1], d["u"][2], SCHEDULE)
+        goal = teacher_targets(teacher, xt, t, dt, SUBSTEPS, d["u"][1], d["u"][2])
         return divergence_loss(
             kl_backward, student.features(xt, t, masked), student.readout, goal, teacher.readout
         )
@@ -325,7 +319,7 @@ def on_cuda(device: str, tiny: bool, repeats: int) -> list[dict]:
         step()
         return torch.cuda.max_memory_allocated(device)
 
-    pretrain = run(lambda: nelbo(student, d["x0"], t, d["u"][0], SCHEDULE), 1)
+    pretrain = run(lambda: nelbo(student, d["x0"], t, d["u"][0]), 1)
     seconds = measure(pretrain, repeats, 2, device).median_s
     work = flops.training_flops(student.network, micro, length, int((xt == student.mask_id).sum()))
     rows.append(
@@ -365,15 +359,14 @@ def on_cuda(device: str, tiny: bool, repeats: int) -> list[dict]:
     texts, steps = (8, 4) if tiny else (1024, 8)
 
     @low
-    def write(denoiser: SubsDenoiser = light.replayed, texts: int = texts) -> None:
+    def write(denoiser: SubsDenoiser = light.inference_copy, texts: int = texts) -> None:
         for first in range(0, texts, 128):
             samplers.sample(
                 denoiser,
                 min(128, texts - first),
                 length,
                 steps,
-                schedule=SCHEDULE,
-                first=first,
+                draws=Draws(first=first),
                 device=device,
             )
 
@@ -403,7 +396,7 @@ def on_cuda(device: str, tiny: bool, repeats: int) -> list[dict]:
         }
     )
     one = measure_in_turns(
-        {"eager": lambda: write(light, 1), "replayed": lambda: write(light.replayed, 1)},
+        {"eager": lambda: write(light, 1), "replayed": lambda: write(light.inference_copy, 1)},
         4 * repeats,
         1,
         device,

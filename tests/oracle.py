@@ -13,6 +13,26 @@ from torch import Tensor
 EPS = 1e-3  # of the log-linear schedule
 
 
+def loglinear(t):
+    """alpha(t) of the log-linear schedule, for a number or a tensor."""
+    return 1 - (1 - EPS) * t
+
+
+class ScheduleOf:
+    """The Schedule of an alpha: its derivative and noise level by autograd and by definition."""
+
+    def __init__(self, alpha):
+        self.alpha = alpha
+
+    def alpha_prime(self, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            t = t.detach().requires_grad_()
+            return torch.autograd.grad(self.alpha(t).sum(), t)[0]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return -self.alpha(t).log()
+
+
 class Language:
     """`log_p` [V**L] float64 over all texts; `sharpness` says how unequal they are, `forbidden` how many have no chance at all."""
 
@@ -55,8 +75,9 @@ class Perfect:
     features = log-probabilities (zero where a state cannot be), read out by the identity.
     """
 
-    def __init__(self, language: Language, heat: float = 0.0):
+    def __init__(self, language: Language, heat: float = 0.0, alpha=loglinear):
         self.language, self.heat, self.mask_id = language, heat, language.mask_id
+        self.vocab_size, self.schedule = language.V, ScheduleOf(alpha)
         self.readout = (
             torch.eye(language.V, dtype=torch.float64),
             torch.zeros(language.V, dtype=torch.float64),
@@ -91,10 +112,10 @@ class Perfect:
         return self.log_p(h).gather(-1, place)
 
 
-def reveal_chance(t: float, s: float) -> float:
+def reveal_chance(t: float, s: float, alpha=loglinear) -> float:
     """(alpha_s - alpha_t) / (1 - alpha_t), from alpha itself."""
-    alpha_t, alpha_s = 1 - (1 - EPS) * t, 1 - (1 - EPS) * s
-    return (alpha_s - alpha_t) / (1 - alpha_t)
+    t, s = (torch.tensor(time, dtype=torch.float64) for time in (t, s))
+    return ((alpha(s) - alpha(t)) / (1 - alpha(t))).item()
 
 
 def _moves(language: Language, rows: Tensor, p: Tensor, r: float) -> Tensor:
@@ -136,7 +157,8 @@ def ancestral_law(denoiser: Perfect, steps: int, start: Tensor) -> Tensor:
     law[language.index(start)] = 1
     for i in range(steps):
         t, s = 1 - i / steps, 1 - (i + 1) / steps
-        law = independent(language, law, denoiser.table(t), reveal_chance(t, s))
+        chance = reveal_chance(t, s, denoiser.schedule.alpha)
+        law = independent(language, law, denoiser.table(t), chance)
     return law
 
 
@@ -171,7 +193,7 @@ def target_mean(
     first, second = torch.zeros(2, language.L, language.V, dtype=torch.float64)
     for i, start in enumerate(grid(times, t, dt, substeps)):
         p = denoiser.table(start)
-        r = reveal_chance(start, max(start - dt, 0.0))
+        r = reveal_chance(start, max(start - dt, 0.0), denoiser.schedule.alpha)
         settles = 1.0 if i == substeps - 1 else r
         weight = (law[:, None] * language.masked * settles)[..., None]  # [S, L, 1]
         value = of(p.clamp(min=1e-300))

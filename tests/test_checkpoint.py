@@ -76,7 +76,7 @@ def test_the_average_is_what_is_loaded_by_default(folder):
 
 def test_kinds_and_time_conditioning():
     meta = META | {"network": {"size": "tiny", "time_conditioning": True}}
-    assert not checkpoint.denoiser_of(checkpoint.build_network(meta), meta).ignores_time
+    assert not checkpoint.build_denoiser(checkpoint.build_network(meta), meta).ignores_time
     assert type(checkpoint.build_network(META | {"kind": "autoregressive"})).__name__ == "GPT"
     assert (
         checkpoint.build_network(META, dropout=0.25).blocks[0].dropout == 0.25

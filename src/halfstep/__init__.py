@@ -33,10 +33,11 @@ def generate(
 
     A prompt begins every text; each <|mask|> in it is one token to be filled in.
     """
-    from halfstep.commands.generate import draw_texts
+    from halfstep.commands.generate import draw_texts, encode_prompt
     from halfstep.config import GenerateOptions, Machine
 
     device = next(model.network.parameters()).device
     how = GenerateOptions(num_samples=num_samples, sampling_seed=seed, **writing)
-    ids, _ = draw_texts(model, steps, how, Machine(), device, prompt)
-    return model.tokenizer.decode_batch(ids.tolist(), skip_special_tokens=True)
+    prompts = encode_prompt(model, prompt).expand(num_samples, -1)
+    texts = draw_texts(model, prompts, model.length, steps, how, Machine(), device)
+    return model.tokenizer.decode_batch(texts.ids.tolist(), skip_special_tokens=True)

@@ -73,14 +73,14 @@ def build_network(meta: dict, dropout: float = 0.0) -> nn.Module:
     return make(meta["vocab_size"], network.width, network.blocks, network.heads, dropout)
 
 
-def denoiser_of(network: nn.Module, meta: dict) -> SubsDenoiser:
-    """The network of a diffusion checkpoint as a Denoiser."""
-    from halfstep.diffusion.schedules import LogLinear
+def build_denoiser(network: nn.Module, meta: dict) -> SubsDenoiser:
+    """The network of a diffusion checkpoint as a Denoiser, with the noise schedule that meta.json names."""
+    from halfstep.config import Network
+    from halfstep.diffusion.schedules import SCHEDULES
     from halfstep.models.denoiser import SubsDenoiser
 
-    return SubsDenoiser(
-        network, LogLinear().sigma if meta["network"].get("time_conditioning") else None
-    )
+    about = Network.model_validate(meta["network"])
+    return SubsDenoiser(network, SCHEDULES[about.schedule](), about.time_conditioning)
 
 
 def save_checkpoint(
@@ -230,5 +230,5 @@ def load_checkpoint(folder: str | Path, weights: str = "ema", device: str = "cpu
     network = build_network(meta)
     load_weights(network, read_tensors(folder, FILES[weights], meta), folder / FILES[weights])
     network = network.to(device).eval().requires_grad_(False)
-    denoiser = denoiser_of(network, meta) if meta["kind"] == "diffusion" else None
+    denoiser = build_denoiser(network, meta) if meta["kind"] == "diffusion" else None
     return Model(meta["kind"], network, tokenizer, meta, meta["sha256"][FILES[weights]], denoiser)

@@ -108,6 +108,8 @@ class Network(Section):
     """a row of SDTT Table 2 (small 169M, medium 424M, large 863M), or tiny and mini for small machines"""
     time_conditioning: bool = False
     """feed t to adaLN; the paper feeds zero"""
+    schedule: Literal["loglinear", "cosine"] = "loglinear"
+    """noise schedule alpha(t): loglinear (MDLM and the paper), or cosine (MaskGIT, MD4)"""
 
     @property
     def blocks(self) -> int:
@@ -209,26 +211,19 @@ class Distillation(Training):
 class DrawOptions(Section):
     """How a text is drawn."""
 
-    sampler: Literal["ancestral", "analytic", "first_hitting", "block"] = "ancestral"
-    """which positions are revealed when; block: 16 tokens at a time from left to right, keys and values of the others kept (an approximation)"""
+    sampler: Literal["ancestral", "analytic", "first_hitting", "block", "ancestral_float32"] = (
+        "ancestral"
+    )
+    """which positions are revealed when; block: 16 tokens at a time from left to right, keys and values of the others kept (an approximation);
+    ancestral_float32: the released code's truncated noise (slow)"""
     weights: Weights = "ema"
     """which weights of the checkpoint write"""
-    draw_dtype: Literal["float64", "float32-released"] = "float64"
-    """noise of the draws: float64 is exact; float32-released repeats the released code's truncated noise (ancestral only, slow)"""
     temperature: Positive = 1.0
     """divides the logits before the draw"""
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """nucleus of the baseline's draw (the paper uses 0.95)"""
     sampling_seed: Annotated[int, Field(ge=0)] = 1
     """sample i depends on this and i alone"""
-
-    @model_validator(mode="after")
-    def _noise(self):
-        if self.draw_dtype == "float32-released" and self.sampler != "ancestral":
-            raise ValueError(
-                f"draw_dtype float32-released is the noise of sampler ancestral, found sampler {self.sampler}; change one of the two"
-            )
-        return self
 
 
 class GenerateOptions(DrawOptions):
@@ -433,14 +428,20 @@ class Config(Section):
                 for count in self.sampling.steps
                 for run in runs
             )
-            if self.sampling.sampler == "first_hitting" and most > corpus.length:
-                raise ValueError(
-                    f"sampling.steps: found {most}, but sampler first_hitting reveals at least one of the {corpus.length} positions {of} "
-                    f"in each step; give at most {corpus.length} steps"
-                )
+            if most > corpus.length and self.sampling.sampler != "ancestral":
+                self._check_steps(most, corpus.length, of)
             if how and how.prompt_tokens + how.continuation_tokens >= corpus.length:
                 raise ValueError(
                     f"continuations: prompt_tokens + continuation_tokens are {how.prompt_tokens} + {how.continuation_tokens}, "
                     f"but a window {of} has {corpus.length} tokens, EOS at its end; lower one of them"
                 )
         return self
+
+    def _check_steps(self, steps: int, length: int, of: str) -> None:
+        from halfstep.diffusion.samplers import SAMPLERS  # torch; rarely needed
+        from halfstep.errors import HalfstepError
+
+        try:
+            SAMPLERS[self.sampling.sampler].check_steps(self.sampling.sampler, steps, length)
+        except HalfstepError as error:
+            raise ValueError(f"sampling.{error} ({of})") from None

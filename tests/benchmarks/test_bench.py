@@ -44,7 +44,7 @@ def network(seed: int) -> SubsDenoiser:
     net = DiT(31, 16, 1, 2)
     for p in net.parameters():  # gates begin at zero: the blocks would do nothing
         torch.nn.init.normal_(p, std=0.2)
-    return SubsDenoiser(net)
+    return SubsDenoiser(net, LogLinear())
 
 
 def gradients(denoiser: SubsDenoiser, loss: torch.Tensor) -> list[torch.Tensor]:
@@ -63,7 +63,7 @@ def test_samplers_have_the_law(steps):
     law = ancestral_law(Perfect(LANGUAGE), steps, torch.full((3,), 4))
     for ids in (
         textbook.sample(Plain(LANGUAGE), 20_000, 3, steps, SCHEDULE),
-        sample(Plain(LANGUAGE), 20_000, 3, steps, schedule=SCHEDULE).ids,
+        sample(Plain(LANGUAGE), 20_000, 3, steps).ids,
     ):
         assert chi_square(LANGUAGE.index(ids).bincount(minlength=len(law)), law) > 1e-5
 
@@ -74,7 +74,7 @@ def test_pretraining_loss():
     u = torch.rand(6, 9, generator=random, dtype=torch.float64)
     same(
         denoiser,
-        nelbo(denoiser, x0, t, u, SCHEDULE),
+        nelbo(denoiser, x0, t, u),
         textbook.pretraining_loss(denoiser, x0, t, u, SCHEDULE),
     )
 
@@ -91,7 +91,7 @@ def test_distillation_loss(divergence):
         31,
     )
     t, u = torch.full((6,), 0.6), torch.rand(2, 6, 9, generator=random, dtype=torch.float64)
-    goal = teacher_targets(teacher, xt, t, 1e-12, 2, *u, SCHEDULE)
+    goal = teacher_targets(teacher, xt, t, 1e-12, 2, *u)
     ours = divergence_loss(
         DIVERGENCES[divergence],
         student.features(xt, t)[xt == 31],
@@ -114,9 +114,7 @@ def test_the_mean_of_the_teachers_targets_is_one():
     torch.manual_seed(5)
     x, times = xt.expand(N, 5), torch.full((N,), t)
     with torch.no_grad():
-        h = teacher_targets(
-            teacher, x, times, 0.3, 2, *torch.rand(2, N, 5, dtype=torch.float64), SCHEDULE
-        )
+        h = teacher_targets(teacher, x, times, 0.3, 2, *torch.rand(2, N, 5, dtype=torch.float64))
         ours, theirs = (
             teacher.log_p(h).view(N, 3, 31),
             textbook.teacher_targets(teacher, x, times, 0.3, 2, SCHEDULE)[:, xt == 31],

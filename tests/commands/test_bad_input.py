@@ -220,7 +220,7 @@ def test_steps_above_the_length(pipeline, refused, tmp_path, capsys):
     assert call(f"{write} --output {tmp_path}/c --steps 24 --sampler first_hitting") == 0
     said = refused(f"{write} --output {tmp_path}/d --steps 25 --sampler first_hitting")
     says(
-        "steps: found 25, but first_hitting reveals at least one of the 24 positions in each step; give at most 24 steps",
+        "steps: found 25, but sampler first_hitting reveals at least one of the 24 positions in each step; use at most 24 steps",
         said,
     )
     assert not (tmp_path / "d").exists()

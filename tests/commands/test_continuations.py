@@ -16,6 +16,7 @@ from halfstep.commands.continuations import continue_prompts, references, score_
 from halfstep.commands.generate import save_samples
 from halfstep.config import DrawOptions, Evaluation, Machine, Prompts
 from halfstep.data.pack import Windows
+from halfstep.diffusion.contracts import Samples
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_json
 from halfstep.metrics.diversity import distinct, self_bleu
@@ -183,8 +184,7 @@ def test_documents_themselves_score_as_human_text(world, texts, tmp_path):
         tmp_path,
         model,
         4,
-        ids,
-        np.full(60, 4),
+        Samples(torch.from_numpy(ids), torch.full((60,), 4)),
         DrawOptions(),
         prompts=PROMPTS.model_dump(),
     )
@@ -196,8 +196,7 @@ def test_documents_themselves_score_as_human_text(world, texts, tmp_path):
         tmp_path,
         model,
         4,
-        ids,
-        np.full(60, 4),
+        Samples(torch.from_numpy(ids), torch.full((60,), 4)),
         DrawOptions(),
         prompts=PROMPTS.model_dump(),
     )

@@ -13,7 +13,7 @@ from small import CORPUS, MACHINE, call, done, trainings
 import halfstep
 from halfstep import checkpoint
 from halfstep.commands import distill, train
-from halfstep.commands.generate import draw_texts
+from halfstep.commands.generate import draw_texts, encode_prompt
 from halfstep.config import GenerateOptions, Machine
 from halfstep.data import pack
 from halfstep.training import loop
@@ -162,7 +162,6 @@ def test_text_whatever_the_batch(pipeline, sampler):
     """Text i belongs to (seed, i): alone, among others, in one batch or in pieces; and the first texts of a longer list are those of a shorter one."""
     model = halfstep.load(pipeline.baseline if sampler == "autoregressive" else pipeline.student)
     how = GenerateOptions(
-        num_samples=9,
         temperature=0.9,
         top_p=0.95,
         sampling_seed=7,
@@ -171,14 +170,9 @@ def test_text_whatever_the_batch(pipeline, sampler):
 
     def texts(micro_batch, num_samples=9, prompt=""):
         machine = Machine(device="cpu", threads=1, micro_batch=micro_batch)
-        return draw_texts(
-            model,
-            12,
-            how.model_copy(update={"num_samples": num_samples}),
-            machine,
-            torch.device("cpu"),
-            prompt,
-        )
+        prompts = encode_prompt(model, prompt).expand(num_samples, -1)
+        written = draw_texts(model, prompts, model.length, 12, how, machine, torch.device("cpu"))
+        return written.ids.numpy(), written.network_evaluations.numpy()
 
     ids, passes = texts(9)
     assert len({tuple(row) for row in ids}) == 9

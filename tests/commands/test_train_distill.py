@@ -14,7 +14,7 @@ from halfstep import checkpoint
 from halfstep.commands import distill, train
 from halfstep.commands.data import prepare_corpus
 from halfstep.commands.distill import distill_round, sdtt_loss
-from halfstep.commands.generate import draw_texts, generate
+from halfstep.commands.generate import draw_texts, encode_prompt, generate
 from halfstep.commands.train import pretrain, train_baseline
 from halfstep.config import Corpus, Distillation, GenerateOptions, Machine, Network, Training
 from halfstep.data.pack import Windows
@@ -219,9 +219,11 @@ def test_a_round_can_be_used(first):
 
 def test_infilling_keeps_what_is_given_on_both_sides(first):
     model = halfstep.load(first)
-    ids, _ = draw_texts(
-        model, 4, GenerateOptions(num_samples=3), MACHINE, "cpu", "Tom was<|mask|><|mask|> Tom was"
+    prompts = encode_prompt(model, "Tom was<|mask|><|mask|> Tom was").expand(3, -1)
+    texts = draw_texts(
+        model, prompts, model.length, 4, GenerateOptions(), MACHINE, torch.device("cpu")
     )
+    ids = texts.ids.numpy()
     given = model.tokenizer.encode("Tom was").ids
     after = model.tokenizer.encode(" Tom was").ids
     n = len(given)
@@ -346,7 +348,7 @@ def twins(meta):
     network = checkpoint.build_network(meta).eval()
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.1) if p.ndim > 1 else torch.nn.init.normal_(p, 1.0, 0.1)
-    return network, checkpoint.denoiser_of(network, meta)
+    return network, checkpoint.build_denoiser(network, meta)
 
 
 @pytest.mark.parametrize("divergence", ["kl_backward", "kl_forward", "mse", "tvd"])

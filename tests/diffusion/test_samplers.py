@@ -1,11 +1,16 @@
 """Samplers against their exact laws over an enumerated language, and what every sampler promises."""
 
+from typing import get_args
+
 import pytest
 import torch
 from oracle import Language, Perfect, ancestral_law, chi_square, first_hitting_law
 
-from halfstep.diffusion.samplers import SAMPLERS, ancestral, first_hitting, run_plan, sample
-from halfstep.diffusion.schedules import LogLinear
+from halfstep.config import DrawOptions
+from halfstep.diffusion.contracts import Draws
+from halfstep.diffusion.plans import ancestral_plan, first_hitting_plan, run_plan
+from halfstep.diffusion.samplers import SAMPLERS, sample
+from halfstep.diffusion.schedules import SCHEDULES, LogLinear
 from halfstep.errors import HalfstepError
 from halfstep.kernels.categorical import uniforms
 
@@ -13,27 +18,19 @@ ALPHA = 1e-4 / 70  # corrected for the number of chi-square tests here
 DRAWS = 10_000
 SMALL, LONG = Language(4, 3, seed=2), Language(3, 5, seed=3)
 GAPPY = Language(3, 4, seed=4, forbidden=40)  # half of its texts cannot be
+# The exact law of each sampler; `block` is an approximation (test_block_sampler.py), `ancestral_float32` has rounded noise (below).
 LAW = {
     "ancestral": ancestral_law,
     "analytic": ancestral_law,
     "first_hitting": first_hitting_law,
-}  # one for each of SAMPLERS
-DISTINCT = sorted(
-    {id(plan): name for name, plan in SAMPLERS.items()}.values()
-)  # two names of one function are tested once
+}
+APPROXIMATE = {"block", "ancestral_float32"}
+EXACT = ["ancestral", "first_hitting"]  # `analytic` is another name of `ancestral`
 
 
-def draw(denoiser, steps, sampler, given=None, n=DRAWS, **how):
-    return sample(
-        denoiser,
-        n,
-        denoiser.language.L,
-        steps,
-        schedule=LogLinear(),
-        sampler=sampler,
-        given=given,
-        **how,
-    )
+def draw(denoiser, steps, sampler, given=None, n=DRAWS, **draws):
+    length = denoiser.language.L
+    return sample(denoiser, n, length, steps, sampler=sampler, draws=Draws(**draws), given=given)
 
 
 def agree(language: Language, ids: torch.Tensor, law: torch.Tensor) -> float:
@@ -66,7 +63,7 @@ def test_oracle_is_consistent():
 CASES = [*((SMALL, n) for n in (1, 2, 3, 4, 7, 32)), (LONG, 2), (LONG, 5), (GAPPY, 1), (GAPPY, 3)]
 
 
-@pytest.mark.parametrize("sampler", DISTINCT)
+@pytest.mark.parametrize("sampler", EXACT)
 @pytest.mark.parametrize(
     ("language", "steps"),
     CASES,
@@ -83,7 +80,20 @@ def test_law(language, sampler, steps):
     )
 
 
-@pytest.mark.parametrize("sampler", DISTINCT)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [2, 5])
+def test_law_under_each_schedule(schedule, steps):
+    """The sampler's times and reveals are those of the denoiser's own schedule; the network knows the time."""
+    alpha = SCHEDULES[schedule]().alpha
+    denoiser = Perfect(SMALL, heat=3.0, alpha=alpha)
+    out = draw(denoiser, steps, "ancestral", seed=500 + steps)
+    assert agree(SMALL, out.ids, ancestral_law(denoiser, steps, unknown(SMALL))) > ALPHA
+    if schedule != "loglinear":  # the test can tell schedules apart
+        other = ancestral_law(Perfect(SMALL, heat=3.0), steps, unknown(SMALL))
+        assert agree(SMALL, out.ids, other) < 1e-6
+
+
+@pytest.mark.parametrize("sampler", EXACT)
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_law_of_a_denoiser_that_knows_the_time(sampler, steps):
     """Each pass must be told the time at the start of its own step."""
@@ -98,7 +108,7 @@ def test_law_of_a_denoiser_that_knows_the_time(sampler, steps):
         assert agree(SMALL, out.ids, ancestral_law(stuck, steps, unknown(SMALL))) < 1e-6
 
 
-@pytest.mark.parametrize("sampler", DISTINCT)
+@pytest.mark.parametrize("sampler", EXACT)
 @pytest.mark.parametrize(
     "frame", [[1, 3, 3, 3, 3], [3, 3, 3, 3, 0], [3, 2, 3, 0, 3], [0, 1, 2, 0, 3]], ids=str
 )
@@ -133,7 +143,7 @@ def test_nothing_to_write_needs_no_pass():
     assert draw(denoiser, 4, "ancestral", n=0).ids.shape == (0, 5)
 
 
-@pytest.mark.parametrize("sampler", DISTINCT)
+@pytest.mark.parametrize("sampler", EXACT)
 def test_same_seed_same_text_whatever_the_batch(sampler):
     denoiser = Perfect(LONG, heat=1.0)
     whole = draw(denoiser, 3, sampler, n=64, seed=5)
@@ -181,13 +191,13 @@ def test_ancestral_plan_has_the_law_of_the_schedule(steps):
 
     u = uniforms(1, 0, 1, 400_000).view(1000, 400)
     for schedule, law in ((LogLinear(), lambda t: t), (Bent(), lambda t: t**2)):
-        plan = ancestral(u, steps, schedule)
+        plan = ancestral_plan(u, steps, schedule)
         t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
         assert plan.shape == u.shape and plan.min() >= 0 and plan.max() < steps
         assert (
             chi_square(plan.flatten().bincount(minlength=steps), law(t[:-1]) - law(t[1:])) > ALPHA
         )
-    assert ancestral(torch.tensor([[0.0, 1 - 2**-53]]), steps, LogLinear()).tolist() == [
+    assert ancestral_plan(torch.tensor([[0.0, 1 - 2**-53]]), steps, LogLinear()).tolist() == [
         [steps - 1, 0]
     ]
 
@@ -195,7 +205,7 @@ def test_ancestral_plan_has_the_law_of_the_schedule(steps):
 @pytest.mark.parametrize("L", [1, 5, 12, 64])
 @pytest.mark.parametrize("steps", [1, 3, 5, 12, 100])
 def test_first_hitting_groups_are_equal_up_to_one_and_uniform(L, steps):
-    plan = first_hitting(uniforms(2, 0, 500, L), steps, LogLinear())
+    plan = first_hitting_plan(uniforms(2, 0, 500, L), steps, LogLinear())
     groups = min(steps, L)
     for row in plan:
         sizes = row.bincount(minlength=groups)
@@ -217,58 +227,61 @@ def test_carry_out_obeys_any_plan():
     x = torch.tensor([[3, 3, 1, 3], [3, 3, 3, 3]])
     plan = torch.tensor([[7, 2, 0, 7], [1, 1, 1, 1]])
     times = torch.linspace(1, 0, 9)[:-1]
-    texts = []
-    out = run_plan(
-        Spy(language),
-        x,
-        plan,
-        times,
-        torch.full((2, 4), 0.5, dtype=torch.float64),
-        on_pass=texts.append,
-    )
-    assert (
-        texts == [2, 1]
-        and out.network_evaluations.tolist() == [2, 1]
-        and x.tolist() == [[3, 3, 1, 3], [3, 3, 3, 3]]
-    )
+    u = torch.full((2, 4), 0.5, dtype=torch.float64)
+    out = run_plan(Spy(language), x, plan, times, u)
+    assert out.network_evaluations.tolist() == [2, 1]
+    assert x.tolist() == [[3, 3, 1, 3], [3, 3, 3, 3]]  # the argument stays as it was
     assert seen[0] == ([[3, 3, 1, 3], [3, 3, 3, 3]], [0.75, 0.875])
-    assert (
-        seen[1] == ([[3, out.ids[0, 1].item(), 1, 3]], [0.125])
-        and out.ids[0, 2] == 1
-        and out.ids.max() < 3
-    )
+    assert seen[1:] == [([[3, out.ids[0, 1].item(), 1, 3]], [0.125])]
+    assert out.ids[0, 2] == 1 and out.ids.max() < 3
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_released_noise_has_nearly_the_law_and_belongs_to_the_text(steps):
     """Where few outcomes share the mass the truncation cannot be seen: chi-square against the exact law. Text i is the same in any batch."""
-    how = {"draw_dtype": "float32-released", "seed": 40 + steps}
-    out = draw(Perfect(SMALL), steps, "ancestral", n=3000, **how)
-    assert agree(SMALL, out.ids, LAW["ancestral"](Perfect(SMALL), steps, unknown(SMALL))) > ALPHA
+
+    def draw_float32(**how):
+        return draw(Perfect(SMALL), steps, "ancestral_float32", seed=40 + steps, **how)
+
+    out = draw_float32(n=3000)
+    law = ancestral_law(Perfect(SMALL), steps, unknown(SMALL))
+    assert agree(SMALL, out.ids, law) > ALPHA
     assert out.network_evaluations.max() <= steps
-    some = draw(Perfect(SMALL), steps, "ancestral", n=5, first=7, **how)
-    assert torch.equal(some.ids, out.ids[7:12]) and torch.equal(
-        some.network_evaluations, out.network_evaluations[7:12]
-    )
+    some = draw_float32(n=5, first=7)
+    assert torch.equal(some.ids, out.ids[7:12])
+    assert torch.equal(some.network_evaluations, out.network_evaluations[7:12])
     frame = torch.tensor([1, 4, 2])
-    assert (
-        draw(Perfect(SMALL), steps, "ancestral", frame, n=4, **how).ids[:, [0, 2]] == frame[[0, 2]]
-    ).all()
+    assert (draw_float32(given=frame, n=4).ids[:, [0, 2]] == frame[[0, 2]]).all()
+
+
+def test_every_sampler_has_a_law_and_says_which_noise_it_draws_with():
+    """A new row of SAMPLERS must be listed in LAW, or in APPROXIMATE with a test of its own."""
+    assert LAW.keys() | APPROXIMATE == SAMPLERS.keys() and not LAW.keys() & APPROXIMATE
+    names = get_args(DrawOptions.model_fields["sampler"].annotation)
+    assert set(names) == SAMPLERS.keys()
+    rounded = [name for name, row in SAMPLERS.items() if row.draw_dtype != "float64"]
+    assert rounded == ["ancestral_float32"]
+
+
+@pytest.mark.parametrize("sampler", [name for name, row in SAMPLERS.items() if row.max_steps])
+def test_a_sampler_refuses_more_steps_than_it_can_take(sampler):
+    most = SAMPLERS[sampler].max_steps(LONG.L)
+    SAMPLERS[sampler].check_steps(sampler, most, LONG.L)
+    with pytest.raises(HalfstepError, match=f"steps: found {most + 1}.*{sampler}.*at most {most}"):
+        SAMPLERS[sampler].check_steps(sampler, most + 1, LONG.L)
 
 
 @pytest.mark.parametrize(
-    "wish", [{"sampler": "first_hitting"}, {"sampler": "ancestral", "draw_dtype": "float16"}]
+    ("fault", "message"),
+    [
+        ({"steps": 0}, "steps: found 0, expected a number above zero"),
+        ({"temperature": 0.0}, "temperature: found 0.0, expected a number above zero"),
+        ({"temperature": -1.0}, "temperature: found -1.0, expected a number above zero"),
+        ({"given": torch.tensor([1, 2])}, r"given: found shape \[2\], expected \[5\]"),
+        ({"sampler": "greedy"}, "sampler: found 'greedy', allowed are ancestral"),
+    ],
 )
-def test_released_noise_is_ancestral_samplings(wish):
-    with pytest.raises(HalfstepError, match="draw_dtype: found"):
-        draw(Perfect(LONG), 2, n=2, **{"draw_dtype": "float32-released"} | wish)
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [{"steps": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"given": torch.tensor([1, 2])}],
-)
-def test_impossible_wishes_are_one_sentence(fault):
+def test_impossible_arguments_are_one_sentence(fault, message):
     how = {"steps": 2, "sampler": "ancestral", "n": 2} | fault
-    with pytest.raises(HalfstepError, match=r"expected \[5\]|above zero"):
+    with pytest.raises(HalfstepError, match=message):
         draw(Perfect(LONG), **how)

@@ -138,7 +138,7 @@ def test_against_the_algorithm_written_out(times, substeps, heat):
     t[:3] = torch.tensor([1e-5, 1.0, 0.2])
     u_reveal, u_token = draws(N, 4, substeps)
     before = xt.clone()
-    h = teacher_targets(denoiser, xt, t, 0.2, substeps, u_reveal, u_token, LogLinear(), times)
+    h = teacher_targets(denoiser, xt, t, 0.2, substeps, u_reveal, u_token, times)
     expected, _ = textbook(denoiser, xt, t, 0.2, substeps, u_reveal, u_token, times)
     assert torch.equal(xt, before) and h.shape == ((xt == 3).sum(), 3)
     assert torch.allclose(denoiser.log_p(h), expected, atol=1e-9)
@@ -163,7 +163,6 @@ def test_mean_over_draws_is_the_exact_mean(times, substeps, heat):
         substeps,
         u_reveal,
         u_token,
-        LogLinear(),
         times,
     )
     found = denoiser.log_p(h).view(N, 3, 3).mean(0)
@@ -197,7 +196,7 @@ def test_two_substeps_enumerated(times):
     assert weight.sum().item() == pytest.approx(1)
     h = teacher_targets(
         denoiser, xt.expand(N, 4), torch.full((N,), t, dtype=torch.float64), dt, 2,
-        torch.tensor(u_reveal, dtype=torch.float64), torch.tensor(u_token, dtype=torch.float64), LogLinear(), times,
+        torch.tensor(u_reveal, dtype=torch.float64), torch.tensor(u_token, dtype=torch.float64), times,
     )  # fmt: skip
     found = (weight[:, None, None] * denoiser.log_p(h).view(N, 3, 3)).sum(0)
     assert torch.allclose(found, target_mean(denoiser, xt, t, dt, 2, times)[0][xt == 3], atol=1e-10)
@@ -209,8 +208,8 @@ def test_a_text_in_which_nothing_was_revealed_needs_no_second_pass():
     u_reveal, u_token = draws(N, 4, 3)
     hidden = (u_reveal < 1 - 0.1).all(1).sum().item()
     blind, knowing = Perfect(LANGUAGE), Perfect(LANGUAGE, heat=1.0)
-    teacher_targets(blind, xt, t, 0.1, 2, u_reveal, u_token, LogLinear())
-    teacher_targets(knowing, xt, t, 0.1, 2, u_reveal, u_token, LogLinear())
+    teacher_targets(blind, xt, t, 0.1, 2, u_reveal, u_token)
+    teacher_targets(knowing, xt, t, 0.1, 2, u_reveal, u_token)
     assert blind.texts == 2 * N - hidden and knowing.texts == 2 * N
 
 
@@ -218,7 +217,7 @@ def test_a_text_in_which_nothing_was_revealed_needs_no_second_pass():
 def test_nothing_masked_gives_no_targets(times):
     xt = LANGUAGE.texts[:5]
     h = teacher_targets(
-        Perfect(LANGUAGE), xt, torch.full((5,), 0.5), 0.1, 3, *draws(5, 4, 1), LogLinear(), times
+        Perfect(LANGUAGE), xt, torch.full((5,), 0.5), 0.1, 3, *draws(5, 4, 1), times
     )
     assert h.shape == (0, 3)
 
@@ -277,7 +276,6 @@ def test_the_gradient_vanishes_at_the_exact_optimum_and_not_at_the_other(diverge
         dt,
         2,
         *draws(N, 4, 8),
-        LogLinear(),
     )
     size = {}
     for name, optimum in OPTIMA.items():
@@ -344,7 +342,7 @@ def test_a_tiny_network_reaches_the_exact_optimum(divergence):
     times = torch.full((len(xt),), t, dtype=torch.float64)
     for _ in range(steps):
         u_reveal, u_token = torch.rand(2, *xt.shape, generator=generator, dtype=torch.float64)
-        goal = teacher_targets(teacher, xt, times, dt, 2, u_reveal, u_token, LogLinear())
+        goal = teacher_targets(teacher, xt, times, dt, 2, u_reveal, u_token)
         loss = divergence_loss(
             DIVERGENCES[divergence],
             student.features(xt, times)[xt == 3],

@@ -84,12 +84,12 @@ def test_q5_the_last_draw_is_not_made():
     late = u[0] < 1 - r  # not in the first substep
     other = torch.where(late, torch.rand_like(u[1]), u[1])
     first, second = (
-        teacher_targets(Perfect(language), xt, t, 0.25, 2, u[0], u_token, SCHEDULE)
+        teacher_targets(Perfect(language), xt, t, 0.25, 2, u[0], u_token)
         for u_token in (u[1], other)
     )
     assert late.any() and not late.all() and torch.equal(first, second)
     assert not torch.equal(
-        first, teacher_targets(Perfect(language), xt, t, 0.25, 2, u[0], u[1].flip(0), SCHEDULE)
+        first, teacher_targets(Perfect(language), xt, t, 0.25, 2, u[0], u[1].flip(0))
     )
 
 
@@ -219,7 +219,7 @@ def test_q12_rows_sum_to_one_under_autocast():
     logits = 3 * torch.randn(64, 50_257, generator=generator)
     half = (logits.bfloat16() - logits.bfloat16().logsumexp(-1, keepdim=True)).float().exp().sum(-1)
     assert 0.005 < half.std() < 0.05
-    denoiser = SubsDenoiser(random_dit().eval())
+    denoiser = SubsDenoiser(random_dit().eval(), LogLinear())
     with torch.autocast("cpu", torch.bfloat16):
         h = denoiser.features(torch.randint(0, 41, (4, 12)), torch.zeros(4)).flatten(0, 1)
         assert (denoiser.log_p(h).double().exp().sum(-1) - 1).abs().max() < 1e-5
@@ -228,7 +228,7 @@ def test_q12_rows_sum_to_one_under_autocast():
 def test_q17_the_last_step_draws():
     """One step over a language: the law is the product of marginals, where a greedy fill would give one text alone."""
     language = Language(3, 3, seed=2)
-    ids = sample(Perfect(language), 2000, 3, 1, schedule=SCHEDULE).ids
+    ids = sample(Perfect(language), 2000, 3, 1).ids
     assert (ids < language.V).all() and len(ids.unique(dim=0)) > 10
 
 

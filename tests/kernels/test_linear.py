@@ -107,8 +107,12 @@ def test_a_packed_network_writes_the_same_texts():
     network = DiT(5000, 256, 2, 4)
     for p in network.parameters():
         nn.init.normal_(p, std=0.05)
-    one, x, t = SubsDenoiser(network.eval()), torch.randint(0, 5001, (3, 20)), torch.zeros(3)
-    twin = one.replayed
+    one, x, t = (
+        SubsDenoiser(network.eval(), LogLinear()),
+        torch.randint(0, 5001, (3, 20)),
+        torch.zeros(3),
+    )
+    twin = one.inference_copy
     own, shared = network.state_dict(keep_vars=True), twin.network.state_dict(keep_vars=True)
     assert own.keys() == shared.keys() and all(own[name] is shared[name] for name in own)
     assert twin.network.blocks[0].attn_qkv.packed.is_mkldnn and not hasattr(
@@ -123,8 +127,8 @@ def test_a_packed_network_writes_the_same_texts():
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(twin.features(x, t), one.features(x, t))
     assert torch.equal(
-        sample(twin, 5, 20, 6, schedule=LogLinear()).ids,
-        sample(one, 5, 20, 6, schedule=LogLinear()).ids,
+        sample(twin, 5, 20, 6).ids,
+        sample(one, 5, 20, 6).ids,
     )
     first = twin.network.blocks[
         0

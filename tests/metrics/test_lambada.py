@@ -14,6 +14,7 @@ import yaml
 from known import Language, words_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from halfstep.diffusion.schedules import LogLinear
 from halfstep.errors import HalfstepError
 from halfstep.metrics.lambada import (
     HalfstepLM,
@@ -211,7 +212,11 @@ def test_the_released_form_of_lambada():
     gpt, dit = GPT(50257, 16, 1, 2).eval(), DiT(50257, 16, 1, 2).eval()
     torch.nn.init.zeros_(gpt.output_layer.linear.weight)
     model = dict(
-        tokenizer=tokenizer, length=128, eos_id=50256, network=gpt, denoiser=SubsDenoiser(dit)
+        tokenizer=tokenizer,
+        length=128,
+        eos_id=50256,
+        network=gpt,
+        denoiser=SubsDenoiser(dit, LogLinear()),
     )
     texts = [json.loads(line)["text"] for line in LAMBADA.read_text().splitlines()]
     tokens = np.array([len(tokenizer.encode(word_of({"text": text})).ids) for text in texts])

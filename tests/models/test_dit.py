@@ -83,7 +83,8 @@ def test_a_fresh_network_says_nothing():
     network = DiT(11, 32, 2, 2)
     h = network(torch.randint(0, 12, (2, 9)))
     assert torch.allclose(
-        SubsDenoiser(network).log_p(h.flatten(0, 1)).exp(), torch.full((18, 11), 1 / 11)
+        SubsDenoiser(network, LogLinear()).log_p(h.flatten(0, 1)).exp(),
+        torch.full((18, 11), 1 / 11),
     )
 
 
@@ -111,7 +112,7 @@ def test_dropout_is_for_training_only():
 
 def test_denoiser_reads_out_the_data_tokens_only():
     network = tiny()
-    model, x = SubsDenoiser(network), torch.full((2, 5), 11)
+    model, x = SubsDenoiser(network, LogLinear()), torch.full((2, 5), 11)
     h = model.features(x, torch.tensor([0.1, 0.9]))
     log_p = model.log_p(h.flatten(0, 1))
     weight, bias = model.readout
@@ -129,7 +130,9 @@ def test_denoiser_reads_out_the_data_tokens_only():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: SubsDenoiser(tiny()), lambda: GPT(11, 32, 2, 2)], ids=["denoiser", "gpt"]
+    "make",
+    [lambda: SubsDenoiser(tiny(), LogLinear()), lambda: GPT(11, 32, 2, 2)],
+    ids=["denoiser", "gpt"],
 )
 def test_log_probabilities_are_float32_inside_autocast(make):
     """Logits rounded to bfloat16 (three digits) would move the teacher's draws and the baseline's: the released code does so (Q12)."""
@@ -143,7 +146,10 @@ def test_log_probabilities_are_float32_inside_autocast(make):
 def test_time_conditioning():
     """With a noise level the network is told sigma(t) of each text; without it time changes nothing."""
     network, x, t = tiny(), torch.full((3, 5), 11), torch.tensor([0.1, 0.5, 0.999])
-    blind, knowing = SubsDenoiser(network), SubsDenoiser(network, LogLinear().sigma)
+    blind, knowing = (
+        SubsDenoiser(network, LogLinear()),
+        SubsDenoiser(network, LogLinear(), time_conditioning=True),
+    )
     assert blind.ignores_time and not knowing.ignores_time
     assert torch.equal(blind.features(x, t), network(x)) and torch.equal(
         knowing.features(x, t), network(x, LogLinear().sigma(t))
@@ -156,7 +162,7 @@ def test_time_conditioning():
 @pytest.mark.parametrize("conditioned", [False, True])
 def test_asked_for_some_positions_it_says_there_what_it_says_of_all(conditioned):
     """Values and gradients of every weight; each of three texts has its own noise level."""
-    denoiser = SubsDenoiser(tiny(), LogLinear().sigma if conditioned else None)
+    denoiser = SubsDenoiser(tiny(), LogLinear(), conditioned)
     x, t = (
         torch.randint(0, 12, (3, 5), generator=torch.Generator().manual_seed(1)),
         torch.tensor([0.1, 0.5, 0.999]),

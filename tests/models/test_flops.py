@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from halfstep.diffusion.schedules import LogLinear
 from halfstep.models import flops
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
@@ -21,7 +22,7 @@ def counted(run) -> int:
 @pytest.mark.parametrize("texts,length,rows,blocks", [(3, 10, 17, 2), (2, 16, 32, 3)])
 def test_dit(texts, length, rows, blocks, conditioned):
     network = DiT(50, 32, blocks, 4)
-    denoiser = SubsDenoiser(network, (lambda t: t) if conditioned else None)
+    denoiser = SubsDenoiser(network, LogLinear(), conditioned)
     ids, t, where = (
         torch.randint(0, 51, (texts, length)),
         torch.rand(texts),
@@ -44,7 +45,7 @@ def test_dit(texts, length, rows, blocks, conditioned):
 
 def test_features_that_are_asked_for_and_not_read_out():
     network = DiT(50, 32, 2, 4)
-    denoiser = SubsDenoiser(network)
+    denoiser = SubsDenoiser(network, LogLinear())
     ids, where = torch.randint(0, 51, (3, 10)), (torch.arange(30) < 20).view(3, 10)
     assert counted(
         lambda: denoiser.log_p(denoiser.features(ids, torch.rand(3), where)[:5])

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from halfstep.checkpoint import load_weights
+from halfstep.diffusion.schedules import LogLinear
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
 
@@ -30,7 +31,7 @@ def dit(which: str) -> DiT:
 
 
 def denoiser(which: str) -> SubsDenoiser:
-    return SubsDenoiser(dit(which).eval())
+    return SubsDenoiser(dit(which).eval(), LogLinear())
 
 
 def subs(denoiser: SubsDenoiser, x: torch.Tensor) -> torch.Tensor:

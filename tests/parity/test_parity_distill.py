@@ -52,7 +52,7 @@ def our_targets(fixture, way):
     starts = TEACHER_TIMES[times](fixture["t"].double(), dt, m)
     u_reveal, u_token = uniforms_that_reveal(reference_states(fixture, way, m), starts, dt, teacher)
     h = teacher_targets(
-        teacher, fixture["xt"], fixture["t"].double(), dt, m, u_reveal, u_token, SCHEDULE, times
+        teacher, fixture["xt"], fixture["t"].double(), dt, m, u_reveal, u_token, times
     )
     return teacher, h
 
@@ -94,7 +94,7 @@ def test_kl_losses_and_gradients(name, loss):
     masked = fixture["xt"] == MASK
     for way, key in (("alg", f"alg_loss_{loss}"), ("ref", f"loss_{loss}")):
         network = dit("student").eval()
-        student = SubsDenoiser(network)
+        student = SubsDenoiser(network, LogLinear())
         teacher, goal = our_targets(fixture, way)
         value = (
             divergence_loss(

@@ -149,11 +149,11 @@ def note_rows(log: Path) -> None:
             )  # without padding, which is 0
         return embedding(x, table, *more)
 
-    def begun(denoiser, number, *more, first, **how):
-        file.writelines(f"text {first + i}\n" for i in range(number))
-        drawing.append(first)
+    def begun(denoiser, number, *more, draws, **how):
+        file.writelines(f"text {draws.first + i}\n" for i in range(number))
+        drawing.append(draws.first)
         try:
-            return sample(denoiser, number, *more, first=first, **how)
+            return sample(denoiser, number, *more, draws=draws, **how)
         finally:
             drawing.pop()
 

@@ -14,8 +14,8 @@ import torch
 from halfstep import checkpoint, timing
 from halfstep.checkpoint import checkpoint_files as model_files
 from halfstep.config import Benchmark, Machine, Network
+from halfstep.diffusion.contracts import Draws
 from halfstep.diffusion.samplers import sample
-from halfstep.diffusion.schedules import LogLinear
 from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError
 from halfstep.files import write_json
@@ -151,7 +151,7 @@ def _pairs(
                 for kind in checkpoint.KINDS
             ]
         name = f"{size}-untrained"
-        denoiser = checkpoint.denoiser_of(networks[0], shape)
+        denoiser = checkpoint.build_denoiser(networks[0], shape)
         yield (
             Pair(
                 f"{name}/teacher",
@@ -184,12 +184,11 @@ def _cases(
     def student(steps: int):
         with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
             return sample(
-                pair.denoiser.replayed,
+                pair.denoiser.inference_copy,
                 batch,
                 length,
                 steps,
-                schedule=LogLinear(),
-                seed=SEED,
+                draws=Draws(SEED),
                 device=device,
             )
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from halfstep.checkpoint import checkpoint_files as model_files
+from halfstep.checkpoint import load_checkpoint
 from halfstep.commands.evaluate import about_samples, corpus_name, judges, read_samples
-from halfstep.commands.generate import fill_texts, load, save_samples
+from halfstep.commands.generate import draw_texts, save_samples
 from halfstep.config import DrawOptions, Evaluation, Machine, Prompts
 from halfstep.data.pack import Windows, corpus_files, read_manifest, tokenizer_of
 from halfstep.distributed.group import join_group
@@ -50,7 +51,7 @@ def continue_prompts(
         steps: sampling steps
     """
     started, group, device = time.monotonic(), join_group(machine), find_device(machine)
-    model = load(checkpoint, drawing, str(device))
+    model = load_checkpoint(checkpoint, drawing.weights, str(device))
     if model.tokenizer.get_vocab() != tokenizer_of(corpus).get_vocab():
         raise HalfstepError(
             f"{corpus}: its tokenizer is not that of {model_name(checkpoint)}; name the corpus that the model was trained on"
@@ -61,23 +62,26 @@ def continue_prompts(
             f"prompt_tokens + continuation_tokens: found {P} + {prompts.continuation_tokens}, but a text of {model_name(checkpoint)} has "
             f"{model.length} tokens, EOS at its end; lower one of them"
         )
-    given, label = (
+    written = draw_texts(
+        model,
         texts[:, :P].repeat_interleave(prompts.per_prompt, 0),
-        f"continue {model_name(checkpoint)} at {steps} steps",
+        texts.shape[1],
+        steps,
+        drawing,
+        machine,
+        device,
+        label=f"continue {model_name(checkpoint)} at {steps} steps",
+        end=model.eos_id,
+        group=group,
     )
-    drawn = fill_texts(
-        model, steps, drawing, machine, device, given, texts.shape[1], label, model.eos_id, group
-    )
-    if not group.is_main:
+    if written is None:
         return
-    ids, evaluations = drawn
     save_samples(
         checkpoint,
         output,
         model,
         steps,
-        ids,
-        evaluations,
+        written,
         drawing,
         prompts=prompts.model_dump(),
         elapsed_s=time.monotonic() - started,

@@ -5,18 +5,19 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfstep import checkpoint
 from halfstep.commands.train import datasets, diffusion_loss, finish, held_out
 from halfstep.config import Distillation, Machine
 from halfstep.data.batches import batch_indices
 from halfstep.data.pack import Windows, corpus_files
+from halfstep.diffusion.contracts import Draws
 from halfstep.diffusion.masking import corrupt as mask
 from halfstep.diffusion.masking import mask_indices
 from halfstep.diffusion.objective import stratified_times
 from halfstep.diffusion.samplers import sample
-from halfstep.diffusion.schedules import LogLinear
+from halfstep.diffusion.schedules import masked_share
 from halfstep.distill.divergences import DIVERGENCES
 from halfstep.distill.rounds import Round, plan_round
 from halfstep.distill.targets import divergence_loss, teacher_targets
@@ -24,6 +25,7 @@ from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.models import flops
+from halfstep.models.denoiser import SubsDenoiser
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
 from halfstep.training.ema import EMA
@@ -157,9 +159,8 @@ def distill_round(
 
 def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
     """Algorithm 2: x0 from data, t stratified over [min_t, 1), xt ~ q(xt | x0); the divergence's mean over the masked positions of the global batch."""
-    own, schedule, divergence = (
-        checkpoint.denoiser_of(student, meta),
-        LogLinear(),
+    own, divergence = (
+        checkpoint.build_denoiser(student, meta),
         DIVERGENCES[run.divergence],
     )
 
@@ -167,7 +168,7 @@ def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
         B, L = x0.shape
         t = stratified_times(torch.rand(B, generator=random, dtype=torch.float64), run.min_t)
         u = torch.rand(3, B, L, generator=random, dtype=torch.float64)
-        xt = mask(x0, t, u[0], schedule, own.mask_id)
+        xt = mask(x0, t, u[0], own.schedule, own.mask_id)
         return {"xt": xt, "t": t, "u_reveal": u[1], "u_token": u[2]}, max(
             1, int((xt == own.mask_id).sum())
         )
@@ -183,7 +184,6 @@ def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
             round.substeps,
             part["u_reveal"],
             part["u_token"],
-            schedule,
             run.teacher_times,
         )
         h = own.features(xt, t, masked)
@@ -192,20 +192,26 @@ def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
     return corrupt, loss
 
 
-def flops_per_token(student, teacher, round: Round, texts: int, length: int) -> float:
-    """FLOPs of a step for each token of its batch, as expected: half is masked; a substep reveals each position with chance dt in all (log-linear
-    noise), and a text in which it reveals nothing is not passed again through a teacher that ignores time."""
-    again = 1 - (1 - round.dt) ** length if teacher.ignores_time else 1.0
+def flops_per_token(
+    student: nn.Module, teacher: SubsDenoiser, round: Round, texts: int, length: int
+) -> float:
+    """Expected FLOPs of one update per token of its batch.
+
+    Over all times the schedule masks `masked_share` of the tokens, and the first substep reveals what it masks less after dt. A text
+    in which nothing is revealed takes no further pass of a teacher that ignores time.
+    """
+    masked = masked_share(teacher.schedule)
+    revealed = masked - masked_share(teacher.schedule, round.dt)
+    again = 1 - (1 - revealed) ** length if teacher.ignores_time else 1.0
     passes = texts * (1 + (round.substeps - 1) * again)
-    drawn, masked = texts * (round.substeps - 1) * round.dt * length, texts * length / 2
+    drawn = texts * (round.substeps - 1) * revealed * length
+    rows = texts * length * masked
     levels = (1, 1) if teacher.ignores_time else (texts, passes)
-    own = flops.training_flops(student, texts, length, masked, levels[0])
-    return (
-        own
-        + flops.forward_flops(
-            teacher.network, passes, length, masked + drawn, levels[1], masked * passes / texts
-        )
-    ) / (texts * length)
+    own = flops.training_flops(student, texts, length, rows, levels[0])
+    targets = flops.forward_flops(
+        teacher.network, passes, length, rows + drawn, levels[1], rows * passes / texts
+    )
+    return (own + targets) / (texts * length)
 
 
 def watch_entropy(
@@ -216,15 +222,13 @@ def watch_entropy(
     A fall of perplexity with a fall of entropy is no success: a student that repeats itself is stopped before it becomes a teacher.
     """
     denoiser, steps = (
-        checkpoint.denoiser_of(student, meta),
+        checkpoint.build_denoiser(student, meta),
         min(WATCHED_STEPS, meta["student_steps"]),
     )
     goal = unigram_entropy(held_out[torch.arange(min(256, len(held_out)))].numpy()).mean()
 
     def measure() -> dict[str, float]:
-        out = sample(
-            denoiser, WATCHED, meta["length"], steps, schedule=LogLinear(), seed=seed, device=device
-        )
+        out = sample(denoiser, WATCHED, meta["length"], steps, draws=Draws(seed), device=device)
         found = unigram_entropy(out.ids.cpu().numpy()).mean()
         if band is not None and abs(found / goal - 1) > band:
             raise HalfstepError(

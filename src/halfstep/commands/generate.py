@@ -4,17 +4,18 @@ import io
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from halfstep import checkpoint
-from halfstep.checkpoint import checkpoint_files as model_files
+from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
 from halfstep.config import DrawOptions, GenerateOptions, Machine
 from halfstep.data.tokenizer import vocabulary_sha256
-from halfstep.diffusion.samplers import sample
-from halfstep.diffusion.schedules import LogLinear
+from halfstep.diffusion.contracts import Draws, Samples
+from halfstep.diffusion.samplers import SAMPLERS, sample
 from halfstep.distributed.group import ALONE, Group, join_group
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256, write_atomic, write_json
@@ -32,7 +33,7 @@ def generate(
     checkpoint: Path,
     output: Path,
     steps: int,
-    writing: GenerateOptions,
+    options: GenerateOptions,
     machine: Machine,
     prompt: str = "",
 ) -> None:
@@ -47,163 +48,185 @@ def generate(
         prompt: text that every sample begins with; each <|mask|> in it is one token to be filled in
     """
     started, group, device = time.monotonic(), join_group(machine), find_device(machine)
-    model = load(checkpoint, writing, str(device))
-    drawn = draw_texts(
+    model = load_checkpoint(checkpoint, options.weights, str(device))
+    texts = draw_texts(
         model,
+        encode_prompt(model, prompt).expand(options.num_samples, -1),
+        model.length,
         steps,
-        writing,
+        options,
         machine,
         device,
-        prompt,
-        f"generate {model_name(checkpoint)} at {steps} steps",
-        group,
+        label=f"generate {model_name(checkpoint)} at {steps} steps",
+        group=group,
     )
-    if not group.is_main:
+    if texts is None:
         return
-    ids, evaluations = drawn
+    elapsed_s = time.monotonic() - started
     save_samples(
-        checkpoint,
-        output,
-        model,
-        steps,
-        ids,
-        evaluations,
-        writing,
-        prompt=prompt,
-        elapsed_s=time.monotonic() - started,
+        checkpoint, output, model, steps, texts, options, prompt=prompt, elapsed_s=elapsed_s
     )
     provenance.write_record(
-        output / provenance.NAME, output.glob("samples.*"), model_files(checkpoint, writing.weights)
+        output / provenance.NAME,
+        output.glob("samples.*"),
+        checkpoint_files(checkpoint, options.weights),
     )
 
 
 def save_samples(
-    folder: Path,
+    checkpoint: Path,
     output: Path,
-    model,
+    model: Model,
     steps: int,
-    ids: np.ndarray,
-    evaluations: np.ndarray,
-    drawing: DrawOptions,
-    **more,
+    texts: Samples,
+    options: DrawOptions,
+    **more: object,
 ) -> None:
-    """Write samples.npy, samples.txt and, last, samples.json with `more` in it."""
+    """Write samples.npy (ids), samples.txt (text) and, last, samples.json, which says how they were made; `more` are further entries of it."""
+    ids = texts.ids.numpy()
     buffer = io.BytesIO()
     np.save(buffer, ids.astype(np.int32))
     write_atomic(output / "samples.npy", buffer.getvalue())
-    texts = model.tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
+    decoded = model.tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
     write_atomic(
-        output / "samples.txt", "".join(f"=== {i}\n{text}\n" for i, text in enumerate(texts))
+        output / "samples.txt", "".join(f"=== {i}\n{text}\n" for i, text in enumerate(decoded))
     )
-    write_json(output / "samples.json", {
-        "model": model_name(folder), "checkpoint": model.sha256, "kind": model.kind, "sampler": drawing.sampler if model.denoiser else "autoregressive",
-        "steps": steps, "network_evaluations": float(np.mean(evaluations)), "num_samples": len(ids), "seed": drawing.sampling_seed,
-        "weights": drawing.weights, "draw_dtype": drawing.draw_dtype if model.denoiser else "float64", "temperature": drawing.temperature, "top_p": drawing.top_p if not model.denoiser else 1.0,
-        **more, "vocabulary": vocabulary_sha256(model.tokenizer), "sha256": sha256(output / "samples.npy"), "commit": commit(), "meta": model.meta,
-    })  # fmt: skip
-
-
-def load(folder: Path, drawing: DrawOptions, device: str) -> checkpoint.Model:
-    return checkpoint.load_checkpoint(folder, drawing.weights, device)
+    if model.denoiser:
+        sampler, top_p = options.sampler, 1.0
+        draw_dtype = SAMPLERS[options.sampler].draw_dtype
+    else:
+        sampler, top_p = "autoregressive", options.top_p
+        draw_dtype = "float64"
+    about = {
+        "model": model_name(checkpoint),
+        "checkpoint": model.sha256,
+        "kind": model.kind,
+        "sampler": sampler,
+        "steps": steps,
+        "network_evaluations": float(np.mean(texts.network_evaluations.numpy())),
+        "num_samples": len(ids),
+        "seed": options.sampling_seed,
+        "weights": options.weights,
+        "draw_dtype": draw_dtype,
+        "temperature": options.temperature,
+        "top_p": top_p,
+        **more,
+        "vocabulary": vocabulary_sha256(model.tokenizer),
+        "sha256": sha256(output / "samples.npy"),
+        "commit": commit(),
+        "meta": model.meta,
+    }
+    write_json(output / "samples.json", about)
 
 
 def draw_texts(
-    model,
-    steps: int,
-    writing: GenerateOptions,
-    machine: Machine,
-    device,
-    prompt: str,
-    label: str | None = None,
-    group: Group = ALONE,
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """ids [N, L] and network evaluations [N] of writing.num_samples texts of the model's length; shared and gathered as `fill` does."""
-    return fill_texts(
-        model,
-        steps,
-        writing,
-        machine,
-        device,
-        _prompt(model, prompt).expand(writing.num_samples, -1),
-        model.length,
-        label,
-        group=group,
-    )
-
-
-def fill_texts(
-    model,
-    steps: int,
-    drawing: DrawOptions,
-    machine: Machine,
-    device,
-    given: torch.Tensor,
+    model: Model,
+    prompts: Tensor,
     length: int,
+    steps: int,
+    options: DrawOptions,
+    machine: Machine,
+    device: torch.device,
+    *,
     label: str | None = None,
     end: int | None = None,
     group: Group = ALONE,
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """ids [N, length], text i beginning with given[i] of given[N, P], and network evaluations [N]; micro_batch texts at a time.
+) -> Samples | None:
+    """Write one text of `length` tokens for each row of prompts[N, P], micro_batch texts at a time.
 
-    Each process of the group writes its own texts, and the first returns all in order, the others None. With a label it shows its progress.
-    A denoiser sees `end` to the right of each text, a token that is given and not kept.
+    Each rank of the group writes its own rows; rank 0 returns all of them in order, the other ranks return None. A denoiser may be
+    given a token `end` to the right of each text, which is not kept. With a label, progress is shown.
     """
-    (total, begun), pieces, evaluations, decoder = given.shape, [], [], None
-    if model.denoiser and steps > length:
-        if drawing.sampler == "first_hitting":
-            raise HalfstepError(
-                f"steps: found {steps}, but first_hitting reveals at least one of the {length} positions in each step; give at most {length} steps"
-            )
-        if label and group.is_main:
+    if model.denoiser:
+        SAMPLERS[options.sampler].check_steps(options.sampler, steps, length)
+        if steps > length and label and group.is_main:
             print(
-                f"note: {steps} steps for texts of {length} tokens: at most {length} of them reveal anything, the others take no pass",
+                f"note: {steps} steps for texts of {length} tokens: at most {length} of them reveal anything, "
+                "the others take no pass",
                 file=sys.stderr,
             )
-    own = group.local_slice(total)
-    with (
-        Progress(label, own.stop - own.start, "text")
-        if label and group.is_main
-        else nullcontext() as progress
-    ):
-        for first in range(own.start, own.stop, machine.micro_batch):
-            count = min(machine.micro_batch, own.stop - first)
-            if model.denoiser:
-                frame = torch.full((count, length + (end is not None)), model.mask_id)
-                frame[:, :begun] = given[first : first + count]
-                frame[:, length:] = model.mask_id if end is None else end
-                out = sample(
-                    model.denoiser.replayed, count, frame.shape[1], steps, schedule=LogLinear(), sampler=drawing.sampler, seed=drawing.sampling_seed, first=first,
-                    temperature=drawing.temperature, given=frame, device=device, draw_dtype=drawing.draw_dtype,
-                )  # fmt: skip
-                pieces.append(out.ids[:, :length].cpu())
-                evaluations.append(out.network_evaluations.cpu())
-            else:
-                if (
-                    decoder is None or len(decoder.ids) != count
-                ):  # its memory, matrices and graphs serve every full batch
-                    decoder = gpt.Decoder(
-                        model.network, count, length, drawing.temperature, drawing.top_p
-                    )
-                pieces.append(gpt.decode(
-                    model.network, count, length, model.eos_id, seed=drawing.sampling_seed, first=first, temperature=drawing.temperature,
-                    top_p=drawing.top_p, prompt=given[first : first + count] if begun else None, decoder=decoder,
-                ).cpu())  # fmt: skip
-                evaluations.append(
-                    torch.full((count,), length - max(begun, 1))
-                )  # BOS, where nothing is given, costs no pass
+        write = partial(_write_diffusion, model, length, steps, options, device, end)
+    else:
+        write = _AutoregressiveWriter(model, length, options)
+    mine, batches = group.local_slice(len(prompts)), []
+    show = label is not None and group.is_main
+    with Progress(label, mine.stop - mine.start, "text") if show else nullcontext() as progress:
+        for first in range(mine.start, mine.stop, machine.micro_batch):
+            batch = prompts[first : min(first + machine.micro_batch, mine.stop)]
+            batches.append(write(batch, first))
             if progress:
-                progress.update(count)
-    if not (gathered := group.gather((pieces, evaluations))):
+                progress.update(len(batch))
+    gathered = group.gather(batches)
+    if gathered is None:
         return None
-    ids, evaluations = (
-        torch.cat([piece for process in gathered for piece in process[which]]).numpy()
-        for which in (0, 1)
+    every = [batch for batches in gathered for batch in batches]
+    return Samples(
+        torch.cat([batch.ids for batch in every]),
+        torch.cat([batch.network_evaluations for batch in every]),
     )
-    return ids, evaluations
 
 
-def _prompt(model, prompt: str) -> torch.Tensor:
-    """BOS and the prompt's tokens, each MASK a position that is left open; empty without a prompt."""
+def _write_diffusion(
+    model: Model,
+    length: int,
+    steps: int,
+    options: DrawOptions,
+    device: torch.device,
+    end: int | None,
+    prompts: Tensor,
+    first: int,
+) -> Samples:
+    """Texts [n, length] that begin with prompts[n, P]; they are numbers first, first + 1, ... of the seed."""
+    frame = torch.full((len(prompts), length + (end is not None)), model.mask_id)
+    frame[:, : prompts.shape[1]] = prompts
+    if end is not None:
+        frame[:, length] = end
+    written = sample(
+        model.denoiser.inference_copy,
+        *frame.shape,
+        steps,
+        sampler=options.sampler,
+        draws=Draws(options.sampling_seed, first, options.temperature),
+        given=frame,
+        device=device,
+    )
+    return Samples(written.ids[:, :length].cpu(), written.network_evaluations.cpu())
+
+
+class _AutoregressiveWriter:
+    """Writes texts token by token; full batches share one decoder, with its memory, packed matrices and CUDA graphs."""
+
+    def __init__(self, model: Model, length: int, options: DrawOptions):
+        self.model, self.length, self.options = model, length, options
+        self.decoder: gpt.Decoder | None = None
+
+    def __call__(self, prompts: Tensor, first: int) -> Samples:
+        count, given = prompts.shape
+        options = self.options
+        if self.decoder is None or len(self.decoder.ids) != count:
+            self.decoder = gpt.Decoder(
+                self.model.network, count, self.length, options.temperature, options.top_p
+            )
+        ids = gpt.decode(
+            self.model.network,
+            count,
+            self.length,
+            self.model.eos_id,
+            seed=options.sampling_seed,
+            first=first,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            prompt=prompts if given else None,
+            decoder=self.decoder,
+        )
+        evaluations = self.length - max(
+            given, 1
+        )  # without a prompt, BOS is given and takes no pass
+        return Samples(ids.cpu(), torch.full((count,), evaluations))
+
+
+def encode_prompt(model: Model, prompt: str) -> Tensor:
+    """BOS and the tokens of the prompt, int64 [P], with the mask token for each MASK; empty without a prompt."""
     if not prompt:
         return torch.empty(0, dtype=torch.long)
     if MASK in prompt and not model.denoiser:
@@ -212,7 +235,9 @@ def _prompt(model, prompt: str) -> torch.Tensor:
         )
     ids = [model.eos_id]
     for i, piece in enumerate(prompt.split(MASK)):
-        ids += [model.mask_id] * (i > 0) + model.tokenizer.encode(piece).ids
+        if i > 0:
+            ids.append(model.mask_id)
+        ids += model.tokenizer.encode(piece).ids
     if len(ids) >= model.length:
         raise HalfstepError(
             f"prompt: {len(ids)} tokens with BOS, but a text of this model has {model.length}; shorten the prompt"

@@ -13,7 +13,7 @@ from halfstep.data.batches import batch_indices
 from halfstep.data.pack import Windows, corpus_files
 from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.readout import cross_entropy
-from halfstep.diffusion.schedules import LogLinear
+from halfstep.diffusion.schedules import SCHEDULES, masked_share
 from halfstep.distributed.group import ALONE, Group, join_group
 from halfstep.models import flops
 from halfstep.models.gpt import save_gpt_neox
@@ -90,7 +90,7 @@ Objective = tuple[Callable, Callable]
 
 def diffusion_loss(network: nn.Module, meta: dict) -> Objective:
     """MDLM: stratified times and masking uniforms of the global batch; the summed NELBO of a part; nats per token."""
-    denoiser, schedule = checkpoint.denoiser_of(network, meta), LogLinear()
+    denoiser = checkpoint.build_denoiser(network, meta)
     min_t = meta["training"]["min_t"]
 
     def corrupt(x0: Tensor, random: torch.Generator) -> tuple[dict[str, Tensor], float]:
@@ -102,7 +102,7 @@ def diffusion_loss(network: nn.Module, meta: dict) -> Objective:
             "u": torch.rand(B, L, generator=random, dtype=torch.float64),
         }, B * L
 
-    return corrupt, lambda part: nelbo(denoiser, part["x0"], part["t"].float(), part["u"], schedule)
+    return corrupt, lambda part: nelbo(denoiser, part["x0"], part["t"].float(), part["u"])
 
 
 def autoregressive_loss(network: nn.Module, meta: dict) -> Objective:
@@ -179,7 +179,9 @@ def _train(
     group.shard(net)
     texts, read = (
         training.batch_size,
-        windows.length / 2 if kind == "diffusion" else windows.length - 1,
+        windows.length * masked_share(SCHEDULES[network.schedule]())
+        if kind == "diffusion"
+        else windows.length - 1,
     )  # times are uniform: half is masked
     per_token = flops.training_flops(
         net, texts, windows.length, texts * read, texts if network.time_conditioning else 1

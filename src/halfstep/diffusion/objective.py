@@ -3,31 +3,31 @@
 import torch
 from torch import Tensor
 
+from halfstep.diffusion.contracts import Denoiser, Schedule
 from halfstep.diffusion.masking import corrupt, mask_indices
 from halfstep.diffusion.readout import cross_entropy
 
 
 def stratified_times(u: Tensor, min_t: float) -> Tensor:
-    """Times t[B] in [min_t, 1), one in each of B equal strata (MDLM section 3.5): u[B] uniforms -> (u_i + i) / B, rescaled."""
+    """Times t[B] in [min_t, 1), one in each of B equal strata (MDLM section 3.5): uniforms u[B] -> (u_i + i) / B, rescaled."""
     B = len(u)
     t = (u + torch.arange(B, dtype=u.dtype, device=u.device)) / B
     return min_t + (1 - min_t) * t
 
 
-def nelbo_weight(t: Tensor, schedule) -> Tensor:
-    """-alpha'(t) / (1 - alpha(t)): what a masked token's cross-entropy weighs (MDLM eq. 10); 1 / t when log-linear."""
+def nelbo_weight(t: Tensor, schedule: Schedule) -> Tensor:
+    """-alpha'(t) / (1 - alpha(t)), the weight of a masked token's cross-entropy (MDLM eq. 10); 1 / t for the log-linear schedule."""
     return -schedule.alpha_prime(t) / (1 - schedule.alpha(t))
 
 
-def nelbo(denoiser, x0: Tensor, t: Tensor, u: Tensor, schedule) -> Tensor:
-    """Sum over the batch of the one-sample NELBO estimate, in nats (MDLM eq. 10); divide by B L for nats per token.
+def nelbo(denoiser: Denoiser, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    """One-sample estimate of the NELBO, summed over the batch, in nats (MDLM eq. 10); divide by B L for nats per token.
 
-    x0[B, L] int64, times t[B], masking uniforms u[B, L]. Only masked positions are read out. Scalar float32.
+    x0[B, L] int64, times t[B], masking uniforms u[B, L] -> scalar float32. Logits are computed at masked positions only.
     """
-    xt = corrupt(x0, t, u, schedule, denoiser.mask_id)
-    masked = mask_indices(
-        (xt == denoiser.mask_id).cpu(), xt.device
-    )  # the one wait for the device, before the pass is launched
+    xt = corrupt(x0, t, u, denoiser.schedule, denoiser.mask_id)
+    # The only wait for the device, before the pass is launched.
+    masked = mask_indices((xt == denoiser.mask_id).cpu(), xt.device)
     h = denoiser.features(xt, t, masked)
-    weight = nelbo_weight(t, schedule).float()[:, None].expand_as(x0)[masked]
+    weight = nelbo_weight(t, denoiser.schedule).float()[:, None].expand_as(x0)[masked]
     return cross_entropy(h, denoiser.readout, x0[masked], weight)

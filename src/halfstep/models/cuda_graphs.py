@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from halfstep.models.layers import Where
+from halfstep.diffusion.contracts import Where
 
 WARM_UP = 2  # passes before a capture: libraries make their handles, choose their kernels and take their workspaces in them
 

@@ -1,85 +1,98 @@
-"""A network and the SUBS parameterisation as a Denoiser: the one callable that the mathematics knows."""
+"""SubsDenoiser: a network under MDLM's SUBS parameterization, as the `Denoiser` of diffusion/contracts.py."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from halfstep.diffusion.contracts import Readout, Schedule, Where
 from halfstep.kernels.linear import matmul, pack_network, pack_weight
 from halfstep.kernels.logits import logits, vocab_chunks
 from halfstep.models.cuda_graphs import GraphedNetwork
-from halfstep.models.dit import BlockKV
-from halfstep.models.layers import Where
+from halfstep.models.dit import BlockKV, DiT
 
 
 class SubsDenoiser:
-    """p(x0 | xt) of MDLM (arXiv 2406.07524, section 3.2.3): no mass on the mask token; visible tokens are carried over by the caller.
+    """p(x0 | xt) of MDLM (arXiv 2406.07524, section 3.2.3): the mask token has no probability; the caller carries visible tokens over.
 
-    `sigma(t[B]) -> [B]` is the noise level fed to a time-conditioned network, None for a network that ignores time.
+    A time-conditioned network is given the noise level sigma(t) of the schedule; any other network ignores time.
     """
 
-    def __init__(self, network: nn.Module, sigma: Callable[[Tensor], Tensor] | None = None):
-        self.network, self._sigma, self._pass = network, sigma, network
-        self._packed: dict[
-            tuple[int, int], Tensor
-        ] = {}  # the readout, by first and last word of each slice
-        self.mask_id = network.vocabulary
+    def __init__(self, network: DiT, schedule: Schedule, time_conditioning: bool = False):
+        self.network, self.schedule = network, schedule
+        self.ignores_time = not time_conditioning
+        self._pass: DiT | GraphedNetwork = network
+        self._packed: dict[tuple[int, int], Tensor] = {}  # (first, last token) -> slice of W
 
     @property
-    def ignores_time(self) -> bool:
-        return self._sigma is None
+    def vocab_size(self) -> int:
+        """V, without the mask token."""
+        return self.network.vocabulary
+
+    @property
+    def mask_id(self) -> int:
+        """The mask token is the last id of the embedding table."""
+        return self.network.vocabulary
 
     def features(self, xt: Tensor, t: Tensor, where: Where = None) -> Tensor:
-        """One pass of the network: xt[B, L] int64, t[B] in [0, 1] -> h[B, L, D]; of the positions where[B, L] alone, in row order, h[N, D].
+        """One pass of the network: xt[B, L] int64, t[B] in [0, 1] -> h[B, L, D], or h[N, D] of the positions `where`, in row order.
 
-        `where` is a mask, or its nonzero(as_tuple=True): found on the host, it is not counted on a device, for which the host would wait.
+        `where` is a mask [B, L] or its nonzero(as_tuple=True). Indices found on the host spare the host a wait for the device.
         """
-        return self._pass(xt, None if self._sigma is None else self._sigma(t), where)
+        return self._pass(xt, self._sigma(t), where)
+
+    def features_and_kv(
+        self, xt: Tensor, t: Tensor, start: int = 0, kv: list[BlockKV] | None = None
+    ) -> tuple[Tensor, list[BlockKV]]:
+        """`features`, and the keys and values of every block. With `kv` given back, xt[B, l] are the tokens from `start` on."""
+        kv = kv or [BlockKV() for _ in self.network.blocks]
+        return self.network(xt, self._sigma(t), start=start, kept=kv), kv
 
     @cached_property
-    def replayed(self) -> "SubsDenoiser":
-        """The same law of the same weights, which must no longer change: matrices as oneDNN reads them on a CPU, CUDA graphs where there are few
-        texts. For sampling."""
-        twin, (weight, bias) = SubsDenoiser(pack_network(self.network), self._sigma), self.readout
-        twin._pass = GraphedNetwork(twin.network)
-        if weight.device.type == "cpu":
-            twin._packed = {
-                (words.start, words.stop): pack_weight(weight[words].float())
-                for words in vocab_chunks(len(bias), weight.device)
-            }
-        return twin
+    def inference_copy(self) -> SubsDenoiser:
+        """The same denoiser with frozen weights, for sampling: packed matrices on a CPU, CUDA graphs for small batches.
 
-    def features_and_keys(
-        self, xt: Tensor, t: Tensor, start: int = 0, kept: list | None = None
-    ) -> tuple[Tensor, list]:
-        """As `features`, and every block's keys and values. Given back, xt[B, l] are the tokens from `start` on, and only they are computed."""
-        kept = kept or [BlockKV() for _ in self.network.blocks]
-        return self.network(
-            xt, None if self._sigma is None else self._sigma(t), start=start, kept=kept
-        ), kept
+        It shares the weights, which must not change from now on.
+        """
+        copy = SubsDenoiser(
+            pack_network(self.network), self.schedule, time_conditioning=not self.ignores_time
+        )
+        copy._pass = GraphedNetwork(copy.network)
+        weight, bias = self.readout
+        if weight.device.type == "cpu":
+            for chunk in vocab_chunks(len(bias), weight.device):
+                copy._packed[chunk.start, chunk.stop] = pack_weight(weight[chunk].float())
+        return copy
 
     @property
-    def readout(self) -> tuple[Tensor, Tensor]:
-        """Weight [V + 1, D], the mask token's row last, and bias [V] of the data vocabulary. (A slice of the weight would cost its backward pass a table.)"""
+    def readout(self) -> Readout:
+        """Weight [V + 1, D], whose last row is the mask token's, and bias [V].
+
+        The row stays, because the backward pass of a slice of the weight would cost one more table.
+        """
         linear = self.network.output_layer.linear
         return linear.weight, linear.bias[:-1]
 
-    def logits(self, h: Tensor, words: slice = slice(None)) -> Tensor:
-        """log p(x0 = v | xt) up to a number for each row, float32, of features h[N, D]: [N, V], or of a slice of the vocabulary."""
+    def logits(self, h: Tensor, chunk: slice = slice(None)) -> Tensor:
+        """log p(x0 = v | xt) up to one constant per row: h[N, D] -> [N, V] float32, or the columns `chunk` of it."""
         weight, bias = self.readout
-        return logits(
-            h, self._packed.get((words.start, words.stop), weight[: len(bias)][words]), bias[words]
-        )
+        matrix = self._packed.get((chunk.start, chunk.stop))
+        return logits(h, weight[: len(bias)][chunk] if matrix is None else matrix, bias[chunk])
 
-    def logits_at(self, h: Tensor, place: Tensor) -> Tensor:
-        """`logits` of each row's own words place[N, n] -> [N, n]."""
+    def logits_at(self, h: Tensor, tokens: Tensor) -> Tensor:
+        """`logits` of n tokens per row: h[N, D], tokens[N, n] int64 -> [N, n]."""
         weight, bias = self.readout
         with torch.autocast(h.device.type, enabled=False):
-            return (weight[place].float() @ h.float()[:, :, None])[:, :, 0] + bias[place].float()
+            rows = weight[tokens].float()
+            return (rows @ h.float()[:, :, None])[:, :, 0] + bias[tokens].float()
 
     def log_p(self, h: Tensor) -> Tensor:
-        """log p(x0 = v | xt) [..., V], float32 inside autocast too, normalised over the data vocabulary, of features h[..., D]."""
+        """log p(x0 = v | xt), normalized over the vocabulary: h[..., D] -> [..., V], float32 inside autocast too."""
         weight, bias = self.readout
         with torch.autocast(h.device.type, enabled=False):
             return matmul(h.float(), weight[:-1].float(), bias.float()).log_softmax(-1)
+
+    def _sigma(self, t: Tensor) -> Tensor | None:
+        return None if self.ignores_time else self.schedule.sigma(t)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfstep.models.layers import Block, Embedding, Head, Rotary, Where
+from halfstep.diffusion.contracts import Where
+from halfstep.models.layers import Block, Embedding, Head, Rotary
 
 COND_WIDTH = 128
 FEWEST = 16  # rows of a product whose last bits do not depend on how many there are (MKL)

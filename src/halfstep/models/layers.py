@@ -9,10 +9,6 @@ from torch import Tensor, nn
 
 from halfstep.kernels.linear import Again, linear, mlp
 
-Where = (
-    Tensor | tuple[Tensor, Tensor] | None
-)  # positions: a mask [B, L], or texts[N] and columns[N], for which no host waits; None: all
-
 
 class LayerNorm(nn.Module):
     """LayerNorm with a weight and no bias, computed in float32 (eps 1e-5), and adaLN's modulation."""

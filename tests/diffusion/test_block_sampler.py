@@ -4,8 +4,9 @@ import pytest
 import torch
 from oracle import Language, Perfect
 
-from halfstep.diffusion.block import blocks, write_blocks
-from halfstep.diffusion.samplers import ancestral, draw_tokens, sample
+from halfstep.diffusion.block_sampler import block, blocks
+from halfstep.diffusion.contracts import Draws
+from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.kernels.categorical import inverse_cdf, uniforms
 from halfstep.models.denoiser import SubsDenoiser
@@ -19,7 +20,7 @@ def test_a_prediction_cache_is_what_the_plan_already_saves(steps):
     there is nothing left to keep."""
     language = Language(3, 5, seed=2)
     ours, theirs, N = Perfect(language), Perfect(language), 40
-    found = sample(ours, N, language.L, steps, schedule=LogLinear(), seed=3)
+    found = sample(ours, N, language.L, steps, draws=Draws(seed=3))
     u = uniforms(3, 0, N, 2 * language.L)
     texts, kept, passes = (
         torch.full((N, language.L), language.mask_id),
@@ -55,7 +56,7 @@ def small(L=40):
     network = DiT(11, 32, 2, 4).eval().requires_grad_(False)
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.ndim > 1 else torch.nn.init.normal_(p, 1.0, 0.1)
-    return SubsDenoiser(network), torch.randint(
+    return SubsDenoiser(network, LogLinear()), torch.randint(
         0, 12, (3, L), generator=torch.Generator().manual_seed(1)
     )
 
@@ -64,9 +65,9 @@ def test_kept_keys_are_exact_where_nothing_outside_of_the_block_changed():
     """The block's features after its own tokens changed equal a whole pass in which all other keys stand still: with one layer of attention."""
     denoiser, x = small()
     denoiser.network.blocks = denoiser.network.blocks[:1]
-    _, kept = denoiser.features_and_keys(x, torch.zeros(3))
+    _, kept = denoiser.features_and_kv(x, torch.zeros(3))
     x[:, 8:24] = (x[:, 8:24] + 1) % 12
-    found, _ = denoiser.features_and_keys(x[:, 8:24], torch.zeros(3), 8, kept)
+    found, _ = denoiser.features_and_kv(x[:, 8:24], torch.zeros(3), 8, kept)
     assert torch.allclose(found, denoiser.features(x, torch.zeros(3))[:, 8:24], atol=1e-5)
 
 
@@ -74,18 +75,13 @@ def test_block_keeps_what_is_given_counts_shares_and_equals_whole_passes_in_one_
     denoiser, x = small()
     given = torch.full((40,), denoiser.mask_id)
     given[:5] = torch.arange(5)
-    one = sample(denoiser, 6, 40, 12, schedule=LogLinear(), sampler="block", seed=1, given=given)
+    one = sample(denoiser, 6, 40, 12, sampler="block", draws=Draws(seed=1), given=given)
     assert (one.ids[:, :5] == given[:5]).all() and (one.ids < denoiser.mask_id).all()
     assert (
         blocks(40, 12) == [(0, 16, 4), (16, 32, 4), (32, 40, 4)]
         and 3 < one.network_evaluations[0] <= 3 + 3 * (16 + 16 + 8) / 40
     )
     assert blocks(40, 2) == [(0, 20, 1), (20, 40, 1)]
-    u = uniforms(1, 0, 6, 80)
-    kept, whole = (
-        write_blocks(
-            denoiser, given.expand(6, -1), u, 3, ancestral, draw_tokens, LogLinear(), keep
-        )[0]
-        for keep in (True, False)
-    )
+    x, draws = given.expand(6, -1), Draws(seed=1)
+    kept, whole = (block(denoiser, x, draws, 3, keep_kv).ids for keep_kv in (True, False))
     assert torch.equal(kept, whole)  # a whole pass for each block, and nothing after it

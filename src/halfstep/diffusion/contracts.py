@@ -1,0 +1,125 @@
+"""The contracts of the mathematics: what a noise schedule, a denoiser and a sampler must provide.
+
+Shapes: B texts of L tokens, N positions out of the B L, features of width D, V tokens in the vocabulary. The mask token has the id `mask_id`.
+A class satisfies a protocol by having its members; it need not inherit from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from halfstep.kernels.categorical import uniforms
+
+Where = Tensor | tuple[Tensor, ...] | None
+"""Positions: a mask [B, L]; its nonzero(as_tuple=True), which the host need not wait for; or None for all."""
+
+Readout = tuple[Tensor, Tensor]
+"""Weight W[V or more, D] and bias b[V] of the linear map from features to logits; rows of W beyond V are not tokens."""
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""(log_p[N, V] of the student, log_q[N, V] of the teacher) -> [N], without a reduction."""
+
+
+class Schedule(Protocol):
+    """A noise schedule: a token is still visible at time t in [0, 1] with probability alpha(t), which falls from 1 to about 0."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """alpha(t), elementwise."""
+        ...
+
+    def alpha_prime(self, t: Tensor) -> Tensor:
+        """The derivative of alpha at t, elementwise."""
+        ...
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The noise level -log alpha(t), the input of a time-conditioned network."""
+        ...
+
+
+class Denoiser(Protocol):
+    """p(x0 | xt) of every masked position, in two steps: features of the network, then logits only where they are needed."""
+
+    @property
+    def mask_id(self) -> int:
+        """Id of the mask token; it is not part of the vocabulary."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of tokens that the denoiser can predict."""
+        ...
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule that the denoiser was trained with."""
+        ...
+
+    @property
+    def ignores_time(self) -> bool:
+        """True if `features` does not depend on t."""
+        ...
+
+    @property
+    def readout(self) -> Readout:
+        """The last linear layer, which the losses need to form their gradient chunk by chunk."""
+        ...
+
+    def features(self, xt: Tensor, t: Tensor, where: Where = None) -> Tensor:
+        """One pass of the network: xt[B, L] int64, t[B] -> h[B, L, D], or h[N, D] of the positions `where`, in row order."""
+        ...
+
+    def logits(self, h: Tensor, chunk: slice = slice(None)) -> Tensor:
+        """log p(x0 = v | xt) up to one constant per row: h[N, D] -> [N, V] float32, or the columns `chunk` of it."""
+        ...
+
+    def logits_at(self, h: Tensor, tokens: Tensor) -> Tensor:
+        """`logits` of n tokens per row: h[N, D], tokens[N, n] int64 -> [N, n]."""
+        ...
+
+    def log_p(self, h: Tensor) -> Tensor:
+        """log p(x0 = v | xt), normalized over the vocabulary: h[..., D] -> [..., V] float32."""
+        ...
+
+
+class KVDenoiser(Denoiser, Protocol):
+    """A denoiser that can keep the keys and values of a pass; the sampler `block` needs one."""
+
+    def features_and_kv(
+        self, xt: Tensor, t: Tensor, start: int = 0, kv: list | None = None
+    ) -> tuple[Tensor, list]:
+        """`features` of xt[B, l], the tokens from position `start` on, and the keys and values of each block."""
+        ...
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of texts first, first + 1, ... of a seed, and the temperature of their draws.
+
+    Text i owns its numbers: they depend on (seed, i) alone, not on the batch, the device or the process.
+    """
+
+    seed: int = 1
+    first: int = 0
+    temperature: float = 1.0
+
+    def uniforms(self, texts: int, n: int) -> Tensor:
+        """[texts, n] float64 uniforms on [0, 1)."""
+        return uniforms(self.seed, self.first, texts, n)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Token ids[N, L] int64, and the network evaluations [N] that each text took."""
+
+    ids: Tensor
+    network_evaluations: Tensor
+
+
+class SamplerFunction(Protocol):
+    """x[N, L] int64 holds given tokens and, where text is wanted, the mask token; at most `steps` steps fill it."""
+
+    def __call__(self, denoiser: Denoiser, x: Tensor, draws: Draws, steps: int) -> Samples: ...

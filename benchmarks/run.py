@@ -24,6 +24,7 @@ from halfstep.data import pack, stories
 from halfstep.data.batches import batch_indices
 from halfstep.data.tokenizer import train_bpe
 from halfstep.diffusion import samplers
+from halfstep.diffusion.contracts import Draws
 from halfstep.diffusion.masking import corrupt, mask_indices
 from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.schedules import LogLinear

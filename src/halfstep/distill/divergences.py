@@ -1,14 +1,13 @@
 """Divergences between student and teacher: (log_p[N, V], log_q[N, V]) -> [N]; student first, teacher second, no reduction.
 
-To add one: write the function, put it in the dict at the foot, add its name to `Distillation.divergence`; the tests find it. Its gradient comes from
-autograd, unless GRADIENTS has a closed form, which needs fewer passes over [N, V].
+To add one: write the function, add it to DIVERGENCES, and add its name to `Distillation.divergence` in config.py. Its gradient comes
+from autograd, unless GRADIENTS has a closed form, which needs fewer passes over [N, V].
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from halfstep.diffusion.contracts import Divergence
 from halfstep.kernels.logits import exp_
 
 
@@ -33,11 +32,11 @@ def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def l1_log_p(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Sum of |log p - log q|: what the released code calls tvd. Which of the two made the paper's TVD curves is not known."""
+    """Sum of |log p - log q|, which the released code calls tvd. Which of the two made the paper's TVD curves is unknown."""
     return (log_p - log_q).abs().sum(-1)
 
 
-DIVERGENCES = {
+DIVERGENCES: dict[str, Divergence] = {
     "kl_backward": kl_backward,
     "kl_forward": kl_forward,
     "mse": mse,
@@ -46,12 +45,11 @@ DIVERGENCES = {
 }
 
 
-# Gradients in the student's logits z, log p = log_softmax(z): where dD = sum_v g_v d log p_v, it is g - p sum_v g_v. Each is
-# (log_p[N, V], log_q[N, V]) -> D[N], overwrites log_p, and leaves dD/dz where log_q was.
+# Closed forms: (log_p[N, V], log_q[N, V]) -> D[N]; they overwrite log_p, and write the gradient dD/dz in the student's logits z to log_q.
+# With log p = log_softmax(z) and dD = sum_v g_v d log p_v, the gradient is g - p sum_v g_v.
 
-
-# The two KL are summed as p (log p - log q) + q - p, whose last terms sum to zero: what rounding did to a row's normaliser, and would be
-# as large as the divergence of a student that begins as its teacher, then counts in second order only. Where p - q is formed, `exp_` would be too coarse.
+# The two KL are summed as p (log p - log q) + q - p, whose last terms add up to zero. Then the rounding of a row's normalizer counts in
+# second order only; else it would be as large as the divergence of a student that begins as its teacher. `exp_` is too coarse for p - q.
 
 
 def _kl_backward(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -93,7 +91,7 @@ def _l1_log_p(log_p: Tensor, log_q: Tensor) -> Tensor:
     return D
 
 
-GRADIENTS: dict[Callable, Callable] = {
+GRADIENTS: dict[Divergence, Divergence] = {
     kl_backward: _kl_backward,
     kl_forward: _kl_forward,
     mse: _mse,

@@ -1,4 +1,4 @@
-"""The plan of Self-Distillation Through Time: which round takes which step."""
+"""The rounds of Self-Distillation Through Time: the step size and the step count of each round."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,10 @@ from halfstep.errors import HalfstepError
 
 @dataclass(frozen=True)
 class Round:
-    """Round `index` (1 ..): the teacher moves `substeps` times by dt, the student once; the student then samples in `student_steps`."""
+    """Round `index` (from 1): the student learns to take one step where the teacher takes `substeps` steps of size dt.
+
+    The student then samples in `student_steps` steps.
+    """
 
     index: int
     dt: float
@@ -17,14 +20,13 @@ class Round:
 
 
 def plan_round(run: Distillation, index: int) -> Round:
-    """dt = substeps^(r-1) / teacher_steps and student_steps = teacher_steps / substeps^r (SDTT section 3.2): seven rounds from 1024 end at 8."""
+    """dt = substeps^(r-1) / teacher_steps and student_steps = teacher_steps / substeps^r for round r (SDTT section 3.2).
+
+    Seven rounds of two substeps from 1,024 steps end at 8. Raises HalfstepError if the run has no such round.
+    """
     if not 1 <= index <= run.rounds:
         raise HalfstepError(
             f"round: found {index}, expected 1 to {run.rounds}, the rounds of this run"
         )
-    return Round(
-        index,
-        run.substeps ** (index - 1) / run.teacher_steps,
-        run.substeps,
-        run.teacher_steps // run.substeps**index,
-    )
+    dt = run.substeps ** (index - 1) / run.teacher_steps
+    return Round(index, dt, run.substeps, run.teacher_steps // run.substeps**index)

@@ -1,6 +1,6 @@
 """Random numbers that belong to a sample, and categorical draws: exact to float64, or with the released code's float32 noise.
 
-Sample i of a seed owns its uniforms, whatever batch, device or process it is drawn in.
+Sample i of a seed has its own uniforms, whichever batch, device or process draws it.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from halfstep.kernels.logits import exp_
 
-WIDTH = 32  # words of a block of the CDF
+WIDTH = 32  # tokens in one block of the CDF
 
 
 def uniforms(seed: int, first: int, count: int, n: int) -> Tensor:
@@ -23,10 +23,10 @@ def uniforms(seed: int, first: int, count: int, n: int) -> Tensor:
 
 
 def inverse_cdf(z: Tensor, u: Tensor) -> Tensor:
-    """One draw a row from softmax(z[N, V]) by its uniform u[N] (float64): the smallest v with CDF(v) > u, [N] int64."""
+    """Draw one token per row from softmax(z[N, V]) by its uniform u[N] (float64): the smallest v with CDF(v) > u, [N] int64."""
     return inverse_cdf_chunked(
-        lambda words: z[:, words].clone(),
-        lambda place: z.gather(-1, place),
+        lambda chunk: z[:, chunk].clone(),
+        lambda tokens: z.gather(-1, tokens),
         [slice(0, z.shape[1])],
         u,
     )
@@ -35,70 +35,67 @@ def inverse_cdf(z: Tensor, u: Tensor) -> Tensor:
 def inverse_cdf_chunked(
     logits: Callable[[slice], Tensor],
     logits_at: Callable[[Tensor], Tensor],
-    pieces: Iterable[slice],
+    chunks: Iterable[slice],
     u: Tensor,
 ) -> Tensor:
-    """`inverse_cdf` of logits z[N, V] that are never there at once: logits(words) are those of a slice of the vocabulary, [N, words], and are
-    overwritten; logits_at(place[N, n]) are a row's own; `pieces` are the slices, in order, each but the last of whole
-    blocks (ValueError). [N] int64.
+    """`inverse_cdf` of logits z[N, V] of which only one chunk of the vocabulary exists at a time, [N] int64.
 
-    The CDF is searched on two levels, blocks of WIDTH words and then inside one block, whose logits are asked for again: a row costs one exponential
-    of V numbers and one sum, and no noise over the vocabulary. Blocks are summed in the precision of z (their relative error is that of a
-    probability), searched in float64: float32 noise over V tokens truncates the tail of the law and acts as a lower temperature (Zheng et al.,
-    arXiv 2409.02908).
+    logits(chunk) -> z[:, chunk], which is overwritten; logits_at(tokens[N, n]) -> z at these tokens of each row, [N, n].
+    `chunks` are slices in order; each starts at a multiple of WIDTH (ValueError otherwise).
+
+    The CDF is searched on two levels: blocks of WIDTH tokens, then inside one block, whose logits are computed again. A row costs V
+    exponentials and one sum, and no noise over the vocabulary. Blocks are summed in the precision of z (the relative error is that of
+    one probability) and searched in float64: float32 noise over V tokens would truncate the tail and act as a lower temperature
+    (Zheng et al., arXiv 2409.02908).
     """
     sums, tops, V = [], [], 0
-    for words in pieces:
-        if words.start % WIDTH:
-            raise ValueError(
-                f"a piece begins at word {words.start}, which is inside of a block of {WIDTH}"
-            )
-        z = logits(words)
-        V = words.stop
-        top = z.amax(-1, keepdim=True).clamp_(
-            min=torch.finfo(z.dtype).min
-        )  # a piece may have no mass
-        p = exp_(z.sub_(top))
-        whole = p.shape[1] - p.shape[1] % WIDTH
-        blocks = p[:, :whole].unflatten(-1, (-1, WIDTH)).sum(-1)
-        sums.append(
-            blocks
-            if whole == p.shape[1]
-            else torch.cat([blocks, p[:, whole:].sum(-1, keepdim=True)], -1)
-        )
+    for chunk in chunks:
+        z, V = logits(chunk), chunk.stop
+        block_sums, top = _block_sums(z, chunk.start)
+        sums.append(block_sums)
         tops.append(top)
     top = torch.cat(tops, -1).amax(-1, keepdim=True)
-    cdf = (
-        torch.cat([s * (t - top).exp() for s, t in zip(sums, tops, strict=True)], -1)
-        .double()
-        .cumsum(-1)
-    )
+    scaled = [s * (t - top).exp() for s, t in zip(sums, tops, strict=True)]
+    cdf = torch.cat(scaled, -1).double().cumsum(-1)
     goal = u.to(cdf.device, torch.float64)[:, None] * cdf[:, -1:]
     block = torch.searchsorted(cdf, goal, right=True).clamp_(max=cdf.shape[1] - 1)
     before = torch.where(block > 0, cdf.gather(-1, (block - 1).clamp_(min=0)), 0.0)
-    place = block * WIDTH + torch.arange(WIDTH, device=cdf.device)
-    inside = exp_(logits_at(place.clamp(max=V - 1)) - top).masked_fill_(place >= V, 0).double()
+    tokens = block * WIDTH + torch.arange(WIDTH, device=cdf.device)
+    inside = exp_(logits_at(tokens.clamp(max=V - 1)) - top)
+    inside = inside.masked_fill_(tokens >= V, 0).double()
     steps = inside.cumsum(-1)
-    rest = (goal - before) / (
-        cdf.gather(-1, block) - before
-    )  # of this block, as its own sum was rounded
+    # The part of the block that u asks for, relative to the block's own rounded sum.
+    rest = (goal - before) / (cdf.gather(-1, block) - before)
     offset = (steps <= rest * steps[:, -1:]).sum(-1, keepdim=True)
-    last = (
-        WIDTH - 1 - inside.flip(-1).ne(0).to(torch.uint8).argmax(-1, keepdim=True)
-    )  # rounding never leaves the support
+    # Rounding must not leave the support: at most the last token of the block that has a probability.
+    last = WIDTH - 1 - inside.flip(-1).ne(0).to(torch.uint8).argmax(-1, keepdim=True)
     return (block * WIDTH + torch.minimum(offset, last))[:, 0]
 
 
+def _block_sums(z: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Sums of exp(z - top) over blocks of WIDTH tokens, and top[N, 1], the largest logit of each row; overwrites z."""
+    if start % WIDTH:
+        raise ValueError(f"a chunk starts at token {start}, which is inside a block of {WIDTH}")
+    # A chunk may hold no probability at all: all its logits are -inf.
+    top = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
+    p = exp_(z.sub_(top))
+    whole = p.shape[1] - p.shape[1] % WIDTH
+    blocks = p[:, :whole].unflatten(-1, (-1, WIDTH)).sum(-1)
+    if whole < p.shape[1]:
+        blocks = torch.cat([blocks, p[:, whole:].sum(-1, keepdim=True)], -1)
+    return blocks, top
+
+
 def float32_uniforms(seed: int, sample: int, step: int, rows: int, n: int) -> Tensor:
-    """[rows, n] float32 uniforms on the grid k / 2^24 of torch.rand, of one step of one sample (another stream than `uniforms`)."""
+    """[rows, n] float32 uniforms on torch.rand's grid k / 2^24, of one step of one sample (a stream apart from `uniforms`)."""
     stream = np.random.Philox(key=[seed, sample], counter=[0, 0, 0, step + 1])
     return torch.from_numpy(np.random.Generator(stream).random((rows, n), dtype=np.float32))
 
 
 def released_race(q: Tensor, u: Tensor) -> Tensor:
-    """One draw a row from weights q[N, K] by noise u[N, K], as the released code draws: argmax_k q_k / (1e-10 - log(u_k + 1e-10)), [N].
+    """Draw one outcome per row as the released code does: argmax_k q_k / (1e-10 - log(u_k + 1e-10)), q[N, K], u[N, K] -> [N].
 
-    An exponential race in float32. u ends at 1 - 2^-24, so no noise is below 6e-8 and outcomes of little weight never win: where a step
-    reveals one position in 1,024 the text comes out as if at a lower temperature (REFERENCE Q8, docs/deviations.md).
+    This is an exponential race in float32. Since u ends at 1 - 2^-24, no noise is below 6e-8, and unlikely outcomes never win. Where a
+    step reveals one position in 1,024, the text comes out as if drawn at a lower temperature (docs/deviations.md, Q8).
     """
     return (q / (1e-10 - (u + 1e-10).log())).argmax(-1)

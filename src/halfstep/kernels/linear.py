@@ -1,7 +1,7 @@
-"""Products with a layer's weights: large ones in float32 on a CPU by oneDNN, all others by torch's own `linear`.
+"""Linear layers: large float32 products on a CPU by oneDNN, all others by torch's own `linear`.
 
-oneDNN forms the shapes met here up to a third faster than the BLAS that torch links, and a row's last bits depend neither on how many rows there
-are (from two on) nor on the words beside it.
+For the shapes here oneDNN is up to a third faster than the BLAS that torch links. The last bits of a row depend neither on the number
+of rows (from two on) nor on the columns next to it.
 """
 
 import copy
@@ -18,33 +18,32 @@ ONEDNN = (
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-LARGE = 1 << 17  # numbers in a weight: with fewer, a call of oneDNN costs more than it saves
-ROWS = 128  # that a packed matrix will meet; with other numbers of rows the layout was the same
-SCALE, CUBIC = 2 * (2 / math.pi) ** 0.5, 0.044715  # of GELU's tanh form
+LARGE = 1 << 17  # numbers in a weight below which a call of oneDNN costs more than it saves
+ROWS = 128  # expected rows of x for a packed weight; other values gave the same layout
+SCALE, CUBIC = 2 * (2 / math.pi) ** 0.5, 0.044715  # constants of GELU's tanh form
 
-Again = (
-    tuple[Callable[..., Tensor], tuple[Tensor | None, ...]] | None
-)  # forms x once more of what a backward pass keeps anyway, so that x is not kept
+Recompute = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]] | None
+"""A function and its arguments that compute a layer's input again in the backward pass, so that the input need not be kept."""
 
 
-def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, again: Again = None) -> Tensor:
-    """x W' + b: x[..., K], weight[N, K] or `pack`ed, bias[N] or None -> [..., N]."""
+def matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, again: Recompute = None
+) -> Tensor:
+    """x W' + b: x[..., K], weight[N, K] (plain or packed by `pack_weight`), bias[N] or None -> [..., N]."""
     if not (_plain(x, weight) and _large(weight)):
         return F.linear(x, weight, bias)
-    return (
-        _Product.apply(x, weight, bias, *(again or (None, ())))
-        if _learns(x, weight, bias)
-        else _product(x, weight, bias)
-    )
+    if not _learns(x, weight, bias):
+        return _product(x, weight, bias)
+    return _Product.apply(x, weight, bias, *(again or (None, ())))
 
 
-def linear(x: Tensor, layer: nn.Linear, again: Again = None) -> Tensor:
+def linear(x: Tensor, layer: nn.Linear, again: Recompute = None) -> Tensor:
     """layer(x): x[..., K] -> [..., N]."""
     return matmul(x, _matrix(x, layer), layer.bias, again)
 
 
-def mlp(x: Tensor, up: nn.Linear, down: nn.Linear, again: Again = None) -> Tensor:
-    """down(GELU(up(x))), the tanh form of GELU: x[..., K] -> [..., K]."""
+def mlp(x: Tensor, up: nn.Linear, down: nn.Linear, again: Recompute = None) -> Tensor:
+    """down(GELU(up(x))) with the tanh form of GELU: x[..., K] -> [..., K]."""
     if not _plain(x, up.weight):
         return down(F.gelu(up(x), approximate="tanh"))
     if _learns(x, up.weight, down.weight):
@@ -58,33 +57,33 @@ def mlp(x: Tensor, up: nn.Linear, down: nn.Linear, again: Again = None) -> Tenso
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """A matrix [N, K] in the layout that oneDNN reads, for `product`; itself where oneDNN does not form its products."""
+    """A weight [N, K] in oneDNN's own layout, for `matmul`; the weight itself where oneDNN is not used."""
+    if not (_plain(weight, weight) and _large(weight)):
+        return weight
     with torch.no_grad():
-        return (
-            torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
-            if _plain(weight, weight) and _large(weight)
-            else weight
-        )
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
 
 def pack_network(network: nn.Module) -> nn.Module:
-    """A copy of the network that shares its tensors, which must no longer change; `linear` finds its large matrices `pack`ed."""
-    twin = copy.deepcopy(network, {id(t): t for t in (*network.parameters(), *network.buffers())})
+    """A copy of the network whose large linear layers hold packed weights; it shares all tensors, which must not change from now on."""
+    tensors = {id(t): t for t in (*network.parameters(), *network.buffers())}
+    twin = copy.deepcopy(network, tensors)
     for layer in twin.blocks.modules():
-        if (
-            isinstance(layer, nn.Linear)
-            and (matrix := pack_weight(layer.weight)) is not layer.weight
-        ):
-            layer.packed = matrix
+        if isinstance(layer, nn.Linear):
+            packed = pack_weight(layer.weight)
+            if packed is not layer.weight:
+                layer.packed = packed
     return twin
 
 
 def _matrix(x: Tensor, layer: nn.Linear) -> Tensor:
+    """The packed weight if the layer has one that can be used for x, else the plain weight."""
     weight = getattr(layer, "packed", layer.weight)
     return weight if _plain(x, weight) and not _learns(x, layer.weight) else layer.weight
 
 
 def _plain(x: Tensor, weight: Tensor) -> bool:
+    """Is this a float32 product on a CPU, outside autocast?"""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -102,14 +101,14 @@ def _learns(*tensors: Tensor | None) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return (
-        torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        if _large(weight)
-        else F.linear(x, weight, bias)
-    )
+    if _large(weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class _Product(torch.autograd.Function):
+    """x W' + b, whose backward pass may recompute x instead of keeping it."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, again, given):
         ctx.save_for_backward(weight, *(given if again else [x]))
@@ -119,11 +118,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         weight, *kept = ctx.saved_tensors
-        return *_gradients(ctx, g, ctx.again(*kept) if ctx.again else kept[0], weight), None, None
+        x = ctx.again(*kept) if ctx.again else kept[0]
+        return *_gradients(ctx, g, x, weight), None, None
 
 
 class _GELUProduct(torch.autograd.Function):
-    """GELU(z) W' + b. z is kept, not GELU(z), which is as large and formed again in a moment."""
+    """GELU(z) W' + b. z is kept and GELU(z), which is as large, is computed again."""
 
     @staticmethod
     def forward(ctx, z, weight, bias):
@@ -137,22 +137,22 @@ class _GELUProduct(torch.autograd.Function):
         y = gate * z
         grad, *rest = _gradients(ctx, g, y, weight)
         if grad is not None:
-            inner = y.mul_(
-                z.square().mul_(3 * CUBIC * SCALE).add_(SCALE)
-            )  # z gate' = z gate (1 - gate) times the inner slope
+            # GELU'(z) = gate + z gate', and z gate' = z gate (1 - gate) times the slope of gate's argument.
+            slope = z.square().mul_(3 * CUBIC * SCALE).add_(SCALE)
+            inner = y.mul_(slope)
             grad *= inner.addcmul_(inner, gate, value=-1).add_(gate)
         return grad, *rest
 
 
 def _gate(z: Tensor) -> Tensor:
-    """GELU(z) = z gate(z): its (1 + tanh(a / 2)) / 2 is sigmoid(a), which torch forms in a fifth of the time of tanh."""
+    """GELU(z) / z = (1 + tanh(a / 2)) / 2 = sigmoid(a), which torch computes in a fifth of the time of tanh."""
     return z.square().mul_(CUBIC * SCALE).add_(SCALE).mul_(z).sigmoid_()
 
 
 def _gradients(
     ctx, g: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of the sum of g * (x W' + b) in x, W and b, where they are asked for."""
+    """Gradients of sum(g * (x W' + b)) in x, W and b; None for those that are not needed."""
     of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
     rows = g.reshape(-1, g.shape[-1])
     return (

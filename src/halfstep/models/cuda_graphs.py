@@ -1,4 +1,4 @@
-"""A network's pass at its least cost on a GPU: few texts as a CUDA graph, launched once for all kernels; matrices in the compute dtype."""
+"""Cheap passes of a network on a GPU: small batches as CUDA graphs, and matrices cast once to the compute dtype."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,18 @@ from torch import Tensor, nn
 
 from halfstep.diffusion.contracts import Where
 
-WARM_UP = 2  # passes before a capture: libraries make their handles, choose their kernels and take their workspaces in them
+# Passes before a capture, in which libraries create their handles, choose their kernels and allocate their workspaces.
+WARM_UP = 2
 
 
 class GraphedNetwork:
-    """`network(x[B, L], sigma[B] or None, where) -> h[B, L, D] or h[N, D]`, replayed from a CUDA graph, captured at first need for each bucket of texts.
+    """`network(x[B, L], sigma[B] or None, where) -> h[B, L, D] or h[N, D]`, replayed from a CUDA graph per bucket of texts.
 
-    A bucket is a power of two; a pass of B texts runs in the smallest one that holds them, over what earlier passes left in the rows beyond B,
-    which no row of a text reads. Weights may change in place, but not move. Passes that want a gradient or dropout, or are not on CUDA, are not
-    replayed; nor those of more than TOKENS tokens: what they compute takes longer than what they launch, and padding would be computed too.
+    A bucket is a power of two. A pass of B texts runs in the smallest bucket that holds them; the rows beyond B hold texts of earlier
+    passes, which no other row reads. A graph is captured when first needed. Weights may change in place, but not move.
+
+    Not replayed are passes with gradients or dropout, passes on other devices, and passes of more than TOKENS tokens, whose computation
+    takes longer than their launches (and the padding would be computed too).
     """
 
     DEVICE, TOKENS = "cuda", 1 << 13  # eight texts of 1,024 tokens
@@ -27,12 +30,9 @@ class GraphedNetwork:
     def __call__(self, x: Tensor, sigma: Tensor | None = None, where: Where = None) -> Tensor:
         (B, L), device = x.shape, x.device.type
         bucket = 1 << max(0, B - 1).bit_length()
-        if (
-            device != self.DEVICE
-            or torch.is_grad_enabled()
-            or self.network.training
-            or bucket * L > self.TOKENS
-        ):
+        is_small = bucket * L <= self.TOKENS
+        is_inference = not torch.is_grad_enabled() and not self.network.training
+        if device != self.DEVICE or not is_inference or not is_small:
             return self.network(x, sigma, where)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = bucket, L, None if sigma is None else sigma.dtype, dtype
@@ -43,25 +43,23 @@ class GraphedNetwork:
         if sigma is not None:
             levels[:B] = sigma
         replay()
-        return (
-            h[:B].clone() if where is None else h[:B][where]
-        )  # no view: the next replay writes over h
+        # A copy, not a view: the next replay overwrites h.
+        return h[:B].clone() if where is None else h[:B][where]
 
     def _capture(
         self, bucket: int, x: Tensor, sigma: Tensor | None, dtype: torch.dtype | None
-    ) -> tuple:
-        """Memory that the graph reads (ids, noise levels), its replay, and memory that it writes (features)."""
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # memory of inference mode could not be written to outside of it
+    ) -> tuple[Tensor, Tensor | None, Callable[[], None], Tensor]:
+        """The graph's inputs (ids, noise levels), its replay, and its output (features)."""
+        # Tensors created in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             texts = x.new_zeros(bucket, x.shape[1])
             levels = None if sigma is None else sigma.new_zeros(bucket)
 
             def run() -> Tensor:
+                # No autocast cache: a cached cast would be allocated in the graph's memory.
                 with torch.autocast(
                     x.device.type, dtype, enabled=dtype is not None, cache_enabled=False
-                ):  # a kept cast would lie in the graph's memory
+                ):
                     return self.network(texts, levels)
 
             return texts, levels, *capture_graph(run, x.device)
@@ -70,7 +68,7 @@ class GraphedNetwork:
 def capture_graph(
     run: Callable[[], Tensor], device: torch.device
 ) -> tuple[Callable[[], None], Tensor]:
-    """The kernels of run() as one CUDA graph: its replay, and where each replay writes run's value."""
+    """Capture the kernels of run() as one CUDA graph; returns its replay, and the tensor to which each replay writes run's value."""
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -79,19 +77,19 @@ def capture_graph(
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, stream=side, capture_error_mode="thread_local"
-        ):  # another thread's calls (NCCL's watchdog) break nothing
+        # thread_local: calls of other threads (NCCL's watchdog) do not end the capture.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             value = run()
     return graph.replay, value
 
 
 def cast_matrices(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Matrices and biases in `dtype`, in place: what autocast to `dtype` makes of them in every pass, bit for bit. Norms, tables, adaLN and readout,
-    which are float32 inside autocast too, stay so."""
+    """Cast matrices and biases to `dtype` in place, once, bit for bit as autocast does in every pass.
+
+    Norms, embedding tables, adaLN and the readout stay float32, as they are inside autocast.
+    """
     for name, module in network.named_modules():
-        if isinstance(module, nn.Linear) and not name.endswith(
-            ("adaLN_modulation", "output_layer.linear")
-        ):
+        is_float32 = name.endswith(("adaLN_modulation", "output_layer.linear"))
+        if isinstance(module, nn.Linear) and not is_float32:
             module.to(dtype)
     return network

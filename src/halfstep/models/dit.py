@@ -1,5 +1,7 @@
 """The paper's denoiser network: a diffusion transformer over tokens (MDLM section 5; SDTT Table 2)."""
 
+from __future__ import annotations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from halfstep.diffusion.contracts import Where
 from halfstep.models.layers import Block, Embedding, Head, Rotary
 
 COND_WIDTH = 128
-FEWEST = 16  # rows of a product whose last bits do not depend on how many there are (MKL)
+FEWEST = 16  # rows of a product from which on its last bits do not depend on their number (MKL)
 
 
 class TimeEmbedding(nn.Module):
@@ -28,17 +30,19 @@ class TimeEmbedding(nn.Module):
 
 
 class BlockKV:
-    """Keys and values of one block's whole pass; later passes write over the columns that they compute."""
+    """Keys and values of one block over the whole text; later passes overwrite the positions that they compute."""
 
     def __init__(self):
         self.kv: tuple[Tensor, Tensor] | None = None
         self.start = 0
 
-    def at(self, start: int) -> "BlockKV":
+    def at(self, start: int) -> BlockKV:
+        """The next `append` writes from position `start` on."""
         self.start = start
         return self
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v [B, heads, l, head_width]; return those of all positions. The first call must cover the whole text."""
         if self.kv is None:
             self.kv = k.clone(), v.clone()
         for old, new in zip(self.kv, (k, v), strict=True):
@@ -72,31 +76,30 @@ class DiT(nn.Module):
         sigma: Tensor | None = None,
         where: Where = None,
         start: int = 0,
-        kept: "list[BlockKV] | None" = None,
+        kept: list[BlockKV] | None = None,
     ) -> Tensor:
-        """Token ids x[B, L] and noise levels sigma[B] (zero when absent: the paper's time-unconditional network) -> h[B, L, D].
+        """Token ids x[B, L] and noise levels sigma[B] (zero if None: the paper's time-unconditional network) -> features h[B, L, D].
 
-        Of the positions where[B, L] (a mask, or its nonzero(as_tuple=True)) alone, in row order, h[N, D]: the last block's attention is of all
-        positions, its output and MLP of these. With `kept`, x are the tokens from `start` on, which see the keys and values of all others as they were left there.
+        With `where` (a mask [B, L], or its nonzero(as_tuple=True)) only the features of these positions, in row order, h[N, D]: the
+        last block's attention reads all positions, its output layer and MLP compute these. With `kept`, x are the tokens from
+        position `start` on, which read the keys and values of all other positions from there.
         """
         rows, N = None, len(x)
         if where is not None:
-            rows = (
-                where[0] * x.shape[1] + where[1]
-                if isinstance(where, tuple)
-                else where.flatten().nonzero()[:, 0]
-            )
+            rows = _flat_indices(where, x.shape[1])
             N = len(rows)
-            rows = F.pad(rows, (0, max(0, FEWEST - N)))  # products of fewer rows end in other bits
+            rows = F.pad(rows, (0, max(0, FEWEST - N)))
         cond = self.sigma_map(torch.zeros(1, device=x.device) if sigma is None else sigma)
         angles = self.rotary_emb(torch.arange(start, start + x.shape[1], device=x.device))
         h = self.vocab_embed(x)
         for i, block in enumerate(self.blocks):
-            h = block(
-                h,
-                angles,
-                cond,
-                kept[i].at(start) if kept else None,
-                rows if block is self.blocks[-1] else None,
-            )
+            cache = kept[i].at(start) if kept else None
+            h = block(h, angles, cond, cache, rows if block is self.blocks[-1] else None)
         return self.output_layer(h, cond, rows, x.shape[1])[:N]
+
+
+def _flat_indices(where: Tensor | tuple[Tensor, ...], L: int) -> Tensor:
+    """Positions as indices [N] into B texts of L tokens."""
+    if isinstance(where, tuple):
+        return where[0] * L + where[1]
+    return where.flatten().nonzero()[:, 0]

@@ -1,18 +1,26 @@
-"""Floating-point operations of the networks, written out: a multiplication and an addition are two. What MFU is computed from.
+"""Floating-point operations of the networks, from which MFU is computed; a multiplication and an addition are two.
 
-Only matrix products count, as in PaLM (arXiv 2204.02311, appendix B): norms, softmax, rotary angles and recomputation do not. A backward pass
-takes twice its forward pass. Attention counts all pairs of positions, causal or not.
+Only matrix products count, as in PaLM (arXiv 2204.02311, appendix B): not norms, softmax, rotary angles or recomputation. A backward pass
+costs twice its forward pass. Attention counts all pairs of positions, causal or not.
 """
+
+from halfstep.models.dit import DiT
+from halfstep.models.gpt import GPT
 
 
 def forward_flops(
-    network, texts: int, length: int, rows: float, conditions: int = 1, wanted: float | None = None
+    network: DiT | GPT,
+    texts: float,
+    length: int,
+    rows: float,
+    conditions: float = 1,
+    wanted: float | None = None,
 ) -> float:
-    """FLOPs of one forward pass of a DiT or GPT: texts of `length` tokens through the blocks, `rows` positions through the readout.
+    """FLOPs of one forward pass: `texts` of `length` tokens through the blocks, `rows` positions through the readout.
 
-    Pretraining reads out the masked positions, about half of texts * length; sampling the revealed ones, length a text in all its passes.
-    `conditions` is how many noise levels a DiT is fed: 1 for a network that ignores time, else texts; `wanted` how many positions its features are
-    asked of (`rows` when absent): the last block computes more than keys and values, queries and attention of these alone.
+    Pretraining reads out the masked positions, about half of texts * length; sampling the revealed ones, `length` per text over all
+    passes. `conditions` is the number of noise levels of a DiT: 1 if it ignores time, else texts. `wanted` is the number of positions
+    whose features are needed (default: rows): besides keys, values and queries, the last block computes only these.
     """
     vocabulary, width = network.output_layer.linear.weight.shape
     tokens, pairs = texts * length, texts * length**2
@@ -20,25 +28,22 @@ def forward_flops(
         tokens * 12 * width**2 + 2 * pairs * width
     )  # q, k, v: 3, out: 1, MLP: 4 + 4; then q k' and p v
     condition, spared = 0, 0.0
-    if (scale := network.output_layer.adaLN_modulation) is not None:
+    if isinstance(network, DiT):
+        vocabulary -= 1  # the mask token is not read out
         spared = (tokens - (rows if wanted is None else wanted)) * 9 * width**2  # out and MLP
-        condition = (
-            scale.weight.numel()
-            + len(network.blocks) * network.blocks[0].adaLN_modulation.weight.numel()
-        )
+        condition = network.output_layer.adaLN_modulation.weight.numel()
+        condition += len(network.blocks) * network.blocks[0].adaLN_modulation.weight.numel()
         condition += sum(p.numel() for p in network.sigma_map.parameters() if p.dim() == 2)
-    return 2.0 * (
-        len(network.blocks) * block
-        - spared
-        + conditions * condition
-        + rows * width * (vocabulary - hasattr(network, "sigma_map"))
-    )
+    blocks = len(network.blocks) * block - spared
+    return 2.0 * (blocks + conditions * condition + rows * width * vocabulary)
 
 
-def training_flops(network, texts: int, length: int, rows: float, conditions: int = 1) -> float:
-    """FLOPs of one step, forward and backward: per token, divide by texts * length.
+def training_flops(
+    network: DiT | GPT, texts: int, length: int, rows: float, conditions: float = 1
+) -> float:
+    """FLOPs of one update, forward and backward; divide by texts * length for FLOPs per token.
 
-    A distillation step is training(student, texts, length, masked) + forward(teacher, passes, length, masked + drawn): `passes` the texts that the
-    teacher saw in all its substeps, `drawn` the rows that it revealed.
+    A distillation update costs training_flops(student, texts, length, masked) + forward_flops(teacher, passes, length, masked + drawn):
+    `passes` is the number of texts that the teacher reads in all its substeps, `drawn` the number of positions that it reveals.
     """
     return 3 * forward_flops(network, texts, length, rows, conditions)

@@ -1,17 +1,29 @@
-"""The parts that the denoiser and its autoregressive peer share: norm, rotary positions, attention block.
+"""Layers shared by the denoiser and the autoregressive baseline: norm, rotary positions, transformer block, output head.
 
-Module names follow the published checkpoints (MDLM, SDTT), so that their weights load by key.
+Parameter names follow the published checkpoints (MDLM, SDTT), so that their weights load by name.
 """
+
+from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfstep.kernels.linear import Again, linear, mlp
+from halfstep.kernels.linear import Recompute, linear, mlp
+
+
+class KV(Protocol):
+    """Memory of one block for keys and values of other passes."""
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v [B, heads, L, head_width]; return all that attention must read."""
+        ...
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with a weight and no bias, computed in float32 (eps 1e-5), and adaLN's modulation."""
+    """LayerNorm with a weight and no bias, computed in float32 (eps 1e-5), with adaLN's shift and scale."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -20,22 +32,23 @@ class LayerNorm(nn.Module):
     def forward(
         self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None
     ) -> Tensor:
-        """x[..., D]; then times 1 + scale, plus shift. One shift and scale for all positions are the norm's own bias and weight."""
-        if shift is None or shift.numel() != len(self.weight):
-            h = F.layer_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5)
-            return h if shift is None else torch.addcmul(shift, h, 1 + scale)
-        return F.layer_norm(
-            x.float(), x.shape[-1:], self.weight * (1 + scale.flatten()), shift.flatten(), eps=1e-5
-        )
+        """norm(x) (1 + scale) + shift, or norm(x) without them: x[..., D] -> [..., D] float32."""
+        if shift is None or scale is None:
+            return F.layer_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5)
+        if shift.numel() == len(
+            self.weight
+        ):  # the same for all positions: a norm's weight and bias
+            weight = self.weight * (1 + scale.flatten())
+            return F.layer_norm(x.float(), x.shape[-1:], weight, shift.flatten(), eps=1e-5)
+        h = F.layer_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5)
+        return torch.addcmul(shift, h, 1 + scale)
 
-    def kept_as(
+    def with_recompute(
         self, x: Tensor, shift: Tensor | None, scale: Tensor | None
-    ) -> tuple[Tensor, Again]:
-        """The same, and how to form it again from x, which the backward pass keeps anyway."""
-        return self(x, shift, scale), (
-            self.forward,
-            tuple(t if t is None else t.detach() for t in (x, shift, scale)),
-        )
+    ) -> tuple[Tensor, Recompute]:
+        """`forward`, and how to compute it again from x, which the backward pass keeps anyway."""
+        arguments = tuple(t if t is None else t.detach() for t in (x, shift, scale))
+        return self(x, shift, scale), (self.forward, arguments)
 
 
 class Embedding(nn.Module):
@@ -47,11 +60,14 @@ class Embedding(nn.Module):
         nn.init.kaiming_uniform_(self.embedding, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x[...] int64 -> [..., width]."""
         return F.embedding(x, self.embedding)
 
 
 class Rotary(nn.Module):
     """Rotary position embedding (RoFormer, arXiv 2104.09864), base 10,000, halves not interleaved."""
+
+    inv_freq: Tensor
 
     def __init__(self, head_width: int):
         super().__init__()
@@ -67,7 +83,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x[..., L, head_width] by its positions' angles."""
+    """Rotate x[..., L, head_width] by the angles of its positions."""
     half = x.shape[-1] // 2
     out = x * cos
     out[..., :half].addcmul_(x[..., half:], sin[:, :half], value=-1)
@@ -76,7 +92,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with `cond_width` its residual branches are shifted, scaled and gated (adaLN-zero, DiT)."""
+    """Pre-norm transformer block. With `cond_width` its residual branches are shifted, scaled and gated (adaLN-zero, DiT)."""
 
     def __init__(self, width: int, heads: int, dropout: float, cond_width: int | None = None):
         super().__init__()
@@ -88,89 +104,101 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
-        self.adaLN_modulation = None
-        if cond_width is not None:
-            self.adaLN_modulation = nn.Linear(cond_width, 6 * width)
-            nn.init.zeros_(self.adaLN_modulation.weight)
-            nn.init.zeros_(self.adaLN_modulation.bias)
+        self.adaLN_modulation = None if cond_width is None else zero_linear(cond_width, 6 * width)
 
     def forward(
         self,
         x: Tensor,
         angles: tuple[Tensor, Tensor],
         cond: Tensor | None = None,
-        cache=None,
+        cache: KV | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """x[B, L, D] -> [B, L, D]. Bidirectional with `cond[B or 1, cond_width]`; causal without it. `cache` holds past keys and values.
+        """x[B, L, D] -> [B, L, D]: bidirectional with `cond[B or 1, cond_width]`, causal without it.
 
-        `rows[N]` of the B L positions: attention is of all, its output and the MLP of these alone -> [N, D].
+        `cache` holds the keys and values of other positions. With rows[N], indices into the B L positions, attention reads all
+        positions, while its output layer and the MLP are computed for these rows only -> [N, D].
         """
-        shift_a = scale_a = shift_m = scale_m = None
-        gate_a = gate_m = None
-        L = x.shape[1]
-        if self.adaLN_modulation is not None:
-            shift_a, scale_a, *later = modulation(self.adaLN_modulation, cond).chunk(6, -1)
-            gate_a, shift_m, scale_m, gate_m = (
-                later if rows is None else (at_rows(m, rows, L) for m in later)
-            )
-        out = self.attend(*self.norm1.kept_as(x, shift_a, scale_a), angles, cond is None, cache)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(
+            cond, rows, x.shape[1]
+        )
+        h, again = self.norm1.with_recompute(x, shift_a, scale_a)
+        out = self.attend(h, again, angles, causal=cond is None, cache=cache)
         if rows is not None:
             x, out = x.flatten(0, 1)[rows], out.flatten(0, 1)[rows]
-        x = gated(x, gate_a, F.dropout(linear(out, self.attn_out), self.dropout, self.training))
-        h, again = self.norm2.kept_as(x, shift_m, scale_m)
-        return gated(
-            x,
-            gate_m,
-            F.dropout(mlp(h, self.mlp[0], self.mlp[2], again), self.dropout, self.training),
-        )
+        out = F.dropout(linear(out, self.attn_out), self.dropout, self.training)
+        x = gated(x, gate_a, out)
+        h, again = self.norm2.with_recompute(x, shift_m, scale_m)
+        out = F.dropout(mlp(h, self.mlp[0], self.mlp[2], again), self.dropout, self.training)
+        return gated(x, gate_m, out)
+
+    def _modulation(
+        self, cond: Tensor | None, rows: Tensor | None, L: int
+    ) -> list[Tensor] | list[None]:
+        """Shift, scale and gate of the attention, then of the MLP; from the first gate on, of the rows alone."""
+        if self.adaLN_modulation is None:
+            return [None] * 6
+        shift_a, scale_a, *later = modulation(self.adaLN_modulation, cond).chunk(6, -1)
+        if rows is not None:
+            later = [at_rows(m, rows, L) for m in later]
+        return [shift_a, scale_a, *later]
 
     def attend(
-        self, h: Tensor, again: Again, angles: tuple[Tensor, Tensor], causal: bool, cache
+        self,
+        h: Tensor,
+        again: Recompute,
+        angles: tuple[Tensor, Tensor],
+        causal: bool,
+        cache: KV | None,
     ) -> Tensor:
-        """What each position of h[B, L, D] gathers from those it sees, [B, L, D], its heads side by side."""
+        """Attention of h[B, L, D] without its output layer, heads concatenated: [B, L, D]."""
         B, L, D = h.shape
-        qkv = (
-            linear(h, self.attn_qkv, again)
-            .view(B, L, 3, self.heads, D // self.heads)
-            .permute(2, 0, 3, 1, 4)
-        )
-        (q, k), v = (
-            rotate(qkv[:2], *angles),
-            qkv[2].contiguous(),
-        )  # a view would have a backward pass keep q and k as they were, too
+        qkv = linear(h, self.attn_qkv, again).view(B, L, 3, self.heads, D // self.heads)
+        qkv = qkv.permute(2, 0, 3, 1, 4)
+        q, k = rotate(qkv[:2], *angles)
+        v = qkv[2].contiguous()  # a view would keep q and k before their rotation alive, too
         mask = None
         if cache is not None:
             k, v = cache.append(k, v)
             past = k.shape[2] - L
             if (
                 causal and past and L > 1
-            ):  # is_causal would count from the first key, not from the last
+            ):  # is_causal would align the first query with the first key
                 mask = torch.ones(L, past + L, dtype=torch.bool, device=h.device).tril(past)
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal and L > 1 and mask is None
-        )
+        is_causal = causal and L > 1 and mask is None
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
         return out.transpose(1, 2).reshape(B, L, D)
 
 
-def modulation(linear: nn.Linear, cond: Tensor) -> Tensor:
-    """adaLN's shifts, scales and gates [B or 1, 1, n D] of cond[B or 1, cond_width], float32 inside autocast too: a weight's gradient is the sum over
-    all positions, whose rounding to bfloat16 would depend on how they are shared between micro-batches."""
+def zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer whose weight and bias are zero."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def modulation(layer: nn.Linear, cond: Tensor) -> Tensor:
+    """adaLN's shifts, scales and gates [B or 1, 1, n D] from cond[B or 1, cond_width], float32 inside autocast too.
+
+    The gradient of the weight is a sum over all positions. In bfloat16 its rounding would depend on the micro-batches.
+    """
     with torch.autocast(cond.device.type, enabled=False):
-        return F.linear(cond.float(), linear.weight.float(), linear.bias.float())[:, None]
+        return F.linear(cond.float(), layer.weight.float(), layer.bias.float())[:, None]
 
 
 def at_rows(m: Tensor, rows: Tensor, L: int) -> Tensor:
-    """A modulation m[B or 1, 1, D] of texts of L positions at rows[N] of those B L positions, [N or 1, D]."""
+    """The modulation m[B or 1, 1, D] of each of rows[N], indices into B texts of L positions: [N or 1, D]."""
     return m[rows // L, 0] if len(m) > 1 else m[0]
 
 
 def gated(x: Tensor, gate: Tensor | None, y: Tensor) -> Tensor:
+    """x + gate y; x + y without a gate."""
     return x + y if gate is None else torch.addcmul(x, gate, y)
 
 
 class Head(nn.Module):
-    """Final norm and readout. `forward` stops at the features; vocabulary rows are read only where they are asked for."""
+    """Final norm and readout. `forward` returns features; logits are computed elsewhere, only where they are needed."""
 
     def __init__(
         self, width: int, vocabulary: int, cond_width: int | None = None, bias: bool = True
@@ -180,18 +208,17 @@ class Head(nn.Module):
         self.linear = nn.Linear(width, vocabulary, bias=bias)
         self.adaLN_modulation = None
         if cond_width is not None:
-            self.adaLN_modulation = nn.Linear(cond_width, 2 * width)
-            nn.init.zeros_(self.adaLN_modulation.weight)
-            nn.init.zeros_(self.adaLN_modulation.bias)
+            self.adaLN_modulation = zero_linear(cond_width, 2 * width)
             nn.init.zeros_(self.linear.weight)
             nn.init.zeros_(self.linear.bias)
 
     def forward(
         self, x: Tensor, cond: Tensor | None = None, rows: Tensor | None = None, L: int = 1
     ) -> Tensor:
-        """Features, before the vocabulary, of x[B, L, D], or of x[N, D] that are `rows` of the positions of texts of length L."""
-        shift = scale = None
-        if self.adaLN_modulation is not None:
-            both = modulation(self.adaLN_modulation, cond)
-            shift, scale = (both if rows is None else at_rows(both, rows, L)).chunk(2, -1)
-        return self.norm_final(x, shift, scale)
+        """Features of x[B, L, D], or of x[N, D] whose `rows` are indices into the positions of texts of length L."""
+        if self.adaLN_modulation is None:
+            return self.norm_final(x)
+        both = modulation(self.adaLN_modulation, cond)
+        if rows is not None:
+            both = at_rows(both, rows, L)
+        return self.norm_final(x, *both.chunk(2, -1))

@@ -1,4 +1,6 @@
-"""What all tests share: one thread, oracle and helpers importable, and the folder `shared` where it is there."""
+"""What all tests share: one thread, oracle and helpers importable, and the folder `shared` where it
+is there.
+"""
 
 import os
 from pathlib import Path
@@ -40,7 +42,9 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """results/ with a stories corpus, a random teacher and baseline of size tiny, and the teacher's samples at two step counts."""
+    """results/ with a stories corpus, a random teacher and baseline of size tiny, and the teacher's
+    samples at two step counts.
+    """
     root = tmp_path_factory.mktemp("world") / "results"
     corpus = root / "data" / "stories"
     prepare_corpus(

@@ -1,7 +1,9 @@
-"""An enumerated language: its posteriors, the denoiser that never errs, and the exact laws of samplers, targets and bounds.
+"""An enumerated language: its posteriors, the denoiser that never errs, and the exact laws of
+samplers, targets and bounds.
 
-A state is a text of L tokens in which some are masked (token V): S = (V + 1)^L of them, numbered with the first position as the highest
-digit. Everything is a sum over states in float64, written from the definitions and not from the package.
+A state is a text of L tokens in which some are masked (token V): S = (V + 1)^L of them, numbered
+with the first position as the highest digit. Everything is a sum over states in float64, written
+from the definitions and not from the package.
 """
 
 from itertools import product
@@ -34,7 +36,9 @@ class ScheduleOf:
 
 
 class Language:
-    """`log_p` [V**L] float64 over all texts; `sharpness` says how unequal they are, `forbidden` how many have no chance at all."""
+    """`log_p` [V**L] float64 over all texts; `sharpness` says how unequal they are, `forbidden` how
+    many have no chance at all.
+    """
 
     def __init__(self, V: int, L: int, seed: int = 0, sharpness: float = 1.5, forbidden: int = 0):
         self.V, self.L, self.mask_id = V, L, V
@@ -70,7 +74,8 @@ class Language:
 
 
 class Perfect:
-    """The Denoiser that never errs; with `heat` it errs in a known way that depends on time: p ~ posterior^(1 + heat t), renormalised.
+    """The Denoiser that never errs; with `heat` it errs in a known way that depends on time: p ~
+    posterior^(1 + heat t), renormalised.
 
     features = log-probabilities (zero where a state cannot be), read out by the identity.
     """
@@ -119,7 +124,9 @@ def reveal_chance(t: float, s: float, alpha=loglinear) -> float:
 
 
 def _moves(language: Language, rows: Tensor, p: Tensor, r: float) -> Tensor:
-    """Transition matrix [R, S] from the states `rows`: each masked position is revealed with chance r, its token drawn from p[S, L, V]."""
+    """Transition matrix [R, S] from the states `rows`: each masked position is revealed with chance
+    r, its token drawn from p[S, L, V].
+    """
     out = torch.ones(len(rows), len(language.states), dtype=torch.float64)
     for a in range(language.L):
         now, then = language.states[rows, a][:, None], language.states[:, a][None]
@@ -136,7 +143,9 @@ def independent(language: Language, law: Tensor, p: Tensor, r: float) -> Tensor:
 
 
 def exactly(language: Language, law: Tensor, p: Tensor, count: int) -> Tensor:
-    """law[S] after a step in which `count` of the masked positions, any with equal chance, are revealed at once."""
+    """law[S] after a step in which `count` of the masked positions, any with equal chance, are
+    revealed at once.
+    """
     rows = law.nonzero()[:, 0]
     m = language.masked.sum(1).double()
     revealed = m[rows][:, None] - m[None]
@@ -151,7 +160,9 @@ def exactly(language: Language, law: Tensor, p: Tensor, count: int) -> Tensor:
 
 
 def ancestral_law(denoiser: Perfect, steps: int, start: Tensor) -> Tensor:
-    """Law over states [S] after ancestral sampling in `steps` equal steps from the state `start`[L]."""
+    """Law over states [S] after ancestral sampling in `steps` equal steps from the state
+    `start`[L].
+    """
     language = denoiser.language
     law = torch.zeros(len(language.states), dtype=torch.float64)
     law[language.index(start)] = 1
@@ -163,7 +174,9 @@ def ancestral_law(denoiser: Perfect, steps: int, start: Tensor) -> Tensor:
 
 
 def first_hitting_law(denoiser: Perfect, steps: int, start: Tensor) -> Tensor:
-    """Law over states [S] when the free positions are revealed in a random order in min(steps, free) groups, equal up to one."""
+    """Law over states [S] when the free positions are revealed in a random order in min(steps,
+    free) groups, equal up to one.
+    """
     language = denoiser.language
     law = torch.zeros(len(language.states), dtype=torch.float64)
     law[language.index(start)] = 1
@@ -176,7 +189,7 @@ def first_hitting_law(denoiser: Perfect, steps: int, start: Tensor) -> Tensor:
 
 
 def grid(name: str, t: float, dt: float, substeps: int) -> list[float]:
-    """Starts of the teacher's substeps: Algorithm 1's, or the released code's (REFERENCE.md, Q1)."""
+    """Starts of the teacher's substeps: Algorithm 1's, or the released code's (deviation Q1)."""
     if name == "exact":
         return [max(t - i * dt, 1e-5) for i in range(substeps)]
     space = [1 - i / (substeps - 1) for i in range(substeps)]
@@ -186,7 +199,9 @@ def grid(name: str, t: float, dt: float, substeps: int) -> list[float]:
 def target_mean(
     denoiser: Perfect, xt: Tensor, t: float, dt: float, substeps: int, times: str, of=torch.log
 ) -> tuple[Tensor, Tensor]:
-    """Mean over the teacher's draws of of(target)[L, V] at each masked position of the state xt[L], and of its square."""
+    """Mean over the teacher's draws of of(target)[L, V] at each masked position of the state xt[L],
+    and of its square.
+    """
     language = denoiser.language
     law = torch.zeros(len(language.states), dtype=torch.float64)
     law[language.index(xt)] = 1
@@ -204,7 +219,9 @@ def target_mean(
 
 
 def masked_loss(language: Language, share: float) -> float:
-    """E sum over masked positions of -log posterior(x0), when each position is masked with chance `share`."""
+    """E sum over masked positions of -log posterior(x0), when each position is masked with chance
+    `share`.
+    """
     m = language.masked.sum(1).double()
     weight = share**m * (1 - share) ** (language.L - m)  # [S] chance of the pattern
     loss = -(language.posterior * language.posterior.clamp(min=1e-300).log()).sum(
@@ -214,7 +231,9 @@ def masked_loss(language: Language, share: float) -> float:
 
 
 def nelbo(language: Language, low: float = 0.0, high: float = 1.0, eps: float = EPS) -> float:
-    """Integral over t of the NELBO's integrand from low to high (Gauss-Legendre; the integrand is a polynomial)."""
+    """Integral over t of the NELBO's integrand from low to high (Gauss-Legendre; the integrand is a
+    polynomial).
+    """
     nodes, weights = _gauss(32)
     t = low + (high - low) * (nodes + 1) / 2
     return sum(
@@ -230,7 +249,10 @@ def _gauss(n: int) -> tuple[Tensor, Tensor]:
 
 
 def chi_square(counts: Tensor, law: Tensor, least: float = 5.0) -> float:
-    """p-value of counts[K] under law[K]; outcomes expected less than `least` times are pooled. An impossible outcome gives 0."""
+    """p-value of counts[K] under law[K]; outcomes expected less than `least` times are pooled.
+
+    An impossible outcome gives 0.
+    """
     if counts[law <= 0].sum() > 0:
         return 0.0
     expected = law * counts.sum()

@@ -15,9 +15,11 @@ from halfstep.models.dit import DiT
 
 @pytest.mark.parametrize("steps", [3, 16, 200])
 def test_a_prediction_cache_is_what_the_plan_already_saves(steps):
-    """MDLM's cached sampler (arXiv 2406.07524, section 5: a prediction is kept until a token changes), written as a loop over all steps, takes
-    the same passes and writes the same texts as the plan, which visits no step in which nothing changes: for a network that ignores time
-    there is nothing left to keep."""
+    """MDLM's cached sampler (arXiv 2406.07524, section 5: a prediction is kept until a token
+    changes), written as a loop over all steps, takes the same passes and writes the same texts as
+    the plan, which visits no step in which nothing changes: for a network that ignores time there
+    is nothing left to keep.
+    """
     language = Language(3, 5, seed=2)
     ours, theirs, N = Perfect(language), Perfect(language), 40
     found = sample(ours, N, language.L, steps, draws=Draws(seed=3))
@@ -62,7 +64,9 @@ def small(L=40):
 
 
 def test_kept_keys_are_exact_where_nothing_outside_of_the_block_changed():
-    """The block's features after its own tokens changed equal a whole pass in which all other keys stand still: with one layer of attention."""
+    """The block's features after its own tokens changed equal a whole pass in which all other keys
+    stand still: with one layer of attention.
+    """
     denoiser, x = small()
     denoiser.network.blocks = denoiser.network.blocks[:1]
     _, kept = denoiser.features_and_kv(x, torch.zeros(3))

@@ -1,4 +1,6 @@
-"""Losses read from features in chunks: value and gradients of the plain full-vocabulary formula in float64."""
+"""Losses read from features in chunks: value and gradients of the plain full-vocabulary formula in
+float64.
+"""
 
 import pytest
 import torch
@@ -52,7 +54,10 @@ def plain(leaves, row_loss):
 @pytest.mark.parametrize("chunk", [1, 1 << 22], ids=["chunks", "whole"])
 @pytest.mark.parametrize("closed", [False, True], ids=["autograd", "closed"])
 def test_value_and_gradients(monkeypatch, loss, N, chunk, closed):
-    """Float32 against float64: relative 1e-5 of the largest entry. The smallest chunk has 32 rows, so 33 and 70 rows take several."""
+    """Float32 against float64: relative 1e-5 of the largest entry.
+
+    The smallest chunk has 32 rows, so 33 and 70 rows take several.
+    """
     monkeypatch.setitem(chunked.NUMBERS, "cpu", chunk)
     if closed and DIVERGENCES.get(loss) not in {*GRADIENTS, None}:
         pytest.skip("no closed form was written of this divergence")
@@ -128,7 +133,7 @@ def test_cross_entropy_is_weighted():
 
 
 def test_gradient_reaches_what_lies_below_and_only_what_asks_for_it():
-    """A slice of a larger readout (the mask's row left out), a frozen bias, features from a layer."""
+    """A slice of a larger readout (without the mask), a frozen bias, features from a layer."""
     generator = torch.Generator().manual_seed(1)
     layer, head = torch.nn.Linear(5, D), torch.nn.Linear(D, V + 1)
     x, x0 = torch.randn(20, 5, generator=generator), torch.randint(0, V, (20,), generator=generator)
@@ -159,7 +164,9 @@ def test_no_gradient_is_formed_where_none_is_wanted():
 
 
 def test_a_second_backward_fails_loudly():
-    """The gradient is kept in place and spent by the first backward: a wrong number must not come of the second."""
+    """The gradient is kept in place and spent by the first backward: a wrong number must not come
+    of the second.
+    """
     leaves, log_q, x0, w = case(5)
     loss = 2 * cross_entropy(leaves[0], tuple(leaves[1:]), x0, w)
     loss.backward(retain_graph=True)
@@ -169,7 +176,9 @@ def test_a_second_backward_fails_loudly():
 
 @pytest.mark.parametrize("loss", [*DIVERGENCES, "cross_entropy"])
 def test_bfloat16_features_and_autocast(loss):
-    """Inside autocast the readout is float32: the same value as outside, gradients in the dtype of their leaves."""
+    """Inside autocast the readout is float32: the same value as outside, gradients in the dtype of
+    their leaves.
+    """
     leaves, log_q, x0, w = case(40)
     row_loss = row_losses(log_q, x0, w)[loss]
     expected, gradients = plain(leaves, row_loss)

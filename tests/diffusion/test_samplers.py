@@ -1,4 +1,4 @@
-"""Samplers against their exact laws over an enumerated language, and what every sampler promises."""
+"""Samplers against their exact laws over an enumerated language, and what each sampler promises."""
 
 from typing import get_args
 
@@ -18,7 +18,8 @@ ALPHA = 1e-4 / 70  # corrected for the number of chi-square tests here
 DRAWS = 10_000
 SMALL, LONG = Language(4, 3, seed=2), Language(3, 5, seed=3)
 GAPPY = Language(3, 4, seed=4, forbidden=40)  # half of its texts cannot be
-# The exact law of each sampler; `block` is an approximation (test_block_sampler.py), `ancestral_float32` has rounded noise (below).
+# The exact law of each sampler; `block` is an approximation (test_block_sampler.py),
+# `ancestral_float32` has rounded noise (below).
 LAW = {
     "ancestral": ancestral_law,
     "analytic": ancestral_law,
@@ -42,7 +43,9 @@ def unknown(language: Language) -> torch.Tensor:
 
 
 def test_oracle_is_consistent():
-    """The laws that need no sampler: one position at a time is the language itself, one step the product of marginals, many steps converge."""
+    """The laws that need no sampler: one position at a time is the language itself, one step the
+    product of marginals, many steps converge.
+    """
     denoiser, texts = Perfect(SMALL), SMALL.index(SMALL.texts)
     assert torch.allclose(
         first_hitting_law(denoiser, 3, unknown(SMALL))[texts], SMALL.p, atol=1e-12
@@ -83,7 +86,9 @@ def test_law(language, sampler, steps):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [2, 5])
 def test_law_under_each_schedule(schedule, steps):
-    """The sampler's times and reveals are those of the denoiser's own schedule; the network knows the time."""
+    """The sampler's times and reveals are those of the denoiser's own schedule; the network knows
+    the time.
+    """
     alpha = SCHEDULES[schedule]().alpha
     denoiser = Perfect(SMALL, heat=3.0, alpha=alpha)
     out = draw(denoiser, steps, "ancestral", seed=500 + steps)
@@ -168,7 +173,9 @@ def test_temperature_sharpens_each_draw(temperature):
 
 
 def test_network_evaluations_are_the_non_empty_steps():
-    """Ancestral: L positions fall independently into N equal steps, so N (1 - (1 - 1/N)^L) steps are not empty on average."""
+    """Ancestral: L positions fall independently into N equal steps, so N (1 - (1 - 1/N)^L) steps
+    are not empty on average.
+    """
     for steps in (2, 5, 16):
         denoiser = Perfect(LONG)
         out = draw(denoiser, steps, "ancestral", seed=9)
@@ -183,7 +190,9 @@ def test_network_evaluations_are_the_non_empty_steps():
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 1024])
 def test_ancestral_plan_has_the_law_of_the_schedule(steps):
-    """P(revealed in step i) = (alpha(t_{i+1}) - alpha(t_i)) / (1 - alpha(1)); 1 / steps for the log-linear schedule, and for a bent one."""
+    """P(revealed in step i) = (alpha(t_{i+1}) - alpha(t_i)) / (1 - alpha(1)); 1 / steps for the
+    log-linear schedule, and for a bent one.
+    """
 
     class Bent:
         def alpha(self, t):
@@ -215,7 +224,9 @@ def test_first_hitting_groups_are_equal_up_to_one_and_uniform(L, steps):
 
 
 def test_carry_out_obeys_any_plan():
-    """A hand-made plan: steps out of order and with gaps; each position sees exactly the earlier ones."""
+    """A hand-made plan: steps out of order and with gaps; each position sees exactly the earlier
+    ones.
+    """
     seen = []
 
     class Spy(Perfect):
@@ -238,7 +249,9 @@ def test_carry_out_obeys_any_plan():
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_released_noise_has_nearly_the_law_and_belongs_to_the_text(steps):
-    """Where few outcomes share the mass the truncation cannot be seen: chi-square against the exact law. Text i is the same in any batch."""
+    """Where few outcomes share the mass the truncation cannot be seen: chi-square against the exact
+    law. Text i is the same in any batch.
+    """
 
     def draw_float32(**how):
         return draw(Perfect(SMALL), steps, "ancestral_float32", seed=40 + steps, **how)

@@ -1,4 +1,6 @@
-"""Noise schedules: every row of SCHEDULES is a schedule, has its published closed form, and travels with the denoiser."""
+"""Noise schedules: every row of SCHEDULES is a schedule, has its published closed form, and travels
+with the denoiser.
+"""
 
 import math
 from typing import get_args
@@ -24,7 +26,9 @@ EACH = pytest.mark.parametrize("name", SCHEDULES)
 
 @EACH
 def test_a_schedule_is_one(name):
-    """alpha falls from 1 to about 0; alpha_prime is its derivative; sigma = -log alpha, without cancellation at small t."""
+    """alpha falls from 1 to about 0; alpha_prime is its derivative; sigma = -log alpha, without
+    cancellation at small t.
+    """
     schedule = SCHEDULES[name]()
     t = torch.linspace(0, 1, 1001, dtype=torch.float64)
     alpha = schedule.alpha(t)
@@ -52,7 +56,9 @@ def test_cosine_weight_is_md4s():
 
 @EACH
 def test_the_nelbo_does_not_depend_on_the_schedule(name):
-    """Its integral over all times is the same for each schedule (MDLM, appendix D.3): a change of variables in 1 - alpha."""
+    """Its integral over all times is the same for each schedule (MDLM, appendix D.3): a change of
+    variables in 1 - alpha.
+    """
     language, schedule, N = Language(3, 3, seed=5), SCHEDULES[name](), 200_000
     generator = torch.Generator().manual_seed(1)
     t = 1e-3 + (1 - 1e-3) * (torch.rand(N, generator=generator) + torch.arange(N)).double() / N
@@ -105,7 +111,9 @@ def test_checkpoints_without_a_schedule_are_log_linear():
 
 
 def test_the_oracle_can_tell_schedules_apart():
-    """Chi-square of the number of masked tokens at t = 0.5: each schedule fits its own law and not the other's."""
+    """Chi-square of the number of masked tokens at t = 0.5: each schedule fits its own law and not
+    the other's.
+    """
     half = torch.full((20_000,), 0.5, dtype=torch.float64)
     u = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     k = torch.arange(5, dtype=torch.float64)

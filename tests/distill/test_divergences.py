@@ -1,4 +1,7 @@
-"""Divergences: definitions, torch's own numbers, and finite differences in float64. A new row of DIVERGENCES is tested by being there."""
+"""Divergences: definitions, torch's own numbers, and finite differences in float64.
+
+A new row of DIVERGENCES is tested by being there.
+"""
 
 from typing import get_args
 

@@ -1,4 +1,6 @@
-"""The teacher's targets against Algorithm 1 written out, and against their exact means over an enumerated language."""
+"""The teacher's targets against Algorithm 1 written out, and against their exact means over an
+enumerated language.
+"""
 
 from itertools import product
 
@@ -64,7 +66,9 @@ def test_released_times_are_those_read_in_the_code():
     ],
 )
 def test_the_released_first_step_reveals_too_little(dt, exact, released):
-    """PAPER.md 1.3: mean chance of a masked position to be revealed in the first substep, t uniform, in rounds 1, 5, 6, 7."""
+    """PAPER.md 1.3: mean chance of a masked position to be revealed in the first substep, t
+    uniform, in rounds 1, 5, 6, 7.
+    """
     t = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
     u = ((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000).expand(500, -1)
     shares = [
@@ -100,7 +104,9 @@ def test_reveal_substep_has_the_law_of_a_draw_in_every_substep(times, substeps):
 
 
 def textbook(denoiser, xt, t, dt, substeps, u_reveal, u_token, times):
-    """Algorithm 1, one text and one position at a time; gives log targets of the masked positions in row order, and the reveal substeps."""
+    """Algorithm 1, one text and one position at a time; gives log targets of the masked positions
+    in row order, and the reveal substeps.
+    """
     language, rows, when = denoiser.language, [], []
     for b, row in enumerate(xt.tolist()):
         x, target, hidden, step = (
@@ -151,7 +157,9 @@ def test_against_the_algorithm_written_out(times, substeps, heat):
 @pytest.mark.parametrize("substeps", [2, 3, 4])
 @pytest.mark.parametrize("heat", [0.0, 1.0], ids=["ignores-time", "knows-time"])
 def test_mean_over_draws_is_the_exact_mean(times, substeps, heat):
-    """E log target of every masked position, by summing over reveal patterns and tokens; 5 standard errors."""
+    """E log target of every masked position, by summing over reveal patterns and tokens; 5 standard
+    errors.
+    """
     denoiser, N = Perfect(LANGUAGE, heat), 15_000
     xt, t, dt = torch.tensor([3, 1, 3, 3]), 0.45, 0.15
     u_reveal, u_token = draws(N, 4, 50 + substeps)
@@ -177,7 +185,9 @@ def test_mean_over_draws_is_the_exact_mean(times, substeps, heat):
 
 @grids
 def test_two_substeps_enumerated(times):
-    """Every reveal pattern and token of the one draw that matters, weighed: equal to the oracle to float64."""
+    """Every reveal pattern and token of the one draw that matters, weighed: equal to the oracle to
+    float64.
+    """
     denoiser, xt, t, dt = Perfect(LANGUAGE), torch.tensor([3, 3, 2, 3]), 0.6, 0.25
     start = grid(times, t, dt, 2)[0]
     r, p = reveal_chance(start, max(start - dt, 0.0)), LANGUAGE.posterior[LANGUAGE.index(xt)]
@@ -195,9 +205,15 @@ def test_two_substeps_enumerated(times):
     N, weight = len(weight), torch.tensor(weight, dtype=torch.float64)
     assert weight.sum().item() == pytest.approx(1)
     h = teacher_targets(
-        denoiser, xt.expand(N, 4), torch.full((N,), t, dtype=torch.float64), dt, 2,
-        torch.tensor(u_reveal, dtype=torch.float64), torch.tensor(u_token, dtype=torch.float64), times,
-    )  # fmt: skip
+        denoiser,
+        xt.expand(N, 4),
+        torch.full((N,), t, dtype=torch.float64),
+        dt,
+        2,
+        torch.tensor(u_reveal, dtype=torch.float64),
+        torch.tensor(u_token, dtype=torch.float64),
+        times,
+    )
     found = (weight[:, None, None] * denoiser.log_p(h).view(N, 3, 3)).sum(0)
     assert torch.allclose(found, target_mean(denoiser, xt, t, dt, 2, times)[0][xt == 3], atol=1e-10)
 
@@ -325,8 +341,10 @@ class Tiny(torch.nn.Module):
 
 @pytest.mark.parametrize("divergence", OPTIMA)
 def test_a_tiny_network_reaches_the_exact_optimum(divergence):
-    """Trained on all states of a language of 3 tokens and length 3: within a total variation of 0.035 of its optimum at every masked position
-    (0.008 on average; measured 0.022 and 0.005), while the two optima lie over 0.06 apart: kl_backward sharpens, kl_forward does not."""
+    """Trained on all states of a language of 3 tokens and length 3: within a total variation of
+    0.035 of its optimum at every masked position (0.008 on average; measured 0.022 and 0.005),
+    while the two optima lie over 0.06 apart: kl_backward sharpens, kl_forward does not.
+    """
     language = Language(3, 3, seed=5, sharpness=2.0)
     teacher, t, dt, steps = Perfect(language), 0.8, 0.4, 500
     states = language.states[language.masked.any(1)]

@@ -1,6 +1,8 @@
-"""Where the released code differs (docs/deviations.md): both values of what is arithmetic, the right one of what is control flow.
+"""Where the released code differs (docs/deviations.md): both values of what is arithmetic, the
+right one of what is control flow.
 
-Q and R numbers are those of docs/deviations.md; facts about the released code are those of its fixtures or of its formulas as described there.
+Q and R numbers are those of docs/deviations.md; facts about the released code are those of its
+fixtures or of its formulas as described there.
 """
 
 import math
@@ -50,8 +52,10 @@ def test_every_fact_is_named_and_every_test_exists():
     ("dt", "ratio"), [(1 / 1024, 0.697), (8 / 1024, 0.719), (64 / 1024, 0.832), (128 / 1024, 0.917)]
 )
 def test_q1_q2_the_first_substep_reveals_too_little(dt, ratio):
-    """Expected positions revealed in the first of two substeps over t uniform on [1e-5, 1], released over exact: a position is masked with chance
-    t, so each time weighs t r(t). At t = 1/2 and dt = 1/1024 the released times are 0.749 and 0.249."""
+    """Expected positions revealed in the first of two substeps over t uniform on [1e-5, 1],
+    released over exact: a position is masked with chance t, so each time weighs t r(t). At t = 1/2
+    and dt = 1/1024 the released times are 0.749 and 0.249.
+    """
     t = torch.linspace(1e-5, 1, 200_001, dtype=torch.float64)
     revealed = {}
     for grid in (exact_times, released_times):
@@ -76,7 +80,9 @@ def test_q3_the_mask_never_has_a_negative_weight():
 
 
 def test_q5_the_last_draw_is_not_made():
-    """Targets of two substeps do not depend on the uniforms of what would be revealed in the second."""
+    """Targets of two substeps do not depend on the uniforms of what would be revealed in the
+    second.
+    """
     language = Language(3, 4, seed=1)
     xt, t = torch.tensor([[3, 3, 1, 3]] * 50), torch.full((50,), 0.6, dtype=torch.float64)
     u = torch.rand(2, 50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -112,11 +118,12 @@ def test_q7_nothing_masked_costs_nothing(divergence):
 
 
 def truncated_law(p: np.ndarray, r: float) -> tuple[float, np.ndarray]:
-    """Chance of a reveal, and the law of the revealed token, of the released race between tokens r p[V] and the mask 1 - r.
+    """Chance of a reveal, and the law of the revealed token, of the released race between tokens r
+    p[V] and the mask 1 - r.
 
-    Exact but for products of 2^-24: a token's noise is one of e_j, j = 1, 2, ... (the grid's top), each with chance 2^-24; every pair
-    (token, j) that could win is enumerated by falling score r p / e_j, and wins when none above it occurred and the mask's exponential exceeds
-    (1 - r) / score.
+    Exact but for products of 2^-24: a token's noise is one of e_j, j = 1, 2, ... (the grid's top),
+    each with chance 2^-24; every pair (token, j) that could win is enumerated by falling score r p
+    / e_j, and wins when none above it occurred and the mask's exponential exceeds (1 - r) / score.
     """
     least = (1 - r) / 40  # below this score the mask wins but for e^-40
     counts = np.minimum(np.ceil(r * p / least * 2**24).astype(np.int64) + 1, 1 << 24)
@@ -136,13 +143,20 @@ ZIPF = 1 / np.arange(1, V + 1)
 STEEP = ZIPF**1.5
 
 
-@pytest.mark.parametrize(("weights", "steps", "kept", "drop", "temperature"), [
-    (np.ones(V), 1024, 0.15, 0.0, None), (np.ones(V), 512, 0.42, 0.0, None),
-    (ZIPF, 1024, 0.69, 1.68, 0.858), (ZIPF, 512, 0.75, 1.34, 0.885), (STEEP, 1024, 0.958, 0.36, 0.950),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("weights", "steps", "kept", "drop", "temperature"),
+    [
+        (np.ones(V), 1024, 0.15, 0.0, None),
+        (np.ones(V), 512, 0.42, 0.0, None),
+        (ZIPF, 1024, 0.69, 1.68, 0.858),
+        (ZIPF, 512, 0.75, 1.34, 0.885),
+        (STEEP, 1024, 0.958, 0.36, 0.950),
+    ],
+)
 def test_q8_truncated_noise_lowers_the_temperature(weights, steps, kept, drop, temperature):
-    """P(reveal) / r; by how many nats revealed tokens are likelier than p says; the temperature that would make an exact draw as likely. The
-    float64 draw has 1, 0 and 1."""
+    """P(reveal) / r; by how many nats revealed tokens are likelier than p says; the temperature
+    that would make an exact draw as likely. The float64 draw has 1, 0 and 1.
+    """
     p = weights / weights.sum()
     chance, law = truncated_law(p, 1 / steps)
     assert chance * steps == pytest.approx(kept, abs=0.012)
@@ -163,7 +177,9 @@ def test_q8_truncated_noise_lowers_the_temperature(weights, steps, kept, drop, t
 
 
 def test_q8_the_race_is_exact_where_nothing_is_rare():
-    """Weights of a few outcomes: the released race has the same law as the exact draw, so the loss is the truncation's alone."""
+    """Weights of a few outcomes: the released race has the same law as the exact draw, so the loss
+    is the truncation's alone.
+    """
     q = torch.tensor([0.1, 0.2, 0.3, 0.4])
     u = torch.from_numpy(
         np.random.Generator(np.random.Philox(3)).random((200_000, 4), dtype=np.float32)
@@ -173,7 +189,9 @@ def test_q8_the_race_is_exact_where_nothing_is_rare():
 
 
 def test_r9_how_old_the_average_is():
-    """Shares of an average of decay 0.9999 that are older than a round of 10,000 steps, and than the two last."""
+    """Shares of an average of decay 0.9999 that are older than a round of 10,000 steps, and than
+    the two last.
+    """
     assert 0.9999**10_000 == pytest.approx(0.37, abs=0.005) and 0.9999**20_000 == pytest.approx(
         0.14, abs=0.005
     )
@@ -206,7 +224,9 @@ def random_dit(dropout=0.0):
 
 
 def test_q9_a_loaded_network_does_not_drop(pipeline):
-    """Two passes agree in eval mode, as checkpoint.load leaves a network; in training mode, in which the released code samples, they do not."""
+    """Two passes agree in eval mode, as checkpoint.load leaves a network; in training mode, in
+    which the released code samples, they do not.
+    """
     network, x = random_dit(dropout=0.1), torch.randint(0, 41, (2, 12))
     assert not torch.equal(network.train()(x), network(x))
     assert torch.equal(network.eval()(x), network(x))
@@ -214,7 +234,9 @@ def test_q9_a_loaded_network_does_not_drop(pipeline):
 
 
 def test_q12_rows_sum_to_one_under_autocast():
-    """bf16 log-probabilities of logits like N(0, 3) sum to 1 ± 0.02; ours to 1 within 1e-5 whatever the autocast."""
+    """bf16 log-probabilities of logits like N(0, 3) sum to 1 ± 0.02; ours to 1 within 1e-5 whatever
+    the autocast.
+    """
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(64, 50_257, generator=generator)
     half = (logits.bfloat16() - logits.bfloat16().logsumexp(-1, keepdim=True)).float().exp().sum(-1)
@@ -226,14 +248,18 @@ def test_q12_rows_sum_to_one_under_autocast():
 
 
 def test_q17_the_last_step_draws():
-    """One step over a language: the law is the product of marginals, where a greedy fill would give one text alone."""
+    """One step over a language: the law is the product of marginals, where a greedy fill would give
+    one text alone.
+    """
     language = Language(3, 3, seed=2)
     ids = sample(Perfect(language), 2000, 3, 1).ids
     assert (ids < language.V).all() and len(ids.unique(dim=0)) > 10
 
 
 def test_q18_strata_and_lattice():
-    """Both cover every stratum once; the released lattice has one offset for all, so two of its times are never closer than 1 / B."""
+    """Both cover every stratum once; the released lattice has one offset for all, so two of its
+    times are never closer than 1 / B.
+    """
     u = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ours = stratified_times(u, 1e-3)
     lattice = stratified_times(u[:1].expand(64), 1e-5)
@@ -270,7 +296,9 @@ def test_q20_rounds_and_their_dt():
 
 
 def test_q21_masked_tokens_weigh_the_same():
-    """Two rows of the same divergence count alike, however many tokens their texts have masked: a sum over rows, divided outside."""
+    """Two rows of the same divergence count alike, however many tokens their texts have masked: a
+    sum over rows, divided outside.
+    """
     readout = torch.eye(3), torch.zeros(3)
     h, goal = torch.tensor([[1.0, 0, 0]] * 4), torch.tensor([[0, 1.0, 0]] * 4)
     one = divergence_loss(kl_backward, h[:1], readout, goal[:1], readout)
@@ -280,8 +308,10 @@ def test_q21_masked_tokens_weigh_the_same():
 
 
 def test_one_step_costs_the_total_correlation():
-    """A denoiser that never errs, run in one step, writes the product of the marginals: KL(language || law) is the total correlation, the sum
-    of the marginals' entropies less the language's, and it falls to nothing as steps are added."""
+    """A denoiser that never errs, run in one step, writes the product of the marginals: KL(language
+    || law) is the total correlation, the sum of the marginals' entropies less the language's, and
+    it falls to nothing as steps are added.
+    """
     language = Language(3, 4, seed=6, sharpness=2.0)
     texts, start = language.index(language.texts), torch.full((4,), 3)
     marginal = language.posterior[-1]

@@ -1,4 +1,6 @@
-"""The law of the house: leaves are blind to one another, mathematics knows torch alone, and nothing heavy is imported before it is used."""
+"""The law of the house: leaves are blind to one another, mathematics knows torch alone, and nothing
+heavy is imported before it is used.
+"""
 
 import ast
 import subprocess
@@ -46,7 +48,9 @@ LATE = [
 
 @cache
 def imports(path: Path, late: bool = True) -> set[str]:
-    """Dotted names that a file imports: all, or with late=False those of the module's own level (TYPE_CHECKING aside)."""
+    """Dotted names that a file imports: all, or with late=False those of the module's own level
+    (TYPE_CHECKING aside).
+    """
     found = set()
 
     def visit(node, inside):
@@ -115,7 +119,9 @@ def test_leaves_do_not_import_one_another(path):
     "path", [p for p in FILES if place(p) in BELOW], ids=lambda p: str(p.relative_to(SOURCE))
 )
 def test_what_leaves_stand_on_knows_no_leaf_when_imported(path):
-    """checkpoint builds networks and config asks samplers for their limits, but only inside of functions; commands are known to cli and the public functions alone."""
+    """checkpoint builds networks and config asks samplers for their limits, but only inside of
+    functions; commands are known to cli and the public functions alone.
+    """
     early = {
         name.split(".")[1] for name in imports(path, late=False) if name.startswith("halfstep.")
     }
@@ -160,11 +166,17 @@ def test_files_that_need_something_heavy_are_imported_late():
         )
 
 
-@pytest.mark.parametrize(("module", "absent"), [
-    ("halfstep", {"torch", "numpy", "tokenizers", "pydantic"}),
-    ("halfstep.cli", {"torch", "transformers"}),
-    ("halfstep.commands.distill, halfstep.commands.generate", {"transformers", "mlflow", "snakemake", "lm_eval", "matplotlib", "pandas"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("halfstep", {"torch", "numpy", "tokenizers", "pydantic"}),
+        ("halfstep.cli", {"torch", "transformers"}),
+        (
+            "halfstep.commands.distill, halfstep.commands.generate",
+            {"transformers", "mlflow", "snakemake", "lm_eval", "matplotlib", "pandas"},
+        ),
+    ],
+)
 def test_an_import_loads_no_more_than_it_says(module, absent):
     code = f"import sys, {module}; print(*({absent!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -65,7 +65,9 @@ def test_inverse_cdf_is_the_smallest_token_whose_cdf_exceeds_u():
 @pytest.mark.parametrize("V", [2, 7, 10, 49, 50, 101])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inverse_cdf_never_gives_a_token_without_mass(V, dtype):
-    """Every place of a lone allowed token, at the ends of the unit interval too; then half of the tokens forbidden."""
+    """Every place of a lone allowed token, at the ends of the unit interval too; then half of the
+    tokens forbidden.
+    """
     u = torch.tensor([0.0, 2**-53, 0.5, LAST], dtype=torch.float64)
     for v in range(V):
         row = torch.full((V,), -torch.inf, dtype=dtype)
@@ -89,7 +91,9 @@ def test_inverse_cdf_never_gives_a_token_without_mass(V, dtype):
 
 
 def test_inverse_cdf_keeps_the_tail_that_float32_noise_cuts_off():
-    """V = 50257, a flat tail of 1e-3 in all: its share among draws is exact (released code at reveal chance 1/1024: 0.15 of it)."""
+    """V = 50257, a flat tail of 1e-3 in all: its share among draws is exact (released code at
+    reveal chance 1/1024: 0.15 of it).
+    """
     V, N = 50257, 4000
     log_p = torch.full((V,), float(np.log(1e-3 / (V - 1))))
     log_p[0] = float(np.log1p(-1e-3))
@@ -121,7 +125,7 @@ def test_inverse_cdf_needs_no_normalised_rows():
 
 
 def test_row_against_fractions():
-    """Exact rational arithmetic just below and just above every boundary of a row over 37 tokens."""
+    """Exact rational arithmetic just below and above every boundary of a row over 37 tokens."""
     weights = [1, 3, 0, 2, 5, 0, 0, 1] * 4 + [0, 16, 0, 4, 60]
     total, log_w = sum(weights), torch.tensor(weights, dtype=torch.float64).log()
     for v in range(len(weights)):

@@ -1,4 +1,8 @@
-"""Replayed passes say what eager ones say. A tape stands in for a CUDA graph: it keeps tensors, not the code that made them, and hears the host asking."""
+"""Replayed passes say what eager ones say.
+
+A tape stands in for a CUDA graph: it keeps tensors, not the code that made them, and hears the host
+asking.
+"""
 
 import inspect
 from contextlib import contextmanager, nullcontext
@@ -38,7 +42,9 @@ EMPTY = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty}
 
 
 class Tape(TorchDispatchMode):
-    """The operations of a pass, over the very tensors that it used; a replay writes each result where the first one lay."""
+    """The operations of a pass, over the very tensors that it used; a replay writes each result
+    where the first one lay.
+    """
 
     def __init__(self):
         super().__init__()
@@ -68,7 +74,9 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def tapes(monkeypatch) -> list[Tape]:
-    """Tapes recorded in place of CUDA graphs, on the CPU; as there, capturing leaves the output's memory unwritten."""
+    """Tapes recorded in place of CUDA graphs, on the CPU; as there, capturing leaves the output's
+    memory unwritten.
+    """
     made = []
 
     def record(run, device):
@@ -94,7 +102,9 @@ def denoiser(timed: bool = False) -> SubsDenoiser:
 @pytest.mark.parametrize("compute", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("timed", [False, True], ids=["blind", "timed"])
 def test_any_number_of_texts_in_any_order(tapes, timed, compute):
-    """Features of eager passes, whatever came before and fills the bucket; what was given out stays as it was; a capture for each power of two."""
+    """Features of eager passes, whatever came before and fills the bucket; what was given out stays
+    as it was; a capture for each power of two.
+    """
     eager, random = denoiser(timed), torch.Generator().manual_seed(1)
     ours, held = eager.inference_copy, []
     with torch.no_grad(), torch.autocast("cpu", compute, enabled=compute is not None):
@@ -154,7 +164,9 @@ def test_memory_made_in_inference_mode_serves_outside_of_it(tapes):
 
 
 def test_what_is_not_replayed(tapes):
-    """A pass that wants gradients, one with dropout, and one of too many tokens once its bucket is filled."""
+    """A pass that wants gradients, one with dropout, and one of too many tokens once its bucket is
+    filled.
+    """
     ours, x, t = denoiser().inference_copy, torch.zeros(5, 12, dtype=torch.long), torch.zeros(5)
     ours.network.requires_grad_()
     assert ours.features(x, t).requires_grad
@@ -172,7 +184,9 @@ def test_what_is_not_replayed(tapes):
 
 @pytest.mark.parametrize("timed", [False, True], ids=["blind", "timed"])
 def test_samples_are_those_of_eager_passes(tapes, timed):
-    """Token for token, while texts with nothing to reveal drop out of the passes; a second call captures nothing."""
+    """Token for token, while texts with nothing to reveal drop out of the passes; a second call
+    captures nothing.
+    """
     one, given = denoiser(timed), torch.full((7, 10), 31)
     for i in range(7):
         given[i, : i + 3] = i
@@ -186,8 +200,10 @@ def test_samples_are_those_of_eager_passes(tapes, timed):
 
 
 class Device(TorchDispatchMode):
-    """Meta as a device that is not the host: an operation has all its tensors on one of the two, except copies. What comes from the device is one of
-    `answers`, in turn; for a number or a number of rows it cannot be asked at all. Noted are answers, passes of a network, and what is sent."""
+    """Meta as a device that is not the host: an operation has all its tensors on one of the two,
+    except copies. What comes from the device is one of `answers`, in turn; for a number or a number
+    of rows it cannot be asked at all. Noted are answers, passes of a network, and what is sent.
+    """
 
     def __init__(self, *answers):
         super().__init__()
@@ -219,7 +235,7 @@ class Device(TorchDispatchMode):
 
 @pytest.mark.parametrize("timed", [False, True], ids=["blind", "timed"])
 def test_no_pass_waits_for_the_device(monkeypatch, timed):
-    """The host learns the frame and the plan, before the first pass; all that comes later it sends."""
+    """The host reads the frame and the plan before the first pass; afterwards it only sends."""
     monkeypatch.setattr(
         torch, "autocast", lambda *args, **how: nullcontext()
     )  # which meta has none of
@@ -249,7 +265,9 @@ def test_no_pass_waits_for_the_device(monkeypatch, timed):
 
 @pytest.mark.parametrize("timed", [False, True], ids=["blind", "timed"])
 def test_a_training_step_waits_once_before_its_first_pass(monkeypatch, timed):
-    """For the masks, and in a round for the substeps in which they fall; then nothing is asked until the gradients are there."""
+    """For the masks, and in a round for the substeps in which they fall; then nothing is asked
+    until the gradients are there.
+    """
     monkeypatch.setattr(torch, "autocast", lambda *args, **how: nullcontext())
     one, random, schedule = denoiser(timed), torch.Generator().manual_seed(2), LogLinear()
     one.network.requires_grad_().train()
@@ -284,7 +302,9 @@ def test_a_training_step_waits_once_before_its_first_pass(monkeypatch, timed):
 
 
 def test_the_order_of_a_capture(monkeypatch):
-    """PyTorch's rules: warm up on a stream of its own, which waits for what was launched before, and is waited for; record there; hold what was recorded."""
+    """PyTorch's rules: warm up on a stream of its own, which waits for what was launched before,
+    and is waited for; record there; hold what was recorded.
+    """
     events, signature = [], inspect.signature(torch.cuda.graph.__init__)
 
     @contextmanager
@@ -307,17 +327,30 @@ def test_the_order_of_a_capture(monkeypatch):
         return on(f"graph on {said['stream'].name}")
 
     fake = SimpleNamespace(
-        device=lambda device: on(f"device {device}"), Stream=lambda: stream("side"), current_stream=lambda: stream("main"),
-        stream=lambda given: on(given.name), CUDAGraph=lambda: SimpleNamespace(replay="the replay"), graph=graph,
-    )  # fmt: skip
+        device=lambda device: on(f"device {device}"),
+        Stream=lambda: stream("side"),
+        current_stream=lambda: stream("main"),
+        stream=lambda given: on(given.name),
+        CUDAGraph=lambda: SimpleNamespace(replay="the replay"),
+        graph=graph,
+    )
     monkeypatch.setattr(torch, "cuda", fake)
     replay, value = cuda_graphs.capture_graph(
         lambda: events.append("run") or len(events), torch.device("cuda", 1)
     )
     assert (replay, value) == ("the replay", 9) and events == [
-        "device cuda:1:", "side waits for main", "side:", "run", "run", "end of side", "main waits for side", "graph on side:", "run", "end of graph on side",
+        "device cuda:1:",
+        "side waits for main",
+        "side:",
+        "run",
+        "run",
+        "end of side",
+        "main waits for side",
+        "graph on side:",
+        "run",
+        "end of graph on side",
         "end of device cuda:1",
-    ]  # fmt: skip
+    ]
 
 
 def test_generate_and_latency_replay(tapes, pipeline, tmp_path):
@@ -331,7 +364,8 @@ def test_generate_and_latency_replay(tapes, pipeline, tmp_path):
     )
     tapes.clear()
     done(
-        f"latency --checkpoint {pipeline.student} --baseline {pipeline.baseline} --output {tmp_path}/rows.json --lengths 6 --batch-sizes 1 --benchmark-steps 2 "
+        f"latency --checkpoint {pipeline.student} --baseline {pipeline.baseline} "
+        f"--output {tmp_path}/rows.json --lengths 6 --batch-sizes 1 --benchmark-steps 2 "
         f"--baselines halfstep --repeats 3 --timed-dtype bfloat16 {MACHINE}"
     )
     assert len(tapes) == 1

@@ -1,4 +1,6 @@
-"""The denoiser network: sizes and key names of the published checkpoints, and what a Denoiser promises."""
+"""The denoiser network: sizes and key names of the published checkpoints, and what a Denoiser
+promises.
+"""
 
 import json
 from pathlib import Path
@@ -54,7 +56,10 @@ def test_parameters_of_the_sizes_that_were_only_timed(size, billions):
 @pytest.mark.parametrize("size", EXACT)
 @pytest.mark.parametrize("kind", ["dit", "ar"])
 def test_names_and_shapes_of_the_published_checkpoints(kind, size):
-    """Exactly theirs. The peer differs in two things: no column for the mask token and no bias in the head."""
+    """Exactly theirs.
+
+    The peer differs in two things: no column for the mask token and no bias in the head.
+    """
     network = on_meta(DiT if kind == "dit" else GPT, 50257, size)
     theirs = PUBLISHED[f"{kind}-{size}"]
     assert len(network.blocks) == theirs["config"]["n_blocks"]
@@ -135,7 +140,9 @@ def test_denoiser_reads_out_the_data_tokens_only():
     ids=["denoiser", "gpt"],
 )
 def test_log_probabilities_are_float32_inside_autocast(make):
-    """Logits rounded to bfloat16 (three digits) would move the teacher's draws and the baseline's: the released code does so (Q12)."""
+    """Logits rounded to bfloat16 (three digits) would move the teacher's draws and the baseline's:
+    the released code does so (Q12).
+    """
     model, h = make(), torch.randn(20, 32, generator=torch.Generator().manual_seed(2))
     expected = model.log_p(h)
     with torch.autocast("cpu", torch.bfloat16):
@@ -144,7 +151,9 @@ def test_log_probabilities_are_float32_inside_autocast(make):
 
 
 def test_time_conditioning():
-    """With a noise level the network is told sigma(t) of each text; without it time changes nothing."""
+    """With a noise level the network is told sigma(t) of each text; without it time changes
+    nothing.
+    """
     network, x, t = tiny(), torch.full((3, 5), 11), torch.tensor([0.1, 0.5, 0.999])
     blind, knowing = (
         SubsDenoiser(network, LogLinear()),

@@ -1,4 +1,6 @@
-"""The autoregressive peer: causal, its cache exact, its draws of the right law, and the same function in transformers' hands."""
+"""The autoregressive peer: causal, its cache exact, its draws of the right law, and the same
+function in transformers' hands.
+"""
 
 import pytest
 import torch
@@ -69,7 +71,9 @@ def test_generation_equals_the_full_pass(how):
 
 
 def test_the_windows_of_the_graphs_equal_the_exact_ones(monkeypatch):
-    """What a CUDA graph replays (more keys than are written, masked, of whatever another text left there), run here without the graph."""
+    """What a CUDA graph replays (more keys than are written, masked, of whatever another text left
+    there), run here without the graph.
+    """
     gpt, u = tiny(), uniforms(4, 0, 5, 30)
     exact, decoder, windows, step = Decoder(gpt, 5, 30), Decoder(gpt, 5, 30), [], Decoder.step
     for cache in decoder.caches:
@@ -146,7 +150,9 @@ def test_nucleus_keeps_the_fewest_tokens_that_reach_the_mass():
 
 
 def test_transformers_loads_the_same_function_and_tokenizer(tmp_path):
-    """AutoModelForCausalLM and AutoTokenizer on the folder alone: log-probabilities within 1e-4, equal ids, equal texts."""
+    """AutoModelForCausalLM and AutoTokenizer on the folder alone: log-probabilities within 1e-4,
+    equal ids, equal texts.
+    """
     transformers = pytest.importorskip("transformers")
     text = (
         "Once upon a time Ann lost her red kite. She looked for it in the old barn. <|endoftext|>"

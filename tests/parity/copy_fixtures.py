@@ -1,4 +1,6 @@
-"""Copy from the folder of fixtures what the parity tests need: `python tests/parity/copy_fixtures.py ../shared/fixtures`."""
+"""Copy from the folder of fixtures what the parity tests need: `python
+tests/parity/copy_fixtures.py ../shared/fixtures`.
+"""
 
 import json
 import sys
@@ -7,9 +9,20 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).parent
-WHOLE = ("dit_a_teacher.safetensors", "dit_a_student.safetensors", "ar.safetensors", "ar.npz", "ema.npz", "noise.npz", "mdlm_loss_a.npz",
-         "mdlm_lightning.ckpt", "sdtt_lightning_plain.ckpt")  # fmt: skip
-LEFT_OUT = {  # prefixes of arrays; the uniforms of the reference's categorical draws are not needed where the drawn tokens are known
+WHOLE = (
+    "dit_a_teacher.safetensors",
+    "dit_a_student.safetensors",
+    "ar.safetensors",
+    "ar.npz",
+    "ema.npz",
+    "noise.npz",
+    "mdlm_loss_a.npz",
+    "mdlm_lightning.ckpt",
+    "sdtt_lightning_plain.ckpt",
+)
+# prefixes of arrays; the uniforms of the reference's categorical draws are not needed where the
+# drawn tokens are known
+LEFT_OUT = {
     "distill_m2_dt8.npz": ("u_step",),
     "distill_m4_dt16.npz": ("u_step", "student_logp"),
     "divergences.npz": (

@@ -21,7 +21,7 @@ def arrays(name: str) -> dict[str, torch.Tensor]:
 
 
 def dit(which: str) -> DiT:
-    """The fixtures' DiT with the weights of `which` (teacher or student): every key must be used."""
+    """The DiT of the fixtures with the weights of `which`, teacher or student; uses every key."""
     network = DiT(MASK, width=64, blocks=2, heads=4, cond_width=32)
     path = HERE / f"dit_a_{which}.safetensors"
     state = load_file(path)

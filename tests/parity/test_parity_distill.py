@@ -1,4 +1,6 @@
-"""Parity with the released code: targets with `teacher_times` released and exact, divergences, losses and gradients."""
+"""Parity with the released code: targets with `teacher_times` released and exact, divergences,
+losses and gradients.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ def reference_states(fixture, way, m):
 
 
 def uniforms_that_reveal(states, starts, dt, teacher):
-    """u_reveal and u_token under which our draws repeat the reference's reveals and tokens: the middle of each interval."""
+    """u_reveal and u_token under which our draws repeat the reference's reveals and tokens: the
+    middle of each interval.
+    """
     B, L = states[0].shape
     chance = reveal_probability(starts, (starts - dt).clamp(min=0), SCHEDULE)
     hidden = torch.cat(
@@ -75,7 +79,10 @@ def test_forward_process_and_times(name):
 @CASES
 @pytest.mark.parametrize("way", ["alg", "ref"])
 def test_targets(name, way):
-    """Log-probabilities at every masked position, absolute 5e-5. `alg` is Algorithm 1 (exact), `ref` the released code (released)."""
+    """Log-probabilities at every masked position, absolute 5e-5.
+
+    `alg` is Algorithm 1 (exact), `ref` the released code (released).
+    """
     fixture = arrays(name)
     teacher, h = our_targets(fixture, way)
     masked = fixture["xt"] == MASK
@@ -89,7 +96,9 @@ def test_targets(name, way):
 @CASES
 @pytest.mark.parametrize("loss", NAMES)
 def test_kl_losses_and_gradients(name, loss):
-    """The released mean over masked tokens (relative 1e-4) and the norm of each parameter's gradient (relative 1e-3)."""
+    """The released mean over masked tokens (relative 1e-4) and the norm of each parameter's
+    gradient (relative 1e-3).
+    """
     fixture = arrays(name)
     masked = fixture["xt"] == MASK
     for way, key in (("alg", f"alg_loss_{loss}"), ("ref", f"loss_{loss}")):
@@ -127,9 +136,12 @@ def test_student_log_probabilities():
 
 @CASES
 def test_released_mse_and_tvd_are_other_formulas(name):
-    """Both act on log-probabilities and count the mask's column, where both sides are about -1e6 and their float32 difference is a multiple
-    of 1/16. `mse` here leaves that column out: the released number is 256/257 of ours plus the column's share, which is below one percent.
-    `tvd` here is the true distance; the released one is a sum of |log p - log q| without the half (hundreds, where a distance is below one)."""
+    """Both act on log-probabilities and count the mask's column, where both sides are about -1e6
+    and their float32 difference is a multiple of 1/16. `mse` here leaves that column out: the
+    released number is 256/257 of ours plus the column's share, which is below one percent. `tvd`
+    here is the true distance; the released one is a sum of |log p - log q| without the half
+    (hundreds, where a distance is below one).
+    """
     fixture = arrays(name)
     masked = fixture["xt"] == MASK
     log_p, (teacher, h) = (
@@ -147,12 +159,20 @@ def test_released_mse_and_tvd_are_other_formulas(name):
 
 @pytest.mark.parametrize("case", ["plain", "subs"])
 def test_divergences(case):
-    """Float64: relative 1e-9 where the formulas agree; `subs` rows hold the mask's column, which ours leaves out."""
+    """Float64: relative 1e-9 where the formulas agree; `subs` rows hold the mask's column, which
+    ours leaves out.
+    """
     fixture = arrays("divergences.npz")
     log_p, log_q = (fixture[f"{case}_{side}_logp"].double() for side in ("student", "teacher"))
     if case == "subs":
         log_p, log_q = log_p[:, :MASK], log_q[:, :MASK]
-    for name, key in (("kl_backward", "kl_bwd_f64"), ("kl_backward", "KL_student_teacher"), ("kl_forward", "kl_fwd_f64"), ("kl_forward", "KL_teacher_student"), ("tvd", "tv_dist_unused_f64")):  # fmt: skip
+    for name, key in (
+        ("kl_backward", "kl_bwd_f64"),
+        ("kl_backward", "KL_student_teacher"),
+        ("kl_forward", "kl_fwd_f64"),
+        ("kl_forward", "KL_teacher_student"),
+        ("tvd", "tv_dist_unused_f64"),
+    ):
         assert DIVERGENCES[name](log_p, log_q).mean().item() == pytest.approx(
             fixture[f"{case}_{key}"].item(), rel=1e-9
         ), name

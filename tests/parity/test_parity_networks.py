@@ -1,4 +1,7 @@
-"""Parity with the released code: networks, readout, moving average. Float32 on both sides, absolute tolerance 2e-5 unless said."""
+"""Parity with the released code: networks, readout, moving average.
+
+Float32 on both sides, absolute tolerance 2e-5 unless said.
+"""
 
 import torch
 from reference import HERE, MASK, arrays, denoiser, dit, subs
@@ -25,7 +28,10 @@ def test_dit_hidden_states_and_logits():
 
 
 def test_subs_log_probabilities():
-    """Masked positions: normalised over the data tokens. Visible positions are carried over by the caller, in the reference by a one-hot row."""
+    """Masked positions: normalised over the data tokens.
+
+    Visible positions are carried over by the caller, in the reference by a one-hot row.
+    """
     fixture, model = arrays("forward_a.npz"), denoiser("teacher")
     x, found = fixture["x"], subs(model, fixture["x"])
     expected, masked = fixture["log_p_subs"][0], x[0] == MASK
@@ -49,7 +55,9 @@ def test_time_does_not_matter_to_a_network_that_ignores_it():
 
 
 def test_autoregressive_network():
-    """The reference's head has a bias and a column for the mask, set to -1000; ours has neither, so both are added here."""
+    """The reference's head has a bias and a column for the mask, set to -1000; ours has neither, so
+    both are added here.
+    """
     fixture, state = arrays("ar.npz"), load_file(HERE / "ar.safetensors")
     network = GPT(257, width=48, blocks=2, heads=4).eval()
     bias = state.pop("output_layer.linear.bias")

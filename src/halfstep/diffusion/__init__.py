@@ -1,1 +1,1 @@
-"""Masked diffusion: schedule, masking, objective, samplers. Torch only; written against a Denoiser."""
+"""Masked diffusion: schedules, masking, objective, samplers; written against a Denoiser."""

@@ -1,8 +1,9 @@
-"""The sampler `block`: blocks from left to right, with the keys and values of all other positions kept within a block.
+"""The sampler `block`: blocks from left to right, with a KV cache of all other positions.
 
-Each block begins with a pass over the whole text; its later passes compute the block's positions only. For a bidirectional network
-this is an approximation: within a block, the positions outside of it do not see what is being written. A cache of predictions needs no
-sampler: a reveal plan takes no pass for a step that changes nothing (tests/diffusion/test_block_sampler.py).
+Each block begins with a pass over the whole text; its later passes compute the block's positions
+only. For a bidirectional network this is an approximation: within a block, the positions outside of
+it do not see what is being written. A cache of predictions needs no sampler: a reveal plan takes no
+pass for a step that changes nothing (tests/diffusion/test_block_sampler.py).
 """
 
 from typing import cast
@@ -25,9 +26,10 @@ def blocks(length: int, steps: int) -> list[tuple[int, int, int]]:
 
 @torch.no_grad()
 def block(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int, keep_kv: bool = True) -> Samples:
-    """Ancestral sampling within each block of x[N, L]; a pass over one block counts as its share of a network evaluation.
+    """Ancestral sampling within each block of x[N, L].
 
-    With keep_kv=False every pass computes the whole text.
+    A pass over one block counts as its share of a network evaluation. With keep_kv=False every pass
+    computes the whole text.
     """
     denoiser, x, evaluations = cast(KVDenoiser, denoiser), x.clone(), 0.0
     N, L = x.shape

@@ -1,7 +1,8 @@
 """The contracts of the mathematics: what a noise schedule, a denoiser and a sampler must provide.
 
-Shapes: B texts of L tokens, N positions out of the B L, features of width D, V tokens in the vocabulary. The mask token has the id `mask_id`.
-A class satisfies a protocol by having its members; it need not inherit from it.
+Shapes: B texts of L tokens, N positions out of the B L, features of width D, V tokens in the
+vocabulary. The mask token has the id `mask_id`. A class satisfies a protocol by having its members;
+it need not inherit from it.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from torch import Tensor
 from halfstep.kernels.categorical import uniforms
 
 Where = Tensor | tuple[Tensor, ...] | None
-"""Positions: a mask [B, L]; its nonzero(as_tuple=True), which the host need not wait for; or None for all."""
+"""Positions: a mask [B, L], its nonzero(as_tuple=True), or None for all."""
 
 Readout = tuple[Tensor, Tensor]
-"""Weight W[V or more, D] and bias b[V] of the linear map from features to logits; rows of W beyond V are not tokens."""
+"""Weight W[V or more, D] and bias b[V] of the last layer; rows of W beyond V are no tokens."""
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """(log_p[N, V] of the student, log_q[N, V] of the teacher) -> [N], without a reduction."""
 
 
 class Schedule(Protocol):
-    """A noise schedule: a token is still visible at time t in [0, 1] with probability alpha(t), which falls from 1 to about 0."""
+    """A noise schedule: the probability alpha(t) that a token is still visible at time t.
+
+    alpha falls from 1 at t = 0 to about 0 at t = 1.
+    """
 
     def alpha(self, t: Tensor) -> Tensor:
         """alpha(t), elementwise."""
@@ -41,7 +45,7 @@ class Schedule(Protocol):
 
 
 class Denoiser(Protocol):
-    """p(x0 | xt) of every masked position, in two steps: features of the network, then logits only where they are needed."""
+    """p(x0 | xt) at masked positions: first features, then logits only where they are needed."""
 
     @property
     def mask_id(self) -> int:
@@ -69,11 +73,17 @@ class Denoiser(Protocol):
         ...
 
     def features(self, xt: Tensor, t: Tensor, where: Where = None) -> Tensor:
-        """One pass of the network: xt[B, L] int64, t[B] -> h[B, L, D], or h[N, D] of the positions `where`, in row order."""
+        """One pass of the network: xt[B, L] int64, t[B] -> h[B, L, D].
+
+        With `where`, only the features of these positions, in row order: h[N, D].
+        """
         ...
 
     def logits(self, h: Tensor, chunk: slice = slice(None)) -> Tensor:
-        """log p(x0 = v | xt) up to one constant per row: h[N, D] -> [N, V] float32, or the columns `chunk` of it."""
+        """log p(x0 = v | xt) up to one constant per row: h[N, D] -> [N, V] float32.
+
+        With `chunk`, only these columns.
+        """
         ...
 
     def logits_at(self, h: Tensor, tokens: Tensor) -> Tensor:
@@ -91,15 +101,16 @@ class KVDenoiser(Denoiser, Protocol):
     def features_and_kv(
         self, xt: Tensor, t: Tensor, start: int = 0, kv: list | None = None
     ) -> tuple[Tensor, list]:
-        """`features` of xt[B, l], the tokens from position `start` on, and the keys and values of each block."""
+        """`features` of xt[B, l], the tokens from `start` on, and the blocks' keys and values."""
         ...
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of texts first, first + 1, ... of a seed, and the temperature of their draws.
+    """The random numbers of texts first, first + 1, ... of a seed, and the temperature.
 
-    Text i owns its numbers: they depend on (seed, i) alone, not on the batch, the device or the process.
+    Text i owns its numbers: they depend on (seed, i) alone, not on the batch, the device or the
+    process.
     """
 
     seed: int = 1
@@ -120,6 +131,6 @@ class Samples:
 
 
 class SamplerFunction(Protocol):
-    """x[N, L] int64 holds given tokens and, where text is wanted, the mask token; at most `steps` steps fill it."""
+    """Fill the mask tokens of x[N, L] int64 in at most `steps` steps; other tokens are given."""
 
     def __call__(self, denoiser: Denoiser, x: Tensor, draws: Draws, steps: int) -> Samples: ...

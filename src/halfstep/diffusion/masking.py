@@ -1,4 +1,4 @@
-"""The absorbing process: its forward marginal, and the one reverse posterior that everything uses."""
+"""The absorbing process: the forward marginal, and the one reverse posterior that all code uses."""
 
 import torch
 from torch import Tensor
@@ -7,23 +7,24 @@ from halfstep.diffusion.contracts import Schedule
 
 
 def corrupt(x0: Tensor, t: Tensor, u: Tensor, schedule: Schedule, mask_id: int) -> Tensor:
-    """Draw xt ~ q(xt | x0): each token is masked with probability 1 - alpha(t) (MDLM eq. 4), by its uniform u[B, L].
+    """Draw xt ~ q(xt | x0): mask each token with probability 1 - alpha(t) (MDLM eq. 4).
 
-    x0[B, L] int64, t[B] float64 -> xt[B, L].
+    x0[B, L] int64, t[B] float64, uniforms u[B, L] -> xt[B, L].
     """
     return x0.masked_fill(u < 1 - schedule.alpha(t)[:, None], mask_id)
 
 
 def reveal_probability(t: Tensor, s: Tensor, schedule: Schedule) -> Tensor:
-    """Probability that a token masked at t is visible at s < t: (alpha_s - alpha_t) / (1 - alpha_t) (MDLM eq. 7).
+    """Probability that a token masked at t is visible at s < t (MDLM eq. 7).
 
-    A revealed token is drawn from p(x0 | xt), whatever t and s. For the log-linear schedule the probability is (t - s) / t.
+    It is (alpha_s - alpha_t) / (1 - alpha_t). A revealed token is drawn from p(x0 | xt), whatever t
+    and s. For the log-linear schedule the probability is (t - s) / t.
     """
     return (schedule.alpha(s) - schedule.alpha(t)) / (1 - schedule.alpha(t))
 
 
 def mask_indices(where: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-    """nonzero(as_tuple=True) of a mask on the host, as tensors on `device`, without waiting for the device."""
+    """nonzero(as_tuple=True) of a host mask, on `device`, without waiting for the device."""
     return tuple(to_device(index, device) for index in where.nonzero(as_tuple=True))
 
 

@@ -1,7 +1,8 @@
-"""Reveal plans: the step at which each position is revealed, drawn before the network runs, and the loop that executes a plan.
+"""Reveal plans, which are drawn before the network runs, and the loop that executes them.
 
-Masked diffusion reveals a position at a time that does not depend on the network, and then draws its token from p(x0 | xt). So the
-steps of all positions are drawn first. Each text takes a pass only for its own non-empty steps, and only revealed positions are read out.
+Masked diffusion reveals a position at a time that does not depend on the network, and then draws
+its token from p(x0 | xt). So the steps of all positions are drawn first. Each text takes a pass
+only for its own non-empty steps, and only revealed positions are read out.
 """
 
 from collections.abc import Callable
@@ -16,15 +17,16 @@ from halfstep.kernels.categorical import inverse_cdf_chunked
 from halfstep.kernels.logits import CACHED, row_chunks, vocab_chunks
 
 Plan = Callable[[Tensor, int, Schedule], Tensor]
-"""(u[B, L], steps, schedule) -> step of each position [B, L], from one uniform each; u < 0 marks given positions."""
+"""(uniforms u[B, L], steps, schedule) -> step of each position [B, L]; u < 0 marks given ones."""
 
 
 def ancestral_plan(u: Tensor, steps: int, schedule: Schedule) -> Tensor:
-    """Step (0 to steps - 1) at which ancestral sampling reveals each position, [B, L], from one uniform u[B, L] each.
+    """Step (0 to steps - 1) at which ancestral sampling reveals each position, [B, L].
 
-    Ancestral sampling (MDLM eq. 7) on the grid t_i = 1 - i / steps leaves a position masked after step i with probability
-    prod_j (1 - alpha_{t_{j+1}}) / (1 - alpha_{t_j}) = (1 - alpha_{t_{i+1}}) / (1 - alpha_1). The position is revealed in the
-    first step after which that probability is at most u. The last step ends at t = 0 and reveals all that is left.
+    Ancestral sampling (MDLM eq. 7) on the grid t_i = 1 - i / steps leaves a position masked after
+    step i with probability prod_j (1 - alpha_{t_{j+1}}) / (1 - alpha_{t_j}) = (1 - alpha_{t_{i+1}})
+    / (1 - alpha_1). The position is revealed in the first step after which that probability is at
+    most u. The last step ends at t = 0 and reveals all that is left.
     """
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=u.device)
     hidden = (1 - schedule.alpha(t)) / (1 - schedule.alpha(t[0]))
@@ -33,10 +35,11 @@ def ancestral_plan(u: Tensor, steps: int, schedule: Schedule) -> Tensor:
 
 
 def first_hitting_plan(u: Tensor, steps: int, schedule: Schedule) -> Tensor:
-    """Reveal the free positions (u >= 0) in a uniform random order, in `steps` nearly equal groups, [B, L].
+    """Steps [B, L] of a uniform random order of the free positions (u >= 0), in equal groups.
 
-    First-hitting sampling (Zheng et al., arXiv 2409.02908, section 4): with one step per position it is the exact limit of
-    ancestral sampling with infinitely many steps, whatever the schedule.
+    The `steps` groups are equal up to one position. First-hitting sampling (Zheng et al., arXiv
+    2409.02908, section 4): with one step per position it is the exact limit of ancestral sampling
+    with infinitely many steps, whatever the schedule.
     """
     free = (u >= 0).sum(1, keepdim=True)
     rank = u.argsort(1, descending=True).argsort(1)
@@ -44,7 +47,7 @@ def first_hitting_plan(u: Tensor, steps: int, schedule: Schedule) -> Tensor:
 
 
 def draw_tokens(denoiser: Denoiser, h: Tensor, u: Tensor, temperature: float = 1.0) -> Tensor:
-    """Draw tokens [N] from p(x0 | xt) of features h[N, D] by their uniforms u[N], in chunks of rows and of the vocabulary."""
+    """Draw tokens [N] from p(x0 | xt) of features h[N, D] by their uniforms u[N], in chunks."""
     tokens = torch.empty(len(h), dtype=torch.long, device=h.device)
     chunks = vocab_chunks(denoiser.vocab_size, h.device)
     for rows in row_chunks(len(h), chunks[0].stop, h.device, CACHED):
@@ -70,10 +73,11 @@ def run_plan(
 ) -> Samples:
     """Reveal the masked positions of x[B, L] at the steps of plan[B, L].
 
-    The j-th non-empty steps of all texts share one pass, whichever steps they are. x holds the mask token where text is wanted and
-    any tokens that are given; times[steps] is t at the start of each step; u[B, L] float64 draws each position's token.
+    The j-th non-empty steps of all texts share one pass, whichever steps they are. x holds the mask
+    token where text is wanted and any tokens that are given; times[steps] is t at the start of each
+    step; u[B, L] float64 draws each position's token.
     """
-    # Everything that decides what a pass holds is found on the host, so that no pass waits for a device.
+    # All that decides what a pass holds is found on the host: no pass waits for a device.
     given, x = x.cpu(), x.clone()
     step_of = plan.cpu().masked_fill(given != denoiser.mask_id, -1)
     visits, passes = _visits(step_of)
@@ -96,7 +100,10 @@ def run_plan(
 
 
 def _visits(step_of: Tensor) -> tuple[Tensor, Tensor]:
-    """The non-empty steps of each text, ascending, [B, most of them] filled with -1, and their numbers [B]; step -1 is no step."""
+    """The non-empty steps of each text, and their numbers [B].
+
+    The steps ascend, [B, most of them], filled up with -1; a step of -1 is no step.
+    """
     order = step_of.sort(1).values
     is_new = (order >= 0) & (order != F.pad(order, (1, 0), value=-1)[:, :-1])
     passes = is_new.sum(1)
@@ -108,7 +115,7 @@ def _visits(step_of: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write_planned(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int, plan: Plan) -> Samples:
-    """Draw a plan for the masked positions of x[N, L], and execute it in at most `steps` passes per text."""
+    """Draw a plan for the masked positions of x[N, L] and execute it in at most `steps` passes."""
     N, L = x.shape
     u_reveal, u_token = draws.uniforms(N, 2 * L).to(x.device).split(L, 1)
     free = u_reveal.masked_fill(x != denoiser.mask_id, -1)  # given positions take no step

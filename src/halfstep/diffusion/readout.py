@@ -1,4 +1,4 @@
-"""Losses from features: logits [N, V] exist for one chunk of rows at a time only, in the forward and in the backward pass."""
+"""Losses from features: logits [N, V] exist for one chunk of rows at a time only."""
 
 from collections.abc import Callable
 
@@ -14,11 +14,11 @@ RowLoss = Callable[[Tensor, slice], Tensor]
 """(log_p[n, V], the slice of rows that they are, padded) -> loss [n]"""
 
 RowGradient = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""(log_p[n, V], the slice of rows) -> loss [n], and its gradient in the logits [n, V]; may overwrite log_p"""
+"""(log_p[n, V], their slice) -> loss [n], its gradient in the logits [n, V]; may overwrite log_p"""
 
 
 class _Readout(torch.autograd.Function):
-    """Computes the gradient with the value, chunk by chunk, and hands it out in the backward pass."""
+    """Compute the gradient with the value, chunk by chunk, and return it in the backward pass."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, row_loss, row_gradient):
@@ -82,11 +82,14 @@ def _by_autograd(row_loss: RowLoss) -> RowGradient:
 def readout_loss(
     h: Tensor, readout: Readout, row_loss: RowLoss, row_gradient: RowGradient | None = None
 ) -> Tensor:
-    """sum_n row_loss(log_p[n]) with log_p = log_softmax(h W' + b): exact value and gradient, scalar float32, in chunks of rows.
+    """sum_n row_loss(log_p[n]) with log_p = log_softmax(h W' + b); scalar float32.
 
-    h[N, D]; readout = (W[V or more, D], b[V]). row_loss(log_p[n, V], rows) -> [n] must be differentiable in log_p. It gets the rows
-    `rows` of h after `pad_rows`, so whatever it slices by `rows` must be padded too; rows beyond N do not count. A closed form
-    `row_gradient` needs fewer passes over [n, V] than autograd.
+    Value and gradient are exact and computed in chunks of rows.
+
+    h[N, D]; readout = (W[V or more, D], b[V]). row_loss(log_p[n, V], rows) -> [n] must be
+    differentiable in log_p. It gets the rows `rows` of h after `pad_rows`, so whatever it slices by
+    `rows` must be padded too; rows beyond N do not count. A closed form `row_gradient` needs fewer
+    passes over [n, V] than autograd.
     """
     if not torch.is_grad_enabled():  # an autograd.Function does not see this by itself
         h, readout = h.detach(), (readout[0].detach(), readout[1].detach())

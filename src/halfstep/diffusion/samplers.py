@@ -1,6 +1,7 @@
 """The samplers, one row of SAMPLERS each, and `sample`, which writes texts with one of them.
 
-To add one: write a `SamplerFunction` (contracts.py), add a row to SAMPLERS, and add its name to `DrawOptions.sampler` in config.py.
+To add one: write a `SamplerFunction` (contracts.py), add a row to SAMPLERS, and add its name to
+`DrawOptions.sampler` in config.py.
 """
 
 from collections.abc import Callable
@@ -18,21 +19,23 @@ from halfstep.kernels.categorical import float32_uniforms, released_race
 
 
 def ancestral(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int) -> Samples:
-    """Ancestral sampling of the reverse process (MDLM eq. 7) on `steps` equal time steps; empty steps take no pass."""
+    """Ancestral sampling (MDLM eq. 7) in `steps` equal time steps; empty steps take no pass."""
     return write_planned(denoiser, x, draws, steps, ancestral_plan)
 
 
 def first_hitting(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int) -> Samples:
-    """First-hitting sampling (arXiv 2409.02908): a uniform random order, in `steps` nearly equal groups."""
+    """First-hitting sampling (arXiv 2409.02908): a random order, in `steps` nearly equal groups."""
     return write_planned(denoiser, x, draws, steps, first_hitting_plan)
 
 
 @torch.no_grad()
 def ancestral_float32(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int) -> Samples:
-    """Ancestral sampling with the released code's float32 noise: in each step every masked position races all tokens and the mask.
+    """Ancestral sampling with the released code's float32 noise.
 
-    The weights are q = [p(x0 | xt) r, 1 - r], with r the step's reveal probability. It draws over the whole vocabulary for every
-    masked position and step, so it is slow: for comparisons only.
+    In each step every masked position runs a race between all tokens and the mask.
+
+    The weights are q = [p(x0 | xt) r, 1 - r], with r the step's reveal probability. It draws over
+    the whole vocabulary for every masked position and step, so it is slow: for comparisons only.
     """
     x = x.clone()
     passes = torch.zeros(len(x), dtype=torch.long)
@@ -56,25 +59,29 @@ def ancestral_float32(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int) -
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of SAMPLERS: the function, the most steps that are of use for a length (no limit by default), and the noise of its draws."""
+    """A row of SAMPLERS: the function, its largest useful step count, the noise of its draws.
+
+    max_steps(length) is the limit (default: none).
+    """
 
     write: SamplerFunction
     max_steps: Callable[[int], int] | None = None
     draw_dtype: str = "float64"
 
     def check_steps(self, name: str, steps: int, length: int) -> None:
-        """Raise HalfstepError if `steps` are more than the sampler can use for texts of `length` tokens."""
+        """Raise HalfstepError if the sampler has no use for as many steps at this length."""
         most = self.max_steps(length) if self.max_steps else steps
         if steps > most:
             raise HalfstepError(
-                f"steps: found {steps}, but sampler {name} reveals at least one of the {length} positions in each step; "
-                f"use at most {most} steps"
+                f"steps: found {steps}, but sampler {name} reveals at least one of the {length} "
+                f"positions in each step; use at most {most} steps"
             )
 
 
 SAMPLERS: dict[str, Sampler] = {
     "ancestral": Sampler(ancestral),
-    # Tweedie tau-leaping (SEDD, arXiv 2310.16834) has the same transition law under absorbing noise.
+    # Tweedie tau-leaping (SEDD, arXiv 2310.16834) has the same transition law under absorbing
+    # noise.
     "analytic": Sampler(ancestral),
     "first_hitting": Sampler(first_hitting, max_steps=lambda length: length),
     "block": Sampler(block),
@@ -95,8 +102,9 @@ def sample(
 ) -> Samples:
     """Write `num_samples` texts of `length` tokens in at most `steps` sampling steps.
 
-    `given` int64, [length] or [num_samples, length], fixes positions (a prompt, or a frame to fill in) and holds the mask token
-    elsewhere. Text i has the random numbers of draws.first + i. Raises HalfstepError for impossible arguments.
+    `given` int64, [length] or [num_samples, length], fixes positions (a prompt, or a frame to fill
+    in) and holds the mask token elsewhere. Text i has the random numbers of draws.first + i. Raises
+    HalfstepError for impossible arguments.
     """
     draws = draws or Draws()
     if sampler not in SAMPLERS:
@@ -108,8 +116,8 @@ def sample(
         given = torch.full((length,), denoiser.mask_id)
     if given.shape not in ((length,), (num_samples, length)):
         raise HalfstepError(
-            f"given: found shape {list(given.shape)}, expected [{length}], the length of a text, or [{num_samples}, {length}], "
-            "with the mask token where text is wanted"
+            f"given: found shape {list(given.shape)}, expected [{length}], the length of a text, "
+            f"or [{num_samples}, {length}], with the mask token where text is wanted"
         )
     x = given.to(device).expand(num_samples, length)
     return SAMPLERS[sampler].write(denoiser, x, draws, steps)

@@ -1,1 +1,4 @@
-"""Self-Distillation Through Time: the plan of rounds, the teacher's targets, the divergences. Torch only."""
+"""Self-Distillation Through Time: rounds, the targets of the teacher, divergences.
+
+Torch only.
+"""

@@ -1,7 +1,10 @@
-"""Divergences between student and teacher: (log_p[N, V], log_q[N, V]) -> [N]; student first, teacher second, no reduction.
+"""Divergences between student and teacher: (log_p[N, V], log_q[N, V]) -> [N].
 
-To add one: write the function, add it to DIVERGENCES, and add its name to `Distillation.divergence` in config.py. Its gradient comes
-from autograd, unless GRADIENTS has a closed form, which needs fewer passes over [N, V].
+The student comes first, the teacher second; no reduction.
+
+To add one: write the function, add it to DIVERGENCES, and add its name to `Distillation.divergence`
+in config.py. Its gradient comes from autograd, unless GRADIENTS has a closed form, which needs
+fewer passes over [N, V].
 """
 
 import torch
@@ -12,7 +15,11 @@ from halfstep.kernels.logits import exp_
 
 
 def kl_backward(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(student || teacher) = sum_v p (log p - log q): the paper's KLD (SDTT appendix B); seeks the teacher's modes."""
+    """KL(student
+
+    | teacher) = sum_v p (log p - log q), the paper's KLD (SDTT appendix B).|It seeks the modes of
+    the teacher.
+    """
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -32,7 +39,13 @@ def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def l1_log_p(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Sum of |log p - log q|, which the released code calls tvd. Which of the two made the paper's TVD curves is unknown."""
+    """Sum of
+
+    log p - log q|, which the released code calls tvd.|Which of the two made the TVD curves of the
+    paper is unknown.
+
+    Which of the two made the paper's TVD curves is unknown.
+    """
     return (log_p - log_q).abs().sum(-1)
 
 
@@ -45,11 +58,13 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
-# Closed forms: (log_p[N, V], log_q[N, V]) -> D[N]; they overwrite log_p, and write the gradient dD/dz in the student's logits z to log_q.
-# With log p = log_softmax(z) and dD = sum_v g_v d log p_v, the gradient is g - p sum_v g_v.
+# Closed forms: (log_p[N, V], log_q[N, V]) -> D[N]; they overwrite log_p, and write the gradient
+# dD/dz in the student's logits z to log_q. With log p = log_softmax(z) and dD = sum_v g_v d log
+# p_v, the gradient is g - p sum_v g_v.
 
-# The two KL are summed as p (log p - log q) + q - p, whose last terms add up to zero. Then the rounding of a row's normalizer counts in
-# second order only; else it would be as large as the divergence of a student that begins as its teacher. `exp_` is too coarse for p - q.
+# The two KL are summed as p (log p - log q) + q - p, whose last terms add up to zero. Then the
+# rounding of a row's normalizer counts in second order only; else it would be as large as the
+# divergence of a student that begins as its teacher. `exp_` is too coarse for p - q.
 
 
 def _kl_backward(log_p: Tensor, log_q: Tensor) -> Tensor:

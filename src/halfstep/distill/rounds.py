@@ -8,7 +8,9 @@ from halfstep.errors import HalfstepError
 
 @dataclass(frozen=True)
 class Round:
-    """Round `index` (from 1): the student learns to take one step where the teacher takes `substeps` steps of size dt.
+    """One round: the student learns to take one step for `substeps` teacher steps of size dt.
+
+    `index` counts from 1.
 
     The student then samples in `student_steps` steps.
     """
@@ -20,9 +22,12 @@ class Round:
 
 
 def plan_round(run: Distillation, index: int) -> Round:
-    """dt = substeps^(r-1) / teacher_steps and student_steps = teacher_steps / substeps^r for round r (SDTT section 3.2).
+    """The step sizes of round r (SDTT section 3.2).
 
-    Seven rounds of two substeps from 1,024 steps end at 8. Raises HalfstepError if the run has no such round.
+    dt = substeps^(r-1) / teacher_steps and student_steps = teacher_steps / substeps^r.
+
+    Seven rounds of two substeps from 1,024 steps end at 8. Raises HalfstepError if the run has no
+    such round.
     """
     if not 1 <= index <= run.rounds:
         raise HalfstepError(

@@ -23,9 +23,12 @@ def exact_times(t: Tensor, dt: float, substeps: int) -> Tensor:
 
 
 def released_times(t: Tensor, dt: float, substeps: int) -> Tensor:
-    """The released code's grid: t_i = t w_i + (1 - t) (t - substeps dt), w = linspace(1, 0, substeps), [substeps, B].
+    """The grid of the released code, [substeps, B].
 
-    It weighs the end by 1 - t where an interpolation would take 1 - w_i. So its first reveal is about 30% too rare in early rounds.
+    t_i = t w_i + (1 - t) (t - substeps dt) with w = linspace(1, 0, substeps).
+
+    It weighs the end by 1 - t where an interpolation would take 1 - w_i. So its first reveal is
+    about 30% too rare in early rounds.
     """
     w = torch.linspace(1, 0, substeps, dtype=t.dtype, device=t.device)
     return (t * w[:, None] + (1 - t) * (t - substeps * dt)).clamp(min=MIN_T)
@@ -38,11 +41,13 @@ TEACHER_TIMES: dict[str, Callable[[Tensor, float, int], Tensor]] = {
 
 
 def reveal_substep(t: Tensor, dt: float, u: Tensor, schedule: Schedule) -> Tensor:
-    """Substep in which each position of u[B, L] is revealed, [B, L]; `substeps` where it stays masked. t[substeps, B] are the starts.
+    """Substep in which each position of u[B, L] is revealed, [B, L].
 
-    A substep from t_i reveals a masked position with its reveal probability. The probability of staying masked falls with i. A
-    position is revealed in the first substep after which that probability is at most its one uniform: the same law as one draw
-    in every substep.
+    `substeps` stands for a position that stays masked; t[substeps, B] are the starts.
+
+    A substep from t_i reveals a masked position with its reveal probability. The probability of
+    staying masked falls with i. A position is revealed in the first substep after which that
+    probability is at most its one uniform: the same law as one draw in every substep.
     """
     chance = reveal_probability(t, (t - dt).clamp(min=0), schedule)  # [substeps, B]
     hidden = (1 - chance).cumprod(0)
@@ -60,14 +65,19 @@ def teacher_targets(
     u_token: Tensor,
     times: str = "exact",
 ) -> Tensor:
-    """Algorithm 1 (SDTT): the teacher's prediction at each masked position when it takes `substeps` steps of size dt from xt.
+    """Targets of a round (SDTT Algorithm 1), as features of the teacher.
 
-    A position revealed in substep i keeps the prediction of that substep; a position that stays masked keeps the last one.
-    Returns features h[N, D] of the N masked positions in row order; read them out with the teacher's readout.
-    xt[B, L] int64, t[B], uniforms u_reveal[B, L] and u_token[B, L] float64; `times` is a key of TEACHER_TIMES.
+    The target of a masked position is the prediction of the teacher when it takes `substeps` steps
+    of size dt from xt.
 
-    Two shortcuts do not change the law: the last substep draws no tokens, since they cannot change a target; and a text in which
-    nothing was revealed takes no further pass of a teacher that ignores time.
+    A position revealed in substep i keeps the prediction of that substep; a position that stays
+    masked keeps the last one. Returns features h[N, D] of the N masked positions in row order; read
+    them out with the teacher's readout. xt[B, L] int64, t[B], uniforms u_reveal[B, L] and
+    u_token[B, L] float64; `times` is a key of TEACHER_TIMES.
+
+    Two shortcuts do not change the law: the last substep draws no tokens, since they cannot change
+    a target; and a text in which nothing was revealed takes no further pass of a teacher that
+    ignores time.
     """
     starts = TEACHER_TIMES[times](t.double(), dt, substeps)
     step_of = reveal_substep(starts, dt, u_reveal, teacher.schedule)
@@ -97,9 +107,12 @@ def divergence_loss(
     h_teacher: Tensor,
     teacher_readout: Readout,
 ) -> Tensor:
-    """sum_n D(student_n, teacher_n) of features h[N, D] and h_teacher[N, D], each with its own readout; scalar float32.
+    """sum_n D(student_n, teacher_n) of features h[N, D] and h_teacher[N, D]; scalar float32.
 
-    No [N, V] tensor exists for more than one chunk of rows. A divergence with a closed gradient (GRADIENTS) uses it.
+    Student and teacher each have their own readout.
+
+    No [N, V] tensor exists for more than one chunk of rows. A divergence with a closed gradient
+    (GRADIENTS) uses it.
     """
     weight, bias = (p.detach() for p in teacher_readout)
     h_teacher = pad_rows(h_teacher)

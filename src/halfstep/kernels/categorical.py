@@ -1,4 +1,6 @@
-"""Random numbers that belong to a sample, and categorical draws: exact to float64, or with the released code's float32 noise.
+"""Random numbers that belong to a sample, and categorical draws from logits.
+
+Draws are exact to float64, or have the float32 noise of the released code.
 
 Sample i of a seed has its own uniforms, whichever batch, device or process draws it.
 """
@@ -15,7 +17,10 @@ WIDTH = 32  # tokens in one block of the CDF
 
 
 def uniforms(seed: int, first: int, count: int, n: int) -> Tensor:
-    """[count, n] float64 uniforms on [0, 1): row i belongs to sample `first + i` of `seed` (counter-based, Philox)."""
+    """[count, n] float64 uniforms on [0, 1): row i belongs to sample first + i of `seed`.
+
+    Counter-based (Philox).
+    """
     rows = [
         np.random.Generator(np.random.Philox(key=[seed, first + i])).random(n) for i in range(count)
     ]
@@ -23,7 +28,10 @@ def uniforms(seed: int, first: int, count: int, n: int) -> Tensor:
 
 
 def inverse_cdf(z: Tensor, u: Tensor) -> Tensor:
-    """Draw one token per row from softmax(z[N, V]) by its uniform u[N] (float64): the smallest v with CDF(v) > u, [N] int64."""
+    """Draw one token per row from softmax(z[N, V]) by its uniform u[N] float64: [N] int64.
+
+    The token is the smallest v with CDF(v) > u.
+    """
     return inverse_cdf_chunked(
         lambda chunk: z[:, chunk].clone(),
         lambda tokens: z.gather(-1, tokens),
@@ -38,15 +46,17 @@ def inverse_cdf_chunked(
     chunks: Iterable[slice],
     u: Tensor,
 ) -> Tensor:
-    """`inverse_cdf` of logits z[N, V] of which only one chunk of the vocabulary exists at a time, [N] int64.
+    """`inverse_cdf` for logits of which one chunk of the vocabulary exists at a time, [N] int64.
 
-    logits(chunk) -> z[:, chunk], which is overwritten; logits_at(tokens[N, n]) -> z at these tokens of each row, [N, n].
-    `chunks` are slices in order; each starts at a multiple of WIDTH (ValueError otherwise).
+    logits(chunk) -> z[:, chunk], which is overwritten; logits_at(tokens[N, n]) -> z at these tokens
+    of each row, [N, n]. `chunks` are slices in order; each starts at a multiple of WIDTH
+    (ValueError otherwise).
 
-    The CDF is searched on two levels: blocks of WIDTH tokens, then inside one block, whose logits are computed again. A row costs V
-    exponentials and one sum, and no noise over the vocabulary. Blocks are summed in the precision of z (the relative error is that of
-    one probability) and searched in float64: float32 noise over V tokens would truncate the tail and act as a lower temperature
-    (Zheng et al., arXiv 2409.02908).
+    The CDF is searched on two levels: blocks of WIDTH tokens, then inside one block, whose logits
+    are computed again. A row costs V exponentials and one sum, and no noise over the vocabulary.
+    Blocks are summed in the precision of z (the relative error is that of one probability) and
+    searched in float64: float32 noise over V tokens would truncate the tail and act as a lower
+    temperature (Zheng et al., arXiv 2409.02908).
     """
     sums, tops, V = [], [], 0
     for chunk in chunks:
@@ -67,13 +77,17 @@ def inverse_cdf_chunked(
     # The part of the block that u asks for, relative to the block's own rounded sum.
     rest = (goal - before) / (cdf.gather(-1, block) - before)
     offset = (steps <= rest * steps[:, -1:]).sum(-1, keepdim=True)
-    # Rounding must not leave the support: at most the last token of the block that has a probability.
+    # Rounding must not leave the support: at most the last token of the block that has a
+    # probability.
     last = WIDTH - 1 - inside.flip(-1).ne(0).to(torch.uint8).argmax(-1, keepdim=True)
     return (block * WIDTH + torch.minimum(offset, last))[:, 0]
 
 
 def _block_sums(z: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """Sums of exp(z - top) over blocks of WIDTH tokens, and top[N, 1], the largest logit of each row; overwrites z."""
+    """Sums of exp(z - top) over blocks of WIDTH tokens, and top[N, 1]; overwrites z.
+
+    top is the largest logit of each row.
+    """
     if start % WIDTH:
         raise ValueError(f"a chunk starts at token {start}, which is inside a block of {WIDTH}")
     # A chunk may hold no probability at all: all its logits are -inf.
@@ -87,15 +101,21 @@ def _block_sums(z: Tensor, start: int) -> tuple[Tensor, Tensor]:
 
 
 def float32_uniforms(seed: int, sample: int, step: int, rows: int, n: int) -> Tensor:
-    """[rows, n] float32 uniforms on torch.rand's grid k / 2^24, of one step of one sample (a stream apart from `uniforms`)."""
+    """[rows, n] float32 uniforms of one step of one sample, on torch.rand's grid k / 2^24.
+
+    Their stream is independent of that of `uniforms`.
+    """
     stream = np.random.Philox(key=[seed, sample], counter=[0, 0, 0, step + 1])
     return torch.from_numpy(np.random.Generator(stream).random((rows, n), dtype=np.float32))
 
 
 def released_race(q: Tensor, u: Tensor) -> Tensor:
-    """Draw one outcome per row as the released code does: argmax_k q_k / (1e-10 - log(u_k + 1e-10)), q[N, K], u[N, K] -> [N].
+    """Draw one outcome per row as the released code does: q[N, K], u[N, K] -> [N].
 
-    This is an exponential race in float32. Since u ends at 1 - 2^-24, no noise is below 6e-8, and unlikely outcomes never win. Where a
-    step reveals one position in 1,024, the text comes out as if drawn at a lower temperature (docs/deviations.md, Q8).
+    argmax_k q_k / (1e-10 - log(u_k + 1e-10)).
+
+    This is an exponential race in float32. Since u ends at 1 - 2^-24, no noise is below 6e-8, and
+    unlikely outcomes never win. Where a step reveals one position in 1,024, the text comes out as
+    if drawn at a lower temperature (docs/deviations.md, Q8).
     """
     return (q / (1e-10 - (u + 1e-10).log())).argmax(-1)

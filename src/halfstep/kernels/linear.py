@@ -1,7 +1,7 @@
 """Linear layers: large float32 products on a CPU by oneDNN, all others by torch's own `linear`.
 
-For the shapes here oneDNN is up to a third faster than the BLAS that torch links. The last bits of a row depend neither on the number
-of rows (from two on) nor on the columns next to it.
+For the shapes here oneDNN is up to a third faster than the BLAS that torch links. The last bits of
+a row depend neither on the number of rows (from two on) nor on the columns next to it.
 """
 
 import copy
@@ -23,13 +23,16 @@ ROWS = 128  # expected rows of x for a packed weight; other values gave the same
 SCALE, CUBIC = 2 * (2 / math.pi) ** 0.5, 0.044715  # constants of GELU's tanh form
 
 Recompute = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]] | None
-"""A function and its arguments that compute a layer's input again in the backward pass, so that the input need not be kept."""
+"""A function and its arguments that compute a layer's input again, so that it is not kept."""
 
 
 def matmul(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, again: Recompute = None
 ) -> Tensor:
-    """x W' + b: x[..., K], weight[N, K] (plain or packed by `pack_weight`), bias[N] or None -> [..., N]."""
+    """x W' + b: x[..., K], weight[N, K], bias[N] or None -> [..., N].
+
+    The weight may be packed by `pack_weight`.
+    """
     if not (_plain(x, weight) and _large(weight)):
         return F.linear(x, weight, bias)
     if not _learns(x, weight, bias):
@@ -57,7 +60,7 @@ def mlp(x: Tensor, up: nn.Linear, down: nn.Linear, again: Recompute = None) -> T
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """A weight [N, K] in oneDNN's own layout, for `matmul`; the weight itself where oneDNN is not used."""
+    """A weight [N, K] in oneDNN's layout, for `matmul`; unchanged where oneDNN is not used."""
     if not (_plain(weight, weight) and _large(weight)):
         return weight
     with torch.no_grad():
@@ -65,7 +68,10 @@ def pack_weight(weight: Tensor) -> Tensor:
 
 
 def pack_network(network: nn.Module) -> nn.Module:
-    """A copy of the network whose large linear layers hold packed weights; it shares all tensors, which must not change from now on."""
+    """A copy of the network whose large linear layers hold packed weights.
+
+    It shares all tensors, which must not change from now on.
+    """
     tensors = {id(t): t for t in (*network.parameters(), *network.buffers())}
     twin = copy.deepcopy(network, tensors)
     for layer in twin.blocks.modules():
@@ -137,7 +143,8 @@ class _GELUProduct(torch.autograd.Function):
         y = gate * z
         grad, *rest = _gradients(ctx, g, y, weight)
         if grad is not None:
-            # GELU'(z) = gate + z gate', and z gate' = z gate (1 - gate) times the slope of gate's argument.
+            # GELU'(z) = gate + z gate', and z gate' = z gate (1 - gate) times the slope of gate's
+            # argument.
             slope = z.square().mul_(3 * CUBIC * SCALE).add_(SCALE)
             inner = y.mul_(slope)
             grad *= inner.addcmul_(inner, gate, value=-1).add_(gate)
@@ -145,7 +152,7 @@ class _GELUProduct(torch.autograd.Function):
 
 
 def _gate(z: Tensor) -> Tensor:
-    """GELU(z) / z = (1 + tanh(a / 2)) / 2 = sigmoid(a), which torch computes in a fifth of the time of tanh."""
+    """GELU(z) / z = (1 + tanh(a / 2)) / 2 = sigmoid(a), which is five times faster than tanh."""
     return z.square().mul_(CUBIC * SCALE).add_(SCALE).mul_(z).sigmoid_()
 
 

@@ -1,4 +1,4 @@
-"""Logits over the vocabulary and their normalization, in float32 and in chunks of the size that is fast."""
+"""Logits over the vocabulary and their normalization, in float32 and in fast chunks."""
 
 import math
 from collections.abc import Iterator
@@ -8,10 +8,12 @@ from torch import Tensor
 
 from halfstep.kernels.linear import matmul
 
-# Numbers in one chunk of rows. On a CPU 26 MiB: the allocator returns the pages of blocks above 32 MiB to the system.
+# Numbers in one chunk of rows. On a CPU 26 MiB: the allocator returns the pages of blocks above 32
+# MiB to the system.
 NUMBERS = {"cpu": 13 << 19, "cuda": 1 << 27}
 CACHED = {**NUMBERS, "cpu": 1 << 20}  # numbers in a chunk that stays in a CPU's cache
-# Rows per product, or a multiple: fast, and the last bits of a row do not depend on the rows next to it.
+# Rows per product, or a multiple: fast, and the last bits of a row do not depend on the rows next
+# to it.
 ROWS = 16
 TOKENS = 4096  # tokens of the vocabulary that a draw reads at a time on a CPU
 
@@ -19,7 +21,10 @@ TOKENS = 4096  # tokens of the vocabulary that a draw reads at a time on a CPU
 def row_chunks(
     N: int, width: int, device: torch.device, numbers: dict[str, int] = NUMBERS
 ) -> Iterator[slice]:
-    """Slices that cut N rows of `width` numbers into chunks of at most `numbers`, in multiples of ROWS (at least ROWS)."""
+    """Slices that cut N rows of `width` numbers into chunks of at most `numbers`.
+
+    A chunk has a multiple of ROWS rows, and at least ROWS.
+    """
     most = numbers.get(device.type, numbers["cuda"])
     rows = max(ROWS, most // width // ROWS * ROWS)
     return (slice(start, min(start + rows, N)) for start in range(0, N, rows))
@@ -32,13 +37,15 @@ def pad_rows(x: Tensor) -> Tensor:
 
 
 def vocab_chunks(V: int, device: torch.device) -> list[slice]:
-    """Slices of the vocabulary that a draw reads in turn: TOKENS each on a CPU, all of it on other devices."""
+    """Chunks of the vocabulary that a draw reads in turn: TOKENS each on a CPU, else one chunk."""
     size = TOKENS if device.type == "cpu" else V
     return [slice(start, min(start + size, V)) for start in range(0, V, size)]
 
 
 def logits(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """h W' + b, float32 inside autocast too: h[N, D], weight[V or more, D] or packed [V, D], bias[V] -> [N, V].
+    """h W' + b of h[N, D], weight[V or more, D] or packed [V, D], bias[V]: [N, V] float32.
+
+    The result is float32 inside autocast too.
 
     Rows of the weight beyond V are not tokens and are left out.
     """
@@ -48,7 +55,10 @@ def logits(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def exp_(x: Tensor) -> Tensor:
-    """e^x in place, as a power of two: a third of the time of `exp` on a CPU. Relative error |x| 2^-24 in float32."""
+    """e^x in place, as a power of two: a third of the time of `exp` on a CPU.
+
+    Relative error |x| 2^-24 in float32.
+    """
     return x.mul_(1 / math.log(2)).exp2_()
 
 

@@ -1,1 +1,1 @@
-"""Networks: the paper's DiT, its autoregressive peer, and the Denoiser that mathematics is written against."""
+"""Networks: the DiT of the paper, the autoregressive baseline, and denoisers made of them."""

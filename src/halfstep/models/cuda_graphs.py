@@ -1,4 +1,4 @@
-"""Cheap passes of a network on a GPU: small batches as CUDA graphs, and matrices cast once to the compute dtype."""
+"""Cheap passes on a GPU: CUDA graphs for small batches, matrices cast once."""
 
 from collections.abc import Callable
 
@@ -7,18 +7,24 @@ from torch import Tensor, nn
 
 from halfstep.diffusion.contracts import Where
 
-# Passes before a capture, in which libraries create their handles, choose their kernels and allocate their workspaces.
+# Passes before a capture, in which libraries create their handles, choose their kernels and
+# allocate their workspaces.
 WARM_UP = 2
 
 
 class GraphedNetwork:
-    """`network(x[B, L], sigma[B] or None, where) -> h[B, L, D] or h[N, D]`, replayed from a CUDA graph per bucket of texts.
+    """A network whose passes over small batches replay a CUDA graph.
 
-    A bucket is a power of two. A pass of B texts runs in the smallest bucket that holds them; the rows beyond B hold texts of earlier
-    passes, which no other row reads. A graph is captured when first needed. Weights may change in place, but not move.
+    `network(x[B, L], sigma[B] or None, where) -> h[B, L, D] or h[N, D]`, with one graph per bucket
+    of texts.
 
-    Not replayed are passes with gradients or dropout, passes on other devices, and passes of more than TOKENS tokens, whose computation
-    takes longer than their launches (and the padding would be computed too).
+    A bucket is a power of two. A pass of B texts runs in the smallest bucket that holds them; the
+    rows beyond B hold texts of earlier passes, which no other row reads. A graph is captured when
+    first needed. Weights may change in place, but not move.
+
+    Not replayed are passes with gradients or dropout, passes on other devices, and passes of more
+    than TOKENS tokens, whose computation takes longer than their launches (and the padding would be
+    computed too).
     """
 
     DEVICE, TOKENS = "cuda", 1 << 13  # eight texts of 1,024 tokens
@@ -68,7 +74,10 @@ class GraphedNetwork:
 def capture_graph(
     run: Callable[[], Tensor], device: torch.device
 ) -> tuple[Callable[[], None], Tensor]:
-    """Capture the kernels of run() as one CUDA graph; returns its replay, and the tensor to which each replay writes run's value."""
+    """Capture the kernels of run() as one CUDA graph.
+
+    Returns its replay, and the tensor to which each replay writes the value of run().
+    """
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -84,7 +93,7 @@ def capture_graph(
 
 
 def cast_matrices(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast matrices and biases to `dtype` in place, once, bit for bit as autocast does in every pass.
+    """Cast matrices and biases to `dtype` in place, bit for bit as autocast does in every pass.
 
     Norms, embedding tables, adaLN and the readout stay float32, as they are inside autocast.
     """

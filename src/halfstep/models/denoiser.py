@@ -1,4 +1,4 @@
-"""SubsDenoiser: a network under MDLM's SUBS parameterization, as the `Denoiser` of diffusion/contracts.py."""
+"""A network under MDLM's SUBS parameterization, as a `Denoiser` (diffusion/contracts.py)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from halfstep.models.dit import BlockKV, DiT
 
 
 class SubsDenoiser:
-    """p(x0 | xt) of MDLM (arXiv 2406.07524, section 3.2.3): the mask token has no probability; the caller carries visible tokens over.
+    """p(x0
 
-    A time-conditioned network is given the noise level sigma(t) of the schedule; any other network ignores time.
+    xt) of MDLM (arXiv 2406.07524, section 3.2.3).|The mask token has no probability; the caller
+    carries visible tokens over.
+
+    A time-conditioned network is given the noise level sigma(t) of the schedule; any other network
+    ignores time.
     """
 
     def __init__(self, network: DiT, schedule: Schedule, time_conditioning: bool = False):
@@ -37,22 +41,30 @@ class SubsDenoiser:
         return self.network.vocabulary
 
     def features(self, xt: Tensor, t: Tensor, where: Where = None) -> Tensor:
-        """One pass of the network: xt[B, L] int64, t[B] in [0, 1] -> h[B, L, D], or h[N, D] of the positions `where`, in row order.
+        """One pass of the network: xt[B, L] int64, t[B] in [0, 1] -> h[B, L, D].
 
-        `where` is a mask [B, L] or its nonzero(as_tuple=True). Indices found on the host spare the host a wait for the device.
+        With `where`, only the features of these positions, in row order: h[N, D].
+
+        `where` is a mask [B, L] or its nonzero(as_tuple=True). Indices found on the host spare the
+        host a wait for the device.
         """
         return self._pass(xt, self._sigma(t), where)
 
     def features_and_kv(
         self, xt: Tensor, t: Tensor, start: int = 0, kv: list[BlockKV] | None = None
     ) -> tuple[Tensor, list[BlockKV]]:
-        """`features`, and the keys and values of every block. With `kv` given back, xt[B, l] are the tokens from `start` on."""
+        """`features`, and the keys and values of every block.
+
+        With `kv` given back, xt[B, l] are the tokens from `start` on.
+        """
         kv = kv or [BlockKV() for _ in self.network.blocks]
         return self.network(xt, self._sigma(t), start=start, kept=kv), kv
 
     @cached_property
     def inference_copy(self) -> SubsDenoiser:
-        """The same denoiser with frozen weights, for sampling: packed matrices on a CPU, CUDA graphs for small batches.
+        """The same denoiser with frozen weights, for sampling.
+
+        It has packed matrices on a CPU, and CUDA graphs for small batches.
 
         It shares the weights, which must not change from now on.
         """
@@ -76,7 +88,10 @@ class SubsDenoiser:
         return linear.weight, linear.bias[:-1]
 
     def logits(self, h: Tensor, chunk: slice = slice(None)) -> Tensor:
-        """log p(x0 = v | xt) up to one constant per row: h[N, D] -> [N, V] float32, or the columns `chunk` of it."""
+        """log p(x0 = v
+
+        xt) up to one constant per row: h[N, D] -> [N, V] float32.|With `chunk`, only these columns.
+        """
         weight, bias = self.readout
         matrix = self._packed.get((chunk.start, chunk.stop))
         return logits(h, weight[: len(bias)][chunk] if matrix is None else matrix, bias[chunk])
@@ -89,7 +104,10 @@ class SubsDenoiser:
             return (rows @ h.float()[:, :, None])[:, :, 0] + bias[tokens].float()
 
     def log_p(self, h: Tensor) -> Tensor:
-        """log p(x0 = v | xt), normalized over the vocabulary: h[..., D] -> [..., V], float32 inside autocast too."""
+        """log p(x0 = v
+
+        xt), normalized: h[..., D] -> [..., V], float32 inside autocast too.
+        """
         weight, bias = self.readout
         with torch.autocast(h.device.type, enabled=False):
             return matmul(h.float(), weight[:-1].float(), bias.float()).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""The paper's denoiser network: a diffusion transformer over tokens (MDLM section 5; SDTT Table 2)."""
+"""The paper's network: a diffusion transformer over tokens (MDLM section 5; SDTT Table 2)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ FEWEST = 16  # rows of a product from which on its last bits do not depend on th
 
 
 class TimeEmbedding(nn.Module):
-    """Noise level sigma[B] -> conditioning [B, cond_width]: [cos, sin] features of width 256, then a two-layer MLP."""
+    """Noise level sigma[B] -> conditioning [B, cond_width].
+
+    Features [cos, sin] of width 256, then a two-layer MLP.
+    """
 
     def __init__(self, cond_width: int, frequencies: int = 128):
         super().__init__()
@@ -30,7 +33,10 @@ class TimeEmbedding(nn.Module):
 
 
 class BlockKV:
-    """Keys and values of one block over the whole text; later passes overwrite the positions that they compute."""
+    """Keys and values of one block over the whole text.
+
+    Later passes overwrite the positions that they compute.
+    """
 
     def __init__(self):
         self.kv: tuple[Tensor, Tensor] | None = None
@@ -42,7 +48,10 @@ class BlockKV:
         return self
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [B, heads, l, head_width]; return those of all positions. The first call must cover the whole text."""
+        """Store k and v [B, heads, l, head_width]; return those of all positions.
+
+        The first call must cover the whole text.
+        """
         if self.kv is None:
             self.kv = k.clone(), v.clone()
         for old, new in zip(self.kv, (k, v), strict=True):
@@ -51,7 +60,10 @@ class BlockKV:
 
 
 class DiT(nn.Module):
-    """Bidirectional transformer with RoPE and adaLN over `vocabulary` data tokens and one mask token (the last id)."""
+    """Bidirectional transformer with RoPE and adaLN over `vocabulary` tokens and a mask token.
+
+    The mask token is the last id.
+    """
 
     def __init__(
         self,
@@ -78,11 +90,14 @@ class DiT(nn.Module):
         start: int = 0,
         kept: list[BlockKV] | None = None,
     ) -> Tensor:
-        """Token ids x[B, L] and noise levels sigma[B] (zero if None: the paper's time-unconditional network) -> features h[B, L, D].
+        """Token ids x[B, L] and noise levels sigma[B] -> features h[B, L, D].
 
-        With `where` (a mask [B, L], or its nonzero(as_tuple=True)) only the features of these positions, in row order, h[N, D]: the
-        last block's attention reads all positions, its output layer and MLP compute these. With `kept`, x are the tokens from
-        position `start` on, which read the keys and values of all other positions from there.
+        sigma is zero if None: the time-unconditional network of the paper.
+
+        With `where` (a mask [B, L], or its nonzero(as_tuple=True)) only the features of these
+        positions, in row order, h[N, D]: the last block's attention reads all positions, its output
+        layer and MLP compute these. With `kept`, x are the tokens from position `start` on, which
+        read the keys and values of all other positions from there.
         """
         rows, N = None, len(x)
         if where is not None:

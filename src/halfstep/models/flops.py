@@ -1,7 +1,10 @@
-"""Floating-point operations of the networks, from which MFU is computed; a multiplication and an addition are two.
+"""Floating-point operations of the networks, from which MFU is computed.
 
-Only matrix products count, as in PaLM (arXiv 2204.02311, appendix B): not norms, softmax, rotary angles or recomputation. A backward pass
-costs twice its forward pass. Attention counts all pairs of positions, causal or not.
+A multiplication and an addition are two operations.
+
+Only matrix products count, as in PaLM (arXiv 2204.02311, appendix B): not norms, softmax, rotary
+angles or recomputation. A backward pass costs twice its forward pass. Attention counts all pairs of
+positions, causal or not.
 """
 
 from halfstep.models.dit import DiT
@@ -16,11 +19,14 @@ def forward_flops(
     conditions: float = 1,
     wanted: float | None = None,
 ) -> float:
-    """FLOPs of one forward pass: `texts` of `length` tokens through the blocks, `rows` positions through the readout.
+    """FLOPs of one forward pass of `texts` texts of `length` tokens.
 
-    Pretraining reads out the masked positions, about half of texts * length; sampling the revealed ones, `length` per text over all
-    passes. `conditions` is the number of noise levels of a DiT: 1 if it ignores time, else texts. `wanted` is the number of positions
-    whose features are needed (default: rows): besides keys, values and queries, the last block computes only these.
+    `rows` positions go through the readout.
+
+    Pretraining reads out the masked positions, about half of texts * length; sampling the revealed
+    ones, `length` per text over all passes. `conditions` is the number of noise levels of a DiT: 1
+    if it ignores time, else texts. `wanted` is the number of positions whose features are needed
+    (default: rows): besides keys, values and queries, the last block computes only these.
     """
     vocabulary, width = network.output_layer.linear.weight.shape
     tokens, pairs = texts * length, texts * length**2
@@ -43,7 +49,8 @@ def training_flops(
 ) -> float:
     """FLOPs of one update, forward and backward; divide by texts * length for FLOPs per token.
 
-    A distillation update costs training_flops(student, texts, length, masked) + forward_flops(teacher, passes, length, masked + drawn):
-    `passes` is the number of texts that the teacher reads in all its substeps, `drawn` the number of positions that it reveals.
+    A distillation update costs training_flops(student, texts, length, masked) +
+    forward_flops(teacher, passes, length, masked + drawn): `passes` is the number of texts that the
+    teacher reads in all its substeps, `drawn` the number of positions that it reveals.
     """
     return 3 * forward_flops(network, texts, length, rows, conditions)

@@ -1,4 +1,4 @@
-"""The autoregressive baseline: the denoiser's blocks with causal attention, and a decoder with a static KV cache."""
+"""The autoregressive baseline: a causal transformer, and a decoder with a static KV cache."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class KVCache:
         self.end = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v [B, heads, L, head_width] after those stored before; return all up to now."""
+        """Store k and v [B, heads, L, head_width] after the earlier ones; return all of them."""
         start, self.end = self.end, self.end + k.shape[2]
         self.k[:, :, start : self.end] = k
         self.v[:, :, start : self.end] = v
@@ -32,7 +32,10 @@ class KVCache:
 
 
 class GPT(nn.Module):
-    """Causal transformer with RoPE over `vocabulary` tokens. The head has no bias, like transformers' GPT-NeoX."""
+    """Causal transformer with RoPE over `vocabulary` tokens.
+
+    The head has no bias, like transformers' GPT-NeoX.
+    """
 
     def __init__(self, vocabulary: int, width: int, blocks: int, heads: int, dropout: float = 0.0):
         super().__init__()
@@ -43,7 +46,7 @@ class GPT(nn.Module):
         self.vocabulary, self.width, self.heads = vocabulary, width, heads
 
     def forward(self, x: Tensor, caches: list[KVCache] | None = None) -> Tensor:
-        """Token ids x[B, L] -> features h[B, L, D]; with caches, x continues the tokens that they hold."""
+        """Token ids x[B, L] -> features h[B, L, D]; with caches, x continues their tokens."""
         start = caches[0].end if caches else 0
         angles = self.rotary_emb(torch.arange(start, start + x.shape[1], device=x.device))
         h = self.vocab_embed(x)
@@ -66,7 +69,9 @@ class GPT(nn.Module):
 
 
 def nucleus(log_p: Tensor, top_p: float) -> Tensor:
-    """Keep the fewest most likely tokens whose probability reaches top_p (Holtzman et al., arXiv 1904.09751); the rest get -inf.
+    """Keep the fewest most likely tokens whose probability reaches top_p; the rest get -inf.
+
+    Nucleus sampling (Holtzman et al., arXiv 1904.09751).
 
     log_p[N, V] -> [N, V], not renormalized.
     """
@@ -79,10 +84,11 @@ def nucleus(log_p: Tensor, top_p: float) -> Tensor:
 
 
 class Decoder:
-    """Writes `batch` texts of `length` tokens, one token per step, in memory that is allocated once.
+    """Writes `batch` texts of `length` tokens, one per step, in memory allocated once.
 
-    No step waits for the host or changes its shape. On CUDA a step is one CUDA graph, captured once for each window of keys (powers of
-    two). On a CPU a step reads exactly the keys that exist, without a mask. `compute` is the autocast dtype.
+    No step waits for the host or changes its shape. On CUDA a step is one CUDA graph, captured once
+    for each window of keys (powers of two). On a CPU a step reads exactly the keys that exist,
+    without a mask. `compute` is the autocast dtype.
     """
 
     SMALLEST = 64  # keys that the first graph reads
@@ -126,7 +132,10 @@ class Decoder:
 
     @torch.inference_mode()
     def write(self, start: Tensor, u: Tensor, on_step: Callable[[], None] | None = None) -> Tensor:
-        """Write texts [N, length] that begin with start[P] or [N, P], drawn by u[N, length] float64; `on_step` is called after each token."""
+        """Write texts [N, length] that begin with start[P] or [N, P].
+
+        They are drawn by u[N, length] float64; `on_step` is called after each token.
+        """
         begun = start.shape[-1]
         self.ids[:, :begun] = start
         self.u.copy_(u)
@@ -146,7 +155,10 @@ class Decoder:
         return self.ids.clone()
 
     def step(self, window: int, masked: bool = False) -> None:
-        """Read the token at `position`, draw the next one, advance. Reads the first `window` keys; `masked` hides those not yet written."""
+        """Read the token at `position`, draw the next one, advance.
+
+        Reads the first `window` keys; `masked` hides those not yet written.
+        """
         B, half = len(self.ids), self.cos.shape[1] // 2
         cos, sin = self.cos[self.position], self.sin[self.position]
         seen = (self.keys[:window] <= self.position)[None, None, None] if masked else None
@@ -175,7 +187,10 @@ class Decoder:
         self.ids.index_copy_(1, self.position, drawn[:, None])
 
     def _replay(self, window: int) -> None:
-        """Run `step` over `window` keys as a CUDA graph, captured when first needed; the capture restores ids and position."""
+        """Run `step` over `window` keys as a CUDA graph, captured when first needed.
+
+        The capture restores ids and position.
+        """
         if window not in self.graphs:
             ids, position = self.ids.clone(), self.position.clone()
             side = torch.cuda.Stream()
@@ -211,10 +226,11 @@ def decode(
     on_step: Callable[[], None] | None = None,
     decoder: Decoder | None = None,
 ) -> Tensor:
-    """Write num_samples texts of `length` tokens, one token per pass with the KV cache: [N, length] int64.
+    """Write num_samples texts of `length` tokens with the KV cache: [N, length] int64.
 
-    Texts begin with BOS, or with the prompt ids [P], or [N, P] with one row per text. Text i has the random numbers of first + i.
-    A `decoder` of this shape from an earlier call keeps its memory and its CUDA graphs.
+    Texts begin with BOS, or with the prompt ids [P], or [N, P] with one row per text. Text i has
+    the random numbers of first + i. A `decoder` of this shape from an earlier call keeps its memory
+    and its CUDA graphs.
     """
     decoder = decoder or Decoder(gpt, num_samples, length, temperature, top_p)
     start = torch.tensor([bos_id]) if prompt is None else prompt
@@ -253,7 +269,10 @@ def gpt_neox_config(gpt: GPT, length: int, eos_id: int) -> dict:
 
 
 def save_gpt_neox(gpt: GPT, folder: Path, length: int, eos_id: int, tokenizer: Path) -> None:
-    """Write the network as a folder that transformers loads (AutoModelForCausalLM: GPT-NeoX without parallel residual)."""
+    """Write the network as a folder that transformers loads as a causal language model.
+
+    The architecture is GPT-NeoX without parallel residual.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in _gpt_neox_state(gpt).items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})

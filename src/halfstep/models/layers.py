@@ -1,4 +1,4 @@
-"""Layers shared by the denoiser and the autoregressive baseline: norm, rotary positions, transformer block, output head.
+"""Layers shared by the denoiser and the autoregressive baseline.
 
 Parameter names follow the published checkpoints (MDLM, SDTT), so that their weights load by name.
 """
@@ -23,7 +23,7 @@ class KV(Protocol):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with a weight and no bias, computed in float32 (eps 1e-5), with adaLN's shift and scale."""
+    """LayerNorm in float32 (eps 1e-5) with a weight, no bias, and adaLN's shift and scale."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -35,9 +35,7 @@ class LayerNorm(nn.Module):
         """norm(x) (1 + scale) + shift, or norm(x) without them: x[..., D] -> [..., D] float32."""
         if shift is None or scale is None:
             return F.layer_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5)
-        if shift.numel() == len(
-            self.weight
-        ):  # the same for all positions: a norm's weight and bias
+        if shift.numel() == len(self.weight):  # the same for all positions
             weight = self.weight * (1 + scale.flatten())
             return F.layer_norm(x.float(), x.shape[-1:], weight, shift.flatten(), eps=1e-5)
         h = F.layer_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5)
@@ -65,7 +63,7 @@ class Embedding(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (RoFormer, arXiv 2104.09864), base 10,000, halves not interleaved."""
+    """Rotary position embedding (RoFormer, arXiv 2104.09864), base 10,000, not interleaved."""
 
     inv_freq: Tensor
 
@@ -92,7 +90,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. With `cond_width` its residual branches are shifted, scaled and gated (adaLN-zero, DiT)."""
+    """Pre-norm transformer block.
+
+    With `cond_width` its residual branches are shifted, scaled and gated (adaLN-zero, DiT).
+    """
 
     def __init__(self, width: int, heads: int, dropout: float, cond_width: int | None = None):
         super().__init__()
@@ -114,10 +115,11 @@ class Block(nn.Module):
         cache: KV | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """x[B, L, D] -> [B, L, D]: bidirectional with `cond[B or 1, cond_width]`, causal without it.
+        """x[B, L, D] -> [B, L, D], bidirectional with `cond[B or 1, cond_width]`, else causal.
 
-        `cache` holds the keys and values of other positions. With rows[N], indices into the B L positions, attention reads all
-        positions, while its output layer and the MLP are computed for these rows only -> [N, D].
+        `cache` holds the keys and values of other positions. With rows[N], indices into the B L
+        positions, attention reads all positions, while its output layer and the MLP are computed
+        for these rows only -> [N, D].
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(
             cond, rows, x.shape[1]
@@ -135,7 +137,10 @@ class Block(nn.Module):
     def _modulation(
         self, cond: Tensor | None, rows: Tensor | None, L: int
     ) -> list[Tensor] | list[None]:
-        """Shift, scale and gate of the attention, then of the MLP; from the first gate on, of the rows alone."""
+        """Shift, scale and gate of the attention, then of the MLP.
+
+        From the first gate on they are those of the rows.
+        """
         if self.adaLN_modulation is None:
             return [None] * 6
         shift_a, scale_a, *later = modulation(self.adaLN_modulation, cond).chunk(6, -1)
@@ -179,16 +184,22 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def modulation(layer: nn.Linear, cond: Tensor) -> Tensor:
-    """adaLN's shifts, scales and gates [B or 1, 1, n D] from cond[B or 1, cond_width], float32 inside autocast too.
+    """adaLN's shifts, scales and gates [B or 1, 1, n D] from cond[B or 1, cond_width].
 
-    The gradient of the weight is a sum over all positions. In bfloat16 its rounding would depend on the micro-batches.
+    They are computed in float32, inside autocast too.
+
+    The gradient of the weight is a sum over all positions. In bfloat16 its rounding would depend on
+    the micro-batches.
     """
     with torch.autocast(cond.device.type, enabled=False):
         return F.linear(cond.float(), layer.weight.float(), layer.bias.float())[:, None]
 
 
 def at_rows(m: Tensor, rows: Tensor, L: int) -> Tensor:
-    """The modulation m[B or 1, 1, D] of each of rows[N], indices into B texts of L positions: [N or 1, D]."""
+    """The modulation m[B or 1, 1, D] of each of rows[N], as [N or 1, D].
+
+    Rows are indices into B texts of L positions.
+    """
     return m[rows // L, 0] if len(m) > 1 else m[0]
 
 
@@ -198,7 +209,10 @@ def gated(x: Tensor, gate: Tensor | None, y: Tensor) -> Tensor:
 
 
 class Head(nn.Module):
-    """Final norm and readout. `forward` returns features; logits are computed elsewhere, only where they are needed."""
+    """Final norm and readout.
+
+    `forward` returns features; logits are computed elsewhere, only where they are needed.
+    """
 
     def __init__(
         self, width: int, vocabulary: int, cond_width: int | None = None, bias: bool = True
@@ -215,7 +229,7 @@ class Head(nn.Module):
     def forward(
         self, x: Tensor, cond: Tensor | None = None, rows: Tensor | None = None, L: int = 1
     ) -> Tensor:
-        """Features of x[B, L, D], or of x[N, D] whose `rows` are indices into the positions of texts of length L."""
+        """Features of x[B, L, D], or of x[N, D] whose `rows` index the positions of texts."""
         if self.adaLN_modulation is None:
             return self.norm_final(x)
         both = modulation(self.adaLN_modulation, cond)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from halfstep.config import Machine
 from halfstep.distributed.device import local_gpu
 from halfstep.distributed.launch import already_printed
 from halfstep.errors import HalfstepError, reason
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 STARTED = time.monotonic()
 OUT_OF_TIME = 75  # EX_TEMPFAIL: the same command continues; docs/reliability.md lists all codes
@@ -77,7 +80,7 @@ class Group:
                 dist.broadcast_object_list(values)
         return values[0]
 
-    def gather(self, value: Any) -> list | None:
+    def gather(self, value: Any) -> list[Any] | None:
         """Gather one object of every rank, in rank order, on rank 0; None on other ranks."""
         if self.size == 1:
             return [value]
@@ -181,7 +184,7 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def is_sharded(value: Tensor) -> bool:
+def is_sharded(value: Tensor) -> TypeGuard[DTensor]:
     """True for a DTensor, of which each rank holds a shard."""
     return hasattr(value, "full_tensor")
 

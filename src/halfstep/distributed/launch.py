@@ -16,6 +16,7 @@ import tempfile
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from halfstep.errors import HalfstepError, reason
 
@@ -96,7 +97,7 @@ def launch(argv: list[str], processes: int) -> int:
 
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # the processes print all messages
     came: list[int] = []
-    running: list = []
+    running: list[Any] = []
 
     def forward(number: int, _frame: object = None) -> None:
         came.append(number)
@@ -104,7 +105,7 @@ def launch(argv: list[str], processes: int) -> int:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def start(**given: object) -> object:
+    def start(**given: Any) -> Any:
         if came:
             raise SystemExit(128 + came[0])
         running.append(start_processes(**given))

@@ -211,9 +211,9 @@ def validate_average(state: TrainingState, objective: Objective, run: Run) -> No
     with torch.no_grad():
         figures = objective.validate()
     network.train()
-    if hasattr(network, "reshard"):
+    if reshard := getattr(network, "reshard", None):
         # FSDP gathered the average for a pass without a backward; these copies are now stale.
-        network.reshard()
+        reshard()
     state.ema.swap()
     run.journal.log(figures, state.step)
     keep_best(state, figures, run.group)

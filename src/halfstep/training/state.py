@@ -110,7 +110,7 @@ def save_state(state: TrainingState, run: Run) -> None:
 
     The file holds weights, average, optimizer state and best average. Its header holds the rest.
     """
-    groups = {
+    groups: dict[str, dict[str, Tensor]] = {
         "raw": dict(state.network.named_parameters()),
         "ema": state.ema.shadow,
         "opt": state.optimizer_state,

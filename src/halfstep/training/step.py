@@ -151,9 +151,9 @@ class GlobalGradient:
 
         DDP reduces over the ranks in the backward pass of the last part only.
         """
-        wait = isinstance(self.loss, DistributedDataParallel) and not last
         bfloat16 = self.precision == "bfloat16"
-        with self.loss.no_sync() if wait else nullcontext():
+        ddp = self.loss if isinstance(self.loss, DistributedDataParallel) else None
+        with ddp.no_sync() if ddp and not last else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
                 value = self.loss(part) / divisor
             (value * self.scale).backward()

@@ -133,7 +133,7 @@ def distill_round(
             ),
         )
         finish(output, state, meta, corpus, group)
-        journal.close(checkpoint=output if group.is_main else None)
+        journal.close(checkpoint=output)
     if not group.is_main:
         return
     read = [

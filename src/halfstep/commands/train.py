@@ -3,10 +3,9 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfstep import checkpoint
 from halfstep.config import Machine, Network, Training
@@ -17,7 +16,7 @@ from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.readout import cross_entropy
 from halfstep.diffusion.schedules import masked_share
 from halfstep.distributed.device import find_device
-from halfstep.distributed.group import ALONE, Group, join_group
+from halfstep.distributed.group import Group, join_group
 from halfstep.models import flops
 from halfstep.models.gpt import GPT, save_gpt_neox
 from halfstep.records import provenance
@@ -44,7 +43,7 @@ def pretrain(
         output: folder of the checkpoint
         seed: of weights, batches, masks and times
     """
-    if not _train(DiffusionObjective, corpus, output, network, training, machine, seed):
+    if not _train("diffusion", corpus, output, network, training, machine, seed):
         return
     read = corpus_files(corpus, "train", "validation")
     provenance.write_record(output / provenance.NAME, [output], read)
@@ -67,7 +66,7 @@ def train_baseline(
         output: folder of the checkpoint
         seed: of weights and batches
     """
-    if not _train(NextTokenObjective, corpus, output, network, training, machine, seed):
+    if not _train("autoregressive", corpus, output, network, training, machine, seed):
         return
     model, hf = checkpoint.load_checkpoint(output), output / "hf"
     save_gpt_neox(model.network, hf, model.length, model.eos_id, output / "tokenizer.json")
@@ -82,7 +81,7 @@ class HeldOut:
     x0: Tensor
     device: torch.device
     micro_batch: int
-    group: Group = ALONE
+    group: Group
 
     @classmethod
     def read(cls, corpus: Path, device: torch.device, machine: Machine, group: Group) -> "HeldOut":
@@ -110,16 +109,9 @@ class HeldOut:
 class DiffusionObjective:
     """MDLM's NELBO at stratified times (arXiv 2406.07524, eq. 10), in nats per token."""
 
-    kind: ClassVar[str] = "diffusion"
     denoiser: Denoiser
     min_t: float
     held_out: HeldOut
-
-    @classmethod
-    def of(cls, network: nn.Module, meta: dict, held_out: HeldOut) -> "DiffusionObjective":
-        """The objective of a network that is described by meta.json."""
-        denoiser = checkpoint.build_denoiser(network, meta)
-        return cls(denoiser, meta["training"]["min_t"], held_out)
 
     def corrupt(self, x0: Tensor, generator: torch.Generator) -> Batch:
         """Draw a time for each text and a masking uniform for each token."""
@@ -136,23 +128,13 @@ class DiffusionObjective:
         """Held-out NELBO in nats per token."""
         return {"val/nelbo": self.held_out.mean_loss(self)}
 
-    def rows_per_text(self, length: int) -> float:
-        """Expected number of positions whose logits are computed: the masked ones."""
-        return length * masked_share(self.denoiser.schedule)
-
 
 @dataclass(frozen=True)
 class NextTokenObjective:
     """Cross-entropy of the next token, in nats per token."""
 
-    kind: ClassVar[str] = "autoregressive"
     network: GPT
     held_out: HeldOut
-
-    @classmethod
-    def of(cls, network: nn.Module, meta: dict, held_out: HeldOut) -> "NextTokenObjective":
-        """The objective of a network that is described by meta.json."""
-        return cls(network, held_out)
 
     def corrupt(self, x0: Tensor, generator: torch.Generator) -> Batch:
         """The texts as they are; every token but the first is predicted."""
@@ -171,10 +153,6 @@ class NextTokenObjective:
         """Held-out cross-entropy in nats per token."""
         return {"val/nll": self.held_out.mean_loss(self)}
 
-    def rows_per_text(self, length: int) -> float:
-        """Number of positions whose logits are computed."""
-        return length - 1
-
 
 NAMES = {  # kind of model: its command, and its name in the journal
     "diffusion": ("pretrain", "teacher"),
@@ -183,7 +161,7 @@ NAMES = {  # kind of model: its command, and its name in the journal
 
 
 def _train(
-    objective_type: type[DiffusionObjective] | type[NextTokenObjective],
+    kind: str,
     corpus: Path,
     output: Path,
     network: Network,
@@ -192,7 +170,6 @@ def _train(
     seed: int,
 ) -> bool:
     """Train a network from random weights; True on the rank that wrote the checkpoint."""
-    kind = objective_type.kind
     command, name = NAMES[kind]
     group, device, windows = join_group(machine), find_device(machine), Windows(corpus, "train")
     meta = {
@@ -210,12 +187,18 @@ def _train(
     torch.manual_seed(seed)
     net = checkpoint.build_network(meta, training.dropout).to(device)
     group.shard(net)
-    objective = objective_type.of(net, meta, HeldOut.read(corpus, device, machine, group))
-
+    held_out = HeldOut.read(corpus, device, machine, group)
     texts, length = training.batch_size, windows.length
-    rows = texts * objective.rows_per_text(length)
+    objective: Objective
+    if kind == "diffusion":
+        denoiser = checkpoint.build_denoiser(net, meta)
+        objective = DiffusionObjective(denoiser, training.min_t, held_out)
+        logits_per_text = length * masked_share(denoiser.schedule)
+    else:
+        objective = NextTokenObjective(net, held_out)
+        logits_per_text = length - 1
     noise_levels = texts if network.time_conditioning else 1
-    step_flops = flops.training_flops(net, texts, length, rows, noise_levels)
+    step_flops = flops.training_flops(net, texts, length, texts * logits_per_text, noise_levels)
 
     teacher = output.parent.name
     with Journal(
@@ -245,7 +228,7 @@ def _train(
             ),
         )
         finish(output, state, meta, corpus, group)
-        journal.close(checkpoint=output if group.is_main else None)
+        journal.close(checkpoint=output)
     return group.is_main
 
 
@@ -255,9 +238,7 @@ def datasets(corpus: Path, windows: Windows) -> list[dict]:
     return [{"name": name, "digest": digest, "source": str(corpus)}]
 
 
-def finish(
-    output: Path, state: TrainingState, meta: dict, corpus: Path, group: Group = ALONE
-) -> None:
+def finish(output: Path, state: TrainingState, meta: dict, corpus: Path, group: Group) -> None:
     """Write the checkpoint on rank 0, and delete the rolling one; all ranks wait for that."""
     buffers = dict(state.network.named_buffers())
     files = {

@@ -19,7 +19,7 @@ from pathlib import Path
 import textbook
 import torch
 
-from halfstep.config import SIZES, Training
+from halfstep.config import SIZES, Machine, Training
 from halfstep.data import pack, stories
 from halfstep.data.batches import batch_indices
 from halfstep.data.tokenizer import train_bpe
@@ -30,7 +30,7 @@ from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.distill.divergences import kl_backward
 from halfstep.distill.targets import divergence_loss, teacher_targets
-from halfstep.distributed.group import ALONE
+from halfstep.distributed.device import prepare_process
 from halfstep.files import write_atomic, write_json
 from halfstep.models import flops
 from halfstep.models.cuda_graphs import cast_matrices
@@ -38,14 +38,15 @@ from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
 from halfstep.records.journal import Journal, commit
 from halfstep.timing import device_name, machine, measure, measure_in_turns
-from halfstep.training import loop
 from halfstep.training.ema import EMA
+from halfstep.training.loop import SAVE_EVERY_S
 from halfstep.training.optim import adamw
+from halfstep.training.state import Run, TrainingState, save_state
+from halfstep.training.step import step_generator
 
 SCHEDULE, TEACHER_STEPS, SUBSTEPS = LogLinear(), 1024, 2
 STEPS = {8: 20, 32: 22, 128: 36, 1024: 170}  # sampling steps -> goal, times faster
 PEAK_FLOPS = 989e12  # H100 SXM, dense bfloat16 (NVIDIA's data sheet)
-SAVE_EVERY_S = loop.SAVE_EVERY_S
 Size = tuple[int, int, int, int, int, int]  # vocabulary, width, blocks, heads, length, batch
 CPU: Size = (50_257, 256, 4, 4, 128, 8)
 TINY: Size = (301, 32, 2, 2, 16, 4)
@@ -231,7 +232,7 @@ def overhead(size: Size, repeats: int) -> list[dict]:
 
     def data() -> None:
         x0 = torch.from_numpy(windows[batch_indices(len(windows), batch, 1, 7)].astype("int64"))
-        random = loop.step_generator(1, 7)
+        random = step_generator(1, 7)
         (
             torch.rand(batch, generator=random, dtype=torch.float64),
             torch.rand(*x0.shape, generator=random, dtype=torch.float64),
@@ -248,6 +249,8 @@ def overhead(size: Size, repeats: int) -> list[dict]:
 
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), name="bench", node="bench", params={})
+        run = Run(torch.device("cpu"), batch, Path(folder), "bench", journal)
+        state = TrainingState(network, optimizer, ema, torch.zeros(()), torch.zeros(()))
         times = measure_in_turns(
             {
                 "step": step,
@@ -257,13 +260,7 @@ def overhead(size: Size, repeats: int) -> list[dict]:
             },
             repeats,
         )
-        save = measure(
-            lambda: loop._save(
-                network, optimizer, loop.Fitted(ema, {}), Path(folder), "bench", 1, ALONE
-            ),
-            1,
-            warmup=0,
-        )
+        save = measure(lambda: save_state(state, run), 1, warmup=0)
         journal.close()
     bare = times["step"].median_s
     share = {name: times[name].median_s / bare for name in ("data", "ema", "journal")} | {
@@ -453,7 +450,9 @@ def main() -> None:
     if args.peak:
         print(peak(*args.peak, size))
         return
-    loop.hold_memory()  # as every command does; the textbook's tensors are too large for it. Not where memory is measured: what is kept would hide what is needed
+    # As for every command; the textbook's tensors are too large for it. Not where memory is
+    # measured: what the allocator keeps would hide what is needed.
+    prepare_process(Machine())
     started, cuda = time.monotonic(), args.h100 or torch.device(args.device).type == "cuda"
     if cuda:
         rows = on_cuda(args.device, args.tiny, args.repeats)

@@ -179,7 +179,12 @@ def main(argv: list[str] | None = None) -> int:
     module, function = COMMANDS[argv[0]][0].split(":")
     command = getattr(importlib.import_module(module), function)
     try:
-        command(**arguments(command, argv))
+        given = arguments(command, argv)
+        if "machine" in given:
+            from halfstep.distributed.device import prepare_process
+
+            prepare_process(given["machine"])
+        command(**given)
     except pydantic.ValidationError as error:
         return refuse(*explain(error))
     except HalfstepError as error:

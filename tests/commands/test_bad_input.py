@@ -250,7 +250,7 @@ def test_a_rolling_state_that_was_cut(pipeline, refused, tmp_path):
         f"pretrain --corpus {pipeline.corpus} --output {tmp_path}/out --size tiny {TRAINING} {MACHINE}"
     )
     says(
-        "state.safetensors: not a whole file .*delete the folder .*state to begin this training anew",
+        "state.safetensors: not a whole file .*delete the folder .*state to start this training again",
         said,
     )
 

@@ -1,5 +1,7 @@
-"""Killed, stopped, out of time, out of space: nothing half-written is ever taken for whole, and what goes on ends with the bits of a run that
-was never disturbed."""
+"""Killed, stopped, out of time, out of space: no incomplete file is ever taken for a complete one.
+
+A training that continues ends with the bits of one that was never disturbed.
+"""
 
 import hashlib
 import os
@@ -18,38 +20,44 @@ from halfstep.records import journal
 from halfstep.records.journal import Journal
 from halfstep.training import loop
 
-KILLS, SECONDS = 50, 50  # of the chaos test, and what it may take
-TRAINING = "--num-steps 40 --validate-every 15 --batch-size 4 --warmup-steps 2 --dropout 0.1 --lr-decay cosine --precision float32 --seed 4"
+KILLS, SECONDS = 50, 50  # of the test that kills at random, and about how long it takes
+TRAINING = (
+    "--num-steps 40 --validate-every 15 --batch-size 4 --warmup-steps 2 --dropout 0.1 "
+    "--lr-decay cosine --precision float32 --seed 4"
+)
+STOPPED = "the state is saved, and the same command continues from it"
 WEIGHTS = ("model", "ema", "best", "optimizer")
 
 
 def save_every(seconds: float) -> None:
     loop.SAVE_EVERY_S = seconds
-    journal.commit = lambda: "unknown"  # git, three times a start
+    journal.commit = lambda: "unknown"  # git would run three times in each process
 
 
 def file_limit(size: int, every: float) -> None:
-    """No file grows beyond `size` bytes: what a full disk does to a writer, without the need to fill one."""
+    """No file grows beyond `size` bytes, as if the disk were full."""
     save_every(every)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def hashes(folder):
-    return {
-        name: hashlib.sha256((folder / f"{name}.safetensors").read_bytes()).hexdigest()
-        for name in WEIGHTS
-    }
+    files = {name: folder / f"{name}.safetensors" for name in WEIGHTS}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
 
 
 def curve(folder):
+    """Every figure of the journal that does not depend on time or memory."""
     return [
-        (
-            p["step"],
-            {k: v for k, v in p["metrics"].items() if "per_s" not in k and "system" not in k},
-        )
-        for p in journal.read_journal(folder)[1]
+        (point["step"], name, value)
+        for point in journal.read_journal(folder)[1]
+        for name, value in point["metrics"].items()
+        if "per_s" not in name and "system" not in name
     ]
+
+
+def assert_same(folder, undisturbed):
+    assert hashes(folder) == hashes(undisturbed) and curve(folder) == curve(undisturbed)
 
 
 @pytest.fixture(scope="module")
@@ -79,42 +87,38 @@ def steps_done(folder):
 
 
 def test_killed_fifty_times(line, undisturbed, tmp_path):
-    """kill -9 and SIGTERM at random moments, from the first instant of a process on; whenever a run comes through it is compared, and the next begins."""
+    """kill -9 and SIGTERM at random moments, from the first instant of a process on.
+
+    Whenever a training comes to its end it is compared, and the next one begins.
+    """
     chance, began, kills, ended, codes = random.Random(5), time.monotonic(), 0, 0, []
+    errors = tmp_path / "errors"
     while kills < KILLS or not ended:
-        folder, errors = tmp_path / str(ended) / "out", tmp_path / "errors"
+        folder = tmp_path / str(ended) / "out"
         child = start(f"{line} --output {folder}", errors, save_every, 0.2)
-        if kills < KILLS:
-            child.join(chance.uniform(0, 1.2))
-        else:
-            child.join()
+        child.join(chance.uniform(0, 1.2) if kills < KILLS else None)
         if child.is_alive():
             child.kill() if chance.random() < 0.7 else child.terminate()
             child.join(20)
             kills += 1
             codes.append(child.exitcode)
-            assert child.exitcode in (-signal.SIGKILL, -signal.SIGTERM, 143, 0), (
-                errors.read_text()
-            )  # -15: before the training began
+        # -SIGTERM: it came before the training began.
+        expected = -signal.SIGKILL, -signal.SIGTERM, 143, 0
+        assert child.exitcode in expected, errors.read_text()
         if child.exitcode == 0:
-            assert hashes(folder) == hashes(undisturbed) and curve(folder) == curve(undisturbed)
+            assert_same(folder, undisturbed)
             assert not (folder / "state").exists() and not list(folder.glob(".*"))
             ended += 1
-        else:
-            assert child.exitcode in (-signal.SIGKILL, -signal.SIGTERM, 143), errors.read_text()
-            assert not (folder / "meta.json").exists() or hashes(folder) == hashes(
-                undisturbed
-            )  # after the last step: whole, or not there
+        elif (folder / "meta.json").exists():  # killed after the last step
+            assert hashes(folder) == hashes(undisturbed)
         assert time.monotonic() - began < 10 * SECONDS
-    print(
-        f"{kills} kills, {ended} runs came through, exits {sorted(set(codes))}, {time.monotonic() - began:.0f} s"
-    )
+    print(f"{kills} kills, {ended} trainings ended, exits {sorted(set(codes))}")
     assert {-signal.SIGKILL, 143} <= set(codes)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_asked_to_stop(line, undisturbed, tmp_path, number, code):
-    """It finishes its step, keeps its state (no timed save had come) and says so; the same command goes on from that very step."""
+    """It finishes its step, saves its state and says so; the same command continues there."""
     folder, errors = tmp_path / "t" / "out", tmp_path / "errors"
     child = start(f"{line} --output {folder}", errors, save_every, 1e9)
     wait_for(lambda: steps_done(folder) > 5, child)
@@ -122,25 +126,20 @@ def test_asked_to_stop(line, undisturbed, tmp_path, number, code):
     asked = time.monotonic()
     child.join(30)
     assert child.exitcode == code and time.monotonic() - asked < 10, errors.read_text()
-    assert (
-        f"{number.name} came; its state is kept" in errors.read_text()
-        and journal.read_journal(folder)[0]["status"] == "killed"
-    )
+    assert f"received {number.name}; {STOPPED}" in errors.read_text()
+    assert journal.read_journal(folder)[0]["status"] == "killed"
     reached = curve(folder)[-1][0]
     assert f"stopped after step {reached}:" in errors.read_text() and reached < 40
     with safe_open(folder / "state" / "state.safetensors", "pt") as file:
         assert file.metadata()["step"] == str(reached)
     child = start(f"{line} --output {folder}", errors, save_every, 1e9)
     child.join()
-    assert (
-        child.exitcode == 0
-        and hashes(folder) == hashes(undisturbed)
-        and curve(folder) == curve(undisturbed)
-    )
+    assert child.exitcode == 0
+    assert_same(folder, undisturbed)
 
 
 def test_the_time_limit(line, undisturbed, tmp_path):
-    """Each start does at least a step and leaves with its own code, until one comes through."""
+    """Each start does at least one step and exits with its code, until one comes to the end."""
     folder, errors, codes = tmp_path / "t" / "out", tmp_path / "errors", []
     while not codes or codes[-1]:
         limit = 1e-6 if len(codes) < 3 else 60
@@ -149,59 +148,52 @@ def test_the_time_limit(line, undisturbed, tmp_path):
         codes.append(child.exitcode)
         assert child.exitcode in (0, OUT_OF_TIME), errors.read_text()
     assert codes == [OUT_OF_TIME] * 3 + [0] and OUT_OF_TIME == 75
-    assert (
-        errors.read_text().count("the time limit is near; its state is kept") == 3
-        and "stopped after step 3:" in errors.read_text()
-    )
-    assert hashes(folder) == hashes(undisturbed) and curve(folder) == curve(undisturbed)
+    assert errors.read_text().count(f"the time limit is near; {STOPPED}") == 3
+    assert "stopped after step 3:" in errors.read_text()
+    assert_same(folder, undisturbed)
 
 
 def test_several_processes_stop_together(line, pipeline, tmp_path):
-    """Two processes agree on the step at which the time is over, and two others go on from it."""
-    two = f"{line.replace('--dropout 0.1', '--dropout 0').replace('--num-steps 40', '--num-steps 8')} --output {tmp_path}/t/out"
-    first = launch(f"{two} --time-limit 1e-6", 2, tmp_path / "first", save_every, 1e9)
+    """Two ranks agree on the step at which the time is over, and two others continue from it."""
+    two = line.replace("--dropout 0.1", "--dropout 0").replace("--num-steps 40", "--num-steps 8")
+    stopped, whole = tmp_path / "t/out", tmp_path / "u/out"
+    options = f"--output {stopped} --time-limit 1e-6"
+    first = launch(f"{two} {options}", 2, tmp_path / "first", save_every, 1e9)
     assert [code for code, _ in first] == [OUT_OF_TIME] * 2, first
     assert {err.split("stopped after step ")[1].split(":")[0] for _, err in first} == {"1"}
-    second = launch(two, 2, tmp_path / "second", save_every, 1e9)
-    assert [code for code, _ in second] == [0, 0], second
-    whole = launch(two.replace("t/out", "u/out"), 2, tmp_path / "whole", save_every, 1e9)
-    assert [code for code, _ in whole] == [0, 0], whole
-    assert hashes(tmp_path / "t/out") == hashes(tmp_path / "u/out") and curve(
-        tmp_path / "t/out"
-    ) == curve(tmp_path / "u/out")
+    for folder in (stopped, whole):
+        log = tmp_path / f"log-{folder.parent.name}"
+        done = launch(f"{two} --output {folder}", 2, log, save_every, 1e9)
+        assert [code for code, _ in done] == [0, 0], done
+    assert_same(stopped, whole)
 
 
 @pytest.mark.parametrize(("size", "every"), [(1_000_000, 0.0), (1_000_000, 1e9), (700, 1e9)])
 def test_no_room_on_the_disk(line, undisturbed, tmp_path, size, every):
-    """While the rolling state is written, the checkpoint, a line of the journal: one sentence, nothing half-written, and with room again it goes on."""
+    """While the rolling checkpoint, the checkpoint or a line of the journal is written.
+
+    It prints one sentence and leaves nothing incomplete; with room again it continues.
+    """
     folder, errors = tmp_path / "t" / "out", tmp_path / "errors"
     child = start(f"{line} --output {folder}", errors, file_limit, size, every)
     child.join()
-    assert child.exitcode == 1 and "Traceback" not in errors.read_text()
-    assert "File too large" in errors.read_text() or "No space left" in errors.read_text(), (
-        errors.read_text()
-    )
-    assert (
-        not list(folder.rglob("*.part"))
-        and not list(folder.rglob("*.safetensors"))
-        and not (folder / "meta.json").exists()
-    )
+    err = errors.read_text()
+    assert child.exitcode == 1 and "Traceback" not in err
+    assert "File too large" in err or "No space left" in err, err
+    assert not list(folder.rglob("*.part")) and not list(folder.rglob("*.safetensors"))
+    assert not (folder / "meta.json").exists()
     if (folder / "run.json").exists():
-        assert all(
-            point["metrics"] for point in journal.read_journal(folder)[1]
-        )  # every line is whole
+        points = journal.read_journal(folder)[1]
+        assert all(point["metrics"] for point in points)  # every line is complete
     child = start(f"{line} --output {folder}", errors, save_every, 1e9)
     child.join()
-    assert (
-        child.exitcode == 0
-        and hashes(folder) == hashes(undisturbed)
-        and curve(folder) == curve(undisturbed)
-    )
+    assert child.exitcode == 0
+    assert_same(folder, undisturbed)
 
 
 @pytest.mark.parametrize("torn", [0, 1, 2, 7])
 def test_a_journal_that_is_killed_between_and_within_lines(tmp_path, monkeypatch, torn):
-    """However many bytes of a line came to the disk: the reader drops them, the next writer goes on in a line of its own."""
+    """The reader drops the bytes of an incomplete line; the next writer begins a new line."""
     about = dict(name="n", node="n", params={})
     real = os.write
     with Journal(tmp_path, **about) as log:
@@ -218,16 +210,12 @@ def test_a_journal_that_is_killed_between_and_within_lines(tmp_path, monkeypatch
     assert [p["step"] for p in journal.read_journal(tmp_path)[1]] == [1, 2, 3]
     with Journal(tmp_path, **about) as log:
         log.log({"a": 4}, 4)
-    assert [(p["step"], p["metrics"]["a"]) for p in journal.read_journal(tmp_path)[1]] == [
-        (1, 1),
-        (2, 2),
-        (3, 3),
-        (4, 4),
-    ]
+    points = journal.read_journal(tmp_path)[1]
+    assert [(p["step"], p["metrics"]["a"]) for p in points] == [(1, 1), (2, 2), (3, 3), (4, 4)]
 
 
 def test_a_short_write_leaves_no_torn_line(tmp_path, monkeypatch):
-    """A disk that takes half a line, then has room again before the job has ended: the half is taken back."""
+    """A disk takes half a line and then has room again: the half is removed."""
     real = os.write
     with Journal(tmp_path, name="n", node="n", params={}) as log:
         log.log({"a": 1}, 1)
@@ -238,12 +226,9 @@ def test_a_short_write_leaves_no_torn_line(tmp_path, monkeypatch):
     assert [p["step"] for p in journal.read_journal(tmp_path)[1]] == [1, 3]
 
 
-@pytest.mark.skipif(
-    not os.path.isdir("/sys/kernel"), reason="no folder here in which nobody may write"
-)
+@pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs a read-only folder")
 def test_a_folder_that_cannot_be_written(line, tmp_path):
     child = start(f"{line} --output /sys/kernel/t/out", tmp_path / "errors", save_every, 1e9)
     child.join()
-    assert child.exitcode == 1 and (tmp_path / "errors").read_text().startswith(
-        "halfstep pretrain: /sys/kernel/t"
-    )
+    err = (tmp_path / "errors").read_text()
+    assert child.exitcode == 1 and err.startswith("halfstep pretrain: /sys/kernel/t")

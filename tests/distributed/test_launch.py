@@ -1,4 +1,4 @@
-"""--processes N starts torchrun: the codes, sentences and signals are those of one process."""
+"""`--processes N` starts torchrun: exit codes, messages and signals are those of one process."""
 
 import os
 import signal
@@ -16,24 +16,30 @@ from halfstep.distributed import launch
 from halfstep.distributed.group import Group
 from halfstep.errors import HalfstepError
 
-TRAINING = "--size tiny --num-steps 100000 --batch-size 4 --warmup-steps 2 --precision float32 --validate-every 5"
+TRAINING = (
+    "--size tiny --num-steps 100000 --batch-size 4 --warmup-steps 2 --precision float32 "
+    "--validate-every 5"
+)
+STOPPED = "the state is saved, and the same command continues from it"
 
 
 @pytest.fixture
 def start(pipeline, tmp_path, monkeypatch):
+    """Starts a training of two processes with more options."""
     monkeypatch.setenv("PYTHONPATH", str(Path(launch.__file__).parents[2]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    place = f"--corpus {pipeline.corpus} --output {tmp_path}/t/out"
 
-    def started(words: str) -> subprocess.Popen:
-        line = f"pretrain --corpus {pipeline.corpus} --output {tmp_path}/t/out {TRAINING} {MACHINE} --processes 2 {words}"
-        return subprocess.Popen(
-            [sys.executable, "-m", "halfstep.cli", *line.split()], stderr=subprocess.PIPE, text=True
-        )
+    def started(options: str) -> subprocess.Popen:
+        line = f"pretrain {place} {TRAINING} {MACHINE} --processes 2 {options}"
+        command = [sys.executable, "-m", "halfstep.cli", *line.split()]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     return started
 
 
 def children(process: int) -> list[int]:
+    """Ids of the living child processes."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -45,22 +51,40 @@ def children(process: int) -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.parametrize(("words", "code", "line"), [
-    ("--time-limit 1e-6", 75, "pretrain t | stopped after step 1: the time limit is near; its state is kept, and the same command goes on from there"),
-    ("--lr -1", 1, "halfstep pretrain: lr: found -1.0: input should be greater than 0"),
-    ("--batch-size 1", 1, "halfstep pretrain: batch_size: found 1, but 2 processes share it; ask for fewer, by which it can be divided"),
-])  # fmt: skip
-def test_the_processes_code_and_one_sentence(start, words, code, line):
-    process = start(words)
-    _, said = process.communicate(timeout=120)
-    assert (process.returncode, said) == (code, f"{line}\n")
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (
+            "--time-limit 1e-6",
+            75,
+            f"pretrain t | stopped after step 1: the time limit is near; {STOPPED}",
+        ),
+        ("--lr -1", 1, "halfstep pretrain: lr: found -1.0: input should be greater than 0"),
+        (
+            "--batch-size 1",
+            1,
+            "halfstep pretrain: batch_size: found 1, but 2 processes share it; "
+            "use fewer processes, a number that divides batch_size",
+        ),
+    ],
+)
+def test_the_exit_code_of_the_processes_and_one_message(start, options, code, message):
+    process = start(options)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (code, f"{message}\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("number", "target", "code"), [
-    (signal.SIGTERM, "launcher", 143), (signal.SIGINT, "launcher", 130), (signal.SIGTERM, "all", 143), (signal.SIGKILL, "launcher", -9),
-    (signal.SIGKILL, "worker", 137),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "target", "code"),
+    [
+        (signal.SIGTERM, "launcher", 143),
+        (signal.SIGINT, "launcher", 130),
+        (signal.SIGTERM, "all", 143),
+        (signal.SIGKILL, "launcher", -9),
+        (signal.SIGKILL, "worker", 137),
+    ],
+)
 def test_a_signal_reaches_the_processes_and_their_state_is_kept(
     start, tmp_path, number, target, code
 ):
@@ -71,15 +95,16 @@ def test_a_signal_reaches_the_processes_and_their_state_is_kept(
         time.sleep(0.05)
     workers = children(process.pid)
     assert len(workers) == 2
+    targets = {
+        "launcher": [process.pid],
+        "worker": workers[1:],
+        "all": [*workers, process.pid],
+    }
     try:
-        for one in {
-            "launcher": [process.pid],
-            "worker": workers[1:],
-            "all": [*workers, process.pid],
-        }[target]:
+        for one in targets[target]:
             os.kill(one, number)
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == code, said
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == code, err
         while left := [worker for worker in workers if Path(f"/proc/{worker}").exists()]:
             assert time.monotonic() < until, left
             time.sleep(0.05)
@@ -88,49 +113,65 @@ def test_a_signal_reaches_the_processes_and_their_state_is_kept(
             with suppress(ProcessLookupError):
                 os.kill(one, signal.SIGKILL)
     if target != "worker":
-        came = signal.Signals(number if number != signal.SIGKILL else signal.SIGTERM).name
-        assert (
-            said.count(f"{came} came; its state is kept") == 1
-            and (tmp_path / "t/out/state/state.safetensors").exists()
-        ), said
+        # The workers get SIGTERM when their launcher is killed.
+        name = "SIGINT" if number == signal.SIGINT else "SIGTERM"
+        assert err.count(f"received {name}; {STOPPED}") == 1, err
+        assert (tmp_path / "t/out/state/state.safetensors").exists()
 
 
-@pytest.mark.parametrize(("argv", "world", "processes"), [
-    ("pretrain --processes 4 --seed 1", None, 4), ("pretrain --processes=4", None, 4), ("pretrain --processes 1", None, 1), ("pretrain --seed 4", None, 1),
-    ("pretrain --processes 4", "4", 1), ("pretrain --processes 4", "2", 1), ("pretrain --processes 4 --help", None, 1), ("pretrain --processes four", None, 1),
-])  # fmt: skip
-def test_who_starts_processes(monkeypatch, argv, world, processes):
+@pytest.mark.parametrize(
+    ("line", "world_size", "processes"),
+    [
+        ("pretrain --processes 4 --seed 1", None, 4),
+        ("pretrain --processes=4", None, 4),
+        ("pretrain --processes 1", None, 1),
+        ("pretrain --seed 4", None, 1),
+        ("pretrain --processes 4", "4", 1),
+        ("pretrain --processes 4", "2", 1),
+        ("pretrain --processes 4 --help", None, 1),
+        ("pretrain --help --processes 4", None, 1),
+        ("pretrain --processes four", None, 1),
+        ("pretrain --processes", None, 1),
+        ("pretrain --processes 3 --processes 1", None, 1),
+        ("generate --processes 3", "3", 1),
+    ],
+)
+def test_how_many_processes_a_command_starts(monkeypatch, line, world_size, processes):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    if world:
-        monkeypatch.setenv("WORLD_SIZE", world)
-    assert launch.processes_requested(argv.split()) == processes
+    if world_size:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert launch.processes_requested(line.split()) == processes
 
 
-def test_one_process_pays_nothing_for_it():
-    code = "import sys; from halfstep.cli import main; main(['generate', '--processes', '1', '--checkpoint', 'none', '--output', 'none', '--steps', '8'])"
-    seen = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True
-    ).stderr
-    assert "halfstep.distributed.launch" in seen and "torch.distributed.run" not in seen
+def test_a_prompt_about_processes_starts_none(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert launch.processes_requested(["generate", "--prompt", "use --processes 4 now"]) == 1
+
+
+def test_one_process_does_not_import_torchrun():
+    line = "generate --processes 1 --checkpoint none --output none --steps 8"
+    code = f"import sys; from halfstep.cli import main; main({line.split()})"
+    command = [sys.executable, "-X", "importtime", "-c", code]
+    err = subprocess.run(command, capture_output=True, text=True).stderr
+    assert "halfstep.distributed.launch" in err and "torch.distributed.run" not in err
 
 
 @pytest.fixture
 def step(tmp_path, monkeypatch):
-    """A task of srun on nodes a3 and a4, and Slurm's own word about them."""
+    """A task of srun on nodes a3 and a4, with a `scontrol` that knows them."""
     (tmp_path / "scontrol").write_text(
         '#!/bin/sh\ncase "$*" in\n"show hostnames a[3-4]") printf "a3\\na4\\n" ;;\n'
         '"show node a3") echo "NodeName=a3 NodeAddr=10.0.0.3 Port=1" ;;\n*) exit 1\nesac\n'
     )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    for key, value in dict(
-        STEP_NUM_NODES=2, STEP_NUM_TASKS=2, STEP_NODELIST="a[3-4]", NODEID=1, JOB_ID=7
-    ).items():
-        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    variables = dict(STEP_NUM_NODES=2, STEP_NUM_TASKS=2, STEP_NODELIST="a[3-4]", NODEID=1, JOB_ID=7)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
     return monkeypatch
 
 
-def test_a_task_on_each_of_two_nodes_is_torchruns_node(step):
+def test_a_task_on_each_of_two_nodes_is_one_node_of_torchrun(step):
     assert launch.torchrun_arguments(8) == [
         "--nnodes=2",
         "--node-rank=1",
@@ -141,70 +182,71 @@ def test_a_task_on_each_of_two_nodes_is_torchruns_node(step):
 
 
 def test_tasks_that_do_not_fit_the_nodes(step):
-    with pytest.raises(
-        HalfstepError, match="processes: 3 were asked for, but srun started 2 tasks on 2 nodes"
-    ):
+    message = "processes: found 2 tasks of srun on 2 nodes for 3 processes"
+    with pytest.raises(HalfstepError, match=message):
         launch.torchrun_arguments(3)
     step.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(
-        HalfstepError, match="processes: 8 were asked for, but srun started 4 tasks on 2 nodes"
-    ):
+    message = "processes: found 4 tasks of srun on 2 nodes for 8 processes"
+    with pytest.raises(HalfstepError, match=message):
         launch.torchrun_arguments(8)
     step.setenv("SLURM_STEP_NUM_TASKS", "2")
     step.setenv("SLURM_STEP_NODELIST", "elsewhere")
-    with pytest.raises(HalfstepError, match="`scontrol show hostnames elsewhere` has to say"):
+    message = "processes: `scontrol show hostnames elsewhere` failed"
+    with pytest.raises(HalfstepError, match=message):
         launch.torchrun_arguments(8)
 
 
+@pytest.mark.parametrize(("processes", "threads"), [(1, "8"), (3, "2"), (16, "1")])
+def test_the_processes_share_the_cores(monkeypatch, processes, threads):
+    """torchrun would give each process one thread. A number in the environment stays."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that monkeypatch restores it
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    launch._share_cores(["--nnodes=2", f"--nproc-per-node={processes}", "--master-port=1"])
+    assert os.environ["OMP_NUM_THREADS"] == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    launch._share_cores([f"--nproc-per-node={processes}"])
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+
+
 def test_a_meeting_that_fails_is_a_sentence():
-    """The first of two nodes cannot have its port: another program has it."""
+    """Another program has the port of the first of two nodes."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        words = [
+        arguments = [
             "--nnodes=2",
             "--node-rank=0",
             "--nproc-per-node=1",
             "--master-addr=127.0.0.1",
             f"--master-port={taken.getsockname()[1]}",
         ]
-        code = f"import sys; from halfstep import cli, launch; launch.torchrun_arguments = lambda n: {words}; sys.exit(cli.main(['pretrain', '--processes', '2']))"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+        code = (
+            "import sys; from halfstep import cli; from halfstep.distributed import launch; "
+            f"launch.torchrun_arguments = lambda n: {arguments}; "
+            "sys.exit(cli.main(['pretrain', '--processes', '2']))"
         )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert (
-        "halfstep pretrain: processes: torchrun could not bring 2 together (--nnodes=2"
-        in done.stderr
-    )
+    message = "halfstep pretrain: processes: torchrun could not connect 2 processes (--nnodes=2"
+    assert message in done.stderr
 
 
-def test_what_asks_for_processes(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    for line, n in {
-        "--processes 3": 3,
-        "--processes=3": 3,
-        "--processes 3 --processes 1": 1,
-        "--processes": 1,
-        "--processes many": 1,
-        "--help --processes 3": 1,
-    }.items():
-        assert launch.processes_requested(["generate", *line.split()]) == n, line
-    assert launch.processes_requested(["generate", "--prompt", "use --processes 4 now"]) == 1
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert launch.processes_requested(["generate", "--processes", "3"]) == 1
+def test_a_message_of_several_processes_is_printed_once(monkeypatch, tmp_path):
+    monkeypatch.delenv(launch.PRINTED, raising=False)
+    assert not launch.already_printed("one process") and not launch.already_printed("one process")
+    monkeypatch.setenv(launch.PRINTED, str(tmp_path))
+    assert not launch.already_printed("a") and not launch.already_printed("b")
+    assert launch.already_printed("a") and launch.already_printed("b")
+    monkeypatch.setenv(launch.PRINTED, str(tmp_path / "gone"))
+    assert not launch.already_printed("a")
 
 
 def test_latency_is_of_one_process(monkeypatch, pipeline, tmp_path, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("halfstep.commands.benchmark.join_group", lambda machine: Group(0, 2))
-    assert (
-        call(
-            f"latency --checkpoint {pipeline.teacher} --baseline {pipeline.baseline} --output {tmp_path}/rows.json --processes 2 {MACHINE}"
-        )
-        == 1
-    )
-    assert (
-        "halfstep latency: processes: latency times one process" in capsys.readouterr().err
-        and not (tmp_path / "rows.json").exists()
-    )
+    models = f"--checkpoint {pipeline.teacher} --baseline {pipeline.baseline}"
+    assert call(f"latency {models} --output {tmp_path}/rows.json --processes 2 {MACHINE}") == 1
+    message = "halfstep latency: processes: latency times one process"
+    assert message in capsys.readouterr().err and not (tmp_path / "rows.json").exists()

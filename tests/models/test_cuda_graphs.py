@@ -285,15 +285,9 @@ def test_a_training_step_waits_once_before_its_first_pass(monkeypatch, timed):
     assert device.notes[0] == "answer" and device.notes.count("answer") == 1 == device.notes.count(
         "pass"
     )
-    _, loss = sdtt_loss(
-        one.network,
-        one,
-        Round(1, 0.2, 3, 4),
-        Distillation(),
-        {"network": {"time_conditioning": timed}},
-    )
+    part = {"xt": far, "t": t, "u_reveal": u[1], "u_token": u[2]}
     with Device(xt == 31, step_of) as device:
-        loss({"xt": far, "t": t, "u_reveal": u[1], "u_token": u[2]}).backward()
+        sdtt_loss(one, one, part, Round(1, 0.2, 3, 4), Distillation()).backward()
     before = device.notes[: device.notes.index("pass")]
     assert (
         before.count("answer") == 2 == device.notes.count("answer")

@@ -1,4 +1,4 @@
-"""halfstep commands in processes of their own that start in milliseconds: forks of a server that has imported torch already."""
+"""halfstep commands in processes that start fast: forks of a server that has torch loaded."""
 
 from __future__ import annotations
 
@@ -17,16 +17,30 @@ import torch.distributed
 
 from halfstep.cli import main
 from halfstep.commands import distill, generate, train
-from halfstep.distributed import group as processes
+from halfstep.distributed import group as distributed
 from halfstep.errors import HalfstepError
 from halfstep.training import loop
+from halfstep.training.step import Batch
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload([  # Python 3.11's server does not see the path of the tests, so not this file
-    "pytest", "tyro", "safetensors.torch", "torch.distributed.fsdp", "torch._dynamo", "halfstep.cli", "halfstep.resolve", "halfstep.commands.train",
-    "halfstep.commands.distill", "halfstep.commands.generate", "transformers.models.auto", "transformers.models.gpt_neox.modeling_gpt_neox",
-    "halfstep.metrics.lambada",
-])  # fmt: skip
+# Not this file: Python 3.11's server does not know the path of the tests.
+_context.set_forkserver_preload(
+    [
+        "pytest",
+        "tyro",
+        "safetensors.torch",
+        "torch.distributed.fsdp",
+        "torch._dynamo",
+        "halfstep.cli",
+        "halfstep.resolve",
+        "halfstep.commands.train",
+        "halfstep.commands.distill",
+        "halfstep.commands.generate",
+        "transformers.models.auto",
+        "transformers.models.gpt_neox.modeling_gpt_neox",
+        "halfstep.metrics.lambada",
+    ]
+)
 
 
 def start(
@@ -36,9 +50,10 @@ def start(
     *args: object,
     env: dict[str, str] | None = None,
 ):
-    """A running `halfstep <line>`, its standard error in a file; `before(*args)`, a function of a module, is called in it first.
+    """A running `halfstep <line>`, with its standard error in a file.
 
-    `one && another` are run one after another, until one fails.
+    It calls `before(*args)` first, a function of a module. `one && another` runs the commands one
+    after another, until one fails.
     """
     process = _context.Process(target=_run, args=(line, errors, before, args, env or {}))
     process.start()
@@ -57,9 +72,8 @@ def _run(line: str, errors: Path, before, args, env: dict[str, str]) -> None:
             code = main(part.split())
         except SystemExit as stopped:
             code = stopped.code
-        assert (
-            code == 1 or not torch.distributed.is_initialized()
-        )  # else gloo may abort a process that had finished
+        # A process that is still in its group may be aborted by gloo after it has finished.
+        assert code == 1 or not torch.distributed.is_initialized()
         if code:
             sys.exit(code)
 
@@ -67,93 +81,98 @@ def _run(line: str, errors: Path, before, args, env: dict[str, str]) -> None:
 def launch(
     line: str, size: int, log: Path, before=None, *args: object, timeout: float = 120
 ) -> list[tuple[int, str]]:
-    """(exit code, standard error) of `size` processes that run one command together, with torchrun's variables and a file to meet in."""
+    """(exit code, standard error) of each of `size` ranks that run one command together.
+
+    They have torchrun's variables, and a file as their meeting point.
+    """
     log.mkdir(exist_ok=True, parents=True)
+    errors = [log / f"errors-{rank}" for rank in range(size)]
     children = []
     for rank in range(size):
         env = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-        children.append(
-            start(
-                line,
-                log / f"errors-{rank}",
-                _meet,
-                log / "meeting",
-                rank,
-                size,
-                before,
-                *args,
-                env=env,
-            )
-        )
+        meeting = log / "meeting", rank, size, before, *args
+        children.append(start(line, errors[rank], _meet, *meeting, env=env))
     for child in children:
         child.join(timeout)
-        assert child.exitcode is not None, [
-            (log / f"errors-{rank}").read_text() for rank in range(size)
-        ]
-    return [
-        (child.exitcode, (log / f"errors-{rank}").read_text())
-        for rank, child in enumerate(children)
-    ]
+        assert child.exitcode is not None, [file.read_text() for file in errors]
+    codes = [child.exitcode for child in children]
+    return [(code, file.read_text()) for code, file in zip(codes, errors, strict=True)]
 
 
 def _meet(meeting: Path, rank: int, size: int, before, *args) -> None:
     real, times = torch.distributed.init_process_group, count()
-    torch.distributed.init_process_group = lambda *a, **k: real(
-        *a, init_method=f"file://{meeting}-{next(times)}", rank=rank, world_size=size, **k
-    )
+
+    def init_process_group(*given, **options):
+        method = f"file://{meeting}-{next(times)}"
+        return real(*given, init_method=method, rank=rank, world_size=size, **options)
+
+    torch.distributed.init_process_group = init_process_group
     if before:
         before(*args)
 
 
+class NotedObjective:
+    """An objective that notes what is drawn, and the number of rows that are trained on."""
+
+    def __init__(self, objective):
+        self.objective, self.drawn, self.rows = objective, [], 0
+
+    def corrupt(self, x0, generator) -> Batch:
+        batch = self.objective.corrupt(x0, generator)
+        digest = hashlib.sha256(x0.numpy().tobytes())
+        for _, value in sorted(batch.tensors.items()):
+            digest.update(value.contiguous().numpy().tobytes())
+        self.drawn.append((digest.hexdigest(), batch.divisor))
+        return batch
+
+    def loss(self, part):
+        if torch.is_grad_enabled():
+            self.rows += len(next(iter(part.values())))
+        return self.objective.loss(part)
+
+    def validate(self):
+        return self.objective.validate()
+
+
 def note_batches(log: Path, sharded: bool) -> None:
-    """From now on `fit` writes down what each process draws (the whole batch, its noise and divisor) and on how many rows it trains."""
+    """From now on `fit` writes what each rank draws (whole batch, noise, divisor) and its rows."""
     if sharded:
-        processes.REPLICATED = 0
+        distributed.REPLICATED = 0
     real = loop.fit
 
-    def fit(network, batch, corrupt, loss, validate, training, *, group, **more):
-        assert any(map(processes.is_sharded, network.parameters())) == (sharded and group.size > 1)
-        drawn, rows = [], []
-
-        def noted(x0, random):
-            parts, divisor = corrupt(x0, random)
-            noise = b"".join(v.contiguous().numpy().tobytes() for _, v in sorted(parts.items()))
-            drawn.append((hashlib.sha256(x0.numpy().tobytes() + noise).hexdigest(), divisor))
-            return parts, divisor
-
-        def counted(part):
-            rows.append(len(next(iter(part.values()))) if torch.is_grad_enabled() else 0)
-            return loss(part)
-
-        fitted = real(network, batch, noted, counted, validate, training, group=group, **more)
-        (log / f"batches-{group.rank}").write_text("\n".join(map(repr, drawn)))
-        (log / f"rows-{group.rank}").write_text(str(sum(rows)))
-        return fitted
+    def fit(network, objective, batches, training, start, run):
+        found = any(map(distributed.is_sharded, network.parameters()))
+        assert found == (sharded and run.group.size > 1)
+        noted = NotedObjective(objective)
+        state = real(network, noted, batches, training, start, run)
+        (log / f"batches-{run.group.rank}").write_text("\n".join(map(repr, noted.drawn)))
+        (log / f"rows-{run.group.rank}").write_text(str(noted.rows))
+        return state
 
     train.fit = distill.fit = fit
 
 
 def note_rows(log: Path) -> None:
-    """From now on each process writes down every text that it begins to draw, every row that a network reads for a score, and every file that it writes."""
-    file, embedding, sample = (
-        open(log / f"rows-{os.environ['RANK']}", "w", buffering=1),
-        torch.nn.functional.embedding,
-        generate.sample,
-    )
+    """From now on each rank writes down what it does.
+
+    That is: every text that it begins to draw, every row that a network reads for a score, and
+    every file that it writes.
+    """
+    file = open(log / f"rows-{os.environ['RANK']}", "w", buffering=1)
+    embedding, sample = torch.nn.functional.embedding, generate.sample
     drawing = []
 
     def noted(x, table, *more):
         if not drawing:
-            file.writelines(
-                " ".join(map(str, row)).rstrip(" 0") + "\n" for row in x.tolist()
-            )  # without padding, which is 0
+            for row in x.tolist():
+                file.write(" ".join(map(str, row)).rstrip(" 0") + "\n")  # 0 is padding
         return embedding(x, table, *more)
 
-    def begun(denoiser, number, *more, draws, **how):
+    def begun(denoiser, number, *more, draws, **options):
         file.writelines(f"text {draws.first + i}\n" for i in range(number))
         drawing.append(draws.first)
         try:
-            return sample(denoiser, number, *more, draws=draws, **how)
+            return sample(denoiser, number, *more, draws=draws, **options)
         finally:
             drawing.pop()
 
@@ -166,7 +185,7 @@ def note_rows(log: Path) -> None:
 
 
 def break_down(rank: int, how: str) -> None:
-    """In one process the first pass of a network ends in an error, or in kill -9."""
+    """On one rank the first pass of a network ends in an error, or in kill -9."""
     if os.environ["RANK"] != str(rank):
         return
 
@@ -179,7 +198,7 @@ def break_down(rank: int, how: str) -> None:
 
 
 def impatient(absent: int) -> None:
-    """Three seconds to meet, and one process that ends at once."""
-    processes.TIMEOUT = timedelta(seconds=3)
+    """The ranks have three seconds to meet, and one of them ends at once."""
+    distributed.TIMEOUT = timedelta(seconds=3)
     if os.environ["RANK"] == str(absent):
         os._exit(0)

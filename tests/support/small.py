@@ -1,4 +1,4 @@
-"""A small finished pipeline, made through the real command line: corpus, teacher, baseline, one round, samples and their scores."""
+"""A small finished results/ folder, made by the real commands, from the corpus to a table."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ CORPUS = "--kind stories --length 24 --vocab-size 300 --num-documents 40 --valid
 
 
 def call(line: str) -> int:
-    """`halfstep ...` as a user types it; paths without spaces."""
+    """The exit code of `halfstep <line>`; words are separated by spaces."""
     return main(line.split())
 
 
 def done(line: str) -> None:
+    """Run `halfstep <line>`, which must succeed."""
     assert call(line) == 0, line
 
 
 def trainings(pipeline, options: str) -> dict[str, str]:
-    """Command lines of a training of each kind, but for their --output."""
+    """The command line of each kind of training, without its --output."""
     rounds = f"--corpus {pipeline.corpus} --rounds 2 --teacher-steps 16 {options}"
     return {
         "pretrain": f"pretrain --corpus {pipeline.corpus} --size tiny {options}",
@@ -34,28 +35,26 @@ def trainings(pipeline, options: str) -> dict[str, str]:
 
 
 def pipeline(root: Path) -> SimpleNamespace:
-    """results/ below `root`, and its places."""
+    """Fill results/ below `root`; return the folders in it."""
     results = root / "results"
-    corpus, models, metrics = (
-        results / "data/stories",
-        results / "models/stories-tiny",
-        results / "metrics/stories-tiny",
-    )
+    corpus, models = results / "data/stories", results / "models/stories-tiny"
+    metrics = results / "metrics/stories-tiny"
     teacher, baseline, student = (
-        models / "teacher",
-        models / "baseline",
-        models / "kl_backward/round-1",
+        models / name for name in ("teacher", "baseline", "kl_backward/round-1")
     )
     samples = results / "samples/stories-tiny/teacher/steps-8"
+    tables = results / "tables"
+    train = f"--corpus {corpus} --size tiny {TRAINING} {MACHINE}"
     score = f"--corpus {corpus} --judge {baseline}/hf --bootstrap 100 {MACHINE}"
+    write = f"--steps 8 --num-samples 4 {MACHINE}"
     done(f"prepare-corpus --output {corpus} {CORPUS} --workers 1")
-    done(f"pretrain --corpus {corpus} --output {teacher} --size tiny {TRAINING} {MACHINE}")
-    done(f"train-baseline --corpus {corpus} --output {baseline} --size tiny {TRAINING} {MACHINE}")
+    done(f"pretrain --output {teacher} {train}")
+    done(f"train-baseline --output {baseline} {train}")
     done(f"distill-round --teacher {teacher} --corpus {corpus} --output {student} {ROUND}")
-    done(f"generate --checkpoint {teacher} --output {samples} --steps 8 --num-samples 4 {MACHINE}")
+    done(f"generate --checkpoint {teacher} --output {samples} {write}")
     done(f"score-samples --samples {samples} --output {metrics}/teacher/samples.json {score}")
     done(f"score-corpus --output {metrics}/data.json {score}")
-    done(f"tabulate --table steps --metrics {results}/metrics --output {results}/tables/steps.csv")
+    done(f"tabulate --table steps --metrics {results}/metrics --output {tables}/steps.csv")
     return SimpleNamespace(
         root=root,
         results=results,

@@ -1,36 +1,35 @@
-"""The training loop: global gradients, resumption to the bit, moving average, rates, and the end of a training that diverged."""
+"""The loop: global gradients, resumption to the same bits, best weights, diverged trainings."""
 
 import json
 import math
-import threading
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from halfstep.config import Machine, Training
+from halfstep.config import Training
+from halfstep.distributed.group import Group, StopRequest
 from halfstep.errors import HalfstepError
 from halfstep.records.journal import Journal, read_journal
 from halfstep.training import loop
 from halfstep.training.ema import EMA
-from halfstep.training.optim import (
-    FLOOR,
-    adamw,
-    learning_rate,
-    load_optimizer_state,
-    optimizer_state,
-)
+from halfstep.training.loop import Agreement, fit, tf32_products
+from halfstep.training.state import Run, Start
+from halfstep.training.step import Batch, step_generator
 
 STEPS = 7
+CPU = torch.device("cpu")
 
 
 class Interrupted(Exception):
     pass
 
 
-def training(**more) -> Training:
-    how = dict(
+def training(**changes) -> Training:
+    options = dict(
         num_steps=STEPS,
         batch_size=12,
         lr=1e-2,
@@ -40,159 +39,183 @@ def training(**more) -> Training:
         precision="float32",
         validate_every=3,
     )
-    return Training(**{**how, **more})
+    return Training(**{**options, **changes})
 
 
-def network(dropout=0.0, seed=0) -> nn.Module:
+def small_network(dropout=0.0, seed=0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(4, 8), nn.Dropout(dropout), nn.Linear(8, 1))
+
+
+def texts(step: int) -> torch.Tensor:
+    return torch.arange(48, dtype=torch.float64).view(12, 4).sin() + step
+
+
+@dataclass
+class Regression:
+    """y = sum x, with noise on x from the step's generator; a test may replace the loss."""
+
+    network: nn.Module
+    loss: Any = None
+    validate: Any = None
+
+    def __post_init__(self):
+        self.loss = self.loss or self.squares
+        self.validate = self.validate or self.measure
+
+    def corrupt(self, x0, generator):
+        noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+        return Batch({"x": x0 + noise, "y": x0.sum(1)}, x0.numel())
+
+    def squares(self, part):
+        return (self.network(part["x"].float())[:, 0] - part["y"].float()).square().sum()
+
+    def measure(self):
+        value = (self.network(torch.ones(1, 4)) - 4).square().item()
+        return {"val/loss": value, "val/other": 1.0}
 
 
 def run(
     folder,
     *,
-    how=None,
+    options=None,
     dropout=0.0,
     micro_batch=12,
     stop_at=None,
     seed=3,
-    params=None,
-    batch=None,
+    batches=texts,
     loss=None,
     validate=None,
-    **more,
+    continued=None,
+    from_zero=False,
 ):
-    """A small regression through `fit`: y = sum x, noise from the step's own generator; optionally interrupted when asked for a batch."""
-    how, net = how or training(), network(dropout)
+    """A small regression through `fit`; `stop_at` interrupts it when it asks for that batch.
 
-    def data(step):
+    loss(network) and validate(network) return the functions that replace those of Regression.
+    `continued` is a state whose average and optimizer state are taken over.
+    """
+    options, network = options or training(), small_network(dropout)
+    start = Start(seed, from_zero=from_zero)
+    if continued:
+        ema = EMA(network, 0.9, continued.ema.shadow, continued.ema.updates)
+        start = Start(seed, ema, continued.optimizer_state, from_zero)
+
+    def asked(step):
         if step == stop_at:
             raise Interrupted
-        return torch.arange(48, dtype=torch.float64).view(12, 4).sin() + step
+        return batches(step)
 
-    def corrupt(x0, random):
-        return {
-            "x": x0 + torch.randn(x0.shape, generator=random, dtype=torch.float64),
-            "y": x0.sum(1),
-        }, x0.numel()
-
-    def squares(part):
-        return (net(part["x"].float())[:, 0] - part["y"].float()).square().sum()
-
-    def measured():
-        return {"val/loss": (net(torch.ones(1, 4)) - 4).square().item(), "val/other": 1.0}
-
-    with Journal(
-        folder,
-        name="test",
-        node="test",
-        params=params or {"training": how.model_dump(), "dropout": dropout, "seed": seed},
-    ) as journal:
-        fitted = loop.fit(
-            net, batch or data, corrupt, loss(net) if loss else squares, validate or measured, how, seed=seed, device=torch.device("cpu"),
-            micro_batch=micro_batch, state=folder / "state", label="test", journal=journal, **more,
-        )  # fmt: skip
-    return net, fitted
+    objective = Regression(network, loss and loss(network), validate and validate(network))
+    params = {"training": options.model_dump(), "dropout": dropout, "seed": seed}
+    with Journal(folder, name="test", node="test", params=params) as journal:
+        where = Run(CPU, micro_batch, folder / "state", "test", journal)
+        state = fit(network, objective, asked, options, start, where)
+    return state
 
 
-def everything(net, fitted):
-    """All that a training leaves, for a comparison of bits."""
-    named = {f"raw/{k}": v for k, v in net.state_dict().items()}
-    for group in ("moments", "best"):
-        named |= {f"{group}/{k}": v for k, v in getattr(fitted, group).items()}
-    named |= {f"ema/{k}": v for k, v in fitted.ema.shadow.items()}
-    return named, (fitted.ema.updates, fitted.best_step, fitted.validation)
+def everything(state):
+    """All that a training leaves: tensors by name, and counts."""
+    named = {f"raw/{k}": v for k, v in state.network.state_dict().items()}
+    named |= {f"optimizer/{k}": v for k, v in state.optimizer_state.items()}
+    named |= {f"best/{k}": v for k, v in state.best.items()}
+    named |= {f"ema/{k}": v for k, v in state.ema.shadow.items()}
+    return named, (state.ema.updates, state.step, state.best_step, state.validation)
 
 
 def assert_same_bits(one, other):
-    (a, facts_a), (b, facts_b) = everything(*one), everything(*other)
+    (a, facts_a), (b, facts_b) = everything(one), everything(other)
     assert a.keys() == b.keys() and facts_a == facts_b
     for key in a:
         assert torch.equal(a[key], b[key]), key
 
 
+def saved_step(folder) -> str:
+    with safe_open(folder / "state" / "state.safetensors", "pt") as file:
+        return file.metadata()["step"]
+
+
+def logged(folder, name):
+    """(step, value) of one figure in the journal."""
+    points = read_journal(folder)[1]
+    return [(p["step"], p["metrics"][name]) for p in points if name in p["metrics"]]
+
+
+def curves(folder):
+    """Every figure of the journal that does not depend on time or memory."""
+    return [
+        (p["step"], k, v)
+        for p in read_journal(folder)[1]
+        for k, v in p["metrics"].items()
+        if "per_s" not in k and "system" not in k
+    ]
+
+
 @pytest.mark.parametrize("micro_batch", [1, 5, 6, 100])
 def test_gradients_are_those_of_the_global_batch(tmp_path, micro_batch):
-    whole, fitted = run(tmp_path / "whole")
-    parts, parted = run(tmp_path / "parts", micro_batch=micro_batch)
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+    whole = run(tmp_path / "whole")
+    parts = run(tmp_path / "parts", micro_batch=micro_batch)
+    for a, b in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5) and not torch.equal(a, torch.zeros_like(a))
-    assert parted.validation["best"] == pytest.approx(fitted.validation["best"], rel=1e-4)
+    assert parts.validation["best"] == pytest.approx(whole.validation["best"], rel=1e-4)
 
 
 def test_one_step_by_hand(tmp_path):
-    """The first update: mean loss over the global batch, clipped gradient, AdamW at the first warm-up rate."""
-    how = training(
+    """Mean loss over the global batch, clipped gradient, AdamW at the first warm-up rate."""
+    options = training(
         num_steps=1, warmup_steps=0, lr_decay="constant", grad_clip=0.05, weight_decay=0.1
     )
-    found, fitted = run(tmp_path, how=how)
-    net = network()
+    found = run(tmp_path, options=options).network
+    expected, before = small_network(), small_network()
     optimizer = torch.optim.AdamW(
-        net.parameters(), how.lr, (0.9, 0.999), eps=1e-8, weight_decay=0.1
+        expected.parameters(), options.lr, (0.9, 0.999), eps=1e-8, weight_decay=0.1
     )
-    x0 = torch.arange(48, dtype=torch.float64).view(12, 4).sin()
-    x = (x0 + torch.randn(12, 4, generator=loop.step_generator(3, 0), dtype=torch.float64)).float()
-    ((net(x)[:, 0] - x0.sum(1).float()).square().sum() / 48).backward()
-    norm = nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+    x0 = texts(0)
+    x = (x0 + torch.randn(12, 4, generator=step_generator(3, 0), dtype=torch.float64)).float()
+    ((expected(x)[:, 0] - x0.sum(1).float()).square().sum() / 48).backward()
+    norm = nn.utils.clip_grad_norm_(expected.parameters(), 0.05)
     optimizer.step()
-    for a, b, p in zip(found.parameters(), net.parameters(), network().parameters(), strict=True):
+    networks = found, expected, before
+    for a, b, p in zip(*(network.parameters() for network in networks), strict=True):
         assert torch.allclose(a, b, atol=1e-7) and not torch.allclose(a, p, atol=1e-4)
-    (point,) = [point for point in read_journal(tmp_path)[1] if "train/loss" in point["metrics"]]
-    assert (
-        point["metrics"]["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5) and norm > 0.05
-    )
+    ((_, grad_norm),) = logged(tmp_path, "train/grad_norm")
+    assert grad_norm == pytest.approx(norm.item(), rel=1e-5) and norm > 0.05
 
 
 @pytest.mark.parametrize("stop_at", range(1, STEPS))
 def test_interrupted_and_resumed_is_bit_equal(tmp_path, monkeypatch, stop_at):
-    """With dropout, a decaying rate and validation; interrupted before each step in turn, after the state of the last one was kept."""
+    """With dropout, a decaying rate and validation, interrupted before each step in turn."""
     undisturbed = run(tmp_path / "a", dropout=0.3)
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
     with pytest.raises(Interrupted):
         run(tmp_path / "b", dropout=0.3, stop_at=stop_at)
-    with safe_open(tmp_path / "b" / "state" / "state.safetensors", "pt") as file:
-        assert file.metadata()["step"] == str(stop_at)
+    assert saved_step(tmp_path / "b") == str(stop_at)
     asked = []
-    resumed = run(
-        tmp_path / "b",
-        dropout=0.3,
-        batch=lambda step: (
-            asked.append(step) or torch.arange(48, dtype=torch.float64).view(12, 4).sin() + step
-        ),
-    )
+
+    def batches(step):
+        asked.append(step)
+        return texts(step)
+
+    resumed = run(tmp_path / "b", dropout=0.3, batches=batches)
     assert asked == list(range(stop_at, STEPS))
     assert_same_bits(undisturbed, resumed)
-    points = {
-        folder: [
-            (
-                p["step"],
-                {k: v for k, v in p["metrics"].items() if "per_s" not in k and "system" not in k},
-            )
-            for p in read_journal(tmp_path / folder)[1]
-        ]
-        for folder in "ab"
-    }
-    assert points["a"] == points["b"]  # the journal too: no point twice, none missing
+    assert curves(tmp_path / "a") == curves(tmp_path / "b")  # no point twice, none missing
 
 
 def test_interrupted_between_two_log_lines(tmp_path, monkeypatch):
-    """What waits for the next line is in the state: the mean over the interval is the undisturbed run's."""
-    how = training(num_steps=400, validate_every=400)  # a line every 2 steps
-    undisturbed = run(tmp_path / "a", how=how)
+    """The state holds the losses since the last log, so their mean is the undisturbed run's."""
+    options = training(num_steps=400, validate_every=400)  # logs every 2 steps
+    undisturbed = run(tmp_path / "a", options=options)
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
     with pytest.raises(Interrupted):
-        run(tmp_path / "b", how=how, stop_at=7)
+        run(tmp_path / "b", options=options, stop_at=7)
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 1e9)
-    assert_same_bits(undisturbed, run(tmp_path / "b", how=how))
-    curves = [
-        [(p["step"], p["metrics"].get("train/loss")) for p in read_journal(tmp_path / folder)[1]]
-        for folder in "ab"
-    ]
-    assert curves[0] == curves[1] and len(curves[0]) == 201
+    assert_same_bits(undisturbed, run(tmp_path / "b", options=options))
+    assert curves(tmp_path / "a") == curves(tmp_path / "b")
+    assert len(logged(tmp_path / "b", "train/loss")) == 200
 
 
-def test_twice_interrupted_and_the_journal_runs_ahead(tmp_path, monkeypatch):
-    """The state of step 2 is kept, the journal goes to 5: the second start forgets 3 to 5 and comes to the same end."""
+def test_twice_interrupted_with_a_journal_ahead_of_the_state(tmp_path, monkeypatch):
+    """The state is of step 2, the journal ends at 5: the second start drops points 3 to 5."""
     undisturbed = run(tmp_path / "a")
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
     with pytest.raises(Interrupted):
@@ -201,289 +224,182 @@ def test_twice_interrupted_and_the_journal_runs_ahead(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         run(tmp_path / "b", stop_at=5)
     assert_same_bits(undisturbed, run(tmp_path / "b"))
-    steps = [p["step"] for p in read_journal(tmp_path / "b")[1] if "train/loss" in p["metrics"]]
+    steps = [step for step, _ in logged(tmp_path / "b", "train/loss")]
     assert steps == list(range(1, STEPS + 1))
 
 
-def test_carried_moments_and_average_survive_an_interruption(tmp_path, monkeypatch):
-    """A later round: moments and average handed over, the state of the interrupted call goes before them."""
-    _, first = run(tmp_path / "first")
+def test_optimizer_state_and_average_of_a_round_survive_an_interruption(tmp_path, monkeypatch):
+    """A later round continues both; after an interruption the rolling checkpoint counts."""
+    first = run(tmp_path / "first")
 
     def second(folder, **more):
-        net = network()
-        return run(
-            folder,
-            carried=first.moments,
-            warm=False,
-            ema=EMA(net, 0.9, first.ema.shadow, first.ema.updates),
-            **more,
-        )
+        return run(folder, continued=first, **more)
 
     undisturbed = second(tmp_path / "a")
-    assert (
-        undisturbed[1].ema.updates == 2 * STEPS
-        and undisturbed[1].moments["step:0.weight"] == 2 * STEPS
-    )
+    assert undisturbed.ema.updates == 2 * STEPS
+    assert undisturbed.optimizer_state["step:0.weight"] == 2 * STEPS
+    rates = [rate for _, rate in logged(tmp_path / "a", "train/lr")]
+    assert rates[0] == max(rates) == training().lr  # no warm-up
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
     with pytest.raises(Interrupted):
         second(tmp_path / "b", stop_at=4)
-    resumed = second(tmp_path / "b")
-    a, b = everything(undisturbed[0], undisturbed[1])[0], everything(resumed[0], resumed[1])[0]
-    assert all(torch.equal(a[k], b[k]) for k in a) and resumed[1].ema.updates == 2 * STEPS
+    assert_same_bits(undisturbed, second(tmp_path / "b"))
 
 
 def test_the_state_of_another_run_is_not_continued(tmp_path, monkeypatch):
-    """Another learning rate, teacher or corpus is another fingerprint: it starts anew, and ends where it would have without the old state."""
+    """Another learning rate is another fingerprint: the training starts anew."""
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
     with pytest.raises(Interrupted):
         run(tmp_path / "b", stop_at=4)
     other = training(lr=3e-3)
-    assert_same_bits(run(tmp_path / "a", how=other), run(tmp_path / "b", how=other))
+    assert_same_bits(run(tmp_path / "a", options=other), run(tmp_path / "b", options=other))
 
 
-def test_same_seed_same_bits_other_seed_others(tmp_path):
+def test_the_seed_decides_the_bits(tmp_path):
     one, two = run(tmp_path / "a", dropout=0.3), run(tmp_path / "b", dropout=0.3)
     assert_same_bits(one, two)
-    other, _ = run(tmp_path / "c", dropout=0.3, seed=4)
-    assert not torch.equal(one[0][0].weight, other[0].weight)
-
-
-def test_generator_is_a_function_of_seed_and_step():
-    draws = {
-        (seed, step): torch.rand(4, generator=loop.step_generator(seed, step)).tolist()
-        for seed in (0, 1, 11)
-        for step in (0, 1, 10, 110)
-    }
-    assert len({tuple(v) for v in draws.values()}) == len(draws)
-    assert torch.rand(4, generator=loop.step_generator(11, 10)).tolist() == draws[11, 10]
+    other = run(tmp_path / "c", dropout=0.3, seed=4)
+    assert not torch.equal(one.network[0].weight, other.network[0].weight)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_with_a_sentence(tmp_path, bad):
-    def loss(net):
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path, bad):
+    def loss(network):
         calls = iter(range(100))
-        return lambda part: net(part["x"].float()).sum() * (bad if next(calls) == 3 else 1.0)
+        return lambda part: network(part["x"].float()).sum() * (bad if next(calls) == 3 else 1.0)
 
     with pytest.raises(HalfstepError, match=r"at step 4: training diverged; lower lr"):
         run(tmp_path, loss=loss)
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
 
-def test_a_broken_state_is_never_kept(tmp_path, monkeypatch):
-    """Between two checks of the loss, an infinite gradient under a finite loss: what is kept on disk must be the step before."""
+def test_a_broken_state_is_never_saved(tmp_path, monkeypatch):
+    """An infinite gradient under a finite loss, between two logs: step 11 stays on disk."""
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
-    how = training(num_steps=1000)  # the loss is looked at every 5 steps
+    options = training(num_steps=1000)  # logs every 5 steps
 
-    def loss(net):
+    def loss(network):
         calls = iter(range(10_000))
-        return lambda part: (
-            net(part["x"].float()).sum()
-            + (0.0 if next(calls) != 11 else (net[0].weight * 0).sum().sqrt())
-        )  # finite, slope 0 * inf
+
+        def value(part):
+            extra = 0.0
+            if next(calls) == 11:
+                extra = (network[0].weight * 0).sum().sqrt()  # value 0, slope 0 * inf
+            return network(part["x"].float()).sum() + extra
+
+        return value
 
     with pytest.raises(HalfstepError, match="gradient's norm nan at step 12"):
-        run(tmp_path, how=how, loss=loss)
+        run(tmp_path, options=options, loss=loss)
+    assert saved_step(tmp_path) == "11"
     with safe_open(tmp_path / "state" / "state.safetensors", "pt") as file:
-        assert file.metadata()["step"] == "11" and all(
-            file.get_tensor(k).isfinite().all() for k in file.keys()
-        )
+        assert all(file.get_tensor(key).isfinite().all() for key in file.keys())
 
 
 def test_a_loss_that_explodes_stops_and_leaves_the_state_from_before(tmp_path, monkeypatch):
-    """Above 20 times the median of the logged losses; not at 15 times, and not before there are five to compare with."""
+    """Above 20 times the median of the logged losses, once there are five; not at 15 times."""
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
+    options = training(num_steps=9)
 
     def loss(factors):
         calls = iter(range(1, 100))
-        return lambda net: (
-            lambda part: net(part["x"].float()).sum() * 0 + 48.0 * factors.get(next(calls), 1.0)
+        return lambda network: (
+            lambda part: network(part["x"].float()).sum() * 0 + 48.0 * factors.get(next(calls), 1.0)
         )
 
-    run(tmp_path / "a", how=training(num_steps=9), loss=loss({4: 1000.0, 8: 15.0}))
-    with pytest.raises(
-        HalfstepError,
-        match=r"the loss is 25 at step 8, the median before it 1: training exploded; lower lr",
-    ):
-        run(tmp_path / "b", how=training(num_steps=9), loss=loss({8: 25.0}))
-    with safe_open(tmp_path / "b" / "state" / "state.safetensors", "pt") as file:
-        assert file.metadata()["step"] == "7"
-    run(tmp_path / "c", how=training(num_steps=9), loss=loss({8: 25.0}), from_zero=True)
-
-
-def test_the_next_batch_is_made_while_one_is_used():
-    made = [threading.Event() for _ in range(5)]
-
-    def make(step):
-        if step == 4:
-            raise Interrupted
-        made[step].set()
-        return 10 * step
-
-    found = []
-    with pytest.raises(Interrupted):
-        for batch in loop.prefetched(make, 1, 6):
-            assert len(found) == 2 or made[len(found) + 2].wait(10)
-            found.append(batch)
-    assert (
-        found == [10, 20, 30] and list(loop.prefetched(make, 2, 2)) == []
-    )  # the fault of step 4 comes when step 4 is asked for
+    run(tmp_path / "a", options=options, loss=loss({4: 1000.0, 8: 15.0}))
+    message = r"the loss is 25 at step 8, the median before it 1: training exploded; lower lr"
+    with pytest.raises(HalfstepError, match=message):
+        run(tmp_path / "b", options=options, loss=loss({8: 25.0}))
+    assert saved_step(tmp_path / "b") == "7"
+    run(tmp_path / "c", options=options, loss=loss({8: 25.0}), from_zero=True)
 
 
 def test_best_is_the_average_at_the_lowest_first_figure(tmp_path):
-    """Validation sees the averaged weights in eval mode; afterwards training goes on from its own."""
-    figures, seen = iter([3.0, 1.0, 2.0]), []
-    net_of = {}
+    """Validation sees the averaged weights in eval mode; training then goes on from its own."""
+    losses, seen = iter([3.0, 1.0, 2.0]), []
 
-    def loss(net):
-        net_of["net"] = net
-        return lambda part: (net(part["x"].float())[:, 0] - part["y"].float()).square().sum()
+    def validate(network):
+        def measure():
+            weights = {name: p.clone() for name, p in network.named_parameters()}
+            seen.append((network.training, weights))
+            return {"val/loss": next(losses), "val/other": -1.0}
 
-    def validate():
-        net = net_of["net"]
-        seen.append((net.training, {k: v.clone() for k, v in net.named_parameters()}))
-        return {"val/loss": next(figures), "val/other": -1.0}
+        return measure
 
-    net, fitted = run(tmp_path, loss=loss, validate=validate)  # at steps 3, 6 and 7
-    plain, plain_fitted = run(tmp_path / "plain")
-    assert [mode for mode, _ in seen] == [False] * 3 and net.training
-    assert fitted.best_step == 6 and fitted.validation == {
-        "best": 1.0,
-        "val/loss": 2.0,
-        "val/other": -1.0,
-    }
-    assert all(torch.equal(fitted.best[k], seen[1][1][k]) for k in fitted.best)
-    assert all(torch.equal(fitted.ema.shadow[k], seen[2][1][k]) for k in fitted.ema.shadow)
-    assert all(
-        torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True)
-    )  # measuring moved nothing
-    points = [
-        (p["step"], p["metrics"]["val/loss"])
-        for p in read_journal(tmp_path)[1]
-        if "val/loss" in p["metrics"]
-    ]
-    assert points == [(3, 3.0), (6, 1.0), (7, 2.0)]
+    state = run(tmp_path, validate=validate)  # at steps 3, 6 and 7
+    plain = run(tmp_path / "plain")
+    assert [mode for mode, _ in seen] == [False] * 3 and state.network.training
+    assert state.best_step == 6
+    assert state.validation == {"best": 1.0, "val/loss": 2.0, "val/other": -1.0}
+    assert all(torch.equal(state.best[name], seen[1][1][name]) for name in state.best)
+    assert all(torch.equal(state.ema.shadow[name], seen[2][1][name]) for name in state.ema.shadow)
+    pairs = zip(state.network.parameters(), plain.network.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)  # validation changed no weight
+    assert logged(tmp_path, "val/loss") == [(3, 3.0), (6, 1.0), (7, 2.0)]
 
 
-@pytest.mark.parametrize("decay", [0.5, 0.9999])
-def test_moving_average_in_closed_form(decay):
-    """w_n = n: shadow = sum over updates of (1 - d_i) i times the product of later d, on top of the initial value."""
-    net = nn.Linear(1, 1, bias=False)
-    net.weight.data.fill_(0.0)
-    ema = EMA(net, decay)
-    for n in range(1, 31):
-        net.weight.data.fill_(float(n))
-        ema.update()
-    rates = [min(decay, (1 + n) / (10 + n)) for n in range(1, 31)]
-    expected = sum((1 - rates[i]) * (i + 1) * math.prod(rates[i + 1 :]) for i in range(30))
-    assert (
-        ema.shadow["weight"].item() == pytest.approx(expected, rel=1e-5) and net.weight.item() == 30
-    )
-    ema.swap()
-    assert (
-        net.weight.item() == pytest.approx(expected, rel=1e-5) and ema.shadow["weight"].item() == 30
-    )
-    ema.swap()
-    assert net.weight.item() == 30
+class Clock:
+    """A clock that a test sets, and a group whose other rank answers `theirs`."""
 
-
-def test_moving_average_begins_where_it_is_told():
-    net = nn.Linear(2, 1)
-    assert (
-        torch.equal(EMA(net, 0.9).shadow["weight"], net.weight)
-        and EMA(net, 0.9).shadow["weight"].data_ptr() != net.weight.data_ptr()
-    )
-    given = {"weight": torch.ones(1, 2), "bias": torch.zeros(1), "a buffer": torch.ones(1)}
-    ema = EMA(net, 0.9, given, 100)
-    assert torch.equal(ema.shadow["weight"], torch.ones(1, 2)) and ema.shadow.keys() == {
-        "weight",
-        "bias",
-    }
-    ema.update()
-    assert ema.updates == 101 and torch.allclose(
-        ema.shadow["weight"], 0.9 * torch.ones(1, 2) + 0.1 * net.weight
-    )
-    assert torch.equal(given["weight"], torch.ones(1, 2))
-
-
-@pytest.mark.parametrize("lr_decay", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("warm", [True, False])
-def test_learning_rate(lr_decay, warm):
-    how = training(num_steps=1000, warmup_steps=100, lr_decay=lr_decay, lr=2.0)
-    rates = [learning_rate(how, step, warm) for step in range(1000)]
-    start = 100 if warm else 0
-    assert rates[:start] == pytest.approx([2.0 * (i + 1) / 100 for i in range(start)])
-    assert rates[start] == 2.0 and max(rates) == 2.0 and min(rates) > 0
-    rest = rates[start:]
-    if lr_decay == "constant":
-        assert set(rest) == {2.0}
-        return
-    assert all(a > b for a, b in zip(rest, rest[1:], strict=False)) and rest[-1] == pytest.approx(
-        2.0 * FLOOR, rel=0.06
-    )
-    middle = rest[len(rest) // 2]
-    assert middle == pytest.approx(
-        2.0 * (1 + FLOOR) / 2, rel=1e-6
-    )  # both are symmetric about the middle
-    quarter = rest[len(rest) // 4] / 2.0
-    assert quarter == pytest.approx(
-        1 - 0.98 / 4 if lr_decay == "linear" else FLOOR + 0.98 * (1 + math.cos(math.pi / 4)) / 2,
-        rel=1e-3,
-    )
-
-
-def test_moments_go_out_and_in(tmp_path):
-    """Named by parameter, equal after a round trip, copies and not views; the next step is the same to the bit."""
-    torch.manual_seed(1)
-    nets, how = [network(seed=1), network(seed=1)], training()
-    first = adamw(nets[0], how)
-    for _ in range(3):
-        nets[0](torch.ones(2, 4)).sum().backward()
-        first.step()
-    nets[1].load_state_dict(nets[0].state_dict())
-    nets[1][0].weight.grad = None
-    state = optimizer_state(nets[0], first)
-    assert set(state) == {
-        f"{kind}:{name}"
-        for kind in ("step", "exp_avg", "exp_avg_sq")
-        for name, _ in nets[0].named_parameters()
-    }
-    kept = {k: v.clone() for k, v in state.items()}
-    second = adamw(nets[1], how)
-    load_optimizer_state(nets[1], second, state)
-    for net, optimizer in zip(nets, (first, second), strict=True):
-        net.zero_grad()
-        net(torch.full((2, 4), 0.5)).square().sum().backward()
-        optimizer.step()
-    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
-        assert torch.equal(a, b)
-    load_optimizer_state(nets[1], second, kept)
-    second.step()
-    assert kept["step:0.weight"] == 3
-
-
-def test_moments_land_on_the_device_of_their_parameter():
-    """`step` too: the fused kernel reads it there. Meta tensors stand for a second device."""
-    net = network()
-    optimizer = adamw(net, training())
-    net(torch.ones(2, 4)).sum().backward()
-    optimizer.step()
-    state = optimizer_state(net, optimizer)
-    away = network().to("meta")
-    other = torch.optim.AdamW(away.parameters())
-    load_optimizer_state(away, other, state)
-    assert {v.device.type for p in away.parameters() for v in other.state[p].values()} == {"meta"}
-
-
-def test_device():
-    threads = torch.get_num_threads()
-    try:
-        assert (
-            loop.find_device(Machine(device="cpu", threads=2)) == torch.device("cpu")
-            and torch.get_num_threads() == 2
+    def __init__(self, monkeypatch, size, theirs=(0, 0, 0)):
+        self.now, self.theirs = 0.0, theirs
+        monkeypatch.setattr(loop.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(
+            Group,
+            "all_max",
+            lambda _, *values: [max(pair) for pair in zip(values, self.theirs, strict=True)],
         )
-        assert (
-            loop.find_device(Machine()).type == ("cuda" if torch.cuda.is_available() else "cpu")
-            and torch.get_num_threads() == 2
-        )
-    finally:
-        torch.set_num_threads(threads)
+        self.stop = StopRequest()
+        self.agreement = Agreement(Group(0, size), self.stop, 1, agreed=0.0, saved=0.0)
+
+    def at(self, now):
+        self.now = now
+        return self.agreement.agree()
+
+
+def test_ranks_agree_about_once_a_second(monkeypatch):
+    """The pace at most doubles; a slow step brings it back; the slower clock's answer counts."""
+    clock = Clock(monkeypatch, size=2)
+    paces = []
+    for _ in range(6):  # steps of 0.1 s
+        assert clock.at(clock.now + 0.1 * clock.agreement.pace) == (False, 0)
+        paces.append(clock.agreement.pace)
+    assert paces == [2, 4, 8, 10, 10, 10] and clock.agreement.next_step == 1 + sum(paces)
+    clock.at(clock.now + 20)  # 10 steps of 2 s
+    assert clock.agreement.pace == 1
+    clock.theirs = 0, 0, 3
+    clock.at(clock.now + 20)
+    assert clock.agreement.pace == 3
+
+
+def test_what_one_rank_needs_all_ranks_do(monkeypatch):
+    """A signal, or a save that is due, on another rank; a stop saves too."""
+    clock = Clock(monkeypatch, size=2, theirs=(143, 0, 1))
+    assert clock.at(1) == (True, 143)
+    clock.theirs = 0, 1, 1
+    assert clock.at(2) == (True, 0)
+    clock.theirs = 0, 0, 1
+    assert clock.at(loop.SAVE_EVERY_S) == (False, 0)
+    assert clock.at(loop.SAVE_EVERY_S + 1) == (True, 0)
+    clock.agreement.saved = clock.now
+    assert clock.at(loop.SAVE_EVERY_S + 2) == (False, 0)
+    clock.stop.signals.append(2)
+    assert clock.at(loop.SAVE_EVERY_S + 3) == (True, 130)
+
+
+def test_one_process_decides_at_every_step(monkeypatch):
+    clock = Clock(monkeypatch, size=1)
+    for step in range(1, 20):
+        assert clock.agreement.next_step == step
+        clock.at(0.01 * step)
+
+
+def test_tf32_is_for_bfloat16_on_cuda_alone_and_ends_with_the_training():
+    before = torch.get_float32_matmul_precision()
+    found = {}
+    for device, precision in (("cuda", "bfloat16"), ("cuda", "float32"), ("cpu", "bfloat16")):
+        with tf32_products(torch.device(device), precision):
+            found[device, precision] = torch.get_float32_matmul_precision()
+        assert torch.get_float32_matmul_precision() == before
+    assert list(found.values()) == ["high", before, before]

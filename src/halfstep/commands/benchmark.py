@@ -16,6 +16,7 @@ from halfstep.checkpoint import checkpoint_files as model_files
 from halfstep.config import Benchmark, Machine, Network
 from halfstep.diffusion.contracts import Draws
 from halfstep.diffusion.samplers import sample
+from halfstep.distributed.device import find_device
 from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError
 from halfstep.files import write_json
@@ -25,7 +26,6 @@ from halfstep.models.cuda_graphs import cast_matrices
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.progress import Progress
 from halfstep.records import provenance
-from halfstep.training.loop import find_device
 
 SEED = 1
 PATIENCE_S, FEW = (

@@ -14,6 +14,7 @@ from halfstep.commands.evaluate import about_samples, corpus_name, judges, read_
 from halfstep.commands.generate import draw_texts, save_samples
 from halfstep.config import DrawOptions, Evaluation, Machine, Prompts
 from halfstep.data.pack import Windows, corpus_files, read_manifest, tokenizer_of
+from halfstep.distributed.device import find_device
 from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError
 from halfstep.files import write_json
@@ -23,7 +24,6 @@ from halfstep.metrics.mauve import features, mauve
 from halfstep.metrics.perplexity import ids_nll
 from halfstep.metrics.rows import model_name, row
 from halfstep.records import provenance
-from halfstep.training.loop import find_device
 
 PROTOCOL = "continuations"
 AT_ONCE = 1024  # windows read at a time in the search for documents

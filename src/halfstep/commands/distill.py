@@ -1,26 +1,26 @@
-"""`halfstep distill-round`: one round of Self-Distillation Through Time, from checkpoint to checkpoint."""
+"""`halfstep distill-round`: one round of Self-Distillation Through Time."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfstep import checkpoint
-from halfstep.commands.train import datasets, diffusion_loss, finish, held_out
+from halfstep.commands.train import DiffusionObjective, HeldOut, datasets, finish
 from halfstep.config import Distillation, Machine
 from halfstep.data.batches import batch_indices
 from halfstep.data.pack import Windows, corpus_files
-from halfstep.diffusion.contracts import Draws
-from halfstep.diffusion.masking import corrupt as mask
-from halfstep.diffusion.masking import mask_indices
+from halfstep.diffusion.contracts import Denoiser, Draws
+from halfstep.diffusion.masking import corrupt, mask_indices
 from halfstep.diffusion.objective import stratified_times
 from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import masked_share
 from halfstep.distill.divergences import DIVERGENCES
 from halfstep.distill.rounds import Round, plan_round
 from halfstep.distill.targets import divergence_loss, teacher_targets
+from halfstep.distributed.device import find_device
 from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError
 from halfstep.metrics.diversity import unigram_entropy
@@ -29,9 +29,12 @@ from halfstep.models.denoiser import SubsDenoiser
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
 from halfstep.training.ema import EMA
-from halfstep.training.loop import find_device, fit
+from halfstep.training.loop import fit
+from halfstep.training.state import Run, Start
+from halfstep.training.step import Batch, Tensors
 
-WATCHED, WATCHED_STEPS = 16, 32  # texts and steps of a measurement of entropy in a round
+WATCHED, WATCHED_STEPS = 16, 32  # texts and sampling steps behind a round's val/entropy
+ENTROPY_WINDOWS = 256  # held-out windows that they are compared with, or all there are
 
 
 def distill_round(
@@ -43,162 +46,191 @@ def distill_round(
     machine: Machine,
     seed: int = 1,
 ) -> None:
-    """Teach a student to land in one step where its teacher lands in `substeps` (SDTT Algorithm 2, one round).
+    """Teach a student to do in one step what its teacher does in `substeps` (SDTT Algorithm 2).
 
     Args:
-        teacher: checkpoint folder: the pretrained teacher in round 1, the former round's student after it
+        teacher: checkpoint folder: the pretrained teacher in round 1, then the last round's student
         corpus: folder of `halfstep prepare-corpus`
         round: 1 .. rounds; sets the size of the teacher's step
         output: folder of the student's checkpoint
         seed: of batches, masks, times and the teacher's draws
     """
-    plan_ = plan_round(run, round)
+    plan = plan_round(run, round)
     group, device, windows = join_group(machine), find_device(machine), Windows(corpus, "train")
     source = checkpoint.read_meta(teacher)
-    _fits(source, teacher, windows, corpus, round)
+    _check_teacher(source, teacher, windows, corpus, round)
 
-    student = checkpoint.build_network(source, run.dropout)
+    # The pretrained teacher hands over its average; a later student goes on with its raw weights.
+    first = round == 1
+    begin_with = "ema" if first else "raw"
     weights = {
-        name: checkpoint.read_tensors(teacher, file, source)
-        for name, file in checkpoint.FILES.items()
-        if name != "best"
+        which: checkpoint.read_tensors(teacher, checkpoint.FILES[which], source)
+        for which in ("raw", "ema")
     }
-    first = (
-        round == 1
-    )  # the pretrained teacher hands over its average; a student goes on as it stands
-    checkpoint.load_weights(student, weights["ema" if first else "raw"], teacher)
-    student.to(device)
-    group.shard(
-        student
-    )  # the teacher, who keeps no gradients and no moments, is whole in every process: its passes depend on its texts
-    old = checkpoint.load_checkpoint(
-        teacher, "ema" if first else run.next_teacher, str(device)
-    ).denoiser
+    network = checkpoint.build_network(source, run.dropout)
+    checkpoint.load_weights(network, weights[begin_with], teacher)
+    network.to(device)
+    group.shard(network)
+    student = checkpoint.build_denoiser(network, source)
+    # Every rank has the whole teacher, because the passes of a teacher depend on its texts.
+    teacher_weights = "ema" if first else run.next_teacher
+    old = checkpoint.load_checkpoint(teacher, teacher_weights, str(device)).denoiser
 
-    if not first and not run.reset_optimizer and "optimizer.safetensors" not in source["sha256"]:
-        raise HalfstepError(
-            f"--teacher {teacher}: comes without the moments of its optimiser, as what was imported does; set reset_optimizer: true"
-        )
-    moments = (
-        None
-        if first or run.reset_optimizer
-        else checkpoint.read_tensors(teacher, "optimizer.safetensors", source)
-    )
-    fresh = first or run.reset_ema
-    ema = EMA(
-        student,
-        run.ema_decay,
-        None if fresh else weights["ema"],
-        0 if fresh else source["ema_updates"],
-    )
+    optimizer_state = None
+    if not first and not run.reset_optimizer:
+        optimizer_state = _read_optimizer_state(teacher, source)
+    if first or run.reset_ema:
+        ema = EMA(network, run.ema_decay)
+    else:
+        ema = EMA(network, run.ema_decay, weights["ema"], source["ema_updates"])
+
+    held_out = HeldOut.read(corpus, device, machine, group)
+    validation = DiffusionObjective(student, source["training"]["min_t"], held_out)
+    objective = DistillationObjective(student, old, plan, run, validation, seed)
+    length = windows.length
     meta = {
-        **{k: source[k] for k in ("kind", "network", "vocab_size", "eos_id", "length")},
-        "corpus": corpus.name, "corpus_sha256": windows.facts["sha256"], "run": run.model_dump(), "seed": seed, "round": round, "dt": plan_.dt,
-        "student_steps": plan_.student_steps, "teacher_sha256": source["sha256"],
-        "training": source["training"],
-    }  # fmt: skip
-    objective = sdtt_loss(student, old, plan_, run, meta)
-    nelbo = held_out(
-        diffusion_loss(student, meta),
-        "val/nelbo",
-        Windows(corpus, "validation"),
-        device,
-        machine.micro_batch,
-        group,
-    )
-    entropy = watch_entropy(
-        student, meta, Windows(corpus, "validation"), run.entropy_band, device, seed
-    )
-    base, name = output.parent.parent.name, f"{output.parent.name}/round-{round}"
-    tags = {"teacher": base, "run": output.parent.name, "round": round}
-    params = {
+        **{key: source[key] for key in ("kind", "network", "vocab_size", "eos_id", "length")},
+        "corpus": corpus.name,
+        "corpus_sha256": windows.facts["sha256"],
+        "run": run.model_dump(),
         "seed": seed,
         "round": round,
-        "dt": plan_.dt,
-        "student_steps": plan_.student_steps,
-        **run.model_dump(),
+        "dt": plan.dt,
+        "student_steps": plan.student_steps,
+        "teacher_sha256": source["sha256"],
+        "training": source["training"],
     }
-    fed = [
-        *datasets(corpus, windows),
-        {
-            "name": "teacher",
-            "digest": source["sha256"][checkpoint.FILES["ema" if first else "raw"]],
-            "source": str(teacher),
-        },
-    ]
+    digest = source["sha256"][checkpoint.FILES[begin_with]]
+    base, name = output.parent.parent.name, f"{output.parent.name}/round-{round}"
+    about = {"seed": seed, "round": round, "dt": plan.dt, "student_steps": plan.student_steps}
     with Journal(
         output,
         name=name,
         node=f"distill-round/{base}/{name}",
-        params=params,
-        tags=tags,
-        datasets=fed,
+        params={**about, **run.model_dump()},
+        tags={"teacher": base, "run": output.parent.name, "round": round},
+        datasets=[
+            *datasets(corpus, windows),
+            {"name": "teacher", "digest": digest, "source": str(teacher)},
+        ],
         writes=group.is_main,
     ) as journal:
-        fitted = fit(
-            student, lambda step: windows[batch_indices(len(windows), run.batch_size, seed + round, step)], *objective, lambda: nelbo() | entropy(), run,
-            seed=seed + 1000 * round, device=device, micro_batch=machine.micro_batch, state=output / "state", label=f"distill-round {base}/{name}",
-            journal=journal, warm=moments is None, carried=moments, ema=ema, group=group, time_limit=machine.time_limit, from_zero=True,
-            flops_per_token=flops_per_token(student, old, plan_, run.batch_size, windows.length),
-        )  # fmt: skip
-        finish(output, student, fitted, meta, corpus, group)
-        journal.close(checkpoint=output if group.is_main else None)
+        state = fit(
+            network,
+            objective,
+            lambda step: windows[batch_indices(len(windows), run.batch_size, seed + round, step)],
+            run,
+            Start(seed + 1000 * round, ema, optimizer_state, from_zero=True),
+            Run(
+                device=device,
+                micro_batch=machine.micro_batch,
+                folder=output / "state",
+                label=f"distill-round {base}/{name}",
+                journal=journal,
+                group=group,
+                time_limit=machine.time_limit,
+                flops_per_token=flops_per_token(student, old, plan, run.batch_size, length),
+            ),
+        )
+        finish(output, state, meta, corpus, group)
+        journal.close(checkpoint=output)
     if not group.is_main:
         return
-    carried = [] if moments is None else [teacher / "optimizer.safetensors"]
-    provenance.write_record(
-        output / provenance.NAME,
-        [output],
-        [
-            *corpus_files(corpus, "train", "validation"),
-            *checkpoint.checkpoint_files(teacher, "raw", "ema"),
-            *carried,
-        ],
-    )
+    read = [
+        *corpus_files(corpus, "train", "validation"),
+        *checkpoint.checkpoint_files(teacher, "raw", "ema"),
+    ]
+    if optimizer_state is not None:
+        read.append(teacher / "optimizer.safetensors")
+    provenance.write_record(output / provenance.NAME, [output], read)
 
 
-def sdtt_loss(student, teacher, round: Round, run: Distillation, meta: dict):
-    """Algorithm 2: x0 from data, t stratified over [min_t, 1), xt ~ q(xt | x0); the divergence's mean over the masked positions of the global batch."""
-    own, divergence = (
-        checkpoint.build_denoiser(student, meta),
-        DIVERGENCES[run.divergence],
-    )
+@dataclass(frozen=True)
+class DistillationObjective:
+    """SDTT Algorithm 2: the divergence's mean over the masked positions of the global batch.
 
-    def corrupt(x0: Tensor, random: torch.Generator) -> tuple[dict[str, Tensor], float]:
+    validation: measures the student's held-out NELBO
+    seed: of the samples whose entropy is watched
+    """
+
+    student: Denoiser
+    teacher: Denoiser
+    round: Round
+    run: Distillation
+    validation: DiffusionObjective
+    seed: int
+
+    def corrupt(self, x0: Tensor, generator: torch.Generator) -> Batch:
+        """Draw t, stratified over [min_t, 1), xt ~ q(xt | x0), and the teacher's uniforms."""
         B, L = x0.shape
-        t = stratified_times(torch.rand(B, generator=random, dtype=torch.float64), run.min_t)
-        u = torch.rand(3, B, L, generator=random, dtype=torch.float64)
-        xt = mask(x0, t, u[0], own.schedule, own.mask_id)
-        return {"xt": xt, "t": t, "u_reveal": u[1], "u_token": u[2]}, max(
-            1, int((xt == own.mask_id).sum())
-        )
+        u_time = torch.rand(B, generator=generator, dtype=torch.float64)
+        t = stratified_times(u_time, self.run.min_t)
+        u = torch.rand(3, B, L, generator=generator, dtype=torch.float64)
+        xt = corrupt(x0, t, u[0], self.student.schedule, self.student.mask_id)
+        masked = int((xt == self.student.mask_id).sum())
+        return Batch({"xt": xt, "t": t, "u_reveal": u[1], "u_token": u[2]}, max(1, masked))
 
-    def loss(part: dict[str, Tensor]) -> Tensor:
-        xt, t = part["xt"], part["t"].float()
-        masked = mask_indices((xt == own.mask_id).cpu(), xt.device)
-        goal = teacher_targets(
-            teacher,
-            xt,
-            t,
-            round.dt,
-            round.substeps,
-            part["u_reveal"],
-            part["u_token"],
-            run.teacher_times,
-        )
-        h = own.features(xt, t, masked)
-        return divergence_loss(divergence, h, own.readout, goal, teacher.readout)
+    def loss(self, part: Tensors) -> Tensor:
+        """The divergence, summed over the masked positions."""
+        return sdtt_loss(self.student, self.teacher, part, self.round, self.run)
 
-    return corrupt, loss
+    def validate(self) -> dict[str, float]:
+        """Held-out NELBO of the student in nats per token, and entropy of its samples in nats."""
+        figures = self.validation.validate()
+        held_out, band = self.validation.held_out, self.run.entropy_band
+        entropy = watch_entropy(self.student, held_out, self.round, band, self.seed)
+        return {**figures, "val/entropy": entropy}
+
+
+def sdtt_loss(
+    student: Denoiser, teacher: Denoiser, part: Tensors, round: Round, run: Distillation
+) -> Tensor:
+    """Divergence of the student from its teacher's targets, summed over the masked positions.
+
+    part: xt[B, L] int64, t[B] and the uniforms u_reveal[B, L], u_token[B, L] float64. The result is
+    a scalar.
+    """
+    xt, t = part["xt"], part["t"].float()
+    masked = mask_indices((xt == student.mask_id).cpu(), xt.device)
+    u_reveal, u_token = part["u_reveal"], part["u_token"]
+    goal = teacher_targets(
+        teacher, xt, t, round.dt, round.substeps, u_reveal, u_token, run.teacher_times
+    )
+    h = student.features(xt, t, masked)
+    divergence = DIVERGENCES[run.divergence]
+    return divergence_loss(divergence, h, student.readout, goal, teacher.readout)
+
+
+def watch_entropy(
+    student: Denoiser, held_out: HeldOut, round: Round, band: float | None, seed: int
+) -> float:
+    """Unigram entropy of the student's samples in nats.
+
+    Raises HalfstepError if it differs from held-out text's by more than the share `band`. A lower
+    perplexity at a lower entropy is no success: a student that repeats itself is stopped before it
+    becomes a teacher.
+    """
+    length, steps = held_out.x0.shape[1], min(WATCHED_STEPS, round.student_steps)
+    goal = unigram_entropy(held_out.x0[:ENTROPY_WINDOWS].numpy()).mean()
+    texts = sample(student, WATCHED, length, steps, draws=Draws(seed), device=held_out.device)
+    found = unigram_entropy(texts.ids.cpu().numpy()).mean()
+    if band is not None and abs(found / goal - 1) > band:
+        raise HalfstepError(
+            f"round {round.index}: the samples' entropy is {found:.2f} nats, held-out text's "
+            f"{goal:.2f}: outside entropy_band {band}, the student collapses; lower lr or "
+            "num_steps, train a better teacher, or widen entropy_band"
+        )
+    return float(found)
 
 
 def flops_per_token(
-    student: nn.Module, teacher: SubsDenoiser, round: Round, texts: int, length: int
+    student: SubsDenoiser, teacher: SubsDenoiser, round: Round, texts: int, length: int
 ) -> float:
     """Expected FLOPs of one update per token of its batch.
 
-    Over all times the schedule masks `masked_share` of the tokens, and the first substep reveals what it masks less after dt. A text
-    in which nothing is revealed takes no further pass of a teacher that ignores time.
+    Over all times the schedule masks `masked_share` of the tokens, and the first substep reveals
+    what it masks less after dt. A text in which nothing is revealed takes no further pass of a
+    teacher that ignores time.
     """
     masked = masked_share(teacher.schedule)
     revealed = masked - masked_share(teacher.schedule, round.dt)
@@ -206,57 +238,48 @@ def flops_per_token(
     passes = texts * (1 + (round.substeps - 1) * again)
     drawn = texts * (round.substeps - 1) * revealed * length
     rows = texts * length * masked
-    levels = (1, 1) if teacher.ignores_time else (texts, passes)
-    own = flops.training_flops(student, texts, length, rows, levels[0])
+    noise_levels = (1, 1) if teacher.ignores_time else (texts, passes)
+    own = flops.training_flops(student.network, texts, length, rows, noise_levels[0])
     targets = flops.forward_flops(
-        teacher.network, passes, length, rows + drawn, levels[1], rows * passes / texts
+        teacher.network, passes, length, rows + drawn, noise_levels[1], rows * passes / texts
     )
     return (own + targets) / (texts * length)
 
 
-def watch_entropy(
-    student, meta: dict, held_out: Windows, band: float | None, device, seed: int
-) -> Callable[[], dict[str, float]]:
-    """A measurement of the student's unigram entropy in nats; HalfstepError when it leaves the band around held-out text's.
-
-    A fall of perplexity with a fall of entropy is no success: a student that repeats itself is stopped before it becomes a teacher.
-    """
-    denoiser, steps = (
-        checkpoint.build_denoiser(student, meta),
-        min(WATCHED_STEPS, meta["student_steps"]),
-    )
-    goal = unigram_entropy(held_out[torch.arange(min(256, len(held_out)))].numpy()).mean()
-
-    def measure() -> dict[str, float]:
-        out = sample(denoiser, WATCHED, meta["length"], steps, draws=Draws(seed), device=device)
-        found = unigram_entropy(out.ids.cpu().numpy()).mean()
-        if band is not None and abs(found / goal - 1) > band:
-            raise HalfstepError(
-                f"round {meta['round']}: the samples' entropy is {found:.2f} nats, held-out text's {goal:.2f}: outside entropy_band {band}, the student "
-                "collapses; lower lr or num_steps, train a better teacher, or widen entropy_band"
-            )
-        return {"val/entropy": float(found)}
-
-    return measure
-
-
-def _fits(meta: dict, teacher: Path, windows: Windows, corpus: Path, round: int) -> None:
+def _check_teacher(meta: dict, teacher: Path, windows: Windows, corpus: Path, round: int) -> None:
+    """Raise HalfstepError unless the checkpoint fits the corpus and is that of the last round."""
     if meta["kind"] != "diffusion":
         raise HalfstepError(
-            f"--teacher {teacher}: is an {meta['kind']} model; name a diffusion checkpoint, results/models/<name>/teacher"
+            f"--teacher {teacher}: is an {meta['kind']} model; "
+            "name a diffusion checkpoint, results/models/<name>/teacher"
         )
     for key in ("vocab_size", "length"):
-        if meta[key] != getattr(windows, key):
+        expected = getattr(windows, key)
+        if meta[key] != expected:
             raise HalfstepError(
-                f"--teacher {teacher}: {key} {meta[key]}, but corpus {corpus} has {getattr(windows, key)}; use the corpus it was trained on"
+                f"--teacher {teacher}: {key} {meta[key]}, but corpus {corpus} has {expected}; "
+                "use the corpus it was trained on"
             )
-    files = corpus / "tokenizer.json", checkpoint.checked_file(teacher, "tokenizer.json", meta)
-    words, known = (Tokenizer.from_file(str(file)).get_vocab() for file in files)
-    if words != known:
+    own = checkpoint.checked_file(teacher, "tokenizer.json", meta)
+    vocabularies = [
+        Tokenizer.from_file(str(file)).get_vocab() for file in (own, corpus / "tokenizer.json")
+    ]
+    if vocabularies[0] != vocabularies[1]:
         raise HalfstepError(
-            f"--teacher {teacher}: its tokenizer has other tokens than that of corpus {corpus}; use the corpus it was trained on"
+            f"--teacher {teacher}: its tokenizer has other tokens than that of corpus {corpus}; "
+            "use the corpus it was trained on"
         )
     if meta["round"] != round - 1:
         raise HalfstepError(
-            f"--round {round}: its teacher is the checkpoint of round {round - 1}, but {teacher} is of round {meta['round']}"
+            f"--round {round}: its teacher is the checkpoint of round {round - 1}, "
+            f"but {teacher} is of round {meta['round']}"
         )
+
+
+def _read_optimizer_state(teacher: Path, meta: dict) -> dict[str, Tensor]:
+    if "optimizer.safetensors" not in meta["sha256"]:
+        raise HalfstepError(
+            f"--teacher {teacher}: has no optimizer state (imported checkpoints have none); "
+            "set reset_optimizer: true"
+        )
+    return checkpoint.read_tensors(teacher, "optimizer.safetensors", meta)

@@ -12,6 +12,7 @@ from halfstep.config import Evaluation, Machine, Weights
 from halfstep.data.pack import Windows, corpus_files, read_manifest, tokenizer_of
 from halfstep.data.stories import judge_window
 from halfstep.data.tokenizer import vocabulary_sha256
+from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, sha256, write_json
@@ -20,7 +21,6 @@ from halfstep.metrics.intervals import bootstrap, wilson
 from halfstep.metrics.perplexity import Judge, ids_nll, load_judge, retokenized_nll
 from halfstep.metrics.rows import model_name, name_parts, row
 from halfstep.records import provenance
-from halfstep.training.loop import find_device
 
 LAMBADA_SEED = 0  # of the masks drawn for an item
 DATA_WINDOWS = 500  # held-out windows behind the "data" rows, or all there are

@@ -16,6 +16,7 @@ from halfstep.config import DrawOptions, GenerateOptions, Machine
 from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.diffusion.contracts import Draws, Samples
 from halfstep.diffusion.samplers import SAMPLERS, sample
+from halfstep.distributed.device import find_device
 from halfstep.distributed.group import ALONE, Group, join_group
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256, write_atomic, write_json
@@ -24,7 +25,6 @@ from halfstep.models import gpt
 from halfstep.progress import Progress
 from halfstep.records import provenance
 from halfstep.records.journal import commit
-from halfstep.training.loop import find_device
 
 MASK = "<|mask|>"
 

@@ -1,25 +1,29 @@
-"""`halfstep pretrain` and `halfstep train-baseline`: the teacher of round 1, and its autoregressive peer."""
+"""`halfstep pretrain` and `halfstep train-baseline`: the first teacher, and the baseline."""
 
 import shutil
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfstep import checkpoint
 from halfstep.config import Machine, Network, Training
 from halfstep.data.batches import batch_indices
 from halfstep.data.pack import Windows, corpus_files
+from halfstep.diffusion.contracts import Denoiser
 from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.readout import cross_entropy
-from halfstep.diffusion.schedules import SCHEDULES, masked_share
-from halfstep.distributed.group import ALONE, Group, join_group
+from halfstep.diffusion.schedules import masked_share
+from halfstep.distributed.device import find_device
+from halfstep.distributed.group import Group, join_group
 from halfstep.models import flops
-from halfstep.models.gpt import save_gpt_neox
+from halfstep.models.gpt import GPT, save_gpt_neox
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
-from halfstep.training.loop import Fitted, find_device, fit, step_generator
+from halfstep.training.loop import fit
+from halfstep.training.state import Run, Start, TrainingState
+from halfstep.training.step import Batch, Objective, Tensors, micro_batches, step_generator
 
 VALIDATION_WINDOWS = 512  # held-out windows behind each figure, or all there are
 
@@ -32,19 +36,17 @@ def pretrain(
     machine: Machine,
     seed: int = 1,
 ) -> None:
-    """Train a masked diffusion language model by MDLM's continuous-time NELBO (arXiv 2406.07524, eq. 10).
+    """Train a masked diffusion language model by MDLM's NELBO (arXiv 2406.07524, eq. 10).
 
     Args:
         corpus: folder of `halfstep prepare-corpus`
         output: folder of the checkpoint
         seed: of weights, batches, masks and times
     """
-    if _train(
-        "diffusion", "pretrain", corpus, output, network, training, machine, seed, diffusion_loss
-    ):
-        provenance.write_record(
-            output / provenance.NAME, [output], corpus_files(corpus, "train", "validation")
-        )
+    if not _train("diffusion", corpus, output, network, training, machine, seed):
+        return
+    read = corpus_files(corpus, "train", "validation")
+    provenance.write_record(output / provenance.NAME, [output], read)
 
 
 def train_baseline(
@@ -55,179 +57,205 @@ def train_baseline(
     machine: Machine,
     seed: int = 1,
 ) -> None:
-    """Train the autoregressive peer by next-token cross-entropy; hf/ holds its average as transformers loads it.
+    """Train the autoregressive baseline by next-token cross-entropy.
+
+    The subfolder hf/ holds its averaged weights in the format of transformers.
 
     Args:
         corpus: folder of `halfstep prepare-corpus`
         output: folder of the checkpoint
         seed: of weights and batches
     """
-    if not _train(
-        "autoregressive",
-        "train-baseline",
-        corpus,
-        output,
-        network,
-        training,
-        machine,
-        seed,
-        autoregressive_loss,
-    ):
+    if not _train("autoregressive", corpus, output, network, training, machine, seed):
         return
-    model = checkpoint.load_checkpoint(output)
-    save_gpt_neox(
-        model.network, output / "hf", model.length, model.eos_id, output / "tokenizer.json"
-    )
-    provenance.write_record(
-        output / provenance.NAME,
-        [output, output / "hf"],
-        corpus_files(corpus, "train", "validation"),
-    )
+    model, hf = checkpoint.load_checkpoint(output), output / "hf"
+    save_gpt_neox(model.network, hf, model.length, model.eos_id, output / "tokenizer.json")
+    read = corpus_files(corpus, "train", "validation")
+    provenance.write_record(output / provenance.NAME, [output, hf], read)
 
 
-Objective = tuple[Callable, Callable]
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out windows x0[B, L], and how to measure a loss on them: device, micro-batch, ranks."""
+
+    x0: Tensor
+    device: torch.device
+    micro_batch: int
+    group: Group
+
+    @classmethod
+    def read(cls, corpus: Path, device: torch.device, machine: Machine, group: Group) -> "HeldOut":
+        """The first VALIDATION_WINDOWS held-out windows of a corpus."""
+        windows = Windows(corpus, "validation")
+        x0 = windows[torch.arange(min(VALIDATION_WINDOWS, len(windows)))]
+        return cls(x0, device, machine.micro_batch, group)
+
+    def mean_loss(self, objective: Objective) -> float:
+        """The loss of the windows, always with the same random numbers, over the batch's divisor.
+
+        The ranks share the windows if these divide evenly; otherwise every rank measures all.
+        """
+        batch = objective.corrupt(self.x0, step_generator(0, 0))
+        windows = len(self.x0)
+        shared = windows % self.group.size == 0
+        rows = self.group.local_slice(windows) if shared else slice(windows)
+        tensors = {name: value[rows] for name, value in batch.tensors.items()}
+        parts = micro_batches(tensors, self.micro_batch, self.device)
+        total = sum(objective.loss(part).double() for part, _ in parts)
+        return (self.group.all_sum(total) if shared else total.item()) / batch.divisor
 
 
-def diffusion_loss(network: nn.Module, meta: dict) -> Objective:
-    """MDLM: stratified times and masking uniforms of the global batch; the summed NELBO of a part; nats per token."""
-    denoiser = checkpoint.build_denoiser(network, meta)
-    min_t = meta["training"]["min_t"]
+@dataclass(frozen=True)
+class DiffusionObjective:
+    """MDLM's NELBO at stratified times (arXiv 2406.07524, eq. 10), in nats per token."""
 
-    def corrupt(x0: Tensor, random: torch.Generator) -> tuple[dict[str, Tensor], float]:
+    denoiser: Denoiser
+    min_t: float
+    held_out: HeldOut
+
+    def corrupt(self, x0: Tensor, generator: torch.Generator) -> Batch:
+        """Draw a time for each text and a masking uniform for each token."""
         B, L = x0.shape
-        t = stratified_times(torch.rand(B, generator=random, dtype=torch.float64), min_t)
-        return {
-            "x0": x0,
-            "t": t,
-            "u": torch.rand(B, L, generator=random, dtype=torch.float64),
-        }, B * L
+        u_time = torch.rand(B, generator=generator, dtype=torch.float64)
+        u = torch.rand(B, L, generator=generator, dtype=torch.float64)
+        return Batch({"x0": x0, "t": stratified_times(u_time, self.min_t), "u": u}, B * L)
 
-    return corrupt, lambda part: nelbo(denoiser, part["x0"], part["t"].float(), part["u"])
+    def loss(self, part: Tensors) -> Tensor:
+        """The NELBO, summed."""
+        return nelbo(self.denoiser, part["x0"], part["t"].float(), part["u"])
+
+    def validate(self) -> dict[str, float]:
+        """Held-out NELBO in nats per token."""
+        return {"val/nelbo": self.held_out.mean_loss(self)}
 
 
-def autoregressive_loss(network: nn.Module, meta: dict) -> Objective:
-    """Next-token cross-entropy, summed over a part."""
+@dataclass(frozen=True)
+class NextTokenObjective:
+    """Cross-entropy of the next token, in nats per token."""
 
-    def loss(part: dict[str, Tensor]) -> Tensor:
+    network: GPT
+    held_out: HeldOut
+
+    def corrupt(self, x0: Tensor, generator: torch.Generator) -> Batch:
+        """The texts as they are; every token but the first is predicted."""
+        return Batch({"x0": x0}, x0.numel() - len(x0))
+
+    def loss(self, part: Tensors) -> Tensor:
+        """The cross-entropy, summed."""
         x0 = part["x0"]
-        h, goal = network(x0[:, :-1]).flatten(0, 1), x0[:, 1:].flatten()
-        linear = network.output_layer.linear
-        return cross_entropy(
-            h,
-            (linear.weight, torch.zeros(linear.out_features, device=h.device)),
-            goal,
-            torch.ones_like(goal, dtype=torch.float32),
-        )
+        h, following = self.network(x0[:, :-1]).flatten(0, 1), x0[:, 1:].flatten()
+        linear = self.network.output_layer.linear
+        readout = linear.weight, torch.zeros(linear.out_features, device=h.device)
+        weight = torch.ones_like(following, dtype=torch.float32)
+        return cross_entropy(h, readout, following, weight)
 
-    return lambda x0, random: ({"x0": x0}, x0.numel() - len(x0)), loss
-
-
-def held_out(
-    objective: Objective,
-    name: str,
-    windows: Windows,
-    device: torch.device,
-    micro_batch: int,
-    group: Group = ALONE,
-) -> Callable[[], dict[str, float]]:
-    """A measurement of the held-out loss on fixed windows, times and masks: nats per token. Each process takes as many windows as the others, or,
-    where they do not divide, all of them."""
-    corrupt, loss = objective
-    x0 = windows[torch.arange(min(VALIDATION_WINDOWS, len(windows)))]
-    parts, divisor = corrupt(x0, step_generator(0, 0))
-    if shared := len(x0) % group.size == 0:
-        parts = {k: v[group.local_slice(len(x0))] for k, v in parts.items()}
-
-    def measure() -> dict[str, float]:
-        rows = len(next(iter(parts.values())))
-        pieces = (
-            {k: v[i : i + micro_batch].to(device) for k, v in parts.items()}
-            for i in range(0, rows, micro_batch)
-        )
-        total = sum(loss(piece).double() for piece in pieces)
-        return {name: (group.all_sum(total) if shared else total.item()) / divisor}
-
-    return measure
+    def validate(self) -> dict[str, float]:
+        """Held-out cross-entropy in nats per token."""
+        return {"val/nll": self.held_out.mean_loss(self)}
 
 
-def datasets(corpus: Path, windows: Windows) -> list[dict]:
-    """What a run on this corpus was fed, for its journal."""
-    return [
-        {"name": f"{corpus.name}/train", "digest": windows.facts["sha256"], "source": str(corpus)}
-    ]
+NAMES = {  # kind of model: its command, and its name in the journal
+    "diffusion": ("pretrain", "teacher"),
+    "autoregressive": ("train-baseline", "baseline"),
+}
 
 
 def _train(
     kind: str,
-    node: str,
     corpus: Path,
     output: Path,
     network: Network,
     training: Training,
     machine: Machine,
     seed: int,
-    objective,
 ) -> bool:
-    """True in the process that wrote the checkpoint."""
+    """Train a network from random weights; True on the rank that wrote the checkpoint."""
+    command, name = NAMES[kind]
     group, device, windows = join_group(machine), find_device(machine), Windows(corpus, "train")
     meta = {
-        "kind": kind, "network": network.model_dump(), "vocab_size": windows.vocab_size, "eos_id": windows.eos_id, "length": windows.length,
-        "corpus": corpus.name, "corpus_sha256": windows.facts["sha256"], "training": training.model_dump(), "seed": seed, "round": 0,
-    }  # fmt: skip
+        "kind": kind,
+        "network": network.model_dump(),
+        "vocab_size": windows.vocab_size,
+        "eos_id": windows.eos_id,
+        "length": windows.length,
+        "corpus": corpus.name,
+        "corpus_sha256": windows.facts["sha256"],
+        "training": training.model_dump(),
+        "seed": seed,
+        "round": 0,
+    }
     torch.manual_seed(seed)
     net = checkpoint.build_network(meta, training.dropout).to(device)
     group.shard(net)
-    texts, read = (
-        training.batch_size,
-        windows.length * masked_share(SCHEDULES[network.schedule]())
-        if kind == "diffusion"
-        else windows.length - 1,
-    )  # times are uniform: half is masked
-    per_token = flops.training_flops(
-        net, texts, windows.length, texts * read, texts if network.time_conditioning else 1
-    ) / (texts * windows.length)
-    loss = objective(net, meta)
-    validation = "val/nelbo" if kind == "diffusion" else "val/nll"
+    held_out = HeldOut.read(corpus, device, machine, group)
+    texts, length = training.batch_size, windows.length
+    objective: Objective
+    if kind == "diffusion":
+        denoiser = checkpoint.build_denoiser(net, meta)
+        objective = DiffusionObjective(denoiser, training.min_t, held_out)
+        logits_per_text = length * masked_share(denoiser.schedule)
+    else:
+        objective = NextTokenObjective(net, held_out)
+        logits_per_text = length - 1
+    noise_levels = texts if network.time_conditioning else 1
+    step_flops = flops.training_flops(net, texts, length, texts * logits_per_text, noise_levels)
+
     teacher = output.parent.name
-    params = {"seed": seed, **network.model_dump(), **training.model_dump()}
-    name = "teacher" if kind == "diffusion" else "baseline"
     with Journal(
         output,
         name=name,
-        node=f"{node}/{teacher}",
-        params=params,
+        node=f"{command}/{teacher}",
+        params={"seed": seed, **network.model_dump(), **training.model_dump()},
         tags={"teacher": teacher, "round": 0},
         datasets=datasets(corpus, windows),
         writes=group.is_main,
     ) as journal:
-        fitted = fit(
-            net, lambda step: windows[batch_indices(len(windows), training.batch_size, seed, step)], *loss,
-            held_out(loss, validation, Windows(corpus, "validation"), device, machine.micro_batch, group), training,
-            seed=seed, device=device, micro_batch=machine.micro_batch, state=output / "state", label=f"{node} {teacher}", journal=journal,
-            group=group, time_limit=machine.time_limit, flops_per_token=per_token,
-        )  # fmt: skip
-        finish(output, net, fitted, meta, corpus, group)
-        journal.close(checkpoint=output if group.is_main else None)
+        state = fit(
+            net,
+            objective,
+            lambda step: windows[batch_indices(len(windows), texts, seed, step)],
+            training,
+            Start(seed),
+            Run(
+                device=device,
+                micro_batch=machine.micro_batch,
+                folder=output / "state",
+                label=f"{command} {teacher}",
+                journal=journal,
+                group=group,
+                time_limit=machine.time_limit,
+                flops_per_token=step_flops / (texts * length),
+            ),
+        )
+        finish(output, state, meta, corpus, group)
+        journal.close(checkpoint=output)
     return group.is_main
 
 
-def finish(
-    output: Path, network: nn.Module, fitted: Fitted, meta: dict, corpus: Path, group: Group = ALONE
-) -> None:
-    """Write the checkpoint and drop the rolling state: the first process does, of what all hold."""
-    buffers = dict(network.named_buffers())
-    tensors = {
-        "model.safetensors": {**dict(network.named_parameters()), **buffers}, "ema.safetensors": {**fitted.ema.shadow, **buffers},
-        "best.safetensors": {**fitted.best, **buffers}, "optimizer.safetensors": fitted.moments,
-    }  # fmt: skip
-    tensors = {name: group.gather_tensors(named) for name, named in tensors.items()}
+def datasets(corpus: Path, windows: Windows) -> list[dict]:
+    """The corpus that a training reads, for its journal."""
+    name, digest = f"{corpus.name}/train", windows.facts["sha256"]
+    return [{"name": name, "digest": digest, "source": str(corpus)}]
+
+
+def finish(output: Path, state: TrainingState, meta: dict, corpus: Path, group: Group) -> None:
+    """Write the checkpoint on rank 0, and delete the rolling one; all ranks wait for that."""
+    buffers = dict(state.network.named_buffers())
+    files = {
+        "model.safetensors": {**dict(state.network.named_parameters()), **buffers},
+        "ema.safetensors": {**state.ema.shadow, **buffers},
+        "best.safetensors": {**state.best, **buffers},
+        "optimizer.safetensors": state.optimizer_state,
+    }
+    tensors = {file: group.gather_tensors(named) for file, named in files.items()}
     if group.is_main:
         meta = {
             **meta,
-            "ema_updates": fitted.ema.updates,
-            "best_step": fitted.best_step,
-            "validation": dict(sorted(fitted.validation.items())),
-        }  # a resumed run knows no order
+            "ema_updates": state.ema.updates,
+            "best_step": state.best_step,
+            # Sorted, because a resumed training has the figures in another order.
+            "validation": dict(sorted(state.validation.items())),
+        }
         checkpoint.save_checkpoint(output, tensors, meta, corpus / "tokenizer.json")
         shutil.rmtree(output / "state", ignore_errors=True)
-    group.all_max(0)  # all wait until it is there
+    group.barrier()

@@ -1,1 +1,1 @@
-"""Several processes for one job: the launcher, the process group, the device of each process."""
+"""Several processes for one job: the launcher, the group of ranks, the device of each rank."""

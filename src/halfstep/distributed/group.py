@@ -1,8 +1,10 @@
-"""The processes of one job, and how a job is asked to stop.
+"""The ranks of one job and what they exchange; how a job is asked to stop.
 
-torchrun starts several processes and says so in RANK, WORLD_SIZE and LOCAL_RANK; without it there is one. The engine is torch's own
-(torch.distributed: DDP, and fully_shard for large networks) and not Lightning Fabric: the loss reads the vocabulary's weights outside of the network's
-forward, which Fabric's wrapper forbids, and its launcher silently falls back to one process inside of a Slurm job.
+torchrun starts the processes and sets RANK, WORLD_SIZE and LOCAL_RANK; without these variables
+there is one process. The engine is torch.distributed: DDP, and fully_shard (FSDP2) for large
+networks. It is not Lightning Fabric, for two reasons. The loss reads the readout's weights outside
+of the network's forward, which Fabric's wrapper forbids. And inside a Slurm job Fabric's launcher
+silently falls back to one process.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -22,88 +25,98 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from halfstep.config import Machine
+from halfstep.distributed.device import local_gpu
 from halfstep.distributed.launch import already_printed
 from halfstep.errors import HalfstepError, reason
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 STARTED = time.monotonic()
-OUT_OF_TIME = 75  # EX_TEMPFAIL: the same command goes on where this one stopped; docs/reliability.md lists all codes
-REPLICATED = 500e6  # parameters up to which every process keeps the whole network (medium: 424M); above, they are sharded
+OUT_OF_TIME = 75  # EX_TEMPFAIL: the same command continues; docs/reliability.md lists all codes
+REPLICATED = 500e6  # up to this many parameters every rank keeps the whole network (medium: 424M)
 TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process among its equals; alone when size is 1."""
+    """The ranks that share one job; `rank` is this process, `size` the world size."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Is this the process that writes?"""
+        """True on rank 0, the only rank that writes files."""
         return self.rank == 0
 
     def local_slice(self, n: int) -> slice:
-        """The rows of `n` that are this process's: consecutive, and all processes' together are each row once, in order."""
+        """This rank's contiguous slice of n rows; the slices of all ranks partition range(n)."""
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
     def all_max(self, *values: float) -> list[float]:
-        """The largest of the processes' values, each for itself; on the CPU, so that no device waits."""
-        found = torch.tensor(values, dtype=torch.float64)
+        """All-reduce: the maximum over the ranks of each value. It runs on the CPU."""
+        maximum = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        return found.tolist()
+            dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        return maximum.tolist()
 
     def all_sum(self, value: Tensor) -> float:
-        """The sum of the processes' scalars."""
+        """All-reduce: the sum over the ranks of a scalar tensor."""
         if self.size > 1:
-            dist.all_reduce(value := value.detach().clone())
+            value = value.detach().clone()
+            dist.all_reduce(value)
         return value.item()
 
-    def gather(self, piece: object) -> list | None:
-        """The processes' pieces in order, in the first process; None in the others."""
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.all_max(0)
+
+    def broadcast(self, value: Any = None) -> Any:
+        """Broadcast rank 0's object to every rank; the `value` of other ranks is ignored."""
+        values = [value]
+        if self.size > 1:
+            with _exchange():
+                dist.broadcast_object_list(values)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Gather one object of every rank, in rank order, on rank 0; None on other ranks."""
         if self.size == 1:
-            return [piece]
-        pieces = [None] * self.size if self.is_main else None
-        with self._with_others():
-            dist.gather_object(piece, pieces)
-        return pieces
+            return [value]
+        values = [None] * self.size if self.is_main else None
+        with _exchange():
+            dist.gather_object(value, values)
+        return values
 
     def map_rows(self, n: int, work: Callable[[slice], np.ndarray]) -> np.ndarray | None:
-        """work(rows) of each process's own rows of `n`, an array with a row for each, all in order, in the first process; None in the others."""
-        own = self.local_slice(n)
-        pieces = self.gather(work(own) if own.start < own.stop else None)
-        return pieces and np.concatenate([piece for piece in pieces if piece is not None])
+        """Compute n rows on all ranks, each its `local_slice`, and gather them on rank 0.
 
-    def broadcast(self, said: object = None) -> object:
-        """What the first process says, in all of them; the others wait for it."""
-        box = [said]
-        if self.size > 1:
-            with self._with_others():
-                dist.broadcast_object_list(box)
-        return box[0]
+        work(rows) returns an array with one row for each of `rows`. Other ranks get None.
+        """
+        rows = self.local_slice(n)
+        shards = self.gather(work(rows) if rows.start < rows.stop else None)
+        if shards is None:
+            return None
+        return np.concatenate([shard for shard in shards if shard is not None])
 
-    @contextmanager
-    def _with_others(self):
-        """Around what processes do together: HalfstepError when one of them is gone."""
-        try:
-            yield
-        except RuntimeError as error:  # gloo's
-            raise HalfstepError(
-                f"another process of this job has ended, or was silent for {TIMEOUT.seconds // 60} minutes; its own message says why"
-            ) from error
+    def gather_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU of rank 0; an empty dict on other ranks.
 
-    def gather_tensors(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU, in the first process; all have to ask, for each holds a part of what is sharded."""
-        found = {}
-        for key, value in named.items():
+        Every rank must call it, because each holds a shard of a sharded tensor.
+        """
+        whole = {}
+        for name, value in tensors.items():
             value = full_tensor(value.detach())
             if self.is_main:
-                found[key] = value.cpu()
-        return found
+                whole[name] = value.cpu()
+        return whole
 
     def shard(self, network: nn.Module) -> bool:
-        """Shard a large network over the processes, in place (FSDP2), its gradients being summed; False when each process is to keep all of it."""
+        """Shard a network of more than REPLICATED parameters over the ranks, in place (FSDP2).
+
+        Its gradients are then summed over the ranks. Returns False if every rank keeps all of it.
+        """
         if self.size == 1 or sum(p.numel() for p in network.parameters()) <= REPLICATED:
             return False
         from torch.distributed.device_mesh import init_device_mesh
@@ -113,19 +126,36 @@ class Group:
         for module in (*network.blocks, network):
             fully_shard(module, mesh=mesh)
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows sums only
+            module.set_force_sum_reduction_for_comms(True)  # gloo supports only sums
         return True
 
 
 ALONE = Group()
 
 
+@contextmanager
+def _exchange() -> Iterator[None]:
+    """Turn gloo's error about a rank that is gone into a HalfstepError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise HalfstepError(
+            "another process of this job has ended, or was silent for "
+            f"{TIMEOUT.seconds // 60} minutes; its own message says why"
+        ) from error
+
+
 def join_group(machine: Machine) -> Group:
-    """This process's group. HalfstepError unless there are as many processes as `machine.processes` asks for, when it does."""
+    """Join the group that torchrun's variables describe; its GPU becomes this process's device.
+
+    Raises HalfstepError if the world size is not machine.processes, where that is given, or if
+    some ranks do not come.
+    """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if machine.processes not in (None, size):
         raise HalfstepError(
-            f"processes: {machine.processes} were asked for, but torchrun started {size}; let it start as many, or leave it away: "
+            f"processes: found a world size of {size}, expected {machine.processes}; "
+            f"let torchrun start {machine.processes} processes, or leave torchrun out: "
             f"`halfstep <command> ... --processes {machine.processes}` starts them"
         )
     if size == 1:
@@ -135,43 +165,37 @@ def join_group(machine: Machine) -> Group:
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
         except RuntimeError as error:
+            minutes = TIMEOUT.seconds / 60
             raise HalfstepError(
-                f"processes: {size} were to meet, but not all did within {TIMEOUT.seconds / 60:.3g} minutes ({reason(error)}); one that "
-                "ended early says why in its own message"
+                f"processes: not all {size} joined the group within {minutes:.3g} minutes "
+                f"({reason(error)}); one that ended early says why in its own message"
             ) from error
+        if cuda and machine.device in ("auto", "cuda"):
+            torch.cuda.set_device(local_gpu())
     return Group(dist.get_rank(), dist.get_world_size())
 
 
 def leave_group() -> None:
-    """Leave the group, if this process is in one. Without it gloo's threads now and then abort a process that had finished (134)."""
+    """Leave the group, if this process is in one.
+
+    Otherwise a thread of gloo may abort a process that has already finished (exit code 134).
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def local_device() -> torch.device:
-    """This process's GPU. HalfstepError where there are fewer than processes."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    if device.index >= torch.cuda.device_count():
-        raise HalfstepError(
-            f"processes: found {os.environ['LOCAL_WORLD_SIZE']} on this machine, but torch sees {torch.cuda.device_count()} GPUs; ask for as many processes, "
-            "or name --device cpu"
-        )
-    torch.cuda.set_device(device)
-    return device
-
-
-def is_sharded(value: Tensor) -> bool:
-    """Does each process hold a part of it (a DTensor)?"""
+def is_sharded(value: Tensor) -> TypeGuard[DTensor]:
+    """True for a DTensor, of which each rank holds a shard."""
     return hasattr(value, "full_tensor")
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A tensor as one process has it; of a sharded one the parts of all, which all have to ask for."""
+    """The whole of a sharded tensor, which all ranks must ask for; any other tensor as it is."""
     return value.full_tensor() if is_sharded(value) else value
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """A copy of `value` on the device of `like`, sharded as that is."""
+    """A copy of `value` on the device of `like`, sharded in the same way."""
     value = value.detach().to(like.device, copy=True)
     if not is_sharded(like) or is_sharded(value) or value.ndim == 0:
         return value
@@ -182,34 +206,37 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 
 @dataclass
 class StopRequest:
-    """Why this job should stop, if it should: a signal came, or the time is nearly over. `code` is the job's exit code then, else 0."""
+    """Whether this process should stop: after a signal, or when its time is nearly over.
 
-    group: Group
+    limit: seconds after the start of this process (no limit by default)
+    signals: the numbers of the signals that came
+    """
+
     limit: float | None = None
-    """seconds after the start of this process"""
     signals: list[int] = field(default_factory=list)
 
     @property
     def code(self) -> int:
+        """The exit code to stop with; 0 if there is no reason to stop."""
         if self.signals:
             return 128 + self.signals[0]
-        left = self.limit is None or time.monotonic() - STARTED < self.limit - min(
-            300, 0.08 * self.limit
-        )
-        return 0 if left else OUT_OF_TIME
+        if self.limit is None:
+            return 0
+        reserve = min(300, 0.08 * self.limit)  # seconds to save the state in
+        return OUT_OF_TIME if time.monotonic() - STARTED >= self.limit - reserve else 0
 
     @contextmanager
-    def listening(self):
-        """SIGTERM and SIGINT are noted, and end nothing, while this lasts."""
+    def listening(self) -> Iterator[StopRequest]:
+        """Note SIGTERM and SIGINT, which meanwhile end nothing."""
         before = {}
 
-        def note(number: int, _) -> None:
+        def note(number: int, _frame: object) -> None:
             self.signals.append(number)
 
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 before[number] = signal.signal(number, note)
-        except ValueError:  # not the main thread, where no signal arrives
+        except ValueError:  # not the main thread, which alone receives signals
             pass
         try:
             yield self
@@ -219,13 +246,12 @@ class StopRequest:
 
 
 def exit_stopped(code: int, label: str, step: int) -> None:
-    """SystemExit with this code, and a line that says why."""
-    why = (
-        "the time limit is near"
-        if code == OUT_OF_TIME
-        else f"{signal.Signals(code - 128).name} came"
-    )
-    line = f"{label} | stopped after step {step}: {why}; its state is kept, and the same command goes on from there"
+    """Leave the group, print one line that says why, and raise SystemExit(code)."""
+    why = "the time limit is near"
+    if code != OUT_OF_TIME:
+        why = f"received {signal.Signals(code - 128).name}"
+    line = f"{label} | stopped after step {step}: {why}; "
+    line += "the state is saved, and the same command continues from it"
     if not already_printed(line):
         print(line, file=sys.stderr, flush=True)
     leave_group()

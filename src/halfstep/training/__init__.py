@@ -1,1 +1,1 @@
-"""Training: the loop, optimiser, moving average, state that survives an interruption."""
+"""Training: the loop, one step, the state that survives an interruption, optimizer and average."""

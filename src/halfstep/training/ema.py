@@ -7,7 +7,11 @@ from halfstep.distributed.group import shard_like
 
 
 class EMA:
-    """shadow <- d shadow + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)) at the n-th update (as MDLM and SDTT do)."""
+    """Moving average of a network's parameters: shadow <- d shadow + (1 - d) weights.
+
+    At the n-th update d = min(decay, (1 + n) / (10 + n)), as in MDLM and SDTT. The average starts
+    at `shadow`, or at the weights. `updates` is the number of updates that it already has.
+    """
 
     def __init__(
         self,
@@ -18,22 +22,21 @@ class EMA:
     ):
         self.decay, self.updates = decay, updates
         self.weights = dict(network.named_parameters())
-        self.shadow = {
-            k: shard_like(shadow[k] if shadow else p, p) for k, p in self.weights.items()
-        }
+        first = shadow or self.weights
+        self.shadow = {name: shard_like(first[name], p) for name, p in self.weights.items()}
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the average towards the current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(
-            list(self.shadow.values()), [p.detach() for p in self.weights.values()], 1 - decay
-        )
+        weights = [p.detach() for p in self.weights.values()]
+        torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - decay)
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange weights and shadow: call it before and after a measurement of the averaged network."""
-        for key, p in self.weights.items():
-            p_copy = p.detach().clone()
-            p.copy_(self.shadow[key])
-            self.shadow[key].copy_(p_copy)
+        """Exchange weights and average; call it before and after the average is measured."""
+        for name, p in self.weights.items():
+            weights = p.detach().clone()
+            p.copy_(self.shadow[name])
+            self.shadow[name].copy_(weights)

@@ -1,0 +1,175 @@
+"""What a training begins from, what it changes, and the rolling checkpoint that it resumes from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from halfstep.checkpoint import write_tensors
+from halfstep.config import Training
+from halfstep.distributed.group import ALONE, Group, shard_like
+from halfstep.errors import HalfstepError
+from halfstep.records.journal import Journal
+from halfstep.training.ema import EMA
+from halfstep.training.optim import adamw, load_optimizer_state, optimizer_state
+
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training begins from, besides the weights of its network.
+
+    seed: of the noise of each step, and of dropout
+    ema: the moving average to continue (a new one by default)
+    optimizer_state: the state to continue (none by default); with it there is no warm-up
+    from_zero: the loss begins near zero and grows, because a student begins as its teacher
+    """
+
+    seed: int
+    ema: EMA | None = None
+    optimizer_state: dict[str, Tensor] | None = None
+    from_zero: bool = False
+
+    @property
+    def warm_up(self) -> bool:
+        """True if the learning rate warms up."""
+        return self.optimizer_state is None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training runs and where it reports; nothing here changes its result.
+
+    folder: of the rolling checkpoint
+    label: first words of its lines of progress
+    time_limit: minutes after the start of this process (no limit by default)
+    flops_per_token: of training, for the MFU in the journal (no MFU by default)
+    """
+
+    device: torch.device
+    micro_batch: int
+    folder: Path
+    label: str
+    journal: Journal
+    group: Group = ALONE
+    time_limit: float | None = None
+    flops_per_token: float | None = None
+
+
+@dataclass
+class TrainingState:
+    """All that a training changes. A rolling checkpoint holds it; `fit` returns it.
+
+    step: finished updates
+    loss_sum, loss_count: this rank's losses since the last log, and the number of their steps
+    grad_norm: norm of the last gradient before it was clipped (not saved)
+    logged: the last losses that were logged
+    best: the averaged weights at the lowest held-out loss, whole and on rank 0 only
+    validation: the last held-out figures, and under "best" the lowest loss
+    """
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA
+    loss_sum: Tensor
+    grad_norm: Tensor
+    loss_count: int = 0
+    step: int = 0
+    logged: list[float] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    best_step: int = 0
+    validation: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimizer state by parameter name."""
+        return optimizer_state(self.network, self.optimizer)
+
+
+def begin(network: nn.Module, training: Training, start: Start, run: Run) -> TrainingState:
+    """The state before the next step: from the run's rolling checkpoint if it has one, else new."""
+    optimizer = adamw(network, training)
+    if start.optimizer_state is not None:
+        load_optimizer_state(network, optimizer, start.optimizer_state)
+    ema = start.ema or EMA(network, training.ema_decay)
+    zero = torch.zeros((), device=run.device)
+    state = TrainingState(network, optimizer, ema, loss_sum=zero, grad_norm=zero.clone())
+    load_state(state, run)
+    run.journal.rewind(state.step or -1)
+    return state
+
+
+def save_state(state: TrainingState, run: Run) -> None:
+    """Write the rolling checkpoint as one atomic file; all ranks wait until it is there.
+
+    The file holds weights, average, optimizer state and best average. Its header holds the rest.
+    """
+    groups: dict[str, dict[str, Tensor]] = {
+        "raw": dict(state.network.named_parameters()),
+        "ema": state.ema.shadow,
+        "opt": state.optimizer_state,
+        "best": state.best,
+    }
+    tensors = {
+        f"{group}/{name}": value
+        for group, named in groups.items()
+        for name, value in run.group.gather_tensors(named).items()
+    }
+    loss_sum = run.group.all_sum(state.loss_sum)
+    header = {
+        "fingerprint": run.journal.run["fingerprint"],
+        "step": str(state.step),
+        "ema_updates": str(state.ema.updates),
+        "best_step": str(state.best_step),
+        "logged": json.dumps(state.logged),
+        "pending": json.dumps([loss_sum, state.loss_count]),
+    }
+    for name, value in state.validation.items():
+        header[f"validation:{name}"] = repr(value)
+    if run.group.is_main:
+        write_tensors(run.folder / STATE, tensors, header)
+    run.group.barrier()
+
+
+def load_state(state: TrainingState, run: Run) -> None:
+    """Load the rolling checkpoint, if there is one whose fingerprint is that of this run."""
+    path = run.folder / STATE
+    if not path.is_file():
+        return
+    try:
+        opened = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise HalfstepError(
+            f"{path}: not a whole file ({error}); "
+            f"delete the folder {run.folder} to start this training again"
+        ) from None
+    groups: dict[str, dict[str, Tensor]] = {"raw": {}, "ema": {}, "opt": {}, "best": {}}
+    with opened as file:
+        header = file.metadata() or {}
+        if header.get("fingerprint") != run.journal.run["fingerprint"]:
+            return
+        for key in file.keys():
+            group, name = key.split("/", 1)
+            groups[group][name] = file.get_tensor(key)
+    with torch.no_grad():
+        for name, p in state.network.named_parameters():
+            p.copy_(shard_like(groups["raw"][name], p))
+    load_optimizer_state(state.network, state.optimizer, groups["opt"])
+    for name, shadow in state.ema.shadow.items():
+        shadow.copy_(shard_like(groups["ema"][name], shadow))
+    state.ema.updates = int(header["ema_updates"])
+    state.step = int(header["step"])
+    state.best, state.best_step = groups["best"], int(header["best_step"])
+    state.logged = json.loads(header.get("logged", "[]"))
+    loss_sum, state.loss_count = json.loads(header.get("pending", "[0, 0]"))
+    if run.group.is_main:
+        state.loss_sum.fill_(loss_sum)
+    for key, value in header.items():
+        if key.startswith("validation:"):
+            state.validation[key.removeprefix("validation:")] = float(value)

@@ -14,7 +14,7 @@ from halfstep import checkpoint
 from halfstep.commands import distill, train
 from halfstep.commands.data import prepare_corpus
 from halfstep.commands.distill import distill_round, sdtt_loss
-from halfstep.commands.generate import draw_texts, encode_prompt, generate
+from halfstep.commands.generate import draw_texts, encode_prompt, generate, text_writer
 from halfstep.commands.train import pretrain, train_baseline
 from halfstep.config import Corpus, Distillation, GenerateOptions, Machine, Network, Training
 from halfstep.data.pack import Windows
@@ -153,7 +153,7 @@ def test_held_out_figure_is_reproduced_from_the_checkpoint(teacher, corpus):
     """val/nelbo belongs to the averaged weights, in eval mode, on the same windows, times and masks; best belongs to best."""
     meta = checkpoint.read_meta(teacher)
     for which, key in (("ema", "val/nelbo"), ("best", "best")):
-        network = halfstep.load(teacher, which).network
+        network = halfstep.load(teacher, "cpu", which).network
         for micro_batch in (8, 5):
             measure = train.held_out(
                 train.diffusion_loss(network, meta),
@@ -220,9 +220,7 @@ def test_a_round_can_be_used(first):
 def test_infilling_keeps_what_is_given_on_both_sides(first):
     model = halfstep.load(first)
     prompts = encode_prompt(model, "Tom was<|mask|><|mask|> Tom was").expand(3, -1)
-    texts = draw_texts(
-        model, prompts, model.length, 4, GenerateOptions(), MACHINE, torch.device("cpu")
-    )
+    texts = draw_texts(text_writer(model, model.length, 4, GenerateOptions()), prompts, 32)
     ids = texts.ids.numpy()
     given = model.tokenizer.encode("Tom was").ids
     after = model.tokenizer.encode(" Tom was").ids
@@ -518,7 +516,7 @@ def test_a_round_begins_near_zero_and_its_loss_may_grow(teacher, corpus, tmp_pat
 
 def test_the_band_is_a_share_of_held_out_texts_entropy(teacher, corpus):
     """Just inside of it a round goes on, just outside it stops."""
-    model, held_out = halfstep.load(teacher), Windows(corpus, "validation")
+    model, held_out = halfstep.load(teacher, "cpu"), Windows(corpus, "validation")
     goal = unigram_entropy(held_out[torch.arange(min(256, len(held_out)))].numpy()).mean()
     meta = model.meta | {"round": 1, "student_steps": 8}
 
@@ -554,7 +552,7 @@ def test_refusals(teacher, first, corpus, tmp_path):
         1,
     )
     refuse("round: found 3, expected 1 to 2", first, corpus, 3)
-    refuse("no meta.json there", tmp_path, corpus, 1)
+    refuse("not a finished checkpoint, because meta.json is missing", tmp_path, corpus, 1)
     refuse("length 24, but corpus .* has 20", teacher, corpus_of(tmp_path / "short", length=20), 1)
     refuse(
         "vocab_size .*, but corpus .* has",
@@ -576,7 +574,7 @@ def test_baseline(teacher, corpus, tmp_path):
     """It learns, its hf/ folder holds the averaged weights that its held-out figure belongs to, and it is no teacher."""
     out = tmp_path / "stories-tiny" / "baseline"
     train_baseline(corpus, out, TINY, training(num_steps=25), MACHINE, seed=3)
-    meta, model = checkpoint.read_meta(out), halfstep.load(out)
+    meta, model = checkpoint.read_meta(out), halfstep.load(out, "cpu")
     assert (
         meta["kind"] == model.kind == "autoregressive"
         and model.denoiser is None

@@ -7,7 +7,6 @@ nearest known name. Former names of keys and flags (config.RENAMED) are replaced
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
 import shlex
@@ -177,7 +176,7 @@ def schema() -> dict:
 
 def rename_keys(layer: dict, below: dict, source: str, warn: Warn) -> dict:
     """`layer` with the new names of renamed keys; `below` is the configuration under it."""
-    layer = copy.deepcopy(layer)
+    layer = _unshared(layer)
     for path, kind, section in _sections(layer, Config):
         for row in _renamed(kind):
             if row.old not in section:
@@ -230,6 +229,13 @@ def rename_flags(words: list[str], command: Callable[..., None], warn: Warn) -> 
 def _notice(old: str, new: str, written: str) -> str:
     todo = f"write {written}" if written else "leave it out"
     return f"{old} is the former name of {new} and works for one release only; {todo}"
+
+
+def _unshared(tree: Any) -> Any:
+    """A copy in which no two sections are one dict, as they are after an alias in YAML."""
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _unshared(value) for key, value in tree.items()}
 
 
 def _renamed(kind: type[Section]) -> list[Renamed]:

@@ -475,7 +475,7 @@ def test_an_interrupted_round_is_bit_equal(teacher, first, corpus, tmp_path, mon
     monkeypatch.setattr(distill, "batch_indices", failing)
     with pytest.raises(Interrupted):
         distill_round(source, corpus, round, outs[1], distillation(), MACHINE, seed=3)
-    with pytest.raises(HalfstepError, match="no finished checkpoint"):
+    with pytest.raises(HalfstepError, match="not a finished checkpoint"):
         halfstep.load(outs[1])
     assert (outs[1] / "state" / "state.safetensors").exists()
     monkeypatch.setattr(distill, "batch_indices", real)

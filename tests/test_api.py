@@ -55,7 +55,7 @@ def test_repr_is_short_and_has_no_weights(student, baseline, pipeline):
 
 @pytest.mark.parametrize("kind", ["student", "baseline"])
 def test_texts_are_those_of_the_command(pipeline, kind, tmp_path):
-    """Text i of a seed, whatever the number of texts and the micro-batch, and as the files have it."""
+    """Text i of a seed is the same whatever num_samples and micro_batch, and as in the files."""
     folder = getattr(pipeline, kind)
     model = halfstep.load(folder, "cpu")
     steps = {} if kind == "baseline" else {"steps": 4}

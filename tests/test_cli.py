@@ -126,13 +126,10 @@ def function_of(section):
     ],
 )
 def test_words_with_a_function(words, expected):
-    warnings = []
-    found = rename_flags(words.split(), function_of(GenerateOptions), warnings.append)
+    found, notices = rename_flags(words.split(), function_of(GenerateOptions))
     assert " ".join(found) == expected
-    assert len(warnings) == (words != expected)
-    warnings.clear()
-    assert rename_flags(words.split(), function_of(Training), warnings.append) == words.split()
-    assert not warnings
+    assert len(notices) == (words != expected)
+    assert rename_flags(words.split(), function_of(Training)) == (words.split(), [])
 
 
 @pytest.mark.parametrize(
@@ -148,8 +145,7 @@ def test_words_with_a_function(words, expected):
 def test_words_without_a_function(monkeypatch, words, expected):
     """The next renaming is one row: values, lists and switches move as they are."""
     monkeypatch.setattr(resolve, "RENAMED", [Renamed(Training, "old_name", "new_name")])
-    warnings = []
-    found = rename_flags(words.split(), function_of(Training), warnings.append)
+    found, notices = rename_flags(words.split(), function_of(Training))
     assert " ".join(found) == expected
     notice = "--old-name is the former name of --new-name and works for one release only; "
-    assert warnings == [f"{notice}write --new-name"] * (words != expected)
+    assert notices == [f"{notice}write --new-name"] * (words != expected)

@@ -132,7 +132,9 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
 
     from halfstep.resolve import rename_flags
 
-    words = rename_flags(words, command, lambda line: _print_once(f"halfstep {name}: {line}\n"))
+    words, notices = rename_flags(words, command)
+    for notice in notices:
+        _print_once(f"halfstep {name}: {notice}\n")
     collect = functools.wraps(command)(lambda **given: given)
     printed = io.StringIO()
     try:

@@ -24,7 +24,6 @@ from halfstep.config import RENAMED, Config, Renamed, Section
 from halfstep.errors import HalfstepError
 
 PRESETS = Path("workflow/presets")  # relative to the repository root
-Warn = Callable[[str], None]
 
 
 class ConfigError(ValueError):
@@ -88,15 +87,11 @@ def merge_sections(base: dict, over: dict) -> dict:
     return out
 
 
-def _print_warning(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def resolve(user: dict, presets: Path = PRESETS, warn: Warn = _print_warning) -> Config:
+def resolve(user: dict, presets: Path = PRESETS, quiet: bool = False) -> Config:
     """Lay the user's config.yaml over the preset that it names, and validate the result.
 
-    A preset may name another preset. `warn` is called with one line per renamed key. Raises
-    ConfigError.
+    A preset may name another preset. Unless `quiet`, one line of warning is printed for each
+    renamed key. Raises ConfigError.
     """
     default = Config.model_fields["preset"].default
     names, layers = [user.get("preset", default)], [("configuration", user)]
@@ -116,7 +111,11 @@ def resolve(user: dict, presets: Path = PRESETS, warn: Warn = _print_warning) ->
         names.append(preset.get("preset"))
     merged: dict = {}
     for source, layer in reversed(layers):
-        merged = merge_sections(merged, rename_keys(layer, merged, source, warn))
+        layer, notices = rename_keys(layer, merged)
+        if not quiet:
+            for notice in notices:
+                print(f"{source}: {notice}", file=sys.stderr)
+        merged = merge_sections(merged, layer)
     return validate(merged | {"preset": names[0]})
 
 
@@ -174,9 +173,12 @@ def schema() -> dict:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}
 
 
-def rename_keys(layer: dict, below: dict, source: str, warn: Warn) -> dict:
-    """`layer` with the new names of renamed keys; `below` is the configuration under it."""
-    layer = _unshared(layer)
+def rename_keys(layer: dict, below: dict) -> tuple[dict, list[str]]:
+    """`layer` with the new names of renamed keys, and a notice for each.
+
+    `below` is the configuration that `layer` overrides. Raises ConfigError for a refused value.
+    """
+    layer, notices = _unshared(layer), []
     for path, kind, section in _sections(layer, Config):
         for row in _renamed(kind):
             if row.old not in section:
@@ -193,15 +195,16 @@ def rename_keys(layer: dict, below: dict, source: str, warn: Warn) -> dict:
                     raise ConfigError(".".join([*path, str(error)])) from None
             section |= keys
             written = ", ".join(f"{key}: {value}" for key, value in keys.items())
-            warn(f"{source}: {_notice(old, row.new, written)}")
-    return layer
+            notices.append(_notice(old, row.new, written))
+    return layer, notices
 
 
-def rename_flags(words: list[str], command: Callable[..., None], warn: Warn) -> list[str]:
-    """The words after a command's name, with the new names of renamed flags.
+def rename_flags(words: list[str], command: Callable[..., None]) -> tuple[list[str], list[str]]:
+    """The words after a command's name with the new names of renamed flags, and a notice for each.
 
-    Raises HalfstepError for a value that a renamed flag refuses.
+    Raises HalfstepError for a refused value.
     """
+    notices = []
     parameters = inspect.signature(command, eval_str=True).parameters.values()
     kinds = [kind for p in parameters if (kind := _section_type(p.annotation))]
     for row in [row for kind in kinds for row in _renamed(kind)]:
@@ -210,7 +213,7 @@ def rename_flags(words: list[str], command: Callable[..., None], warn: Warn) -> 
             names = {old: new, _negated(old): _negated(new)}
             before, words = words, [_replace_flag(word, names) for word in words]
             if words != before:
-                warn(_notice(old, new, new))
+                notices.append(_notice(old, new, new))
             continue
         value, others = _split_flag(words, old)
         if value is None:
@@ -222,8 +225,8 @@ def rename_flags(words: list[str], command: Callable[..., None], warn: Warn) -> 
             raise HalfstepError(str(error)) from None
         written = [word for key, text in keys.items() for word in (_flag(key), str(text))]
         words = others + written  # of a flag given twice, the last one counts
-        warn(_notice(old, new, " ".join(written)))
-    return words
+        notices.append(_notice(old, new, " ".join(written)))
+    return words, notices
 
 
 def _notice(old: str, new: str, written: str) -> str:

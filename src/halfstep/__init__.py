@@ -101,19 +101,21 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
         )
     if not isinstance(steps, int) or steps < 1:
         raise HalfstepError(f"steps: found {steps!r}, expected a whole number above zero")
+    chosen = {
+        "num_samples": num_samples,
+        "sampling_seed": seed,
+        "sampler": sampler,
+        "temperature": temperature,
+        "top_p": top_p,
+    }
     try:
-        micro_batch = Machine(micro_batch=micro_batch).micro_batch
-        options = GenerateOptions(
-            num_samples=num_samples,
-            sampling_seed=seed,
-            sampler=sampler,
-            temperature=temperature,
-            top_p=top_p,
-        )
+        options = GenerateOptions.model_validate(chosen)
+        machine = Machine(micro_batch=micro_batch)
     except pydantic.ValidationError as error:
         faults = [line.removeprefix("sampling_") for line in explain(error, GenerateOptions)]
         raise HalfstepError("; ".join(faults)) from None
     write = text_writer(model, model.length, steps, options)
     prompts = encode_prompt(model, prompt).expand(num_samples, -1)
-    texts = draw_texts(write, prompts, micro_batch)
+    texts = draw_texts(write, prompts, machine.micro_batch)
+    assert texts is not None  # only ranks above 0 get None
     return model.tokenizer.decode_batch(texts.ids.tolist(), skip_special_tokens=True)

@@ -14,7 +14,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, sha256, write_atomic, write_json
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from halfstep.diffusion.contracts import Denoiser
     from halfstep.models.denoiser import SubsDenoiser
+    from halfstep.models.dit import DiT
 
 FORMAT = 1
 KEYS = {  # of every meta.json, with their types
@@ -112,7 +113,8 @@ def build_denoiser(network: nn.Module, meta: dict) -> SubsDenoiser:
     from halfstep.models.denoiser import SubsDenoiser
 
     about = Network.model_validate(meta["network"])
-    return SubsDenoiser(network, SCHEDULES[about.schedule](), about.time_conditioning)
+    schedule = SCHEDULES[about.schedule]()
+    return SubsDenoiser(cast("DiT", network), schedule, about.time_conditioning)
 
 
 def save_checkpoint(
@@ -167,7 +169,7 @@ def read_meta(folder: Path) -> dict:
             f"{folder}: not a finished checkpoint, because meta.json is missing; "
             "name the folder that holds model.safetensors and meta.json"
         )
-    meta = read_json(path)
+    meta: Any = read_json(path)
     found = meta.get("format") if isinstance(meta, dict) else meta
     if found != FORMAT:
         raise HalfstepError(f"{path}: format {found!r}, but this halfstep reads format {FORMAT}")

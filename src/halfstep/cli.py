@@ -142,10 +142,11 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
             flat = (tyro.conf.OmitArgPrefixes,)
             return tyro.cli(collect, prog=f"halfstep {name}", args=words, config=flat)
     except SystemExit as error:
-        cause: BaseException | None = error
-        while cause := cause.__context__:  # tyro draws a box around pydantic's message
+        cause = error.__context__
+        while cause is not None:  # tyro draws a box around pydantic's message
             if isinstance(cause, ValidationError):
                 raise cause from None
+            cause = cause.__context__
         _print_once(printed.getvalue())
         raise
 

@@ -60,12 +60,12 @@ def measure_in_turns(
                 joules[name] += counter() - before if counter else 0.0
             if tick:
                 tick()
-    quartiles = {name: np.quantile(values, [0.5, 0.25, 0.75]) for name, values in seconds.items()}
-    energy = {name: joules[name] / repeats if counter else None for name in cases}
-    return {
-        name: Timing(*map(float, quartiles[name]), tuple(seconds[name]), energy[name])
-        for name in cases
-    }
+    timings = {}
+    for name, values in seconds.items():
+        low, median, high = map(float, np.quantile(values, [0.25, 0.5, 0.75]))
+        energy = joules[name] / repeats if counter else None
+        timings[name] = Timing(median, low, high, tuple(values), energy)
+    return timings
 
 
 def energy_counter(device: str | torch.device = "cpu") -> Callable[[], float] | None:

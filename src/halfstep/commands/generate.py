@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from halfstep.errors import HalfstepError
 from halfstep.files import sha256, write_atomic, write_json
 from halfstep.kernels.categorical import uniforms
 from halfstep.metrics.rows import model_name
-from halfstep.models.gpt import Decoder
+from halfstep.models.gpt import GPT, Decoder
 from halfstep.progress import Progress
 from halfstep.records import provenance
 from halfstep.records.journal import commit
@@ -31,7 +32,7 @@ from halfstep.training.loop import find_device
 MASK = "<|mask|>"
 
 Writer = Callable[[Tensor, int], Samples]
-"""(prompts[n, P], first) -> n texts that begin with the prompts: number first and on of the seed."""
+"""(prompts[n, P], first) -> n texts that begin with the prompts, numbered from `first` on."""
 
 
 def generate(
@@ -120,10 +121,11 @@ class _DiffusionWriter:
         frame[:, :given] = prompts
         if self.end is not None:
             frame = torch.cat([frame, torch.full((count, 1), self.end)], 1)
-        denoiser = self.model.denoiser
+        denoiser: Any = self.model.denoiser
         written = sample(
             getattr(denoiser, "inference_copy", denoiser),
-            *frame.shape,
+            count,
+            frame.shape[1],
             self.steps,
             sampler=self.options.sampler,
             draws=Draws(self.options.sampling_seed, first, self.options.temperature),
@@ -146,8 +148,8 @@ class _AutoregressiveWriter:
         count, given = prompts.shape
         options = self.options
         if self.decoder is None or len(self.decoder.ids) != count:
-            network, temperature, top_p = self.model.network, options.temperature, options.top_p
-            self.decoder = Decoder(network, count, self.length, temperature, top_p)
+            network = cast(GPT, self.model.network)
+            self.decoder = Decoder(network, count, self.length, options.temperature, options.top_p)
         start = prompts if given else torch.tensor([self.model.eos_id])
         u = uniforms(options.sampling_seed, first, count, self.length)
         ids = self.decoder.write(start, u)
@@ -178,8 +180,9 @@ def draw_texts(
     With a label, progress is shown.
     """
     rows, batches = group.local_slice(len(prompts)), []
-    show = label is not None and group.is_main
-    with Progress(label, rows.stop - rows.start, "text") if show else nullcontext() as progress:
+    total = rows.stop - rows.start
+    bar = Progress(label, total, "text") if label and group.is_main else nullcontext()
+    with bar as progress:
         for first in range(rows.start, rows.stop, micro_batch):
             batch = prompts[first : min(first + micro_batch, rows.stop)]
             batches.append(write(batch, first))
@@ -215,12 +218,11 @@ def save_samples(
     decoded = model.tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
     lines = [f"=== {i}\n{text}\n" for i, text in enumerate(decoded)]
     write_atomic(output / "samples.txt", "".join(lines))
+    sampler: str = "autoregressive"
+    draw_dtype, top_p = "float64", options.top_p
     if model.denoiser is not None:
         sampler, top_p = options.sampler, 1.0
         draw_dtype = SAMPLERS[options.sampler].draw_dtype
-    else:
-        sampler, top_p = "autoregressive", options.top_p
-        draw_dtype = "float64"
     about = {
         "model": model_name(checkpoint),
         "checkpoint": model.sha256,

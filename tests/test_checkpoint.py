@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("weights", checkpoint.FILES)
 def test_round_trip(folder, weights):
-    model = halfstep.load(folder, weights)
+    model = halfstep.load(folder, "cpu", weights)
     for key, value in load_file(folder / checkpoint.FILES[weights]).items():
         assert torch.equal(model.network.state_dict()[key], value), key
     assert torch.equal(
@@ -69,7 +69,7 @@ def test_round_trip(folder, weights):
 
 def test_the_average_is_what_is_loaded_by_default(folder):
     assert torch.equal(
-        halfstep.load(folder).network.vocab_embed.embedding,
+        halfstep.load(folder, "cpu").network.vocab_embed.embedding,
         load_file(folder / "ema.safetensors")["vocab_embed.embedding"],
     )
 
@@ -95,7 +95,7 @@ def test_meta_comes_last_and_goes_first(folder, monkeypatch, tmp_path):
         checkpoint.save_checkpoint(
             folder, {"model.safetensors": {"a": torch.ones(1)}}, META, tmp_path / "tokenizer.json"
         )
-    with pytest.raises(HalfstepError, match="no meta.json there, so no finished checkpoint"):
+    with pytest.raises(HalfstepError, match="not a finished checkpoint, because meta.json is missing"):
         halfstep.load(folder)
 
 
@@ -139,18 +139,18 @@ def edit(folder, change):
 
 
 FAULTS = {
-    "no folder": (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), r"no meta\.json there"),
+    "no folder": (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), r"not a finished checkpoint, because meta\.json is missing"),
     "broken meta": (lambda f: (f / "meta.json").write_text('{"format": 1, '), r"meta\.json: not valid JSON"),
-    "other format": (lambda f: rewrite(f, format=99), "format 99, this halfstep reads format 1"),
+    "other format": (lambda f: rewrite(f, format=99), "format 99, but this halfstep reads format 1"),
     "flipped bit": (flip, "the file is damaged"),
     "truncated": (truncate, "the file is damaged"),
-    "missing file": (lambda f: (f / "ema.safetensors").unlink(), "missing, though meta.json lists it"),
+    "missing file": (lambda f: (f / "ema.safetensors").unlink(), "missing, but listed in meta.json"),
     "not listed": (lambda f: ((f / "ema.safetensors").unlink(), rewrite(f)), "has no ema.safetensors; it holds model.safetensors"),
-    "wrong vocabulary": (lambda f: rewrite(f, vocab_size=301), r"has shape \[301(, 128)?\], the network expects \[302(, 128)?\]"),
-    "another size": (lambda f: rewrite(f, network={"size": "mini"}), "lacks [0-9]+ tensors, blocks.3"),
+    "wrong vocabulary": (lambda f: rewrite(f, vocab_size=301), r"has shape \[301(, 128)?\], but the network expects \[302(, 128)?\]"),
+    "another size": (lambda f: rewrite(f, network={"size": "mini"}), "[0-9]+ missing tensors, the first is blocks.3"),
     "NaN": (lambda f: edit(f, lambda s: s["blocks.1.attn_out.weight"][0].fill_(float("nan"))), "blocks.1.attn_out.weight holds NaN"),
-    "lacks one": (lambda f: edit(f, lambda s: s.pop("blocks.2.norm1.weight")), "lacks 1 tensors, blocks.2.norm1.weight first"),
-    "has another": (lambda f: edit(f, lambda s: s.update(extra=torch.ones(2))), "has the unknown 1 tensors, extra first"),
+    "lacks one": (lambda f: edit(f, lambda s: s.pop("blocks.2.norm1.weight")), "1 missing tensors, the first is blocks.2.norm1.weight"),
+    "has another": (lambda f: edit(f, lambda s: s.update(extra=torch.ones(2))), "1 unknown tensors, the first is extra"),
 }  # fmt: skip
 
 
@@ -165,4 +165,4 @@ def test_faults_are_one_sentence(folder, fault):
 
 def test_unknown_weights(folder):
     with pytest.raises(HalfstepError, match="weights: found 'last', allowed are raw, ema, best"):
-        halfstep.load(folder, "last")
+        halfstep.load(folder, weights="last")

@@ -1,4 +1,6 @@
-"""halfstep: teach a masked diffusion language model to write in 8 steps what took it 1,024 (SDTT, arXiv 2410.21035).
+"""halfstep: masked diffusion language models that write in a few steps (SDTT, arXiv 2410.21035).
+
+    import halfstep
 
     model = halfstep.load("results/models/stories-tiny/kl_backward/round-7")
     print(halfstep.generate(model, steps=8)[0])
@@ -8,36 +10,112 @@ Nothing heavy is imported before it is used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from halfstep.errors import HalfstepError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from halfstep.checkpoint import Model
 
 __version__ = "0.1.0"
-__all__ = ["generate", "load"]
+__all__ = ["HalfstepError", "generate", "load"]
 
 
-def load(folder: str | Path, weights: str = "ema", device: str = "cpu") -> Model:
-    """A checkpoint folder, ready for use; no configuration needed. weights: ema, raw or best."""
-    from halfstep.checkpoint import load_checkpoint
+def load(
+    path: str | Path, device: str = "auto", weights: Literal["ema", "raw", "best"] = "ema"
+) -> Model:
+    """Load a checkpoint folder, ready to generate. No configuration is needed.
 
-    return load_checkpoint(folder, weights, device)
+    Example:
+        model = halfstep.load("results/models/stories-tiny/kl_backward/round-7", device="cpu")
 
+    Args:
+        path: folder with meta.json and model.safetensors
+        device: auto (the first CUDA device, or the CPU if there is none), cpu, cuda or cuda:1
+        weights: ema (moving average), raw, or best (the average at the lowest held-out loss, where
+            the training kept it)
 
-def generate(
-    model: Model, steps: int = 8, num_samples: int = 1, prompt: str = "", seed: int = 1, **writing
-) -> list[str]:
-    """Texts written by a loaded model in `steps` sampling steps; `writing` takes sampler, temperature and top_p.
-
-    A prompt begins every text; each <|mask|> in it is one token to be filled in.
+    Raises:
+        HalfstepError: if the path is no checkpoint, a file is damaged or missing, the checkpoint
+            has no such weights, or there is no such device
     """
-    from halfstep.commands.generate import draw_texts, encode_prompt
-    from halfstep.config import GenerateOptions, Machine
+    from halfstep.checkpoint import load_checkpoint
+    from halfstep.config import Machine
+    from halfstep.training.loop import find_device
 
-    device = next(model.network.parameters()).device
-    how = GenerateOptions(num_samples=num_samples, sampling_seed=seed, **writing)
+    return load_checkpoint(path, weights, str(find_device(Machine(device=str(device)))))
+
+
+def generate(  # noqa: PLR0913  the options of one draw, each by its name
+    model: Model,
+    steps: int = 8,
+    num_samples: int = 1,
+    prompt: str = "",
+    seed: int = 1,
+    *,
+    sampler: str = "ancestral",
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    micro_batch: int = 32,
+) -> list[str]:
+    """Write `num_samples` texts with a loaded model, without BOS and EOS.
+
+    Text i depends only on the seed, i and the options, not on num_samples or micro_batch.
+
+    Example:
+        model = halfstep.load("results/models/stories-tiny/kl_backward/round-7")
+        texts = halfstep.generate(model, steps=8, num_samples=4, prompt="At the park")
+
+    Args:
+        model: a model from `load`
+        steps: sampling steps of a diffusion model; an autoregressive model takes one per token
+        num_samples: number of texts
+        prompt: text that each text begins with; each <|mask|> in it is one token to fill in, which
+            only a diffusion model can
+        seed: seed of the draws
+        sampler: how a diffusion model reveals its tokens: ancestral, analytic, first_hitting, block
+            or ancestral_float32 (`halfstep generate --help` explains them)
+        temperature: divisor of the logits before a draw
+        top_p: nucleus of the draws of an autoregressive model
+        micro_batch: texts per forward pass; affects only speed and memory
+
+    Raises:
+        HalfstepError: if an option is out of range, or has no effect on this kind of model
+    """
+    import pydantic
+
+    from halfstep.commands.generate import draw_texts, encode_prompt, text_writer
+    from halfstep.config import GenerateOptions, Machine
+    from halfstep.resolve import explain
+
+    if model.denoiser is None and (steps != 8 or sampler != "ancestral"):
+        raise HalfstepError(
+            f"steps, sampler: found {steps!r} and {sampler!r}, but an autoregressive model has no "
+            "sampler and takes one step per token; leave both out"
+        )
+    if model.denoiser is not None and top_p != 1:
+        raise HalfstepError(
+            f"top_p: found {top_p!r}, but only an autoregressive model draws from a nucleus; "
+            "leave it out"
+        )
+    if not isinstance(steps, int) or steps < 1:
+        raise HalfstepError(f"steps: found {steps!r}, expected a whole number above zero")
+    chosen = {
+        "num_samples": num_samples,
+        "sampling_seed": seed,
+        "sampler": sampler,
+        "temperature": temperature,
+        "top_p": top_p,
+    }
+    try:
+        options = GenerateOptions.model_validate(chosen)
+        machine = Machine(micro_batch=micro_batch)
+    except pydantic.ValidationError as error:
+        faults = [line.removeprefix("sampling_") for line in explain(error, GenerateOptions)]
+        raise HalfstepError("; ".join(faults)) from None
+    write = text_writer(model, model.length, steps, options)
     prompts = encode_prompt(model, prompt).expand(num_samples, -1)
-    texts = draw_texts(model, prompts, model.length, steps, how, Machine(), device)
+    texts = draw_texts(write, prompts, machine.micro_batch)
+    assert texts is not None  # only ranks above 0 get None
     return model.tokenizer.decode_batch(texts.ids.tolist(), skip_special_tokens=True)

@@ -1,7 +1,11 @@
-"""Checkpoints: a folder of safetensors and a meta.json that says everything needed to use it again.
+"""Checkpoints: a folder of safetensors files, and a meta.json with all that is needed to use them.
 
-model.safetensors  raw weights      ema.safetensors  their moving average      [best.safetensors  average at the lowest held-out loss]
-optimizer.safetensors  moments      tokenizer.json   the corpus's tokenizer    meta.json  written last: without it there is no checkpoint
+model.safetensors      raw weights
+ema.safetensors        their moving average
+best.safetensors       the moving average at the lowest held-out loss (not always there)
+optimizer.safetensors  optimizer state
+tokenizer.json         the tokenizer of the corpus
+meta.json              written last: a folder without it is no checkpoint
 """
 
 from __future__ import annotations
@@ -10,60 +14,89 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, sha256, write_atomic, write_json
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
     from torch import Tensor, nn
 
+    from halfstep.diffusion.contracts import Denoiser
     from halfstep.models.denoiser import SubsDenoiser
+    from halfstep.models.dit import DiT
 
 FORMAT = 1
-KEYS = {
+KEYS = {  # of every meta.json, with their types
     "kind": str,
     "network": dict,
     "vocab_size": int,
     "eos_id": int,
     "length": int,
     "sha256": dict,
-}  # what every meta.json holds
+}
 KINDS = ("diffusion", "autoregressive")
 FILES = {"raw": "model.safetensors", "ema": "ema.safetensors", "best": "best.safetensors"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
-    """A loaded checkpoint: the network in eval mode, and what is needed to use it."""
+    """A loaded checkpoint: its network in eval mode, its tokenizer, and its meta.json.
+
+    `sha256` is the checksum of the loaded weights. `denoiser` is None for an autoregressive model.
+    """
 
     kind: str
     network: nn.Module
     tokenizer: Tokenizer
     meta: dict
     sha256: str
-    denoiser: SubsDenoiser | None
+    denoiser: Denoiser | None
 
     @property
     def length(self) -> int:
+        """Tokens per text, BOS and EOS included."""
         return self.meta["length"]
 
     @property
     def vocab_size(self) -> int:
+        """Tokens in the vocabulary, without the mask token."""
         return self.meta["vocab_size"]
 
     @property
     def eos_id(self) -> int:
+        """Id of the token that begins and ends a document (BOS and EOS)."""
         return self.meta["eos_id"]
 
     @property
     def mask_id(self) -> int:
+        """Id of the mask token: the first one after the vocabulary."""
         return self.meta["vocab_size"]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.network.parameters()).device
+
+    def __repr__(self) -> str:
+        millions = sum(p.numel() for p in self.network.parameters()) / 1e6
+        facts = [
+            self.kind,
+            f"size {self.meta['network']['size']} ({millions:.1f}M parameters)",
+            f"vocabulary {self.vocab_size}",
+            f"length {self.length}",
+        ]
+        if "round" in self.meta:
+            facts.append(f"round {self.meta['round']}")
+        if "student_steps" in self.meta:
+            facts.append(f"{self.meta['student_steps']} steps")
+        return f"Model({', '.join(facts)}, on {self.device})"
 
 
 def build_network(meta: dict, dropout: float = 0.0) -> nn.Module:
-    """A fresh network of the shape that meta's `kind`, `vocab_size` and `network` (a Network section) describe."""
+    """A new network of the shape in meta.json (the keys `kind`, `vocab_size` and `network`)."""
     from halfstep.config import Network
     from halfstep.models.dit import DiT
     from halfstep.models.gpt import GPT
@@ -74,19 +107,23 @@ def build_network(meta: dict, dropout: float = 0.0) -> nn.Module:
 
 
 def build_denoiser(network: nn.Module, meta: dict) -> SubsDenoiser:
-    """The network of a diffusion checkpoint as a Denoiser, with the noise schedule that meta.json names."""
+    """The network of a diffusion checkpoint as a Denoiser, with the noise schedule of meta.json."""
     from halfstep.config import Network
     from halfstep.diffusion.schedules import SCHEDULES
     from halfstep.models.denoiser import SubsDenoiser
 
     about = Network.model_validate(meta["network"])
-    return SubsDenoiser(network, SCHEDULES[about.schedule](), about.time_conditioning)
+    schedule = SCHEDULES[about.schedule]()
+    return SubsDenoiser(cast("DiT", network), schedule, about.time_conditioning)
 
 
 def save_checkpoint(
     folder: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, tokenizer: Path
 ) -> None:
-    """Write a checkpoint: `tensors` maps file names (model.safetensors, ...) to named tensors. meta.json, with every file's checksum, comes last."""
+    """Write a checkpoint; meta.json, with the checksum of every other file, comes last.
+
+    `tensors` maps file names (model.safetensors, ...) to named tensors.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     for name, state in tensors.items():
@@ -97,58 +134,63 @@ def save_checkpoint(
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """One whole safetensors file or none, and no leavings of a writer that was killed; OSError when the file system refuses, with its own number."""
+    """Write a safetensors file atomically, and remove what killed writers left in its folder.
+
+    Raises OSError, with the number of the file system's error, if that refuses.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    for part in (*path.parent.glob(".*.part"), *path.parent.glob(".tmp*")):  # ours and safetensors'
+    ours, theirs = path.parent.glob(".*.part"), path.parent.glob(".tmp*")  # files.py, safetensors
+    for part in (*ours, *theirs):
         if part.is_file():
             part.unlink(missing_ok=True)
     try:
         write_atomic(path, lambda part: save_file(tensors, part, header))
     except SafetensorError as error:
-        if not (number := re.search(r"os error (\d+)", str(error))):
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a checkpoint folder."""
+    """meta.json of a checkpoint folder, checked."""
     import pydantic
 
     from halfstep.config import Network
     from halfstep.resolve import explain
 
-    if not (Path(folder) / "meta.json").is_file():
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
         raise HalfstepError(
-            f"{folder}: no meta.json there, so no finished checkpoint; name the folder that holds model.safetensors and meta.json"
+            f"{folder}: not a finished checkpoint, because meta.json is missing; "
+            "name the folder that holds model.safetensors and meta.json"
         )
-    meta = read_json(Path(folder) / "meta.json")
+    meta: Any = read_json(path)
     found = meta.get("format") if isinstance(meta, dict) else meta
     if found != FORMAT:
-        raise HalfstepError(
-            f"{folder}/meta.json: format {found!r}, this halfstep reads format {FORMAT}"
-        )
+        raise HalfstepError(f"{path}: format {found!r}, but this halfstep reads format {FORMAT}")
     for key, kind in KEYS.items():
         if not isinstance(meta.get(key), kind):
-            what = f"{meta[key]!r}" if key in meta else "nothing"
+            value = repr(meta[key]) if key in meta else "nothing"
             raise HalfstepError(
-                f"{folder}/meta.json: {key}: found {what}, expected {kind.__name__}; copy the whole folder again, or train it again"
+                f"{path}: {key}: found {value}, expected {kind.__name__}; "
+                "copy the whole folder again, or train again"
             )
     if meta["kind"] not in KINDS:
-        raise HalfstepError(
-            f"{folder}/meta.json: kind: found {meta['kind']!r}, allowed are {', '.join(KINDS)}"
-        )
+        raise HalfstepError(f"{path}: kind: found {meta['kind']!r}, allowed are {', '.join(KINDS)}")
     try:
         Network.model_validate(meta["network"])
     except pydantic.ValidationError as error:
-        raise HalfstepError(f"{folder}/meta.json: network.{explain(error, Network)[0]}") from None
+        raise HalfstepError(f"{path}: network.{explain(error, Network)[0]}") from None
     return meta
 
 
 def read_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
-    """Named tensors of one file of a checkpoint, its checksum compared with meta.json."""
+    """The named tensors of one file of a checkpoint, after a check of its checksum."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -157,66 +199,76 @@ def read_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise HalfstepError(
-            f"{path}: not a whole safetensors file ({error}); copy or train it again"
+            f"{path}: not a complete safetensors file ({error}); copy it again, or train again"
         ) from None
 
 
 def checked_file(folder: Path, name: str, meta: dict) -> Path:
-    """The path of one file of a checkpoint, its checksum compared with meta.json."""
+    """The path of one file of a checkpoint, after a check of its checksum against meta.json."""
     path = Path(folder) / name
     if name not in meta["sha256"]:
         raise HalfstepError(f"{folder}: has no {name}; it holds {', '.join(meta['sha256'])}")
     if not path.is_file():
         raise HalfstepError(
-            f"{path}: missing, though meta.json lists it; copy the whole folder, or train it again"
+            f"{path}: missing, but listed in meta.json; copy the whole folder again, or train again"
         )
-    found = sha256(path)
-    if found != meta["sha256"][name]:
+    found, expected = sha256(path), meta["sha256"][name]
+    if found != expected:
         raise HalfstepError(
-            f"{path}: sha256 {found[:12]}, meta.json says {meta['sha256'][name][:12]}: the file is damaged; copy or train it again"
+            f"{path}: sha256 {found[:12]}, but {expected[:12]} in meta.json: the file is damaged; "
+            "copy it again, or train again"
         )
     return path
 
 
 def checkpoint_files(folder: Path, *weights: str) -> list[Path]:
-    """What a command reads of a checkpoint that it uses with these weights (ema, raw, best), for its record."""
-    return [
-        Path(folder) / name
-        for name in ("meta.json", "tokenizer.json", *(FILES[which] for which in weights))
-    ]
+    """The files of a checkpoint that a command reads, for its record; `weights`: ema, raw, best."""
+    names = ["meta.json", "tokenizer.json", *(FILES[which] for which in weights)]
+    return [Path(folder) / name for name in names]
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Load `state` into the network; every key and shape must agree. A file of an average holds parameters only: buffers stay as built."""
+    """Load `state` into the network after `check_weights`.
+
+    The file of a moving average has parameters only; buffers that it lacks stay as they were built.
+    """
     check_weights(network, state, path)
     network.load_state_dict(state, strict=False)
 
 
 def check_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """HalfstepError unless `state` fits the network (which may be on the meta device) in every key and shape, and is finite."""
+    """Raise HalfstepError unless `state` is finite and fits the network in every key and shape.
+
+    The network may be on the meta device.
+    """
     own = network.state_dict()
-    need = set(dict(network.named_parameters()))
-    for what, keys in (
-        ("lacks", need - state.keys()),
-        ("has the unknown", state.keys() - own.keys()),
-    ):
+    missing = sorted(dict(network.named_parameters()).keys() - state.keys())
+    unknown = sorted(state.keys() - own.keys())
+    for fault, keys in (("missing", missing), ("unknown", unknown)):
         if keys:
             raise HalfstepError(
-                f"{path}: {what} {len(keys)} tensors, {sorted(keys)[0]} first; it belongs to a network of another kind or size"
+                f"{path}: {len(keys)} {fault} tensors, the first is {keys[0]}; "
+                "the file belongs to a network of another kind or size"
             )
     for key, value in state.items():
         if value.shape != own[key].shape:
             raise HalfstepError(
-                f"{path}: {key} has shape {list(value.shape)}, the network expects {list(own[key].shape)}"
+                f"{path}: {key} has shape {list(value.shape)}, "
+                f"but the network expects {list(own[key].shape)}"
             )
         if not value.isfinite().all():
             raise HalfstepError(
-                f"{path}: {key} holds NaN or infinity; the training that wrote it diverged: use an earlier checkpoint"
+                f"{path}: {key} holds NaN or infinity, because the training that wrote it "
+                "diverged; use an earlier checkpoint"
             )
 
 
 def load_checkpoint(folder: str | Path, weights: str = "ema", device: str = "cpu") -> Model:
-    """Load a checkpoint folder for use: network in eval mode on `device`. weights: ema, raw, or best (pretraining only)."""
+    """Load a checkpoint folder, the network in eval mode, frozen, and on `device`.
+
+    weights: ema, raw, or best (of a training that chose one). Raises HalfstepError if a file is
+    missing, damaged, or does not fit.
+    """
     from tokenizers import Tokenizer
 
     folder = Path(folder)
@@ -224,11 +276,15 @@ def load_checkpoint(folder: str | Path, weights: str = "ema", device: str = "cpu
     if weights not in FILES:
         raise HalfstepError(f"weights: found {weights!r}, allowed are {', '.join(FILES)}")
     tokenizer = Tokenizer.from_file(str(checked_file(folder, "tokenizer.json", meta)))
-    if tokenizer.get_vocab_size() > meta["vocab_size"]:
-        raise HalfstepError(f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, meta.json says vocab_size {meta['vocab_size']}; "
-                            "the tokenizer is another model's: copy the whole folder again")  # fmt: skip
+    tokens = tokenizer.get_vocab_size()
+    if tokens > meta["vocab_size"]:
+        raise HalfstepError(
+            f"{folder}: tokenizer.json has {tokens} tokens, but vocab_size in meta.json is "
+            f"{meta['vocab_size']}: the tokenizer is another model's; copy the whole folder again"
+        )
     network = build_network(meta)
-    load_weights(network, read_tensors(folder, FILES[weights], meta), folder / FILES[weights])
+    file = FILES[weights]
+    load_weights(network, read_tensors(folder, file, meta), folder / file)
     network = network.to(device).eval().requires_grad_(False)
     denoiser = build_denoiser(network, meta) if meta["kind"] == "diffusion" else None
-    return Model(meta["kind"], network, tokenizer, meta, meta["sha256"][FILES[weights]], denoiser)
+    return Model(meta["kind"], network, tokenizer, meta, meta["sha256"][file], denoiser)

@@ -1,17 +1,22 @@
-"""`halfstep <command> --flags`: a command's signature is its interface; nothing is imported before it is called."""
+"""`halfstep <command> --flags`: the signature of a command's function is its interface.
+
+The module of a command is imported only when that command is called.
+"""
 
 import contextlib
+import difflib
 import errno
 import functools
 import importlib
 import io
 import sys
 from collections.abc import Callable
+from typing import Any
 
 COMMANDS = {  # name: (module:function, what it does)
     "prepare-corpus": (
         "halfstep.commands.data:prepare_corpus",
-        "write tokens, tokenizer and held-out split of a corpus",
+        "write the tokens, tokenizer and held-out split of a corpus",
     ),
     "pretrain": (
         "halfstep.commands.train:pretrain",
@@ -19,7 +24,7 @@ COMMANDS = {  # name: (module:function, what it does)
     ),
     "train-baseline": (
         "halfstep.commands.train:train_baseline",
-        "train the autoregressive peer: baseline, and judge at laptop scale",
+        "train the autoregressive baseline, which is also the judge at laptop scale",
     ),
     "import": (
         "halfstep.commands.publish:import_checkpoint",
@@ -27,11 +32,11 @@ COMMANDS = {  # name: (module:function, what it does)
     ),
     "export": (
         "halfstep.commands.publish:export_checkpoint",
-        "write a folder that transformers loads, with a model card, and push it",
+        "write a folder for transformers, with a model card, and push it to the hub",
     ),
     "distill-round": (
         "halfstep.commands.distill:distill_round",
-        "one round of SDTT: the student learns two teacher steps in one",
+        "run one round of SDTT: the student learns two teacher steps in one",
     ),
     "generate": (
         "halfstep.commands.generate:generate",
@@ -39,15 +44,15 @@ COMMANDS = {  # name: (module:function, what it does)
     ),
     "score-samples": (
         "halfstep.commands.evaluate:score_samples",
-        "generative perplexity, entropy and consistency of samples",
+        "measure generative perplexity, entropy and consistency of samples",
     ),
     "score-corpus": (
         "halfstep.commands.evaluate:score_corpus",
-        "the same measures of held-out text itself",
+        "measure the same for held-out text",
     ),
     "score-lambada": (
         "halfstep.commands.evaluate:score_lambada",
-        "last-word accuracy and perplexity through lm-eval",
+        "measure last-word accuracy and perplexity through lm-eval",
     ),
     "continue-prompts": (
         "halfstep.commands.continuations:continue_prompts",
@@ -55,7 +60,7 @@ COMMANDS = {  # name: (module:function, what it does)
     ),
     "score-continuations": (
         "halfstep.commands.continuations:score_continuations",
-        "MAUVE, self-BLEU and perplexity of continuations",
+        "measure MAUVE, self-BLEU and perplexity of continuations",
     ),
     "latency": (
         "halfstep.commands.benchmark:latency",
@@ -66,27 +71,27 @@ COMMANDS = {  # name: (module:function, what it does)
     "track": ("halfstep.commands.track:track", "send the journals to MLflow, idempotently"),
     "merge-provenance": (
         "halfstep.commands.verify:merge_provenance",
-        "gather the records of all artefacts in results/provenance.json",
+        "gather the records of all artifacts in results/provenance.json",
     ),
     "verify": (
         "halfstep.commands.verify:verify",
-        "recompute all checksums, and name what is changed, missing or stale",
+        "recompute all checksums, and list what is changed, missing or stale",
     ),
     "fetch": (
         "halfstep.commands.fetch:fetch",
-        "bring text, tokenizers, judges and weights from the hub, for nodes without internet",
+        "download text, tokenizers, judges and weights for nodes without internet",
     ),
     "plan": (
         "halfstep.commands.plan:plan",
-        "price the graph: GPU-hours, disk and longest path, before anything is submitted",
+        "estimate GPU-hours, disk space and the longest path of the graph",
     ),
     "doctor": (
         "halfstep.commands.doctor:doctor",
-        "look at Slurm, GPUs, disks, hub cache and MLflow, and say what to do",
+        "check Slurm, GPUs, disks, hub cache and MLflow, and say what to do",
     ),
     "summary": (
         "halfstep.commands.report:summary",
-        "print the tables, two texts and where everything lies",
+        "print the tables, two texts and the places of the results",
     ),
     "write-schema": (
         "halfstep.commands.config:write_schema",
@@ -94,110 +99,122 @@ COMMANDS = {  # name: (module:function, what it does)
     ),
 }
 
-MENDS = {  # what the file system refused: what to do
-    errno.EACCES: "you may not read or write there: change its permissions, or name another place",
-    errno.EPERM: "you may not read or write there: change its permissions, or name another place",
+PERMISSION = "you may not read or write there: change its permissions, or name another place"
+SPACE = "free some space, or name another disk, and give the same command again"
+ADVICE = {  # error of the file system: what to do
+    errno.EACCES: PERMISSION,
+    errno.EPERM: PERMISSION,
     errno.EROFS: "name a place that can be written",
-    errno.ENOTDIR: "a part of the path is a file: move that away, or name another place",
-    errno.EEXIST: "where a folder is needed there is a file: move that away, or name another place",
-    errno.EISDIR: "where a file is needed there is a folder: name a file",
+    errno.ENOTDIR: "a part of the path is a file: move it away, or name another place",
+    errno.EEXIST: "there is a file where a folder is needed: move it away, or name another place",
+    errno.EISDIR: "there is a folder where a file is needed: name a file",
     errno.ENOENT: "check the path, or run the step that makes it",
-    errno.ENOSPC: "free some space, or name another disk, and give the same command again",
-    errno.EDQUOT: "free some space, or name another disk, and give the same command again",
+    errno.ENOSPC: SPACE,
+    errno.EDQUOT: SPACE,
 }
 
 
 def usage() -> str:
-    rows = "\n".join(f"  {name:19} {text}" for name, (_, text) in COMMANDS.items())
-    return f"usage: halfstep <command> [--flags]     (halfstep <command> --help lists a command's flags)\n\n{rows}"
+    """The text of `halfstep --help`."""
+    head = "usage: halfstep <command> [--flags]     (halfstep <command> --help lists its flags)"
+    rows = [f"  {name:19} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join([head, "", *rows])
 
 
-def arguments(command: Callable, argv: list[str]) -> dict:
-    """A command's arguments from its flags. What a section of the configuration refuses is its ValidationError; tyro explains the rest and exits."""
+def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -> dict[str, Any]:
+    """The arguments of the command `name` from its flags.
+
+    Raises ValidationError for a value that a section of the configuration refuses, HalfstepError
+    for one that a renamed flag refuses. tyro explains any other fault and exits.
+    """
     import tyro
     from pydantic import ValidationError
 
-    from halfstep.distributed import launch
+    from halfstep.resolve import rename_flags
 
-    said = io.StringIO()
+    words, notices = rename_flags(words, command)
+    for notice in notices:
+        _print_once(f"halfstep {name}: {notice}\n")
+    collect = functools.wraps(command)(lambda **given: given)
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            given = functools.wraps(command)(lambda **given: given)
-            return tyro.cli(
-                given,
-                prog=f"halfstep {argv[0]}",
-                args=argv[1:],
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
+        with contextlib.redirect_stderr(printed):
+            flat = (tyro.conf.OmitArgPrefixes,)
+            return tyro.cli(collect, prog=f"halfstep {name}", args=words, config=flat)
     except SystemExit as error:
-        cause: BaseException | None = error
-        while cause := cause.__context__:  # tyro draws a box around pydantic's message
+        cause = error.__context__
+        while cause is not None:  # tyro draws a box around pydantic's message
             if isinstance(cause, ValidationError):
                 raise cause from None
-        if not launch.already_printed(said.getvalue()):
-            sys.stderr.write(said.getvalue())
+            cause = cause.__context__
+        _print_once(printed.getvalue())
         raise
 
 
+def _print_once(text: str) -> None:
+    """Print to stderr what no other process of this launcher has printed."""
+    from halfstep.distributed import launch
+
+    if not launch.already_printed(text):
+        sys.stderr.write(text)
+
+
+def _refuse(name: str, *faults: str) -> int:
+    """Print the faults of a command, one line each; the exit code."""
+    _print_once("".join(f"halfstep {name}: {fault}\n" for fault in faults))
+    return 1
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Run the command that argv names; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
-    if argv[0] not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(argv[0], COMMANDS, 1, 0.4)
-        print(
-            f"halfstep: unknown command {argv[0]!r}"
-            + (f"; did you mean {near[0]}?" if near else "; see halfstep --help"),
-            file=sys.stderr,
-        )
+    name, *words = argv
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1, 0.4)
+        hint = f"did you mean {near[0]}?" if near else "see halfstep --help"
+        print(f"halfstep: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
     from halfstep.distributed import launch
     from halfstep.errors import HalfstepError
 
-    if (processes := launch.processes_requested(argv)) > 1:
+    processes = launch.processes_requested(argv)
+    if processes > 1:
         try:
             return launch.launch(argv, processes)
         except HalfstepError as error:
-            print(f"halfstep {argv[0]}: {error}", file=sys.stderr)
-            return 1
+            return _refuse(name, str(error))
     launch.die_with_launcher()
     import pydantic
 
     from halfstep.records import provenance
     from halfstep.resolve import explain
 
-    def refuse(*lines: str) -> int:
-        text = "\n".join(f"halfstep {argv[0]}: {line}" for line in lines)
-        if not launch.already_printed(text):
-            print(text, file=sys.stderr)
-        return 1
-
     provenance.begin_record(["halfstep", *argv])
-    module, function = COMMANDS[argv[0]][0].split(":")
+    module, function = COMMANDS[name][0].split(":")
     command = getattr(importlib.import_module(module), function)
     try:
-        given = arguments(command, argv)
+        given = parse_arguments(command, name, words)
         if "machine" in given:
             from halfstep.distributed.device import prepare_process
 
             prepare_process(given["machine"])
         command(**given)
     except pydantic.ValidationError as error:
-        return refuse(*explain(error))
+        return _refuse(name, *explain(error))
     except HalfstepError as error:
-        return refuse(str(error))
+        return _refuse(name, str(error))
     except OSError as error:
-        if error.errno is None:  # not the file system's
+        if error.errno is None:  # not from the file system
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
-        return refuse(f"{where}{error.strerror}; {MENDS.get(error.errno, 'check the path')}")
-    if processes := sys.modules.get(
-        "halfstep.distributed.group"
-    ):  # not where all went ill: to part in good order takes all
-        processes.leave_group()
+        advice = ADVICE.get(error.errno, "check the path")
+        return _refuse(name, f"{where}{error.strerror}; {advice}")
+    # Only after success: leaving the group in good order takes all processes.
+    if group := sys.modules.get("halfstep.distributed.group"):
+        group.leave_group()
     return 0
 
 

@@ -1,11 +1,13 @@
-"""The configuration: strict, typed, one definition for YAML, command-line flags, JSON schema and --help.
+"""The configuration: one strict definition for YAML, command-line flags, JSON schema and --help.
 
-A section is a frozen pydantic model. Commands take sections as arguments, so a flag (`--lr`) and a key (`lr:`) are the same field.
-resolve.py makes a `Config` of the user's YAML.
+A section is a frozen pydantic model. Commands take sections as arguments, so the flag `--lr` and
+the key `lr:` are the same field. resolve.py turns the user's YAML into a `Config`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -14,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator,
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads `6e-5` and `1_000.0` as text; a float field means a number."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return value
     try:
-        return (
-            float(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
-        )
+        return float(value)
     except ValueError:
         return value
 
@@ -25,12 +27,14 @@ def _number(value: Any) -> Any:
 Float = Annotated[float, pydantic.BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Float, Field(gt=0)]
 Share = Annotated[Float, Field(ge=0, lt=1)]
+
+
+def _list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 Names = Annotated[
-    list[str],
-    pydantic.BeforeValidator(
-        lambda value: [value] if isinstance(value, str) else value,
-        json_schema_input_type=str | list[str],
-    ),
+    list[str], pydantic.BeforeValidator(_list, json_schema_input_type=str | list[str])
 ]
 Weights = Literal["ema", "raw", "best"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -38,55 +42,63 @@ Name = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, and values do not change."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
 
 
 class Corpus(Section):
-    """Which text, cut into windows of how many tokens."""
+    """The text, and the windows of tokens that it is cut into."""
 
     kind: Literal["stories", "docs", "openwebtext", "files"]
-    """stories: the embedded grammar; docs: documentation strings of the installed Python; files: your own text"""
+    """stories: written by the built-in grammar; docs: docstrings of the installed Python packages;
+    openwebtext: from the hub; files: your own text"""
     length: Annotated[int, Field(ge=8)] = 1024
-    """tokens in one window, BOS and EOS included"""
+    """tokens per window, BOS and EOS included"""
     tokenizer: str = "bpe"
-    """bpe: a byte-level BPE trained on the corpus; else a hub name (gpt2) or a folder with vocab.json and merges.txt"""
+    """bpe: a byte-level BPE trained on the corpus; otherwise a hub name (gpt2) or a folder with
+    vocab.json and merges.txt"""
     vocab_size: Annotated[int, Field(ge=258)] = 8192
-    """tokens of the trained BPE, EOS included (bpe only)"""
+    """vocabulary size of the trained BPE, EOS included (only with tokenizer: bpe)"""
     files: list[str] = []
-    """paths or globs of .txt, .jsonl, .jsonl.gz or .parquet (kind files only)"""
+    """paths or globs of .txt, .jsonl, .jsonl.gz or .parquet files (only with kind: files)"""
     text_field: str = "text"
-    """the field that holds the text in .jsonl and .parquet"""
+    """field of .jsonl and .parquet files that holds the text (only with kind: files)"""
     num_documents: PositiveInt | None = None
-    """stories: how many to write; elsewhere: read only the first so many"""
+    """maximum number of documents to read; kind stories: number of stories to write"""
     validation_documents: PositiveInt | None = None
-    """held out: the last so many documents (stories: so many with combinations never trained on); 1,000, of openwebtext 100,000"""
+    """number of held-out documents (by default 1,000; openwebtext: 100,000): the last ones of the
+    corpus, or stories with combinations that are never trained on"""
     corpus_seed: Annotated[int, Field(ge=0)] = 1
-    """seed of the grammar (stories only)"""
+    """seed of the grammar (only with kind: stories)"""
 
     @model_validator(mode="after")
-    def _agree(self):
+    def _check_kind(self) -> Corpus:
         if (self.kind == "files") != bool(self.files):
             raise ValueError(
-                f"`files` is given with kind: files and only then, found kind: {self.kind} and files: {self.files}"
+                "`files` and kind: files need each other, "
+                f"found kind: {self.kind} and files: {self.files}"
             )
         if self.kind == "stories" and self.num_documents is None:
             raise ValueError("kind: stories needs num_documents, the number of stories to write")
-        for key, used, where in (
-            ("corpus_seed", self.kind == "stories", "kind: stories"), ("text_field", self.kind == "files", "kind: files"),
-            ("vocab_size", self.tokenizer == "bpe", "tokenizer: bpe"),
-        ):  # fmt: skip
-            if not used and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key}: found {getattr(self, key)!r}, which is of use with {where} only; leave it out"
-                )
+        self._check_unused("corpus_seed", "kind", "stories")
+        self._check_unused("text_field", "kind", "files")
+        self._check_unused("vocab_size", "tokenizer", "bpe")
         return self
 
+    def _check_unused(self, key: str, switch: str, wanted: str) -> None:
+        """Refuse a value of `key` where another key makes it useless."""
+        value = getattr(self, key)
+        if getattr(self, switch) != wanted and value != type(self).model_fields[key].default:
+            raise ValueError(
+                f"{key}: found {value!r}, which is used only with {switch}: {wanted}; leave it out"
+            )
 
-SIZES: dict[
-    str, tuple[int, int, int]
-] = {  # blocks, width, heads: SDTT Table 2, and two for small machines
+
+# Blocks, width and heads: SDTT Table 2, and two sizes for small machines.
+SIZES: dict[str, tuple[int, int, int]] = {
     "tiny": (3, 128, 8),
     "mini": (6, 384, 6),
     "small": (12, 768, 12),
@@ -96,18 +108,16 @@ SIZES: dict[
     "3B": (26, 3072, 32),
     "8B": (40, 4096, 32),
 }
-
-
 Size = Literal["tiny", "mini", "small", "medium", "large", "1.3B", "3B", "8B"]
 
 
 class Network(Section):
-    """The size of the denoiser and of its autoregressive peer."""
+    """The network of the denoiser and of its autoregressive baseline."""
 
     size: Size = "small"
-    """a row of SDTT Table 2 (small 169M, medium 424M, large 863M), or tiny and mini for small machines"""
+    """a row of SDTT Table 2 (small 169M, medium 424M, large 863M); tiny and mini are smaller"""
     time_conditioning: bool = False
-    """feed t to adaLN; the paper feeds zero"""
+    """feed the time t to adaLN (the paper feeds zero)"""
     schedule: Literal["loglinear", "cosine"] = "loglinear"
     """noise schedule alpha(t): loglinear (MDLM and the paper), or cosine (MaskGIT, MD4)"""
 
@@ -125,37 +135,37 @@ class Network(Section):
 
 
 class Training(Section):
-    """Pretraining of the teacher or of the baseline; the defaults are MDLM's on OpenWebText."""
+    """Training of the teacher or of the baseline. The defaults are those of MDLM on OpenWebText."""
 
     num_steps: PositiveInt = 1_000_000
-    """optimiser steps"""
+    """optimizer steps"""
     batch_size: PositiveInt = 512
-    """windows per optimiser step, over all devices and micro-batches"""
+    """windows per optimizer step, over all devices and micro-batches"""
     lr: Positive = 3e-4
     """peak learning rate of AdamW"""
     lr_decay: Literal["constant", "linear", "cosine"] = "constant"
-    """what the learning rate does after the warm-up; linear and cosine end at a fiftieth of lr"""
+    """shape of the learning rate after the warm-up; linear and cosine end at lr / 50"""
     warmup_steps: Annotated[int, Field(ge=0)] = 2500
     """steps of linear warm-up"""
     weight_decay: Annotated[Float, Field(ge=0)] = 0.0
-    """AdamW's decoupled decay"""
+    """decoupled weight decay of AdamW"""
     beta2: Share = 0.999
-    """AdamW's second-moment decay (the first is 0.9)"""
+    """decay of AdamW's second moment (the first moment's is 0.9)"""
     grad_clip: Positive = 1.0
-    """largest global norm of the gradient"""
+    """maximum global norm of the gradient"""
     ema_decay: Share = 0.9999
     """decay of the moving average of the weights, ramped by (1+n)/(10+n)"""
     dropout: Share = 0.1
-    """chance that a residual branch's element is dropped in training"""
+    """probability that an element of a residual branch is dropped in training"""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """autocast of the network; divergences and losses are float32 always"""
+    """autocast dtype of the network; divergences and losses are always float32"""
     min_t: Share = 1e-3
     """smallest training time (MDLM's sampling_eps)"""
     validate_every: PositiveInt = 5000
-    """optimiser steps between measurements of the held-out loss"""
+    """optimizer steps between evaluations of the held-out loss"""
 
     @model_validator(mode="after")
-    def _agree(self):
+    def _check_warmup(self) -> Training:
         if self.warmup_steps >= self.num_steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must be below num_steps ({self.num_steps})"
@@ -164,77 +174,81 @@ class Training(Section):
 
 
 class Distillation(Training):
-    """One run of Self-Distillation Through Time; the defaults are the paper's."""
+    """One run of Self-Distillation Through Time. The defaults are the paper's."""
 
     num_steps: PositiveInt = 10_000
-    """optimiser steps in one round"""
+    """optimizer steps in one round"""
     batch_size: PositiveInt = 128
-    """windows per optimiser step, over all devices and micro-batches"""
+    """windows per optimizer step, over all devices and micro-batches"""
     lr: Positive = 6e-5
     """peak learning rate of AdamW"""
     warmup_steps: Annotated[int, Field(ge=0)] = 500
-    """steps of linear warm-up, in the first round and after a reset of the optimiser"""
+    """steps of linear warm-up in the first round and after a reset of the optimizer"""
     min_t: Share = 1e-5
     """smallest training time"""
     divergence: Literal["kl_backward", "kl_forward", "mse", "tvd", "l1_log_p"] = "kl_backward"
-    """between student and teacher; kl_backward is the paper's KLD, KL(student || teacher); l1_log_p is what the released code calls tvd"""
+    """divergence between student and teacher; kl_backward: KL(student || teacher), the paper's KLD;
+    l1_log_p: what the released code calls tvd"""
     teacher_steps: PositiveInt = 1024
     """sampling steps of the first teacher"""
     rounds: PositiveInt = 7
-    """each round divides the steps by `substeps`"""
+    """number of rounds; each divides the sampling steps by `substeps`"""
     substeps: Annotated[int, Field(ge=2)] = 2
     """teacher steps that one student step replaces (the paper's m/k)"""
     teacher_times: Literal["exact", "released"] = "exact"
-    """times of the teacher's substeps: Algorithm 1's, or those of the released code"""
+    """times of the teacher's substeps: exact (Algorithm 1) or released (the released code)"""
     next_teacher: Literal["raw", "ema"] = "raw"
-    """which weights of the student become the next teacher"""
+    """weights of the student that become the next teacher"""
     reset_optimizer: bool = False
-    """start every round with fresh optimiser moments"""
+    """start every round with a fresh optimizer state"""
     reset_ema: bool = False
-    """start every round's moving average at the student's weights"""
+    """start the moving average of every round at the student's weights"""
     entropy_band: Positive | None = None
-    """stop a round when the unigram entropy of its samples leaves held-out text's by more than this share"""
+    """stop a round when the unigram entropy of its samples differs from that of held-out text by
+    more than this fraction"""
 
     @model_validator(mode="after")
-    def _whole_steps(self):
+    def _check_rounds(self) -> Distillation:
         if self.teacher_steps % self.substeps**self.rounds:
             most = 0
             while self.teacher_steps % self.substeps ** (most + 1) == 0:
                 most += 1
             raise ValueError(
-                f"{self.rounds} rounds of {self.substeps} substeps do not divide teacher_steps {self.teacher_steps}: "
-                f"at most {most} rounds do, or choose a multiple of {self.substeps**self.rounds}"
+                f"{self.rounds} rounds of {self.substeps} substeps do not divide "
+                f"teacher_steps {self.teacher_steps}: at most {most} rounds do, "
+                f"or choose a multiple of {self.substeps**self.rounds}"
             )
         return self
 
 
 class DrawOptions(Section):
-    """How a text is drawn."""
+    """How texts are drawn."""
 
     sampler: Literal["ancestral", "analytic", "first_hitting", "block", "ancestral_float32"] = (
         "ancestral"
     )
-    """which positions are revealed when; block: 16 tokens at a time from left to right, keys and values of the others kept (an approximation);
-    ancestral_float32: the released code's truncated noise (slow)"""
+    """how a denoiser's positions are revealed; block: 16 tokens at a time from left to right, with
+    the keys and values of all others cached (an approximation); ancestral_float32: with the
+    truncated noise of the released code (slow)"""
     weights: Weights = "ema"
-    """which weights of the checkpoint write"""
+    """weights of the checkpoint: moving average, raw, or the average at the lowest held-out loss"""
     temperature: Positive = 1.0
-    """divides the logits before the draw"""
+    """divisor of the logits before a draw"""
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
-    """nucleus of the baseline's draw (the paper uses 0.95)"""
+    """nucleus of the baseline's draws (the paper uses 0.95); a denoiser has none"""
     sampling_seed: Annotated[int, Field(ge=0)] = 1
-    """sample i depends on this and i alone"""
+    """seed of the draws; sample i depends only on this seed and i"""
 
 
 class GenerateOptions(DrawOptions):
     """How one set of samples is drawn."""
 
     num_samples: PositiveInt = 1024
-    """texts per model and step count"""
+    """number of texts per model and step count"""
 
 
 def _step_count(value: Any) -> int | str:
-    if value == "own" or type(value) is int and value > 0:
+    if value == "own" or (type(value) is int and value > 0):
         return value
     raise ValueError("expected a whole number above zero, or own")
 
@@ -250,140 +264,151 @@ class Sampling(GenerateOptions):
     """How samples are drawn for scoring, and at which step counts."""
 
     steps: Annotated[list[StepCount], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
-    """step counts at which every model writes; own: at the count it was made for, and at its student's"""
+    """step counts at which every denoiser is sampled; own: the count that a model was made for, and
+    that of its student"""
 
     @field_validator("steps")
     @classmethod
-    def _sorted(cls, steps):
+    def _sorted(cls, steps: list[int | str]) -> list[int | str]:
         return sorted(set(steps), key=lambda count: (count == "own", count))
 
 
 class Evaluation(Section):
-    """Who judges the samples, and on which last words the models are examined."""
+    """The judges of the samples, and the last-word task (LAMBADA)."""
 
     judge: Annotated[Names, Field(min_length=1)] = ["gpt2-large"]
-    """one or several (the paper's: gpt2-large, meta-llama/Meta-Llama-3-8B): baseline, the corpus's own autoregressive model; else a hub name or a folder
-    that transformers loads"""
+    """one judge or a list; baseline: the autoregressive model of the corpus; otherwise a hub name
+    or a folder for transformers (the paper's judges: gpt2-large, meta-llama/Meta-Llama-3-8B)"""
     lambada: str = "EleutherAI/lambada_openai"
-    """last_words: items from the corpus's own held-out stories; else a hub name or a .jsonl with {"text": ...} lines"""
+    """last_words: items from the held-out stories of the corpus; otherwise a hub name or a .jsonl
+    file of {"text": ...} lines"""
     lambada_items: PositiveInt | None = None
-    """examine only the first so many"""
+    """maximum number of items; all by default"""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
-    """resamples behind each 95% interval"""
+    """bootstrap resamples for each 95% interval"""
 
 
 class Prompts(Section):
-    """Beginnings of held-out documents, and how much is written after them; the defaults are the paper's."""
+    """Prompts from held-out documents, and their continuations. The defaults are the paper's."""
 
     num_prompts: Annotated[int, Field(ge=2)] = 1024
-    """the first so many held-out documents that are long enough"""
+    """number of prompts, from the first held-out documents that are long enough"""
     per_prompt: Annotated[int, Field(ge=2)] = 5
-    """continuations of each prompt"""
+    """continuations per prompt"""
     prompt_tokens: Annotated[int, Field(ge=2)] = 50
-    """tokens of a prompt, BOS the first"""
+    """tokens per prompt, BOS included"""
     continuation_tokens: Annotated[int, Field(ge=4)] = 50
     """tokens written after the prompt"""
     document_tokens: PositiveInt = 1024
-    """a document is long enough with so many tokens, EOS not counted"""
+    """minimum length of a document in tokens, EOS not counted"""
 
     @model_validator(mode="after")
-    def _room(self):
+    def _check_length(self) -> Prompts:
         needed = self.prompt_tokens + self.continuation_tokens - 1
         if self.document_tokens < needed:
             raise ValueError(
-                f"document_tokens ({self.document_tokens}) must be at least {needed}: a text is BOS and "
-                f"prompt_tokens + continuation_tokens - 1 tokens of its document ({self.prompt_tokens} + {self.continuation_tokens} - 1)"
+                f"document_tokens ({self.document_tokens}) must be at least {needed}: "
+                "a text is BOS and prompt_tokens + continuation_tokens - 1 tokens of its document "
+                f"({self.prompt_tokens} + {self.continuation_tokens} - 1)"
             )
         return self
 
 
+RoundNumber = Annotated[int, Field(ge=0)]
+
+
 class Continuations(Prompts):
-    """Continuations of held-out prompts: MAUVE, self-BLEU and the judge's perplexity of what is written after them."""
+    """Continuations of held-out prompts, scored by MAUVE, self-BLEU and the judge's perplexity."""
 
     continuation_steps: Annotated[list[PositiveInt], Field(min_length=1)] = [8, 16, 32, 64, 128]
     """step counts at which prompts are continued"""
-    continuation_rounds: (
-        Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None
-    ) = None
-    """which rounds continue them, 0 being the teacher; all when absent. The baseline always does"""
+    continuation_rounds: Annotated[list[RoundNumber], Field(min_length=1)] | None = None
+    """rounds that continue prompts (0 is the teacher); all by default. The baseline always does"""
+
+
+Baseline = Literal["halfstep", "transformers", "vllm"]
 
 
 class Benchmark(Section):
-    """What is timed: every student step count against autoregressive baselines."""
+    """What is timed: the students at each step count, and autoregressive baselines."""
 
     lengths: Annotated[list[PositiveInt], Field(min_length=1)] = [64, 128, 256, 512, 1024]
-    """tokens written"""
+    """tokens per text"""
     batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 8]
-    """texts at once"""
+    """texts per batch"""
     benchmark_steps: Annotated[list[PositiveInt], Field(min_length=1)] = [4, 8, 16, 32, 64]
     """sampling steps of the timed students"""
-    baselines: Annotated[list[Literal["halfstep", "transformers", "vllm"]], Field(min_length=1)] = [
-        "halfstep",
-        "transformers",
-    ]
-    """who writes one token at a time: our decoder (static KV cache, CUDA graphs), transformers' generate with its static cache, vLLM where installed"""
+    baselines: Annotated[list[Baseline], Field(min_length=1)] = ["halfstep", "transformers"]
+    """autoregressive decoders; halfstep: ours (static KV cache, CUDA graphs); transformers: its
+    `generate` with a static cache; vllm: where it is installed"""
     sizes: list[Size] = []
-    """network sizes that are timed too, with untrained weights and the checkpoint's vocabulary; their rows say so"""
+    """further network sizes, timed with untrained weights and the checkpoint's vocabulary; their
+    rows say so"""
     timed_dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the blocks of all that is timed; readouts and draws stay as they are"""
+    """dtype of the transformer blocks of everything timed; readouts and draws are unaffected"""
     repeats: Annotated[int, Field(ge=3)] = 10
-    """timed runs per case, after one warm-up; three where one run of each case takes more than a minute together"""
+    """timed runs per case, after one warm-up; three if one run of all cases takes over a minute"""
 
 
 class Machine(Section):
-    """Speed only: nothing here changes a result, so nothing here makes a finished artefact stale."""
+    """Speed only: these options change no result, so they make no finished artifact stale."""
 
     device: str = "auto"
-    """auto: the first CUDA device, else the CPU"""
+    """auto: the first CUDA device, or the CPU if there is none; otherwise a torch device (cpu)"""
     threads: PositiveInt | None = None
-    """CPU threads of torch, shared by this machine's processes; all cores when absent"""
+    """CPU threads of torch, shared by the processes on this machine; all cores by default"""
     micro_batch: PositiveInt = 32
-    """windows per forward pass; gradients are accumulated up to batch_size"""
+    """windows per forward pass; training accumulates gradients up to batch_size"""
     processes: PositiveInt | None = None
-    """how many processes share this job, one for each GPU: they are started, through torchrun, unless torchrun has done so; any number when absent"""
+    """number of processes that share this job, one per GPU; they are started through torchrun,
+    unless torchrun started this process; any number by default"""
     time_limit: Positive | None = None
-    """minutes that a training may take: it keeps its state in time and leaves with exit code 75; the same command goes on"""
+    """time limit of a training in minutes; before it ends, the training saves its state and exits
+    with code 75; the same command resumes it"""
 
 
 class Teacher(Section):
-    """A corpus and a size, its teacher, its baseline, and the distillation runs that start from it."""
+    """A corpus and a network size, with a teacher, a baseline and runs that distill the teacher."""
 
     corpus: Name
     """a key of `corpora`"""
     network: Network
     source: str | None = Field(None, alias="from")
-    """published weights instead of pretraining: a .ckpt, a folder or a hub name, kuleshov-group/mdlm-owt or jdeschena/sdtt@teacher_1M_sm"""
+    """published weights instead of pretraining: a .ckpt file, a folder, or a hub name
+    (kuleshov-group/mdlm-owt, jdeschena/sdtt@teacher_1M_sm)"""
     from_weights: Literal["ema", "raw"] = "ema"
-    """which weights of `from` are the teacher: the average where it has one, or the raw ones (as the released code does)"""
+    """weights of `from` that become the teacher; ema: the moving average if the file has one;
+    raw: the raw weights, as the released code takes them"""
     pretraining: Training = Training()
+    """training of the teacher"""
     baseline: Training = Training()
-    """training of the autoregressive peer"""
+    """training of the autoregressive baseline"""
     distillation: Distillation = Distillation()
-    """what all runs share"""
+    """options that all runs share"""
     runs: dict[Name, Distillation] = {"kl_backward": Distillation()}
-    """one row per run: only what differs from `distillation`"""
+    """the runs by name, each with only the options that differ from `distillation`"""
 
     @model_validator(mode="before")
     @classmethod
-    def _rows(cls, raw):
-        if isinstance(raw, dict) and isinstance(raw.get("runs"), dict):
-            shared = raw.get("distillation") or {}
-            if isinstance(shared, dict):
-                return {
-                    **raw,
-                    "runs": {
-                        k: {**shared, **(v or {})} if isinstance(v, dict | None) else v
-                        for k, v in raw["runs"].items()
-                    },
-                }
-        return raw
+    def _fill_runs(cls, raw: Any) -> Any:
+        """Give every run the keys of `distillation` that it does not set."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("runs"), dict):
+            return raw
+        shared = raw.get("distillation") or {}
+        if not isinstance(shared, dict):
+            return raw
+        runs = {}
+        for name, run in raw["runs"].items():
+            runs[name] = {**shared, **(run or {})} if isinstance(run, dict | None) else run
+        return raw | {"runs": runs}
 
     @field_validator("runs")
     @classmethod
-    def _reserved(cls, runs):
+    def _check_names(cls, runs: dict[str, Distillation]) -> dict[str, Distillation]:
         for name in {"teacher", "baseline"} & runs.keys():
             raise ValueError(
-                f"a run may not be called {name}: results/models/<teacher>/{name} is taken; choose another name"
+                f"a run cannot be called {name}: results/models/<teacher>/{name} is taken; "
+                "choose another name"
             )
         return runs
 
@@ -392,56 +417,96 @@ class Config(Section):
     """Everything that `snakemake all` makes."""
 
     preset: str = "laptop"
-    """which file of workflow/presets the rest overrides"""
+    """file of workflow/presets that the other keys override"""
     seed: Annotated[int, Field(ge=0)] = 1
-    """of weights, batches, masks and times"""
+    """seed of the weights, batches, masks and times"""
     corpora: Annotated[dict[Name, Corpus], Field(min_length=1)]
+    """the corpora by name"""
     teachers: Annotated[dict[Name, Teacher], Field(min_length=1)]
+    """the teachers by name"""
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
     continuations: Continuations | None = None
-    """off when absent"""
+    """no continuations when absent"""
     benchmark: Benchmark = Benchmark()
     published: bool = False
-    """lay published values under figures and tables, in rows of their own that name their source"""
+    """show published values in figures and tables, in rows of their own with their source"""
 
     @model_validator(mode="after")
-    def _agree(self):
+    def _check_teachers(self) -> Config:
         for name, teacher in self.teachers.items():
             if teacher.corpus not in self.corpora:
                 raise ValueError(
-                    f"teachers.{name}.corpus is {teacher.corpus!r}, which is not a key of corpora: {', '.join(self.corpora)}"
-                )
-            corpus, how = self.corpora[teacher.corpus], self.continuations
-            of = f"of corpus {teacher.corpus!r}"
-            if self.evaluation.lambada == "last_words" and corpus.kind != "stories":
-                raise ValueError(
-                    f"evaluation.lambada is last_words, but the kind {of} is {corpus.kind}: only stories have them; name a hub data set or a .jsonl"
+                    f"teachers.{name}.corpus is {teacher.corpus!r}, "
+                    f"which is not a key of corpora: {', '.join(self.corpora)}"
                 )
             if teacher.source and self.sampling.weights == "best":
                 raise ValueError(
-                    f"sampling.weights is best, but teachers.{name}.from brings no best weights, for it was not validated here; choose ema or raw"
+                    f"sampling.weights is best, but teachers.{name}.from has no best weights, "
+                    "because halfstep did not validate it; choose ema or raw"
                 )
-            runs = teacher.runs.values() or [teacher.distillation]
-            most = max(
-                run.teacher_steps if count == "own" else count
-                for count in self.sampling.steps
-                for run in runs
-            )
-            if most > corpus.length and self.sampling.sampler != "ancestral":
-                self._check_steps(most, corpus.length, of)
-            if how and how.prompt_tokens + how.continuation_tokens >= corpus.length:
-                raise ValueError(
-                    f"continuations: prompt_tokens + continuation_tokens are {how.prompt_tokens} + {how.continuation_tokens}, "
-                    f"but a window {of} has {corpus.length} tokens, EOS at its end; lower one of them"
-                )
+            self._check_corpus(teacher)
         return self
 
+    def _check_corpus(self, teacher: Teacher) -> None:
+        """Refuse options that the kind or the length of the teacher's corpus rules out."""
+        corpus = self.corpora[teacher.corpus]
+        of = f"of corpus {teacher.corpus!r}"
+        if self.evaluation.lambada == "last_words" and corpus.kind != "stories":
+            raise ValueError(
+                f"evaluation.lambada is last_words, but the kind {of} is {corpus.kind}: "
+                "only stories have them; name a hub data set or a .jsonl file"
+            )
+        runs = teacher.runs.values() or [teacher.distillation]
+        own = max(run.teacher_steps for run in runs)
+        most = max(own if count == "own" else count for count in self.sampling.steps)
+        if most > corpus.length and self.sampling.sampler != "ancestral":
+            self._check_steps(most, corpus.length, of)
+        prompts = self.continuations
+        if prompts and prompts.prompt_tokens + prompts.continuation_tokens >= corpus.length:
+            raise ValueError(
+                "continuations: prompt_tokens + continuation_tokens are "
+                f"{prompts.prompt_tokens} + {prompts.continuation_tokens}, but a window {of} has "
+                f"{corpus.length} tokens, EOS at its end; lower one of them"
+            )
+
     def _check_steps(self, steps: int, length: int, of: str) -> None:
-        from halfstep.diffusion.samplers import SAMPLERS  # torch; rarely needed
+        from halfstep.diffusion.samplers import SAMPLERS  # imports torch; rarely needed
         from halfstep.errors import HalfstepError
 
         try:
             SAMPLERS[self.sampling.sampler].check_steps(self.sampling.sampler, steps, length)
         except HalfstepError as error:
             raise ValueError(f"sampling.{error} ({of})") from None
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A former key of a section, and its former flag: both are accepted for one release.
+
+    By default the value moves to the key `new`. Otherwise translate(value, section) gives the keys
+    that replace it, from the section's other keys; it raises ValueError for a value that is wrong.
+    """
+
+    section: type[Section]
+    old: str
+    new: str
+    translate: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
+
+
+def _sampler_of_draw_dtype(value: Any, section: dict[str, Any]) -> dict[str, Any]:
+    sampler = section.get("sampler", "ancestral")
+    if value == "float64":
+        return {"sampler": "ancestral"} if sampler == "ancestral_float32" else {}
+    if value != "float32-released":
+        raise ValueError(f"draw_dtype: found {value!r}, allowed are float64 and float32-released")
+    if sampler not in ("ancestral", "ancestral_float32"):
+        raise ValueError(
+            "draw_dtype float32-released is the noise of sampler ancestral, "
+            f"found sampler {sampler}; change one of the two"
+        )
+    return {"sampler": "ancestral_float32"}
+
+
+# One row per renamed key. A row is removed in the second release after the renaming.
+RENAMED = [Renamed(DrawOptions, "draw_dtype", "sampler", _sampler_of_draw_dtype)]

@@ -1,10 +1,10 @@
-"""The faults a user can mend: their sentence is all that is printed."""
+"""Faults that the user can fix: the command line prints their sentence and no traceback."""
 
 
 class HalfstepError(ValueError):
-    """One clear sentence: the key or file, what was found, what was expected, what to do."""
+    """A fault in one sentence: the key or file, what was found, what was expected, what to do."""
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what a library says, at most 200 characters; "" where it says nothing."""
+    """The first line of a library's message, at most 200 characters; "" if it has none."""
     return (str(error).strip().splitlines() or [""])[0][:200]

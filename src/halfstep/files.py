@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes and checksums."""
+"""Atomic writes, JSON files and checksums: a file is complete or absent."""
 
 import hashlib
 import json
@@ -10,12 +10,15 @@ from halfstep.errors import HalfstepError
 
 
 def write_atomic(path: Path, content: bytes | str | Callable[[Path], object]) -> None:
-    """Write beside the target, flush to disk, rename: a reader never sees half a file. A callable writes the given path itself."""
+    """Write a temporary file next to `path`, flush it to disk and rename it.
+
+    A reader never sees a partial file. A callable `content` writes to the path that it is given.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.touch()  # where nothing may be written the system's own error says so, whichever library writes
+        part.touch()  # fails with the system's own error, whichever library writes the file
     except OSError as error:
         error.filename = str(path)
         raise
@@ -26,9 +29,8 @@ def write_atomic(path: Path, content: bytes | str | Callable[[Path], object]) ->
             part.write_bytes(content.encode() if isinstance(content, str) else content)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
-        part.chmod(
-            0o666 & ~_umask()
-        )  # safetensors writes 0600, which colleagues on a cluster could not read
+        # safetensors creates files with mode 0600, which nobody else on a cluster could read.
+        part.chmod(0o666 & ~_umask())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -41,11 +43,12 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, atomically; NaN and infinity are errors."""
     write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict | list:
-    """Parsed JSON; HalfstepError when the file is missing or broken."""
+    """Parsed JSON. Raises HalfstepError if the file is missing or broken."""
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
@@ -59,7 +62,7 @@ def read_json(path: Path) -> dict | list:
 
 
 def sha256(path: Path) -> str:
-    """Checksum of the bytes that lie there now."""
+    """Checksum of the file's present bytes."""
     with open(path, "rb") as file:
         stamp = _stamp(os.fstat(file.fileno()))
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -68,12 +71,15 @@ def sha256(path: Path) -> str:
 
 
 def remember_sha256(path: Path, digest: str) -> None:
-    """This process has just written the file, and took the checksum of its bytes on the way."""
+    """Note the checksum of a file that this process has just written."""
     _hashed[os.path.abspath(path)] = _stamp(os.stat(path)), digest
 
 
 def sha256_once(path: Path) -> str:
-    """The checksum that this process knows of the file, if nobody has touched it since. For records; a check reads the bytes."""
+    """The checksum that this process has noted, if the file is unchanged since; otherwise `sha256`.
+
+    This is for records. A check of a file must read its bytes.
+    """
     stamp, digest = _hashed.get(os.path.abspath(path), (None, ""))
     return digest if stamp == _stamp(os.stat(path)) else sha256(path)
 

@@ -1,4 +1,6 @@
-"""Progress of a loop: a bar on a terminal, one line per interval in a log; of several processes the first alone shows it."""
+"""Progress of a loop: a bar on a terminal, or one line per interval in a log, on rank 0 only."""
+
+from __future__ import annotations
 
 import os
 import sys
@@ -8,22 +10,20 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Context manager around a loop of `total` units; `update` takes the latest figures to show."""
+    """Context manager around a loop of `total` units, of which `done` are finished already.
+
+    A log gets a line at most every `interval` seconds.
+    """
 
     def __init__(
         self, label: str, total: int, unit: str = "step", interval: float = 10.0, done: int = 0
     ):
-        self.label, self.total, self.unit, self.interval, self.done = (
-            label,
-            total,
-            unit,
-            interval,
-            done,
-        )
+        self.label, self.total, self.unit = label, total, unit
+        self.interval, self.done = interval, done
         self._first, self._bar = done, None
         self._silent = os.environ.get("RANK", "0") != "0"
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Progress:
         self._start = self._last = time.monotonic()
         if sys.stderr.isatty() and not self._silent:
             self._bar = tqdm(
@@ -37,6 +37,7 @@ class Progress:
         return self
 
     def update(self, n: int = 1, **figures: float) -> None:
+        """Count n more units, and show the latest figures."""
         self.done += n
         if self._bar is not None:
             self._bar.update(n)
@@ -44,18 +45,20 @@ class Progress:
                 self._bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()}, refresh=False)
             return
         now = time.monotonic()
-        if not self._silent and (now - self._last >= self.interval or self.done >= self.total):
+        is_due = now - self._last >= self.interval or self.done >= self.total
+        if is_due and not self._silent:
             self._last = now
-            rate = (self.done - self._first) / max(now - self._start, 1e-9)
-            left = (self.total - self.done) / rate if rate else 0.0
-            shown = "".join(f" | {k.replace('_per_', '/')} {v:.4g}" for k, v in figures.items())
-            print(
-                f"{self.label} | {self.unit} {self.done}/{self.total}{shown} | {rate:.3g} {self.unit}s/s | {_clock(left)} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(self._line(now, figures), file=sys.stderr, flush=True)
 
-    def __exit__(self, *exc) -> None:
+    def _line(self, now: float, figures: dict[str, float]) -> str:
+        rate = (self.done - self._first) / max(now - self._start, 1e-9)
+        left = (self.total - self.done) / rate if rate else 0.0
+        shown = [f"{key.replace('_per_', '/')} {value:.4g}" for key, value in figures.items()]
+        count = f"{self.unit} {self.done}/{self.total}"
+        speed = f"{rate:.3g} {self.unit}s/s"
+        return " | ".join([self.label, count, *shown, speed, f"{_clock(left)} left"])
+
+    def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.close()
 

@@ -1,4 +1,4 @@
-"""Wall-clock times that can be compared: warm-up, synchronised devices, repeats taken in turns, medians with their spread."""
+"""Comparable wall-clock times: warm-up, synchronized devices, cases in turns, quartiles."""
 
 import os
 import platform
@@ -13,7 +13,10 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median, quartiles, and every repeat in the order taken; joules of a call, the mean, where the device counts them."""
+    """Seconds of one call: median, quartiles, and all repeats in order.
+
+    `joules` is the mean energy of a call, on a device that measures it.
+    """
 
     median_s: float
     low_s: float
@@ -25,7 +28,7 @@ class Timing:
 def measure(
     fn: Callable[[], object], repeats: int, warmup: int = 1, device: str | torch.device = "cpu"
 ) -> Timing:
-    """Time `repeats` calls of fn after `warmup` calls that do not count."""
+    """Time `repeats` calls of fn after `warmup` untimed ones."""
     return measure_in_turns({"": fn}, repeats, warmup, device)[""]
 
 
@@ -36,10 +39,11 @@ def measure_in_turns(
     device: str | torch.device = "cpu",
     tick: Callable[[], None] | None = None,
 ) -> dict:
-    """Time the functions of `cases` against one another: {name: fn} -> {name: Timing}.
+    """Time the functions of `cases` in turns: {name: fn} -> {name: Timing}.
 
-    Each repeat calls every case once, and every second repeat in the opposite order, so that a machine that grows slower (heat, a
-    neighbour) slows all of them. A CUDA device has finished all its work before the clock is read. `tick` is called after each call.
+    Each repeat calls every case once, every second repeat in reverse order. So a machine that slows
+    down (heat, other jobs) slows all cases alike. A CUDA device is synchronized before the clock is
+    read. `tick` is called after each call.
     """
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     counter, joules = energy_counter(device), dict.fromkeys(cases, 0.0)
@@ -56,25 +60,27 @@ def measure_in_turns(
                 joules[name] += counter() - before if counter else 0.0
             if tick:
                 tick()
-    quartiles = {name: np.quantile(values, [0.5, 0.25, 0.75]) for name, values in seconds.items()}
-    energy = {name: joules[name] / repeats if counter else None for name in cases}
-    return {
-        name: Timing(*map(float, quartiles[name]), tuple(seconds[name]), energy[name])
-        for name in cases
-    }
+    timings = {}
+    for name, values in seconds.items():
+        low, median, high = map(float, np.quantile(values, [0.25, 0.5, 0.75]))
+        energy = joules[name] / repeats if counter else None
+        timings[name] = Timing(median, low, high, tuple(values), energy)
+    return timings
 
 
 def energy_counter(device: str | torch.device = "cpu") -> Callable[[], float] | None:
-    """Joules that the device has used since its driver was loaded (NVML, which counts in steps of some 20 ms); None where nothing counts them."""
+    """A function that returns the joules used since the driver was loaded, or None without a meter.
+
+    NVML updates its counter about every 20 ms.
+    """
     if torch.device(device).type != "cuda":
         return None
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(
-            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        )
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except ImportError:
         return None
@@ -84,25 +90,30 @@ def energy_counter(device: str | torch.device = "cpu") -> Callable[[], float] | 
 
 
 def device_name(device: str | torch.device = "cpu") -> str:
-    """`NVIDIA H100 80GB HBM3`, or the processor's name."""
+    """Name of the GPU (`NVIDIA H100 80GB HBM3`) or of the processor."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [
-                line.partition(":")[2].strip() for line in file if line.startswith("model name")
-            ]
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        pass
+    return platform.processor() or platform.machine()
 
 
 def machine(device: str | torch.device = "cpu") -> dict[str, str | int]:
-    """What a time was taken on."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    """The machine on which times are measured."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
     return {
-        "device": device_name(device), "cores": cores, "threads": torch.get_num_threads(), "system": platform.platform(),
-        "python": platform.python_version(), "torch": metadata.version("torch"),
-    }  # fmt: skip
+        "device": device_name(device),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": metadata.version("torch"),
+    }

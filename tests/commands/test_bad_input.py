@@ -72,21 +72,21 @@ def other_words(folder):
 
 
 CHECKPOINTS = {
-    "truncated": (cut, "ema.safetensors: sha256 .*the file is damaged; copy or train it again"),
-    "truncated, with its own checksum": (lambda f: (cut(f), rewrite(f)), "ema.safetensors: not a whole safetensors file"),
+    "truncated": (cut, "ema.safetensors: sha256 .*the file is damaged; copy it again, or train again"),
+    "truncated, with its own checksum": (lambda f: (cut(f), rewrite(f)), "ema.safetensors: not a complete safetensors file"),
     "flipped bit": (lambda f: flip(f / "ema.safetensors"), "ema.safetensors: sha256 .*the file is damaged"),
-    "of another size": (lambda f: rewrite(f, lambda m: m["network"].update(size="mini")), "lacks .* tensors, .*a network of another kind or size"),
+    "of another size": (lambda f: rewrite(f, lambda m: m["network"].update(size="mini")), "missing tensors, .*a network of another kind or size"),
     "of no size": (lambda f: rewrite(f, lambda m: m["network"].update(size="tinny")), "meta.json: network.size: found 'tinny': .*did you mean tiny"),
-    "wrong vocabulary": (lambda f: rewrite(f, lambda m: m.update(vocab_size=299)), "tokenizer.json has 300 tokens, meta.json says vocab_size 299|vocab_size 299, but corpus .* has 300"),
-    "wrong tokenizer": (other_words, "tokenizer.json has 301 tokens, meta.json says vocab_size 300|its tokenizer has other tokens"),
+    "wrong vocabulary": (lambda f: rewrite(f, lambda m: m.update(vocab_size=299)), "tokenizer.json has 300 tokens, but vocab_size in meta.json is 299|vocab_size 299, but corpus .* has 300"),
+    "wrong tokenizer": (other_words, "tokenizer.json has 301 tokens, but vocab_size in meta.json is 300|its tokenizer has other tokens"),
     "tokenizer changed": (lambda f: flip(f / "tokenizer.json", 100), "tokenizer.json: sha256 .*damaged"),
-    "tokenizer missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: missing, though meta.json lists it"),
+    "tokenizer missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: missing, but listed in meta.json"),
     "NaN": (lambda f: edit(f, lambda s: s["blocks.1.attn_out.weight"][0].fill_(float("nan"))), "blocks.1.attn_out.weight holds NaN or infinity"),
     "broken meta": (lambda f: (f / "meta.json").write_text('{"format": 1, '), "meta.json: not valid JSON"),
-    "meta is a list": (lambda f: (f / "meta.json").write_text("[1]"), r"meta.json: format \[1\], this halfstep reads format 1"),
+    "meta is a list": (lambda f: (f / "meta.json").write_text("[1]"), r"meta.json: format \[1\], but this halfstep reads format 1"),
     "meta lacks a key": (lambda f: rewrite(f, lambda m: m.pop("length")), "meta.json: length: found nothing, expected int"),
     "meta of no kind": (lambda f: rewrite(f, lambda m: m.update(kind="flow")), "meta.json: kind: found 'flow', allowed are diffusion, autoregressive"),
-    "missing": (shutil.rmtree, "no meta.json there, so no finished checkpoint"),
+    "missing": (shutil.rmtree, "not a finished checkpoint, because meta.json is missing"),
 }  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def test_steps_above_the_length(pipeline, refused, tmp_path, capsys):
     assert call(f"{write} --output {tmp_path}/a --steps 1024") == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert notes == [
-        "note: 1024 steps for texts of 24 tokens: at most 24 of them reveal anything, the others take no pass"
+        "note: 1024 steps for texts of 24 tokens: at most 24 steps reveal a token, and the others take no pass"
     ]
     assert json.loads((tmp_path / "a/samples.json").read_text())["network_evaluations"] <= 24
     assert (

@@ -13,7 +13,7 @@ from small import CORPUS, MACHINE, call, done, trainings
 import halfstep
 from halfstep import checkpoint
 from halfstep.commands import distill, train
-from halfstep.commands.generate import draw_texts, encode_prompt
+from halfstep.commands.generate import draw_texts, encode_prompt, text_writer
 from halfstep.config import GenerateOptions, Machine
 from halfstep.data import pack
 from halfstep.training import loop
@@ -164,9 +164,8 @@ def test_text_whatever_the_batch(pipeline, sampler):
     )
 
     def texts(micro_batch, num_samples=9, prompt=""):
-        machine = Machine(device="cpu", threads=1, micro_batch=micro_batch)
         prompts = encode_prompt(model, prompt).expand(num_samples, -1)
-        written = draw_texts(model, prompts, model.length, 12, how, machine, torch.device("cpu"))
+        written = draw_texts(text_writer(model, model.length, 12, how), prompts, micro_batch)
         return written.ids.numpy(), written.network_evaluations.numpy()
 
     ids, passes = texts(9)

@@ -1,4 +1,4 @@
-"""config.yaml: faults are one line each, every key is explained, and the editor's schema is the models' own."""
+"""config.yaml: one line per fault, every key explained, former keys, and the schema for editors."""
 
 import json
 import re
@@ -7,9 +7,10 @@ import pytest
 import yaml
 from dryrun import REPOSITORY
 
+from halfstep import resolve as resolving
 from halfstep.commands.config import write_schema
-from halfstep.config import Config, Continuations, Section
-from halfstep.resolve import ConfigError, resolve, validate
+from halfstep.config import Config, Continuations, Renamed, Section, Training
+from halfstep.resolve import ConfigError, resolve, schema, validate
 
 PRESETS = REPOSITORY / "workflow/presets"
 
@@ -21,11 +22,12 @@ PRESETS = REPOSITORY / "workflow/presets"
         (["preset=labtop"], "did you mean laptop?"),
         (
             ['sampling={"steps": [8, "owns"]}'],
-            "configuration: sampling.steps.1: found 'owns': expected a whole number above zero, or own",
+            "configuration: sampling.steps.1: found 'owns': "
+            "expected a whole number above zero, or own",
         ),
         (
             ['corpora={"stories": {"text_field": "story"}}'],
-            "text_field: found 'story', which is of use with kind: files only; leave it out",
+            "text_field: found 'story', which is used only with kind: files; leave it out",
         ),
         (
             ['sampling={"stepz": [8]}'],
@@ -63,7 +65,7 @@ def test_every_fault_has_its_line():
     assert len(lines) == 4
 
 
-def test_a_preset_lies_on_the_one_it_names(tmp_path):
+def test_a_preset_overrides_the_one_it_names(tmp_path):
     for file in PRESETS.glob("*.yaml"):
         (tmp_path / file.name).write_text(file.read_text())
     losses = resolve({"preset": "laptop-losses"}, tmp_path)
@@ -79,13 +81,13 @@ def test_a_preset_lies_on_the_one_it_names(tmp_path):
     assert list(only.teachers["stories-tiny"].runs) == ["mse", "tvd"]
     (tmp_path / "laptop.yaml").write_text("preset: laptop-losses\n")
     with pytest.raises(
-        ConfigError, match="laptop-losses is laid on laptop is laid on laptop-losses: a circle"
+        ConfigError, match="preset: laptop-losses -> laptop -> laptop-losses is a cycle; remove"
     ):
         resolve({"preset": "laptop-losses"}, tmp_path)
 
 
 def test_config_yaml_explains_every_key():
-    """Its commented part, uncommented, is a valid configuration that shows each key of the models once, with its default."""
+    """Without the `# `, its comments are a valid configuration: each key once, with its default."""
     text = (REPOSITORY / "config.yaml").read_text()
     assert (
         text.splitlines()[0]
@@ -103,7 +105,7 @@ def test_config_yaml_explains_every_key():
         ), model.__name__
         for key in found:
             assert re.search(rf"^#  *{key}:.* # \w", text, re.MULTILINE), (
-                f"{model.__name__}.{key}: no word about it"
+                f"{model.__name__}.{key}: has no comment"
             )
 
     covers(Config, shown, {"preset"})
@@ -132,15 +134,146 @@ def test_config_yaml_explains_every_key():
         }
     )
     (default,) = filled.teachers.values()
-    (told,) = validate(shown).teachers.values()
-    assert told.pretraining == default.pretraining and told.distillation == default.distillation
+    (listed,) = validate(shown).teachers.values()
+    assert listed.pretraining == default.pretraining
+    assert listed.distillation == default.distillation
     assert (
         validate(shown).continuations == Continuations() and filled.continuations is None
     )  # off, or the paper's
     for name in ("sampling", "evaluation", "benchmark", "seed"):
         assert getattr(validate(shown), name) == getattr(filled, name), (
-            f"config.yaml shows other values of {name} than the models have"
+            f"config.yaml lists other defaults of {name} than the models have"
         )
+
+
+OLD_NOISE = {"draw_dtype": "float32-released"}
+NOTICE = "sampling.draw_dtype is the former name of sampler and works for one release only; "
+
+
+@pytest.mark.parametrize(
+    ("sampling", "sampler", "advice"),
+    [
+        (OLD_NOISE, "ancestral_float32", "write sampler: ancestral_float32"),
+        (
+            OLD_NOISE | {"sampler": "ancestral"},
+            "ancestral_float32",
+            "write sampler: ancestral_float32",
+        ),
+        ({"draw_dtype": "float64"}, "ancestral", "leave it out"),
+        ({"draw_dtype": "float64", "sampler": "block"}, "block", "leave it out"),
+    ],
+)
+def test_a_former_key_is_translated_with_one_warning(capsys, sampling, sampler, advice):
+    user = {"preset": "ci", "sampling": sampling}
+    found = resolve(user, PRESETS)
+    assert found.sampling.sampler == sampler
+    assert capsys.readouterr().err == f"configuration: {NOTICE}{advice}\n"
+    same = {"preset": "ci", "sampling": {"sampler": sampler}}
+    assert found == resolve(same, PRESETS) == resolve(user, PRESETS, quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("sampling", "fault"),
+    [
+        (
+            OLD_NOISE | {"sampler": "block"},
+            "draw_dtype float32-released is the noise of sampler ancestral, "
+            "found sampler block; change one of the two",
+        ),
+        (
+            {"draw_dtype": "float16"},
+            "draw_dtype: found 'float16', allowed are float64 and float32-released",
+        ),
+    ],
+)
+def test_a_value_that_a_former_key_refused_is_refused(sampling, fault):
+    with pytest.raises(ConfigError) as caught:
+        resolve({"preset": "ci", "sampling": sampling}, PRESETS)
+    assert str(caught.value) == f"sampling.{fault}"
+
+
+@pytest.fixture
+def mine(tmp_path):
+    """A folder of presets with one of the user's own, `mine`, over ci."""
+    (tmp_path / "ci.yaml").write_text((PRESETS / "ci.yaml").read_text())
+
+    def write(**sections):
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"preset": "ci", **sections}))
+        return tmp_path
+
+    return write
+
+
+def test_a_former_key_in_a_preset(mine, capsys):
+    """The warning names the file, and the user's values override the preset's, old name or new."""
+    presets = mine(sampling=OLD_NOISE)
+    assert resolve({"preset": "mine"}, presets).sampling.sampler == "ancestral_float32"
+    warning = f"{presets}/mine.yaml: {NOTICE}write sampler: ancestral_float32\n"
+    assert capsys.readouterr().err == warning
+    over = {"preset": "mine", "sampling": {"draw_dtype": "float64"}}
+    assert resolve(over, presets).sampling.sampler == "ancestral"
+    presets = mine(sampling={"sampler": "block"})
+    with pytest.raises(ConfigError, match="found sampler block; change one of the two"):
+        resolve({"preset": "mine", "sampling": OLD_NOISE}, presets)
+
+
+def test_the_next_renaming_is_one_row(mine, monkeypatch, capsys):
+    """A row without a function moves the value, wherever the section is; the higher layer wins."""
+    monkeypatch.setattr(resolving, "RENAMED", [Renamed(Training, "lr_shape", "lr_decay")])
+    old = {"lr_shape": "linear"}
+    teacher = {
+        "pretraining": old,
+        "distillation": {"lr_shape": "cosine"},
+        "runs": {"kl_backward": old, "lr_shape": {"divergence": "mse"}},  # a run's name is no key
+    }
+    presets = mine(teachers={"stories-ci": {"baseline": {"lr_decay": "cosine"}}})
+    user = {"preset": "mine", "teachers": {"stories-ci": teacher | {"baseline": old}}}
+    (found,) = resolve(user, presets).teachers.values()
+    assert found.pretraining.lr_decay == found.baseline.lr_decay == "linear"
+    assert {name: run.lr_decay for name, run in found.runs.items()} == {
+        "kl_backward": "linear",
+        "lr_shape": "cosine",
+    }
+    start = "configuration: teachers.stories-ci."
+    end = (
+        ".lr_shape is the former name of lr_decay and works for one release only; write lr_decay: "
+    )
+    assert sorted(capsys.readouterr().err.splitlines()) == sorted(
+        f"{start}{section}{end}{value}"
+        for section, value in (
+            ("pretraining", "linear"),
+            ("baseline", "linear"),
+            ("distillation", "cosine"),
+            ("runs.kl_backward", "linear"),
+        )
+    )
+    user["teachers"]["stories-ci"]["baseline"] = {"lr_shape": "linear", "lr_decay": "cosine"}
+    with pytest.raises(ConfigError, match=r"baseline\.lr_shape: found with its new name lr_decay"):
+        resolve(user, presets)
+    properties = schema()["$defs"]["Distillation"]["properties"]
+    assert properties["lr_shape"]["deprecated"] and "lr_decay" in properties
+
+
+def test_the_graph_warns_once_and_prints_the_new_flag(workflow):
+    """In the main process only: each job of a cluster reads the configuration again."""
+    target = "results/samples/stories-ci/teacher/steps-8/samples.json"
+    command = ["-n", "-p", target, "--config", "preset=ci", f"sampling={json.dumps(OLD_NOISE)}"]
+    done = workflow.run(*command)
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if "draw_dtype" in line]
+    assert warnings == [f"configuration: {NOTICE}write sampler: ancestral_float32"]
+    assert "--sampler ancestral_float32" in done.stdout and "draw-dtype" not in done.stdout
+    job = workflow.run(*command, "--mode", "remote")
+    assert job.returncode == 0 and NOTICE not in job.stderr, job.stderr
+
+
+def test_the_schema_marks_former_keys():
+    properties = schema()["$defs"]["Sampling"]["properties"]
+    assert properties["draw_dtype"] == {"deprecated": True, "description": "former name of sampler"}
+    assert not any(
+        "deprecated" in entry for entry in schema()["$defs"]["Training"]["properties"].values()
+    )
 
 
 def test_committed_schema_is_the_models_own(tmp_path):

@@ -1,4 +1,4 @@
-"""`halfstep write-schema`: the JSON schema of config.yaml, from which editors complete and check it."""
+"""`halfstep write-schema`: the JSON schema of config.yaml, for completion and checks in editors."""
 
 from pathlib import Path
 
@@ -7,10 +7,12 @@ from halfstep.resolve import schema
 
 
 def write_schema(output: Path = Path("workflow/schemas/config.schema.json")) -> None:
-    """Write the schema of config.yaml. A test fails when the committed one differs: run this after a change of halfstep.config.
+    """Write the JSON schema of config.yaml.
+
+    Run this after a change of halfstep.config: a test fails if the committed schema differs.
 
     Args:
-        output: where to write it
+        output: file to write
     """
     write_json(output, schema())
     print(output)

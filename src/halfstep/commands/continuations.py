@@ -11,7 +11,7 @@ import torch
 from halfstep.checkpoint import checkpoint_files as model_files
 from halfstep.checkpoint import load_checkpoint
 from halfstep.commands.evaluate import about_samples, corpus_name, judges, read_samples
-from halfstep.commands.generate import draw_texts, save_samples
+from halfstep.commands.generate import draw_texts, note_idle_steps, save_samples, text_writer
 from halfstep.config import DrawOptions, Evaluation, Machine, Prompts
 from halfstep.data.pack import Windows, corpus_files, read_manifest, tokenizer_of
 from halfstep.distributed.device import find_device
@@ -62,18 +62,13 @@ def continue_prompts(
             f"prompt_tokens + continuation_tokens: found {P} + {prompts.continuation_tokens}, but a text of {model_name(checkpoint)} has "
             f"{model.length} tokens, EOS at its end; lower one of them"
         )
-    written = draw_texts(
-        model,
-        texts[:, :P].repeat_interleave(prompts.per_prompt, 0),
-        texts.shape[1],
-        steps,
-        drawing,
-        machine,
-        device,
-        label=f"continue {model_name(checkpoint)} at {steps} steps",
-        end=model.eos_id,
-        group=group,
-    )
+    length = texts.shape[1]
+    write = text_writer(model, length, steps, drawing, end=model.eos_id)
+    if group.is_main:
+        note_idle_steps(model, length, steps)
+    given = texts[:, :P].repeat_interleave(prompts.per_prompt, 0)
+    label = f"continue {model_name(checkpoint)} at {steps} steps"
+    written = draw_texts(write, given, machine.micro_batch, label, group)
     if written is None:
         return
     save_samples(

@@ -1,0 +1,151 @@
+"""The command line: help for everybody, one sentence per fault, and former names of flags."""
+
+import errno
+import importlib
+import json
+import os
+
+import pytest
+from small import MACHINE, call
+
+from halfstep import cli, resolve
+from halfstep.config import GenerateOptions, Renamed, Training
+from halfstep.distributed import launch
+from halfstep.resolve import rename_flags
+
+
+def test_the_help_lists_every_command(capsys):
+    assert cli.main([]) == cli.main(["--help"]) == cli.main(["-h"]) == 0
+    printed = capsys.readouterr().out
+    lines = printed[: len(printed) // 3].splitlines()
+    assert [line.split()[0] for line in lines[2:]] == list(cli.COMMANDS)
+    assert all(len(line) <= 100 for line in lines)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_function_with_a_docstring(name):
+    module, function = cli.COMMANDS[name][0].split(":")
+    command = getattr(importlib.import_module(module), function)
+    assert command.__doc__ and command.__annotations__["return"] in (None, "None")
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"), [("generat", "did you mean generate?"), ("xyz", "see halfstep --help")]
+)
+def test_an_unknown_command(capsys, word, hint):
+    assert cli.main([word]) == 2
+    assert capsys.readouterr().err == f"halfstep: unknown command {word!r}; {hint}\n"
+
+
+@pytest.mark.parametrize("number", cli.ADVICE)
+def test_the_file_system_refuses(capsys, monkeypatch, number):
+    """The file, the system's words, and what to do."""
+
+    def write_schema() -> None:
+        raise OSError(number, os.strerror(number), "a/file")
+
+    monkeypatch.setattr("halfstep.commands.config.write_schema", write_schema)
+    assert cli.main(["write-schema"]) == 1
+    line = f"halfstep write-schema: a/file: {os.strerror(number)}; {cli.ADVICE[number]}\n"
+    assert capsys.readouterr().err == line
+    assert number != errno.ENOSPC or "free some space" in line
+
+
+def test_an_error_of_the_program_is_not_hidden(monkeypatch):
+    def write_schema() -> None:
+        raise OSError("no number: not from the file system")
+
+    monkeypatch.setattr("halfstep.commands.config.write_schema", write_schema)
+    with pytest.raises(OSError, match="no number"):
+        cli.main(["write-schema"])
+
+
+NOTICE = "--draw-dtype is the former name of --sampler and works for one release only; "
+
+
+def test_a_former_flag_works_with_one_warning(pipeline, capsys, tmp_path):
+    """It writes the same tokens as the new flag, and --help lists only the new one."""
+    write = f"generate --checkpoint {pipeline.student} --steps 4 --num-samples 3 {MACHINE}"
+    assert call(f"{write} --output {tmp_path}/old --draw-dtype float32-released") == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "draw" in line]
+    assert warnings == [f"halfstep generate: {NOTICE}write --sampler ancestral_float32"]
+    assert call(f"{write} --output {tmp_path}/new --sampler ancestral_float32") == 0
+    assert "draw" not in capsys.readouterr().err
+    old, new = ((tmp_path / name / "samples.npy").read_bytes() for name in ("old", "new"))
+    assert old == new
+    facts = json.loads((tmp_path / "old" / "samples.json").read_text())
+    assert (facts["sampler"], facts["draw_dtype"]) == ("ancestral_float32", "float32-released")
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    printed = capsys.readouterr().out
+    assert "--sampler" in printed and "draw-dtype" not in printed and "draw_dtype" not in printed
+
+
+def test_a_value_that_a_former_flag_refused_is_refused(pipeline, capsys, tmp_path):
+    write = f"generate --checkpoint {pipeline.student} --output {tmp_path}/out --steps 4 {MACHINE}"
+    for flags, sentence in (
+        (
+            "--sampler block --draw-dtype float32-released",
+            "draw_dtype float32-released is the noise of sampler ancestral, "
+            "found sampler block; change one of the two",
+        ),
+        (
+            "--draw-dtype float16",
+            "draw_dtype: found 'float16', allowed are float64 and float32-released",
+        ),
+    ):
+        assert call(f"{write} {flags}") == 1
+        assert capsys.readouterr().err == f"halfstep generate: {sentence}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_ranks_of_a_job_warn_once(pipeline, capsys, tmp_path, monkeypatch):
+    """Every rank parses the same flags; they share the launcher's folder."""
+    monkeypatch.setenv(launch.SAID, str(tmp_path))
+    for rank in range(3):
+        call(
+            f"generate --checkpoint none --output {tmp_path}/{rank} --draw-dtype float64 --steps 2"
+        )
+    printed = capsys.readouterr().err
+    assert printed.count(f"{NOTICE}leave it out") == 1
+
+
+def function_of(section):
+    def command(options: section, prompt: str = "") -> None: ...
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--steps 8 --draw-dtype float32-released", "--steps 8 --sampler ancestral_float32"),
+        ("--draw_dtype=float32-released --steps 8", "--steps 8 --sampler ancestral_float32"),
+        ("--draw-dtype float64 --sampler block", "--sampler block"),
+        ("--sampler block --prompt --draw-dtypes", "--sampler block --prompt --draw-dtypes"),
+    ],
+)
+def test_words_with_a_function(words, expected):
+    found, notices = rename_flags(words.split(), function_of(GenerateOptions))
+    assert " ".join(found) == expected
+    assert len(notices) == (words != expected)
+    assert rename_flags(words.split(), function_of(Training)) == (words.split(), [])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--old-name 3 --lr 1", "--new-name 3 --lr 1"),
+        ("--old_name=3", "--new-name=3"),
+        ("--old-name 3 4 5 --lr 1", "--new-name 3 4 5 --lr 1"),
+        ("--no-old-name", "--no-new-name"),
+        ("--old-names 3", "--old-names 3"),
+    ],
+)
+def test_words_without_a_function(monkeypatch, words, expected):
+    """The next renaming is one row: values, lists and switches move as they are."""
+    monkeypatch.setattr(resolve, "RENAMED", [Renamed(Training, "old_name", "new_name")])
+    found, notices = rename_flags(words.split(), function_of(Training))
+    assert " ".join(found) == expected
+    notice = "--old-name is the former name of --new-name and works for one release only; "
+    assert notices == [f"{notice}write --new-name"] * (words != expected)

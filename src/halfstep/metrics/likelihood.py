@@ -61,10 +61,10 @@ def suffix_masks(n: int, u: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
         int_0^1 dt/t sum_S t^k (1 - t)^(n - k) sum_{l in S} -log p(x_l | x masked on S),  k = |S|
         = sum_S B(k, n - k + 1) sum_{l in S} ...,   B(k, n - k + 1) = 1 / (k C(n, k))
 
-    for a denoiser that ignores t, whatever the schedule. Up to n = EXACT it is exact: every
-    non-empty mask once. Above, there are DRAWS masks, from u[DRAWS, n + 1]: sizes k stratified over
-    1..n, positions uniform, weight n / (k DRAWS). The first mask is always the full one, which
-    `parallel` needs (with weight 0 if it was not drawn).
+    for a denoiser that ignores t, under any schedule that ends with all tokens masked. Up to
+    n = EXACT it is exact: every non-empty mask once. Above, there are DRAWS masks, from
+    u[DRAWS, n + 1]: sizes k stratified over 1..n, positions uniform, weight n / (k DRAWS). The
+    first mask is always the full one, which `parallel` needs (with weight 0 if it was not drawn).
     """
     if n <= EXACT:
         sets = [s for k in range(n, 0, -1) for s in combinations(range(n), k)]
@@ -110,12 +110,12 @@ def diffusion_nll(
 
     The parallel guess is the argmax of every suffix token in one pass with the whole suffix masked.
 
-    A pass with k of the n suffix tokens masked feeds the time t = k / (n + 1) to the denoiser. This
-    is the mean of t given k under the log-linear schedule, where a token is masked with chance t.
-    The result is the exact NELBO of a denoiser that ignores t, whatever its schedule. It stays an
-    upper bound of -log p for a denoiser that uses t, and under any other schedule (cosine): k can
-    be read off xt, so with any function of k as its time, the network is a denoiser of xt alone.
-    The choice of that function changes how tight the bound is, not that it is a bound.
+    A pass with k of the n suffix tokens masked gives the denoiser the time t = k / (n + 1). This
+    time belongs to the log-linear schedule, where a token is masked with chance t: it is the mean
+    of t given k. The result is a bound under any other schedule too (cosine), and for a denoiser
+    that uses t. Any function of k may be fed to the network: k can be read off xt, so the network
+    is then a denoiser of xt alone, and this is its NELBO. The choice of the function changes how
+    tight the bound is. A denoiser that ignores t has the same NELBO in any case.
 
     The questions have the numbers first, first + 1, ... of the seed; each has its own masks,
     whatever the batch.

@@ -14,7 +14,7 @@ import halfstep
 from halfstep import checkpoint
 from halfstep.commands import distill, train
 from halfstep.commands.generate import draw_texts, encode_prompt, text_writer
-from halfstep.config import GenerateOptions, Machine
+from halfstep.config import GenerateOptions
 from halfstep.data import pack
 from halfstep.training import loop
 

@@ -1,4 +1,4 @@
-"""Batches: every window once per epoch, new order each epoch, resumable from the step alone."""
+"""Batches: each epoch has every window once, in a new order; a step can be computed alone."""
 
 import numpy as np
 import pytest
@@ -8,28 +8,24 @@ from halfstep.errors import HalfstepError
 
 
 @pytest.mark.parametrize("num_windows, batch_size", [(12, 4), (13, 4), (7, 7), (101, 32), (5, 1)])
-def test_every_window_comes_once_per_epoch(num_windows, batch_size):
-    steps = num_windows  # batch_size whole epochs
-    stream = np.concatenate(
-        [batch_indices(num_windows, batch_size, 1, step) for step in range(steps)]
-    )
-    epochs = stream.reshape(batch_size, num_windows)
+def test_each_epoch_has_every_window_once(num_windows, batch_size):
+    steps = range(num_windows)  # batch_size whole epochs
+    batches = [batch_indices(num_windows, batch_size, 1, step) for step in steps]
+    epochs = np.concatenate(batches).reshape(batch_size, num_windows)
     assert (np.sort(epochs, 1) == np.arange(num_windows)).all()
     if num_windows > 6 and batch_size > 1:
         assert (epochs[0] != epochs[1]).any()
 
 
-def test_a_batch_depends_on_seed_and_step_alone():
+def test_a_batch_depends_on_seed_and_step_only():
     straight = [batch_indices(1000, 64, 7, step) for step in range(40)]
     resumed = [batch_indices(1000, 64, 7, step) for step in reversed(range(40))][::-1]
-    assert all(
-        (a == b).all() and a.dtype == np.int64 and a.shape == (64,)
-        for a, b in zip(straight, resumed, strict=True)
-    )
+    for a, b in zip(straight, resumed, strict=True):
+        assert (a == b).all() and a.dtype == np.int64 and a.shape == (64,)
     assert (batch_indices(1000, 64, 8, 0) != straight[0]).any()
     assert (np.sort(straight[0]) != np.arange(64)).any()
 
 
-def test_a_corpus_shorter_than_a_batch_is_an_error():
+def test_a_corpus_smaller_than_a_batch_is_an_error():
     with pytest.raises(HalfstepError, match="batch_size is 8, but the corpus has only 7 windows"):
         batch_indices(7, 8, 1, 0)

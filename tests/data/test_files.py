@@ -1,14 +1,16 @@
-"""The user's own text: every format gives the same documents, and every fault names file, line and remedy."""
+"""Corpus kind `files`: all formats give the same documents; errors name file, line and remedy."""
 
 import gzip
 import json
 
 import pytest
 
-from halfstep.data.files import find, read_documents
+from halfstep.data.files import find_files, read_documents
 from halfstep.errors import HalfstepError
 
 DOCUMENTS = ["Once upon a time\nthere was é 🙂.", "Two.", "Three\tx"]
+ROWS = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in DOCUMENTS).encode()
+WINDOWS_LINES = "\r\n\r\n".join(text.replace("\n", "\r\n") for text in DOCUMENTS)
 
 
 def contents(path, field="text"):
@@ -20,34 +22,30 @@ def write(path, raw):
     return path
 
 
-ROWS = "".join(json.dumps({"id": 1, "text": d}) + "\n" for d in DOCUMENTS).encode()
-
-
-@pytest.mark.parametrize("name, raw", [
-    ("a.txt", "\n\n\n".join(DOCUMENTS).encode()),
-    ("windows.txt", b"\xef\xbb\xbf" + "\r\n\r\n".join(d.replace("\n", "\r\n") for d in DOCUMENTS).encode()),
-    ("a.txt.gz", "\n\n".join(DOCUMENTS).encode() + b"\n"),
-    ("marked.txt", "\n<|endoftext|>\n".join(DOCUMENTS).encode() + b"\n<|endoftext|>\n"),
-    ("a.jsonl", ROWS),
-    ("a.jsonl.gz", ROWS.replace(b"\n", b"\n\n") + b'{"text": " \\n"}'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, raw",
+    [
+        ("a.txt", "\n\n\n".join(DOCUMENTS).encode()),
+        ("windows.txt", b"\xef\xbb\xbf" + WINDOWS_LINES.encode()),
+        ("a.txt.gz", "\n\n".join(DOCUMENTS).encode() + b"\n"),
+        ("marked.txt", "\n<|endoftext|>\n".join(DOCUMENTS).encode() + b"\n<|endoftext|>\n"),
+        ("a.jsonl", ROWS),
+        ("a.jsonl.gz", ROWS.replace(b"\n", b"\n\n") + b'{"text": " \\n"}'),
+    ],
+)
 def test_all_formats_give_the_same_documents(tmp_path, name, raw):
     assert contents(write(tmp_path / name, raw)) == DOCUMENTS
 
 
 def test_a_marked_txt_keeps_its_blank_lines(tmp_path):
-    assert contents(write(tmp_path / "a.txt", b"one\n\ntwo\n<|endoftext|>\nthree\n")) == [
-        "one\n\ntwo",
-        "three",
-    ]
+    path = write(tmp_path / "a.txt", b"one\n\ntwo\n<|endoftext|>\nthree\n")
+    assert contents(path) == ["one\n\ntwo", "three"]
 
 
-def test_a_long_txt_is_cut_at_a_line(tmp_path, monkeypatch):
+def test_a_long_txt_is_cut_at_the_end_of_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr("halfstep.data.files.LONGEST_DOCUMENT", 10)
-    assert contents(write(tmp_path / "a.txt", b"seven..\nseven..\nrest\n")) == [
-        "seven..\nseven..",
-        "rest",
-    ]
+    path = write(tmp_path / "a.txt", b"seven..\nseven..\nrest\n")
+    assert contents(path) == ["seven..\nseven..", "rest"]
 
 
 def test_parquet(tmp_path):
@@ -66,48 +64,58 @@ def test_parquet(tmp_path):
         contents(path)
 
 
-@pytest.mark.parametrize("name, raw, sentence", [
-    ("a.txt", b"", r"a.txt: holds no text \(0 bytes\)"),
-    ("a.jsonl", b"\n\n", r"holds no text"),
-    ("a.txt", b"fine\n\nabc\xff\n", r"a.txt, line 3: byte 0xff at place 4 is not UTF-8"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"line 2: byte 0xe9"),
-    ("a.jsonl", b'{"text": "a"}\n{"body": "b", "n": 1}\n', r"line 2: found an object with body, n, expected a field 'text'"),
-    ("a.jsonl", b'{"text": 3}\n', r"line 1: field 'text' holds a int"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"line 2: not valid JSON"),
-    ("a.jsonl", b"[" * 100_000, r"line 1: not valid JSON"),
-    ("a.jsonl", b'["a"]', r"line 1: found a JSON list"),
-    ("a.jsonl.gz", gzip.compress(ROWS * 50)[:60], r"a.jsonl.gz: cannot be read"),
-])  # fmt: skip
-def test_faults_name_the_line(tmp_path, name, raw, sentence):
+@pytest.mark.parametrize(
+    "name, raw, sentence",
+    [
+        ("a.txt", b"", r"a.txt: holds no text \(0 bytes\)"),
+        ("a.jsonl", b"\n\n", r"holds no text"),
+        ("a.txt", b"fine\n\nabc\xff\n", r"a.txt, line 3: byte 0xff at position 4 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"line 2: byte 0xe9"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"body": "b", "n": 1}\n',
+            r"line 2: found an object with body, n, expected a field 'text'",
+        ),
+        ("a.jsonl", b'{"text": 3}\n', r"line 1: field 'text' holds a int"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"line 2: not valid JSON"),
+        ("a.jsonl", b"[" * 100_000, r"line 1: not valid JSON"),
+        ("a.jsonl", b'["a"]', r"line 1: found a JSON list"),
+        ("a.jsonl.gz", gzip.compress(ROWS * 50)[:60], r"a.jsonl.gz: cannot be read"),
+    ],
+)
+def test_errors_name_the_line(tmp_path, name, raw, sentence):
     path = tmp_path / name
     path.write_bytes(raw)
     with pytest.raises(HalfstepError, match=sentence):
         contents(path)
 
 
-def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
+def test_an_endless_line_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("halfstep.data.files.LONGEST_LINE", 1 << 20)
     with pytest.raises(HalfstepError, match="line 2: longer than 1 MB"):
         contents(write(tmp_path / "a.txt", b"x\n" + b"y" * (1 << 20) + b"yy"))
 
 
-def test_globs_are_sorted_and_each_file_comes_once(tmp_path, monkeypatch):
+def test_globs_are_sorted_and_each_file_is_found_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.jsonl", "odd[1].txt"):
         write(tmp_path / name, b"x")
-    assert [str(p) for p in find(["b.txt", "[ab].txt", "**/*.jsonl", "odd[1].txt"])] == [
-        "b.txt",
-        "a.txt",
-        "deep/c.jsonl",
-        "odd[1].txt",
-    ]
-    for pattern, sentence in (
+    found = find_files(["b.txt", "[ab].txt", "**/*.jsonl", "odd[1].txt"])
+    assert [str(path) for path in found] == ["b.txt", "a.txt", "deep/c.jsonl", "odd[1].txt"]
+
+
+@pytest.mark.parametrize(
+    "pattern, sentence",
+    [
         ("*.md", "matches nothing"),
         ("deep", "deep is a folder"),
         ("x.csv", "unknown suffix; expected one of .txt"),
-    ):
-        if pattern == "x.csv":
-            write(tmp_path / pattern, b"x")
-        with pytest.raises(HalfstepError, match=sentence):
-            find([pattern])
+    ],
+)
+def test_a_pattern_without_usable_files_is_an_error(tmp_path, monkeypatch, pattern, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "x.csv", b"x")
+    with pytest.raises(HalfstepError, match=sentence):
+        find_files([pattern])

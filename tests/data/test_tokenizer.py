@@ -1,4 +1,4 @@
-"""Tokenizers: any text comes back, training is deterministic, GPT-2's ids are GPT-2's."""
+"""Tokenizers: any text round-trips, training is deterministic, GPT-2's ids are GPT-2's."""
 
 import json
 import random
@@ -13,27 +13,20 @@ from halfstep.errors import HalfstepError
 GPT2 = Path("/work/shared/data/gpt2_bpe")
 
 
-def test_the_stories_words_are_one_token_each():
+def test_each_word_of_the_stories_is_one_token():
     tokenizer = train_bpe(sample_stories(3000, 1), 640)
     assert tokenizer.token_to_id(EOS) == 0 and tokenizer.get_vocab_size() <= 640
-    words = {
-        word for story in sample_stories(500, 2) for word in story.replace(".", "").split()[1:]
-    }
+    stories = sample_stories(500, 2)
+    words = {word for story in stories for word in story.replace(".", "").split()[1:]}
     assert not [word for word in words if len(tokenizer.encode(" " + word).ids) > 1]
     assert train_bpe(sample_stories(3000, 1), 640).to_str() == tokenizer.to_str()
 
 
-def test_any_text_comes_back():
+def test_any_text_round_trips():
     tokenizer, rng = train_bpe(sample_stories(200, 1), 300), random.Random(0)
+    ranges = [(32, 127), (0, 0xD7FF), (0x1F300, 0x1F700)]
     for _ in range(200):
-        text = "".join(
-            chr(
-                rng.choice(
-                    [rng.randrange(32, 127), rng.randrange(0xD7FF), rng.randrange(0x1F300, 0x1F700)]
-                )
-            )
-            for _ in range(20)
-        )
+        text = "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(20))
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
@@ -48,13 +41,11 @@ def test_gpt2_ids(tmp_path):
     assert tokenizer.decode(tokenizer.encode(" naïve 🙂\n").ids) == " naïve 🙂\n"
 
 
-def test_a_folder_with_the_hubs_names(tmp_path):
+def test_a_folder_with_the_file_names_of_the_hub(tmp_path):
     tokenizer = train_bpe(sample_stories(200, 1), 300)
     tokenizer.model.save(str(tmp_path))
-    assert (
-        load_bpe(str(tmp_path)).encode("Lily went home.").ids
-        == tokenizer.encode("Lily went home.").ids
-    )
+    text = "Lily went home."
+    assert load_bpe(str(tmp_path)).encode(text).ids == tokenizer.encode(text).ids
 
 
 def test_errors_name_the_folder(tmp_path):

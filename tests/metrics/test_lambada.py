@@ -1,4 +1,4 @@
-"""Last words through lm-eval, offline: a model that is known exactly, by hand; and the released form of the task."""
+"""LAMBADA through lm-eval, offline: by hand on a known language, and on the released items."""
 
 import hashlib
 import json
@@ -19,11 +19,11 @@ from halfstep.errors import HalfstepError
 from halfstep.metrics.lambada import (
     HalfstepLM,
     Request,
-    check_items,
     context_of,
-    examine,
-    task,
-    word_of,
+    count_items,
+    evaluate_lambada,
+    lambada_task,
+    last_word_of,
 )
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
@@ -48,54 +48,47 @@ def known_model(length=16) -> SimpleNamespace:
     )
 
 
-def write_items(path, texts) -> Path:
+def write_items(path, texts) -> str:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+    return str(path)
+
+
+def digest(texts) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
 def test_lm_eval_end_to_end_by_hand(tmp_path):
-    """EOS on the right is visible, so `a cat ran to` is no rival of `a cat ran to the door`: only mat and rug are in doubt."""
-    found = examine(
-        known_model(), str(write_items(tmp_path / "items.jsonl", STORIES)), micro_batch=2
-    )
+    """Only mat and rug are in doubt.
+
+    EOS on the right is visible, so `a cat ran to` does not compete with `a cat ran to the door`.
+    """
+    items = write_items(tmp_path / "items.jsonl", STORIES)
+    found = evaluate_lambada(known_model(), items, micro_batch=2)
     np.testing.assert_allclose(np.exp(-found["nll"]["elbo-exact"]), [0.6, 0.4, 1, 1], rtol=1e-9)
-    assert (
-        found["hits"]["parallel"].tolist()
-        == found["hits"]["confidence"].tolist()
-        == [True, False, True, True]
-    )
+    for protocol in ("parallel", "confidence"):
+        assert found["hits"][protocol].tolist() == [True, False, True, True]
     assert found["lm_eval"]["acc,none"] == 0.75
     assert found["lm_eval"]["perplexity,none"] == pytest.approx(exp(-(log(0.6) + log(0.4)) / 4))
 
 
-def test_the_first_items_only_and_every_item_once(tmp_path):
-    items = write_items(tmp_path / "items.jsonl", list(STORIES) + [next(iter(STORIES))])
-    two, five = (examine(known_model(), str(items), items=items_) for items_ in (2, 99))
-    assert {len(nll) for nll in two["nll"].values()} == {2} and {
-        len(nll) for nll in five["nll"].values()
-    } == {5}
-    texts = list(STORIES)
-    assert (
-        two["data"]
-        == f"items.jsonl[2]@{hashlib.sha256(chr(0).join(texts[:2]).encode()).hexdigest()[:12]}"
-    )
-    assert (
-        five["data"]
-        == f"items.jsonl[5]@{hashlib.sha256(chr(0).join([*texts, texts[0]]).encode()).hexdigest()[:12]}"
-    )
+def test_items_can_be_limited_and_a_repeated_item_counts_twice(tmp_path):
+    texts = [*STORIES, next(iter(STORIES))]
+    items = write_items(tmp_path / "items.jsonl", texts)
+    for limit, count in ((2, 2), (99, 5)):
+        found = evaluate_lambada(known_model(), items, items=limit)
+        assert {len(nll) for nll in found["nll"].values()} == {count}
+        assert found["data"] == f"items.jsonl[{count}]@{digest(texts[:count])}"
 
 
 def test_the_task_is_the_stock_one():
     import lm_eval
     from lm_eval.utils import apply_template
 
-    stock = yaml.safe_load(
-        (Path(lm_eval.__file__).parent / "tasks/lambada/lambada_openai.yaml").read_text()
-    )
-    ours = task("EleutherAI/lambada_openai", Path("."))
-    assert {k: v for k, v in ours.items() if not k.startswith("doc_to_t")} == {
-        k: v for k, v in stock.items() if k not in ("tag", "doc_to_text", "doc_to_target")
-    }
+    path = Path(lm_eval.__file__).parent / "tasks/lambada/lambada_openai.yaml"
+    stock = yaml.safe_load(path.read_text())
+    ours = lambada_task("EleutherAI/lambada_openai", Path("."))
+    templates = {"doc_to_text": context_of, "doc_to_target": last_word_of}
+    assert ours == {key: value for key, value in stock.items() if key != "tag"} | templates
     for text in (
         "one two three",
         "two  spaces  here",
@@ -105,11 +98,11 @@ def test_the_task_is_the_stock_one():
         'quote" she said',
         "a tab\tb c\nd",
     ):
-        assert apply_template(stock["doc_to_text"], {"text": text}) == context_of({"text": text})
-        assert apply_template(stock["doc_to_target"], {"text": text}) == word_of({"text": text})
+        for template, function in templates.items():
+            assert apply_template(stock[template], {"text": text}) == function({"text": text})
 
 
-def test_windows_hold_bos_context_word_eos_and_lose_the_oldest_tokens():
+def test_windows_are_bos_context_word_eos_without_the_oldest_tokens():
     model = known_model(length=7)
     ids = model.tokenizer.encode("the cat sat on the mat").ids
     q = HalfstepLM(model, "parallel").question("the cat sat on the", " mat")
@@ -122,14 +115,11 @@ def test_windows_hold_bos_context_word_eos_and_lose_the_oldest_tokens():
         HalfstepLM(model, "parallel").question("the", " mat")
 
 
-def test_answers_are_kept_and_protocols_share_the_likelihood():
+def test_answers_are_cached_and_protocols_share_the_likelihood():
     model = known_model()
     lm = HalfstepLM(model, "parallel")
-    requests = [
-        Request(("the cat sat on the", " mat")),
-        Request(("the cat sat on the", " rug")),
-        Request(("the cat sat on the", " mat")),
-    ]
+    words = (" mat", " rug", " mat")
+    requests = [Request(("the cat sat on the", word)) for word in words]
     first = lm.loglikelihood(requests)
     asked = model.denoiser.asked
     assert lm.loglikelihood(requests) == first and model.denoiser.asked == asked
@@ -138,59 +128,61 @@ def test_answers_are_kept_and_protocols_share_the_likelihood():
     assert [hit for _, hit in first] == [True, False, True]
 
 
-def test_monte_carlo_stands_beside_what_lm_eval_computes(tmp_path):
-    """Protocol elbo-mc is by item and seed, whatever the batch, and leaves lm-eval's own numbers as they were."""
-    items = str(write_items(tmp_path / "items.jsonl", STORIES))
+def test_monte_carlo_depends_on_item_and_seed_only(tmp_path):
+    """Protocol elbo-mc is the same in any batch and leaves lm-eval's own numbers unchanged."""
+    items = write_items(tmp_path / "items.jsonl", STORIES)
     one, two, other = (
-        examine(known_model(), items, micro_batch=batch, seed=seed)
+        evaluate_lambada(known_model(), items, micro_batch=batch, seed=seed)
         for batch, seed in ((1, 0), (9, 0), (9, 1))
     )
     np.testing.assert_allclose(one["nll"]["elbo-mc"], two["nll"]["elbo-mc"], rtol=1e-12)
-    assert (one["nll"]["elbo-mc"][:2] != other["nll"]["elbo-mc"][:2]).all()  # of the items in doubt
-    assert (
-        one["lm_eval"] == other["lm_eval"]
-        and (one["nll"]["elbo-exact"] == other["nll"]["elbo-exact"]).all()
-    )
+    in_doubt = slice(0, 2)
+    assert (one["nll"]["elbo-mc"][in_doubt] != other["nll"]["elbo-mc"][in_doubt]).all()
+    assert one["lm_eval"] == other["lm_eval"]
+    assert (one["nll"]["elbo-exact"] == other["nll"]["elbo-exact"]).all()
     assert one["passes"] == {"parallel": 1, "confidence": 1, "elbo-exact": 1, "elbo-mc": 32}
 
 
 def test_whole_texts_are_scored_window_by_window():
     model = known_model(length=8)
-    requests = [Request(("the cat sat on the mat",)), Request((" ".join(STORIES),))]
+    text = " ".join(STORIES)
+    requests = [Request(("the cat sat on the mat",)), Request((text,))]
     whole, long = HalfstepLM(model, "parallel").loglikelihood_rolling(requests)
-    assert whole == pytest.approx(
-        log(0.3 / 0.9)
-    )  # of three texts of this length, EOS on the right known
-    parts = [
-        Request((" ".join(words),))
-        for words in np.split(np.array(" ".join(STORIES).split()), [6, 12, 18])
-    ]
+    # Three texts have this length, which the EOS on the right reveals.
+    assert whole == pytest.approx(log(0.3 / 0.9))
+    pieces = np.split(np.array(text.split()), [6, 12, 18])
+    parts = [Request((" ".join(piece),)) for piece in pieces]
     assert long == pytest.approx(sum(HalfstepLM(model, "parallel").loglikelihood_rolling(parts)))
 
 
-@pytest.mark.parametrize("lines, fault", [
-    ('{"text": "a b"}\n{"text": 3}\n', ":2 is not"), ('{"text": "a b"}\nnonsense\n', ":2 is not"), ('{"text": "ends in space "}\n', ":1 is not"),
-    ('{"story": "a b"}\n', ":1 is not"), ("", "holds no items"),
-])  # fmt: skip
-def test_bad_items_are_named(tmp_path, lines, fault):
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ('{"text": "a b"}\n{"text": 3}\n', ":2 is not"),
+        ('{"text": "a b"}\nnonsense\n', ":2 is not"),
+        ('{"text": "ends in space "}\n', ":1 is not"),
+        ('{"story": "a b"}\n', ":1 is not"),
+        ("", "holds no items"),
+    ],
+)
+def test_a_bad_item_is_named(tmp_path, lines, message):
     path = tmp_path / "items.jsonl"
     path.write_text(lines)
-    with pytest.raises(HalfstepError, match=fault):
-        examine(known_model(), str(path))
+    with pytest.raises(HalfstepError, match=message):
+        evaluate_lambada(known_model(), str(path))
 
 
-def test_missing_data_and_wrong_requests_say_what_to_do(tmp_path, monkeypatch):
+def test_missing_data_and_wrong_requests_are_errors_with_a_remedy(tmp_path, monkeypatch):
     with pytest.raises(HalfstepError, match="no file"):
-        check_items(tmp_path / "nowhere.jsonl")
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route to the hub")),
-    )
-    with pytest.raises(
-        HalfstepError, match="cannot load 'EleutherAI/lambada_openai'.*no route.*jsonl"
-    ):
-        examine(known_model(), "EleutherAI/lambada_openai")
+        count_items(tmp_path / "nowhere.jsonl")
+
+    def no_route(*args, **options):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", no_route)
+    message = "cannot load 'EleutherAI/lambada_openai'.*no route.*jsonl"
+    with pytest.raises(HalfstepError, match=message):
+        evaluate_lambada(known_model(), "EleutherAI/lambada_openai")
     with pytest.raises(HalfstepError, match="likelihood tasks"):
         HalfstepLM(known_model(), "parallel").generate_until([])
     with pytest.raises(HalfstepError, match="parallel, confidence"):
@@ -202,49 +194,35 @@ def test_missing_data_and_wrong_requests_say_what_to_do(tmp_path, monkeypatch):
     reason="the released LAMBADA form and GPT-2's BPE are not in /work/shared",
 )
 def test_the_released_form_of_lambada():
-    """2,000 items with GPT-2's BPE and random networks: every item is read, and a uniform guess over 50,257 tokens scores like one."""
+    """2,000 items with GPT-2's BPE, by networks that guess uniformly over 50,257 tokens."""
     tokenizer = Tokenizer(models.BPE.from_file(str(GPT2 / "encoder.json"), str(GPT2 / "vocab.bpe")))
-    tokenizer.pre_tokenizer, tokenizer.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
     gpt, dit = GPT(50257, 16, 1, 2).eval(), DiT(50257, 16, 1, 2).eval()
-    torch.nn.init.zeros_(gpt.output_layer.linear.weight)
-    model = dict(
-        tokenizer=tokenizer,
-        length=128,
-        eos_id=50256,
-        network=gpt,
-        denoiser=SubsDenoiser(dit, LogLinear()),
-    )
+    torch.nn.init.zeros_(gpt.output_layer.linear.weight)  # that of the DiT starts at zero
+    model = {
+        "tokenizer": tokenizer,
+        "length": 128,
+        "eos_id": 50256,
+        "network": gpt,
+        "denoiser": SubsDenoiser(dit, LogLinear()),
+    }
     texts = [json.loads(line)["text"] for line in LAMBADA.read_text().splitlines()]
-    tokens = np.array([len(tokenizer.encode(word_of({"text": text})).ids) for text in texts])
-    ar = examine(SimpleNamespace(kind="autoregressive", **model), str(LAMBADA), micro_batch=64)
+    words = [last_word_of({"text": text}) for text in texts]
+    tokens = np.array([len(tokenizer.encode(word).ids) for word in words])
+    ar = SimpleNamespace(kind="autoregressive", **model)
+    ar = evaluate_lambada(ar, str(LAMBADA), micro_batch=64)
     np.testing.assert_allclose(ar["nll"]["ar"], tokens * log(50257), rtol=1e-5)
-    diffusion = examine(
-        SimpleNamespace(kind="diffusion", **model), str(LAMBADA), items=100, micro_batch=64
-    )
-    np.testing.assert_allclose(
-        diffusion["nll"]["elbo-exact"], tokens[:100] * log(50257), rtol=1e-5
-    )  # DiT's head starts at zero
-    assert (
-        abs(diffusion["nll"]["elbo-mc"].mean() / diffusion["nll"]["elbo-exact"].mean() - 1) < 0.15
-    )
-    assert (
-        ar["data"]
-        == f"{LAMBADA.name}[2000]@{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()[:12]}"
-    )
-    assert (
-        diffusion["data"].startswith(f"{LAMBADA.name}[100]@")
-        and diffusion["data"][-12:] != ar["data"][-12:]
-    )
-    assert (
-        diffusion["passes"]["confidence"] == tokens[:100].mean()
-        and diffusion["passes"]["elbo-exact"] == (2.0 ** tokens[:100] - 1).mean()
-    )
-    assert (
-        len(ar["nll"]["ar"]) == 2000
-        and set(diffusion["hits"]) == {"parallel", "confidence"}
-        and set(ar["hits"]) == {"ar"}
-    )
+    assert len(ar["nll"]["ar"]) == 2000 and set(ar["hits"]) == {"ar"}
+    assert ar["data"] == f"{LAMBADA.name}[2000]@{digest(texts)}"
+    tokens = tokens[:100]
+    diffusion = SimpleNamespace(kind="diffusion", **model)
+    diffusion = evaluate_lambada(diffusion, str(LAMBADA), items=100, micro_batch=64)
+    exact, drawn = diffusion["nll"]["elbo-exact"], diffusion["nll"]["elbo-mc"]
+    np.testing.assert_allclose(exact, tokens * log(50257), rtol=1e-5)
+    assert abs(drawn.mean() / exact.mean() - 1) < 0.15
+    assert set(diffusion["hits"]) == {"parallel", "confidence"}
+    assert diffusion["data"] == f"{LAMBADA.name}[100]@{digest(texts[:100])}"
+    assert diffusion["passes"]["confidence"] == tokens.mean()
+    assert diffusion["passes"]["elbo-exact"] == (2.0**tokens - 1).mean()

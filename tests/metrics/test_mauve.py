@@ -1,4 +1,4 @@
-"""MAUVE: the judge's features are its own, and the number is the paper's area where it can be computed by hand."""
+"""MAUVE: features are those of the judge, and the value is the paper's area where it is known."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from halfstep.errors import HalfstepError
-from halfstep.metrics.mauve import features, mauve
+from halfstep.metrics.mauve import judge_features, mauve
 from halfstep.metrics.perplexity import load_judge
 
 
@@ -17,47 +17,42 @@ def judge(world):
     return load_judge(str(world.models / "baseline" / "hf"))
 
 
-def test_features_are_the_last_hidden_state_of_the_last_token(world, judge):
-    """Each text alone, without padding, through transformers' own hidden_states; texts of different lengths once they are tokenised again."""
-    tokenizer, eos = (
-        Tokenizer.from_file(str(world.corpus / "tokenizer.json")),
-        world.facts["eos_id"],
-    )
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return Tokenizer.from_file(str(world.corpus / "tokenizer.json"))
+
+
+def test_features_are_the_last_hidden_state_of_the_last_token(world, judge, tokenizer):
+    """Each text alone, without padding, by transformers' own hidden_states.
+
+    The texts have different lengths once they are tokenized again.
+    """
+    eos = world.facts["eos_id"]
     ids = np.random.default_rng(0).permuted(world.held_out[:7, :40], axis=1)
+    # Spelled out, letter by letter: the letters merge again.
     letters = tokenizer.decode(world.held_out[0].tolist()).replace(" ", "Ġ")[:40]
-    ids[0] = [
-        tokenizer.token_to_id(letter) for letter in letters
-    ]  # spelt out: its letters merge again
-    found = features(judge, ids, tokenizer, eos, 3)
+    ids[0] = [tokenizer.token_to_id(letter) for letter in letters]
+    found = judge_features(judge, ids, tokenizer, eos, 3)
     lengths = set()
-    for text, mine in zip(
-        tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False), found, strict=True
-    ):
-        again = judge.tokenizer(text)["input_ids"][:40]
-        lengths.add(len(again))
+    texts = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
+    for text, mine in zip(texts, found, strict=True):
+        again = torch.tensor([judge.tokenizer(text)["input_ids"][:40]])
+        lengths.add(again.shape[1])
         with torch.no_grad():
-            states = judge.network(
-                input_ids=torch.tensor([again]), output_hidden_states=True
-            ).hidden_states[-1]
+            states = judge.network(input_ids=again, output_hidden_states=True).hidden_states[-1]
         assert np.allclose(mine, states[0, -1].numpy(), atol=1e-4)
     assert len(lengths) > 1 and found.shape == (7, 128) and found.dtype == np.float32
-    assert np.allclose(found, features(judge, ids, tokenizer, eos, 7), atol=1e-4)
+    assert np.allclose(found, judge_features(judge, ids, tokenizer, eos, 7), atol=1e-4)
 
 
-def test_a_judge_that_reads_less_than_a_text_is_named(world, judge):
+def test_a_judge_that_reads_less_than_a_text_is_an_error(world, tokenizer):
     short = SimpleNamespace(context=8, name="short")
     with pytest.raises(HalfstepError, match="texts of 40 tokens, but short reads at most 8"):
-        features(
-            short,
-            world.held_out[:2, :40],
-            Tokenizer.from_file(str(world.corpus / "tokenizer.json")),
-            0,
-            2,
-        )
+        judge_features(short, world.held_out[:2, :40], tokenizer, 0, 2)
 
 
 def test_area_under_the_curve_of_two_bins():
-    """Features at two places only: the histograms are known, p = (1/2, 1/2) and q = (3/4, 1/4), and so are the curve and its area."""
+    """Features at two points: histograms (1/2, 1/2) and (3/4, 1/4), so the area is known."""
 
     def texts(*counts):
         return np.repeat(np.eye(2, 5, dtype=np.float32), counts, axis=0)
@@ -74,19 +69,19 @@ def test_area_under_the_curve_of_two_bins():
     assert interval == pytest.approx((value, value))  # every seed finds these two bins
 
 
-def test_equal_laws_one_far_laws_zero_and_order_between():
+def test_mauve_falls_from_one_for_equal_distributions_to_zero_for_distant_ones():
     rng = np.random.default_rng(1)
     human = rng.normal(size=(200, 16)).astype(np.float32)
-    same, *further = (
+    found = [
         mauve(human, (rng.normal(size=(400, 16)) + shift).astype(np.float32))
         for shift in (0, 0.5, 1, 4)
-    )
-    assert mauve(human, human)[0] > 0.999 and same[0] > 0.95 and further[-1][0] < 0.01
-    values = [value for value, _ in (same, *further)]
-    assert values == sorted(values, reverse=True) and all(
-        low <= value <= high for value, (low, high) in (same, *further)
-    )
-    assert same[1][0] < same[1][1] <= 1
+    ]
+    values = [value for value, _ in found]
+    assert mauve(human, human)[0] > 0.999 and values[0] > 0.95 and values[-1] < 0.01
+    assert values == sorted(values, reverse=True)
+    assert all(low <= value <= high for value, (low, high) in found)
+    low, high = found[0][1]
+    assert low < high <= 1
     assert mauve(human, human + 0.3) == mauve(human, human + 0.3)
     with pytest.raises(HalfstepError, match="found 200 references and 1 texts"):
         mauve(human, human[:1])

@@ -1,4 +1,4 @@
-"""Generative perplexity against direct arithmetic on the judge's logits, and the judge's faults."""
+"""Generative perplexity against direct arithmetic on the judge's logits, and errors of judges."""
 
 from math import exp
 
@@ -26,19 +26,26 @@ EOS = "<|endoftext|>"
 
 def save_judge(folder, architecture, words=WORDS, seed=0, eos=EOS):
     tokenizer = words_tokenizer(words)
-    size = dict(vocab_size=tokenizer.get_vocab_size(), bos_token_id=0, eos_token_id=0)
     torch.manual_seed(seed)
     if architecture == "gpt2":
-        network = GPT2LMHeadModel(
-            GPT2Config(
-                n_embd=16, n_layer=1, n_head=2, n_positions=24, initializer_range=0.5, **size
-            )
+        config, network = (
+            GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=24),
+            GPT2LMHeadModel,
         )
     else:
-        network = GPTNeoXForCausalLM(GPTNeoXConfig(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=24, initializer_range=0.5, **size
-        ))  # fmt: skip
-    network.save_pretrained(folder)
+        config, network = (
+            GPTNeoXConfig(
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=24,
+            ),
+            GPTNeoXForCausalLM,
+        )
+    size = {"vocab_size": tokenizer.get_vocab_size(), "bos_token_id": 0, "eos_token_id": 0}
+    config.update(size | {"initializer_range": 0.5})
+    network(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(folder)
     return folder
 
@@ -53,21 +60,19 @@ def by_hand(folder, text):
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     with torch.no_grad():
         logits = network(torch.tensor([text])).logits[0, :-1]
-    return (
-        logits.logsumexp(-1) - logits[torch.arange(len(text) - 1), torch.tensor(text[1:])]
-    ).numpy()
+    chosen = logits[torch.arange(len(text) - 1), torch.tensor(text[1:])]
+    return (logits.logsumexp(-1) - chosen).numpy()
 
 
-def test_token_nll_is_logsumexp_minus_logit_whatever_the_batch(folder, monkeypatch):
+def test_token_nll_is_logsumexp_minus_logit_in_any_batch(folder, monkeypatch):
     judge, rng = load_judge(str(folder)), np.random.default_rng(0)
     texts = [rng.integers(0, 16, n).tolist() for n in (5, 24, 1, 9, 2, 9)] + [[]]
     for micro_batch, budget in ((1, 1 << 25), (4, 1 << 25), (4, 1)):
         monkeypatch.setitem(perplexity.LOGITS, "cpu", budget)
         found = token_nll(judge, texts, micro_batch)
         for text, nll in zip(texts, found, strict=True):
-            np.testing.assert_allclose(
-                nll, by_hand(folder, text) if len(text) > 1 else [], rtol=2e-5
-            )
+            expected = by_hand(folder, text) if len(text) > 1 else []
+            np.testing.assert_allclose(nll, expected, rtol=2e-5)
 
 
 def test_ids_is_sdtts_mean_of_means(folder):
@@ -78,7 +83,7 @@ def test_ids_is_sdtts_mean_of_means(folder):
 
 
 def test_retokenized_is_mdlms_masked_token_mean(folder):
-    """MDLM's own mask, (cumsum of EOS == 1) or not EOS, on texts with none, one and several EOS, at the start and within."""
+    """MDLM's own mask, (cumsum of EOS == 1) or not EOS, on texts with no, one and several EOS."""
     tokenizer, judge = words_tokenizer(WORDS), load_judge(str(folder))
     ids = np.array(
         [
@@ -98,42 +103,34 @@ def test_retokenized_is_mdlms_masked_token_mean(folder):
     assert sums[:, 1].tolist() == [5, 3, 3, 0, 2]
 
 
-def test_retokenized_reads_the_text_with_the_judges_own_tokens_and_eos(tmp_path):
-    """The judge's words have other ids, and its EOS another name: only the text counts."""
-    judge = load_judge(
-        str(
-            save_judge(
-                tmp_path, "gpt2", words="hat red its with rug door to ran and mat a on sat cat the"
-            )
-        )
-    )
+def test_retokenized_uses_the_judges_own_tokens_and_eos(tmp_path):
+    """Only the text counts: the judge's words have other ids, and its EOS another name."""
+    folder = save_judge(tmp_path, "gpt2", words=" ".join(reversed(WORDS.split())))
+    judge, tokenizer = load_judge(str(folder)), words_tokenizer(WORDS)
     ids = np.array([[0, 1, 2, 3, 0], [0, 4, 5, 6, 7]])
     theirs = [
-        judge.tokenizer.convert_tokens_to_ids(words_tokenizer(WORDS).decode(text, False).split())
+        judge.tokenizer.convert_tokens_to_ids(tokenizer.decode(text, False).split())
         for text in ids.tolist()
     ]
-    sums = retokenized_nll(judge, ids, words_tokenizer(WORDS), 0, 8)
-    assert not judge.shares(words_tokenizer(WORDS))
-    assert sums[1, 0] == pytest.approx(by_hand(tmp_path, theirs[1]).sum(), rel=1e-4)
+    sums = retokenized_nll(judge, ids, tokenizer, 0, 8)
+    assert not judge.shares(tokenizer)
+    assert sums[1, 0] == pytest.approx(by_hand(folder, theirs[1]).sum(), rel=1e-4)
     assert sums[:, 1].tolist() == [3, 4]
     judge.tokenizer.add_special_tokens({"eos_token": "hat"})
-    sums = retokenized_nll(judge, ids, words_tokenizer(WORDS), 0, 8)
+    sums = retokenized_nll(judge, ids, tokenizer, 0, 8)
     hat = judge.tokenizer.convert_tokens_to_ids("hat")
-    assert sums[0, 0] == pytest.approx(
-        by_hand(tmp_path, [hat, *theirs[0][1:4], hat])[:3].sum(), rel=1e-4
-    )
+    expected = by_hand(folder, [hat, *theirs[0][1:4], hat])[:3].sum()
+    assert sums[0, 0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_retokenized_cuts_to_the_length_of_the_samples(folder):
     judge, tokenizer = load_judge(str(folder)), words_tokenizer(WORDS)
     judge.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("mat", "red red hat")
-    ids = np.array([[1, 6, 2, 6, 3]])
-    assert (
-        retokenized_nll(judge, ids, tokenizer, 0, 8)[0, 1] == 4
-    )  # nine tokens again, five of them read
+    ids = np.array([[1, 6, 2, 6, 3]])  # nine tokens of the judge, of which it reads five
+    assert retokenized_nll(judge, ids, tokenizer, 0, 8)[0, 1] == 4
 
 
-def test_nothing_but_eos_is_an_error_and_so_is_a_tokenizer_without_eos(folder, tmp_path):
+def test_texts_of_eos_only_and_a_judge_without_eos_are_errors(folder, tmp_path):
     judge = load_judge(str(folder))
     with pytest.raises(HalfstepError, match="every text is empty or end-of-text alone"):
         retokenized_nll(judge, np.zeros((3, 5), int), words_tokenizer(WORDS), 0, 2)
@@ -142,15 +139,18 @@ def test_nothing_but_eos_is_an_error_and_so_is_a_tokenizer_without_eos(folder, t
         retokenized_nll(judge, np.ones((3, 5), int), words_tokenizer(WORDS), 0, 2)
 
 
-def test_the_judge_knows_whose_tokens_it_shares(folder):
+def test_a_judge_shares_a_tokenizer_with_the_same_ids(folder):
     judge = load_judge(str(folder))
-    assert judge.shares(words_tokenizer(WORDS)) and judge.shares(words_tokenizer("the cat sat"))
-    assert not judge.shares(words_tokenizer("cat the sat")) and not judge.shares(
-        words_tokenizer(WORDS + " more")
-    )
+    for words, shared in (
+        (WORDS, True),
+        ("the cat sat", True),
+        ("cat the sat", False),
+        (WORDS + " more", False),
+    ):
+        assert judge.shares(words_tokenizer(words)) == shared
 
 
-def test_ids_beyond_the_judges_vocabulary_or_context(folder):
+def test_ids_beyond_the_judges_vocabulary_or_context_are_errors(folder):
     judge = load_judge(str(folder))
     with pytest.raises(HalfstepError, match="token id 16 in the texts.*below 16"):
         ids_nll(judge, np.array([[1, 2, 16]]), 2)
@@ -158,7 +158,7 @@ def test_ids_beyond_the_judges_vocabulary_or_context(folder):
         ids_nll(judge, np.ones((2, 25), int), 2)
 
 
-def test_judges_that_cannot_be_loaded(folder, tmp_path, monkeypatch):
+def test_a_folder_that_is_no_judge_is_an_error(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(HalfstepError, match="no config.json in .*empty, found nothing there"):
         load_judge(str(tmp_path / "empty"))
@@ -169,49 +169,53 @@ def test_judges_that_cannot_be_loaded(folder, tmp_path, monkeypatch):
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in folder.iterdir():
-        (broken / file.name).write_bytes(
-            file.read_bytes()[:100] if file.suffix == ".safetensors" else file.read_bytes()
-        )
+        content = file.read_bytes()
+        content = content[:100] if file.suffix == ".safetensors" else content
+        (broken / file.name).write_bytes(content)
     with pytest.raises(HalfstepError, match="cannot load .*broken.*make the folder again"):
         load_judge(str(broken))
 
-    def offline(*_, **__):
-        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files\nmore")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offline)
-    with pytest.raises(
-        HalfstepError,
-        match=r"cannot load 'gpt2-large' \(OSError: We couldn't connect.*files\).*without network, download",
-    ):
-        load_judge("gpt2-large")
+@pytest.mark.parametrize(
+    "name, error, message",
+    [
+        (
+            "gpt2-large",
+            "We couldn't connect to 'https://huggingface.co' to load the files\nmore",
+            r"cannot load 'gpt2-large' \(OSError: We couldn't connect.*files\)"
+            ".*without network, download",
+        ),
+        (
+            "meta-llama/Meta-Llama-3-8B@main",
+            "You are trying to access a gated repo.\nMake sure to have access to it at "
+            "https://huggingface.co/meta-llama/Meta-Llama-3-8B.",
+            "accept its license at https://huggingface.co/meta-llama/Meta-Llama-3-8B, then log in",
+        ),
+    ],
+)
+def test_a_judge_that_the_hub_does_not_give_is_an_error(monkeypatch, name, error, message):
+    def refuse(*args, **options):
+        raise OSError(error)
 
-    def gated(*_, **__):
-        raise OSError(
-            "You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/meta-llama/Meta-Llama-3-8B."
-        )
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", gated)
-    with pytest.raises(
-        HalfstepError,
-        match=r"accept its licence at https://huggingface.co/meta-llama/Meta-Llama-3-8B, then log in",
-    ) as caught:
-        load_judge("meta-llama/Meta-Llama-3-8B@main")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(HalfstepError, match=message) as caught:
+        load_judge(name)
     assert "\n" not in str(caught.value)
 
 
 def test_a_revision_is_passed_on(folder, monkeypatch):
     seen, original = {}, AutoModelForCausalLM.from_pretrained
 
-    def fetch(name, revision, **rest):
-        seen.update(name=name, revision=revision)
-        network = original(folder, **rest)
+    def load_network(name, revision, **options):
+        seen["network"] = name, revision
+        network = original(folder, **options)
         network.config._commit_hash = "0123456789abcdef"
         return network
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fetch)
-    monkeypatch.setattr(
-        "transformers.AutoTokenizer.from_pretrained",
-        lambda name, revision: seen.update(tokenizer=(name, revision)),
-    )
+    def load_tokenizer(name, revision):
+        seen["tokenizer"] = name, revision
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_network)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load_tokenizer)
     assert load_judge("openai/judge@v2").name == "openai/judge@0123456789ab"
-    assert seen == {"name": "openai/judge", "revision": "v2", "tokenizer": ("openai/judge", "v2")}
+    assert seen == {"network": ("openai/judge", "v2"), "tokenizer": ("openai/judge", "v2")}

@@ -1,4 +1,4 @@
-"""Languages that are known exactly, and files as the commands leave them."""
+"""Languages whose probabilities are known exactly, and files as the commands write them."""
 
 import io
 
@@ -10,7 +10,10 @@ from halfstep.files import sha256, write_atomic, write_json
 
 
 class Language:
-    """A denoiser that never errs: the posterior over an enumerated set of windows, found by summing those that agree with what is visible."""
+    """A perfect denoiser: the posterior over an enumerated set of windows.
+
+    It sums the windows that agree with the visible tokens. `asked` counts the rows of logits.
+    """
 
     def __init__(self, windows: dict[tuple[int, ...], float], vocabulary: int):
         self.windows, self.vocabulary, self.mask_id = windows, vocabulary, vocabulary
@@ -21,11 +24,12 @@ class Language:
         p = torch.zeros(*xt.shape, self.vocabulary, dtype=torch.float64)
         for row, out in zip(xt.tolist(), p, strict=True):
             for window, chance in self.windows.items():
-                if len(window) == len(row) and all(
-                    v in (w, self.mask_id) for v, w in zip(row, window, strict=True)
-                ):
+                if len(window) == len(row) and self._agree(window, row):
                     out[torch.arange(len(row)), torch.tensor(window)] += chance
         return p.log() if where is None else p.log()[where]
+
+    def _agree(self, window, row):
+        return all(v in (w, self.mask_id) for v, w in zip(row, window, strict=True))
 
     def log_p(self, h):
         self.asked += len(h)
@@ -33,7 +37,7 @@ class Language:
 
 
 class Stubborn:
-    """A denoiser that is wrong in its own fixed way: each set of visible tokens has its own arbitrary law at each position."""
+    """A denoiser that is wrong in a fixed way: the visible tokens fix its random probabilities."""
 
     def __init__(self, vocabulary: int):
         self.vocabulary, self.mask_id = vocabulary, vocabulary
@@ -52,21 +56,34 @@ class Stubborn:
 
 def words_tokenizer(text: str) -> Tokenizer:
     """One token per word of `text`, in order of appearance after EOS (id 0)."""
-    words = dict.fromkeys(["<|endoftext|>", *text.split()])
-    tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, "<|endoftext|>")
-    )
+    eos = "<|endoftext|>"
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([eos, *text.split()]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, eos))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_special_tokens([eos])
     return tokenizer
 
 
 def write_samples(folder, ids, steps, kind="diffusion", model="stories-tiny/teacher"):
+    """A folder of samples as `halfstep generate` writes it."""
     buffer = io.BytesIO()
     np.save(buffer, ids)
     write_atomic(folder / "samples.npy", buffer.getvalue())
-    write_json(folder / "samples.json", {
-        "model": model, "checkpoint": "ab" * 32, "kind": kind, "sampler": "ancestral", "steps": steps, "network_evaluations": float(steps),
-        "num_samples": len(ids), "seed": 1, "weights": "ema", "draw_dtype": "float64", "temperature": 1.0, "elapsed_s": 1.0,
-        "sha256": sha256(folder / "samples.npy"), "commit": "unknown", "meta": {},
-    })  # fmt: skip
+    facts = {
+        "model": model,
+        "checkpoint": "ab" * 32,
+        "kind": kind,
+        "sampler": "ancestral",
+        "steps": steps,
+        "network_evaluations": float(steps),
+        "num_samples": len(ids),
+        "seed": 1,
+        "weights": "ema",
+        "draw_dtype": "float64",
+        "temperature": 1.0,
+        "elapsed_s": 1.0,
+        "sha256": sha256(folder / "samples.npy"),
+        "commit": "unknown",
+        "meta": {},
+    }
+    write_json(folder / "samples.json", facts)

@@ -1,28 +1,35 @@
-"""`halfstep continue-prompts` and `score-continuations`: what a model writes after the beginnings of held-out documents, and its measures."""
+"""`halfstep continue-prompts` and `score-continuations`: continue held-out text, and score that."""
+
+from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from halfstep.checkpoint import checkpoint_files as model_files
-from halfstep.checkpoint import load_checkpoint
-from halfstep.commands.evaluate import about_samples, corpus_name, judges, read_samples
+from halfstep.checkpoint import checkpoint_files, load_checkpoint
+from halfstep.commands.evaluate import (
+    corpus_name,
+    load_judges,
+    read_samples,
+    sample_columns,
+    sample_files,
+)
 from halfstep.commands.generate import draw_texts, note_idle_steps, save_samples, text_writer
 from halfstep.config import DrawOptions, Evaluation, Machine, Prompts
-from halfstep.data.pack import Windows, corpus_files, read_manifest, tokenizer_of
+from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer, read_manifest
 from halfstep.distributed.device import find_device
-from halfstep.distributed.group import join_group
+from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError
-from halfstep.files import write_json
 from halfstep.metrics.diversity import distinct, self_bleu
-from halfstep.metrics.intervals import bootstrap
-from halfstep.metrics.mauve import features, mauve
-from halfstep.metrics.perplexity import ids_nll
-from halfstep.metrics.rows import model_name, row
+from halfstep.metrics.mauve import judge_features, mauve
+from halfstep.metrics.perplexity import Judge, ids_nll
+from halfstep.metrics.rows import mean_row, model_name, row, write_rows
 from halfstep.records import provenance
 
 PROTOCOL = "continuations"
@@ -38,11 +45,14 @@ def continue_prompts(
     drawing: DrawOptions,
     machine: Machine,
 ) -> None:
-    """Write samples.npy (ids [num_prompts * per_prompt, prompt_tokens + continuation_tokens]), samples.txt and samples.json.
+    """Continue the beginnings of held-out documents: write samples.npy, samples.txt, samples.json.
 
-    The continuations of a prompt lie together. A denoiser has learnt windows between two EOS, so the last position of what it writes would be EOS,
-    which no document here ends with: it is given an EOS behind each text, which is not kept. An autoregressive checkpoint takes one step
-    per token, whatever `steps` says.
+    samples.npy holds ids [num_prompts * per_prompt, prompt_tokens + continuation_tokens]; the
+    continuations of a prompt are neighbors.
+
+    A denoiser was trained on windows between two EOS, so it would write EOS at its last position,
+    but no document ends there. Therefore it is given an EOS to the right of each text, which is not
+    kept. An autoregressive checkpoint takes one step per token, whatever `steps` is.
 
     Args:
         checkpoint: a checkpoint folder
@@ -52,163 +62,174 @@ def continue_prompts(
     """
     started, group, device = time.monotonic(), join_group(machine), find_device(machine)
     model = load_checkpoint(checkpoint, drawing.weights, str(device))
-    if model.tokenizer.get_vocab() != tokenizer_of(corpus).get_vocab():
+    name = model_name(checkpoint)
+    if model.tokenizer.get_vocab() != corpus_tokenizer(corpus).get_vocab():
         raise HalfstepError(
-            f"{corpus}: its tokenizer is not that of {model_name(checkpoint)}; name the corpus that the model was trained on"
+            f"{corpus}: its tokenizer is not that of {name}; "
+            "name the corpus on which the model was trained"
         )
-    texts, P = references(corpus, prompts), prompts.prompt_tokens
-    if texts.shape[1] >= model.length:
-        raise HalfstepError(
-            f"prompt_tokens + continuation_tokens: found {P} + {prompts.continuation_tokens}, but a text of {model_name(checkpoint)} has "
-            f"{model.length} tokens, EOS at its end; lower one of them"
-        )
+    texts = references(corpus, prompts)
     length = texts.shape[1]
-    write = text_writer(model, length, steps, drawing, end=model.eos_id)
+    if length >= model.length:
+        raise HalfstepError(
+            f"prompt_tokens + continuation_tokens: found {prompts.prompt_tokens} + "
+            f"{prompts.continuation_tokens}, but a text of {name} has {model.length} tokens, the "
+            "last of them EOS; lower one of them"
+        )
     if group.is_main:
         note_idle_steps(model, length, steps)
-    given = texts[:, :P].repeat_interleave(prompts.per_prompt, 0)
-    label = f"continue {model_name(checkpoint)} at {steps} steps"
+    write = text_writer(model, length, steps, drawing, end=model.eos_id)
+    given = texts[:, : prompts.prompt_tokens].repeat_interleave(prompts.per_prompt, 0)
+    label = f"continue {name} at {steps} steps"
     written = draw_texts(write, given, machine.micro_batch, label, group)
     if written is None:
         return
-    save_samples(
-        checkpoint,
-        output,
-        model,
-        steps,
-        written,
-        drawing,
-        prompts=prompts.model_dump(),
-        elapsed_s=time.monotonic() - started,
-    )
-    provenance.write_record(
-        output / provenance.NAME,
-        output.glob("samples.*"),
-        [*model_files(checkpoint, drawing.weights), *corpus_files(corpus, "validation")],
-    )
+    more = {"prompts": prompts.model_dump(), "elapsed_s": time.monotonic() - started}
+    save_samples(checkpoint, output, model, steps, written, drawing, **more)
+    inputs = [*checkpoint_files(checkpoint, drawing.weights), *corpus_files(corpus, "validation")]
+    provenance.write_record(output / provenance.NAME, output.glob("samples.*"), inputs)
+
+
+class _Continued(NamedTuple):
+    """Continuations ids[num_prompts * per_prompt, L], and the columns of their metric rows."""
+
+    ids: np.ndarray
+    prompts: Prompts
+    columns: dict[str, Any]
+
+
+class _Judged(NamedTuple):
+    """What one judge computes for a set of continuations; arrays are None on all ranks but 0."""
+
+    prompts: Prompts
+    columns: dict[str, Any]
+    reference: np.ndarray | None
+    """features of the documents themselves, [num_prompts, D]"""
+    features: np.ndarray | None
+    """features of the continuations, [num_prompts * per_prompt, D]"""
+    nll: np.ndarray | None
+    """mean -log p of each continuation; None also for a judge with another tokenizer"""
 
 
 def score_continuations(
     samples: list[Path], corpus: Path, output: Path, evaluation: Evaluation, machine: Machine
 ) -> None:
-    """MAUVE, self-BLEU, distinct bigrams and, under a judge with the corpus's tokenizer, perplexity of one model's continuations.
+    """Score one model's continuations: MAUVE, self-BLEU, distinct bigrams and perplexity.
 
-    Perplexity is exp(mean over texts of the mean over continuation_tokens of -log p(token | all before it)).
+    Perplexity is exp(mean over texts of the mean over continuation_tokens of
+    -log p(token | all before it)), under a judge with the corpus's tokenizer.
 
     Args:
         samples: folders of `halfstep continue-prompts`, one per step count, all of the same prompts
         corpus: folder of `halfstep prepare-corpus` that holds the prompts
         output: JSON file of the rows
     """
-    group, sets, human, found = join_group(machine), [], {}, []
-    for folder in samples:
-        ids, facts = read_samples(folder)
-        if "prompts" not in facts:
-            raise HalfstepError(
-                f"{folder}: samples without prompts; name folders that halfstep continue-prompts wrote"
-            )
-        prompts = Prompts.model_validate(facts["prompts"])
-        if prompts not in human:
-            human[prompts] = references(corpus, prompts).numpy()
-        given = human[prompts][:, : prompts.prompt_tokens].repeat(prompts.per_prompt, 0)
-        if not np.array_equal(ids[:, : prompts.prompt_tokens], given):
-            raise HalfstepError(
-                f"{folder}: its prompts are not those of {corpus}; name the corpus of the samples, or continue its prompts again"
-            )
-        what = f"{corpus_name(corpus)}, {prompts.num_prompts} prompts of {prompts.prompt_tokens} tokens, documents of {prompts.document_tokens}"
-        sets.append((ids, prompts, about_samples(facts) | {"data": what, "length": ids.shape[1]}))
-    tokenizer, eos_id = tokenizer_of(corpus), read_manifest(corpus)["eos_id"]
-    for judge in judges(evaluation, machine):
-        states = {
-            prompts: features(
-                judge, texts, tokenizer, eos_id, machine.micro_batch, "judge, held-out text", group
-            )
-            for prompts, texts in human.items()
-        }
-        for ids, prompts, about in sets:
-            label = f"{about['model']} at {about['steps'] or 'all'} steps: judge"
-            written = features(
-                judge, ids, tokenizer, eos_id, machine.micro_batch, f"{label}, features", group
-            )
-            nll = None
-            if judge.shares(tokenizer):
-                nll = ids_nll(
-                    judge,
-                    ids,
-                    machine.micro_batch,
-                    f"{label}, perplexity",
-                    group,
-                    prompts.prompt_tokens,
-                )
-            found.append((prompts, states[prompts], written, nll, about | judge.about))
-        del judge  # before the next is loaded
+    group = join_group(machine)
+    documents: dict[Prompts, np.ndarray] = {}
+    texts = [_read_continuations(folder, corpus, documents) for folder in samples]
+    judged = []
+    for judge in load_judges(evaluation, machine):
+        judged += _judge_continuations(judge, texts, documents, corpus, machine, group)
+        del judge  # before the next one is loaded
     if not group.is_main:
         return
+    resamples = evaluation.bootstrap
     rows = []
-    for prompts, reference, written, nll, about in found:
-        rows.append(row("mauve", PROTOCOL, *mauve(reference, written), **about))
+    for prompts, columns, reference, features, nll in judged:
+        rows.append(row("mauve", PROTOCOL, *mauve(reference, features), **columns))
         if nll is not None:
-            of_prompt = nll.reshape(prompts.num_prompts, -1).mean(1)
-            rows.append(
-                over_prompts("continuation_perplexity", of_prompt, evaluation, about, np.exp)
-            )
-    for ids, prompts, about in sets:
-        of_prompt = ids[:, prompts.prompt_tokens :].reshape(
-            prompts.num_prompts, prompts.per_prompt, -1
-        )
-        rows.append(over_prompts("self_bleu", self_bleu(of_prompt), evaluation, about))
-        rows.append(
-            over_prompts("continuation_distinct_2", distinct(of_prompt, 2), evaluation, about)
-        )
-    write_json(output, rows)
-    read = (folder / name for folder in samples for name in ("samples.json", "samples.npy"))
-    provenance.write_record(
-        output.with_suffix(f".{provenance.NAME}"),
-        [output],
-        [*read, *corpus_files(corpus, "validation"), *evaluation.judge],
-    )
+            # A prompt is the unit of the bootstrap: its continuations depend on one another.
+            values = nll.reshape(prompts.num_prompts, -1).mean(1)
+            metric = "continuation_perplexity"
+            rows.append(mean_row(metric, PROTOCOL, values, columns, resamples, np.exp))
+    for ids, prompts, columns in texts:
+        new = ids[:, prompts.prompt_tokens :]
+        new = new.reshape(prompts.num_prompts, prompts.per_prompt, -1)
+        metric = "continuation_distinct_2"
+        rows.append(mean_row("self_bleu", PROTOCOL, self_bleu(new), columns, resamples))
+        rows.append(mean_row(metric, PROTOCOL, distinct(new, 2), columns, resamples))
+    inputs = [*sample_files(samples), *corpus_files(corpus, "validation"), *evaluation.judge]
+    write_rows(output, rows, inputs)
 
 
-def over_prompts(
-    metric: str, values: np.ndarray, evaluation: Evaluation, about: dict, statistic=float
-) -> dict:
-    """The row of values[num_prompts]: a prompt is the unit of the bootstrap, for its continuations are not independent of one another."""
-    return row(
-        metric,
-        PROTOCOL,
-        statistic(values.mean()),
-        bootstrap(values, statistic, evaluation.bootstrap),
-        **about,
-    )
-
-
-def references(corpus: Path, prompts: Prompts) -> torch.Tensor:
-    """BOS and the beginnings of the corpus's first num_prompts held-out documents that are long enough, [num_prompts, L] int64.
-
-    L is prompt_tokens + continuation_tokens: the first prompt_tokens of a row are a prompt, the rest is how its document goes on.
-    """
-    windows, new = (
-        Windows(corpus, "validation"),
-        prompts.prompt_tokens + prompts.continuation_tokens - 1,
-    )
-    long = list(
-        islice(
-            (text for text in held_out_documents(windows) if len(text) >= prompts.document_tokens),
-            prompts.num_prompts,
-        )
-    )
-    if len(long) < prompts.num_prompts:
+def _read_continuations(
+    folder: Path, corpus: Path, documents: dict[Prompts, np.ndarray]
+) -> _Continued:
+    """The continuations of one folder, after a check of their prompts; adds to `documents`."""
+    ids, facts = read_samples(folder)
+    if "prompts" not in facts:
         raise HalfstepError(
-            f"{corpus}: found {len(long)} held-out documents of document_tokens ({prompts.document_tokens}) or more, expected num_prompts "
-            f"({prompts.num_prompts}); lower one of the two, or raise the corpus's validation_documents"
+            f"{folder}: samples without prompts; name folders that halfstep continue-prompts wrote"
         )
-    return torch.cat(
-        [torch.full((len(long), 1), windows.eos_id), torch.stack([text[:new] for text in long])], 1
+    prompts = Prompts.model_validate(facts["prompts"])
+    if prompts not in documents:
+        documents[prompts] = references(corpus, prompts).numpy()
+    P = prompts.prompt_tokens
+    if not np.array_equal(ids[:, :P], documents[prompts][:, :P].repeat(prompts.per_prompt, 0)):
+        raise HalfstepError(
+            f"{folder}: its prompts are not those of {corpus}; "
+            "name the corpus of the samples, or continue its prompts again"
+        )
+    data = (
+        f"{corpus_name(corpus)}, {prompts.num_prompts} prompts of {P} tokens, "
+        f"documents of {prompts.document_tokens}"
     )
+    return _Continued(ids, prompts, sample_columns(facts) | {"data": data, "length": ids.shape[1]})
 
 
-def held_out_documents(windows: Windows) -> Iterator[torch.Tensor]:
-    """The documents of a split in their order, without EOS, put together from its windows (EOS + tokens + EOS); the last may be cut short."""
+def _judge_continuations(
+    judge: Judge,
+    texts: list[_Continued],
+    documents: dict[Prompts, np.ndarray],
+    corpus: Path,
+    machine: Machine,
+    group: Group,
+) -> Iterator[_Judged]:
+    """What the judge computes for each set of continuations; the documents' features only once."""
+    tokenizer, eos_id = corpus_tokenizer(corpus), read_manifest(corpus)["eos_id"]
+    batch = machine.micro_batch
+
+    def features_of(ids: np.ndarray, label: str) -> np.ndarray | None:
+        return judge_features(judge, ids, tokenizer, eos_id, batch, label, group)
+
+    references_of = {
+        prompts: features_of(ids, "judge, held-out text") for prompts, ids in documents.items()
+    }
+    for ids, prompts, columns in texts:
+        label = f"{columns['model']} at {columns['steps'] or 'all'} steps: judge"
+        features, nll = features_of(ids, f"{label}, features"), None
+        if judge.shares(tokenizer):
+            start = prompts.prompt_tokens
+            nll = ids_nll(judge, ids, batch, f"{label}, perplexity", group, start)
+        yield _Judged(prompts, columns | judge.columns, references_of[prompts], features, nll)
+
+
+def references(corpus: Path, prompts: Prompts) -> Tensor:
+    """BOS and the beginnings of held-out documents of the corpus, [num_prompts, L] int64.
+
+    They are the first num_prompts documents that are long enough. The first prompt_tokens of a row
+    are a prompt; the rest is how its document goes on. L is prompt_tokens + continuation_tokens.
+    """
+    windows = Windows(corpus, "validation")
+    new = prompts.prompt_tokens + prompts.continuation_tokens - 1
+    documents = (
+        text for text in held_out_documents(windows) if len(text) >= prompts.document_tokens
+    )
+    found = [text[:new] for text in islice(documents, prompts.num_prompts)]
+    if len(found) < prompts.num_prompts:
+        raise HalfstepError(
+            f"{corpus}: found {len(found)} held-out documents of document_tokens "
+            f"({prompts.document_tokens}) or more, expected num_prompts ({prompts.num_prompts}); "
+            "lower one of the two, or raise the corpus's validation_documents"
+        )
+    return torch.cat([torch.full((len(found), 1), windows.eos_id), torch.stack(found)], 1)
+
+
+def held_out_documents(windows: Windows) -> Iterator[Tensor]:
+    """The documents of a split in order, without EOS; the last one may be cut short.
+
+    They are joined from the windows, EOS + tokens + EOS.
+    """
     rest = torch.empty(0, dtype=torch.long)
     for first in range(0, len(windows), AT_ONCE):
         stream = torch.cat([rest, windows[first : first + AT_ONCE][:, 1:-1].flatten()])

@@ -1,98 +1,87 @@
-"""`halfstep score-samples`, `score-corpus` and `score-lambada`: texts and models in, metric rows with intervals out."""
+"""`halfstep score-samples`, `score-corpus` and `score-lambada`: metric rows of texts and models."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
+from tokenizers import Tokenizer
 
-from halfstep import checkpoint
-from halfstep.checkpoint import checkpoint_files as model_files
+from halfstep.checkpoint import checkpoint_files, load_checkpoint
 from halfstep.config import Evaluation, Machine, Weights
-from halfstep.data.pack import Windows, corpus_files, read_manifest, tokenizer_of
+from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer, read_manifest
 from halfstep.data.stories import judge_window
 from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError
-from halfstep.files import read_json, sha256, write_json
+from halfstep.files import read_json, sha256
 from halfstep.metrics.diversity import distinct, unigram_entropy
-from halfstep.metrics.intervals import bootstrap, wilson
 from halfstep.metrics.perplexity import Judge, ids_nll, load_judge, retokenized_nll
-from halfstep.metrics.rows import model_name, name_parts, row
-from halfstep.records import provenance
+from halfstep.metrics.rows import mean_row, model_name, name_parts, share_row, write_rows
 
 LAMBADA_SEED = 0  # of the masks drawn for an item
-DATA_WINDOWS = 500  # held-out windows behind the "data" rows, or all there are
+DATA_WINDOWS = 500  # held-out windows behind the "data" rows, or all of them if there are fewer
 
-DRAWN = (
-    "sampler",
-    "network_evaluations",
-    "num_samples",
-    "seed",
-    "weights",
-    "draw_dtype",
-)  # of samples.json, and columns of a row
-FACTS = {"model", "checkpoint", "steps", "sha256", *DRAWN}  # what every samples.json holds
+# Keys of samples.json that are columns of a row, and all keys that it must have.
+DRAWN = ("sampler", "network_evaluations", "num_samples", "seed", "weights", "draw_dtype")
+SAMPLES_KEYS = {"model", "checkpoint", "steps", "sha256", *DRAWN}
+
+Texts = tuple[np.ndarray, dict[str, Any]]
+"""Token ids[N, L] of texts, and the columns of a metric row that describe them."""
 
 
 def score_samples(
     samples: list[Path], corpus: Path, output: Path, evaluation: Evaluation, machine: Machine
 ) -> None:
-    """Generative perplexity, entropy, distinct bigrams, and for stories the shares that the grammar accepts, of one model's samples.
+    """Score the samples of one model: generative perplexity, entropy and distinct bigrams.
+
+    Samples of stories also get the shares that the grammar accepts.
 
     Args:
-        samples: folders of `halfstep generate`, one per step count; each judge is loaded once for all
-        corpus: folder of `halfstep prepare-corpus` that the model was trained on
+        samples: folders of `halfstep generate`, one per step count; each judge is loaded only once
+        corpus: folder of `halfstep prepare-corpus` on which the model was trained
         output: JSON file of the rows
     """
-    group, texts, words = join_group(machine), [], vocabulary_sha256(tokenizer_of(corpus))
+    group, vocabulary = join_group(machine), vocabulary_sha256(corpus_tokenizer(corpus))
+    texts = []
     for folder in samples:
         ids, facts = read_samples(folder)
-        if facts.get("vocabulary", words) != words:
+        if facts.get("vocabulary", vocabulary) != vocabulary:
             raise HalfstepError(
-                f"{folder}: samples of other tokens than those of the corpus {corpus}; name the corpus that their model was trained on"
+                f"{folder}: its samples use another vocabulary than the corpus {corpus}; "
+                "name the corpus on which their model was trained"
             )
-        texts.append((ids, about_samples(facts)))
-    rows = measures(texts, corpus, evaluation, machine, group)
-    if not group.is_main:
-        return
-    write_json(output, rows)
-    read = (folder / name for folder in samples for name in ("samples.json", "samples.npy"))
-    provenance.write_record(
-        output.with_suffix(f".{provenance.NAME}"),
-        [output],
-        [*read, *corpus_files(corpus), *evaluation.judge],
-    )
+        texts.append((ids, sample_columns(facts)))
+    rows = score_texts(texts, corpus, evaluation, machine, group)
+    if group.is_main:
+        inputs = [*sample_files(samples), *corpus_files(corpus), *evaluation.judge]
+        write_rows(output, rows, inputs)
 
 
 def score_corpus(corpus: Path, output: Path, evaluation: Evaluation, machine: Machine) -> None:
-    """The measures of samples, taken of held-out text itself: the line that a model should meet.
+    """Score held-out text by the measures of samples, as the reference for models.
 
     Args:
         corpus: folder of `halfstep prepare-corpus`
         output: JSON file of the rows, in a folder named after the teacher
     """
     group, windows = join_group(machine), Windows(corpus, "validation")
-    chosen = np.unique(
-        np.linspace(0, len(windows) - 1, min(DATA_WINDOWS, len(windows))).astype(int)
-    )
-    about = {
+    count = min(DATA_WINDOWS, len(windows))
+    chosen = np.unique(np.linspace(0, len(windows) - 1, count).astype(int))
+    columns = {
         "model": "data",
         "teacher": output.parent.name,
         "run": "data",
         "round": 0,
         "num_samples": len(chosen),
     }
-    rows = measures([(windows[chosen].numpy(), about)], corpus, evaluation, machine, group)
-    if not group.is_main:
-        return
-    write_json(output, rows)
-    provenance.write_record(
-        output.with_suffix(f".{provenance.NAME}"),
-        [output],
-        [*corpus_files(corpus, "validation"), *evaluation.judge],
-    )
+    texts = [(windows[chosen].numpy(), columns)]
+    rows = score_texts(texts, corpus, evaluation, machine, group)
+    if group.is_main:
+        write_rows(output, rows, [*corpus_files(corpus, "validation"), *evaluation.judge])
 
 
 def score_lambada(
@@ -103,178 +92,155 @@ def score_lambada(
     machine: Machine,
     weights: Weights = "ema",
 ) -> None:
-    """Last words through lm-eval: accuracy under each protocol with Wilson's interval, perplexity per word with a bootstrap interval.
+    """Score a model's last words through lm-eval: accuracy and perplexity under each protocol.
+
+    Accuracies have Wilson's interval; perplexities, which are per word, a bootstrap interval.
 
     Args:
         checkpoint: a checkpoint folder, diffusion or autoregressive
-        corpus: folder of `halfstep prepare-corpus`, which holds the items when lambada is last_words
+        corpus: folder of `halfstep prepare-corpus`, which holds the items if lambada is last_words
         output: JSON file of the rows
-        weights: which weights of the checkpoint are examined
+        weights: which weights of the checkpoint to score
     """
-    from halfstep.metrics.lambada import examine
+    from halfstep.metrics.lambada import evaluate_lambada
 
-    group, device = join_group(machine), find_device(machine)
-    model = load(checkpoint, weights, device)
-    items = (
-        str(corpus / "last_words.jsonl")
-        if evaluation.lambada == "last_words"
-        else evaluation.lambada
-    )
-    found = examine(
+    group, device = join_group(machine), str(find_device(machine))
+    model = load_checkpoint(checkpoint, weights, device)
+    items = evaluation.lambada
+    if items == "last_words":
+        items = str(corpus / "last_words.jsonl")
+    found = evaluate_lambada(
         model,
         items,
         evaluation.lambada_items,
         machine.micro_batch,
-        str(device),
+        device,
         LAMBADA_SEED,
         group,
     )
-    if not group.is_main:
+    if found is None:
         return
-    about = name_parts(model_name(checkpoint)) | {
+    columns = name_parts(model_name(checkpoint)) | {
         "weights": weights,
         "checkpoint": model.sha256[:16],
         "data": found["data"],
     }
 
-    def row_of(
-        metric: str, protocol: str, value: float, interval: tuple[float, float], each: np.ndarray
-    ) -> dict:
+    def columns_of(protocol: str) -> dict[str, Any]:
         seed = LAMBADA_SEED if protocol.startswith("elbo") else None
-        return row(
-            metric,
-            protocol,
-            value,
-            interval,
-            num_samples=len(each),
-            network_evaluations=found["passes"][protocol],
-            seed=seed,
-            **about,
-        )
+        return columns | {"network_evaluations": found["passes"][protocol], "seed": seed}
 
-    write_json(output, [
-        *(row_of("lambada_accuracy", name, hits.mean(), wilson(int(hits.sum()), len(hits)), hits) for name, hits in found["hits"].items()),
-        *(row_of("lambada_perplexity", name, np.exp(nll.mean()), bootstrap(nll, np.exp, evaluation.bootstrap), nll) for name, nll in found["nll"].items()),
-    ])  # fmt: skip
-    provenance.write_record(
-        output.with_suffix(f".{provenance.NAME}"),
-        [output],
-        [*model_files(checkpoint, weights), items],
-    )
+    rows = []
+    for name, hits in found["hits"].items():
+        counts = int(hits.sum()), len(hits)
+        rows.append(share_row("lambada_accuracy", name, *counts, columns_of(name)))
+    for name, nll in found["nll"].items():
+        of_protocol = columns_of(name) | {"num_samples": len(nll)}
+        resamples = evaluation.bootstrap
+        rows.append(mean_row("lambada_perplexity", name, nll, of_protocol, resamples, np.exp))
+    write_rows(output, rows, [*checkpoint_files(checkpoint, weights), items])
 
 
-def load(folder: Path, weights: str, device: torch.device) -> checkpoint.Model:
-    return checkpoint.load_checkpoint(folder, weights, str(device))
+def sample_files(samples: list[Path]) -> list[Path]:
+    """The files that a command reads from folders of samples, for its provenance record."""
+    return [folder / name for folder in samples for name in ("samples.json", "samples.npy")]
 
 
-def about_samples(facts: dict) -> dict:
-    """What samples.json says of samples, as columns of a row."""
-    about = {key: facts.get(key) for key in (*DRAWN, "temperature", "top_p")}
+def sample_columns(facts: dict[str, Any]) -> dict[str, Any]:
+    """The contents of samples.json as columns of a row."""
+    columns = {key: facts.get(key) for key in (*DRAWN, "temperature", "top_p")}
+    columns |= name_parts(facts["model"])
     steps = None if facts.get("kind") == "autoregressive" else facts["steps"]
-    return (
-        about
-        | name_parts(facts["model"])
-        | {"checkpoint": facts["checkpoint"][:16], "steps": steps}
-    )
+    return columns | {"checkpoint": facts["checkpoint"][:16], "steps": steps}
 
 
-def read_samples(folder: Path) -> tuple[np.ndarray, dict]:
-    """ids [N, L] and samples.json of one folder, the checksum compared."""
+def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """ids[N, L] and samples.json of one folder, after the checksum is verified."""
     facts, path = read_json(folder / "samples.json"), folder / "samples.npy"
-    if lacks := sorted(FACTS - facts.keys()) if isinstance(facts, dict) else FACTS:
+    keys = facts.keys() if isinstance(facts, dict) else set()
+    if missing := sorted(SAMPLES_KEYS - keys):
         raise HalfstepError(
-            f"{folder}/samples.json: has no {', '.join(lacks)}; run halfstep generate again"
+            f"{folder}/samples.json: has no {', '.join(missing)}; run halfstep generate again"
         )
     if not path.is_file():
         raise HalfstepError(
-            f"{path}: no such file, though samples.json is there; run halfstep generate again"
+            f"{path}: no such file, though samples.json exists; run halfstep generate again"
         )
     found = sha256(path)
     if found != facts["sha256"]:
         raise HalfstepError(
-            f"{path}: sha256 {found[:12]}, samples.json says {facts['sha256'][:12]}: the file has changed; run halfstep generate again"
+            f"{path}: sha256 is {found[:12]}, samples.json has {facts['sha256'][:12]}: "
+            "the file has changed; run halfstep generate again"
         )
     return np.load(path), facts
 
 
-def measures(
-    texts: list[tuple[np.ndarray, dict]],
-    corpus: Path,
-    evaluation: Evaluation,
-    machine: Machine,
-    group: Group,
+def score_texts(
+    texts: list[Texts], corpus: Path, evaluation: Evaluation, machine: Machine, group: Group
 ) -> list[dict] | None:
-    """All rows of sets of texts of a corpus, each a pair of ids[N, L] and what its rows say of it. Judges are loaded one after another.
+    """All rows of sets of texts of a corpus; only one judge is in memory at a time.
 
-    Protocol `ids` needs a judge with the corpus's tokenizer, and is left out otherwise. The processes share what the judges read; all but
-    the first get None.
+    Protocol `ids` needs a judge with the corpus's tokenizer and is left out for other judges.
+    The ranks share what the judges read; all but rank 0 return None.
     """
-    manifest, tokenizer = read_manifest(corpus), tokenizer_of(corpus)
-    named = [
-        (
-            ids,
-            about | {"data": corpus_name(corpus)},
-            _label(ids, about, corpus, manifest["vocab_size"]),
-        )
-        for ids, about in texts
-    ]
-
-    def mean_row(
-        metric: str, protocol: str, values: np.ndarray, about: dict, statistic=float
-    ) -> dict:
-        value = statistic(*values.reshape(len(values), -1).mean(0))
-        return row(
-            metric, protocol, value, bootstrap(values, statistic, evaluation.bootstrap), **about
-        )
-
-    found = []
-    for judge in judges(evaluation, machine):
-        for ids, about, label in named:
-            if judge.shares(tokenizer):
-                nll = ids_nll(judge, ids, machine.micro_batch, f"{label}: judge, ids", group)
-                found.append(("ids", nll, about | judge.about, np.exp))
-            sums = retokenized_nll(
-                judge,
-                ids,
-                tokenizer,
-                manifest["eos_id"],
-                machine.micro_batch,
-                f"{label}: judge, retokenized",
-                group,
-            )
-            found.append(
-                (
-                    "retokenized",
-                    sums,
-                    about | judge.about,
-                    lambda total, number: np.exp(total / number),
-                )
-            )
-        del judge  # before the next is loaded
+    manifest, tokenizer = read_manifest(corpus), corpus_tokenizer(corpus)
+    data = {"data": corpus_name(corpus)}
+    texts = [(ids, columns | data) for ids, columns in texts]
+    for ids, columns in texts:
+        _check_ids(ids, _label(columns), corpus, manifest["vocab_size"])
+    judged = []
+    for judge in load_judges(evaluation, machine):
+        judged += _judge_texts(judge, texts, tokenizer, manifest["eos_id"], machine, group)
+        del judge  # before the next one is loaded
     if not group.is_main:
         return None
-    rows = [mean_row("generative_perplexity", *of_judge) for of_judge in found]
-    for ids, about, _ in named:
-        rows.append(mean_row("entropy", "unigram", unigram_entropy(ids), about))
-        rows.append(mean_row("distinct_2", "bigrams", distinct(ids, 2), about))
+    resamples = evaluation.bootstrap
+    rows = [
+        mean_row("generative_perplexity", protocol, values, columns, resamples, statistic)
+        for protocol, values, columns, statistic in judged
+    ]
+    for ids, columns in texts:
+        rows.append(mean_row("entropy", "unigram", unigram_entropy(ids), columns, resamples))
+        rows.append(mean_row("distinct_2", "bigrams", distinct(ids, 2), columns, resamples))
         if manifest["corpus"]["kind"] == "stories":
-            written = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
-            stories, accepted, consistent = map(sum, zip(*map(judge_window, written), strict=True))
-            for metric, count in (
-                ("accepted_share", accepted),
-                ("consistent_share", consistent),
-            ):  # no whole story: nothing is known
-                interval = wilson(count, stories) if stories else (0.0, 1.0)
-                rows.append(
-                    row(
-                        metric,
-                        "grammar",
-                        count / max(stories, 1),
-                        interval,
-                        **about | {"num_samples": stories},
-                    )
-                )  # what was examined
+            rows += _grammar_rows(ids, columns, tokenizer)
     return rows
+
+
+def _judge_texts(
+    judge: Judge,
+    texts: list[Texts],
+    tokenizer: Tokenizer,
+    eos_id: int,
+    machine: Machine,
+    group: Group,
+) -> Iterator[tuple[str, np.ndarray | None, dict[str, Any], Callable[..., float]]]:
+    """Protocol, values per text, columns and statistic of each perplexity of the texts."""
+    batch = machine.micro_batch
+    for ids, columns in texts:
+        label, columns = f"{_label(columns)}: judge", columns | judge.columns
+        if judge.shares(tokenizer):
+            yield "ids", ids_nll(judge, ids, batch, f"{label}, ids", group), columns, np.exp
+        label = f"{label}, retokenized"
+        sums = retokenized_nll(judge, ids, tokenizer, eos_id, batch, label, group)
+        yield "retokenized", sums, columns, _exp_ratio
+
+
+def _exp_ratio(total: float, number: float) -> float:
+    return np.exp(total / number)
+
+
+def _grammar_rows(ids: np.ndarray, columns: dict[str, Any], tokenizer: Tokenizer) -> list[dict]:
+    """The shares of the texts' whole stories that the grammar finds accepted and consistent."""
+    texts = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
+    counts = [judge_window(text) for text in texts]
+    stories = sum(count.stories for count in counts)
+    accepted = sum(count.accepted for count in counts)
+    consistent = sum(count.consistent for count in counts)
+    return [
+        share_row("accepted_share", "grammar", accepted, stories, columns),
+        share_row("consistent_share", "grammar", consistent, stories, columns),
+    ]
 
 
 def corpus_name(corpus: Path) -> str:
@@ -282,30 +248,33 @@ def corpus_name(corpus: Path) -> str:
     return f"{corpus.name}@{read_manifest(corpus)['splits']['validation']['sha256'][:12]}"
 
 
-def _label(ids: np.ndarray, about: dict, corpus: Path, vocab_size: int) -> str:
-    """What the texts are called while they are judged; HalfstepError when they are no texts of the corpus."""
-    label = " ".join(
-        str(about[key]) + unit
-        for key, unit in (("model", ""), ("steps", " steps"))
-        if about.get(key) is not None
-    )
+def _label(columns: dict[str, Any]) -> str:
+    """The name of a set of texts in log lines and errors."""
+    steps = columns.get("steps")
+    return columns["model"] if steps is None else f"{columns['model']} {steps} steps"
+
+
+def _check_ids(ids: np.ndarray, label: str, corpus: Path, vocab_size: int) -> None:
+    """HalfstepError unless ids are texts of the corpus."""
     if ids.ndim != 2 or not ids.size:
         raise HalfstepError(
-            f"samples of {label}: an array of shape {list(ids.shape)}, expected [texts, tokens], at least one of each; run halfstep generate again"
+            f"samples of {label}: an array of shape {list(ids.shape)}, expected [texts, tokens], "
+            "at least one of each; run halfstep generate again"
         )
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise HalfstepError(
-            f"samples of {label}: token ids from {ids.min()} to {ids.max()}, the corpus {corpus.name} has 0 to {vocab_size - 1}; "
-            "they belong to another corpus, or a mask was left"
+            f"samples of {label}: token ids from {ids.min()} to {ids.max()}, the corpus "
+            f"{corpus.name} has 0 to {vocab_size - 1}; they belong to another corpus, "
+            "or a mask was left"
         )
-    return label
 
 
-def judges(evaluation: Evaluation, machine: Machine) -> Iterator[Judge]:
-    """The judges of the configuration, one in memory at a time."""
+def load_judges(evaluation: Evaluation, machine: Machine) -> Iterator[Judge]:
+    """Load the judges of the configuration one after another."""
     if "baseline" in evaluation.judge:
         raise HalfstepError(
-            "judge: found 'baseline', which only the workflow can resolve; name the folder, results/models/<teacher>/baseline/hf"
+            "judge: found 'baseline', which only the workflow can resolve; "
+            "name the folder, results/models/<teacher>/baseline/hf"
         )
     for name in evaluation.judge:
         yield load_judge(name, find_device(machine))

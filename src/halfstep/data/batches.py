@@ -1,4 +1,4 @@
-"""Which windows make up the batch of a step: a pure function of (seed, step), so that a run resumes from one integer."""
+"""The windows of each batch: a pure function of (seed, step), so a run resumes from one integer."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ def _permutation(num_windows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch_indices(num_windows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """int64 [batch_size]: places step*batch_size ... of the endless stream permutation(epoch 0), permutation(epoch 1), ...
+    """Indices of the windows of one batch, int64 [batch_size].
 
-    Every window comes once per epoch; a batch may end one epoch and begin the next.
+    They are entries step * batch_size, ... of the endless stream permutation(epoch 0),
+    permutation(epoch 1), ... Each epoch contains every window once; a batch may end one epoch and
+    begin the next.
     """
     if num_windows < batch_size:
         raise HalfstepError(
-            f"batch_size is {batch_size}, but the corpus has only {num_windows} windows; lower batch_size or length, or add text"
+            f"batch_size is {batch_size}, but the corpus has only {num_windows} windows; "
+            "lower batch_size or length, or add text"
         )
     epoch, start = divmod(step * batch_size, num_windows)
     batch = _permutation(num_windows, seed, epoch)[start : start + batch_size]
-    if len(batch) < batch_size:
-        batch = np.concatenate(
-            [batch, _permutation(num_windows, seed, epoch + 1)[: batch_size - len(batch)]]
-        )
+    missing = batch_size - len(batch)
+    if missing:
+        batch = np.concatenate([batch, _permutation(num_windows, seed, epoch + 1)[:missing]])
     return batch.astype(np.int64)

@@ -1,18 +1,20 @@
-"""The kinds of corpora: each a function from the Corpus section to its documents as a stream, held-out documents last."""
+"""The kinds of corpora: each is a function that streams documents, and a row of CORPORA."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 
 from halfstep.config import Corpus
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
 from halfstep.progress import Progress
 
 OPENWEBTEXT = "Skylion007/openwebtext"
 
 
 def stories(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
-    """Stories of the embedded grammar; the held-out ones combine names and things as never in training."""
+    """Stories of the embedded grammar; training never pairs name and thing as held-out ones do."""
     from halfstep.data.stories import sample_stories
 
     yield from sample_stories(corpus.num_documents, corpus.corpus_seed)
@@ -20,30 +22,35 @@ def stories(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
 
 
 def docs(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
-    """Documentation strings of the standard library and of halfstep's dependencies."""
+    """Docstrings of the standard library and of halfstep's dependencies."""
     from halfstep.data.docstrings import read_docs
 
     yield from read_docs(workers)
 
 
 def own_files(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
-    """The user's own text."""
-    from halfstep.data.files import find, read_documents
+    """The user's own text files."""
+    from halfstep.data.files import find_files, read_documents
 
-    paths = find(corpus.files)
+    paths = find_files(corpus.files)
     sizes = [path.stat().st_size for path in paths]
     before = 0
     with Progress("read files", sum(sizes) >> 20, "MB") as progress:
         for path, size in zip(paths, sizes, strict=True):
             for text, position in read_documents(path, corpus.text_field):
-                if (ahead := (before + position >> 20) - progress.done) > 0:
+                ahead = (before + position >> 20) - progress.done
+                if ahead > 0:
                     progress.update(ahead)
                 yield text
             before += size
 
 
 def openwebtext(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
-    """OpenWebText in the order of the hub: as a stream, or offline (HF_HUB_OFFLINE=1 says so at once) from the local cache of `datasets`."""
+    """OpenWebText in the order of the hub.
+
+    It is streamed, or read from the local cache of `datasets` if the hub cannot be reached. With
+    HF_HUB_OFFLINE=1 the cache is read at once.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
@@ -53,33 +60,49 @@ def openwebtext(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
     try:
         try:
             rows = load_dataset(OPENWEBTEXT, split="train", streaming=True)
-        except Exception:  # the hub, the network and the file system each have their own
+        except Exception:  # the hub, the network and the file system each raise their own
             rows = load_dataset(OPENWEBTEXT, split="train")
-        with Progress(
-            "read openwebtext",
-            corpus.num_documents or rows.info.splits["train"].num_examples,
-            "document",
-        ) as progress:
+        total = corpus.num_documents or rows.info.splits["train"].num_examples
+        with Progress("read openwebtext", total, "document") as progress:
             for row in rows:
                 progress.update()
                 yield row["text"]
     except Exception as error:
         raise HalfstepError(
-            f"corpus kind openwebtext: {OPENWEBTEXT} comes neither from the hub nor from the local cache ({_first_line(error)}); connect this "
-            "machine, or download the data set's parquet files elsewhere and use kind: files with files: [folder/*.parquet]"
+            f"corpus kind openwebtext: {OPENWEBTEXT} comes neither from the hub nor from the local "
+            f"cache ({type(error).__name__}: {reason(error)}); connect this machine, or download "
+            "the data set's parquet files elsewhere and use kind: files with "
+            "files: [folder/*.parquet]"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+@dataclass(frozen=True)
+class CorpusKind:
+    """A kind of corpus: the function that gives its documents, and its defaults."""
+
+    documents: Callable[[Corpus, int, int], Iterator[str]]
+    """(corpus, held_out, workers) -> a stream of documents; the last `held_out` are held out"""
+    generated: bool = False
+    """True: it writes num_documents training documents and `held_out` more; False: it reads text"""
+    validation_documents: int = 1000
+    """`held_out` when the Corpus section does not give it"""
+    bpe_bytes: int = 64 << 20
+    """bytes of text on which a BPE is trained"""
 
 
-CORPORA: dict[str, Callable[[Corpus, int, int], Iterator[str]]] = {
-    "stories": stories,
-    "docs": docs,
-    "openwebtext": openwebtext,
-    "files": own_files,
+CORPORA = {
+    "stories": CorpusKind(stories, generated=True, bpe_bytes=4 << 20),
+    "docs": CorpusKind(docs),
+    "openwebtext": CorpusKind(openwebtext, validation_documents=100_000),  # MDLM's number
+    "files": CorpusKind(own_files),
 }
-HELD_OUT = {
-    "openwebtext": 100_000
-}  # documents, where the Corpus does not say; MDLM holds out the last 100,000
+
+
+def read_corpus(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
+    """The documents of a corpus, held-out ones last.
+
+    num_documents limits them all, except for a generated kind, where it counts the training ones.
+    """
+    kind = CORPORA[corpus.kind]
+    limit = None if kind.generated else corpus.num_documents
+    return islice(kind.documents(corpus, held_out, workers), limit)

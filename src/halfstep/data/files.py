@@ -1,7 +1,8 @@
-"""`files`: the user's own .txt, .jsonl (both also .gz) and .parquet, read as streams; errors name file and line.
+"""Corpus kind `files`: the user's own .txt, .jsonl (both also .gz) and .parquet, read as streams.
 
-.jsonl: one document per line, in the field `text_field`. .parquet: one per row, likewise. .txt: a line `<|endoftext|>` ends a document;
-in a file without such lines every block between blank lines is one.
+.jsonl: one document per line, in the field `text_field`; .parquet: one per row, likewise. .txt: a
+line `<|endoftext|>` ends a document; in a file without such lines, each block between blank lines
+is one. Errors name the file and the line.
 """
 
 from __future__ import annotations
@@ -13,30 +14,27 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from halfstep.data.tokenizer import EOS
 from halfstep.errors import HalfstepError
 
-LONGEST_LINE = 64 << 20  # bytes; what has longer ones is no text, and would fill the memory
-LONGEST_DOCUMENT = 4 << 20  # characters; a longer .txt document is cut at a line's end
+LONGEST_LINE = 64 << 20  # bytes; a file with longer lines is not text and would fill the memory
+LONGEST_DOCUMENT = 4 << 20  # characters; a longer .txt document is cut at the end of a line
 
 
-def find(patterns: list[str]) -> list[Path]:
+def find_files(patterns: list[str]) -> list[Path]:
     """Every file that the paths and globs name, in their order, each once."""
     found: dict[Path, None] = {}
     for pattern in patterns:
         pattern = os.path.expanduser(pattern)
-        paths = (
-            [Path(pattern)]
-            if os.path.exists(pattern)
-            else [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-        )
-        if not paths:
+        names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+        if not names:
             raise HalfstepError(
-                f"files: {pattern!r} matches nothing; check the path (relative ones start at {Path.cwd()})"
+                f"files: {pattern!r} matches nothing; "
+                f"check the path (relative ones start at {Path.cwd()})"
             )
-        for path in paths:
+        for path in map(Path, sorted(names)):
             if path.is_dir():
                 raise HalfstepError(
                     f"files: {path} is a folder; name its files, for instance {path}/*.jsonl"
@@ -50,7 +48,7 @@ def find(patterns: list[str]) -> list[Path]:
 
 
 def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
-    """The documents of one file, those of white space alone left out, each with the byte that the reader has reached."""
+    """The documents of one file, except blank ones, each with the reader's position in bytes."""
     suffix = next(suffix for suffix in READERS if path.name.endswith(suffix))
     count = 0
     try:
@@ -65,7 +63,8 @@ def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
         ) from None
     if not count:
         raise HalfstepError(
-            f"{path}: holds no text ({path.stat().st_size} bytes); leave it out of `files` or fill it"
+            f"{path}: holds no text ({path.stat().st_size} bytes); "
+            "leave it out of `files` or fill it"
         )
 
 
@@ -78,18 +77,21 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
         number += 1
         if len(raw) > LONGEST_LINE:
             raise HalfstepError(
-                f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MB; cut it into documents of their own"
+                f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MB; "
+                "cut it into separate documents"
             )
         try:
-            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise HalfstepError(
-                f"{path}, line {number}: byte 0x{raw[error.start]:02x} at place {error.start + 1} is not UTF-8; convert the file, for "
-                f"instance iconv -f latin1 -t utf-8 {path}"
+                f"{path}, line {number}: byte 0x{raw[error.start]:02x} at position "
+                f"{error.start + 1} is not UTF-8; convert the file, for instance "
+                f"iconv -f latin1 -t utf-8 {path}"
             ) from None
+        yield number, text.rstrip("\r\n")
 
 
-def _jsonl(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
+def _read_jsonl(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
     for number, line in _lines(path, file):
         if not line.strip():
             continue
@@ -99,40 +101,42 @@ def _jsonl(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
             raise HalfstepError(
                 f"{path}, line {number}: not valid JSON ({error}); expected one object per line"
             ) from None
-        if not isinstance(row, dict) or text_field not in row:
-            found = (
-                f"an object with {', '.join(row) or 'no fields'}"
-                if isinstance(row, dict)
-                else f"a JSON {type(row).__name__}"
-            )
-            raise HalfstepError(
-                f"{path}, line {number}: found {found}, expected a field {text_field!r}; set text_field to the one with the text"
-            )
-        if not isinstance(row[text_field], str):
-            raise HalfstepError(
-                f"{path}, line {number}: field {text_field!r} holds a {type(row[text_field]).__name__}, expected text"
-            )
-        yield row[text_field]
+        yield _text_of(row, text_field, f"{path}, line {number}")
 
 
-def _txt(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
+def _text_of(row: Any, text_field: str, where: str) -> str:
+    """The text of one parsed line of a .jsonl file; `where` names the line in errors."""
+    if not isinstance(row, dict) or text_field not in row:
+        found = f"a JSON {type(row).__name__}"
+        if isinstance(row, dict):
+            found = f"an object with {', '.join(row) or 'no fields'}"
+        raise HalfstepError(
+            f"{where}: found {found}, expected a field {text_field!r}; "
+            "set text_field to the one with the text"
+        )
+    if not isinstance(row[text_field], str):
+        kind = type(row[text_field]).__name__
+        raise HalfstepError(f"{where}: field {text_field!r} holds a {kind}, expected text")
+    return row[text_field]
+
+
+def _read_txt(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
     marked = any(line.strip() == EOS for _, line in _lines(path, file))
+    separator = EOS if marked else ""
     block: list[str] = []
     size = 0
     for _, line in _lines(path, file):
-        if line.strip() == EOS if marked else not line.strip():
-            yield "\n".join(block).strip("\n")
-            block, size = [], 0
-            continue
-        block.append(line)
-        size += len(line)
-        if size > LONGEST_DOCUMENT:
+        ends = line.strip() == separator
+        if not ends:
+            block.append(line)
+            size += len(line)
+        if ends or size > LONGEST_DOCUMENT:
             yield "\n".join(block).strip("\n")
             block, size = [], 0
     yield "\n".join(block).strip("\n")
 
 
-def _parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
+def _read_parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -145,15 +149,18 @@ def _parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
             names = table.schema_arrow.names
             if text_field not in names:
                 raise HalfstepError(
-                    f"{path}: found the columns {', '.join(names)}, expected {text_field!r}; set text_field to the one with the text"
+                    f"{path}: found the columns {', '.join(names)}, expected {text_field!r}; "
+                    "set text_field to the one with the text"
                 )
             number = 0
             for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if not isinstance(text, str):
+                        kind = type(text).__name__
                         raise HalfstepError(
-                            f"{path}, row {number}: column {text_field!r} holds a {type(text).__name__}, expected text"
+                            f"{path}, row {number}: column {text_field!r} holds a {kind}, "
+                            "expected text"
                         )
                     yield text
     except pyarrow.ArrowException as error:
@@ -163,9 +170,9 @@ def _parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
 
 
 READERS = {
-    ".txt": _txt,
-    ".txt.gz": _txt,
-    ".jsonl": _jsonl,
-    ".jsonl.gz": _jsonl,
-    ".parquet": _parquet,
+    ".txt": _read_txt,
+    ".txt.gz": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".parquet": _read_parquet,
 }

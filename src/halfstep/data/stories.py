@@ -1,15 +1,20 @@
-"""`stories`: a seeded grammar of short English children's stories that writes them and judges them.
+"""Corpus kind `stories`: a seeded grammar that writes and judges short English children's stories.
 
-A story is drawn in two steps. First its facts, each given an earlier one (`FACTS`: places that kinds prefer, colours that things
-prefer, ...), with chances that fall like Zipf's law: P(option | parent) ~ 1 / (rank in general ** 0.8 * rank for this parent ** 2).
-Then one sentence pattern per part (`PATTERNS`), which mentions facts. Every pattern has a shape of its own once its words are
-replaced by their classes, so a text has at most one parse, and its probability is the product of the choices along it:
+A story is drawn in two steps. First come its facts, each given an earlier one (`FACTS`: places that
+kinds prefer, colors that things prefer, ...). Chances fall like Zipf's law: P(option | parent) ~ 1
+/ (rank in general ** 0.8 * rank for this parent ** 2). Then comes one sentence pattern per part
+(`PATTERNS`), which mentions facts. No two patterns have the same shape once words are replaced by
+their classes. So a text has at most one parse, and its probability is the product of the choices
+along it:
 
     log P(story) = sum_facts log P(fact | parent) + sum_parts log P(pattern | parent)        [nats]
 
-The judge uses the same tables: *accepted* when every sentence has a known shape at its place, *consistent* when moreover all
-mentions of a fact agree and no rule is broken, which is exactly when P(story) > 0. One pair of a name and a thing in ten is held
-out: in training no story has both; in validation they are the hero and what the hero brings.
+The judge uses the same tables. A text is *accepted* if every sentence has a known shape at its
+place. It is *consistent* if, in addition, all mentions of a fact agree and no rule is broken, which
+holds exactly when P(story) > 0.
+
+One pair of a name and a thing in ten is held out. No training story contains both; in validation
+they are the hero and the thing.
 """
 
 from __future__ import annotations
@@ -25,7 +30,8 @@ from typing import NamedTuple
 
 from halfstep.data.tokenizer import EOS
 
-# Words by class, the most frequent first. A word belongs to one class only, and none after "a" begins with a vowel.
+# Words by class, the most frequent first. A word has one class only, and no word that follows "a"
+# begins with a vowel.
 SHE = "Lily Mia Anna Rosie".split()
 HE = "Tom Ben Sam Max".split()
 WORDS = {
@@ -36,16 +42,16 @@ WORDS = {
     "COLOUR": "red blue green yellow pink".split(),
     "FEELING": "happy glad proud tired calm".split(),
 }
-PRONOUNS = {
+PRONOUNS = {  # slot: (form for a girl, form for a boy)
     "She": ("She", "He"),
     "she": ("she", "he"),
-    "her": ("her", "his"),
     "him": ("her", "him"),
-}  # her, him as in `his` and `to him`
-
+}
 EVENTS = "play gift lose save wish".split()
 
-# fact: (options, the fact it depends on, the fact it must differ from), in the order of drawing
+# fact: (options, the fact it depends on, the fact it must differ from), in the order of drawing.
+# The names of facts and parts are hashed into the chances (`_choice`): another spelling would
+# change the stories.
 FACTS: dict[str, tuple[list[str], str | None, str | None]] = {
     "kind": (WORDS["KIND"], None, None),
     "name": (WORDS["NAME"], "kind", None),
@@ -57,8 +63,8 @@ FACTS: dict[str, tuple[list[str], str | None, str | None]] = {
     "feeling": (WORDS["FEELING"], "event", None),
 }
 
-# part: (the fact its pattern depends on, {pattern: the fact's values that allow it, all when None}), the most frequent first.
-# she, her and him are the hero.
+# part: (the fact its pattern depends on, {pattern: values of that fact that allow it, None for
+# all}), the most frequent first; she, her and him are the hero
 Patterns = dict[str, tuple[str, ...] | None]
 PATTERNS: dict[str, tuple[str, Patterns]] = {
     "opening": ("kind", {
@@ -91,37 +97,29 @@ PATTERNS: dict[str, tuple[str, Patterns]] = {
     }),
 }  # fmt: skip
 
-CLASS = {"name": "NAME", "friend": "NAME", "kind": "KIND", "thing": "THING", "colour": "COLOUR", "place": "PLACE",
-         "feeling": "FEELING", "She": "She", "she": "she", "her": "her", "him": "her"}  # fmt: skip
-WORD_CLASS = {word: name for name, words in WORDS.items() for word in words}
-WORD_CLASS |= {
-    "She": "She",
-    "He": "She",
-    "she": "she",
-    "he": "she",
-    "her": "her",
-    "his": "her",
-    "him": "her",
-}
-
+# The class of each slot and of each word; a pronoun's class is its slot.
+SLOT_CLASS = {name.lower(): name for name in WORDS} | {"friend": "NAME"}
+SLOT_CLASS |= {slot: slot for slot in PRONOUNS}
+WORD_CLASS = {word: name for name, words in (WORDS | PRONOUNS).items() for word in words}
 
 Shape = tuple[str | tuple[str], ...]
 
 
-def _shape(words: Sequence[str]) -> Shape:
-    """A sentence with each word that names something replaced by its class, as a 1-tuple: no literal word is equal to it."""
-    return tuple((WORD_CLASS[word],) if word in WORD_CLASS else word for word in words)
+def _shape(words: Sequence[str], classes: dict[str, str]) -> Shape:
+    """A sentence with each key of `classes` replaced by its class.
+
+    The class is a 1-tuple, so that no literal word equals it.
+    """
+    return tuple((classes[word],) if word in classes else word for word in words)
 
 
 def _slots(pattern: str) -> list[tuple[int, str]]:
     return [(i, word[1:-1]) for i, word in enumerate(pattern.split()) if word[0] == "{"]
 
 
-SHAPES: dict[Shape, tuple[str, str]] = {  # shape of a sentence: its part and pattern
-    tuple((CLASS[word[1:-1]],) if word[0] == "{" else word for word in pattern.split()): (
-        part,
-        pattern,
-    )
+_FIELD_CLASS = {f"{{{slot}}}": name for slot, name in SLOT_CLASS.items()}
+SHAPES = {  # shape of a sentence: its part and pattern
+    _shape(pattern.split(), _FIELD_CLASS): (part, pattern)
     for part, (_, patterns) in PATTERNS.items()
     for pattern in patterns
 }
@@ -137,16 +135,19 @@ class Choice(NamedTuple):
     sums: list[float]
 
     def draw(self, rng: random.Random) -> str:
-        return self.options[min(bisect(self.sums, rng.random()), len(self.options) - 1)]
+        """One option, by one uniform of `rng`."""
+        place = bisect(self.sums, rng.random())
+        return self.options[min(place, len(self.options) - 1)]
 
-    def log_p(self, option: str) -> float | None:
-        return (
-            math.log(self.chances[self.options.index(option)]) if option in self.options else None
-        )
+    def log_p(self, option: str) -> float:
+        """log P(option) in nats; -inf for an option that does not exist."""
+        if option not in self.options:
+            return -math.inf
+        return math.log(self.chances[self.options.index(option)])
 
 
 def _choice(options: list[str], label: str) -> Choice:
-    """P(option) ~ 1 / (rank in the list ** 0.8 * rank in an order of this label's own ** 2)."""
+    """P(option) ~ 1 / (rank in the list ** 0.8 * rank in this label's own order ** 2)."""
     own = sorted(options, key=lambda option: zlib.crc32(f"{label}/{option}".encode()))
     weights = [(i + 1) ** -0.8 * (own.index(option) + 1) ** -2 for i, option in enumerate(options)]
     chances = [weight / sum(weights) for weight in weights]
@@ -156,36 +157,43 @@ def _choice(options: list[str], label: str) -> Choice:
 @cache
 def fact_choice(fact: str, parent: str | None, taken: str | None) -> Choice:
     """P(fact | the fact it depends on, the fact it must differ from)."""
-    return _choice(
-        [option for option in FACTS[fact][0] if option != taken], f"{fact} given {parent}"
-    )
+    options = [option for option in FACTS[fact][0] if option != taken]
+    return _choice(options, f"{fact} given {parent}")
+
+
+def _choice_among(facts: dict[str, str], fact: str) -> Choice:
+    """P(fact | the facts it depends on)."""
+    _, parent, unlike = FACTS[fact]
+    return fact_choice(fact, facts[parent] if parent else None, facts[unlike] if unlike else None)
 
 
 @cache
 def pattern_choice(part: str, given: str) -> Choice:
     """P(pattern of this part | the fact it depends on)."""
-    return _choice(
-        [p for p, allowed in PATTERNS[part][1].items() if allowed is None or given in allowed],
-        f"{part} given {given}",
-    )
+    patterns = PATTERNS[part][1].items()
+    options = [pattern for pattern, allowed in patterns if allowed is None or given in allowed]
+    return _choice(options, f"{part} given {given}")
 
 
 def is_held_out(name: str, thing: str) -> bool:
-    """One pair in ten, the same in every run."""
+    """True for one pair in ten, the same in every run."""
     return zlib.crc32(f"{name} and the {thing}".encode()) % 10 == 0
 
 
 def split_of(facts: dict[str, str]) -> str | None:
-    """validation: hero and thing are a held-out pair; train: nobody in the story meets a held-out thing; None: in no split."""
+    """The split of a story.
+
+    validation: hero and thing are a held-out pair; train: neither hero nor friend makes a held-out
+    pair with the thing; None: the friend does, and the story is in no split.
+    """
     if is_held_out(facts["name"], facts["thing"]):
         return "validation"
-    pairs = ((name, facts["thing"]) for name in (facts["name"], facts["friend"]))
-    return None if any(is_held_out(*pair) for pair in pairs) else "train"
+    return None if is_held_out(facts["friend"], facts["thing"]) else "train"
 
 
 @cache
 def split_shares() -> dict[str | None, float]:
-    """Exact chance of each split: the sum of P(facts) over all that decide on it."""
+    """Exact probability of each split: the sum of P(facts) over all facts that decide on it."""
     shares: dict[str | None, float] = {"train": 0.0, "validation": 0.0, None: 0.0}
     for kind, p_kind in _chances("kind"):
         things: dict[str, float] = {}
@@ -195,114 +203,105 @@ def split_shares() -> dict[str | None, float]:
         for thing, p_thing in things.items():
             for name, p_name in _chances("name", kind):
                 for friend, p_friend in _chances("friend", name, name):
-                    shares[split_of({"name": name, "thing": thing, "friend": friend})] += (
-                        p_thing * p_name * p_friend
-                    )
+                    split = split_of({"name": name, "thing": thing, "friend": friend})
+                    shares[split] += p_thing * p_name * p_friend
     return shares
 
 
-def _chances(fact: str, parent: str | None = None, taken: str | None = None):
+def _chances(
+    fact: str, parent: str | None = None, taken: str | None = None
+) -> Iterator[tuple[str, float]]:
     choice = fact_choice(fact, parent, taken)
     return zip(choice.options, choice.chances, strict=True)
 
 
-def _derived(facts: dict[str, str]) -> dict[str, str]:
-    """The facts with the pronouns that follow from them."""
-    return {**facts, **{word: forms[facts["name"] in HE] for word, forms in PRONOUNS.items()}}
+def _with_pronouns(facts: dict[str, str]) -> dict[str, str]:
+    """The facts, and the pronouns that follow from them."""
+    gender = int(facts["name"] in HE)
+    return {**facts, **{slot: forms[gender] for slot, forms in PRONOUNS.items()}}
 
 
-def write(rng: random.Random) -> tuple[str, dict[str, str]]:
+def write_story(rng: random.Random) -> tuple[str, dict[str, str]]:
     """One story and its facts."""
     facts: dict[str, str] = {}
-    for fact, (_, parent, unlike) in FACTS.items():
-        facts[fact] = fact_choice(
-            fact, facts[parent] if parent else None, facts[unlike] if unlike else None
-        ).draw(rng)
-    words = _derived(facts)
-    said = [
-        TEXTS[pattern_choice(part, facts[given]).draw(rng)] for part, (given, _) in PATTERNS.items()
+    for fact in FACTS:
+        facts[fact] = _choice_among(facts, fact).draw(rng)
+    patterns = [
+        pattern_choice(part, facts[given]).draw(rng) for part, (given, _) in PATTERNS.items()
     ]
-    return " ".join(said).format_map(words), facts
+    text = " ".join(TEXTS[pattern] for pattern in patterns)
+    return text.format_map(_with_pronouns(facts)), facts
 
 
 def sample_stories(count: int, seed: int, split: str = "train") -> Iterator[str]:
     """`count` stories of a split, train or validation; a longer run begins with the shorter one."""
     rng = random.Random(f"{seed}/{split}")
     while count:
-        text, facts = write(rng)
+        text, facts = write_story(rng)
         if split_of(facts) == split:
             count -= 1
             yield text
 
 
 def last_words(count: int, seed: int) -> list[dict[str, str]]:
-    """Items in LAMBADA's form, from held-out stories: the word after the last space follows from the story alone."""
+    """Items in LAMBADA's form from held-out stories: the story alone implies its last word."""
     return [{"text": story.rstrip(".")} for story in sample_stories(count, seed, "validation")]
 
 
 class Verdict(NamedTuple):
+    """What the grammar says of a text."""
+
     accepted: bool
     """every sentence has the shape of a pattern, at its place in the story"""
     consistent: bool
-    """and all mentions agree: the story has a probability"""
+    """in addition, all mentions agree: the story has a probability"""
 
 
 def _parse(text: str) -> dict[str, tuple[str, list[str]]] | None:
-    """part -> (pattern, words), or None when the text is not accepted."""
+    """part -> (pattern, words), or None if the text is not accepted."""
     if not text.endswith("."):
         return None
     found: dict[str, tuple[str, list[str]]] = {}
     for sentence in text[:-1].split(". "):
         words = [*sentence.split(" "), "."]
-        part, pattern = SHAPES.get(_shape(words), (None, ""))
-        forms = [(words[i], PRONOUNS.get(slot)) for i, slot in SLOTS[pattern]] if part else []
-        if (
-            part is None
-            or part in found
-            or any(allowed and word not in allowed for word, allowed in forms)
-        ):
+        part, pattern = SHAPES.get(_shape(words, WORD_CLASS), (None, ""))
+        if part is None or part in found:
             return None
         found[part] = (pattern, words)
     return found if list(found) == list(PATTERNS) else None
 
 
-def log_likelihood(text: str, split: str | None = None) -> float | None:
-    """Exact log P(text) in nats, None when the grammar cannot write it.
-
-    split None: over all stories; "train" or "validation": among the stories of that split, P(text) / P(split).
-    """
-    parse = _parse(text)
-    if parse is None:
-        return None
-    mentions: dict[str, set[str]] = {}
+def _facts_of(parse: dict[str, tuple[str, list[str]]]) -> dict[str, str] | None:
+    """The facts of a parsed story, or None if two mentions disagree."""
+    mentions: dict[str, str] = {}
     for pattern, words in parse.values():
         for i, slot in SLOTS[pattern]:
-            mentions.setdefault(slot, set()).add(words[i])
-    if any(len(words) > 1 for words in mentions.values()):
-        return None
-    told = {slot: words.copy().pop() for slot, words in mentions.items()}
+            if mentions.setdefault(slot, words[i]) != words[i]:
+                return None
+    # The patterns of a parse mention every fact but the event, which the event's pattern implies.
     event = next(iter(PATTERNS["event"][1][parse["event"][0]] or ()))
-    facts = {
-        fact: told.get(fact, event) for fact in FACTS
-    }  # every part tells its own; the event is told by its pattern
-    derived = _derived(facts)
-    if any(derived.get(slot) != word for slot, word in told.items()):
+    facts = {fact: mentions.get(fact, event) for fact in FACTS}
+    expected = _with_pronouns(facts)
+    return facts if all(expected.get(slot) == word for slot, word in mentions.items()) else None
+
+
+def log_likelihood(text: str, split: str | None = None) -> float | None:
+    """Exact log P(text) in nats; None if the grammar cannot write it.
+
+    split None: over all stories; "train" or "validation": among the stories of that split, P(text)
+    / P(split).
+    """
+    parse = _parse(text)
+    facts = _facts_of(parse) if parse else None
+    if parse is None or facts is None:
         return None
-    terms = [
-        fact_choice(
-            fact, facts[parent] if parent else None, facts[unlike] if unlike else None
-        ).log_p(facts[fact])
-        for fact, (_, parent, unlike) in FACTS.items()
-    ]
-    terms += [
-        pattern_choice(part, facts[PATTERNS[part][0]]).log_p(pattern)
-        for part, (pattern, _) in parse.items()
-    ]
-    if None in terms:
+    terms = [_choice_among(facts, fact).log_p(facts[fact]) for fact in FACTS]
+    for part, (pattern, _) in parse.items():
+        given = facts[PATTERNS[part][0]]
+        terms.append(pattern_choice(part, given).log_p(pattern))
+    if -math.inf in terms or split not in (None, split_of(facts)):
         return None
     if split is not None:
-        if split_of(facts) != split:
-            return None
         terms.append(-math.log(split_shares()[split]))
     return math.fsum(terms)
 
@@ -314,20 +313,23 @@ def judge(text: str) -> Verdict:
 
 
 class Counts(NamedTuple):
+    """Numbers of whole stories in a window: all, accepted ones and consistent ones."""
+
     stories: int
     accepted: int
     consistent: int
 
 
 def judge_window(window: str | Sequence[str]) -> Counts:
-    """Counts over the whole stories of a generated window, given as text with EOS between stories or as its pieces.
+    """Counts over the whole stories of a window: a text with EOS between stories, or its pieces.
 
-    A window is BOS + stream + EOS cut anywhere, so its first and last pieces are fragments and are left out. An empty piece between
-    two EOS counts as a story that is not accepted: a model that fills its window with EOS must not look good.
+    A window is BOS + stream + EOS, cut anywhere. So its first and last pieces are fragments, which
+    are left out. An empty piece between two EOS counts as a story that is not accepted: a model
+    that fills its window with EOS must not look good.
     """
     if isinstance(window, str):
         window = window.removeprefix(EOS).removesuffix(EOS).split(EOS)
     verdicts = [judge(piece) for piece in window[1:-1]]
-    return Counts(
-        len(verdicts), sum(v.accepted for v in verdicts), sum(v.consistent for v in verdicts)
-    )
+    accepted = sum(verdict.accepted for verdict in verdicts)
+    consistent = sum(verdict.consistent for verdict in verdicts)
+    return Counts(len(verdicts), accepted, consistent)

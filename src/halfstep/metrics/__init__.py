@@ -1,1 +1,1 @@
-"""Measures of texts and of models: perplexity under a judge, diversity, last words; every number with its interval and protocol."""
+"""Measures of texts and models: perplexity, diversity, MAUVE and last words, with intervals."""

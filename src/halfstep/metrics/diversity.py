@@ -1,4 +1,6 @@
-"""Diversity of texts, measured on token ids, one number per text: what a low perplexity must be read beside."""
+"""Diversity of token ids, one number per text; without it, a low perplexity means little."""
+
+from __future__ import annotations
 
 import warnings
 
@@ -6,9 +8,12 @@ import numpy as np
 
 
 def unigram_entropy(ids: np.ndarray) -> np.ndarray:
-    """Entropy in nats of the token counts inside each text, H = -sum_v (n_v / L) log (n_v / L); ids[N, L] -> [N].
+    """Entropy of the token counts inside each text ids[N, L], in nats: [N].
 
-    The measure of MDLM's and SDTT's follow-ups: 0 for a text of one token repeated, log L for a text with no repetition.
+    H = -sum_v (n_v / L) log (n_v / L)
+
+    The measure of MDLM's and SDTT's follow-ups: 0 for a text that repeats one token, log L for a
+    text without repetition.
     """
     return np.array([_entropy(np.unique(text, return_counts=True)[1]) for text in ids])
 
@@ -19,30 +24,34 @@ def _entropy(counts: np.ndarray) -> float:
 
 
 def distinct(ids: np.ndarray, n: int) -> np.ndarray:
-    """Share of different n-grams among the n-grams of each text ids[N, L], or of each group of texts ids[N, K, L]; [N].
+    """Share of different n-grams among all n-grams of each text ids[N, L]: [N].
 
-    distinct-n (Li et al., arXiv 1510.03055) within a text rather than over all texts, so it does not fall with their number.
+    For groups of texts ids[N, K, L], the n-grams of a group are counted together. This is
+    distinct-n (Li et al., arXiv 1510.03055) within a text instead of over all texts, so their
+    number does not lower it.
     """
     grams = np.lib.stride_tricks.sliding_window_view(ids, n, axis=-1).reshape(len(ids), -1, n)
     return np.array([len(np.unique(text, axis=0)) / len(text) for text in grams])
 
 
 def self_bleu(ids: np.ndarray) -> np.ndarray:
-    """Self-BLEU of each prompt's continuations ids[P, K, C] -> [P] in 0..100: the mean over i of BLEU-4(x_i | the other K - 1), times 100.
+    """Self-BLEU of each prompt's continuations ids[P, K, C]: [P] in 0..100; low is diverse.
 
-    Low is diverse. Texygen's measure (Zhu et al., arXiv 1802.01886) within a prompt, as in SDTT section 4.1. BLEU is nltk's sentence_bleu: n-grams
-    of 1 to 4 with equal weights, clipped counts, brevity penalty, no smoothing. Its words are the model's own tokens.
+    100 mean_i BLEU-4(x_i | the other K - 1)
+
+    Texygen's measure (Zhu et al., arXiv 1802.01886) within a prompt, as in SDTT
+    section 4.1. BLEU is nltk's sentence_bleu: n-grams of 1 to 4 with equal weights, clipped counts,
+    brevity penalty, no smoothing. Its words are the model's tokens.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nltk warns when BLEU is 0
+        return np.array([100 * np.mean(_bleu_of_each(texts)) for texts in ids.tolist()])
+
+
+def _bleu_of_each(texts: list[list[int]]) -> list[float]:
+    """BLEU-4 of each text with the others as references."""
     from nltk.translate.bleu_score import sentence_bleu
 
-    def bleu(texts: list[list[int]], i: int) -> float:
-        score = sentence_bleu(texts[:i] + texts[i + 1 :], texts[i])
-        return (
-            score if score > 1e-50 else 0.0
-        )  # where no n-gram recurs nltk counts the smallest float
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of nltk, that BLEU is 0
-        return np.array(
-            [100 * np.mean([bleu(texts, i) for i in range(len(texts))]) for texts in ids.tolist()]
-        )
+    scores = [sentence_bleu(texts[:i] + texts[i + 1 :], text) for i, text in enumerate(texts)]
+    # Without a common n-gram nltk counts the smallest float instead of 0.
+    return [score if score > 1e-50 else 0.0 for score in scores]

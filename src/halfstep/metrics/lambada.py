@@ -1,16 +1,21 @@
-"""LAMBADA through lm-eval: halfstep's models as an lm-eval `LM`, and its stock task on hub data or on a local .jsonl.
+"""LAMBADA through lm-eval: halfstep's models as an lm-eval `LM`, and the stock LAMBADA task.
 
-Each protocol is a number of its own (arXiv 1606.06031 is the task; OpenAI's detokenised form is asked, last word = after the last space):
+The task is that of arXiv 1606.06031, in OpenAI's detokenized form, from the hub or from a local
+.jsonl. The last word is what follows the last space. Each protocol gives a different number:
 
-    accuracy    parallel     BOS + text + EOS with all tokens of the last word masked, one pass, argmax, all must match (the SDTT paper's)
-                confidence   the most confident token first, one per pass
-                ar           autoregressive models: argmax of every token, the former ones given
-    perplexity  elbo-exact   exp(mean over items of the last word's NELBO given the rest), all masks of up to 7 tokens, 128 draws above
-                elbo-mc      the same by the released code's Monte Carlo, 32 draws of time and mask for each item (the SDTT paper's)
-                ar           exp(mean over items of the last word's -log p)
+    accuracy    parallel     BOS + text + EOS with all tokens of the last word masked, one pass,
+                             argmax; all must match (the SDTT paper's)
+                confidence   one pass per token, each writing the most confident one
+                ar           autoregressive models: argmax of each token, given those before it
+    perplexity  elbo-exact   exp(mean over items of the NELBO of the last word given the rest),
+                             by all masks of up to 7 tokens, by 128 drawn masks of longer words
+                elbo-mc      the same by the released code's Monte Carlo, 32 draws of time and
+                             mask for each item (the SDTT paper's)
+                ar           exp(mean over items of -log p of the last word)
 
-Perplexities are per word, as lm-eval's: the mean runs over items, not over tokens. What lm-eval itself computes, and what its tasks are
-answered, is elbo-exact and the first accuracy, `parallel`. A mask's noise makes elbo-mc larger than elbo-exact on average (exp is convex).
+Perplexities are per word, as in lm-eval: the mean runs over items, not over tokens. lm-eval's own
+numbers, and the answers to its tasks, are elbo-exact and the first accuracy, `parallel`. The noise
+of the masks makes elbo-mc larger than elbo-exact on average, because exp is convex.
 """
 
 from __future__ import annotations
@@ -19,8 +24,9 @@ import hashlib
 import json
 import logging
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from lm_eval.api.model import LM
@@ -32,6 +38,7 @@ from halfstep.metrics.likelihood import (
     EXACT,
     MC_DRAWS,
     Question,
+    Tick,
     autoregressive_nll,
     confident_guess,
     diffusion_nll,
@@ -47,18 +54,20 @@ PERPLEXITY = {"diffusion": ("elbo-exact", "elbo-mc"), "autoregressive": ("ar",)}
 
 
 class Request(NamedTuple):
-    """What HalfstepLM reads of an lm-eval Instance: (context, continuation)."""
+    """What HalfstepLM reads of an lm-eval Instance: args = (context, continuation) or (text,)."""
 
-    args: tuple[str, str]
+    args: tuple[str, ...]
 
 
 class HalfstepLM(LM):
-    """A halfstep checkpoint, diffusion or autoregressive, for any lm-eval task that asks for likelihoods.
+    """A halfstep checkpoint for any lm-eval task that asks for likelihoods.
 
-    `accuracy` says what `is_greedy` means (a protocol above). Answers are kept, so asking again under another protocol costs no second
-    likelihood. A text longer than the model's length keeps BOS and the last tokens that fit.
+    `accuracy` is the protocol (see above) that decides `is_greedy`. Answers are cached, so that
+    another protocol needs no second likelihood. Of a text longer than the model's length, BOS and
+    the last tokens that fit are kept.
 
-    Of several processes the first alone drives lm-eval; the others are in `serve`, and all share what is asked of the network.
+    With several ranks, rank 0 alone drives lm-eval; the others are in `serve`. All of them share
+    the network's passes.
     """
 
     def __init__(
@@ -73,117 +82,78 @@ class HalfstepLM(LM):
         super().__init__()
         if accuracy not in ACCURACY[model.kind]:
             raise HalfstepError(
-                f"accuracy: found {accuracy!r}, a {model.kind} model has {', '.join(ACCURACY[model.kind])}"
+                f"accuracy: found {accuracy!r}, expected one of {', '.join(ACCURACY[model.kind])} "
+                f"for a model of kind {model.kind}"
             )
-        self.model, self.accuracy, self.micro_batch, self.seed = model, accuracy, micro_batch, seed
-        self._device, self.group = device, group
-        self._answers: dict[tuple[str, str], tuple[float, dict[str, bool]]] = {}
+        self.model, self.accuracy = model, accuracy
+        self.micro_batch, self.seed, self.group = micro_batch, seed, group
+        self._device = device
+        # (context, continuation) -> log-likelihood, and is_greedy under each protocol asked so far.
+        self._answers: dict[tuple[str, ...], tuple[float, dict[str, bool]]] = {}
 
     def question(self, context: str, continuation: str) -> Question:
-        """BOS + context + continuation + EOS, the continuation asked for."""
-        left, right = (
-            e.ids
-            for e in self.model.tokenizer.encode_batch(
-                [context, continuation], add_special_tokens=False
-            )
+        """The window BOS + context + continuation + EOS, in which the continuation is asked for."""
+        encoded = self.model.tokenizer.encode_batch(
+            [context, continuation], add_special_tokens=False
         )
+        left, right = (text.ids for text in encoded)
         room = self.model.length - 2 - len(right)
         if room < 0 or not right:
             raise HalfstepError(
-                f"lambada: {continuation!r} makes {len(right)} tokens, expected 1 to {self.model.length - 2} "
-                f"in windows of {self.model.length}; mend the item or leave it out"
+                f"lambada: {continuation!r} has {len(right)} tokens, expected 1 to "
+                f"{self.model.length - 2} in windows of {self.model.length}; "
+                "shorten the item or leave it out"
             )
         left = left[max(0, len(left) - room) :]
         eos = self.model.eos_id
         return Question((eos, *left, *right, eos), 1 + len(left), 1 + len(left) + len(right))
 
-    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """(log-likelihood of the continuation, is it what the model would write?) of (context, continuation) requests."""
+    def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether the model would write it."""
         asked = list(dict.fromkeys(request.args for request in requests))
-        new = [args for args in asked if args not in self._answers]
-        if new:
+        if new := [args for args in asked if args not in self._answers]:
             nll, right = self._ask("likelihood", [self.question(*args) for args in new]).T
             first = ACCURACY[self.model.kind][0]
-            self._answers |= {
-                args: (-float(v), {first: bool(r)})
-                for args, v, r in zip(new, nll, right, strict=True)
-            }
-        if unsure := [args for args in asked if self.accuracy not in self._answers[args][1]]:
-            right = self._ask(self.accuracy, [self.question(*args) for args in unsure])
-            for args, r in zip(unsure, right, strict=True):
-                self._answers[args][1][self.accuracy] = bool(r)
-        return [
-            (self._answers[r.args][0], self._answers[r.args][1][self.accuracy]) for r in requests
-        ]
+            for args, value, hit in zip(new, nll, right, strict=True):
+                self._answers[args] = -float(value), {first: bool(hit)}
+        if new := [args for args in asked if self.accuracy not in self._answers[args][1]]:
+            right = self._ask(self.accuracy, [self.question(*args) for args in new])
+            for args, hit in zip(new, right, strict=True):
+                self._answers[args][1][self.accuracy] = bool(hit)
+        answers = [self._answers[request.args] for request in requests]
+        return [(value, hits[self.accuracy]) for value, hits in answers]
 
-    def loglikelihood_rolling(self, requests) -> list[float]:
-        """Log-likelihood of whole texts, read in windows of the model's length one after another (for a diffusion model by 128 masks each)."""
-        room, totals, questions, owner = self.model.length - 2, np.zeros(len(requests)), [], []
+    def loglikelihood_rolling(self, requests: Sequence[Request]) -> list[float]:
+        """Log-likelihood of whole texts, read in consecutive windows of the model's length.
+
+        A diffusion model reads a window under 128 masks.
+        """
+        room, eos = self.model.length - 2, self.model.eos_id
+        questions, owner = [], []
         for i, request in enumerate(requests):
             ids = self.model.tokenizer.encode(request.args[0], add_special_tokens=False).ids
-            for part in (ids[at : at + room] for at in range(0, len(ids), room)):
-                questions.append(
-                    Question((self.model.eos_id, *part, self.model.eos_id), 1, 1 + len(part))
-                )
+            for at in range(0, len(ids), room):
+                part = ids[at : at + room]
+                questions.append(Question((eos, *part, eos), 1, 1 + len(part)))
                 owner.append(i)
+        totals = np.zeros(len(requests))
         if questions:
             np.subtract.at(totals, owner, self._ask("likelihood", questions)[:, 0])
         return totals.tolist()
 
-    def _ask(self, what: str, questions: list[Question]) -> np.ndarray:
-        """ANSWERS[what] of all questions, in the first process, which tells the others of them."""
-        self.group.broadcast((what, questions))
-        return self._answer(what, questions)
-
-    def serve(self) -> None:
-        """What the other processes do until the first has no more to ask."""
-        while asked := self.group.broadcast():
-            self._answer(*asked)
-
-    def _answer(self, what: str, questions: list[Question]) -> np.ndarray | None:
-        def own(rows: slice) -> np.ndarray:
-            with Progress(what, rows.stop - rows.start, "item") as progress:
-                return ANSWERS[what](self, questions[rows], rows.start, progress.update)
-
-        return self.group.map_rows(len(questions), own)
-
-    def _nll(self, questions: list[Question], first: int, tick) -> np.ndarray:
-        if self.model.kind == "diffusion":
-            return np.column_stack(
-                diffusion_nll(
-                    self.model.denoiser,
-                    questions,
-                    self.micro_batch,
-                    self.seed,
-                    self._device,
-                    tick,
-                    first,
-                )
-            )
-        return np.column_stack(
-            autoregressive_nll(self.model.network, questions, self.micro_batch, self._device, tick)
-        )
-
-    def _guess(self, questions: list[Question], first: int, tick) -> np.ndarray:
-        return confident_guess(self.model.denoiser, questions, self.micro_batch, self._device, tick)
-
-    def _drawn(self, questions: list[Question], first: int, tick) -> np.ndarray:
-        return monte_carlo_nll(
-            self.model.denoiser, questions, self.micro_batch, self.seed, self._device, tick, first
-        )
-
-    def monte_carlo(self, requests) -> np.ndarray:
-        """Protocol elbo-mc's NELBO in nats of (context, continuation) requests, [N]; request i has its own draws."""
+    def monte_carlo(self, requests: Sequence[Request]) -> np.ndarray:
+        """Protocol elbo-mc: each continuation's NELBO in nats, [N]; request i has its own draws."""
         return self._ask("elbo-mc", [self.question(*request.args) for request in requests])
 
-    def passes(self, requests) -> dict[str, float]:
-        """Calls of the network for one item under each protocol, the mean over the requests. elbo-mc: its draws, those that mask nothing too."""
+    def passes(self, requests: Sequence[Request]) -> dict[str, float]:
+        """Network calls per item under each protocol, the mean over the requests.
+
+        elbo-mc counts all its draws, even those that mask nothing.
+        """
         if self.model.kind == "autoregressive":
             return {"ar": 1.0}
-        tokens = [
-            question.end - question.start
-            for question in (self.question(*request.args) for request in requests)
-        ]
+        questions = [self.question(*request.args) for request in requests]
+        tokens = [question.end - question.start for question in questions]
         exact = [2**n - 1 if n <= EXACT else DRAWS + 1 for n in tokens]
         return {
             "parallel": 1.0,
@@ -192,39 +162,81 @@ class HalfstepLM(LM):
             "elbo-mc": float(MC_DRAWS),
         }
 
-    def generate_until(self, requests):
+    def generate_until(self, requests: Sequence[Request]) -> list[str]:
         raise HalfstepError(
-            "lm-eval: a generate_until task was asked for; halfstep answers likelihood tasks, and writes text by `halfstep generate`"
+            "lm-eval: the task asks for generate_until; halfstep answers likelihood tasks only, "
+            "and writes text with `halfstep generate`"
+        )
+
+    def serve(self) -> None:
+        """On the other ranks: answer what rank 0 broadcasts, until it broadcasts None."""
+        while asked := self.group.broadcast():
+            self._answer(*asked)
+
+    def _ask(self, what: str, questions: list[Question]) -> np.ndarray:
+        """ANSWERS[what] of all questions, on rank 0, which broadcasts them to the other ranks."""
+        self.group.broadcast((what, questions))
+        return self._answer(what, questions)
+
+    def _answer(self, what: str, questions: list[Question]) -> np.ndarray | None:
+        def of_rows(rows: slice) -> np.ndarray:
+            with Progress(what, rows.stop - rows.start, "item") as progress:
+                return ANSWERS[what](self, questions[rows], rows.start, progress.update)
+
+        return self.group.map_rows(len(questions), of_rows)
+
+    def _likelihood(self, questions: list[Question], first: int, tick: Tick) -> np.ndarray:
+        model, batch, device = self.model, self.micro_batch, self._device
+        if model.kind == "diffusion":
+            found = diffusion_nll(model.denoiser, questions, batch, self.seed, device, tick, first)
+        else:
+            found = autoregressive_nll(model.network, questions, batch, device, tick)
+        return np.column_stack(found)
+
+    def _confidence(self, questions: list[Question], first: int, tick: Tick) -> np.ndarray:
+        return confident_guess(self.model.denoiser, questions, self.micro_batch, self._device, tick)
+
+    def _monte_carlo(self, questions: list[Question], first: int, tick: Tick) -> np.ndarray:
+        return monte_carlo_nll(
+            self.model.denoiser, questions, self.micro_batch, self.seed, self._device, tick, first
         )
 
 
-ANSWERS = {  # what the network can be asked, its progress's name: answers of questions `first`, first + 1, ...; likelihood's are [Q, 2]: nats, is it right?
-    "likelihood": HalfstepLM._nll,
-    "confidence": HalfstepLM._guess,
-    "elbo-mc": HalfstepLM._drawn,
+# What can be asked of the network, which is also the label of the progress: the answers to
+# questions first, first + 1, ... [Q]; those to `likelihood` are [Q, 2]: nats, and whether the model
+# would write it.
+ANSWERS: dict[str, Callable[[HalfstepLM, list[Question], int, Tick], np.ndarray]] = {
+    "likelihood": HalfstepLM._likelihood,
+    "confidence": HalfstepLM._confidence,
+    "elbo-mc": HalfstepLM._monte_carlo,
 }
 
 
-def context_of(doc: dict) -> str:
-    """All but the last word; what the stock template `{{text.split(' ')[:-1]|join(' ')}}` gives, 100 times as fast."""
+def context_of(doc: dict[str, str]) -> str:
+    """All but the last word.
+
+    Equal to the stock template `{{text.split(' ')[:-1]|join(' ')}}`, and 100 times as fast.
+    """
     return doc["text"].rpartition(" ")[0]
 
 
-def word_of(doc: dict) -> str:
-    """The last word with its space; what the stock template `{{' '+text.split(' ')[-1]}}` gives."""
+def last_word_of(doc: dict[str, str]) -> str:
+    """The last word with its space, equal to the stock template `{{' '+text.split(' ')[-1]}}`."""
     return " " + doc["text"].rpartition(" ")[2]
 
 
-def task(data: str, cache: Path) -> dict:
-    """lm-eval's stock lambada_openai as a complete inline task, on a hub data set or on a local .jsonl of {"text": ...} lines."""
+def lambada_task(data: str, cache: Path) -> dict[str, Any]:
+    """lm-eval's stock lambada_openai as a complete inline task.
+
+    `data` is a hub data set or a local .jsonl of {"text": ...} lines.
+    """
     import lm_eval
     import yaml
 
-    stock = yaml.safe_load(
-        (Path(lm_eval.__file__).parent / "tasks/lambada/lambada_openai.yaml").read_text()
-    )
+    path = Path(lm_eval.__file__).parent / "tasks/lambada/lambada_openai.yaml"
+    stock = yaml.safe_load(path.read_text())
     stock.pop("tag")
-    stock |= {"doc_to_text": context_of, "doc_to_target": word_of}
+    stock |= {"doc_to_text": context_of, "doc_to_target": last_word_of}
     if not data.endswith(".jsonl"):
         return stock | {"dataset_path": data}
     files = {"data_files": {"test": str(Path(data).resolve())}, "cache_dir": str(cache)}
@@ -236,23 +248,20 @@ def task(data: str, cache: Path) -> dict:
     }
 
 
-def check_items(path: Path) -> int:
-    """Number of items of a local .jsonl; HalfstepError names the first bad line."""
+def count_items(path: Path) -> int:
+    """Number of items in a local .jsonl; HalfstepError names the first bad line."""
     if not path.is_file():
         raise HalfstepError(
-            f'lambada: no file {path}; expected one {{"text": ...}} per line, or a hub name such as EleutherAI/lambada_openai'
+            f'lambada: no file {path}; expected one {{"text": ...}} per line, '
+            "or a hub name such as EleutherAI/lambada_openai"
         )
     count = 0
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
-            try:
-                text = json.loads(line)["text"]
-                good = isinstance(text, str) and bool(text.split(" ")[-1])
-            except (ValueError, KeyError, TypeError):
-                good = False
-            if not good:
+            if not _is_item(line):
                 raise HalfstepError(
-                    f'lambada: {path}:{number} is not {{"text": "... word"}} with a word after the last space; mend the line'
+                    f'lambada: {path}:{number} is not {{"text": "... word"}} with a word after the '
+                    "last space; correct the line"
                 )
             count += 1
     if not count:
@@ -262,7 +271,15 @@ def check_items(path: Path) -> int:
     return count
 
 
-def examine(
+def _is_item(line: str) -> bool:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return isinstance(text, str) and bool(text.split(" ")[-1])
+
+
+def evaluate_lambada(
     model: Model,
     data: str,
     items: int | None = None,
@@ -270,64 +287,78 @@ def examine(
     device: str = "cpu",
     seed: int = 0,
     group: Group = ALONE,
-) -> dict | None:
-    """Run lm-eval: {"nll": {protocol: [N] nats per item}, "hits": {protocol: [N] bool}, "passes": {protocol: network calls per item},
-    "data": name[number of items]@sha256 of their texts, "lm_eval": its own results under the first protocols}.
+) -> dict[str, Any] | None:
+    """Run lm-eval's LAMBADA on `data`, a hub data set or a local .jsonl, under every protocol.
 
-    data: hub name or local .jsonl; items: only the first so many. Further protocols answer the requests that lm-eval made.
-    Of the group's processes the first examines; the others answer their share of its questions, and get None.
+    Only the first `items` items are asked (None: all). The first protocols are lm-eval's own
+    run; the others answer the same requests.
+
+    Returns {"nll": {protocol: [N] nats per item}, "hits": {protocol: [N] bool}, "passes":
+    {protocol: network calls per item}, "data": name[number of items]@sha256 of their texts,
+    "lm_eval": its own results under the first protocols}.
+
+    Rank 0 of the group evaluates; the other ranks answer their share of its questions and return
+    None.
     """
-    from datasets import disable_progress_bars
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
     local = data.endswith(".jsonl")
     if local:
-        count = check_items(Path(data))
+        count = count_items(Path(data))
         items = min(items or count, count)
     first, *others = ACCURACY[model.kind]
     lm = HalfstepLM(model, first, micro_batch, device, seed, group)
     if not group.is_main:
-        return lm.serve()
-    disable_progress_bars()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            tasks = list(
-                TaskManager(include_defaults=False)
-                .load([task(data, Path(cache))])["tasks"]
-                .values()
-            )
-        except (OSError, ValueError) as error:
-            where = (
-                "mend the file"
-                if local
-                else "download it where there is a network, or name a .jsonl"
-            )
-            raise HalfstepError(
-                f"lambada: cannot load {data!r} ({type(error).__name__}: {reason(error)}); {where}"
-            ) from error
-        found = simple_evaluate(
-            model=lm, tasks=tasks, task_manager=TaskManager(include_defaults=False), limit=items, bootstrap_iters=0, log_samples=True,
-            random_seed=None, numpy_random_seed=None, torch_random_seed=None,
-        )  # fmt: skip
-    ((name, samples),) = found["samples"].items()
-    samples = sorted(samples, key=lambda s: s["doc_id"])
-    requests = [Request(s["arguments"][0]) for s in samples]
-    hits = {first: np.array([s["acc"] for s in samples], bool)}
+        lm.serve()
+        return None
+    samples, results = _run_lm_eval(lm, data, items)
+    requests = [Request(sample["arguments"][0]) for sample in samples]
+    hits = {first: np.array([sample["acc"] for sample in samples], bool)}
     for lm.accuracy in others:
         hits[lm.accuracy] = np.array([hit for _, hit in lm.loglikelihood(requests)])
     exact, *drawn = PERPLEXITY[model.kind]
-    nll = {exact: -np.array([s["perplexity"] for s in samples])} | {
-        protocol: lm.monte_carlo(requests) for protocol in drawn
-    }
+    nll = {exact: -np.array([sample["perplexity"] for sample in samples])}
+    nll |= {protocol: lm.monte_carlo(requests) for protocol in drawn}
     group.broadcast(None)
-    texts = hashlib.sha256("\0".join(s["doc"]["text"] for s in samples).encode()).hexdigest()
-    asked = f"{Path(data).name if local else data}[{len(samples)}]@{texts[:12]}"
+    texts = "\0".join(sample["doc"]["text"] for sample in samples)
+    digest = hashlib.sha256(texts.encode()).hexdigest()
+    name = Path(data).name if local else data
     return {
         "nll": nll,
         "hits": hits,
         "passes": lm.passes(requests),
-        "data": asked,
-        "lm_eval": found["results"][name],
+        "data": f"{name}[{len(samples)}]@{digest[:12]}",
+        "lm_eval": results,
     }
+
+
+def _run_lm_eval(lm: HalfstepLM, data: str, items: int | None) -> tuple[list[dict], dict]:
+    """lm-eval's record of each item, in order, and its results."""
+    from datasets import disable_progress_bars
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    disable_progress_bars()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_defaults=False)
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            tasks = list(manager.load([lambada_task(data, Path(cache))])["tasks"].values())
+        except (OSError, ValueError) as error:
+            remedy = "download it where there is a network, or name a .jsonl"
+            if data.endswith(".jsonl"):
+                remedy = "correct the file"
+            raise HalfstepError(
+                f"lambada: cannot load {data!r} ({type(error).__name__}: {reason(error)}); {remedy}"
+            ) from error
+        found = simple_evaluate(
+            model=lm,
+            tasks=tasks,
+            task_manager=manager,
+            limit=items,
+            bootstrap_iters=0,
+            log_samples=True,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+    ((name, samples),) = found["samples"].items()
+    return sorted(samples, key=lambda sample: sample["doc_id"]), found["results"][name]

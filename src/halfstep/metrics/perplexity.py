@@ -1,18 +1,23 @@
-"""Generative perplexity: how likely a judge, an autoregressive model that `transformers` loads, finds the texts.
+"""Generative perplexity: how likely a judge finds the texts.
 
-Two protocols are in use and give different numbers for the same texts, so each number names its own:
+A judge is an autoregressive model that `transformers` loads. Two protocols are in use. They give
+different numbers for the same texts, so each number names its protocol:
 
-    ids          SDTT's: the judge reads the sampled ids as they are, exp(mean over texts of the mean over its L - 1 predictions of -log p)
-    retokenized  MDLM's: texts are decoded and tokenised again by the judge's tokenizer (cut to L tokens), every EOS but the first is
-                 left out, exp(sum over all texts and tokens of -log p / number of tokens)
+    ids          SDTT's: the judge reads the sampled ids as they are;
+                 exp(mean over texts of the mean over its L - 1 predictions of -log p)
+    retokenized  MDLM's: texts are decoded, tokenized again by the judge's tokenizer and cut to L
+                 tokens; every EOS but the first is left out;
+                 exp(sum over all texts and tokens of -log p / number of tokens)
 
-MDLM counts tokens behind the second EOS too; only the EOS tokens themselves, and padding, have no weight. The first token of a text is
-never predicted, so a BOS (which is EOS) uses up the one EOS that would count. Unlike MDLM's code, the last partial batch counts.
+MDLM counts the tokens after the second EOS too; only the EOS tokens themselves, and padding, have
+no weight. The first token of a text is never predicted, so a BOS (which is EOS) uses up the one EOS
+that would count. Unlike in MDLM's code, the last partial batch counts.
 
-Both judges of the SDTT paper go by their hub names: gpt2-large, and meta-llama/Meta-Llama-3-8B, whose ids are other tokens than GPT-2's, so that
-it scores `retokenized` alone. A judge computes in the precision that its weights are stored in (gpt2-large: float32; Llama-3-8B: bfloat16, 16 GB),
-float16 read as float32; log-probabilities are taken in float32 of its logits. (The released code's Llama number is neither protocol: it drops
-every EOS, strips the text, and takes the mean of means.)
+The SDTT paper has two judges, named as on the hub: gpt2-large and meta-llama/Meta-Llama-3-8B.
+Llama's ids are other tokens than GPT-2's, so it scores `retokenized` only. A judge computes in the
+precision in which its weights are stored (gpt2-large: float32; Llama-3-8B: bfloat16, 16 GB), except
+that float16 becomes float32. Log-probabilities are float32, from its logits. (The released code's
+Llama number is neither protocol: it drops every EOS, strips the text, and takes the mean of means.)
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from halfstep.distributed.group import ALONE, Group
 from halfstep.errors import HalfstepError, reason
@@ -34,17 +40,21 @@ from halfstep.progress import Progress
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}  # largest number of logits at once (128 MiB, 1 GiB)
+LOGITS = {"cpu": 1 << 25, "cuda": 1 << 28}  # largest number of logits at a time (128 MiB, 1 GiB)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A causal language model with its tokenizer. `name` says which: hub name@commit, or folder@sha256 of its weights, 12 digits of either."""
+    """A causal language model with its tokenizer.
+
+    `name` is hub name@commit, or folder@sha256 of its weights, with the first 12 digits of either.
+    """
 
     name: str
-    network: torch.nn.Module
-    tokenizer: object
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     device: torch.device
 
     @property
@@ -56,124 +66,156 @@ class Judge:
         return str(self.network.dtype).removeprefix("torch.")
 
     @property
-    def about(self) -> dict[str, str]:
-        """What a row says of its judge."""
+    def columns(self) -> dict[str, str]:
+        """The columns of a metric row that describe the judge."""
         return {"judge": self.name, "judge_dtype": self.dtype}
 
     @property
     def context(self) -> int | None:
-        """Longest text it can read, None when the model sets no limit."""
+        """Longest text that the judge can read; None if the model sets no limit."""
         return getattr(self.network.config, "max_position_embeddings", None)
 
     def shares(self, tokenizer: Tokenizer) -> bool:
-        """Do the same ids mean the same tokens? Protocol `ids` makes sense only then."""
+        """True if the same ids mean the same tokens; protocol `ids` makes sense only then."""
         return tokenizer.get_vocab().items() <= self.tokenizer.get_vocab().items()
+
+    def retokenize(
+        self, ids: np.ndarray, tokenizer: Tokenizer, eos_id: int, longest: int
+    ) -> list[list[int]]:
+        """Texts ids[N, L] of `tokenizer` as tokens of the judge, at most `longest` of each text.
+
+        EOS becomes the judge's EOS, if it has one.
+        """
+        texts = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
+        if self.tokenizer.eos_token:
+            eos = tokenizer.id_to_token(eos_id)
+            texts = [text.replace(eos, self.tokenizer.eos_token) for text in texts]
+        return self.tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
 
 
 def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
-    """The judge of a name, the one way for all of them: a folder, or a hub name (`gpt2-large`, `gpt2-large@revision`)."""
+    """Load a judge by its name: a folder, or a hub name (`gpt2-large`, `gpt2-large@revision`)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-            raise HalfstepError(
-                f"judge: no config.json in {folder}, found {found} there; name a folder that transformers' save_pretrained wrote"
-            )
-    elif folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    local = folder.is_dir()
+    if local and not (folder / "config.json").is_file():
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise HalfstepError(
-            f"judge: no folder {name}; train the baseline first, or name a model of the Hugging Face hub such as gpt2-large"
+            f"judge: no config.json in {folder}, found {found} there; "
+            "name a folder that transformers' save_pretrained wrote"
         )
-    where, _, revision = (name, "", "") if folder.is_dir() else name.partition("@")
+    if not local and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise HalfstepError(
+            f"judge: no folder {name}; train the baseline first, "
+            "or name a model of the Hugging Face hub such as gpt2-large"
+        )
+    where, _, revision = (name, "", "") if local else name.partition("@")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    revision = revision or "main"
     try:
-        network = AutoModelForCausalLM.from_pretrained(
-            where, revision=revision or "main", dtype="auto"
-        )
-        network = (
-            network.float() if network.dtype == torch.float16 else network
-        )  # whose largest number is 65,504
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision or "main")
+        network = AutoModelForCausalLM.from_pretrained(where, revision=revision, dtype="auto")
+        if network.dtype == torch.float16:  # its largest number is 65,504
+            network = network.float()
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=revision)
     except Exception as error:  # transformers, the hub client and safetensors each raise their own
-        hint = (
-            "make the folder again" if folder.is_dir()
-            else f"accept its licence at https://huggingface.co/{where}, then log in with `hf auth login` or set HF_TOKEN, or name a folder that holds it"
-            if "gated" in str(error).lower()
-            else "without network, download it beforehand or name a folder that holds the model"
-        )  # fmt: skip
         raise HalfstepError(
-            f"judge: transformers cannot load {name!r} ({type(error).__name__}: {reason(error)}); {hint}"
+            f"judge: transformers cannot load {name!r} ({type(error).__name__}: {reason(error)}); "
+            f"{_remedy(where, local, error)}"
         ) from error
-    found = (
-        weights_sha256(folder) if folder.is_dir() else getattr(network.config, "_commit_hash", None)
-    )
-    where = (
-        model_name(folder) if folder.is_dir() else where
-    )  # however its path was typed, on whatever machine
-    name = f"{where}@{found[:12]}" if found else name
-    return Judge(
-        name, network.to(device).eval().requires_grad_(False), tokenizer, torch.device(device)
-    )
+    if local:  # the same name on every machine, however the path was typed
+        name = f"{model_name(folder)}@{weights_sha256(folder)[:12]}"
+    elif commit := getattr(network.config, "_commit_hash", None):
+        name = f"{where}@{commit[:12]}"
+    network = network.to(device).eval().requires_grad_(False)
+    return Judge(name, network, tokenizer, torch.device(device))
+
+
+def _remedy(where: str, local: bool, error: Exception) -> str:
+    """What to do about a judge that cannot be loaded."""
+    if local:
+        return "make the folder again"
+    if "gated" in str(error).lower():
+        return (
+            f"accept its license at https://huggingface.co/{where}, then log in with "
+            "`hf auth login` or set HF_TOKEN, or name a folder that holds it"
+        )
+    return "without network, download it beforehand or name a folder that holds the model"
 
 
 def weights_sha256(folder: Path) -> str:
-    """Checksum of a judge's weights: of the one file, or of the checksums of its parts in the order of their names."""
+    """Checksum of a judge's weights: of one file, or of the checksums of its parts by name."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     sums = [sha256_once(file) for file in files]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def pad_texts(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, both [B, L] int64.
+
+    Texts are padded on the right, where a causal model does not see the padding.
+    """
+    rows = [torch.tensor(text, dtype=torch.long) for text in texts]
+    x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(text) for text in texts])
+    attend = (torch.arange(x.shape[1]) < lengths[:, None]).long()
+    return x.to(device), attend.to(device)
 
 
 @torch.no_grad()
 def token_nll(
     judge: Judge, texts: list[list[int]], micro_batch: int, label: str = "judge"
 ) -> list[np.ndarray]:
-    """-log p of each token but the first, in nats: one float32 array of len(text) - 1 per text. No more than LOGITS logits exist at once."""
+    """-log p of each token but the first, in nats: one float32 array of len(text) - 1 per text.
+
+    At most LOGITS logits exist at a time.
+    """
+    _check_texts(judge, texts)
+    nll = [np.zeros(0, np.float32)] * len(texts)
+    # Longest first, so that a batch needs little padding; a text of one token has no prediction.
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    order = [i for i in order if len(texts[i]) > 1]
+    budget = LOGITS.get(judge.device.type, LOGITS["cpu"])
+    first = 0
+    with Progress(label, len(order), "text") as progress:
+        while first < len(order):
+            most = budget // (len(texts[order[first]]) * judge.vocab_size)
+            rows = order[first : first + max(1, min(micro_batch, most))]
+            first += len(rows)
+            for i, values in zip(rows, _batch_nll(judge, [texts[i] for i in rows]), strict=True):
+                nll[i] = values
+            progress.update(len(rows))
+    return nll
+
+
+def _batch_nll(judge: Judge, texts: list[list[int]]) -> list[np.ndarray]:
+    """`token_nll` of texts that are read in one pass."""
+    x, attend = pad_texts(texts, judge.device)
+    logits = judge.network(input_ids=x, attention_mask=attend, use_cache=False).logits
+    nll = []
+    for i, text in enumerate(texts):
+        n = len(text)
+        loss = F.cross_entropy(logits[i, : n - 1].float(), x[i, 1:n], reduction="none")
+        nll.append(loss.cpu().numpy())
+    return nll
+
+
+def _check_texts(judge: Judge, texts: list[list[int]]) -> None:
+    """HalfstepError unless the judge's vocabulary and context hold the texts."""
     largest = max((max(text) for text in texts if text), default=0)
     if largest >= judge.vocab_size:
         raise HalfstepError(
-            f"judge: token id {largest} in the texts, but {judge.name} knows only ids below {judge.vocab_size}; "
-            "name a judge with the corpus's own tokenizer (the baseline), or score `retokenized`"
+            f"judge: token id {largest} in the texts, but {judge.name} has only ids below "
+            f"{judge.vocab_size}; name a judge with the corpus's own tokenizer (the baseline), "
+            "or score `retokenized`"
         )
-    out = [np.zeros(0, np.float32)] * len(texts)
-    order = sorted(
-        (i for i in range(len(texts)) if len(texts[i]) > 1), key=lambda i: -len(texts[i])
-    )
-    if order and judge.context is not None and len(texts[order[0]]) > judge.context:
+    longest = max((len(text) for text in texts), default=0)
+    if longest > 1 and judge.context is not None and longest > judge.context:
         raise HalfstepError(
-            f"judge: texts of {len(texts[order[0]])} tokens, but {judge.name} reads at most {judge.context}; name another judge"
+            f"judge: texts of {longest} tokens, but {judge.name} reads at most {judge.context}; "
+            "name another judge"
         )
-    budget = LOGITS.get(judge.device.type, LOGITS["cpu"])
-    at = 0
-    with Progress(label, len(order), "text") as progress:
-        while at < len(order):
-            L = len(texts[order[at]])
-            rows = order[at : at + max(1, min(micro_batch, budget // (L * judge.vocab_size)))]
-            at += len(rows)
-            lengths = [len(texts[i]) for i in rows]
-            x = torch.zeros(
-                len(rows), L, dtype=torch.long
-            )  # padding is on the right, where a causal model does not see it
-            attend = torch.zeros_like(x)
-            for j, i in enumerate(rows):
-                x[j, : lengths[j]] = torch.tensor(texts[i])
-                attend[j, : lengths[j]] = 1
-            x = x.to(judge.device)
-            logits = judge.network(
-                input_ids=x, attention_mask=attend.to(judge.device), use_cache=False
-            ).logits
-            for j, i in enumerate(rows):
-                out[i] = (
-                    F.cross_entropy(
-                        logits[j, : lengths[j] - 1].float(), x[j, 1 : lengths[j]], reduction="none"
-                    )
-                    .cpu()
-                    .numpy()
-                )
-            del logits
-            progress.update(len(rows))
-    return out
 
 
 def ids_nll(
@@ -184,18 +226,18 @@ def ids_nll(
     group: Group = ALONE,
     start: int = 1,
 ) -> np.ndarray | None:
-    """Mean -log p of the tokens from `start` on, per text of ids[N, L]: [N] float64. Perplexity (protocol ids) = exp(mean).
+    """Mean -log p of the tokens from `start` on in each text of ids[N, L]: [N] float64.
 
-    The processes of the group share the texts; all but the first get None.
+    Perplexity (protocol ids) = exp(mean). The ranks of the group share the texts; all but rank 0
+    get None.
     """
 
-    def own(rows: slice) -> np.ndarray:
+    def of_rows(rows: slice) -> np.ndarray:
         found = token_nll(judge, ids[rows].tolist(), micro_batch, label)
-        return np.array(
-            [nll[start - 1 :].mean(dtype=np.float64) for nll in found]
-        )  # token i is predicted at i - 1
+        # Token i is predicted at position i - 1.
+        return np.array([nll[start - 1 :].mean(dtype=np.float64) for nll in found])
 
-    return group.map_rows(len(ids), own)
+    return group.map_rows(len(ids), of_rows)
 
 
 def retokenized_nll(
@@ -207,35 +249,32 @@ def retokenized_nll(
     label: str = "judge, retokenized",
     group: Group = ALONE,
 ) -> np.ndarray | None:
-    """Per text of ids[N, L]: sum of -log p, and number, of the tokens that count, [N, 2]. Perplexity = exp(mean sum / mean number).
+    """Sum of -log p, and number, of the tokens that count in each text of ids[N, L]: [N, 2].
 
-    The processes of the group share the texts; all but the first get None.
+    Perplexity (protocol retokenized) = exp(mean sum / mean number). The ranks of the group share
+    the texts; all but rank 0 get None.
     """
-    ours, theirs = tokenizer.id_to_token(eos_id), judge.tokenizer.eos_token
-    if theirs is None:
+    if judge.tokenizer.eos_token is None:
         raise HalfstepError(
-            f"judge: the tokenizer of {judge.name} names no eos_token; add it to its tokenizer_config.json"
+            f"judge: the tokenizer of {judge.name} names no eos_token; "
+            "add it to its tokenizer_config.json"
         )
-    limit = min(ids.shape[1], judge.context or ids.shape[1])
+    longest = min(ids.shape[1], judge.context or ids.shape[1])
 
-    def own(rows: slice) -> np.ndarray:
-        texts = [
-            text.replace(ours, theirs)
-            for text in tokenizer.decode_batch(ids[rows].tolist(), skip_special_tokens=False)
-        ]
-        again = judge.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+    def of_rows(rows: slice) -> np.ndarray:
+        texts = judge.retokenize(ids[rows], tokenizer, eos_id, longest)
         sums = []
-        for text, nll in zip(again, token_nll(judge, again, micro_batch, label), strict=True):
+        for text, nll in zip(texts, token_nll(judge, texts, micro_batch, label), strict=True):
             eos = np.array(text) == judge.tokenizer.eos_token_id
-            counts = (~eos | (eos.cumsum() == 1))[
-                1:
-            ]  # at an EOS the running count is 1 for the first only
+            counts = ~eos | (eos.cumsum() == 1)  # at an EOS, the sum is 1 for the first one only
+            counts = counts[1:]
             sums.append((nll[counts].sum(dtype=np.float64), counts.sum()))
         return np.array(sums, np.float64)
 
-    sums = group.map_rows(len(ids), own)
+    sums = group.map_rows(len(ids), of_rows)
     if group.is_main and not sums[:, 1].any():
         raise HalfstepError(
-            "samples: no token to score, every text is empty or end-of-text alone; look at samples.txt"
+            "samples: no token to score, every text is empty or end-of-text alone; "
+            "look at samples.txt"
         )
     return sums

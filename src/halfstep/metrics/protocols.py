@@ -1,10 +1,13 @@
-"""Protocols by name: what a number's name means, and the version of that meaning.
+"""The protocols of each metric, with the version of each protocol's definition.
 
-A metric means nothing without the protocol it was taken by; rows of two protocols, or of two versions of one, never share a column.
-The version of a protocol goes up when the same model and the same seed would give another number. What each one does is written at the head
-of perplexity.py (ids, retokenized), lambada.py (parallel, confidence, elbo-exact, elbo-mc, ar), diversity.py (unigram, bigrams) and mauve.py,
-in commands/continuations.py and in commands/benchmark.py (interleaved); `grammar` is data/stories.py's judge_window,
-a share of the whole stories in the texts; its num_samples counts those.
+A number means nothing without its protocol: rows of two protocols, or of two versions of one, never
+share a column. The version of a protocol goes up when the same model and the same seed would give
+another number.
+
+Definitions: perplexity.py (ids, retokenized), lambada.py (parallel, confidence, elbo-exact,
+elbo-mc, ar), diversity.py (unigram, bigrams), mauve.py and commands/continuations.py
+(continuations), commands/benchmark.py (interleaved). `grammar` is `judge_window` of
+data/stories.py, a share of the whole stories in the texts; its num_samples counts those stories.
 """
 
 PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}

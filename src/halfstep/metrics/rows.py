@@ -1,67 +1,104 @@
-"""Metric rows: one flat dict for each number, which says what it is, how it was made and how sure it is."""
+"""Metric rows: one flat dict per number, with its interval, its meaning and its origin."""
+
+from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from halfstep.errors import HalfstepError
+from halfstep.files import write_json
+from halfstep.metrics.intervals import bootstrap, wilson
 from halfstep.metrics.protocols import PROTOCOLS
+from halfstep.records import provenance
 from halfstep.records.journal import commit
 
-ABOUT = (
-    "model", "teacher", "run", "round", "steps", "sampler", "network_evaluations", "num_samples", "seed", "weights", "draw_dtype",
-    "temperature", "top_p", "judge", "judge_dtype", "data", "checkpoint",
+COLUMNS = (
+    "model", "teacher", "run", "round", "steps", "sampler", "network_evaluations", "num_samples",
+    "seed", "weights", "draw_dtype", "temperature", "top_p", "judge", "judge_dtype", "data",
+    "checkpoint",
 )  # fmt: skip
-SPEED = (
-    "length",
-    "batch_size",
-    "tokens_per_s",
-    "tokens_per_forward",
-    "energy_j",
-    "device",
-    "dtype",
+# Only timings and continuations have these.
+MORE_COLUMNS = (
+    "length", "batch_size", "tokens_per_s", "tokens_per_forward", "energy_j", "device", "dtype",
     "params",
-)  # columns of timings only
+)  # fmt: skip
 
 
-def row(metric: str, protocol: str, value: float, interval: tuple[float, float], **about) -> dict:
-    """A row of the tables: {metric, protocol, version, value, low, high, model, ..., commit}; what does not apply is null.
+def row(
+    metric: str, protocol: str, value: float, interval: tuple[float, float], **columns: Any
+) -> dict:
+    """One row of the tables; a column that does not apply is null.
 
-    The protocol must be one of the metric's in PROTOCOLS, which gives its version. `data` names what was examined, with a checksum; `judge`
-    its revision; `checkpoint` the weights' sha256. temperature and top_p are null where they are 1, and so change nothing.
+    Its keys are metric, protocol, version, value, low, high, model, ..., commit. The protocol must
+    be one of the metric's in PROTOCOLS, which gives its version. Column `data` names what was
+    measured, with a checksum; `judge` includes its revision; `checkpoint` is the sha256 of the
+    weights. temperature and top_p are null if they are 1, where they change nothing.
     """
-    if protocol not in (known := PROTOCOLS.get(metric, {})):
+    known = PROTOCOLS.get(metric, {})
+    if protocol not in known:
         raise TypeError(
-            f"row: {metric} has no protocol {protocol!r}; known are {', '.join(known) or 'none'} (metrics/protocols.py)"
+            f"row: {metric} has no protocol {protocol!r}; known are {', '.join(known) or 'none'} "
+            "(metrics/protocols.py)"
         )
-    if unknown := about.keys() - {*ABOUT, *SPEED}:
+    if unknown := columns.keys() - {*COLUMNS, *MORE_COLUMNS}:
         raise TypeError(
-            f"row: unknown columns {sorted(unknown)}; known are {', '.join(ABOUT + SPEED)}"
+            f"row: unknown columns {sorted(unknown)}; known are {', '.join(COLUMNS + MORE_COLUMNS)}"
         )
     low, high = interval
     if not all(map(math.isfinite, (value, low, high))):
         raise HalfstepError(
-            f"{metric} of {about.get('model')} is {value} [{low}, {high}], not a finite number: the weights or the judge hold NaN; "
-            "check the training's journal, or name another judge"
+            f"{metric} of {columns.get('model')} is {value} [{low}, {high}], not a finite number: "
+            "the weights or the judge hold NaN; check the training's journal, or name another judge"
         )
-    about |= {key: None for key in ("temperature", "top_p") if about.get(key) == 1}
-    numbers = {
+    columns |= {key: None for key in ("temperature", "top_p") if columns.get(key) == 1}
+    return {
         "metric": metric,
         "protocol": protocol,
         "version": known[protocol],
         "value": float(value),
         "low": float(low),
         "high": float(high),
+        **{key: columns.get(key) for key in COLUMNS},
+        **{key: columns[key] for key in MORE_COLUMNS if key in columns},
+        "commit": commit(),
     }
-    return (
-        numbers
-        | {key: about.get(key) for key in ABOUT}
-        | {key: about[key] for key in SPEED if key in about}
-        | {"commit": commit()}
-    )
+
+
+def mean_row(
+    metric: str,
+    protocol: str,
+    values: np.ndarray,
+    columns: dict[str, Any],
+    resamples: int,
+    statistic: Callable[..., float] = float,
+) -> dict:
+    """The row of statistic(*column means) of values[N] or [N, k], with a bootstrap interval."""
+    value = statistic(*np.atleast_1d(values.mean(0)))
+    return row(metric, protocol, value, bootstrap(values, statistic, resamples), **columns)
+
+
+def share_row(metric: str, protocol: str, hits: int, trials: int, columns: dict[str, Any]) -> dict:
+    """The row of hits / trials with Wilson's interval; without trials it is 0 in [0, 1]."""
+    interval = wilson(hits, trials) if trials else (0.0, 1.0)
+    columns = columns | {"num_samples": trials}
+    return row(metric, protocol, hits / max(trials, 1), interval, **columns)
+
+
+def write_rows(path: Path, rows: list[dict], inputs: Iterable[Path | str]) -> None:
+    """Write rows as JSON, and the provenance record of the file, which lists `inputs`."""
+    write_json(path, rows)
+    provenance.write_record(path.with_suffix(f".{provenance.NAME}"), [path], inputs)
 
 
 def name_parts(model: str) -> dict[str, str | int | None]:
-    """`stories-tiny/kl_backward/round-3` -> model, teacher, run and round; 0 for the teacher and the baseline."""
+    """Columns model, teacher, run and round of a name such as `stories-tiny/kl_backward/round-3`.
+
+    The round of teacher and baseline is 0.
+    """
     teacher, _, rest = model.partition("/")
     run, _, last = rest.partition("/")
     number = int(last.removeprefix("round-")) if last.startswith("round-") else 0
@@ -69,7 +106,7 @@ def name_parts(model: str) -> dict[str, str | int | None]:
 
 
 def model_name(folder: Path) -> str:
-    """What a checkpoint folder is called: its path below results/models/, else the folder's own name."""
-    parts = Path(folder).resolve().parts
-    at = [i for i, part in enumerate(parts) if part == "models"]
-    return "/".join(parts[at[-1] + 1 :] if at and parts[at[-1] + 1 :] else parts[-1:])
+    """The name of a checkpoint: its path below results/models/, or else its folder's name."""
+    path = Path(folder).resolve()
+    _, found, below = f"{path.as_posix()}/".rpartition("/models/")
+    return below.removesuffix("/") if found and below else path.name

@@ -1,4 +1,4 @@
-"""`halfstep tabulate`, `plot` and `summary`: metric rows to tables, tables to figures, a last page."""
+"""`halfstep tabulate`, `plot`, `summary`: rows to tables, tables to figures, and a last page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tabulate(table: str, metrics: list[Path], output: Path, published: bool = Fa
     from halfstep.report.published import FILE, published_markdown, published_rows
     from halfstep.report.rows import read_rows, row_files
 
-    row = TABLES[known_name("table", table, TABLES)]
+    row = TABLES[_known_name("table", table, TABLES)]
     select, markdown = pkgutil.resolve_name(row.select), pkgutil.resolve_name(row.markdown)
     inputs = row_files(metrics)
     selected = select(read_rows(metrics))
@@ -60,14 +60,14 @@ def tabulate(table: str, metrics: list[Path], output: Path, published: bool = Fa
             frames = [frame for frame in (selected, others) if len(frame)]
             filled = [frame.dropna(axis="columns", how="all") for frame in frames]
             selected = pandas.concat(filled, ignore_index=True)
-    csv, md, record = output_paths(output, ".csv", ".md", f".{provenance.NAME}")
+    csv, md, record = _output_paths(output, ".csv", ".md", f".{provenance.NAME}")
     write_atomic(csv, selected.dropna(axis="columns", how="all").to_csv(index=False))
     write_atomic(md, "\n".join(parts))
     provenance.write_record(record, [csv, md], inputs)
 
 
 def plot(figure: str, tables: list[Path], output: Path, published: bool = False) -> None:
-    """Draw one figure as {output}.pdf and .svg, with its points in .csv and its origin in .provenance.json.
+    """Draw one figure as {output}.pdf and .svg, with its points as .csv.
 
     Figures, and what each is drawn from:
 
@@ -82,7 +82,7 @@ def plot(figure: str, tables: list[Path], output: Path, published: bool = False)
     from halfstep.report.published import FILE, published_rows
     from halfstep.report.style import save_figure
 
-    row = FIGURES[known_name("figure", figure, FIGURES)]
+    row = FIGURES[_known_name("figure", figure, FIGURES)]
     draw = pkgutil.resolve_name(row.draw)
     inputs = _figure_inputs(figure, tables)
     frames = _read_inputs(figure, inputs)
@@ -92,7 +92,7 @@ def plot(figure: str, tables: list[Path], output: Path, published: bool = False)
         files.append(FILE)
     drawn, points = draw(frames)
     endings = (".pdf", ".svg", ".csv", f".{provenance.NAME}")
-    pdf, svg, csv, record = output_paths(output, *endings)
+    pdf, svg, csv, record = _output_paths(output, *endings)
     write_atomic(pdf, lambda part: save_figure(drawn, part, ".pdf"))
     write_atomic(svg, lambda part: save_figure(drawn, part, ".svg"))
     write_atomic(csv, points.to_csv(index=False))
@@ -132,7 +132,7 @@ def _read_inputs(figure: str, inputs: dict[str, list[Path]]) -> dict[str, DataFr
     return frames
 
 
-def known_name(flag: str, name: str, rows: Collection[str]) -> str:
+def _known_name(flag: str, name: str, rows: Collection[str]) -> str:
     """The name, or HalfstepError if the catalogue has no such row."""
     if name in rows:
         return name
@@ -141,7 +141,7 @@ def known_name(flag: str, name: str, rows: Collection[str]) -> str:
     raise HalfstepError(f"--{flag} {name}: no such {flag}; known are {', '.join(rows)}{hint}")
 
 
-def output_paths(output: Path, *endings: str) -> list[Path]:
+def _output_paths(output: Path, *endings: str) -> list[Path]:
     """The output path with each of these endings, in place of one of them that it already has."""
     stem = output.stem if output.suffix in endings else output.name
     return [output.with_name(f"{stem}{ending}") for ending in endings]
@@ -195,9 +195,9 @@ def summary(results: Path = Path("results"), width: int = 100) -> None:
 
 def _print_samples(perplexity: DataFrame, results: Path, width: int) -> None:
     """The first samples of the teacher and of the last round, at the fewest steps."""
-    from halfstep.report.rows import sampled
+    from halfstep.report.rows import sampled_rows
 
-    models = sampled(perplexity)
+    models = sampled_rows(perplexity)
     few = models["steps"].min()
     teacher = models.loc[models["run"] == "teacher", "model"].head(1)
     last = models.loc[models["round"] == models["round"].max(), "model"].head(1)
@@ -309,7 +309,7 @@ def _first_protocol(rows: DataFrame) -> DataFrame:
 
 
 def _compare(row: Series, other: Series, lower: str, higher: str) -> str:
-    """The word for a row whose interval is lower or higher than the other's, or that they overlap."""
+    """How the interval of a row compares with another: one of the words, or that they overlap."""
     if row["high"] < other["low"]:
         return lower
     if row["low"] > other["high"]:
@@ -330,7 +330,7 @@ def _span(row: Series, percent: bool = False) -> str:
 
 
 def first_sample(file: Path, characters: int = 900) -> str | None:
-    """The first text of samples.txt, where a line `=== i` (or `=== sample i`) is above each text."""
+    """The first text of samples.txt, in which a line `=== i` (or `=== sample i`) precedes each."""
     if not file.exists():
         return None
     parts = re.split(r"^=== .*\n", file.read_text(), flags=re.MULTILINE)

@@ -209,7 +209,7 @@ def figure_inputs(tables: Iterable[str], models: Sequence[str]) -> dict[str, lis
 
 
 def expand_paths(patterns: Iterable[str], **names: Iterable[str]) -> list[str]:
-    """Every pattern with every value of the placeholder in it: `a/{model}` with model=["b", "c"]."""
+    """Every pattern with every value of its placeholder: a/{model} with model=["b", "c"]."""
     paths = []
     for pattern in patterns:
         (placeholder,) = (name for name in names if f"{{{name}}}" in pattern)

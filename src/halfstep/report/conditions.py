@@ -8,7 +8,7 @@ import pandas
 from pandas import DataFrame, Series
 
 from halfstep.errors import HalfstepError
-from halfstep.report.rows import sampled
+from halfstep.report.rows import sampled_rows
 
 
 def check_comparable(
@@ -37,7 +37,7 @@ def check_comparable(
 
 
 def check_unique(table: DataFrame) -> None:
-    """HalfstepError where two rows would be one cell: the same measure of one model, taken twice."""
+    """HalfstepError if two rows would be one cell: the same measure of a model, taken twice."""
     key = ["model", "teacher", "metric", "protocol", "judge", "steps", "length", "batch_size"]
     repeated = table[table.duplicated(key, keep=False)]
     if repeated.empty:
@@ -106,7 +106,7 @@ def describe_commits(table: DataFrame) -> str | None:
 
 def describe_conditions(table: DataFrame) -> str:
     """A sentence on how the numbers of a table were taken: judge, protocol, data, sampler, seed."""
-    students = sampled(table)
+    students = sampled_rows(table)
     named = {
         "judge": _judges(table),
         "protocol": _versions(table),

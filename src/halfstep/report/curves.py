@@ -25,7 +25,7 @@ def journal_files(paths: Iterable[Path]) -> list[Path]:
 def read_curves(paths: Iterable[Path]) -> DataFrame:
     """The curves of these journal files and of those in these folders, one row for each value.
 
-    `group` is the run of a round, or `pretraining`. Pretraining comes first, the baseline in it last.
+    `group` is the run of a round, or `pretraining`, which comes first, with the baseline last.
     """
     found = []
     for file in journal_files(paths):

@@ -30,7 +30,7 @@ from halfstep.report.points import (
     points_by_run,
     run_names,
 )
-from halfstep.report.rows import baseline_name, sampled
+from halfstep.report.rows import baseline_name, sampled_rows
 
 Tables = Mapping[str, DataFrame]
 Drawn = tuple[Figure, DataFrame]
@@ -149,7 +149,7 @@ def _quality_by_latency(quality: DataFrame, timed: DataFrame, teacher: str) -> l
     """Points of one teacher: lines of the models, the baseline's point and level, and the data."""
     is_baseline = timed["run"] == "baseline"
     seconds = timed[~is_baseline].drop_duplicates("steps").set_index("steps")["value"]
-    models = sampled(quality)
+    models = sampled_rows(quality)
     last_round = models.groupby("run", sort=False)["round"].transform("max")
     last = models[models["round"] == last_round]
     lines = last[last["steps"].isin(seconds.index)]

@@ -10,7 +10,7 @@ from pandas import DataFrame
 from tabulate import tabulate
 
 
-def model_name(row: Any) -> str:
+def model_label(row: Any) -> str:
     """The name of a row's model in a grid: teacher, baseline, `run round 3`."""
     return f"{row.run} round {row.round}" if row.round else row.run
 
@@ -37,7 +37,7 @@ def make_grid(
     across: str,
     corner: str,
     cell: Callable[[Any], str] = value_cell,
-    down: Callable[[Any], str] = model_name,
+    down: Callable[[Any], str] = model_label,
 ) -> str:
     """A table as a Markdown grid.
 

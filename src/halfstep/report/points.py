@@ -33,7 +33,7 @@ def make_points(
         series: the line of the points, one for all or one for each
         x: where the points are; None for a level, which has no x
         unit: factor from the unit of the rows to that of the figure
-        columns: other columns of style.POINTS; `kind` is line and `round` that of the row by default
+        columns: other columns of style.POINTS (kind: line, round: that of the row)
     """
     if isinstance(x, Series):
         x = x.to_numpy(float)

@@ -1,4 +1,4 @@
-"""Values that others have published, each with its source: rows, grids and grey lines apart from ours.
+"""Values that others have published, each with its source, kept apart from our own.
 
 `published.csv` holds them as printed, mostly without an interval. Their papers describe the
 protocol more or less fully, so it is called `as published`. Column `certainty`: read (in a table or
@@ -70,7 +70,7 @@ def published_markdown(table: DataFrame, titles: Mapping[str, str]) -> str:
 
 
 def source_name(row: Any) -> str:
-    """The line of a published value in a grid: model, batch size and step count if timed, source."""
+    """The line of a published value in a grid: model, how it was timed, source."""
     name = row.model
     if not pandas.isna(row.batch_size):
         name += f", {row.batch_size} texts at once"

@@ -83,7 +83,7 @@ def tidy(frame: DataFrame) -> DataFrame:
     return frame.sort_values(order, kind="stable", ignore_index=True).drop(columns="rank")
 
 
-def sampled(table: DataFrame) -> DataFrame:
+def sampled_rows(table: DataFrame) -> DataFrame:
     """The rows of models that write in sampling steps: neither baselines nor held-out text."""
     return table[~table["run"].isin(LEVELS)]
 

@@ -16,10 +16,11 @@ from pandas import DataFrame
 from halfstep.report.catalogue import TABLES
 from halfstep.report.conditions import check_comparable, describe_conditions, join_values
 from halfstep.report.grids import latency_cell, make_grid, round_number, value_cell
-from halfstep.report.rows import LEVELS, baseline_name, sampled
+from halfstep.report.rows import LEVELS, baseline_name, sampled_rows
 
 SAMPLES = TABLES["steps"].metrics
 SHARES = ("consistent_share", "accepted_share")  # of stories, whose number differs between models
+LATENCY = "milliseconds to write, median ± quartile (times faster than the fastest baseline)"
 STUDENTS_SHARE = ("sampler", "weights", "draw_dtype", "temperature")  # the same for all students
 
 
@@ -29,7 +30,7 @@ def select_steps(table: DataFrame) -> DataFrame:
     `vs_data_percent` is the difference from held-out text, measured in the same way.
     """
     table = _of_table("steps", table)
-    students = sampled(table)
+    students = sampled_rows(table)
     check_comparable(table, ("data",))
     check_comparable(students, (*STUDENTS_SHARE, "seed"))
     check_comparable(students[~students["metric"].isin(SHARES)], ("num_samples",))
@@ -76,7 +77,7 @@ def select_continuations(table: DataFrame) -> DataFrame:
     """
     table = _of_table("continuations", table)
     check_comparable(table, ("data", "num_samples", "length"))
-    check_comparable(sampled(table), STUDENTS_SHARE)
+    check_comparable(sampled_rows(table), STUDENTS_SHARE)
     return table
 
 
@@ -88,10 +89,10 @@ def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) ->
         for metric, protocol, judge, group in _by_metric(mine, metrics):
             title = f"### {SAMPLES[metric]} (protocol {protocol})"
             parts.append(f"{title}{judge}, ± 95% interval")
-            parts.append(make_grid(sampled(group), "steps", "sampling steps"))
+            parts.append(make_grid(sampled_rows(group), "steps", "sampling steps"))
             parts += _levels(group)
             parts.append(describe_conditions(group))
-        parts += _network_calls(sampled(mine[mine["metric"] == metrics[0]]))
+        parts += _network_calls(sampled_rows(mine[mine["metric"] == metrics[0]]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -114,7 +115,7 @@ def speed_markdown(table: DataFrame) -> str:
     for teacher, mine in table.groupby("teacher", sort=False):
         mine = mine.assign(case=[_decoder(row) for row in mine.itertuples()])
         shown: dict[str, Callable[[Any], str]] = {
-            "milliseconds to write, median ± quartile (times faster than the fastest baseline)": latency_cell,
+            LATENCY: latency_cell,
             "tokens per second": lambda row: f"{row.tokens_per_s:,.0f}",
             "tokens per forward pass of a text": lambda row: round_number(row.tokens_per_forward),
         }
@@ -147,7 +148,7 @@ def continuations_markdown(table: DataFrame) -> str:
         for metric, _, judge, group in _by_metric(mine, titles):
             interval = "the k-means' alone" if metric == "mauve" else "over prompts"
             parts.append(f"### {titles[metric]}{judge}, ± 95% interval ({interval})")
-            students = sampled(group)
+            students = sampled_rows(group)
             if len(students):
                 parts.append(make_grid(students, "steps", "sampling steps"))
             parts += _levels(group)

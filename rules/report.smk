@@ -1,7 +1,7 @@
 """Tables, figures, the journals' way into MLflow, and where everything comes from."""
 
-# workflow/report/*.rst show the captions of the catalogue. Their params take `output`, for Snakemake
-# does not compare params that depend on outputs: a new caption makes no figure again.
+# workflow/report/*.rst show the captions of the catalogue. These params take `output`, because
+# Snakemake does not compare params that depend on outputs: a new caption makes no figure again.
 
 
 rule tabulate:

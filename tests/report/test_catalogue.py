@@ -88,14 +88,21 @@ def test_a_pattern_is_expanded_for_every_value_of_its_placeholder():
 def test_tables_of_a_section_and_their_figures_exist_with_the_section():
     with_section = table_inputs(SimpleNamespace(continuations=True), **NAMES)
     without = table_inputs(SimpleNamespace(continuations=None), **NAMES)
-    assert with_section.keys() - without.keys() == {"continuations"}
-    assert with_section["continuations"] == [
+    of_section = {name for name, row in TABLES.items() if row.section == "continuations"}
+    assert with_section.keys() - without.keys() == of_section != set()
+    figures_with = figure_inputs(with_section, NAMES["model"])
+    figures_without = figure_inputs(without, NAMES["model"])
+    drawn_from_them = {name for name, row in FIGURES.items() if of_section & set(row.needs)}
+    assert figures_with.keys() == FIGURES.keys()
+    assert figures_with.keys() - figures_without.keys() == drawn_from_them != set()
+
+
+def test_a_table_of_continuations_is_made_from_the_models_that_continue_prompts():
+    inputs = table_inputs(SimpleNamespace(continuations=True), **NAMES)
+    assert inputs["continuations"] == [
         "results/metrics/t/teacher/continuations.json",
         "results/metrics/t/baseline/continuations.json",
     ]
-    assert figure_inputs(with_section, NAMES["model"]).keys() == FIGURES.keys()
-    figures_without = figure_inputs(without, NAMES["model"])
-    assert FIGURES.keys() - figures_without.keys() == {"mauve_vs_steps"}
 
 
 def test_a_figure_is_made_from_the_files_of_its_needs():

@@ -145,7 +145,7 @@ def test_a_number_that_is_there_twice_is_refused(results):
     other = {"value": 1.0, "low": 1.0, "high": 1.0}
     again = [row | other for row in rows if row["metric"] == "entropy"]
     (folder / "again.json").write_text(json.dumps(again))
-    words = r"of stories-tiny/mse/round-2 by protocol unigram at \d+ steps is there 2 times"
+    words = r"of stories-tiny/mse/round-2 by protocol unigram at \d+ steps: found 2 times"
     with pytest.raises(HalfstepError, match=f"entropy {words}"):
         make_tables(results)
 

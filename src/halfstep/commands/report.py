@@ -28,14 +28,13 @@ def tabulate(table: str, metrics: list[Path], output: Path, published: bool = Fa
     are allowed; a warning and the table name the commits.
 
     Tables:
-
     {catalogue}
 
     Args:
         table: name of the table, as listed above
         metrics: files of metric rows, or folders of such files
         output: path of the table; an ending .csv or .md is dropped
-        published: add published values, in rows and grids of their own that name their source
+        published: add published values, in separate rows and grids that name their source
     """
     import pandas
 
@@ -69,8 +68,7 @@ def tabulate(table: str, metrics: list[Path], output: Path, published: bool = Fa
 def plot(figure: str, tables: list[Path], output: Path, published: bool = False) -> None:
     """Draw one figure as {output}.pdf and .svg, with its points as .csv.
 
-    Figures, and what each is drawn from:
-
+    A record of its origin is written as .provenance.json. Figures, and what each is drawn from:
     {catalogue}
 
     Args:

@@ -46,9 +46,9 @@ def check_unique(table: DataFrame) -> None:
     row = rows.iloc[0]
     steps = "" if pandas.isna(row["steps"]) else f" at {row['steps']} steps"
     raise HalfstepError(
-        f"{row['metric']} of {row['model']} by protocol {row['protocol']}{steps} is there "
-        f"{len(rows)} times (checkpoints {join_values(rows['checkpoint'])}; "
-        f"seeds {join_values(rows['seed'])}): give --metrics one file of each measurement"
+        f"{row['metric']} of {row['model']} by protocol {row['protocol']}{steps}: "
+        f"found {len(rows)} times (checkpoints {join_values(rows['checkpoint'])}; "
+        f"seeds {join_values(rows['seed'])}); give --metrics one file of each measurement"
     )
 
 

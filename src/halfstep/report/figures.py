@@ -47,12 +47,12 @@ def ppl_vs_steps(tables: Tables) -> Drawn:
     """Generative perplexity against sampling steps: the teacher and every round.
 
     A panel for each run and judge. The baseline and held-out text are levels. Published values are
-    judged by gpt2-large, so they are drawn with the first judge or with that one only.
+    judged by gpt2-large; where there are several judges, only its panels show them.
     """
     rows = one_metric(tables["steps"], "generative_perplexity", all_judges=True)
     points = points_by_run(rows, "steps")
-    alike = [name for name in points["panel"] if "judge" not in name or "gpt2-large" in name]
-    panels = dict.fromkeys(alike)
+    shown = [name for name in points["panel"] if "judge" not in name or "gpt2-large" in name]
+    panels = dict.fromkeys(shown)
     points, sources = add_published(points, tables, "generative_perplexity", "steps", panels)
     conditions = describe_conditions(rows)
     figure = style.draw_panels(
@@ -188,8 +188,7 @@ def lambada_vs_round(tables: Tables) -> Drawn:
                 parts.append(make_points(line, panel, run, line["round"], round=0))
             parts.append(make_level(mine[is_baseline], panel, "baseline"))
     points = join_points(parts)
-    alike = [panel for panel in ylabels if panel.endswith("accuracy, parallel")]
-    panels = dict.fromkeys(alike)
+    panels = dict.fromkeys(name for name in ylabels if name.endswith("accuracy, parallel"))
     points, sources = add_published(points, tables, "lambada_accuracy", "round", panels)
     words = "Last words (LAMBADA), 95% intervals; round 0 is the teacher."
     figure = style.draw_panels(

@@ -129,7 +129,7 @@ def add_published(
 ) -> tuple[DataFrame, str]:
     """The points with published ones, and a sentence that names the sources by their letters.
 
-    Both are unchanged and empty where `tables` has no `published`.
+    Where `tables` has no `published`, the points stay the same and the sentence is empty.
 
     Args:
         points: our points; published values outside the range of their x are left out

@@ -11,6 +11,8 @@ from pathlib import Path
 from halfstep.workflow import slurm_plugin
 from halfstep.commands import plan
 from halfstep.config import DrawOptions, GenerateOptions, Prompts
+from halfstep.report import catalogue
+from halfstep.report.catalogue import figure_inputs, table_inputs
 from halfstep.resolve import ConfigError, flags, resolve, subsection
 
 # `halfstep` is found whether its environment is activated or not, and its lines reach the log when they are written.
@@ -166,27 +168,13 @@ def continued(model):
     )
 
 
-TABLES = {  # table: the metric rows it gathers
-    "steps": [f"results/metrics/{model}/samples.json" for model in MODELS]
-    + [f"results/metrics/{t}/data.json" for t in CONFIG.teachers],
-    "lambada": [f"results/metrics/{model}/lambada.json" for model in MODELS],
-    "speed": [f"results/benchmarks/{t}/latency.json" for t in CONFIG.teachers],
-}
-if CONFIG.continuations:
-    TABLES["continuations"] = [
-        f"results/metrics/{model}/continuations.json" for model in MODELS if continued(model)
-    ]
-FIGURES = {  # figure: what it is drawn from
-    "ppl_vs_steps": ["results/tables/steps.csv"],
-    "entropy_vs_steps": ["results/tables/steps.csv"],
-    "ppl_vs_latency": ["results/tables/steps.csv", "results/tables/speed.csv"],
-    "lambada_vs_round": ["results/tables/lambada.csv"],
-    "latency_vs_length": ["results/tables/speed.csv"],
-    "speedup_vs_batch": ["results/tables/speed.csv"],
-    "loss_curves": [f"results/models/{model}/journal.jsonl" for model in MODELS],
-}
-if CONFIG.continuations:
-    FIGURES["mauve_vs_steps"] = ["results/tables/continuations.csv"]
+TABLES = table_inputs(  # table: the metric rows it gathers
+    CONFIG,
+    model=MODELS,
+    teacher=CONFIG.teachers,
+    continued=[model for model in MODELS if CONFIG.continuations and continued(model)],
+)
+FIGURES = figure_inputs(TABLES, MODELS)  # figure: what it is drawn from
 
 
 def one_of(names):

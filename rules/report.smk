@@ -1,5 +1,8 @@
 """Tables, figures, the journals' way into MLflow, and where everything comes from."""
 
+# workflow/report/*.rst show the captions of the catalogue. These params take `output`, because
+# Snakemake does not compare params that depend on outputs: a new caption makes no figure again.
+
 
 rule tabulate:
     input:
@@ -10,7 +13,10 @@ rule tabulate:
             "results/tables/{table}.csv",
             caption="../workflow/report/table.rst",
             category="Tables",
-            labels={"table": "{table}"},
+            labels=lambda wildcards: {
+                "table": wildcards.table,
+                "shows": catalogue.TABLES[wildcards.table].title,
+            },
         ),
     log:
         "results/logs/tabulate/{table}.log",
@@ -19,6 +25,7 @@ rule tabulate:
     conda:
         "../envs/cpu.yaml"
     params:
+        caption=lambda wildcards, output: catalogue.TABLES[wildcards.table].caption,
         output=subpath(output.csv, strip_suffix=".csv"),
         published="--published" if CONFIG.published else "",
         code=STAGE["tabulate"],
@@ -44,7 +51,10 @@ rule plot:
             "results/figures/{figure}.svg",
             caption="../workflow/report/figure.rst",
             category="Figures",
-            labels={"figure": "{figure}"},
+            labels=lambda wildcards: {
+                "figure": wildcards.figure,
+                "shows": catalogue.FIGURES[wildcards.figure].title,
+            },
         ),
     log:
         "results/logs/plot/{figure}.log",
@@ -54,6 +64,7 @@ rule plot:
         "../envs/cpu.yaml"
     params:
         tables=lambda wildcards: FIGURES[wildcards.figure],
+        caption=lambda wildcards, output: catalogue.FIGURES[wildcards.figure].caption,
         output=subpath(output.svg, strip_suffix=".svg"),
         published="--published" if CONFIG.published else "",
         code=STAGE["plot"],

@@ -459,14 +459,14 @@ def test_one_revision_per_round(pipeline, tmp_path, monkeypatch, capsys):
 
 def test_an_imported_teacher_breaks_no_figure(pipeline, tmp_path):
     """Its journal has no points: loss_curves shows the others."""
-    from halfstep.report.figures import journals
+    from halfstep.report.curves import read_curves
 
     source = lightning(tmp_path / "t.ckpt", *networks(300), "backbone.")
     done(
         f"import --source {source} --corpus {pipeline.corpus} --output {tmp_path / 'models/x-tiny/teacher'}"
     )
     assert set(
-        journals(
+        read_curves(
             [tmp_path / "models/x-tiny/teacher/journal.jsonl", pipeline.baseline / "journal.jsonl"]
         )["series"]
     ) == {"baseline"}

@@ -1,4 +1,4 @@
-"""Tables: complete, comparable or refused, intervals where they belong."""
+"""Tables: complete, refused where rows are not comparable, with their intervals."""
 
 import csv
 import json
@@ -11,7 +11,10 @@ import synthetic
 
 from halfstep.commands.report import tabulate
 from halfstep.errors import HalfstepError
-from halfstep.report import published, tables
+from halfstep.report import published
+from halfstep.report.catalogue import TABLES
+from halfstep.report.grids import round_number
+from halfstep.report.rows import read_rows, read_table
 
 
 @pytest.fixture
@@ -23,43 +26,40 @@ def rewrite(file, change):
     file.write_text(json.dumps([change(row) for row in json.loads(file.read_text())]))
 
 
-def made(results):
-    for name in tables.TABLES:
-        tabulate(name, [results / "metrics", results / "benchmarks"], results / "tables" / name)
-    return {name: tables.read_csv(results / "tables" / f"{name}.csv") for name in tables.TABLES}
+def make_tables(results, folder="tables", **options):
+    """All tables of these results, as they are read back."""
+    for name in TABLES:
+        rows = [results / "metrics", results / "benchmarks"]
+        tabulate(name, rows, results / folder / name, **options)
+    return {name: read_table(results / folder / f"{name}.csv") for name in TABLES}
+
+
+def cells_of(line):
+    """The cells of a line of a Markdown grid."""
+    return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
 def test_csv_holds_every_row_with_its_interval_and_origin(results):
-    found = made(results)
-    rows = [
-        row for file in results.rglob("metrics/**/*.json") for row in json.loads(file.read_text())
-    ]
+    found = make_tables(results)
+    files = results.rglob("metrics/**/*.json")
+    rows = [row for file in files for row in json.loads(file.read_text())]
     assert sum(len(found[name]) for name in ("steps", "lambada", "continuations")) == len(rows)
-    row = (
-        found["steps"]
-        .query("model == 'stories-tiny/mse/round-2' and steps == 16 and protocol == 'ids'")
-        .iloc[0]
-    )
-    source = next(
-        r
-        for r in rows
-        if r["model"] == "stories-tiny/mse/round-2" and r["steps"] == 16 and r["protocol"] == "ids"
-    )
+    case = {"model": "stories-tiny/mse/round-2", "steps": 16, "protocol": "ids"}
+    query = "model == @case['model'] and steps == @case['steps'] and protocol == @case['protocol']"
+    row = found["steps"].query(query).iloc[0]
+    source = next(row for row in rows if case.items() <= row.items())
     assert {key: row[key] for key in source} == source
     assert row["low"] < row["value"] < row["high"]
 
 
 def test_entropy_is_compared_with_held_out_text(results):
-    table = (
-        made(results)["steps"]
-        .query("metric == 'entropy' and run == 'teacher' and steps == 8")
-        .iloc[0]
-    )
-    assert table["vs_data_percent"] == pytest.approx(100 * (table["value"] / 3.95 - 1))
+    table = make_tables(results)["steps"]
+    row = table.query("metric == 'entropy' and run == 'teacher' and steps == 8").iloc[0]
+    assert row["vs_data_percent"] == pytest.approx(100 * (row["value"] / 3.95 - 1))
 
 
 def test_ratio_to_the_baseline_is_of_the_same_case(results):
-    speed = made(results)["speed"]
+    speed = make_tables(results)["speed"]
     for row in speed[speed["run"] != "baseline"].itertuples():
         base = speed.query(
             "run == 'baseline' and length == @row.length and batch_size == @row.batch_size"
@@ -69,13 +69,9 @@ def test_ratio_to_the_baseline_is_of_the_same_case(results):
 
 
 def test_markdown_reads_as_a_grid_with_conditions_below(results):
-    made(results)
+    make_tables(results)
     text = (results / "tables" / "steps.md").read_text()
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in text.splitlines()
-        if line.startswith("|")
-    ]
+    rows = [cells_of(line) for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == ["sampling steps", "8", "16"]
     assert [row[0] for row in rows[2:7]] == [
         "teacher",
@@ -87,84 +83,82 @@ def test_markdown_reads_as_a_grid_with_conditions_below(results):
     assert rows[2][1] == "150 ±6"
     assert "Without sampling steps: baseline: 9.40 ±0.38; data: 7.20 ±0.29." in text
     judge = "results/models/stories-tiny/baseline@aabbccddeeff (float32)"
-    taken = "data stories@001122334455; sampler ancestral; draws float64; n 512; seed 1; weights ema; commit 0123456789ab."
-    assert (
-        f"Judge {judge}; protocol ids v1; {taken}" in text
-        and f"Protocol unigram v1; {taken}" in text
+    taken = (
+        "data stories@001122334455; sampler ancestral; draws float64; n 512; seed 1; "
+        "weights ema; commit 0123456789ab."
     )
+    assert f"Judge {judge}; protocol ids v1; {taken}" in text
+    assert f"Protocol unigram v1; {taken}" in text
     assert "(+2.8%)" in text and "called once per sampling step" in text
     speed = (results / "tables" / "speed.md").read_text()
     assert "| 64 × 8 " in speed and "270 ±" in speed and "(8.3×)" in speed
     assert "accuracy, parallel" in (results / "tables" / "lambada.md").read_text()
 
 
+def changed(column, value, **where):
+    """A change of the rows that have these values (a judge that is not None, if True)."""
+
+    def change(row):
+        matches = all(
+            row[key] is not None if expected is True else row[key] == expected
+            for key, expected in where.items()
+        )
+        return row | {column: value} if matches else row
+
+    return change
+
+
 @pytest.mark.parametrize(
     "change, found",
     [
         (
-            lambda row: (
-                row | {"judge": "gpt2-large"} if row["metric"] == "generative_perplexity" else row
-            ),
+            changed("judge", "gpt2-large", metric="generative_perplexity"),
             "judge .* gpt2-large",
         ),
+        (changed("protocol", "words", protocol="retokenized"), "protocol .*words"),
+        (changed("sampler", "analytic"), "sampler .* analytic"),
+        (changed("weights", "raw"), "weights .* raw"),
+        (changed("draw_dtype", "float32"), "draw_dtype .* float32"),
+        (changed("version", 2, protocol="ids"), "version of protocol ids .* 2"),
         (
-            lambda row: row | {"protocol": "words"} if row["protocol"] == "retokenized" else row,
-            "protocol .*words",
-        ),
-        (lambda row: row | {"sampler": "analytic"}, "sampler .* analytic"),
-        (lambda row: row | {"weights": "raw"}, "weights .* raw"),
-        (lambda row: row | {"draw_dtype": "float32"}, "draw_dtype .* float32"),
-        (
-            lambda row: row | {"version": 2} if row["protocol"] == "ids" else row,
-            "version of protocol ids .* 2",
-        ),
-        (
-            lambda row: row | {"judge_dtype": "bfloat16"} if row["judge"] else row,
+            changed("judge_dtype", "bfloat16", judge=True),
             "judge .* results/models/stories-tiny/baseline@aabbccddeeff bfloat16",
         ),
-        (lambda row: row | {"data": "stories@ffffffffffff"}, "data .* stories@ffffffffffff"),
-        (lambda row: row | {"temperature": 0.9}, "temperature .* 0.9"),
-        (lambda row: row | {"seed": 2}, "seed .* 2"),
-        (lambda row: row | {"num_samples": 500}, "num_samples .* 500"),
+        (changed("data", "stories@ffffffffffff"), "data .* stories@ffffffffffff"),
+        (changed("temperature", 0.9), "temperature .* 0.9"),
+        (changed("seed", 2), "seed .* 2"),
+        (changed("num_samples", 500), "num_samples .* 500"),
     ],
 )
 def test_numbers_of_different_conditions_are_refused(results, change, found):
     rewrite(results / "metrics/stories-tiny/mse/round-2/samples.json", change)
-    with pytest.raises(
-        HalfstepError, match=f"(?s){found}|{'.*'.join(reversed(found.split(' .* ')))}"
-    ) as error:
-        made(results)
+    reverse = ".*".join(reversed(found.split(" .* ")))
+    with pytest.raises(HalfstepError, match=f"(?s){found}|{reverse}") as error:
+        make_tables(results)
     assert "stories-tiny/" in str(error.value) and "do not belong in one column" in str(error.value)
 
 
 def test_a_number_that_is_there_twice_is_refused(results):
-    """The same measure of one model taken twice: one of the two would be hidden by the other."""
-    file = results / "metrics/stories-tiny/mse/round-2/samples.json"
-    again = [
-        row | {"value": 1.0, "low": 1.0, "high": 1.0}
-        for row in json.loads(file.read_text())
-        if row["metric"] == "entropy"
-    ]
-    (results / "metrics/stories-tiny/mse/round-2/again.json").write_text(json.dumps(again))
-    with pytest.raises(
-        HalfstepError,
-        match=r"entropy of stories-tiny/mse/round-2 by protocol unigram at \d+ steps is there 2 times",
-    ):
-        made(results)
+    """The same measure of one model, taken twice: one of the two would hide the other."""
+    folder = results / "metrics/stories-tiny/mse/round-2"
+    rows = json.loads((folder / "samples.json").read_text())
+    other = {"value": 1.0, "low": 1.0, "high": 1.0}
+    again = [row | other for row in rows if row["metric"] == "entropy"]
+    (folder / "again.json").write_text(json.dumps(again))
+    words = r"of stories-tiny/mse/round-2 by protocol unigram at \d+ steps: found 2 times"
+    with pytest.raises(HalfstepError, match=f"entropy {words}"):
+        make_tables(results)
 
 
 @pytest.mark.parametrize(
     "change, found",
     [
         (
-            lambda row: row | {"data": "last_words.jsonl[2000]@ffffffffffff"},
-            r"data .*@66778899aabb.*@ffffffffffff",
+            changed("data", "last_words.jsonl[2000]@ffffffffffff"),
+            "data .*@66778899aabb.*@ffffffffffff",
         ),
-        (lambda row: row | {"weights": "raw"}, "weights .*ema.* raw"),
-        (
-            lambda row: row | {"version": 2} if row["protocol"] == "elbo-mc" else row,
-            "version of protocol elbo-mc",
-        ),
+        (changed("weights", "raw"), "weights .*ema.* raw"),
+        (changed("version", 2, protocol="elbo-mc"), "version of protocol elbo-mc"),
     ],
 )
 def test_last_words_of_other_items_or_weights_are_refused(results, change, found):
@@ -173,95 +167,82 @@ def test_last_words_of_other_items_or_weights_are_refused(results, change, found
         tabulate("lambada", [results / "metrics"], results / "lambada")
 
 
-def commits(results, capsys, *found):
+def tabulate_commits(results, capsys, *found):
     """The warning and the table when the teacher's rows are of these commits in turn."""
     file, each = results / "metrics/stories-tiny/teacher/samples.json", iter(found * 100)
     rewrite(file, lambda row: row | {"commit": next(each)})
     tabulate("steps", [file], results / "steps")
-    assert len(tables.read_csv(results / "steps.csv")) == 10
+    assert len(read_table(results / "steps.csv")) == 10
     return capsys.readouterr().err, (results / "steps.md").read_text()
 
 
-def test_rows_of_more_than_one_commit_are_written_with_a_warning(results, capsys):
-    said, text = commits(results, capsys, "0123456789ab")
-    assert said == "" and "commit 0123456789ab." in text and "Mind" not in text
-    for found, words in (
+def test_rows_of_one_commit_have_no_warning(results, capsys):
+    warning, text = tabulate_commits(results, capsys, "0123456789ab")
+    assert warning == "" and "commit 0123456789ab." in text and "Mind" not in text
+
+
+@pytest.mark.parametrize(
+    "found, words",
+    [
         (
             ("0123456789ab", "ba9876543210"),
             "of more than one commit (0123456789ab: 5 of 10 rows; ba9876543210: 5 of 10 rows)",
         ),
         (
             ("0123456789ab", "0123456789ab+dirty"),
-            "of more than one commit (0123456789ab: 5 of 10 rows; 0123456789ab+dirty: 5 of 10 rows)",
+            "of more than one commit "
+            "(0123456789ab: 5 of 10 rows; 0123456789ab+dirty: 5 of 10 rows)",
         ),
         (
             ("0123456789ab+dirty",),
             "of a working tree that differs from its commit (0123456789ab+dirty: 10 of 10 rows)",
         ),
-    ):
-        said, text = commits(results, capsys, *found)
-        assert (
-            said.startswith("halfstep tabulate: warning: steps: ")
-            and words in said
-            and said.count("\n") == 1
-        )
-        assert words in text.splitlines()[-1]
+    ],
+)
+def test_rows_of_more_than_one_commit_are_written_with_a_warning(results, capsys, found, words):
+    warning, text = tabulate_commits(results, capsys, *found)
+    assert warning.startswith("halfstep tabulate: warning: steps: ")
+    assert words in warning and warning.count("\n") == 1
+    assert words in text.splitlines()[-1]
 
 
-def test_published_values_have_rows_and_grids_of_their_own(results):
-    made(results)
-    for name, (_, _, titles) in tables.TABLES.items():
-        plain, before = (
-            tables.read_csv(results / "tables" / f"{name}.csv"),
-            (results / "tables" / f"{name}.md").read_text(),
-        )
-        tabulate(
-            name,
-            [results / "metrics", results / "benchmarks"],
-            results / "with" / name,
-            published=True,
-        )
-        table, text = (
-            tables.read_csv(results / "with" / f"{name}.csv"),
-            (results / "with" / f"{name}.md").read_text(),
-        )
+def published_cells(text, title):
+    """{(source, column): cell} of the published grid with this title."""
+    _, _, grid = text.partition(f"### Published, protocol as published: {title}\n")
+    grid, _, _ = grid.partition("### ")
+    head, _, *lines = [cells_of(line) for line in grid.splitlines() if line.startswith("|")]
+    return {
+        (line[0], column): cell
+        for line in lines
+        for column, cell in zip(head[1:], line[1:], strict=True)
+        if cell
+    }
+
+
+def test_published_values_have_their_own_rows_and_grids(results):
+    plain_tables, tables = make_tables(results), make_tables(results, "with", published=True)
+    for name, row in TABLES.items():
+        plain, table = plain_tables[name], tables[name]
+        before = (results / "tables" / f"{name}.md").read_text()
+        text = (results / "with" / f"{name}.md").read_text()
         theirs = table[table["run"] == "published"]
         assert text.startswith(before) and len(table) == len(plain) + len(theirs) and len(theirs)
-        assert (
-            set(theirs["protocol"]) == {"as published"}
-            and theirs["source"].notna().all()
-            and set(theirs["metric"]) <= set(titles)
-        )
+        assert set(theirs["protocol"]) == {"as published"} and theirs["source"].notna().all()
+        assert set(theirs["metric"]) <= set(row.metrics)
         assert "as published" not in set(plain["protocol"]) and "as published" not in before
-        grids = {
-            grid.splitlines()[0]: grid
-            for grid in text[len(before) :].split("### Published, protocol as published: ")[1:]
-        }
         for metric, mine in theirs.groupby("metric"):
-            head, _, *lines = [
-                [cell.strip() for cell in line.split("|")[1:-1]]
-                for line in grids[titles[metric]].splitlines()
-                if line[:1] == "|"
-            ]
-            shown = {
-                (line[0], case): cell
-                for line in lines
-                for case, cell in zip(head[1:], line[1:], strict=True)
-                if cell
-            }
-            columns = mine["length" if metric == "latency_s" else "steps"]
-            assert shown == {
-                (published._who(row), "none" if pandas.isna(n) else str(int(n))): tables.number(row.value)
-                for row, n in zip(mine.itertuples(), columns, strict=True)
-            }  # fmt: skip
-    steps = tables.read_csv(results / "with" / "steps.csv").query(
-        "run == 'published' and metric == 'generative_perplexity' and steps == 32"
-    )
-    assert set(steps["value"]) == {192.31, 66.26, 61.65, 62.29, 25.0}
+            expected = {}
+            for value in mine.itertuples():
+                count = value.length if metric == "latency_s" else value.steps
+                column = "none" if pandas.isna(count) else str(int(count))
+                expected[published.source_name(value), column] = round_number(value.value)
+            assert published_cells(text[len(before) :], row.metrics[metric]) == expected
+    query = "run == 'published' and metric == 'generative_perplexity' and steps == 32"
+    assert set(tables["steps"].query(query)["value"]) == {192.31, 66.26, 61.65, 62.29, 25.0}
 
 
 def test_published_values_are_those_that_were_read(shared):
-    """Each with its value, step count and source in the file that the design keeps of them."""
+    """Value, step count and certainty of each one are in the list that the design keeps."""
     with open(shared / "data/published_values.csv") as file:
         kept = {(row["value"], row["steps"], row["certainty"]) for row in csv.DictReader(file)}
     with open(published.FILE) as file:
@@ -278,60 +259,52 @@ def test_published_values_are_those_that_were_read(shared):
 
 
 def test_every_file_that_is_no_module_is_in_the_package():
-    root = Path(tables.__file__).parents[3]
-    packaged = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"][
-        "package-data"
-    ]
+    root = Path(published.__file__).parents[3]
+    source = root / "src/halfstep"
+    settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = {
         file
-        for name, globs in packaged.items()
-        for glob in globs
-        for file in (root / "src" / name.replace(".", "/")).glob(glob)
+        for name, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for file in (root / "src" / name.replace(".", "/")).glob(pattern)
     }
-    files = {
-        file
-        for file in (root / "src/halfstep").rglob("*")
-        if file.is_file() and file.suffix not in (".pyc", ".so")
-    }
-    assert found == {
-        file for file in files if file.suffix != ".py" or not (file.parent / "__init__.py").exists()
-    }
+    expected = set()
+    for file in source.rglob("*"):
+        is_module = file.suffix == ".py" and (file.parent / "__init__.py").exists()
+        if file.is_file() and file.suffix not in (".pyc", ".so") and not is_module:
+            expected.add(file)
+    assert found == expected
 
 
 def test_two_protocols_for_every_model_are_two_grids(results):
-    made(results)
+    make_tables(results)
     text = (results / "tables" / "steps.md").read_text()
     assert text.count("(protocol ids)") == text.count("(protocol retokenized)") == 1
 
 
 def test_two_teachers_have_their_own_judges(results):
     synthetic.write(results, teacher="owt-small", runs=(), rounds=0, steps=[8], points=2)
-    assert set(made(results)["steps"]["teacher"]) == {"stories-tiny", "owt-small"}
+    assert set(make_tables(results)["steps"]["teacher"]) == {"stories-tiny", "owt-small"}
 
 
 def test_a_file_that_holds_no_rows_is_named(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(HalfstepError, match=r"x\.json: expected a list of metric rows"):
-        tables.rows([tmp_path / "x.json"])
+        read_rows([tmp_path / "x.json"])
     with pytest.raises(HalfstepError, match=r"no\.json: no such file"):
-        tables.rows([tmp_path / "no.json"])
+        read_rows([tmp_path / "no.json"])
 
 
 def test_a_number_keeps_three_digits():
-    assert [tables.number(x) for x in (1234.5, 152.4, 15.24, 1.5, 0.98765, 0.01234)] == [
-        "1,234",
-        "152",
-        "15.2",
-        "1.50",
-        "0.988",
-        "0.0123",
-    ]
+    values = (1234.5, 152.4, 15.24, 1.5, 0.98765, 0.01234)
+    expected = ["1,234", "152", "15.2", "1.50", "0.988", "0.0123"]
+    assert [round_number(value) for value in values] == expected
 
 
 def test_missing_levels_and_teachers_are_no_error(tmp_path):
     rows = synthetic.sampled("t", "teacher", 0, "t/teacher", 8, "ab")
     synthetic.dump(tmp_path / "a.json", rows)
-    for name in tables.TABLES:
+    for name in TABLES:
         tabulate(name, [tmp_path / "a.json"], tmp_path / "tables" / f"{name}.csv")
     assert "teacher" in (tmp_path / "tables" / "steps.md").read_text()
     assert (tmp_path / "tables" / "speed.md").read_text() == "No rows of speed yet.\n"
@@ -339,5 +312,8 @@ def test_missing_levels_and_teachers_are_no_error(tmp_path):
 
 
 def test_an_unknown_table_is_one_sentence(tmp_path):
-    with pytest.raises(HalfstepError, match="--table step: no such table.*did you mean steps"):
+    with pytest.raises(
+        HalfstepError, match="--table step: no such table.*did you mean steps"
+    ) as error:
         tabulate("step", [tmp_path], tmp_path / "step")
+    assert f"known are {', '.join(TABLES)}" in str(error.value)

@@ -1,4 +1,7 @@
-"""A results folder as the pipeline leaves it, made of formulas: journals, metric rows, timings and samples, for tests and for looking."""
+"""A results folder as the pipeline writes it, made from formulas, for tests and for inspection.
+
+It holds journals, metric rows, timings and samples.
+"""
 
 import json
 import math
@@ -12,6 +15,7 @@ STEPS = [8, 16, 32, 64, 128, 256, 512, 1024]
 ITEMS = "last_words.jsonl[2000]@66778899aabb"
 NO_JUDGE = {"judge": None, "judge_dtype": None}
 LOSSES = ("kl_backward", "mse", "tvd")
+SCALE = {"kl_backward": 1.0, "mse": 3.0, "tvd": 0.3}  # of the training loss
 
 
 def write(
@@ -23,92 +27,83 @@ def write(
     points=40,
     benchmark=True,
 ) -> Path:
-    """All files of one teacher under `results`."""
-    models = [("teacher", 0, "teacher")] + [
-        (run, r, f"{run}/round-{r}") for run in runs for r in range(1, rounds + 1)
-    ]
-    for run, r, name in models:
-        sha = train(results / "models" / teacher / name, f"{teacher}/{name}", run, r, points)
-        rows = [row for n in steps for row in sampled(teacher, run, r, f"{teacher}/{name}", n, sha)]
-        dump(results / "metrics" / teacher / name / "samples.json", rows)
-        dump(
-            results / "metrics" / teacher / name / "lambada.json",
-            last_words(teacher, run, r, f"{teacher}/{name}", sha),
-        )
-        rows = [
-            row
-            for n in steps
-            for row in continued(
-                common(teacher, run, r, f"{teacher}/{name}", n, sha), 0.9 - 0.4 / n + 0.005 * r
-            )
-        ]
-        dump(results / "metrics" / teacher / name / "continuations.json", rows)
+    """Write all files of one teacher into the folder `results`."""
+    students = [(run, r, f"{run}/round-{r}") for run in runs for r in range(1, rounds + 1)]
+    for run, r, name in [("teacher", 0, "teacher"), *students]:
+        model = f"{teacher}/{name}"
+        metrics = results / "metrics" / model
+        sha = train(results / "models" / model, model, run, r, points)
+        samples, continuations = [], []
         for n in steps:
-            text = f"=== 0\nAt {n} steps {name} wrote that Mira found a red kite.\nShe kept it.\n=== 1\nAnother text.\n"
-            file = results / "samples" / teacher / name / f"steps-{n}" / "samples.txt"
+            samples += sampled(teacher, run, r, model, n, sha)
+            mauve = 0.9 - 0.4 / n + 0.005 * r
+            continuations += continued(common(teacher, run, r, model, n, sha), mauve)
+            text = f"At {n} steps {name} wrote that Mira found a red kite.\nShe kept it."
+            file = results / "samples" / model / f"steps-{n}" / "samples.txt"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-    sha = train(
-        results / "models" / teacher / "baseline", f"{teacher}/baseline", "baseline", 0, points
-    )
-    base = common(teacher, "baseline", 0, f"{teacher}/baseline", None, sha) | {
-        "network_evaluations": 1024,
-        "sampler": None,
-    }
-    dump(
-        results / "metrics" / teacher / "baseline" / "samples.json", quality(base, 9.4, 3.91, 0.97)
-    )
-    dump(results / "metrics" / teacher / "baseline" / "lambada.json", [base | NO_JUDGE | {"data": ITEMS} | one for one in (
-        row("lambada_accuracy", "ar", 0.58, 0.02), row("lambada_perplexity", "ar", 4.1, 0.3))])  # fmt: skip
-    dump(results / "metrics" / teacher / "baseline" / "continuations.json", continued(base, 0.93))
+            file.write_text(f"=== 0\n{text}\n=== 1\nAnother text.\n")
+        dump(metrics / "samples.json", samples)
+        dump(metrics / "continuations.json", continuations)
+        dump(metrics / "lambada.json", last_words(teacher, run, r, model, sha))
+    write_baseline(results, teacher, points)
     data = common(teacher, "data", 0, "data", None, None) | {"sampler": None, "weights": None}
     dump(results / "metrics" / teacher / "data.json", quality(data, 7.2, 3.95, 1.0))
     if benchmark:
-        dump(
-            results / "benchmarks" / teacher / "latency.json",
-            timings(teacher, runs[0] if runs else "teacher", rounds),
-        )
+        rows = timings(teacher, runs[0] if runs else "teacher", rounds)
+        dump(results / "benchmarks" / teacher / "latency.json", rows)
     return results
 
 
+def write_baseline(results: Path, teacher: str, points: int) -> None:
+    """The files of a teacher's baseline."""
+    model = f"{teacher}/baseline"
+    metrics = results / "metrics" / model
+    sha = train(results / "models" / model, model, "baseline", 0, points)
+    base = common(teacher, "baseline", 0, model, None, sha)
+    base |= {"network_evaluations": 1024, "sampler": None}
+    words = base | NO_JUDGE | {"data": ITEMS}
+    accuracy = row("lambada_accuracy", "ar", 0.58, 0.02)
+    perplexity = row("lambada_perplexity", "ar", 4.1, 0.3)
+    dump(metrics / "samples.json", quality(base, 9.4, 3.91, 0.97))
+    dump(metrics / "lambada.json", [words | accuracy, words | perplexity])
+    dump(metrics / "continuations.json", continued(base, 0.93))
+
+
 def train(folder: Path, model: str, run: str, r: int, points: int) -> str:
-    """A finished training: journal and weights. Returns the first 16 digits of the weights' checksum."""
-    noise, scale = (
-        random.Random(f"{run}{r}"),
-        {"kl_backward": 1.0, "mse": 3.0, "tvd": 0.3}.get(run, 2.5),
-    )
+    """A finished training: journal and weights.
+
+    Returns the first 16 digits of the checksum of the weights.
+    """
+    noise, scale = random.Random(f"{run}{r}"), SCALE.get(run, 2.5)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ema.safetensors").write_bytes(f"{model} weights".encode())
-    (folder / "meta.json").write_text(
-        json.dumps({"student_steps": 1024 // 2**r} if r else {}) + "\n"
-    )
-    params = {"distillation": {"divergence": run, "lr": 6e-5, "rounds": 7}, "round": r, "seed": 1}
-    with Journal(folder, name=model.split("/", 1)[1], node=f"distill-round/{model}", params=params, tags={"rule": "distill_round"},
-                 datasets=[{"name": "stories", "digest": "0f" * 32, "source": "results/data/stories"}]) as journal:  # fmt: skip
+    meta = {"student_steps": 1024 // 2**r} if r else {}
+    (folder / "meta.json").write_text(json.dumps(meta) + "\n")
+    with Journal(
+        folder,
+        name=model.split("/", 1)[1],
+        node=f"distill-round/{model}",
+        params={
+            "distillation": {"divergence": run, "lr": 6e-5, "rounds": 7},
+            "round": r,
+            "seed": 1,
+        },
+        tags={"rule": "distill_round"},
+        datasets=[{"name": "stories", "digest": "0f" * 32, "source": "results/data/stories"}],
+    ) as journal:
         for i in range(1, points + 1):
-            loss = (
-                scale
-                * (0.15 + math.exp(-i / points * 4) * (0.5 if r else 4))
-                * (1 + 0.08 * noise.gauss(0, 1))
-            )
-            journal.log(
-                {
-                    "train/loss": loss,
-                    "train/lr": 6e-5 * min(1, i / 5),
-                    "train/grad_norm": 0.5 + noise.random(),
-                    "train/tokens_per_s": 12e3,
-                },
-                50 * i,
-            )
+            decay = math.exp(-i / points * 4)
+            loss = scale * (0.15 + decay * (0.5 if r else 4)) * (1 + 0.08 * noise.gauss(0, 1))
+            metrics = {
+                "train/loss": loss,
+                "train/lr": 6e-5 * min(1, i / 5),
+                "train/grad_norm": 0.5 + noise.random(),
+                "train/tokens_per_s": 12e3,
+            }
+            journal.log(metrics, 50 * i)
             if i % 10 == 0:
-                journal.log(
-                    {
-                        "val/nll" if run == "baseline" else "val/nelbo": 1.1
-                        + 2.5 * math.exp(-i / points * 4)
-                        - 0.01 * r
-                    },
-                    50 * i,
-                )
+                key = "val/nll" if run == "baseline" else "val/nelbo"
+                journal.log({key: 1.1 + 2.5 * decay - 0.01 * r}, 50 * i)
         journal.artifact(folder / "meta.json")
         journal.close(checkpoint=folder)
     return json.loads((folder / "run.json").read_text())["checkpoint"]["sha256"]["ema"][:16]
@@ -126,75 +121,121 @@ def row(metric, protocol, value, spread) -> dict:
 
 
 def common(teacher, run, r, model, steps, sha) -> dict:
+    """The columns that all rows of a model share."""
     return {
-        "model": model, "teacher": teacher, "run": run, "round": r, "steps": steps, "sampler": "ancestral", "network_evaluations": steps,
-        "num_samples": 512, "seed": 1, "weights": "ema", "draw_dtype": "float64",
-        "judge": f"results/models/{teacher}/baseline@aabbccddeeff", "judge_dtype": "float32", "data": "stories@001122334455", "checkpoint": sha,
+        "model": model,
+        "teacher": teacher,
+        "run": run,
+        "round": r,
+        "steps": steps,
+        "sampler": "ancestral",
+        "network_evaluations": steps,
+        "num_samples": 512,
+        "seed": 1,
+        "weights": "ema",
+        "draw_dtype": "float64",
+        "judge": f"results/models/{teacher}/baseline@aabbccddeeff",
+        "judge_dtype": "float32",
+        "data": "stories@001122334455",
+        "checkpoint": sha,
         "commit": "0123456789ab",
-    }  # fmt: skip
+    }
 
 
 def quality(base, perplexity, entropy, consistent) -> list[dict]:
-    return [base | one for one in (
-        row("generative_perplexity", "ids", perplexity, 0.04 * perplexity),
-        row("generative_perplexity", "retokenized", 1.1 * perplexity, 0.04 * perplexity), row("entropy", "unigram", entropy, 0.01) | NO_JUDGE,
-        row("distinct_2", "bigrams", 0.31, 0.01) | NO_JUDGE, row("consistent_share", "grammar", consistent, 0.02) | NO_JUDGE,
-    )]  # fmt: skip
+    """The rows of samples at one step count."""
+    spread = 0.04 * perplexity
+    return [
+        base | row("generative_perplexity", "ids", perplexity, spread),
+        base | row("generative_perplexity", "retokenized", 1.1 * perplexity, spread),
+        base | row("entropy", "unigram", entropy, 0.01) | NO_JUDGE,
+        base | row("distinct_2", "bigrams", 0.31, 0.01) | NO_JUDGE,
+        base | row("consistent_share", "grammar", consistent, 0.02) | NO_JUDGE,
+    ]
 
 
 def sampled(teacher, run, r, model, steps, sha) -> list[dict]:
+    """The rows of a denoiser's samples at one step count."""
     gain = {"teacher": 0, "kl_backward": 0.24, "mse": 0.17, "tvd": 0.21}.get(run, 0.2) * r
-    perplexity = (11 - 0.25 * r) + 139 * (8 / steps) ** 1.25 * math.exp(
-        -gain * (1 + 0.1 * math.log2(8 / steps))
-    )
-    return quality(
-        common(teacher, run, r, model, steps, sha),
-        perplexity,
-        3.97 + 0.09 * (8 / steps) - 0.012 * r,
-        min(0.99, 0.9 - 3 / steps + 0.03 * r),
-    )
+    few = 8 / steps
+    lower = math.exp(-gain * (1 + 0.1 * math.log2(few)))
+    perplexity = (11 - 0.25 * r) + 139 * few**1.25 * lower
+    entropy = 3.97 + 0.09 * few - 0.012 * r
+    consistent = min(0.99, 0.9 - 3 / steps + 0.03 * r)
+    return quality(common(teacher, run, r, model, steps, sha), perplexity, entropy, consistent)
 
 
 def continued(base, mauve) -> list[dict]:
+    """The rows of continuations at one step count."""
     base = base | {"length": 100, "num_samples": 960}
-    return [base | row(metric, "continuations", value, spread) | extra for metric, value, spread, extra in (
-        ("mauve", mauve, 0.01, {}), ("self_bleu", 12 - 5 * mauve, 0.4, NO_JUDGE), ("continuation_perplexity", 30 - 10 * mauve, 2, {}),
-        ("continuation_distinct_2", 0.8, 0.01, NO_JUDGE),
-    )]  # fmt: skip
+    name = "continuations"
+    return [
+        base | row("mauve", name, mauve, 0.01),
+        base | row("self_bleu", name, 12 - 5 * mauve, 0.4) | NO_JUDGE,
+        base | row("continuation_perplexity", name, 30 - 10 * mauve, 2),
+        base | row("continuation_distinct_2", name, 0.8, 0.01) | NO_JUDGE,
+    ]
 
 
 def last_words(teacher, run, r, model, sha) -> list[dict]:
-    base = (
-        common(teacher, run, r, model, None, sha)
-        | NO_JUDGE
-        | {"sampler": None, "num_samples": 2000, "data": ITEMS}
-    )
+    """The rows of a denoiser's last words."""
+    base = common(teacher, run, r, model, None, sha) | NO_JUDGE
+    base |= {"sampler": None, "num_samples": 2000, "data": ITEMS}
     lift = {"kl_backward": 0.011, "mse": 0.006, "tvd": 0.009}.get(run, 0) * r
-    return [base | one for one in (
-        row("lambada_accuracy", "parallel", 0.41 + lift, 0.02), row("lambada_accuracy", "confidence", 0.44 + lift, 0.02),
-        row("lambada_perplexity", "elbo-exact", 9.1 + 0.2 * r, 0.5), row("lambada_perplexity", "elbo-mc", 9.3 + 0.2 * r, 0.6),
-    )]  # fmt: skip
+    return [
+        base | row("lambada_accuracy", "parallel", 0.41 + lift, 0.02),
+        base | row("lambada_accuracy", "confidence", 0.44 + lift, 0.02),
+        base | row("lambada_perplexity", "elbo-exact", 9.1 + 0.2 * r, 0.5),
+        base | row("lambada_perplexity", "elbo-mc", 9.3 + 0.2 * r, 0.6),
+    ]
 
 
 def timings(teacher, run, r) -> list[dict]:
+    """The rows of seconds of the baseline and of one student."""
     rows = []
     for length in (64, 128, 256, 512):
         for batch in (1, 8):
-            for steps in (None, 8, 16, 32, 64):
-                model, who = (
-                    (f"{teacher}/baseline", "baseline")
-                    if steps is None
-                    else (f"{teacher}/{run}/round-{r}", run)
-                )
-                one = 0.004 * (1 + 0.02 * batch * length / 64)  # a pass over the window
-                latency = length * 0.0041 * (1 + 0.03 * batch) if steps is None else steps * one
-                rows.append({
-                    "metric": "latency_s", "protocol": "interleaved", "version": 2, "value": latency, "low": 0.97 * latency, "high": 1.06 * latency, "model": model, "teacher": teacher,
-                    "run": who, "round": 0 if steps is None else r, "steps": steps, "network_evaluations": steps or length, "sampler": "ancestral" if steps else "kv_cache",
-                    "length": length, "batch_size": batch, "tokens_per_s": batch * length / latency, "tokens_per_forward": length / (steps or length), "device": "cpu", "dtype": "float32", "params": 2_100_000,
-                    "num_samples": batch, "seed": 1, "weights": "ema", "checkpoint": None, "commit": "0123456789ab", "judge": None, "draw_dtype": "float64",
-                })  # fmt: skip
+            baseline = length * 0.0041 * (1 + 0.03 * batch)
+            rows.append(timing(teacher, "baseline", 0, None, length, batch, baseline))
+            one = 0.004 * (1 + 0.02 * batch * length / 64)  # a pass over the window
+            for steps in (8, 16, 32, 64):
+                rows.append(timing(teacher, run, r, steps, length, batch, steps * one))
     return rows
+
+
+def timing(teacher, run, r, steps, length, batch, latency) -> dict:
+    """One row of seconds; steps is None for the baseline."""
+    model = f"{teacher}/baseline" if steps is None else f"{teacher}/{run}/round-{r}"
+    passes = steps or length
+    return {
+        "metric": "latency_s",
+        "protocol": "interleaved",
+        "version": 2,
+        "value": latency,
+        "low": 0.97 * latency,
+        "high": 1.06 * latency,
+        "model": model,
+        "teacher": teacher,
+        "run": run,
+        "round": r,
+        "steps": steps,
+        "network_evaluations": passes,
+        "sampler": "ancestral" if steps else "kv_cache",
+        "length": length,
+        "batch_size": batch,
+        "tokens_per_s": batch * length / latency,
+        "tokens_per_forward": length / passes,
+        "device": "cpu",
+        "dtype": "float32",
+        "params": 2_100_000,
+        "num_samples": batch,
+        "seed": 1,
+        "weights": "ema",
+        "checkpoint": None,
+        "commit": "0123456789ab",
+        "judge": None,
+        "draw_dtype": "float64",
+    }
 
 
 def dump(file: Path, rows: list[dict]) -> None:

@@ -1,279 +1,338 @@
-"""`halfstep tabulate`, `plot` and `summary`: from metric rows to tables, from tables to figures, and the last page of `make demo`."""
+"""`halfstep tabulate`, `plot`, `summary`: rows to tables, tables to figures, and a last page."""
 
 from __future__ import annotations
 
 import difflib
+import inspect
+import pkgutil
 import re
 import sys
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_atomic
 from halfstep.records import provenance
+from halfstep.report.catalogue import FIGURES, JOURNALS, TABLES
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
 
 
 def tabulate(table: str, metrics: list[Path], output: Path, published: bool = False) -> None:
-    """Gather metric rows into one table: {output}.csv (long, complete) and .md (to read).
+    """Gather metric rows into one table: {output}.csv (complete) and {output}.md (to read).
 
-    Rows that were not measured alike are refused. Rows of more than one commit are not: a warning says so, and so does the table.
+    Rows that were measured under different conditions are refused. Rows of more than one commit
+    are allowed; a warning and the table name the commits.
+
+    Tables:
+    {catalogue}
 
     Args:
-        table: steps, lambada, speed or continuations
+        table: name of the table, as listed above
         metrics: files of metric rows, or folders of such files
         output: path of the table; an ending .csv or .md is dropped
-        published: add published values, in rows and grids of their own that name their source
+        published: add published values, in separate rows and grids that name their source
     """
     import pandas
 
-    from halfstep.report import published as others
-    from halfstep.report.tables import TABLES, mixed_commits, row_files, rows
+    from halfstep.report.conditions import describe_commits
+    from halfstep.report.published import FILE, published_markdown, published_rows
+    from halfstep.report.rows import read_rows, row_files
 
-    select, markdown, titles = TABLES[known("table", table, TABLES)]
-    chosen = select(rows(metrics))
-    parts = [markdown(chosen)] if len(chosen) else [f"No rows of {table} yet.\n"]
-    if warning := mixed_commits(chosen):
+    row = TABLES[_known_name("table", table, TABLES)]
+    select, markdown = pkgutil.resolve_name(row.select), pkgutil.resolve_name(row.markdown)
+    inputs = row_files(metrics)
+    selected = select(read_rows(metrics))
+    parts = [markdown(selected)] if len(selected) else [f"No rows of {table} yet.\n"]
+    warning = describe_commits(selected)
+    if warning:
         print(f"halfstep tabulate: warning: {table}: {warning}", file=sys.stderr)
         parts.append(f"**Mind:** {warning}\n")
-    theirs = others.published(titles) if published else chosen[:0]
-    if len(theirs):
-        parts.append(others.published_markdown(theirs, titles) + "\n")
-        chosen = pandas.concat(
-            [frame.dropna(axis="columns", how="all") for frame in (chosen, theirs) if len(frame)],
-            ignore_index=True,
-        )
-    stem = output.with_suffix("") if output.suffix in (".csv", ".md") else output
-    write_atomic(
-        stem.with_name(stem.name + ".csv"),
-        chosen.dropna(axis="columns", how="all").to_csv(index=False),
-    )
-    write_atomic(stem.with_name(stem.name + ".md"), "\n".join(parts))
-    made = [stem.with_name(stem.name + suffix) for suffix in (".csv", ".md")]
-    provenance.write_record(
-        stem.with_name(f"{stem.name}.{provenance.NAME}"),
-        made,
-        [*row_files(metrics), *([others.FILE] if published else [])],
-    )
-
-
-def known(flag: str, name: str, registry: Collection[str]) -> str:
-    """`name`, or HalfstepError when the registry has no such entry."""
-    if name not in registry:
-        near = difflib.get_close_matches(name, registry, 1, 0.4)
-        raise HalfstepError(
-            f"--{flag} {name}: no such {flag}; known are {', '.join(registry)}"
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
-    return name
+    if published:
+        inputs.append(FILE)
+        others = published_rows(row.metrics)
+        if len(others):
+            parts.append(published_markdown(others, row.metrics) + "\n")
+            frames = [frame for frame in (selected, others) if len(frame)]
+            filled = [frame.dropna(axis="columns", how="all") for frame in frames]
+            selected = pandas.concat(filled, ignore_index=True)
+    csv, md, record = _output_paths(output, ".csv", ".md", f".{provenance.NAME}")
+    write_atomic(csv, selected.dropna(axis="columns", how="all").to_csv(index=False))
+    write_atomic(md, "\n".join(parts))
+    provenance.write_record(record, [csv, md], inputs)
 
 
 def plot(figure: str, tables: list[Path], output: Path, published: bool = False) -> None:
-    """Draw one figure as {output}.pdf and .svg, with its points in .csv and its origin in .provenance.json.
+    """Draw one figure as {output}.pdf and .svg, with its points as .csv.
+
+    A record of its origin is written as .provenance.json. Figures, and what each is drawn from:
+    {catalogue}
 
     Args:
-        figure: ppl_vs_steps, entropy_vs_steps, ppl_vs_latency, lambada_vs_round, latency_vs_length or loss_curves
-        tables: the .csv tables it needs (steps.csv, lambada.csv, speed.csv); for loss_curves folders that hold journals
+        figure: name of the figure, as listed above
+        tables: the .csv tables that the figure needs; for journals, the folders that hold them
         output: path of the figure; an ending .pdf, .svg or .csv is dropped
-        published: lay published values under ppl_vs_steps, entropy_vs_steps, lambada_vs_round and latency_vs_length, thin and grey
+        published: draw published values under ours, thin and grey, in {published}
     """
-    from halfstep.report import published as others
-    from halfstep.report import style
-    from halfstep.report.figures import FIGURES, journals
-    from halfstep.report.tables import read_csv
+    from halfstep.report.published import FILE, published_rows
+    from halfstep.report.style import save_figure
 
-    draw, needs = FIGURES[known("figure", figure, FIGURES)]
-    given = {path.stem: path for path in tables if path.suffix == ".csv"}
-    if missing := [name for name in needs if name not in given and name != "journals"]:
-        raise HalfstepError(
-            f"--tables: {figure} needs {', '.join(f'{name}.csv' for name in needs)}; found no {', '.join(f'{name}.csv' for name in missing)}"
-        )
-    inputs = [given[name] for name in needs if name in given]
-    frames = {name: others.without(read_csv(given[name])) for name in needs if name in given}
-    if "journals" in needs:
-        inputs = sorted(
-            file
-            for path in tables
-            for file in ([path] if path.is_file() else path.rglob("journal.jsonl"))
-        )
-        frames["journals"] = journals(tables)
-    if empty := [name for name, frame in frames.items() if frame.empty]:
+    row = FIGURES[_known_name("figure", figure, FIGURES)]
+    draw = pkgutil.resolve_name(row.draw)
+    inputs = _figure_inputs(figure, tables)
+    frames = _read_inputs(figure, inputs)
+    files = [file for paths in inputs.values() for file in paths]
+    if published:
+        frames["published"] = published_rows()
+        files.append(FILE)
+    drawn, points = draw(frames)
+    endings = (".pdf", ".svg", ".csv", f".{provenance.NAME}")
+    pdf, svg, csv, record = _output_paths(output, *endings)
+    write_atomic(pdf, lambda part: save_figure(drawn, part, ".pdf"))
+    write_atomic(svg, lambda part: save_figure(drawn, part, ".svg"))
+    write_atomic(csv, points.to_csv(index=False))
+    provenance.write_record(record, [pdf, svg, csv], files)
+
+
+def _figure_inputs(figure: str, paths: list[Path]) -> dict[str, list[Path]]:
+    """The files of each need of a figure, among these tables and folders."""
+    from halfstep.report.curves import journal_files
+
+    needs = FIGURES[figure].needs
+    given = {path.stem: [path] for path in paths if path.suffix == ".csv"}
+    if JOURNALS in needs:
+        given[JOURNALS] = journal_files(paths)
+    missing = [f"{name}.csv" for name in needs if name not in given]
+    if missing:
+        needed = ", ".join(f"{name}.csv" for name in needs)
+        raise HalfstepError(f"--tables: {figure} needs {needed}; found no {', '.join(missing)}")
+    return {name: given[name] for name in needs}
+
+
+def _read_inputs(figure: str, inputs: dict[str, list[Path]]) -> dict[str, DataFrame]:
+    """The table or the curves of each need, without published values."""
+    from halfstep.report.curves import read_curves
+    from halfstep.report.published import without_published
+    from halfstep.report.rows import read_table
+
+    frames = {}
+    for name, files in inputs.items():
+        if name == JOURNALS:
+            frames[name] = read_curves(files)
+        else:
+            frames[name] = without_published(read_table(files[0]))
+    empty = [name for name, frame in frames.items() if frame.empty]
+    if empty:
         raise HalfstepError(f"{figure}: no rows in {', '.join(empty)}; measure something first")
-    drawn, points = draw(frames | ({"published": others.published()} if published else {}))
-    stem = output.with_suffix("") if output.suffix in (".pdf", ".svg", ".csv") else output
-    for suffix in (".pdf", ".svg"):
-        write_atomic(
-            stem.with_name(stem.name + suffix),
-            lambda part, suffix=suffix: style.save_figure(drawn, part, suffix),
-        )
-    write_atomic(stem.with_name(stem.name + ".csv"), points.to_csv(index=False))
-    made = [stem.with_name(stem.name + suffix) for suffix in (".pdf", ".svg", ".csv")]
-    provenance.write_record(
-        stem.with_name(f"{stem.name}.{provenance.NAME}"),
-        made,
-        [*inputs, *([others.FILE] if published else [])],
-    )
+    return frames
+
+
+def _known_name(flag: str, name: str, rows: Collection[str]) -> str:
+    """The name, or HalfstepError if the catalogue has no such row."""
+    if name in rows:
+        return name
+    near = difflib.get_close_matches(name, rows, 1, 0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise HalfstepError(f"--{flag} {name}: no such {flag}; known are {', '.join(rows)}{hint}")
+
+
+def _output_paths(output: Path, *endings: str) -> list[Path]:
+    """The output path with each of these endings, in place of one of them that it already has."""
+    stem = output.stem if output.suffix in endings else output.name
+    return [output.with_name(f"{stem}{ending}") for ending in endings]
+
+
+def _complete_help() -> None:
+    """Put the rows of the catalogue into the help of `tabulate` and `plot`."""
+    tables = [f"- {name}: {row.title}" for name, row in TABLES.items()]
+    figures = [
+        f"- {name}: {row.title} (from {', '.join(row.needs)})" for name, row in FIGURES.items()
+    ]
+    published = [name for name, row in FIGURES.items() if row.published]
+    for command, lines in ((tabulate, tables), (plot, figures)):
+        text = (inspect.getdoc(command) or "").replace("{catalogue}", "\n".join(lines))
+        command.__doc__ = text.replace("{published}", ", ".join(published))
+
+
+_complete_help()
 
 
 def summary(results: Path = Path("results"), width: int = 100) -> None:
-    """Print the tables, two texts, and where figure, report and runs are.
+    """Print the tables, two texts, and the places of figure, report and runs.
 
     Args:
         results: the folder with tables, samples and figures
         width: of the texts, in characters
     """
-    from halfstep.commands.track import how_to_look
-    from halfstep.report import published, tables
+    from halfstep.report.published import without_published
+    from halfstep.report.rows import read_table
+    from halfstep.report.tables import steps_markdown
 
-    table = published.without(tables.read_csv(results / "tables" / "steps.csv"))
-    print(tables.steps_markdown(table, ("generative_perplexity", "entropy")))
+    table = without_published(read_table(results / "tables" / "steps.csv"))
+    print(steps_markdown(table, ("generative_perplexity", "entropy")))
     for name in ("lambada", "speed"):
         print((results / "tables" / f"{name}.md").read_text())
-    for teacher, mine in table[table["metric"] == "generative_perplexity"].groupby(
-        "teacher", sort=False
-    ):
-        lines = verdicts(
-            mine, table[(table["metric"] == "entropy") & (table["teacher"] == teacher)]
-        )
-        print(
-            *lines, *own_steps(mine, results), *shares(table[table["teacher"] == teacher]), sep="\n"
-        )
-        diffusion = mine[~mine["run"].isin(tables.LEVELS)]
-        few = diffusion["steps"].min()
-        for row in (
-            diffusion[diffusion["run"] == "teacher"].head(1),
-            diffusion[diffusion["round"] == diffusion["round"].max()].head(1),
-        ):
-            for model in row["model"]:
-                text = first_sample(results / "samples" / model / f"steps-{few}" / "samples.txt")
-                if text:
-                    print(f"\n{model}, {few} steps, first sample:")
-                    print(
-                        textwrap.indent(
-                            "\n".join(
-                                line
-                                for part in text.splitlines()
-                                for line in textwrap.wrap(part, width) or [""]
-                            ),
-                            "  ",
-                        )
-                    )
+    for _, mine in table.groupby("teacher", sort=False):
+        perplexity = mine[mine["metric"] == "generative_perplexity"]
+        entropy = mine[mine["metric"] == "entropy"]
+        if perplexity.empty:
+            continue
+        lines = [
+            *verdicts(perplexity, entropy),
+            *own_steps(perplexity, results),
+            *story_shares(mine),
+        ]
+        print(*lines, sep="\n")
+        _print_samples(perplexity, results, width)
     print()
-    for name, path in (
-        ("figure", results / "figures" / "ppl_vs_steps.pdf"),
-        ("report", results / "report.html"),
-        ("tables", results / "tables"),
-    ):
+    _print_places(results)
+
+
+def _print_samples(perplexity: DataFrame, results: Path, width: int) -> None:
+    """The first samples of the teacher and of the last round, at the fewest steps."""
+    from halfstep.report.rows import sampled_rows
+
+    models = sampled_rows(perplexity)
+    few = models["steps"].min()
+    teacher = models.loc[models["run"] == "teacher", "model"].head(1)
+    last = models.loc[models["round"] == models["round"].max(), "model"].head(1)
+    for model in (*teacher, *last):
+        text = first_sample(results / "samples" / model / f"steps-{few}" / "samples.txt")
+        if not text:
+            continue
+        lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width) or [""]]
+        print(f"\n{model}, {few} steps, first sample:")
+        print(textwrap.indent("\n".join(lines), "  "))
+
+
+def _print_places(results: Path) -> None:
+    from halfstep.commands.track import how_to_look
+
+    places = {
+        "figure": results / "figures" / "ppl_vs_steps.pdf",
+        "report": results / "report.html",
+        "tables": results / "tables",
+    }
+    for name, path in places.items():
         if path.exists():
             print(f"{name}  {path}")
     if (results / "mlflow.db").exists():
         print(f"runs    {how_to_look(f'sqlite:///{results}/mlflow.db')}")
 
 
-def verdicts(perplexity, entropy) -> list[str]:
-    """For each run: the last round against the teacher at the fewest steps, with intervals, and the entropy beside it."""
+def verdicts(perplexity: DataFrame, entropy: DataFrame) -> list[str]:
+    """For each run: the last round against the teacher at the fewest steps, and its entropy."""
     lines = []
     for few, teacher, run, last in _last_rounds(perplexity):
-        text = f"{last['teacher']}, {few} steps: teacher {_span(teacher)}, {run} round {last['round']} {_span(last)}"
-        text += (
-            f" ({teacher['value'] / last['value']:.2g} times lower)"
-            if last["high"] < teacher["low"]
-            else " (no clear gain)"
+        text = (
+            f"{last['teacher']}, {few} steps: teacher {_span(teacher)}, "
+            f"{run} round {last['round']} {_span(last)}"
         )
+        if last["high"] < teacher["low"]:
+            text += f" ({teacher['value'] / last['value']:.2g} times lower)"
+        else:
+            text += " (no clear gain)"
         mine = entropy[(entropy["model"] == last["model"]) & (entropy["steps"] == few)]
         if "vs_data_percent" in mine and mine["vs_data_percent"].notna().any():
-            text += f"; entropy {mine['vs_data_percent'].iloc[0]:+.1f}% against held-out text"
+            difference = mine["vs_data_percent"].iloc[0]
+            text += f"; entropy {difference:+.1f}% against held-out text"
         lines.append(text)
     return lines
 
 
-def own_steps(perplexity, results: Path) -> list[str]:
-    """For each run: every round against its own teacher at the step count that the round was made for, where both were sampled there."""
+def own_steps(perplexity: DataFrame, results: Path) -> list[str]:
+    """For each run: every round against its own teacher at the step count that it was made for."""
     rows = _first_protocol(perplexity)
     at = {(row["model"], row["steps"]): row for _, row in rows.iterrows()}
     lines = []
     for (base, run), group in rows[rows["round"] > 0].groupby(["teacher", "run"], sort=False):
         found = []
-        for model, round_ in (
-            group.drop_duplicates("model").sort_values("round")[["model", "round"]].values
-        ):
+        models = group.drop_duplicates("model").sort_values("round")
+        for model, round_ in zip(models["model"], models["round"], strict=True):
             made_for = read_json(results / "models" / model / "meta.json").get("student_steps")
             before = f"{base}/{run}/round-{round_ - 1}" if round_ > 1 else f"{base}/teacher"
             teacher, student = at.get((before, made_for)), at.get((model, made_for))
             if teacher is not None and student is not None:
-                word = (
-                    "worse"
-                    if student["low"] > teacher["high"]
-                    else "better"
-                    if student["high"] < teacher["low"]
-                    else "intervals overlap"
-                )
+                word = _compare(student, teacher, "better", "worse")
                 found.append(f"{made_for}: {_span(teacher)} -> {_span(student)} ({word})")
         if found:
-            lines.append(
-                f"{base}, {run}: every round at its own step count, its teacher -> the round:"
-                + "".join(f"\n  {line}" for line in found)
-            )
+            title = f"{base}, {run}: every round at its own step count, its teacher -> the round:"
+            lines.append("\n  ".join([title, *found]))
     return lines
 
 
-def shares(table) -> list[str]:
-    """The same of a corpus of stories: the share of whole stories that the grammar accepts, and of those in which all references agree too."""
+def story_shares(table: DataFrame) -> list[str]:
+    """The verdicts of a corpus of stories: accepted and consistent stories of the last rounds.
+
+    The grammar accepts a whole story; it is consistent where all references agree, too.
+    """
+    shares = {
+        "accepted_share": "stories that the grammar accepts",
+        "consistent_share": "consistent stories",
+    }
     lines = []
-    for metric, what in (
-        ("accepted_share", "stories that the grammar accepts"),
-        ("consistent_share", "consistent stories"),
-    ):
+    for metric, what in shares.items():
         for few, teacher, run, last in _last_rounds(table[table["metric"] == metric]):
-            clear = (
-                "more"
-                if last["low"] > teacher["high"]
-                else "fewer"
-                if last["high"] < teacher["low"]
-                else "intervals overlap"
-            )
+            word = _compare(last, teacher, "fewer", "more")
             lines.append(
-                f"{last['teacher']}, {few} steps, {what}: teacher {_span(teacher, 100)}, {run} round {last['round']} {_span(last, 100)} ({clear})"
+                f"{last['teacher']}, {few} steps, {what}: teacher {_span(teacher, percent=True)}, "
+                f"{run} round {last['round']} {_span(last, percent=True)} ({word})"
             )
     return lines
 
 
-def _last_rounds(rows):
-    """(fewest steps, the teacher's row there, run, its last round's row there) of each run, by the first protocol and judge."""
+def _last_rounds(rows: DataFrame) -> Iterator[tuple[int, Series, str, Series]]:
+    """(fewest steps, the teacher's row, run, the row of its last round) of each run.
+
+    The rows are those of the first protocol and judge.
+    """
     if rows.empty:
         return
     rows = _first_protocol(rows)
     few = rows.loc[rows["run"] == "teacher", "steps"].min()
     at = rows[rows["steps"] == few]
+    teachers = at[at["run"] == "teacher"]
     for run, group in at[at["round"] > 0].groupby("run", sort=False):
-        yield (
-            few,
-            at[at["run"] == "teacher"].iloc[0],
-            run,
-            group.loc[group["round"].astype(int).idxmax()],
-        )
+        last = group["round"].astype(int).idxmax()
+        yield few, teachers.iloc[0], run, group.loc[last]
 
 
-def _first_protocol(rows):
+def _first_protocol(rows: DataFrame) -> DataFrame:
     """The rows of the first protocol and judge among them."""
     key = rows["protocol"] + " " + rows["judge"].astype(object).fillna("")
     return rows[key == key.iloc[0]]
 
 
-def _span(row, unit: float = 1) -> str:
-    """The value and its interval; with unit 100 in percent."""
-    from halfstep.report.tables import number
+def _compare(row: Series, other: Series, lower: str, higher: str) -> str:
+    """How the interval of a row compares with another: one of the words, or that they overlap."""
+    if row["high"] < other["low"]:
+        return lower
+    if row["low"] > other["high"]:
+        return higher
+    return "intervals overlap"
 
-    value, low, high = (
-        number(unit * row[key]) + "%" * (unit == 100) for key in ("value", "low", "high")
-    )
+
+def _span(row: Series, percent: bool = False) -> str:
+    """The value and its interval: 21.4 [20.5, 22.3]"""
+    from halfstep.report.grids import round_number
+
+    numbers = [row["value"], row["low"], row["high"]]
+    if percent:
+        value, low, high = (f"{round_number(100 * number)}%" for number in numbers)
+    else:
+        value, low, high = (round_number(number) for number in numbers)
     return f"{value} [{low}, {high}]"
 
 
 def first_sample(file: Path, characters: int = 900) -> str | None:
-    """The first text of samples.txt, where a line `=== i` (or `=== sample i`) stands before each."""
+    """The first text of samples.txt, in which a line `=== i` (or `=== sample i`) precedes each."""
     if not file.exists():
         return None
     parts = re.split(r"^=== .*\n", file.read_text(), flags=re.MULTILINE)
     text = (parts[1] if len(parts) > 1 else parts[0]).strip()
-    return text if len(text) <= characters else text[:characters].rsplit(" ", 1)[0] + " …"
+    if len(text) <= characters:
+        return text
+    return text[:characters].rsplit(" ", 1)[0] + " …"

@@ -1,42 +1,51 @@
-"""How figures look: a ramp that survives grey, labels at the lines instead of a legend, the source at the foot, the same bytes every time.
+"""How figures look: colors that survive grey print, labels at the lines, conditions at the foot.
 
-A figure is drawn from `points`, a DataFrame with the columns POINTS; what is drawn is what the CSV beside the figure holds.
+A figure is drawn from `points`, a DataFrame with the columns POINTS, and shows exactly these.
+Equal points give equal files.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from pandas import DataFrame, Series
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-POINTS = (
-    "panel",
-    "series",
-    "kind",
-    "round",
-    "x",
-    "y",
-    "low",
-    "high",
-    "text",
-)  # kind: line; level (a horizontal line); point; published. text: beside it
+# kind: line, level (a horizontal line), point or published. text: annotation of the point
+POINTS = ("panel", "series", "kind", "round", "x", "y", "low", "high", "text")
 RC = {
-    "font.family": "DejaVu Sans", "font.size": 8, "axes.titlesize": 8.5, "axes.titlelocation": "left", "axes.labelsize": 8, "axes.linewidth": 0.6,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555", "axes.axisbelow": True, "axes.grid": True, "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6, "xtick.color": "#333", "ytick.color": "#333", "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6, "lines.linewidth": 1.3, "lines.markersize": 4, "pdf.fonttype": 42, "svg.hashsalt": "halfstep",
-}  # fmt: skip
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "xtick.color": "#333",
+    "ytick.color": "#333",
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "halfstep",
+}
 MARKERS = "ov^D<>X"
-RUNS = (
+RUNS = (  # color and dashes of runs that are not drawn by rounds
     ("#123a6b", "-"),
     ("#c4542d", (0, (5, 1.5))),
     ("#4f9d69", (0, (1, 1))),
@@ -50,19 +59,36 @@ PUBLISHED = {
     "linestyle": "-",
     "marker": ".",
     "markersize": 3.5,
-}  # called by what stands before the colon
-PLATE = {
-    "facecolor": "white",
-    "edgecolor": "none",
-    "alpha": 0.75,
-    "pad": 0.4,
-}  # behind a label; outlined letters would triple an SVG
+}
+# Behind a label; an outline around the letters would triple the size of an SVG.
+PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}
 PLAIN = FuncFormatter(lambda value, _: f"{value:.6g}")
-GAP, LETTER = 9.5, 0.056  # points between two labels; inches of one letter in them
+GAP = 9.5  # points between two labels
+LETTER = 0.056  # width of a letter of a label, in inches
+LEFT, ABOVE, BELOW = 0.64, 0.4, 0.5  # inches around the axes of a panel
+
+
+class Label(NamedTuple):
+    """A name to write next to the end (x, y) of its line."""
+
+    x: float
+    y: float
+    name: str
+    color: str
 
 
 def series_style(series: str, round_: int, rounds: int, order: int) -> dict:
-    """Teacher: black with hollow squares; rounds: a ramp from light orange to dark blue; runs without rounds: hue, lightness and dashes."""
+    """Color, marker and dashes of a line.
+
+    The teacher is black with hollow squares, rounds go from light orange to dark blue, and runs
+    without rounds differ in hue, lightness and dashes.
+
+    Args:
+        series: name of the line
+        round_: its round (0: none)
+        rounds: number of rounds in the figure
+        order: position of the series among those of the figure
+    """
     if series == "teacher":
         return {
             "color": "black",
@@ -95,7 +121,7 @@ def draw_panels(
     note: str,
     *,
     xlabel: str,
-    ylabel: str | dict[str, str],
+    ylabel: str | Mapping[str, str],
     x_scale: str = "linear",
     log_y: bool = False,
     labels: str = "right",
@@ -103,78 +129,82 @@ def draw_panels(
     columns: int = 3,
     before: Callable[[Axes, DataFrame], None] | None = None,
 ) -> Figure:
-    """One panel for each value of `panel`, one line for each series.
+    """One panel for each value of `panel`, one line for each series, the note at the foot.
 
-    x_scale: linear, log, or steps (powers of two, with a tick at every x); labels: at the right or left ends of the lines;
-    before: adds to the axes of a panel what is no series. Axes have fixed inches, so that labels know where the lines end.
+    Axes have fixed inches, so that labels are placed before the figure is drawn.
+
+    Args:
+        points: what is drawn
+        note: the conditions of measurement
+        xlabel: text below the x axis
+        ylabel: text at the y axis, one for all or one for each panel
+        x_scale: linear, log, or steps (powers of two, with a tick at every x)
+        log_y: whether y is logarithmic
+        labels: the end of the lines where their names are written: right or left
+        share_y: whether all panels have the same y limits
+        columns: maximum number of panels side by side
+        before: draws what is no series on the axes of a panel, given the points of the panel
     """
     with matplotlib.rc_context(RC):
         panels = list(dict.fromkeys(points["panel"]))
         columns = min(columns, len(panels))
         rows = -(-len(panels) // columns)
-        shown = points.assign(series=points["series"].str.partition(":")[0])
-        beside = [
-            name
-            for name, kind in zip(shown["series"], shown["kind"], strict=True)
-            if labels == "right" or kind in ("level", "published")
-        ]
-        wide, high = (4.4, 2.9) if len(panels) == 1 else (3.0, 2.4)  # inches, as all that follow
-        left, above, below = 0.64, 0.4, 0.5
-        right = 0.15 + max(
-            [0, *(0.2 + LETTER * (len(name) + 5 * (name in LEVELS)) for name in beside)]
-        )
-        lines = textwrap.wrap(
-            note, int(columns * (wide + left + right) * 19), break_on_hyphens=False
-        )
-        width, height = (
-            columns * (wide + left + right),
-            rows * (high + above + below) + 0.12 + 0.13 * len(lines),
-        )
+        wide, high = (4.4, 2.9) if len(panels) == 1 else (3.0, 2.4)  # inches
+        right = _room_at_right(points, labels)
+        line_length = int(columns * (wide + LEFT + right) * 19)
+        lines = textwrap.wrap(note, line_length, break_on_hyphens=False)
+        width = columns * (wide + LEFT + right)
+        height = rows * (high + ABOVE + BELOW) + 0.12 + 0.13 * len(lines)
         figure = Figure(figsize=(width, height))
         for i, panel in enumerate(panels):
             row, column = divmod(i, columns)
-            bottom = height - row * (high + above + below) - above - high
-            axes = figure.add_axes(
-                (
-                    (column * (wide + left + right) + left) / width,
-                    bottom / height,
-                    wide / width,
-                    high / height,
-                ),
-                label=panel,
-            )
+            x = column * (wide + LEFT + right) + LEFT
+            y = height - row * (high + ABOVE + BELOW) - ABOVE - high
+            place = (x / width, y / height, wide / width, high / height)
+            axes = figure.add_axes(place, label=panel)
             mine = points[points["panel"] == panel]
             axes.set_title(panel, fontweight="bold", color="#222")
             axes.set_xlabel(xlabel)
             if column == 0 or not share_y:
                 axes.set_ylabel(ylabel if isinstance(ylabel, str) else ylabel[panel])
-            _x_axis(
-                axes,
-                mine["x"].dropna(),
-                x_scale,
-                (0.25 + LETTER * mine.loc[mine["kind"] != "published", "series"].str.len().max())
-                / wide
-                if labels == "left"
-                else 0,
-            )
-            _y_axis(axes, points if share_y else mine, log_y)
+            room = _room_at_left(mine) / wide if labels == "left" else 0
+            _set_x_axis(axes, mine["x"].dropna(), x_scale, room)
+            _set_y_axis(axes, points if share_y else mine, log_y)
             if before:
                 before(axes, mine)
-            _lines(axes, mine, points, labels)
+            _draw_series(axes, mine, points, labels)
         for i, line in enumerate(reversed(lines)):
-            figure.text(0.12 / width, (0.1 + 0.13 * i) / height, line, fontsize=6, color="#666")
+            place = (0.12 / width, (0.1 + 0.13 * i) / height)
+            figure.text(*place, line, fontsize=6, color="#666")
         return figure
 
 
 def save_figure(figure: Figure, target: Path, suffix: str) -> None:
-    """.pdf or .svg without dates, so that equal inputs give equal bytes; .png to look at."""
+    """Write a figure as .pdf, .svg or .png, without dates: equal figures give equal bytes."""
     dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     with matplotlib.rc_context(RC):
         figure.savefig(target, format=suffix[1:], metadata=dates.get(suffix), dpi=150)
 
 
-def _x_axis(axes: Axes, x, scale: str, room: float) -> None:
-    """Limits with a share `room` of the width kept free at the left, for labels."""
+def _room_at_right(points: DataFrame, labels: str) -> float:
+    """Inches at the right of a panel for the names that are written there."""
+    lengths = []
+    for series, kind in zip(points["series"], points["kind"], strict=True):
+        if labels == "right" or kind in ("level", "published"):
+            name = series.partition(":")[0]
+            value = 5 if name in LEVELS else 0  # letters of the value after the name of a level
+            lengths.append(len(name) + value)
+    return 0.15 + max([0, *(0.2 + LETTER * length for length in lengths)])
+
+
+def _room_at_left(points: DataFrame) -> float:
+    """Inches at the left inside a panel for the names of its lines."""
+    names = points.loc[points["kind"] != "published", "series"]
+    return 0.25 + LETTER * names.str.len().max()
+
+
+def _set_x_axis(axes: Axes, x: Series, scale: str, room: float) -> None:
+    """Limits and ticks; a share `room` of the width stays free at the left for labels."""
     low, high = x.min(), x.max()
     if scale == "linear":
         space = 0.03 * (high - low or 1)
@@ -192,14 +222,14 @@ def _x_axis(axes: Axes, x, scale: str, room: float) -> None:
     axes.xaxis.set_major_formatter(PLAIN)
 
 
-def _y_axis(axes: Axes, points: DataFrame, log: bool) -> None:
+def _set_y_axis(axes: Axes, points: DataFrame, log: bool) -> None:
+    """Limits around all values and intervals of these points, and ticks."""
     y = points[["y", "low", "high"]].stack().dropna()
     if log:
         axes.set_yscale("log")
         axes.set_ylim(y.min() / 1.15, y.max() * 1.15)
-        axes.yaxis.set_major_locator(
-            LogLocator(subs=(1, 3) if y.max() > 50 * y.min() else (1, 2, 3, 5, 7))
-        )
+        ticks = (1, 3) if y.max() > 50 * y.min() else (1, 2, 3, 5, 7)
+        axes.yaxis.set_major_locator(LogLocator(subs=ticks))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         space = 0.06 * (y.max() - y.min() or abs(y.max()) or 1)
@@ -207,111 +237,123 @@ def _y_axis(axes: Axes, points: DataFrame, log: bool) -> None:
     axes.yaxis.set_major_formatter(PLAIN)
 
 
-def _lines(axes: Axes, mine: DataFrame, points: DataFrame, labels: str) -> None:
+def _draw_series(axes: Axes, mine: DataFrame, points: DataFrame, labels: str) -> None:
+    """All series of a panel and their names; `points` are those of all panels."""
     ours = points[points["kind"] != "published"]
-    rounds, names = (
-        int(ours["round"].fillna(0).max()),
-        [name for name in dict.fromkeys(ours["series"]) if name not in (*LEVELS, "teacher")],
-    )
-    at_lines, at_levels = (
-        [],
-        [],
-    )  # what is called at the end of a line, and what always at the right
+    rounds = int(ours["round"].fillna(0).max())
+    names = [name for name in dict.fromkeys(ours["series"]) if name not in (*LEVELS, "teacher")]
+    at_lines, at_right = [], []
     for name, group in mine.groupby("series", sort=False):
         first = group.iloc[0]
         if first["kind"] == "level":
-            color, dashes = LEVELS.get(name, ("#555", ":"))
-            axes.axhline(
-                first["y"], color=color, linestyle=dashes, linewidth=1, label=name, gid=name
-            )
-            at_levels.append((first["y"], axes.get_xlim()[1], f"{name} {first['y']:.3g}", color))
-            continue
-        if first["kind"] == "published":
-            axes.plot(
-                group["x"].to_numpy(float),
-                group["y"].to_numpy(float),
-                label=name,
-                gid=name,
-                zorder=2,
-                **PUBLISHED,
-            )
-            at_levels.append(
-                (
-                    group["y"].iloc[-1],
-                    group["x"].iloc[-1],
-                    name.partition(":")[0],
-                    PUBLISHED["color"],
-                )
-            )
-            continue
-        style = series_style(
-            name,
-            int(first["round"]) if first["round"] == first["round"] else 0,
-            rounds,
-            names.index(name) if name in names else 0,
-        )
-        style |= {"marker": "", "linewidth": 1} if len(group) > 20 else {}
-        if first["kind"] == "point":
-            style |= {"linestyle": "", "markersize": 6}
-        axes.plot(
-            group["x"].to_numpy(float),
-            group["y"].to_numpy(float),
-            label=name,
-            gid=name,
-            zorder=3,
-            **style,
-        )
-        if group["low"].notna().any():
-            band = (
-                group["x"].to_numpy(float),
-                group["low"].to_numpy(float),
-                group["high"].to_numpy(float),
-            )
+            at_right.append(_draw_level(axes, name, first["y"]))
+        elif first["kind"] == "published":
+            at_right.append(_draw_published(axes, name, group))
+        else:
+            round_ = int(first["round"]) if first["round"] == first["round"] else 0
+            order = names.index(name) if name in names else 0
+            look = series_style(name, round_, rounds, order)
+            if len(group) > 20:
+                look |= {"marker": "", "linewidth": 1}
             if first["kind"] == "point":
-                axes.vlines(*band, color=style["color"], linewidth=1)
-            else:
-                axes.fill_between(*band, color=style["color"], alpha=0.16, linewidth=0, zorder=1)
-        for point in group.dropna(subset="text").itertuples():
-            axes.annotate(
-                point.text,
-                (point.x, point.y),
-                (5, 3),
-                textcoords="offset points",
-                fontsize=6.5,
-                color="#444",
-                bbox=PLATE,
-            )
-        if first["kind"] == "line":
-            end = group.loc[group["x"].idxmin() if labels == "left" else group["x"].idxmax()]
-            at_lines.append((end["y"], end["x"], name, style["color"]))
-    label_lines(axes, at_lines + ([] if labels == "left" else at_levels), labels)
+                look |= {"linestyle": "", "markersize": 6}
+            _draw_line(axes, name, group, look)
+            if first["kind"] == "line":
+                end = group["x"].idxmin() if labels == "left" else group["x"].idxmax()
+                x, y = group.loc[end, ["x", "y"]]
+                at_lines.append(Label(x, y, name, look["color"]))
     if labels == "left":
-        label_lines(axes, at_levels, "right")
+        label_lines(axes, at_lines, "left")
+        label_lines(axes, at_right, "right")
+    else:
+        label_lines(axes, at_lines + at_right, "right")
 
 
-def label_lines(axes: Axes, ends: Sequence[tuple[float, float, str, str]], side: str) -> None:
-    """Write each name beside the end of its line, moved up or down as little as possible so that no two names touch."""
-    if not ends:
+def _draw_level(axes: Axes, name: str, y: float) -> Label:
+    color, dashes = LEVELS.get(name, ("#555", ":"))
+    axes.axhline(y, color=color, linestyle=dashes, linewidth=1, label=name, gid=name)
+    return Label(axes.get_xlim()[1], y, f"{name} {y:.3g}", color)
+
+
+def _draw_published(axes: Axes, name: str, group: DataFrame) -> Label:
+    """A published line, called by what is before the colon of its name."""
+    x, y = group["x"].to_numpy(float), group["y"].to_numpy(float)
+    axes.plot(x, y, label=name, gid=name, zorder=2, **PUBLISHED)
+    return Label(x[-1], y[-1], name.partition(":")[0], PUBLISHED["color"])
+
+
+def _draw_line(axes: Axes, name: str, group: DataFrame, look: dict) -> None:
+    """A line or a point, with its interval and the annotations of its points."""
+    x, y = group["x"].to_numpy(float), group["y"].to_numpy(float)
+    axes.plot(x, y, label=name, gid=name, zorder=3, **look)
+    if group["low"].notna().any():
+        low, high = group["low"].to_numpy(float), group["high"].to_numpy(float)
+        if group["kind"].iloc[0] == "point":
+            axes.vlines(x, low, high, color=look["color"], linewidth=1)
+        else:
+            axes.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0, zorder=1)
+    for point in group.dropna(subset="text").itertuples():
+        axes.annotate(
+            point.text,
+            (point.x, point.y),
+            (5, 3),
+            textcoords="offset points",
+            fontsize=6.5,
+            color="#444",
+            bbox=PLATE,
+        )
+
+
+def label_lines(axes: Axes, labels: Sequence[Label], side: str) -> None:
+    """Write each name next to the end of its line, moved as little as possible, without overlap.
+
+    Args:
+        axes: the axes of a panel, with their final limits
+        labels: the names, and the ends of their lines
+        side: left (of the lines) or right (of the axes)
+    """
+    if not labels:
         return
-    ends = sorted(ends, key=lambda end: end[0])
+    labels = sorted(labels, key=lambda label: label.y)
     scale = 72 / axes.figure.dpi
     box = axes.get_window_extent()
-    spots = [[scale * part for part in axes.transData.transform((x, y))] for y, x, _, _ in ends]
-    places = spread([spot[1] for spot in spots], GAP, scale * box.y0 + 3, scale * box.y1 - 3)
-    column = min(spot[0] for spot in spots) - 14 if side == "left" else scale * box.x1 + 12
-    for (y, x, name, color), spot, place in zip(ends, spots, places, strict=True):
-        dashes = (
-            "-" if abs(column - spot[0]) < 30 else (0, (1, 3))
-        )  # a long leader is not a line of the figure
+    ends = [axes.transData.transform((label.x, label.y)) for label in labels]
+    ends_x = [scale * x for x, _ in ends]
+    ends_y = [scale * y for _, y in ends]
+    places = spread(ends_y, GAP, scale * box.y0 + 3, scale * box.y1 - 3)
+    column = min(ends_x) - 14 if side == "left" else scale * box.x1 + 12
+    for label, x, y, place in zip(labels, ends_x, ends_y, places, strict=True):
+        # A long leader is dotted, so that it does not look like a line of the figure.
+        dashes = "-" if abs(column - x) < 30 else (0, (1, 3))
+        leader = {
+            "arrowstyle": "-",
+            "color": label.color,
+            "linewidth": 0.5,
+            "linestyle": dashes,
+            "shrinkA": 2.5,
+            "shrinkB": 3,
+            "relpos": (1 if side == "left" else 0, 0.5),
+        }
         axes.annotate(
-            name, (x, y), (column - spot[0], place - spot[1]), textcoords="offset points", fontsize=7, color=color, annotation_clip=False,
-            ha="right" if side == "left" else "left", va="center", bbox=PLATE,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "linestyle": dashes, "shrinkA": 2.5, "shrinkB": 3, "relpos": (side == "left", 0.5)},
-        )  # fmt: skip
+            label.name,
+            (label.x, label.y),
+            (column - x, place - y),
+            textcoords="offset points",
+            fontsize=7,
+            color=label.color,
+            annotation_clip=False,
+            ha="right" if side == "left" else "left",
+            va="center",
+            bbox=PLATE,
+            arrowprops=leader,
+        )
 
 
 def spread(wish: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places nearest to the wished ones (ascending, least squares) that keep `gap` apart within [low, high]: pool adjacent violators."""
+    """The places nearest to the wished ones that keep a gap between them, within [low, high].
+
+    Least squares by pooling adjacent violators; `wish` is ascending.
+    """
     gap = min(gap, (high - low) / max(len(wish) - 1, 1))
     blocks: list[list[float]] = []  # [sum of wishes less their offsets, count]
     for i, place in enumerate(wish):
@@ -320,9 +362,8 @@ def spread(wish: Sequence[float], gap: float, low: float, high: float) -> list[f
             total, count = blocks.pop()
             blocks[-1][0] += total
             blocks[-1][1] += count
-    flat = [
-        min(max(total / count, low), high - gap * (len(wish) - 1))
-        for total, count in blocks
-        for _ in range(int(count))
-    ]
+    top = high - gap * (len(wish) - 1)
+    flat = []
+    for total, count in blocks:
+        flat += [min(max(total / count, low), top)] * int(count)
     return [place + i * gap for i, place in enumerate(flat)]

@@ -1,0 +1,217 @@
+"""The catalogue: one row for each table and figure, read by rules, commands, report and tests.
+
+To add a figure, write a function in figures.py and a row in FIGURES. To add a table, write two
+functions in tables.py and a row in TABLES. A test fails until functions and rows agree.
+
+Snakemake imports this module at every start, so it imports nothing heavy. Functions are named as
+"module:function"; `pkgutil.resolve_name` imports them when they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from halfstep.config import Config
+
+JOURNALS = "journals"  # the one need of a figure that is not a table
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that `halfstep tabulate` writes as CSV and Markdown.
+
+    Attributes:
+        title: what the table holds, for `halfstep tabulate --help`
+        caption: the text of the table in the Snakemake report
+        metrics: the metrics in the table and their titles, in the order of its Markdown
+        inputs: files of metric rows. {model}, {teacher} and {continued} stand for every model,
+            every teacher and every model that continues prompts
+        select: "module:function", from all metric rows to the rows of this table
+        markdown: "module:function", from the rows of this table to its Markdown
+        section: the section of config.yaml without which the table does not exist, if any
+    """
+
+    title: str
+    caption: str
+    metrics: Mapping[str, str]
+    inputs: tuple[str, ...]
+    select: str
+    markdown: str
+    section: str | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that `halfstep plot` draws as PDF and SVG, with its points as CSV.
+
+    Attributes:
+        title: what the figure shows, for `halfstep plot --help`
+        caption: the text of the figure in the Snakemake report
+        needs: the tables that the figure is drawn from, by name, or JOURNALS. The figure exists
+            where these tables exist
+        draw: "module:function", from {name: DataFrame} of the needs to (Figure, points)
+        published: whether published values can be drawn under ours
+    """
+
+    title: str
+    caption: str
+    needs: tuple[str, ...]
+    draw: str
+    published: bool = False
+
+
+TABLES: dict[str, Table] = {
+    "steps": Table(
+        title="quality of samples: every model at every step count, and held-out text",
+        caption="Quality of samples: one row per metric, model and step count, with 95% intervals "
+        "in the columns ``low`` and ``high``. Held-out text is measured in the same way.",
+        metrics={
+            "generative_perplexity": "Generative perplexity, lower is better",
+            "entropy": "Unigram entropy of a sample in nats, and its difference from held-out text",
+            "consistent_share": "Share of consistent stories",
+            "accepted_share": "Share of stories that the grammar accepts",
+            "distinct_2": "Share of distinct bigrams",
+        },
+        inputs=(
+            "results/metrics/{model}/samples.json",
+            "results/metrics/{teacher}/data.json",
+        ),
+        select="halfstep.report.tables:select_steps",
+        markdown="halfstep.report.tables:steps_markdown",
+    ),
+    "lambada": Table(
+        title="last words (LAMBADA): accuracy and perplexity of every model",
+        caption="Last words (LAMBADA): one row per model, metric and protocol, with 95% intervals "
+        "in the columns ``low`` and ``high``.",
+        metrics={"lambada_accuracy": "accuracy", "lambada_perplexity": "perplexity"},
+        inputs=("results/metrics/{model}/lambada.json",),
+        select="halfstep.report.tables:select_lambada",
+        markdown="halfstep.report.tables:lambada_markdown",
+    ),
+    "speed": Table(
+        title="time to write: students at every step count, and autoregressive baselines",
+        caption="Time to write: one row per model, step count, length and batch size. The value "
+        "is the median in seconds, with its quartiles in the columns ``low`` and ``high``.",
+        metrics={"latency_s": "seconds to write"},
+        inputs=("results/benchmarks/{teacher}/latency.json",),
+        select="halfstep.report.tables:select_speed",
+        markdown="halfstep.report.tables:speed_markdown",
+    ),
+    "continuations": Table(
+        title="continuations of held-out prompts: MAUVE, self-BLEU, perplexity, distinct bigrams",
+        caption="Continuations of held-out prompts: one row per metric, model and step count, "
+        "with 95% intervals in the columns ``low`` and ``high``.",
+        metrics={
+            "mauve": "MAUVE against the documents' own continuations, higher is better",
+            "self_bleu": "Self-BLEU within a prompt, 0 to 100: low is diverse",
+            "continuation_perplexity": "Perplexity of the continuations, given their prompts",
+            "continuation_distinct_2": "Share of distinct bigrams among a prompt's continuations",
+        },
+        inputs=("results/metrics/{continued}/continuations.json",),
+        select="halfstep.report.tables:select_continuations",
+        markdown="halfstep.report.tables:continuations_markdown",
+        section="continuations",
+    ),
+}
+
+FIGURES: dict[str, Figure] = {
+    "ppl_vs_steps": Figure(
+        title="generative perplexity against sampling steps",
+        caption="Generative perplexity against sampling steps: the teacher and every round as "
+        "curves, the autoregressive baseline and held-out text as lines. Lower is better only "
+        "where the entropy stays near that of the data.",
+        needs=("steps",),
+        draw="halfstep.report.figures:ppl_vs_steps",
+        published=True,
+    ),
+    "entropy_vs_steps": Figure(
+        title="unigram entropy against sampling steps",
+        caption="Unigram entropy of the same samples, in nats. The grey band is 5% around "
+        "held-out text; a model well below it repeats itself.",
+        needs=("steps",),
+        draw="halfstep.report.figures:entropy_vs_steps",
+        published=True,
+    ),
+    "ppl_vs_latency": Figure(
+        title="generative perplexity against the time to write one text",
+        caption="Generative perplexity against the time to write one text, on the machine that "
+        "made this report.",
+        needs=("steps", "speed"),
+        draw="halfstep.report.figures:ppl_vs_latency",
+    ),
+    "lambada_vs_round": Figure(
+        title="last-word accuracy and perplexity (LAMBADA) against the round",
+        caption="Accuracy and perplexity of last words (LAMBADA), from the teacher (round 0) to "
+        "the last round.",
+        needs=("lambada",),
+        draw="halfstep.report.figures:lambada_vs_round",
+        published=True,
+    ),
+    "latency_vs_length": Figure(
+        title="time to write against the number of tokens",
+        caption="Time to write against the number of tokens: students at each step count, and "
+        "autoregressive baselines with a KV cache. Medians, with bands to the quartiles.",
+        needs=("speed",),
+        draw="halfstep.report.figures:latency_vs_length",
+        published=True,
+    ),
+    "speedup_vs_batch": Figure(
+        title="speed-up over the fastest baseline against the batch size",
+        caption="How many times faster than the fastest autoregressive baseline, against the "
+        "batch size. In the grey area the baseline is faster.",
+        needs=("speed",),
+        draw="halfstep.report.figures:speedup_vs_batch",
+    ),
+    "loss_curves": Figure(
+        title="training loss and held-out loss of every training",
+        caption="Training loss and held-out loss of the teacher, of the baseline and of every "
+        "round, read from the journals of the trainings.",
+        needs=(JOURNALS,),
+        draw="halfstep.report.figures:loss_curves",
+    ),
+    "mauve_vs_steps": Figure(
+        title="MAUVE of continuations against sampling steps",
+        caption="MAUVE of continuations of held-out prompts against sampling steps: the teacher "
+        "and every round as curves, the autoregressive baseline as a line. 1 means that the texts "
+        "cannot be told apart from the documents' own continuations.",
+        needs=("continuations",),
+        draw="halfstep.report.figures:mauve_vs_steps",
+    ),
+}
+
+
+def table_inputs(config: Config, **names: Iterable[str]) -> dict[str, list[str]]:
+    """The metric files of every table that exists under this configuration.
+
+    Args:
+        config: the resolved configuration
+        names: the values of each placeholder in `Table.inputs`, such as model=["a/teacher"]
+    """
+    return {
+        name: expand_paths(table.inputs, **names)
+        for name, table in TABLES.items()
+        if table.section is None or getattr(config, table.section)
+    }
+
+
+def figure_inputs(tables: Iterable[str], models: Sequence[str]) -> dict[str, list[str]]:
+    """The files that every figure is drawn from, where the tables that it needs are among these."""
+    known = {name: [f"results/tables/{name}.csv"] for name in tables}
+    known[JOURNALS] = [f"results/models/{model}/journal.jsonl" for model in models]
+    return {
+        name: [file for need in figure.needs for file in known[need]]
+        for name, figure in FIGURES.items()
+        if known.keys() >= set(figure.needs)
+    }
+
+
+def expand_paths(patterns: Iterable[str], **names: Iterable[str]) -> list[str]:
+    """Every pattern with every value of its placeholder: a/{model} with model=["b", "c"]."""
+    paths = []
+    for pattern in patterns:
+        (placeholder,) = (name for name in names if f"{{{name}}}" in pattern)
+        paths += [pattern.format(**{placeholder: value}) for value in names[placeholder]]
+    return paths

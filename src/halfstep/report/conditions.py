@@ -1,0 +1,149 @@
+"""Conditions of measurement: which rows may share a column, and a sentence that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pandas
+from pandas import DataFrame, Series
+
+from halfstep.errors import HalfstepError
+from halfstep.report.rows import sampled_rows
+
+
+def check_comparable(
+    table: DataFrame, conditions: Sequence[str], same_protocols: bool = True
+) -> None:
+    """Refuse a table in which numbers of one column were measured under different conditions.
+
+    Args:
+        table: metric rows
+        conditions: columns that must be constant for each teacher and metric
+        same_protocols: whether all models must be measured by the same protocols and judges; False
+            where every protocol has its own column
+
+    Raises:
+        HalfstepError: two models differ, or one measure of a model is there twice
+    """
+    check_unique(table)
+    table = table.assign(temperature=table["temperature"].astype(float).fillna(1.0))
+    for (teacher, metric), group in table.groupby(["teacher", "metric"], sort=False):
+        for condition in conditions:
+            _check_constant(group, metric, condition, condition)
+        for protocol, rows in group.groupby("protocol", sort=False):
+            _check_constant(rows, metric, "version", f"version of protocol {protocol}")
+        if same_protocols:
+            _check_protocols(group, teacher, metric)
+
+
+def check_unique(table: DataFrame) -> None:
+    """HalfstepError if two rows would be one cell: the same measure of a model, taken twice."""
+    key = ["model", "teacher", "metric", "protocol", "judge", "steps", "length", "batch_size"]
+    repeated = table[table.duplicated(key, keep=False)]
+    if repeated.empty:
+        return
+    _, rows = next(iter(repeated.groupby(key, dropna=False, sort=False)))
+    row = rows.iloc[0]
+    steps = "" if pandas.isna(row["steps"]) else f" at {row['steps']} steps"
+    raise HalfstepError(
+        f"{row['metric']} of {row['model']} by protocol {row['protocol']}{steps}: "
+        f"found {len(rows)} times (checkpoints {join_values(rows['checkpoint'])}; "
+        f"seeds {join_values(rows['seed'])}); give --metrics one file of each measurement"
+    )
+
+
+def _check_constant(group: DataFrame, metric: str, column: str, called: str) -> None:
+    distinct = group.drop_duplicates(column)
+    if len(distinct) < 2:
+        return
+    models = distinct["model"].tolist()
+    values = distinct[column].astype(object).where(distinct[column].notna(), "none").tolist()
+    raise HalfstepError(
+        f"{metric} of {models[0]} has {called} {values[0]}, that of {models[1]} has {values[1]}: "
+        "these numbers do not belong in one column; measure both alike"
+    )
+
+
+def _check_protocols(group: DataFrame, teacher: str, metric: str) -> None:
+    """All models of the group are measured by the protocols and judges of the first one."""
+    models = group.groupby("model", sort=False, dropna=False)
+    found = {model: "; ".join(sorted(set(_protocols(rows)))) for model, rows in models}
+    one = next(iter(found))
+    for two in found:
+        if found[two] != found[one]:
+            raise HalfstepError(
+                f"{metric} of {one} is by {found[one]}, that of {two} by {found[two]}: "
+                f"these numbers do not belong in one column; measure all of {teacher} alike"
+            )
+
+
+def _protocols(rows: DataFrame) -> list[str]:
+    """The protocol of every row, and its judge with the precision of that judge, if any."""
+    columns = rows[["protocol", "judge", "judge_dtype"]].astype(object).fillna("")
+    found = []
+    for protocol, judge, dtype in columns.itertuples(index=False):
+        name = f"protocol {protocol or 'none'}"
+        found.append(f"{name}, judge {f'{judge} {dtype}'.strip()}" if judge else name)
+    return found
+
+
+def describe_commits(table: DataFrame) -> str | None:
+    """A warning where the rows come from several commits, or from one with changed files."""
+    found = sorted(table["commit"].dropna().unique())
+    if len(found) > 1:
+        what = "of more than one commit"
+    elif found and found[0].endswith("+dirty"):
+        what = "of a working tree that differs from its commit"
+    else:
+        return None
+    counts = [f"{commit}: {(table['commit'] == commit).sum()}" for commit in found]
+    listed = "; ".join(f"{count} of {len(table)} rows" for count in counts)
+    return (
+        f"These numbers are {what} ({listed}); "
+        "make them anew where the code between may have changed them."
+    )
+
+
+def describe_conditions(table: DataFrame) -> str:
+    """A sentence on how the numbers of a table were taken: judge, protocol, data, sampler, seed."""
+    students = sampled_rows(table)
+    named = {
+        "judge": _judges(table),
+        "protocol": _versions(table),
+        "data": table["data"],
+        "sampler": students["sampler"],
+        "draws": students["draw_dtype"],
+        "temperature": students["temperature"],
+        "top-p of the baseline": table.loc[table["run"] == "baseline", "top_p"],
+        "n": _range(table["num_samples"]),
+        "seed": table["seed"],
+        "weights": students["weights"],
+        "commit": table["commit"],
+    }
+    listed = {name: join_values(values) for name, values in named.items()}
+    text = "; ".join(f"{name} {values}" for name, values in listed.items() if values) + "."
+    return text[0].upper() + text[1:]
+
+
+def _judges(table: DataFrame) -> list[str]:
+    judges = table[["judge", "judge_dtype"]].dropna(subset="judge").drop_duplicates()
+    return [
+        f"{judge} ({dtype})" if isinstance(dtype, str) else judge
+        for judge, dtype in judges.itertuples(index=False)
+    ]
+
+
+def _versions(table: DataFrame) -> list[str]:
+    protocols = table[["protocol", "version"]].drop_duplicates()
+    return [f"{protocol} v{version}" for protocol, version in protocols.itertuples(index=False)]
+
+
+def _range(values: Series) -> list:
+    """The distinct values, or the smallest and the largest of more than three."""
+    found = sorted(set(values.dropna()))
+    return found if len(found) < 4 else [f"{found[0]:,} to {found[-1]:,}"]
+
+
+def join_values(values: Iterable) -> str:
+    """The distinct values that are not missing, in their order, with commas between."""
+    return ", ".join(str(value) for value in dict.fromkeys(values) if not pandas.isna(value))

@@ -1,0 +1,79 @@
+"""Markdown grids: rows of a table laid out by model and by column, and the text of their cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import pandas
+from pandas import DataFrame
+from tabulate import tabulate
+
+
+def model_label(row: Any) -> str:
+    """The name of a row's model in a grid: teacher, baseline, `run round 3`."""
+    return f"{row.run} round {row.round}" if row.round else row.run
+
+
+def value_cell(row: Any) -> str:
+    """The value with its interval; for entropy also the difference from held-out text."""
+    text = _interval(row)
+    difference = getattr(row, "vs_data_percent", None)
+    if row.metric == "entropy" and row.run != "data" and not pandas.isna(difference):
+        return f"{text} ({difference:+.1f}%)"
+    return text
+
+
+def latency_cell(row: Any) -> str:
+    """Milliseconds with their interval, and how many times faster than the fastest baseline."""
+    text = _interval(row, unit=1000)
+    if row.run == "baseline" or pandas.isna(row.times_faster):
+        return text
+    return f"{text} ({round_number(row.times_faster, 2)}×)"
+
+
+def make_grid(
+    table: DataFrame,
+    across: str,
+    corner: str,
+    cell: Callable[[Any], str] = value_cell,
+    down: Callable[[Any], str] = model_label,
+) -> str:
+    """A table as a Markdown grid.
+
+    Args:
+        table: the rows, one for each cell
+        across: the column of `table` whose values are the columns of the grid. Step counts ascend,
+            others keep the order of the table
+        corner: the text of the upper left corner
+        cell: the text of a row's cell
+        down: the line of the grid that a row belongs to
+    """
+    columns: list[Any] = list(dict.fromkeys(table[across].dropna()))
+    if across == "steps":
+        columns.sort()
+    lines: dict[str, dict[Hashable, str]] = {}
+    for row in table.itertuples():
+        line = lines.setdefault(down(row), {})
+        line[getattr(row, across)] = cell(row)
+    body = [[name, *(line.get(column, "") for column in columns)] for name, line in lines.items()]
+    headers = [corner, *map(str, columns)]
+    align = ["left", *("right" for _ in columns)]
+    return tabulate(body, headers, "github", disable_numparse=True, colalign=align)
+
+
+def round_number(value: float, digits: int = 3) -> str:
+    """Three significant digits, without an exponent where a table has room: 152, 15.2, 0.152."""
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:#.{digits}g}".rstrip(".")
+
+
+def _interval(row: Any, unit: float = 1) -> str:
+    """The value and the wider half of its interval, with as many decimals: 69.4 ±2.8"""
+    text = round_number(unit * row.value)
+    if pandas.isna(row.low) or pandas.isna(row.high):
+        return text
+    half = unit * max(row.high - row.value, row.value - row.low)
+    decimals = len(text.partition(".")[2])
+    return f"{text} ±{half:.{decimals}f}"

@@ -1,0 +1,99 @@
+"""Metric rows: their columns, and how they are read from JSON files and from tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas
+from pandas import DataFrame
+
+from halfstep.errors import HalfstepError
+from halfstep.files import read_json
+
+COLUMNS = (
+    "teacher", "run", "round", "model", "metric", "protocol", "version", "steps",
+    "network_evaluations", "value", "low", "high", "judge", "judge_dtype", "data", "sampler",
+    "num_samples", "seed", "weights", "draw_dtype", "temperature", "top_p", "length", "batch_size",
+    "tokens_per_s", "tokens_per_forward", "energy_j", "device", "dtype", "params", "checkpoint",
+    "commit", "source",
+)  # fmt: skip
+INTEGERS = ("round", "version", "steps", "num_samples", "seed", "length", "batch_size", "params")
+ORDER = ("round", "metric", "protocol", "length", "batch_size", "steps")  # within a teacher and run
+REQUIRED = {"metric", "model", "value"}
+LEVELS = ("baseline", "data")  # runs without sampling steps: levels to compare with
+BASELINES: dict[object, str] = {  # sampler of the speed table: name of the baseline
+    "transformers": "baseline, transformers",
+    "vllm": "baseline, vLLM",
+}
+
+
+def row_files(paths: Iterable[Path]) -> list[Path]:
+    """These files, and the .json files in these folders, without records of provenance."""
+    files = []
+    for path in map(Path, paths):
+        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    return [file for file in files if not file.name.endswith("provenance.json")]
+
+
+def read_rows(paths: Iterable[Path]) -> DataFrame:
+    """All metric rows of these files and folders, one row of the frame for each.
+
+    Raises:
+        HalfstepError: a file is missing or holds no list of metric rows
+    """
+    found = []
+    for file in row_files(paths):
+        content = read_json(file)
+        if not _is_list_of_rows(content):
+            raise HalfstepError(
+                f"{file}: expected a list of metric rows, each with metric, model and value; "
+                "give --metrics only such files"
+            )
+        found += content
+    return tidy(DataFrame(found))
+
+
+def read_table(file: Path) -> DataFrame:
+    """The rows of a CSV file that `halfstep tabulate` wrote.
+
+    Raises:
+        HalfstepError: the file is missing or no such table
+    """
+    try:
+        dtypes = {"seed": "Int64", "checkpoint": str, "commit": str}
+        return tidy(pandas.read_csv(file, dtype=dtypes))
+    except FileNotFoundError:
+        raise HalfstepError(f"{file}: no such table; make it with halfstep tabulate") from None
+    except (ValueError, KeyError) as error:
+        raise HalfstepError(
+            f"{file}: not a table of halfstep tabulate ({error}); make it again"
+        ) from None
+
+
+def tidy(frame: DataFrame) -> DataFrame:
+    """The same rows with all COLUMNS, integer types and a stable order; extra columns come last."""
+    extra = [column for column in frame.columns if column not in COLUMNS]
+    frame = frame.reindex(columns=[*COLUMNS, *extra])
+    for column in INTEGERS:
+        frame[column] = frame[column].astype("Int64")
+    frame["round"] = frame["round"].fillna(0)
+    frame["rank"] = frame["run"].map({"teacher": 0, "baseline": 2, "data": 3}).fillna(1)
+    order = ["teacher", "rank", "run", *ORDER]
+    return frame.sort_values(order, kind="stable", ignore_index=True).drop(columns="rank")
+
+
+def sampled_rows(table: DataFrame) -> DataFrame:
+    """The rows of models that write in sampling steps: neither baselines nor held-out text."""
+    return table[~table["run"].isin(LEVELS)]
+
+
+def baseline_name(sampler: object) -> str:
+    """What a baseline of the speed table is called; ours has no suffix, also in older rows."""
+    return BASELINES.get(sampler, "baseline")
+
+
+def _is_list_of_rows(content: object) -> bool:
+    if not isinstance(content, list):
+        return False
+    return all(isinstance(row, dict) and row.keys() >= REQUIRED for row in content)

@@ -1,0 +1,126 @@
+"""The catalogue: functions and rows agree, and every reader of the catalogue finds every row."""
+
+import inspect
+import re
+from pkgutil import resolve_name
+from types import SimpleNamespace
+
+import pytest
+import synthetic
+
+from halfstep.cli import main
+from halfstep.metrics.protocols import PROTOCOLS
+from halfstep.report import figures, tables
+from halfstep.report.catalogue import (
+    FIGURES,
+    JOURNALS,
+    TABLES,
+    expand_paths,
+    figure_inputs,
+    table_inputs,
+)
+
+ROWS = {**TABLES, **FIGURES}
+NAMES = {
+    "model": ["t/teacher", "t/baseline", "t/mse/round-1"],
+    "teacher": ["t"],
+    "continued": ["t/teacher", "t/baseline"],
+}
+
+
+def public_functions(module):
+    """Functions of a module that are defined there, as "module:function"."""
+    return {
+        f"{module.__name__}:{name}"
+        for name, function in inspect.getmembers(module, inspect.isfunction)
+        if function.__module__ == module.__name__ and not name.startswith("_")
+    }
+
+
+def test_every_function_of_a_figure_has_a_row_and_every_row_its_function():
+    assert public_functions(figures) == {row.draw for row in FIGURES.values()}
+
+
+def test_every_function_of_a_table_has_a_row_and_every_row_its_functions():
+    named = [reference for row in TABLES.values() for reference in (row.select, row.markdown)]
+    assert public_functions(tables) == set(named) and len(named) == len(set(named))
+
+
+def test_names_are_unique_and_fit_file_names():
+    assert len(ROWS) == len(TABLES) + len(FIGURES) and JOURNALS not in ROWS
+    assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in ROWS)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_has_a_title_in_one_line_and_a_caption_of_sentences(name):
+    row = ROWS[name]
+    assert row.title.strip() == row.title != "" and "\n" not in row.title
+    assert row.caption[0].isupper() and row.caption.endswith(".") and "\n" not in row.caption
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_needs_tables_or_journals(name):
+    row = FIGURES[name]
+    assert row.needs and set(row.needs) <= {*TABLES, JOURNALS}
+    assert callable(resolve_name(row.draw))
+
+
+def test_every_metric_is_in_one_table():
+    assert sorted(metric for row in TABLES.values() for metric in row.metrics) == sorted(PROTOCOLS)
+    assert all(title for row in TABLES.values() for title in row.metrics.values())
+
+
+def test_the_synthetic_results_hold_the_inputs_of_every_table(tmp_path):
+    """So that the tests of tables and figures cover each row."""
+    synthetic.write(tmp_path / "results", teacher="t", runs=("mse",), rounds=1, points=2)
+    inputs = table_inputs(SimpleNamespace(continuations=True), **NAMES)
+    assert inputs.keys() == TABLES.keys()
+    for files in inputs.values():
+        assert files and all((tmp_path / file).is_file() for file in files)
+
+
+def test_a_pattern_is_expanded_for_every_value_of_its_placeholder():
+    patterns = ["a/{model}.json", "b/{teacher}.json"]
+    expected = ["a/x.json", "a/y.json", "b/z.json"]
+    assert expand_paths(patterns, model=["x", "y"], teacher=["z"]) == expected
+
+
+def test_tables_of_a_section_and_their_figures_exist_with_the_section():
+    with_section = table_inputs(SimpleNamespace(continuations=True), **NAMES)
+    without = table_inputs(SimpleNamespace(continuations=None), **NAMES)
+    of_section = {name for name, row in TABLES.items() if row.section == "continuations"}
+    assert with_section.keys() - without.keys() == of_section != set()
+    figures_with = figure_inputs(with_section, NAMES["model"])
+    figures_without = figure_inputs(without, NAMES["model"])
+    drawn_from_them = {name for name, row in FIGURES.items() if of_section & set(row.needs)}
+    assert figures_with.keys() == FIGURES.keys()
+    assert figures_with.keys() - figures_without.keys() == drawn_from_them != set()
+
+
+def test_a_table_of_continuations_is_made_from_the_models_that_continue_prompts():
+    inputs = table_inputs(SimpleNamespace(continuations=True), **NAMES)
+    assert inputs["continuations"] == [
+        "results/metrics/t/teacher/continuations.json",
+        "results/metrics/t/baseline/continuations.json",
+    ]
+
+
+def test_a_figure_is_made_from_the_files_of_its_needs():
+    inputs = figure_inputs(TABLES, ["t/teacher", "t/mse/round-1"])
+    assert inputs["ppl_vs_latency"] == ["results/tables/steps.csv", "results/tables/speed.csv"]
+    assert inputs["loss_curves"] == [
+        "results/models/t/teacher/journal.jsonl",
+        "results/models/t/mse/round-1/journal.jsonl",
+    ]
+
+
+@pytest.mark.parametrize("command, rows", [("tabulate", TABLES), ("plot", FIGURES)])
+def test_help_lists_every_row_with_its_title(command, rows, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for name, row in rows.items():
+        assert f"- {name}: {row.title}" in words
+    for name, row in FIGURES.items():
+        if command == "plot" and row.published:
+            assert name in words.partition("published values under ours")[2]

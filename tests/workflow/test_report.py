@@ -1,0 +1,57 @@
+"""The Snakemake report: every table and figure of the catalogue is in it, with its caption."""
+
+import html
+import json
+import re
+
+import pytest
+import yaml
+from dryrun import copy
+
+from halfstep.report.catalogue import FIGURES, TABLES
+
+CONFIG = {
+    "preset": "ci",
+    "teachers": {"stories-ci": {"distillation": {"rounds": 1}}},
+    "sampling": {"steps": [8]},
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A finished tree whose files are empty: commands are replaced by `touch`."""
+    tree = copy(tmp_path_factory.mktemp("report"))
+    (tree.folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    rules = {file: file.read_text() for file in (tree.folder / "rules").glob("*.smk")}
+    for file, text in rules.items():
+        file.write_text(re.sub(r"\bhalfstep (?=[a-z-]+ \\\n)", "touch {output}; : ", text))
+    done = tree.run("--cores", "64", "--quiet")
+    assert done.returncode == 0, done.stderr
+    for file, text in rules.items():
+        file.write_text(text)
+    return tree
+
+
+def read_report(file):
+    """{path: result} of all results in a report of Snakemake, which holds them as JSON."""
+    text = file.read_text()
+    results, _ = json.JSONDecoder().raw_decode(text, text.index('{"results/'))
+    return results
+
+
+def test_every_table_and_figure_has_its_title_and_caption_in_the_report(tree):
+    done = tree.run("--report", "report.html")
+    assert done.returncode == 0, done.stderr
+    results = read_report(tree.folder / "report.html")
+    tables = {f"results/tables/{name}.csv": row for name, row in TABLES.items()}
+    figures = {f"results/figures/{name}.svg": row for name, row in FIGURES.items()}
+    assert results.keys() == {*tables, *figures}
+    for path, row in {**tables, **figures}.items():
+        caption = re.sub("<[^>]+>", "", html.unescape(results[path]["caption"]))
+        assert row.caption.replace("``", "") in caption
+        assert results[path]["labels"]["shows"] == row.title
+
+
+def test_a_new_caption_makes_no_table_or_figure_again(tree):
+    tree.edit("rules/report.smk", lambda text: text.replace("].caption,", "].caption + 'more',"))
+    assert tree.jobs() == set()

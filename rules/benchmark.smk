@@ -2,6 +2,7 @@
 
 
 rule latency:
+    """Time how long students and baselines take to write texts."""
     input:
         checkpoint="results/models/{teacher}/teacher/meta.json",  # a student has the same network
         baseline="results/models/{teacher}/baseline/meta.json",
@@ -15,12 +16,9 @@ rule latency:
         "results/logs/latency/{teacher}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: alone  # all cores of a laptop: nothing runs beside a timing
+    threads: all_cores  # nothing else may run during a timing
     resources:
-        gpu=need("gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        runtime=need("sample"),
+        **machine("latency"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         baseline=subpath(input.baseline, parent=True),

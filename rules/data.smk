@@ -2,11 +2,19 @@
 
 
 rule prepare_corpus:
+    """Tokenize a corpus and pack it into windows of equal length."""
     input:
-        own_text,
+        targets.own_text,
         hub=FETCHED,
     output:  # corpora of stories add last_words.jsonl, the items of score_lambada
-        multiext("results/data/{corpus}/", "train.bin", "validation.bin", "tokenizer.json", "validation.jsonl", "provenance.json"),
+        multiext(
+            "results/data/{corpus}/",
+            "train.bin",
+            "validation.bin",
+            "tokenizer.json",
+            "validation.jsonl",
+            "provenance.json",
+        ),
         manifest="results/data/{corpus}/manifest.json",
     log:
         "results/logs/prepare_corpus/{corpus}.log",

@@ -2,9 +2,10 @@
 
 
 rule distill_round:
+    """Train the student of one round; it becomes the teacher of the next round."""
     input:
-        teacher=previous_round,
-        corpus=manifest,
+        teacher=targets.previous_round,
+        corpus=targets.manifest,
     output:
         multiext("results/models/{teacher}/{run}/round-{round}/", *CHECKPOINT),
         meta="results/models/{teacher}/{run}/round-{round}/meta.json",
@@ -15,20 +16,14 @@ rule distill_round:
     priority: 10  # the rounds are the longest path; samples and scores fill the other cores
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("round_gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("round"),
-        limit=limit("round"),
+        **machine("round"),
     params:
         teacher=subpath(input.teacher, parent=True),
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
-        options=round_options,
+        options=lambda wildcards: flags(targets.round_options(wildcards)),
         seed=CONFIG.seed,
         code=STAGE["distill"],
     shell:

@@ -2,12 +2,15 @@
 
 
 rule score_samples:
+    """Score a model's samples: generative perplexity and unigram entropy."""
     input:
         samples=lambda wildcards: expand(
-            "results/samples/{model}/steps-{steps}/samples.json", model=wildcards.model, steps=step_counts(wildcards.model)
+            "results/samples/{model}/steps-{steps}/samples.json",
+            model=wildcards.model,
+            steps=targets.step_counts(wildcards.model),
         ),
-        corpus=manifest,
-        judge=judge_file,
+        corpus=targets.manifest,
+        judge=targets.judge_file,
         hub=FETCHED,
     output:
         rows="results/metrics/{model}/samples.json",
@@ -18,18 +21,13 @@ rule score_samples:
         "results/logs/score_samples/{model}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("sample"),
+        **machine("sample"),
     params:
         samples=lambda wildcards, input: [str(Path(file).parent) for file in input.samples],
         corpus=subpath(input.corpus, parent=True),
-        judge=judge,
+        judge=targets.judges,
         evaluation=flags(CONFIG.evaluation, "bootstrap"),
         code=STAGE["score"],
     shell:
@@ -46,9 +44,10 @@ rule score_samples:
 
 
 rule score_corpus:
+    """Score held-out text of the corpus in the same way, as a reference for samples."""
     input:
-        corpus=manifest,
-        judge=judge_file,
+        corpus=targets.manifest,
+        judge=targets.judge_file,
         hub=FETCHED,
     output:
         rows="results/metrics/{teacher}/data.json",
@@ -59,17 +58,12 @@ rule score_corpus:
         "results/logs/score_corpus/{teacher}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("sample"),
+        **machine("sample"),
     params:
         corpus=subpath(input.corpus, parent=True),
-        judge=judge,
+        judge=targets.judges,
         evaluation=flags(CONFIG.evaluation, "bootstrap"),
         code=STAGE["score"],
     shell:
@@ -85,9 +79,10 @@ rule score_corpus:
 
 
 rule score_lambada:
+    """Let a model predict the last words of texts (LAMBADA)."""
     input:
         checkpoint="results/models/{model}/meta.json",
-        corpus=manifest,
+        corpus=targets.manifest,
         last_words=CONFIG.evaluation.lambada if CONFIG.evaluation.lambada.endswith(".jsonl") else [],
         hub=FETCHED,
     output:
@@ -99,14 +94,9 @@ rule score_lambada:
         "results/logs/score_lambada/{model}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("sample"),
+        **machine("sample"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         corpus=subpath(input.corpus, parent=True),

@@ -2,6 +2,7 @@
 
 
 rule fetch:
+    """Download tokenizers, data sets, judges and published weights, and record their checksums."""
     output:
         about="results/hub.json",
         record="results/hub.provenance.json",
@@ -9,6 +10,7 @@ rule fetch:
         "results/logs/fetch.log",
     benchmark:
         "results/logs/fetch.tsv"
+    localrule: True
     conda:
         "../envs/cpu.yaml"
     params:

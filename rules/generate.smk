@@ -2,6 +2,7 @@
 
 
 rule generate:
+    """Draw samples of one model at one number of sampling steps."""
     input:
         checkpoint="results/models/{model}/meta.json",
     output:
@@ -18,14 +19,9 @@ rule generate:
         "results/logs/generate/{model}/steps-{steps}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("sample"),
+        **machine("sample"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         output=subpath(output.about, parent=True),

@@ -2,6 +2,7 @@
 
 
 rule tabulate:
+    """Gather metric rows into one table, as CSV and Markdown."""
     input:
         lambda wildcards: TABLES[wildcards.table],
     output:
@@ -16,6 +17,7 @@ rule tabulate:
         "results/logs/tabulate/{table}.log",
     benchmark:
         "results/logs/tabulate/{table}.tsv"
+    localrule: True
     conda:
         "../envs/cpu.yaml"
     params:
@@ -34,6 +36,7 @@ rule tabulate:
 
 
 rule plot:
+    """Draw one figure, with the data behind it as CSV."""
     input:
         lambda wildcards: [
             source.replace("journal.jsonl", "meta.json") for source in FIGURES[wildcards.figure]
@@ -50,6 +53,7 @@ rule plot:
         "results/logs/plot/{figure}.log",
     benchmark:
         "results/logs/plot/{figure}.tsv"
+    localrule: True
     conda:
         "../envs/cpu.yaml"
     params:
@@ -68,15 +72,15 @@ rule plot:
         """
 
 
-# A server that is away must not make a finished graph red, and Snakemake wants its output: `track` then succeeds with a warning, which it
-# writes into the file. The file is empty when all was sent. One with a warning is taken away here, so that the next call that works tries again.
-if unsent() and not any(
-    re.fullmatch(r"-\w*n\w*|--dry-?run|--report.*|--lint.*", word) for word in sys.argv[1:]
-):
+# A server that is away must not make a finished graph fail, and Snakemake needs the output: `track`
+# then succeeds and writes a warning into the file, which is empty when all was sent. A file with a
+# warning is removed here, so that the next call that runs jobs tries again.
+if unsent() and not only_looks(sys.argv[1:]):
     os.remove("results/mlflow.synced")
 
 
 rule track:
+    """Send the journals of all models to MLflow, with tables and figures."""
     input:
         expand("results/models/{model}/meta.json", model=MODELS),
         expand("results/tables/{table}.csv", table=TABLES),
@@ -87,6 +91,7 @@ rule track:
         "results/logs/track.log",
     benchmark:
         "results/logs/track.tsv"
+    localrule: True
     conda:
         "../envs/cpu.yaml"
     params:
@@ -102,6 +107,7 @@ rule track:
 
 
 rule merge_provenance:
+    """Merge the provenance records of all jobs into one file."""
     input:  # the ends of the graph: by then every job before them has written its record
         expand("results/tables/{table}.csv", table=TABLES),
         expand("results/figures/{figure}.svg", figure=FIGURES),
@@ -111,6 +117,7 @@ rule merge_provenance:
         "results/logs/merge_provenance.log",
     benchmark:
         "results/logs/merge_provenance.tsv"
+    localrule: True
     conda:
         "../envs/cpu.yaml"
     params:

@@ -1,4 +1,4 @@
-"""halfstep: from text to a model that writes in 8 steps, and its figures. This page is the contents.
+"""halfstep: from text to a model that writes in 8 steps, and its figures. A page of contents.
 
 snakemake                                    everything, at the scale that config.yaml names
 snakemake results/figures/ppl_vs_steps.pdf   one file and whatever it needs
@@ -22,7 +22,7 @@ min_version("9.27")
 configfile: "config.yaml"
 
 
-include: "rules/common.smk"  # the configuration, names, what a job asks of a machine
+include: "rules/common.smk"  # configuration, versions, what a job asks of its machine
 include: "rules/fetch.smk"  # fetch, where something comes from the hub
 include: "rules/data.smk"  # prepare_corpus
 include: "rules/pretrain.smk"  # pretrain, train_baseline

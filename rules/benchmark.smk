@@ -1,4 +1,12 @@
-"""Speed: the time to write n tokens, students at each step count against autoregressive baselines."""
+"""Speed: the time to write n tokens, for students and for autoregressive baselines.
+
+Inputs:
+    results/models/{teacher}/teacher/meta.json   a student has the same network
+    results/models/{teacher}/baseline/           its checkpoint, and hf/ for other engines
+Outputs:
+    results/benchmarks/{teacher}/latency.json    rows of seconds, one for each timed case
+    results/benchmarks/{teacher}/latency.provenance.json
+"""
 
 
 rule latency:

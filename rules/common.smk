@@ -12,7 +12,7 @@ from halfstep.config import DrawOptions, GenerateOptions, Prompts
 from halfstep.resolve import ConfigError, flags, resolve, subsection
 from halfstep.workflow import slurm_plugin
 from halfstep.workflow.machine import MACHINE, RESOURCES, SPREAD, fewest_nodes, names_cluster
-from halfstep.workflow.machine import one_job, read_site, spread
+from halfstep.workflow.machine import base_resources, read_site, spread_resources
 from halfstep.workflow.messages import banner, curves, failures, only_looks, resume_command
 from halfstep.workflow.messages import typed, unsent
 from halfstep.workflow.targets import CHECKPOINT, Targets, figure_inputs, local_file, one_of
@@ -74,7 +74,7 @@ wildcard_constraints:
 
 def threads_by_size(wildcards):
     """Threads of a job on each node, by the size of its network."""
-    return MACHINE[targets.teacher(wildcards).network.size].threads
+    return MACHINE[targets.network_size(wildcards)].threads
 
 
 def all_cores(wildcards):
@@ -91,16 +91,17 @@ def machine(kind):
 def resource(kind, name):
     """One resource as a function, which Snakemake evaluates for each job."""
 
-    def value(wildcards, input, attempt, threads, rulename):
+    def base(wildcards, attempt):
+        return base_resources(targets.network_size(wildcards), kind, attempt, SITE)[name]
+
+    def spread(wildcards, input, attempt, threads, rulename):
         def asked(other):
-            """Another resource of the job: --set-resources overrides it, and --resources caps it."""
+            """Another resource of the job, as --set-resources overrides and --resources caps it."""
             known = dict(input=input, attempt=attempt, threads=threads, rulename=rulename)
             found = workflow.get_rule(rulename).resources[other]
             found = found.evaluate(wildcards, async_run=workflow.async_run, **known)
             return found.constrain(workflow.global_resources.get(other)).value
 
-        if name not in SPREAD:
-            return one_job(targets.teacher(wildcards).network.size, kind, attempt, SITE)[name]
         gpus = asked("gpu") or 0
         if workflow.is_main_process and not ON_CLUSTER:
             nodes = 1  # this machine
@@ -108,6 +109,6 @@ def resource(kind, name):
             nodes = fewest_nodes(gpus, SITE.gpus_per_node)
         else:
             nodes = asked("nodes") or 1
-        return spread(gpus, nodes, asked("gpu_model") or "", threads, rulename)[name]
+        return spread_resources(gpus, nodes, asked("gpu_model") or "", threads, rulename)[name]
 
-    return value
+    return spread if name in SPREAD else base

@@ -1,4 +1,15 @@
-"""Continuations of held-out prompts, and their scores: MAUVE, self-BLEU, perplexity. Only where the config has `continuations`."""
+"""Continuations of held-out prompts and their scores, where the config has `continuations`.
+
+Inputs:
+    results/models/{model}/meta.json
+    results/models/{teacher}/baseline/hf/        only where the baseline is a judge
+    results/data/{corpus}/manifest.json
+    results/hub.json                             only where something comes from the hub
+Outputs:
+    results/continuations/{model}/steps-{steps}/     token ids, texts; samples.json
+    results/metrics/{model}/continuations.json   rows of MAUVE, self-BLEU and perplexity
+    results/metrics/{model}/continuations.provenance.json
+"""
 
 
 rule continue_prompts:

@@ -1,4 +1,11 @@
-"""Text to tokens: one folder of packed windows per corpus."""
+"""Text to tokens: a folder of packed windows for each corpus.
+
+Inputs:
+    text files of the user                       only for corpora of kind files
+    results/hub.json                             only where something comes from the hub
+Outputs:
+    results/data/{corpus}/                       windows, tokenizer, held-out text; manifest.json
+"""
 
 
 rule prepare_corpus:

@@ -1,4 +1,11 @@
-"""Self-Distillation Through Time: a round is a job from checkpoint to checkpoint."""
+"""Self-Distillation Through Time: a round is a job from checkpoint to checkpoint.
+
+Inputs:
+    results/models/{teacher}/teacher/meta.json   in round 1; later the previous round's meta.json
+    results/data/{corpus}/manifest.json
+Outputs:
+    results/models/{teacher}/{run}/round-{round}/    a checkpoint; meta.json is written last
+"""
 
 
 rule distill_round:
@@ -35,6 +42,7 @@ rule distill_round:
             --output {params.output:q} \
             {params.options} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} {resources.limit} \
+            --threads {threads} --micro-batch {resources.micro_batch} \
+            {resources.processes} {resources.limit} \
             2>&1 | tee {log:q}
         """

@@ -1,4 +1,17 @@
-"""Generative perplexity with entropy beside it, the same of held-out text, and last words (LAMBADA)."""
+"""Scores: generative perplexity and entropy of samples and of held-out text, and LAMBADA.
+
+Inputs:
+    results/samples/{model}/steps-{steps}/samples.json
+    results/models/{model}/meta.json             for LAMBADA
+    results/models/{teacher}/baseline/hf/        only where the baseline is a judge
+    results/data/{corpus}/manifest.json
+    results/hub.json                             only where something comes from the hub
+Outputs:
+    results/metrics/{model}/samples.json         rows of a model's samples, one for each step count
+    results/metrics/{teacher}/data.json          rows of held-out text
+    results/metrics/{model}/lambada.json         rows of last-word accuracy and perplexity
+    and next to each its .provenance.json
+"""
 
 
 rule score_samples:
@@ -83,7 +96,7 @@ rule score_lambada:
     input:
         checkpoint="results/models/{model}/meta.json",
         corpus=targets.manifest,
-        last_words=CONFIG.evaluation.lambada if CONFIG.evaluation.lambada.endswith(".jsonl") else [],
+        last_words=targets.last_words(),
         hub=FETCHED,
     output:
         rows="results/metrics/{model}/lambada.json",

@@ -1,4 +1,11 @@
-"""What comes from the hub, on the node where snakemake itself runs; all jobs of a cluster run with the hub switched off."""
+"""Downloads from the hub, where snakemake itself runs; all jobs of a cluster run offline.
+
+Inputs:
+    none: the names of the repositories follow from the configuration
+Outputs:
+    results/hub.json                             repositories, files and their checksums
+    results/hub.provenance.json
+"""
 
 
 rule fetch:

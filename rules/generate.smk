@@ -1,4 +1,10 @@
-"""Samples of one model at one step count; they are kept, so that a new metric needs no new samples."""
+"""Samples of one model at one step count. They are kept, so a new metric needs no new samples.
+
+Inputs:
+    results/models/{model}/meta.json
+Outputs:
+    results/samples/{model}/steps-{steps}/       token ids, texts; samples.json
+"""
 
 
 rule generate:

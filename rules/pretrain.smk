@@ -1,4 +1,14 @@
-"""The teacher, a masked diffusion language model, trained here or imported, and the baseline, its autoregressive peer."""
+"""The teacher, a masked diffusion language model, and its autoregressive baseline.
+
+The teacher is trained here, or imported from published weights.
+
+Inputs:
+    results/data/{corpus}/manifest.json
+    results/hub.json                             only where something comes from the hub
+Outputs:
+    results/models/{teacher}/teacher/            a checkpoint; meta.json is written last
+    results/models/{teacher}/baseline/           a checkpoint; in hf/ the same for transformers
+"""
 
 
 rule pretrain:
@@ -35,7 +45,8 @@ rule pretrain:
             {params.network} \
             {params.training} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} {resources.limit} \
+            --threads {threads} --micro-batch {resources.micro_batch} \
+            {resources.processes} {resources.limit} \
             2>&1 | tee {log:q}
         """
 
@@ -70,7 +81,7 @@ rule import_teacher:
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
         weights=lambda wildcards: targets.teacher(wildcards).from_weights,
-        size=lambda wildcards: targets.teacher(wildcards).network.size,
+        size=targets.network_size,
         code=STAGE["import_teacher"],
     shell:
         r"""
@@ -117,6 +128,7 @@ rule train_baseline:
             {params.network} \
             {params.training} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} {resources.limit} \
+            --threads {threads} --micro-batch {resources.micro_batch} \
+            {resources.processes} {resources.limit} \
             2>&1 | tee {log:q}
         """

@@ -1,4 +1,15 @@
-"""Tables, figures, the journals' way into MLflow, and where everything comes from."""
+"""Tables, figures, curves in MLflow, and one record of where everything comes from.
+
+Inputs:
+    results/metrics/                             rows of scores
+    results/benchmarks/{teacher}/latency.json    rows of seconds
+    results/models/{model}/                      meta.json, and the journal next to it
+Outputs:
+    results/tables/{table}                       .csv, .md
+    results/figures/{figure}                     .pdf, .svg, and .csv with the data behind it
+    results/mlflow.synced                        empty, or why MLflow could not be reached
+    results/provenance.json                      the records of all jobs in one file
+"""
 
 
 rule tabulate:

@@ -1,4 +1,4 @@
-"""`halfstep plan`: the cost of a graph before anything is submitted, and the measured cost after."""
+"""`halfstep plan`: the cost of a graph before it is submitted, and the measured cost afterwards."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Prices:
         finished = []
         for file in sorted(results.rglob(f"*{provenance.NAME}")):
             try:
-                record = read_json(file)
+                record: Any = read_json(file)
                 started = datetime.fromisoformat(record["started"])
                 ended = datetime.fromisoformat(record["ended"])
                 seconds = (ended - started).total_seconds()
@@ -190,7 +190,7 @@ class Prices:
         """Note size and length from finished models, where no command has them."""
         for meta in (results / "models").glob("*/*/meta.json"):
             try:
-                about = read_json(meta)
+                about: Any = read_json(meta)
                 self.sizes.setdefault(meta.parts[-3], about["network"]["size"])
                 self.lengths.setdefault(about["corpus"], about["length"])
             except (HalfstepError, KeyError, TypeError):
@@ -336,7 +336,7 @@ def keep_estimates(
     Until the job has finished, a measured estimate replaces another one.
     """
     file = results / "plan.json"
-    planned = read_json(file) if file.is_file() else {}
+    planned: Any = read_json(file) if file.is_file() else {}
     for job, (seconds, source) in zip(jobs, estimates, strict=True):
         record = next((path for path in job.output if provenance.is_record(Path(path))), None)
         if record is None:

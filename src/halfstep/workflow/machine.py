@@ -1,8 +1,8 @@
 """What a job asks of its machine: threads, memory, GPUs, nodes, micro-batch and time.
 
-All of it is speed: none of these numbers makes a finished file stale. Only the draws of dropout
-depend on the number of processes. `--set-resources distill_round:micro_batch=16` and `--set-threads`
-override a number for one rule, and `--resources gpu=2` caps it at what the machine has.
+All of it is speed: none of these numbers makes a finished file stale, and only the draws of dropout
+depend on the number of processes. `--set-resources distill_round:micro_batch=16` overrides a number
+for one rule, `--set-threads` its threads, and `--resources gpu=2` caps GPUs at what a machine has.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ MACHINE = {
     "8B":     Demand(8, 384000,  1, pretrain=(32, 72), round=(16, 72), sample=(1, 24)),
 }  # fmt: skip
 
-ONE_JOB = ("gpu", "gpu_model", "mem_mb", "runtime")
+BASE = ("gpu", "gpu_model", "mem_mb", "runtime")
 SPREAD = ("nodes", "mpi", "tasks", "tasks_per_gpu", "gres", "srun", "processes")
 RESOURCES = {
-    "pretrain": (*SPREAD, *ONE_JOB, "micro_batch", "limit"),
-    "round": (*SPREAD, *ONE_JOB, "micro_batch", "limit"),
-    "sample": (*SPREAD, *ONE_JOB, "micro_batch"),
-    "latency": ONE_JOB,
+    "pretrain": (*SPREAD, *BASE, "micro_batch", "limit"),
+    "round": (*SPREAD, *BASE, "micro_batch", "limit"),
+    "sample": (*SPREAD, *BASE, "micro_batch"),
+    "latency": BASE,
     "import": ("mem_mb",),
 }
 """The resources of each kind of job. SPREAD distributes a job over several GPUs and nodes."""
@@ -56,14 +56,14 @@ RESOURCES = {
 
 @dataclass(frozen=True)
 class Site:
-    """What the environment says about the cluster."""
+    """Settings of the cluster, from environment variables."""
 
     gpu_model: str = ""
     """HALFSTEP_SLURM_GPU_MODEL: model of GPU to ask for (any)"""
     gpus_per_node: int = 4
     """HALFSTEP_SLURM_GPUS_PER_NODE: GPUs that one node has"""
     max_minutes: int = 72 * 60
-    """HALFSTEP_SLURM_MAX_MINUTES: longest time limit of a job; longer trainings go on in another"""
+    """HALFSTEP_SLURM_MAX_MINUTES: longest time limit of a job; a longer training takes several"""
 
 
 def read_site(environment: Mapping[str, str]) -> Site:
@@ -90,7 +90,7 @@ def names_cluster(arguments: list[str], environment: Mapping[str, str]) -> bool:
     return any(word == "-e" or word.startswith(("--profile", "--executor")) for word in arguments)
 
 
-def one_job(size: str, kind: str, attempt: int, site: Site) -> Resources:
+def base_resources(size: str, kind: str, attempt: int, site: Site) -> Resources:
     """What a job of this kind asks for, by the size of its network.
 
     Each retry asks for half as much memory and time again; the time stays within the site's limit.
@@ -117,7 +117,7 @@ def one_job(size: str, kind: str, attempt: int, site: Site) -> Resources:
     }
 
 
-def spread(gpus: int, nodes: int, gpu_model: str, threads: int, rule: str) -> Resources:
+def spread_resources(gpus: int, nodes: int, gpu_model: str, threads: int, rule: str) -> Resources:
     """What a job on several GPUs asks for: one process for each GPU, equally many on each node.
 
     Args:

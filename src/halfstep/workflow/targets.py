@@ -15,7 +15,6 @@ from typing import Protocol
 
 from halfstep.config import Config, Distillation, Teacher
 
-
 CHECKPOINT = [
     "model.safetensors",
     "ema.safetensors",
@@ -78,6 +77,10 @@ class Targets:
         """The section of `teachers` that a job belongs to."""
         return self.config.teachers[teacher_name(wildcards)]
 
+    def network_size(self, wildcards: Wildcards) -> str:
+        """The size of the networks that a job trains, samples from or scores."""
+        return self.teacher(wildcards).network.size
+
     def manifest(self, wildcards: Wildcards) -> str:
         """The file that stands for the job's corpus."""
         return f"results/data/{self.teacher(wildcards).corpus}/manifest.json"
@@ -111,6 +114,11 @@ class Targets:
         names = self.config.evaluation.judge
         return [baseline[0] if name == "baseline" else name for name in names]
 
+    def last_words(self) -> list[str]:
+        """The user's file of last words, where LAMBADA is not a data set of the hub or corpus."""
+        name = self.config.evaluation.lambada
+        return [name] if name.endswith(".jsonl") else []
+
     def step_counts(self, model: str) -> list[int]:
         """Numbers of sampling steps at which a model is scored.
 
@@ -134,6 +142,8 @@ class Targets:
         A denoiser's are in the config; the baseline takes one step for each token.
         """
         options = self.config.continuations
+        if options is None:
+            return []
         if model.endswith("/baseline"):
             return [options.continuation_tokens]
         return options.continuation_steps
@@ -162,12 +172,11 @@ class Targets:
         for name in evaluation.judge:
             if name != "baseline" and not os.path.isdir(name):
                 found.add(f"model:{name}")
-        if evaluation.lambada != "last_words" and not evaluation.lambada.endswith(".jsonl"):
+        if evaluation.lambada != "last_words" and not self.last_words():
             found.add(f"dataset:{evaluation.lambada}")
-        for name in self.imported:
-            source = self.config.teachers[name].source
-            if not local_file(source):
-                found.add(f"model:{source}")
+        for teacher in self.config.teachers.values():
+            if teacher.source and not local_file(teacher.source):
+                found.add(f"model:{teacher.source}")
         return sorted(found)
 
 

@@ -1,4 +1,4 @@
-"""config.yaml: faults are one line each, every key is explained, and the editor's schema is the models' own."""
+"""config.yaml: a fault is one line, every key is explained, and the schema is up to date."""
 
 import json
 import re
@@ -21,7 +21,8 @@ PRESETS = REPOSITORY / "workflow/presets"
         (["preset=labtop"], "did you mean laptop?"),
         (
             ['sampling={"steps": [8, "owns"]}'],
-            "configuration: sampling.steps.1: found 'owns': expected a whole number above zero, or own",
+            "configuration: sampling.steps.1: found 'owns': "
+            "expected a whole number above zero, or own",
         ),
         (
             ['corpora={"stories": {"text_field": "story"}}'],
@@ -63,19 +64,14 @@ def test_every_fault_has_its_line():
     assert len(lines) == 4
 
 
-def test_a_preset_lies_on_the_one_it_names(tmp_path):
+def test_a_preset_overrides_the_one_it_names(tmp_path):
     for file in PRESETS.glob("*.yaml"):
         (tmp_path / file.name).write_text(file.read_text())
     losses = resolve({"preset": "laptop-losses"}, tmp_path)
-    assert losses.preset == "laptop-losses" and list(losses.teachers["stories-tiny"].runs) == [
-        "kl_backward",
-        "mse",
-        "tvd",
-    ]
-    only = resolve(
-        {"preset": "laptop-losses", "teachers": {"stories-tiny": {"runs": {"kl_backward": None}}}},
-        tmp_path,
-    )
+    assert losses.preset == "laptop-losses"
+    assert list(losses.teachers["stories-tiny"].runs) == ["kl_backward", "mse", "tvd"]
+    without = {"stories-tiny": {"runs": {"kl_backward": None}}}
+    only = resolve({"preset": "laptop-losses", "teachers": without}, tmp_path)
     assert list(only.teachers["stories-tiny"].runs) == ["mse", "tvd"]
     (tmp_path / "laptop.yaml").write_text("preset: laptop-losses\n")
     with pytest.raises(
@@ -85,69 +81,56 @@ def test_a_preset_lies_on_the_one_it_names(tmp_path):
 
 
 def test_config_yaml_explains_every_key():
-    """Its commented part, uncommented, is a valid configuration that shows each key of the models once, with its default."""
+    """Its commented part, uncommented, is a valid configuration.
+
+    It shows each key of the models once, with its default.
+    """
     text = (REPOSITORY / "config.yaml").read_text()
-    assert (
-        text.splitlines()[0]
-        == "# yaml-language-server: $schema=workflow/schemas/config.schema.json"
-    )
-    shown = yaml.safe_load(
-        "\n".join(line[2:] for line in text.splitlines()[1:] if line.startswith("# "))
-    )
+    first, *lines = text.splitlines()
+    assert first == "# yaml-language-server: $schema=workflow/schemas/config.schema.json"
+    shown = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("# ")))
     validate(shown)
 
     def covers(model: type[Section], found: dict, of_defaults: set = frozenset()):
-        assert (
-            set(found)
-            == {field.alias or name for name, field in model.model_fields.items()} - of_defaults
-        ), model.__name__
+        names = {field.alias or name for name, field in model.model_fields.items()}
+        assert set(found) == names - of_defaults, model.__name__
         for key in found:
-            assert re.search(rf"^#  *{key}:.* # \w", text, re.MULTILINE), (
-                f"{model.__name__}.{key}: no word about it"
-            )
+            explained = re.search(rf"^#  *{key}:.* # \w", text, re.MULTILINE)
+            assert explained, f"{model.__name__}.{key}: no explanation"
 
     covers(Config, shown, {"preset"})
     (corpus,), (teacher,) = shown["corpora"].values(), shown["teachers"].values()
-    fields = {
-        name: field.annotation
-        for name, field in Config.model_fields["teachers"]
-        .annotation.__args__[1]
-        .model_fields.items()
-    }
-    covers(Config.model_fields["corpora"].annotation.__args__[1], corpus)
-    covers(Config.model_fields["teachers"].annotation.__args__[1], teacher)
+    of_corpus, of_teacher = (
+        Config.model_fields[name].annotation.__args__[1] for name in ("corpora", "teachers")
+    )
+    sections = {name: field.annotation for name, field in of_teacher.model_fields.items()}
+    covers(of_corpus, corpus)
+    covers(of_teacher, teacher)
     for name in ("network", "pretraining"):
-        covers(fields[name], teacher[name])
-    covers(fields["distillation"], teacher["pretraining"] | teacher["distillation"])
+        covers(sections[name], teacher[name])
+    covers(sections["distillation"], teacher["pretraining"] | teacher["distillation"])
     covers(Continuations, shown["continuations"])
     for name in ("sampling", "evaluation", "benchmark"):
         covers(Config.model_fields[name].annotation, shown[name])
 
-    filled = validate(
-        {k: shown[k] for k in ("corpora",)}
-        | {
-            "teachers": {
-                k: {"corpus": v["corpus"], "network": {}} for k, v in shown["teachers"].items()
-            }
-        }
-    )
-    (default,) = filled.teachers.values()
-    (told,) = validate(shown).teachers.values()
-    assert told.pretraining == default.pretraining and told.distillation == default.distillation
-    assert (
-        validate(shown).continuations == Continuations() and filled.continuations is None
-    )  # off, or the paper's
+    config = validate(shown)
+    bare = {
+        name: {"corpus": section["corpus"], "network": {}}
+        for name, section in shown["teachers"].items()
+    }
+    defaults = validate({"corpora": shown["corpora"], "teachers": bare})
+    (default,), (given,) = defaults.teachers.values(), config.teachers.values()
+    assert given.pretraining == default.pretraining and given.distillation == default.distillation
+    assert config.continuations == Continuations() and defaults.continuations is None
     for name in ("sampling", "evaluation", "benchmark", "seed"):
-        assert getattr(validate(shown), name) == getattr(filled, name), (
+        assert getattr(config, name) == getattr(defaults, name), (
             f"config.yaml shows other values of {name} than the models have"
         )
 
 
-def test_committed_schema_is_the_models_own(tmp_path):
+def test_the_committed_schema_is_up_to_date(tmp_path):
     write_schema(tmp_path / "schema.json")
-    committed = REPOSITORY / "workflow/schemas/config.schema.json"
-    assert json.loads((tmp_path / "schema.json").read_text()) == json.loads(
-        committed.read_text()
-    ), "run `halfstep write-schema`"
-    for name in ("corpora", "teachers", "sampling"):
-        assert name in json.loads(committed.read_text())["properties"]
+    written = json.loads((tmp_path / "schema.json").read_text())
+    committed = json.loads((REPOSITORY / "workflow/schemas/config.schema.json").read_text())
+    assert written == committed, "run `halfstep write-schema`"
+    assert {"corpora", "teachers", "sampling"} <= committed["properties"].keys()

@@ -1,10 +1,17 @@
-"""halfstep: text in, a model that writes in 8 steps and its figures out. This page is the table of contents.
+"""halfstep: from text to a model that writes in 8 steps, and its figures. A page of contents.
 
 snakemake                                    everything, at the scale that config.yaml names
 snakemake results/figures/ppl_vs_steps.pdf   one file and whatever it needs
 snakemake -np                                the plan, as commands that can be pasted and run
-snakemake all --config preset=ci             another scale: laptop, laptop-losses, ci, docs, owt-small, owt-scaling
+snakemake all --config preset=ci             another scale: one of workflow/presets
 snakemake --profile slurm all                on a cluster, at the paper's scale
+
+Another workflow uses these rules as a module; results go to its own folder results/:
+
+module halfstep:
+    snakefile: "path/to/halfstep/Snakefile"
+    config: {"preset": "ci"}
+use rule * from halfstep
 """
 
 from snakemake.utils import min_version
@@ -15,7 +22,7 @@ min_version("9.27")
 configfile: "config.yaml"
 
 
-include: "rules/common.smk"  # the configuration, names, what a job asks of a machine
+include: "rules/common.smk"  # configuration, versions, what a job asks of its machine
 include: "rules/fetch.smk"  # fetch, where something comes from the hub
 include: "rules/data.smk"  # prepare_corpus
 include: "rules/pretrain.smk"  # pretrain, train_baseline
@@ -31,34 +38,28 @@ if CONFIG.continuations:
     include: "rules/continuations.smk"  # continue_prompts, score_continuations
 
 
-localrules:
-    all,
-    fetch,
-    tabulate,
-    plot,
-    track,
-    merge_provenance,
-
-
 report: "workflow/report/overview.rst"
 
 
 rule all:
+    """Make all figures and tables, send the journals to MLflow, and merge the records."""
     default_target: True
     input:
         expand("results/figures/{figure}.{kind}", figure=FIGURES, kind=["pdf", "svg"]),
         expand("results/tables/{table}.{kind}", table=TABLES, kind=["csv", "md"]),
         "results/mlflow.synced",
         "results/provenance.json",
+    localrule: True
 
 
 onstart:
+    jobs = list(workflow.dag.needrun_jobs())
     banner(
-        f"preset {CONFIG.preset}: {len(DENOISERS)} denoisers, {len(list(workflow.dag.needrun_jobs()))} jobs to run",
+        f"preset {CONFIG.preset}: {len(targets.denoisers)} denoisers, {len(jobs)} jobs to run",
         "results in results/, logs in results/logs/",
     )
     if ON_CLUSTER:
-        banner(*priced(workflow.dag.needrun_jobs()))
+        banner(*plan.price_lines(plan.graph_jobs(jobs), Path("results")))
 
 
 onsuccess:
@@ -66,8 +67,9 @@ onsuccess:
         "done",
         "figures in results/figures/, tables in results/tables/",
         *unsent(),
-        *(priced([]) if ON_CLUSTER else []),
-        "halfstep summary --results results    mlflow ui --backend-store-uri sqlite:///results/mlflow.db",
+        *(plan.price_lines([], Path("results")) if ON_CLUSTER else []),
+        "halfstep summary --results results    "
+        "mlflow ui --backend-store-uri sqlite:///results/mlflow.db",
     )
 
 
@@ -76,6 +78,6 @@ onerror:
         "stopped; what failed:",
         *failures(Path(log[0])),
         f"log of the whole run: {' '.join(log)}",
-        *tracked(),
-        f"finished work is kept; to go on: {resume_command()}",
+        *curves(os.environ),
+        f"finished work is kept; to continue: {resume_command(sys.argv[1:])}",
     )

@@ -1,7 +1,16 @@
-"""Speed: the time to write n tokens, students at each step count against autoregressive baselines."""
+"""Speed: the time to write n tokens, for students and for autoregressive baselines.
+
+Inputs:
+    results/models/{teacher}/teacher/meta.json   a student has the same network
+    results/models/{teacher}/baseline/           its checkpoint, and hf/ for other engines
+Outputs:
+    results/benchmarks/{teacher}/latency.json    rows of seconds, one for each timed case
+    results/benchmarks/{teacher}/latency.provenance.json
+"""
 
 
 rule latency:
+    """Time how long students and baselines take to write texts."""
     input:
         checkpoint="results/models/{teacher}/teacher/meta.json",  # a student has the same network
         baseline="results/models/{teacher}/baseline/meta.json",
@@ -15,12 +24,9 @@ rule latency:
         "results/logs/latency/{teacher}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: alone  # all cores of a laptop: nothing runs beside a timing
+    threads: all_cores  # nothing else may run during a timing
     resources:
-        gpu=need("gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        runtime=need("sample"),
+        **machine("latency"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         baseline=subpath(input.baseline, parent=True),

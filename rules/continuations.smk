@@ -1,10 +1,22 @@
-"""Continuations of held-out prompts, and their scores: MAUVE, self-BLEU, perplexity. Only where the config has `continuations`."""
+"""Continuations of held-out prompts and their scores, where the config has `continuations`.
+
+Inputs:
+    results/models/{model}/meta.json
+    results/models/{teacher}/baseline/hf/        only where the baseline is a judge
+    results/data/{corpus}/manifest.json
+    results/hub.json                             only where something comes from the hub
+Outputs:
+    results/continuations/{model}/steps-{steps}/     token ids, texts; samples.json
+    results/metrics/{model}/continuations.json   rows of MAUVE, self-BLEU and perplexity
+    results/metrics/{model}/continuations.provenance.json
+"""
 
 
 rule continue_prompts:
+    """Continue held-out prompts with one model at one number of sampling steps."""
     input:
         checkpoint="results/models/{model}/meta.json",
-        corpus=manifest,
+        corpus=targets.manifest,
     output:
         multiext(
             "results/continuations/{model}/steps-{steps}/",
@@ -19,14 +31,9 @@ rule continue_prompts:
         "results/logs/continue_prompts/{model}/steps-{steps}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("sample"),
+        **machine("sample"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         corpus=subpath(input.corpus, parent=True),
@@ -49,14 +56,15 @@ rule continue_prompts:
 
 
 rule score_continuations:
+    """Score a model's continuations: MAUVE, self-BLEU and perplexity."""
     input:
         samples=lambda wildcards: expand(
             "results/continuations/{model}/steps-{steps}/samples.json",
             model=wildcards.model,
-            steps=continuation_steps(wildcards.model),
+            steps=targets.continuation_steps(wildcards.model),
         ),
-        corpus=manifest,
-        judge=judge_file,
+        corpus=targets.manifest,
+        judge=targets.judge_file,
         hub=FETCHED,
     output:
         rows="results/metrics/{model}/continuations.json",
@@ -67,18 +75,13 @@ rule score_continuations:
         "results/logs/score_continuations/{model}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("sample"),
+        **machine("sample"),
     params:
         samples=lambda wildcards, input: [str(Path(file).parent) for file in input.samples],
         corpus=subpath(input.corpus, parent=True),
-        judge=judge,
+        judge=targets.judges,
         evaluation=flags(CONFIG.evaluation, "bootstrap"),
         code=STAGE["score_continuations"],
     shell:

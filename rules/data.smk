@@ -1,12 +1,27 @@
-"""Text to tokens: one folder of packed windows per corpus."""
+"""Text to tokens: a folder of packed windows for each corpus.
+
+Inputs:
+    text files of the user                       only for corpora of kind files
+    results/hub.json                             only where something comes from the hub
+Outputs:
+    results/data/{corpus}/                       windows, tokenizer, held-out text; manifest.json
+"""
 
 
 rule prepare_corpus:
+    """Tokenize a corpus and pack it into windows of equal length."""
     input:
-        own_text,
+        targets.own_text,
         hub=FETCHED,
     output:  # corpora of stories add last_words.jsonl, the items of score_lambada
-        multiext("results/data/{corpus}/", "train.bin", "validation.bin", "tokenizer.json", "validation.jsonl", "provenance.json"),
+        multiext(
+            "results/data/{corpus}/",
+            "train.bin",
+            "validation.bin",
+            "tokenizer.json",
+            "validation.jsonl",
+            "provenance.json",
+        ),
         manifest="results/data/{corpus}/manifest.json",
     log:
         "results/logs/prepare_corpus/{corpus}.log",

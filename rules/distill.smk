@@ -1,10 +1,18 @@
-"""Self-Distillation Through Time: a round is a job from checkpoint to checkpoint."""
+"""Self-Distillation Through Time: a round is a job from checkpoint to checkpoint.
+
+Inputs:
+    results/models/{teacher}/teacher/meta.json   in round 1; later the previous round's meta.json
+    results/data/{corpus}/manifest.json
+Outputs:
+    results/models/{teacher}/{run}/round-{round}/    a checkpoint; meta.json is written last
+"""
 
 
 rule distill_round:
+    """Train the student of one round; it becomes the teacher of the next round."""
     input:
-        teacher=previous_round,
-        corpus=manifest,
+        teacher=targets.previous_round,
+        corpus=targets.manifest,
     output:
         multiext("results/models/{teacher}/{run}/round-{round}/", *CHECKPOINT),
         meta="results/models/{teacher}/{run}/round-{round}/meta.json",
@@ -15,20 +23,14 @@ rule distill_round:
     priority: 10  # the rounds are the longest path; samples and scores fill the other cores
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("round_gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("round"),
-        limit=limit("round"),
+        **machine("round"),
     params:
         teacher=subpath(input.teacher, parent=True),
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
-        options=round_options,
+        options=lambda wildcards: flags(targets.round_options(wildcards)),
         seed=CONFIG.seed,
         code=STAGE["distill"],
     shell:
@@ -40,6 +42,7 @@ rule distill_round:
             --output {params.output:q} \
             {params.options} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} {resources.limit} \
+            --threads {threads} --micro-batch {resources.micro_batch} \
+            {resources.processes} {resources.limit} \
             2>&1 | tee {log:q}
         """

@@ -1,13 +1,29 @@
-"""Generative perplexity with entropy beside it, the same of held-out text, and last words (LAMBADA)."""
+"""Scores: generative perplexity and entropy of samples and of held-out text, and LAMBADA.
+
+Inputs:
+    results/samples/{model}/steps-{steps}/samples.json
+    results/models/{model}/meta.json             for LAMBADA
+    results/models/{teacher}/baseline/hf/        only where the baseline is a judge
+    results/data/{corpus}/manifest.json
+    results/hub.json                             only where something comes from the hub
+Outputs:
+    results/metrics/{model}/samples.json         rows of a model's samples, one for each step count
+    results/metrics/{teacher}/data.json          rows of held-out text
+    results/metrics/{model}/lambada.json         rows of last-word accuracy and perplexity
+    and next to each its .provenance.json
+"""
 
 
 rule score_samples:
+    """Score a model's samples: generative perplexity and unigram entropy."""
     input:
         samples=lambda wildcards: expand(
-            "results/samples/{model}/steps-{steps}/samples.json", model=wildcards.model, steps=step_counts(wildcards.model)
+            "results/samples/{model}/steps-{steps}/samples.json",
+            model=wildcards.model,
+            steps=targets.step_counts(wildcards.model),
         ),
-        corpus=manifest,
-        judge=judge_file,
+        corpus=targets.manifest,
+        judge=targets.judge_file,
         hub=FETCHED,
     output:
         rows="results/metrics/{model}/samples.json",
@@ -18,18 +34,13 @@ rule score_samples:
         "results/logs/score_samples/{model}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("sample"),
+        **machine("sample"),
     params:
         samples=lambda wildcards, input: [str(Path(file).parent) for file in input.samples],
         corpus=subpath(input.corpus, parent=True),
-        judge=judge,
+        judge=targets.judges,
         evaluation=flags(CONFIG.evaluation, "bootstrap"),
         code=STAGE["score"],
     shell:
@@ -46,9 +57,10 @@ rule score_samples:
 
 
 rule score_corpus:
+    """Score held-out text of the corpus in the same way, as a reference for samples."""
     input:
-        corpus=manifest,
-        judge=judge_file,
+        corpus=targets.manifest,
+        judge=targets.judge_file,
         hub=FETCHED,
     output:
         rows="results/metrics/{teacher}/data.json",
@@ -59,17 +71,12 @@ rule score_corpus:
         "results/logs/score_corpus/{teacher}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("sample"),
+        **machine("sample"),
     params:
         corpus=subpath(input.corpus, parent=True),
-        judge=judge,
+        judge=targets.judges,
         evaluation=flags(CONFIG.evaluation, "bootstrap"),
         code=STAGE["score"],
     shell:
@@ -85,10 +92,11 @@ rule score_corpus:
 
 
 rule score_lambada:
+    """Let a model predict the last words of texts (LAMBADA)."""
     input:
         checkpoint="results/models/{model}/meta.json",
-        corpus=manifest,
-        last_words=CONFIG.evaluation.lambada if CONFIG.evaluation.lambada.endswith(".jsonl") else [],
+        corpus=targets.manifest,
+        last_words=targets.last_words(),
         hub=FETCHED,
     output:
         rows="results/metrics/{model}/lambada.json",
@@ -99,14 +107,9 @@ rule score_lambada:
         "results/logs/score_lambada/{model}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("sample"),
+        **machine("sample"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         corpus=subpath(input.corpus, parent=True),

@@ -1,7 +1,15 @@
-"""What comes from the hub, on the node where snakemake itself runs; all jobs of a cluster run with the hub switched off."""
+"""Downloads from the hub, where snakemake itself runs; all jobs of a cluster run offline.
+
+Inputs:
+    none: the names of the repositories follow from the configuration
+Outputs:
+    results/hub.json                             repositories, files and their checksums
+    results/hub.provenance.json
+"""
 
 
 rule fetch:
+    """Download tokenizers, data sets, judges and published weights, and record their checksums."""
     output:
         about="results/hub.json",
         record="results/hub.provenance.json",
@@ -9,6 +17,7 @@ rule fetch:
         "results/logs/fetch.log",
     benchmark:
         "results/logs/fetch.tsv"
+    localrule: True
     conda:
         "../envs/cpu.yaml"
     params:

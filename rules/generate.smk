@@ -1,7 +1,14 @@
-"""Samples of one model at one step count; they are kept, so that a new metric needs no new samples."""
+"""Samples of one model at one step count. They are kept, so a new metric needs no new samples.
+
+Inputs:
+    results/models/{model}/meta.json
+Outputs:
+    results/samples/{model}/steps-{steps}/       token ids, texts; samples.json
+"""
 
 
 rule generate:
+    """Draw samples of one model at one number of sampling steps."""
     input:
         checkpoint="results/models/{model}/meta.json",
     output:
@@ -18,14 +25,9 @@ rule generate:
         "results/logs/generate/{model}/steps-{steps}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("sample"),
+        **machine("sample"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         output=subpath(output.about, parent=True),

@@ -1,9 +1,20 @@
-"""The teacher, a masked diffusion language model, trained here or imported, and the baseline, its autoregressive peer."""
+"""The teacher, a masked diffusion language model, and its autoregressive baseline.
+
+The teacher is trained here, or imported from published weights.
+
+Inputs:
+    results/data/{corpus}/manifest.json
+    results/hub.json                             only where something comes from the hub
+Outputs:
+    results/models/{teacher}/teacher/            a checkpoint; meta.json is written last
+    results/models/{teacher}/baseline/           a checkpoint; in hf/ the same for transformers
+"""
 
 
 rule pretrain:
+    """Train a teacher, a masked diffusion language model."""
     input:
-        corpus=manifest,
+        corpus=targets.manifest,
     output:
         multiext("results/models/{teacher}/teacher/", *CHECKPOINT),
         meta="results/models/{teacher}/teacher/meta.json",
@@ -12,24 +23,18 @@ rule pretrain:
     benchmark:
         "results/logs/pretrain/{teacher}.tsv"
     wildcard_constraints:
-        teacher=one_of(t for t in CONFIG.teachers if t not in IMPORTED),
+        teacher=one_of(targets.trained),
     priority: 10  # everything waits for the teacher
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("pretrain_gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("pretrain"),
-        limit=limit("pretrain"),
+        **machine("pretrain"),
     params:
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
-        network=lambda wildcards: flags(teacher(wildcards).network),
-        training=lambda wildcards: flags(teacher(wildcards).pretraining),
+        network=lambda wildcards: flags(targets.teacher(wildcards).network),
+        training=lambda wildcards: flags(targets.teacher(wildcards).pretraining),
         seed=CONFIG.seed,
         code=STAGE["pretrain"],
     shell:
@@ -40,35 +45,43 @@ rule pretrain:
             {params.network} \
             {params.training} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} {resources.limit} \
+            --threads {threads} --micro-batch {resources.micro_batch} \
+            {resources.processes} {resources.limit} \
             2>&1 | tee {log:q}
         """
 
 
 rule import_teacher:
+    """Convert published weights into a teacher's checkpoint."""
     input:
-        corpus=manifest,
-        source=lambda wildcards: glob.glob(glob.escape(teacher(wildcards).source)),
+        corpus=targets.manifest,
+        source=lambda wildcards: local_file(targets.teacher(wildcards).source),
         hub=FETCHED,
     output:
-        multiext("results/models/{teacher}/teacher/", "model.safetensors", "ema.safetensors", "tokenizer.json", "provenance.json"),
+        multiext(
+            "results/models/{teacher}/teacher/",
+            "model.safetensors",
+            "ema.safetensors",
+            "tokenizer.json",
+            "provenance.json",
+        ),
         meta="results/models/{teacher}/teacher/meta.json",
     log:
         "results/logs/import_teacher/{teacher}.log",
     benchmark:
         "results/logs/import_teacher/{teacher}.tsv"
     wildcard_constraints:
-        teacher=one_of(IMPORTED),
+        teacher=one_of(targets.imported),
     conda:
         "../envs/gpu.yaml"
     resources:
-        mem_mb=need("mem_mb"),
+        **machine("import"),
     params:
-        source=lambda wildcards: teacher(wildcards).source,
+        source=lambda wildcards: targets.teacher(wildcards).source,
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
-        weights=lambda wildcards: teacher(wildcards).from_weights,
-        size=lambda wildcards: teacher(wildcards).network.size,
+        weights=lambda wildcards: targets.teacher(wildcards).from_weights,
+        size=targets.network_size,
         code=STAGE["import_teacher"],
     shell:
         r"""
@@ -83,8 +96,9 @@ rule import_teacher:
 
 
 rule train_baseline:
+    """Train the autoregressive baseline of a teacher: same corpus, same size."""
     input:
-        corpus=manifest,
+        corpus=targets.manifest,
     output:
         multiext("results/models/{teacher}/baseline/", *CHECKPOINT),
         meta="results/models/{teacher}/baseline/meta.json",
@@ -96,20 +110,14 @@ rule train_baseline:
         "results/logs/train_baseline/{teacher}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: need("threads")
+    threads: threads_by_size
     resources:
-        **SPREAD,
-        gpu=need("pretrain_gpu"),
-        gpu_model=need("gpu_model"),
-        mem_mb=need("mem_mb"),
-        micro_batch=need("micro_batch"),
-        runtime=need("pretrain"),
-        limit=limit("pretrain"),
+        **machine("pretrain"),
     params:
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
-        network=lambda wildcards: flags(teacher(wildcards).network),
-        training=lambda wildcards: flags(teacher(wildcards).baseline),
+        network=lambda wildcards: flags(targets.teacher(wildcards).network),
+        training=lambda wildcards: flags(targets.teacher(wildcards).baseline),
         seed=CONFIG.seed,
         code=STAGE["baseline"],
     shell:
@@ -120,6 +128,7 @@ rule train_baseline:
             {params.network} \
             {params.training} \
             --seed {params.seed} \
-            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} {resources.limit} \
+            --threads {threads} --micro-batch {resources.micro_batch} \
+            {resources.processes} {resources.limit} \
             2>&1 | tee {log:q}
         """

@@ -1,10 +1,22 @@
-"""Tables, figures, the journals' way into MLflow, and where everything comes from."""
+"""Tables, figures, curves in MLflow, and one record of where everything comes from.
+
+Inputs:
+    results/metrics/                             rows of scores
+    results/benchmarks/{teacher}/latency.json    rows of seconds
+    results/models/{model}/                      meta.json, and the journal next to it
+Outputs:
+    results/tables/{table}                       .csv, .md
+    results/figures/{figure}                     .pdf, .svg, and .csv with the data behind it
+    results/mlflow.synced                        empty, or why MLflow could not be reached
+    results/provenance.json                      the records of all jobs in one file
+"""
 
 # workflow/report/*.rst show the captions of the catalogue. These params take `output`, because
 # Snakemake does not compare params that depend on outputs: a new caption makes no figure again.
 
 
 rule tabulate:
+    """Gather metric rows into one table, as CSV and Markdown."""
     input:
         lambda wildcards: TABLES[wildcards.table],
     output:
@@ -22,6 +34,7 @@ rule tabulate:
         "results/logs/tabulate/{table}.log",
     benchmark:
         "results/logs/tabulate/{table}.tsv"
+    localrule: True
     conda:
         "../envs/cpu.yaml"
     params:
@@ -41,6 +54,7 @@ rule tabulate:
 
 
 rule plot:
+    """Draw one figure, with the data behind it as CSV."""
     input:
         lambda wildcards: [
             source.replace("journal.jsonl", "meta.json") for source in FIGURES[wildcards.figure]
@@ -60,6 +74,7 @@ rule plot:
         "results/logs/plot/{figure}.log",
     benchmark:
         "results/logs/plot/{figure}.tsv"
+    localrule: True
     conda:
         "../envs/cpu.yaml"
     params:
@@ -79,15 +94,15 @@ rule plot:
         """
 
 
-# A server that is away must not make a finished graph red, and Snakemake wants its output: `track` then succeeds with a warning, which it
-# writes into the file. The file is empty when all was sent. One with a warning is taken away here, so that the next call that works tries again.
-if unsent() and not any(
-    re.fullmatch(r"-\w*n\w*|--dry-?run|--report.*|--lint.*", word) for word in sys.argv[1:]
-):
+# A server that is away must not make a finished graph fail, and Snakemake needs the output: `track`
+# then succeeds and writes a warning into the file, which is empty when all was sent. A file with a
+# warning is removed here, so that the next call that runs jobs tries again.
+if unsent() and not only_looks(sys.argv[1:]):
     os.remove("results/mlflow.synced")
 
 
 rule track:
+    """Send the journals of all models to MLflow, with tables and figures."""
     input:
         expand("results/models/{model}/meta.json", model=MODELS),
         expand("results/tables/{table}.csv", table=TABLES),
@@ -98,6 +113,7 @@ rule track:
         "results/logs/track.log",
     benchmark:
         "results/logs/track.tsv"
+    localrule: True
     conda:
         "../envs/cpu.yaml"
     params:
@@ -113,6 +129,7 @@ rule track:
 
 
 rule merge_provenance:
+    """Merge the provenance records of all jobs into one file."""
     input:  # the ends of the graph: by then every job before them has written its record
         expand("results/tables/{table}.csv", table=TABLES),
         expand("results/figures/{figure}.svg", figure=FIGURES),
@@ -122,6 +139,7 @@ rule merge_provenance:
         "results/logs/merge_provenance.log",
     benchmark:
         "results/logs/merge_provenance.tsv"
+    localrule: True
     conda:
         "../envs/cpu.yaml"
     params:

@@ -95,7 +95,9 @@ def test_meta_comes_last_and_goes_first(folder, monkeypatch, tmp_path):
         checkpoint.save_checkpoint(
             folder, {"model.safetensors": {"a": torch.ones(1)}}, META, tmp_path / "tokenizer.json"
         )
-    with pytest.raises(HalfstepError, match="not a finished checkpoint, because meta.json is missing"):
+    with pytest.raises(
+        HalfstepError, match="not a finished checkpoint, because meta.json is missing"
+    ):
         halfstep.load(folder)
 
 

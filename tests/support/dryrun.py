@@ -1,10 +1,11 @@
-"""Dry runs of a copy of the workflow, so that tests may edit its rules and never touch the repository's results."""
+"""Dry runs of a copy of the workflow, so that tests may edit its rules without any harm."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,43 +13,46 @@ REPOSITORY = Path(__file__).parents[2]
 PARTS = ["Snakefile", "rules", "workflow", "envs", "config.yaml", "slurm", "profiles"]
 
 
+def clean_environment() -> dict[str, str]:
+    """The environment without the user's settings of Snakemake and halfstep."""
+    prefixes = ("SNAKEMAKE_", "HALFSTEP_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+
+
 @dataclass
 class Workflow:
+    """A folder in which snakemake runs."""
+
     folder: Path
 
     def run(self, *args: str, **environment: str) -> subprocess.CompletedProcess:
-        """`snakemake ...` as a user types it, in the folder."""
-        clean = {
-            k: v for k, v in os.environ.items() if not k.startswith(("SNAKEMAKE_", "HALFSTEP_"))
-        }
+        """Run `snakemake ...` in the folder, as a user types it."""
         return subprocess.run(
             [sys.executable, "-m", "snakemake", *args],
             cwd=self.folder,
-            env=clean | environment,
+            env=clean_environment() | environment,
             capture_output=True,
             text=True,
             timeout=120,
         )
 
     def plan(self, *args: str, **environment: str) -> str:
-        """What a dry run prints; it must succeed."""
+        """The output of a dry run, which must succeed."""
         done = self.run("-n", *args, **environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def jobs(self, *args: str) -> set[str]:
-        """The jobs that a dry run would do, as `rule wildcard ...`: `distill_round a b 3`."""
-        found = set()
-        for rule, facts in re.findall(
-            r"^(?:local)?rule (\w+):\n((?: +.*\n)*)", self.plan(*args), re.MULTILINE
-        ):
+        """The jobs in a dry run, as `rule wildcard ...`: `distill_round a b 3`."""
+        pattern, found = r"^(?:local)?rule (\w+):\n((?: +.*\n)*)", set()
+        for rule, facts in re.findall(pattern, self.plan(*args), re.MULTILINE):
             wildcards = re.search(r"^ +wildcards: (.*)", facts, re.MULTILINE)
-            found.add(
-                " ".join([rule, *(re.findall(r"=([^,]+)", wildcards[1]) if wildcards else [])])
-            )
+            values = re.findall(r"=([^,]+)", wildcards[1]) if wildcards else []
+            found.add(" ".join([rule, *values]))
         return found
 
-    def edit(self, file: str, change) -> None:
+    def edit(self, file: str, change: Callable[[str], str]) -> None:
+        """Replace the text of a file by `change` of it."""
         path = self.folder / file
         before = path.read_text()
         path.write_text(change(before))
@@ -56,18 +60,19 @@ class Workflow:
 
 
 def copy(to: Path) -> Workflow:
+    """Copy the workflow, without the package and results, into a folder."""
     for part in PARTS:
         source = REPOSITORY / part
         if source.is_symlink():
             (to / part).symlink_to(os.readlink(source))
+        elif source.is_dir():
+            shutil.copytree(source, to / part)
         else:
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, to / part)
+            shutil.copy(source, to / part)
     return Workflow(to)
 
 
 def counts(plan: str) -> dict[str, int]:
-    """The table `Job stats` of a dry run."""
-    return {
-        rule: int(n)
-        for rule, n in re.findall(r"^(\w+) +(\d+)$", plan.split("\nReasons:")[0], re.MULTILINE)
-    }
+    """The table `Job stats` of a dry run: number of jobs by rule."""
+    table = plan.split("\nReasons:")[0]
+    return {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}

@@ -1,4 +1,4 @@
-"""The workflow as committed, in a folder of its own."""
+"""A copy of the workflow as committed, for all tests of this folder."""
 
 import pytest
 from dryrun import Workflow, copy
@@ -6,5 +6,5 @@ from dryrun import Workflow, copy
 
 @pytest.fixture(scope="session")
 def workflow(tmp_path_factory) -> Workflow:
-    """As committed: for reading, do not edit."""
+    """The copy is shared: a test that edits files makes another one."""
     return copy(tmp_path_factory.mktemp("workflow"))

@@ -69,15 +69,10 @@ def test_a_preset_overrides_the_one_it_names(tmp_path):
     for file in PRESETS.glob("*.yaml"):
         (tmp_path / file.name).write_text(file.read_text())
     losses = resolve({"preset": "laptop-losses"}, tmp_path)
-    assert losses.preset == "laptop-losses" and list(losses.teachers["stories-tiny"].runs) == [
-        "kl_backward",
-        "mse",
-        "tvd",
-    ]
-    only = resolve(
-        {"preset": "laptop-losses", "teachers": {"stories-tiny": {"runs": {"kl_backward": None}}}},
-        tmp_path,
-    )
+    assert losses.preset == "laptop-losses"
+    assert list(losses.teachers["stories-tiny"].runs) == ["kl_backward", "mse", "tvd"]
+    without = {"stories-tiny": {"runs": {"kl_backward": None}}}
+    only = resolve({"preset": "laptop-losses", "teachers": without}, tmp_path)
     assert list(only.teachers["stories-tiny"].runs) == ["mse", "tvd"]
     (tmp_path / "laptop.yaml").write_text("preset: laptop-losses\n")
     with pytest.raises(
@@ -89,20 +84,14 @@ def test_a_preset_overrides_the_one_it_names(tmp_path):
 def test_config_yaml_explains_every_key():
     """Without the `# `, its comments are a valid configuration: each key once, with its default."""
     text = (REPOSITORY / "config.yaml").read_text()
-    assert (
-        text.splitlines()[0]
-        == "# yaml-language-server: $schema=workflow/schemas/config.schema.json"
-    )
-    shown = yaml.safe_load(
-        "\n".join(line[2:] for line in text.splitlines()[1:] if line.startswith("# "))
-    )
+    first, *lines = text.splitlines()
+    assert first == "# yaml-language-server: $schema=workflow/schemas/config.schema.json"
+    shown = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("# ")))
     validate(shown)
 
     def covers(model: type[Section], found: dict, of_defaults: set = frozenset()):
-        assert (
-            set(found)
-            == {field.alias or name for name, field in model.model_fields.items()} - of_defaults
-        ), model.__name__
+        names = {field.alias or name for name, field in model.model_fields.items()}
+        assert set(found) == names - of_defaults, model.__name__
         for key in found:
             assert re.search(rf"^#  *{key}:.* # \w", text, re.MULTILINE), (
                 f"{model.__name__}.{key}: has no comment"
@@ -110,17 +99,15 @@ def test_config_yaml_explains_every_key():
 
     covers(Config, shown, {"preset"})
     (corpus,), (teacher,) = shown["corpora"].values(), shown["teachers"].values()
-    fields = {
-        name: field.annotation
-        for name, field in Config.model_fields["teachers"]
-        .annotation.__args__[1]
-        .model_fields.items()
-    }
-    covers(Config.model_fields["corpora"].annotation.__args__[1], corpus)
-    covers(Config.model_fields["teachers"].annotation.__args__[1], teacher)
+    of_corpus, of_teacher = (
+        Config.model_fields[name].annotation.__args__[1] for name in ("corpora", "teachers")
+    )
+    sections = {name: field.annotation for name, field in of_teacher.model_fields.items()}
+    covers(of_corpus, corpus)
+    covers(of_teacher, teacher)
     for name in ("network", "pretraining"):
-        covers(fields[name], teacher[name])
-    covers(fields["distillation"], teacher["pretraining"] | teacher["distillation"])
+        covers(sections[name], teacher[name])
+    covers(sections["distillation"], teacher["pretraining"] | teacher["distillation"])
     covers(Continuations, shown["continuations"])
     for name in ("sampling", "evaluation", "benchmark"):
         covers(Config.model_fields[name].annotation, shown[name])
@@ -278,9 +265,7 @@ def test_the_schema_marks_former_keys():
 
 def test_committed_schema_is_the_models_own(tmp_path):
     write_schema(tmp_path / "schema.json")
-    committed = REPOSITORY / "workflow/schemas/config.schema.json"
-    assert json.loads((tmp_path / "schema.json").read_text()) == json.loads(
-        committed.read_text()
-    ), "run `halfstep write-schema`"
-    for name in ("corpora", "teachers", "sampling"):
-        assert name in json.loads(committed.read_text())["properties"]
+    written = json.loads((tmp_path / "schema.json").read_text())
+    committed = json.loads((REPOSITORY / "workflow/schemas/config.schema.json").read_text())
+    assert written == committed, "run `halfstep write-schema`"
+    assert {"corpora", "teachers", "sampling"} <= committed["properties"].keys()

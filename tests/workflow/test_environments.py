@@ -1,4 +1,7 @@
-"""envs/: the lock pins every requirement of pyproject.toml to a version it admits, and the conda files say the same."""
+"""envs/: the lock pins every requirement of pyproject.toml to a version that it admits.
+
+The conda files have the same versions.
+"""
 
 import runpy
 import shutil

@@ -22,15 +22,26 @@ REPORT = {
     "all",
     *(f"plot {name}" for name in ("ppl_vs_steps", "entropy_vs_steps", "ppl_vs_latency")),
 }
+OTHER_MACHINE = """
+tiny = MACHINE["tiny"]
+MACHINE["tiny"] = tiny._replace(
+    threads=2, mem_mb=5000, micro_batch=16, pretrain=(4, 2), round=(4, 2), sample=(4, 2)
+)
+"""
 
 
 def configure(tree, **changes):
     (tree.folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | changes))
 
 
+def teacher(**changes) -> dict:
+    """The section `teachers` of CONFIG with changes of its only teacher."""
+    return {"stories-ci": CONFIG["teachers"]["stories-ci"] | changes}
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Snakemake has made every output, by rules that only touch them; then the real rules take their place."""
+    """Snakemake has made every output with rules that only touch files; the real rules are back."""
     tree = copy(tmp_path_factory.mktemp("finished"))
     configure(tree)
     rules = {file: file.read_text() for file in (tree.folder / "rules").glob("*.smk")}
@@ -50,19 +61,16 @@ def finished(tree):
 
 
 def trained(jobs: set[str]) -> set[str]:
-    return {
-        job
-        for job in jobs
-        if job.split()[0] in ("prepare_corpus", "pretrain", "train_baseline", "distill_round")
-    }
+    rules = ("prepare_corpus", "pretrain", "train_baseline", "distill_round")
+    return {job for job in jobs if job.split()[0] in rules}
 
 
-def test_rules_written_otherwise_make_nothing_again(finished):
+def test_a_rule_with_another_text_makes_nothing_again(finished):
     assert finished.jobs() == set()
 
 
 def test_what_mlflow_did_not_take_is_sent_by_the_next_call(finished):
-    """The marker holds a warning then; looking (-n) leaves it there, working sends again and makes nothing else."""
+    """The marker then holds a warning. A dry run leaves it; a real run sends again, and no more."""
     marker, rules = finished.folder / "results/mlflow.synced", finished.folder / "rules/report.smk"
     before = rules.read_text()
     marker.write_text("WARNING: not sent")
@@ -70,64 +78,38 @@ def test_what_mlflow_did_not_take_is_sent_by_the_next_call(finished):
     rules.write_text(re.sub(r"\bhalfstep (?=track)", "echo sent > {output}; : ", before))
     done = finished.run("--cores", "2")
     rules.write_text(before)
-    assert (
-        done.returncode == 0
-        and marker.read_text() == "sent\n"
-        and re.findall(r"^(\w+) +\d+$", done.stdout + done.stderr, re.MULTILINE)
-        == ["track", "all", "total"]
-    )
-    assert "halfstep | sent" in done.stderr + done.stdout
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and marker.read_text() == "sent\n"
+    assert re.findall(r"^(\w+) +\d+$", said, re.MULTILINE) == ["track", "all", "total"]
+    assert "halfstep | sent" in said
     marker.write_text("")
 
 
 def test_learning_rate_of_one_run(finished):
-    configure(
-        finished,
-        teachers={
-            "stories-ci": CONFIG["teachers"]["stories-ci"]
-            | {"runs": {"kl_backward": {}, "mse": {"divergence": "mse", "lr": 1e-4}}}
-        },
-    )
+    runs = {"kl_backward": {}, "mse": {"divergence": "mse", "lr": 1e-4}}
+    configure(finished, teachers=teacher(runs=runs))
     jobs = finished.jobs()
     assert trained(jobs) == {"distill_round stories-ci mse 1", "distill_round stories-ci mse 2"}
     assert {job for job in jobs if "kl_backward" in job} == set()
-    assert {
-        "generate stories-ci/mse/round-1 8",
-        "score_samples stories-ci/mse/round-2",
-    } | REPORT <= jobs
+    assert {"generate stories-ci/mse/round-1 8", "score_samples stories-ci/mse/round-2"} <= jobs
+    assert REPORT <= jobs
     assert not any(job.startswith("latency") for job in jobs)
 
 
 def test_one_more_step_count_trains_nothing(finished):
     configure(finished, sampling={"steps": [8, 16]})
     jobs = finished.jobs()
-    models = [
-        f"stories-ci/{name}"
-        for name in (
-            "teacher",
-            "kl_backward/round-1",
-            "kl_backward/round-2",
-            "mse/round-1",
-            "mse/round-2",
-        )
-    ]
-    assert {job for job in jobs if job.startswith("generate")} == {
-        f"generate {model} 16" for model in models
-    }
-    assert {job for job in jobs if job.startswith("score")} == {
-        f"score_samples {model}" for model in models
-    }
+    rounds = [f"{run}/round-{number}" for run in ("kl_backward", "mse") for number in (1, 2)]
+    models = [f"stories-ci/{name}" for name in ("teacher", *rounds)]
+    generated = {job for job in jobs if job.startswith("generate")}
+    assert generated == {f"generate {model} 16" for model in models}
+    scored = {job for job in jobs if job.startswith("score")}
+    assert scored == {f"score_samples {model}" for model in models}
     assert trained(jobs) == set() and REPORT <= jobs
 
 
 def test_one_more_round_trains_that_round(finished):
-    configure(
-        finished,
-        teachers={
-            "stories-ci": CONFIG["teachers"]["stories-ci"]
-            | {"distillation": {"rounds": 3, "teacher_steps": 64}}
-        },
-    )
+    configure(finished, teachers=teacher(distillation={"rounds": 3, "teacher_steps": 64}))
     assert trained(finished.jobs()) == {
         "distill_round stories-ci kl_backward 3",
         "distill_round stories-ci mse 3",
@@ -138,16 +120,12 @@ def test_other_threads_and_resources_make_nothing_again(finished):
     common = finished.folder / "rules/common.smk"
     kept = common.read_text()
     try:
-        finished.edit(
-            "rules/common.smk",
-            lambda text: re.sub(
-                r'"tiny": .*', '"tiny": (2, 5000, 16, 4, "2h", 4, "2h", 4, "2h"),', text
-            ),
-        )
+        finished.edit("rules/common.smk", lambda text: text + OTHER_MACHINE)
+        plan = finished.plan("-F", "results/models/stories-ci/teacher/meta.json")
+        assert "threads: 2" in plan and "mem_mb=5000" in plan and "micro_batch=16" in plan
         assert finished.jobs() == finished.jobs("--resources", "gpu=4") == set()
-        finished.edit(
-            "rules/common.smk", lambda text: re.sub(r"generate=\d+", "generate=99", text)
-        )  # the stage now writes something else
+        # A stage with a new version writes something else.
+        finished.edit("rules/common.smk", lambda text: re.sub(r"generate=\d+", "generate=99", text))
         jobs = finished.jobs()
     finally:
         common.write_text(kept)

@@ -1,5 +1,6 @@
-"""The rules themselves: lint and format are clean, and every command they print is one that `halfstep` understands."""
+"""The rules: lint and format are clean, docstrings are complete, commands are understood."""
 
+import ast
 import functools
 import importlib
 import os
@@ -9,45 +10,95 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tyro
-from dryrun import REPOSITORY
+from dryrun import REPOSITORY, copy
 
 from halfstep.cli import COMMANDS
+from halfstep.commands.plan import LOCAL
+
+FILES = [REPOSITORY / "Snakefile", *sorted((REPOSITORY / "rules").glob("*.smk"))]
+
+
+def rules_of(file: Path) -> dict[str, str]:
+    """The rules of a file by name, each with its text."""
+    pieces = re.split(r"^rule (\w+):\n", file.read_text(), flags=re.MULTILINE)
+    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
 
 
 def test_lint_is_clean(workflow):
     done = workflow.run("--lint")
-    assert done.returncode == 0 and "Congratulations" in done.stdout + done.stderr, (
-        done.stdout + done.stderr
-    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and "Congratulations" in said, said
 
 
 def test_format_is_clean():
+    path = os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
     done = subprocess.run(
-        [sys.executable, "-m", "snakefmt", "--check", "Snakefile", "rules"], cwd=REPOSITORY, capture_output=True, text=True,
-        env=os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])},  # snakefmt calls shfmt
-    )  # fmt: skip
+        [sys.executable, "-m", "snakefmt", "--check", "Snakefile", "rules"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": path},  # snakefmt calls shfmt
+    )
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_every_rule_has_a_docstring_and_every_line_fits(file):
+    text = file.read_text()
+    assert text.startswith('"""')
+    assert [line for line in text.splitlines() if len(line) > 100] == []
+    for rule, body in rules_of(file).items():
+        assert re.match(r'    """[A-Z][^\n]*\.(""")?\n', body), f"rule {rule} has no docstring"
+
+
+@pytest.mark.parametrize("file", FILES[1:], ids=lambda file: file.name)
+def test_the_docstring_of_a_file_names_its_outputs(file):
+    """Every output of a rule is in the list, itself or its folder; the list has no others."""
+    rules = rules_of(file)
+    if not rules:
+        return
+    docstring = ast.literal_eval(re.match(r'""".*?"""', file.read_text(), re.DOTALL)[0])
+    assert "\nInputs:\n" in docstring
+    listed = re.findall(r"^    (results/\S+)", docstring.split("\nOutputs:\n")[1], re.MULTILINE)
+    outputs = [
+        path
+        for body in rules.values()
+        for path in re.findall(r'"(results/[^"]+)"', re.split(r"^    log:", body, flags=re.M)[0])
+        if path in body.split("    output:")[1]
+    ]
+    for path in outputs:
+        stem = path.removesuffix(".provenance.json")
+        assert any(path.startswith(name) or f"{stem}.json" == name for name in listed), path
+    for name in listed:
+        assert any(path.startswith(name) for path in outputs), name
+
+
+def test_local_rules_are_those_that_cost_no_job():
+    local = {
+        rule
+        for file in FILES
+        for rule, body in rules_of(file).items()
+        if "    localrule: True\n" in body
+    }
+    assert local == {"all", *LOCAL}
+
+
 def test_printed_commands_are_understood(workflow):
-    """One command of every rule, parsed with its function's signature: a flag that a rule gives and the command lacks fails here."""
-    elsewhere = (
-        'teachers={"stories-ci": {"from": "kuleshov-group/mdlm-owt"}}'  # for the command `import`
-    )
-    plans = (workflow.plan("-p", "--config", "preset=ci", *more) for more in ([], [elsewhere]))
-    printed = re.sub(r"\$\{SLURM_JOB_ID:\+(.*?)\}", r"\1", "".join(plans).replace("\\\n", " "))
+    """One command of every rule is parsed with its function's signature.
+
+    A flag that a rule gives and the command lacks fails here.
+    """
+    imported = 'teachers={"stories-ci": {"from": "kuleshov-group/mdlm-owt"}}'
+    plans = workflow.plan("-p", "--config", "preset=ci")
+    plans += workflow.plan("-p", "--config", "preset=ci", imported)
+    printed = re.sub(r"\$\{SLURM_JOB_ID:\+(.*?)\}", r"\1", plans.replace("\\\n", " "))
     commands = {}
     for line in re.findall(r"^ +(halfstep .*?) 2>&1 \| tee (?:\S+)$", printed, re.MULTILINE):
         commands.setdefault(line.split()[1], line)
-    assert set(commands) == set(COMMANDS) - {
-        "summary",
-        "verify",
-        "write-schema",
-        "export",
-        "plan",
-        "doctor",
-    }
+    by_hand = {"summary", "verify", "write-schema", "export", "plan", "doctor"}
+    assert set(commands) == set(COMMANDS) - by_hand
     for name, line in commands.items():
         module, function = COMMANDS[name][0].split(":")
         real = getattr(importlib.import_module(module), function)
@@ -60,7 +111,7 @@ def test_printed_commands_are_understood(workflow):
 
 
 def test_judges_weights_and_published_values_reach_their_commands(workflow):
-    """Several judges are one command's; `baseline` among them is the corpus's own, which is trained first."""
+    """Several judges are given to one command; `baseline` is the corpus's own, trained first."""
     settings = [
         "preset=ci",
         'evaluation={"judge": ["baseline", "gpt2-large"]}',
@@ -73,12 +124,39 @@ def test_judges_weights_and_published_values_reach_their_commands(workflow):
         name: re.findall(rf"^ +halfstep {name} (.*?) 2>&1", printed, re.MULTILINE)
         for name in COMMANDS
     }
-    judges = "--judge results/models/stories-ci/baseline/hf gpt2-large "
-    assert calls["train-baseline"] and all(
-        judges in call for call in calls["score-samples"] + calls["score-corpus"]
-    )
-    assert calls["score-lambada"] and all(
-        "--weights raw " in call for call in calls["score-lambada"]
-    )
+    assert calls["train-baseline"]
+    for call in calls["score-samples"] + calls["score-corpus"]:
+        assert "--judge results/models/stories-ci/baseline/hf gpt2-large " in call
+    assert calls["score-lambada"]
+    for call in calls["score-lambada"]:
+        assert "--weights raw " in call
     assert [call.split()[-1] for call in calls["tabulate"] + calls["plot"]] == ["--published"] * 3
     assert "--published" not in workflow.plan("-p", *targets, "--config", "preset=ci")
+
+
+def test_a_failed_run_ends_with_what_failed_and_how_to_continue(tmp_path):
+    tree = copy(tmp_path)
+    shell = """python -c 'raise SystemExit("no space left")'"""
+    tree.edit("rules/data.smk", lambda text: text.replace("halfstep prepare-corpus", shell))
+    words = ["results/data/stories-ci/manifest.json", "--config", "preset=ci"]
+    done = tree.run("--cores", "1", *words)
+    assert done.returncode != 0
+    end = done.stderr.split("halfstep | stopped; what failed:")[1]
+    lines = re.findall(r"^  halfstep \| (.*)", end, re.MULTILINE)
+    assert lines[:3] == [
+        "rule prepare_corpus",
+        "  log: results/logs/prepare_corpus/stories-ci.log",
+        "  | no space left",
+    ]
+    assert lines[-1].endswith(f" to continue: {shlex.join(['snakemake', '--cores', '1', *words])}")
+
+
+def test_the_workflow_starts_without_torch(tmp_path):
+    """Nor does it import pandas, which Snakemake itself imports: see test_targets.py."""
+    tree = copy(tmp_path)
+    check = (
+        "\nprint('loaded:', *sorted({'torch', 'transformers', 'mlflow'} & sys.modules.keys()))\n"
+    )
+    tree.edit("Snakefile", lambda text: text + check)
+    plan = tree.plan("results/data/stories-ci/manifest.json", "--config", "preset=ci")
+    assert "loaded:\n" in plan

@@ -1,4 +1,4 @@
-"""`halfstep plan`: what a graph will cost, before anything is submitted, and what it did cost beside that."""
+"""`halfstep plan`: the cost of a graph before it is submitted, and the measured cost afterwards."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import shlex
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -19,292 +21,348 @@ from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_json
 from halfstep.records import provenance
 
-ASSUMED = {
-    True: 100e12,
-    False: 20e9,
-}  # FLOP/s of each GPU of a job, or of a job without, where nothing was measured yet
-SOURCES = (
-    "measured",
-    "assumed",
-    "limit",
-)  # of an estimate: the job's own kind here; ASSUMED; its time limit, an upper bound
-LOCAL = {
-    "fetch",
-    "tabulate",
-    "plot",
-    "track",
-    "merge_provenance",
-}  # run where snakemake runs, and cost no job
-Job = dict  # {"rule", "input": [paths], "output": [paths], "gpu", "runtime" in minutes, "command": [words]}
+GPU_SPEED = 100e12  # assumed FLOP/s of each GPU, until a job of the same kind has finished
+CPU_SPEED = 20e9  # the same of a job without a GPU
+SOURCES = ("measured", "assumed", "limit")
+"""Of an estimate: finished jobs of the same kind, the assumed speed, or the job's time limit."""
+LOCAL = {"fetch", "tabulate", "plot", "track", "merge_provenance"}
+"""Rules that run where snakemake runs and cost no job."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of the graph, as far as its price depends on it."""
+
+    rule: str
+    input: list[str]
+    output: list[str]
+    gpu: int = 0
+    runtime: float = 0.0
+    """time limit in minutes"""
+    command: Sequence[str] = ()
+
+
+class Estimate(NamedTuple):
+    """Seconds that a job will take, and where the number comes from: one of SOURCES."""
+
+    seconds: float
+    source: str
 
 
 def plan(
     arguments: Annotated[list[str], tyro.conf.Positional] = [],  # noqa: B006
     results: Path = Path("results"),
 ) -> None:
-    """Price the graph that `snakemake --profile slurm all <arguments>` would run; nothing is submitted.
+    """Price the graph of `snakemake --profile slurm all <arguments>`; nothing is submitted.
 
     Args:
-        arguments: more words for snakemake, after `--`: halfstep plan -- --config preset=owt-scaling
-        results: where finished jobs left their records, whose speed is the best estimate
+        arguments: more arguments of snakemake, after `--`:
+            halfstep plan -- --config preset=owt-scaling
+        results: folder with the records of finished jobs; their speed is the best estimate
     """
     call = [sys.executable, "-m", "snakemake", "-np", "--profile", "slurm", "all", *arguments]
     done = subprocess.run(call, capture_output=True, text=True)
     if done.returncode:
+        last_line = (done.stdout + done.stderr).strip().splitlines()[-1][:300]
         raise HalfstepError(
-            f"snakemake cannot plan this: {(done.stdout + done.stderr).strip().splitlines()[-1][:300]}; mend it, and call again"
+            f"snakemake cannot plan this graph: {last_line}; correct it, and call again"
         )
-    print("\n".join(lines(jobs_of(done.stdout), results)))
+    print("\n".join(price_lines(printed_jobs(done.stdout), results)))
 
 
-def jobs_of(text: str) -> list[Job]:
-    """The jobs in what `snakemake -np` prints."""
+def printed_jobs(text: str) -> list[Job]:
+    """The jobs in the output of `snakemake -np` that call halfstep."""
     jobs = []
     for block in re.split(r"^(?:local)?rule ", text, flags=re.MULTILINE)[1:]:
-        rule = block.split(":", 1)[0]
-        fact = dict(re.findall(r"^ {4}(\w+): (.*)", block.split("Shell command:")[0], re.MULTILINE))
-        asked = dict(re.findall(r"(\w+)=([^,]*)", fact.get("resources", "")))
-        shell = re.search(r"halfstep .*?(?=2>&1)", block.replace("\\\n", " "), re.DOTALL)
-        if shell:
-            jobs.append({
-                "rule": rule, "input": fact.get("input", "").split(", "), "output": fact.get("output", "").split(", "),
-                "gpu": int(asked.get("gpu") or 0), "runtime": float(asked.get("runtime") or 0), "command": shlex.split(shell[0]),
-            })  # fmt: skip
+        about, _, shell = block.partition("Shell command:")
+        command = halfstep_command(shell)
+        if command is None:
+            continue
+        facts = dict(re.findall(r"^ {4}(\w+): (.*)", about, re.MULTILINE))
+        resources = dict(re.findall(r"(\w+)=([^,]*)", facts.get("resources", "")))
+        job = Job(
+            rule=about.split(":", 1)[0],
+            input=facts.get("input", "").split(", "),
+            output=facts.get("output", "").split(", "),
+            gpu=int(resources.get("gpu") or 0),
+            runtime=float(resources.get("runtime") or 0),
+            command=command,
+        )
+        jobs.append(job)
     return jobs
 
 
-def options(command: list[str]) -> dict[str, str]:
-    """Flags of a command with their first values."""
+def graph_jobs(jobs: Iterable[Any]) -> list[Job]:
+    """Jobs of Snakemake's own graph that call halfstep."""
+    found = []
+    for job in jobs:
+        command = halfstep_command(job.shellcmd or "")
+        if command is None:
+            continue
+        files = {"input": list(map(str, job.input)), "output": list(map(str, job.output))}
+        gpu, runtime = job.resources.get("gpu", 0), job.resources.get("runtime", 0)
+        found.append(Job(job.rule.name, **files, gpu=gpu, runtime=runtime, command=command))
+    return found
+
+
+def halfstep_command(shell: str) -> list[str] | None:
+    """The call of halfstep in a rule's shell command, as words; None if there is none."""
+    found = re.search(r"halfstep .*?(?=2>&1)", shell.replace("\\\n", " "), re.DOTALL)
+    return shlex.split(found[0]) if found else None
+
+
+def flag_values(command: Sequence[str]) -> dict[str, str]:
+    """The flags of a command with their first values."""
+    pairs = zip(command, [*command[1:], "--"], strict=True)
     return {
-        w[2:].replace("-", "_"): v
-        for w, v in zip(command, [*command[1:], "--"], strict=True)
-        if w.startswith("--") and not v.startswith("--")
+        flag.removeprefix("--").replace("-", "_"): value
+        for flag, value in pairs
+        if flag.startswith("--") and not value.startswith("--")
     }
 
 
-def processes(command: list[str]) -> int:
-    """How many share a command's work, evenly; one without `--processes`."""
-    return int(options(command).get("processes", 1))
+def num_processes(command: Sequence[str]) -> int:
+    """Number of processes that share a command's work evenly: `--processes`, or one."""
+    return int(flag_values(command).get("processes", 1))
 
 
-def parameters(size: str, vocabulary: int = 50_258) -> int:
-    """Weights of a network that take part in a multiplication for each token: blocks and output layer."""
+def num_weights(size: str, vocabulary: int = 50_258) -> int:
+    """Weights that every token is multiplied with: those of the blocks and of the output layer."""
     blocks, width, _ = SIZES[size]
     return blocks * 12 * width**2 + width * vocabulary
 
 
 class Prices:
-    """Seconds of jobs, by the floating-point operations of their commands and the speed of finished ones of their kind.
+    """Seconds and bytes of jobs, from the speed of finished jobs of the same kind.
 
-    Operations are 2 per weight and token forward, 6 with the gradient (arXiv 2001.08361, table 1). Speed, of one process, comes from the records
-    beside the outputs, of jobs of the same command and size; several processes are taken to share a job without loss.
+    A job's work is counted in floating-point operations: 2 per weight and token forward, 6 with
+    the gradient (arXiv 2001.08361, table 1). The speed of one process comes from the provenance
+    records of finished jobs with the same command and network size. Several processes are assumed
+    to share a job without loss.
     """
 
     def __init__(self, jobs: list[Job], results: Path):
-        self.sizes, self.lengths, self.speed, self.seconds, self.took = (
-            {},
-            {},
-            defaultdict(list),
-            defaultdict(list),
-            {},
-        )
-        done = []
-        for file in sorted(results.rglob(f"*{provenance.NAME}")) if results.is_dir() else []:
+        self.sizes: dict[str, str] = {}  # of networks, by teacher
+        self.lengths: dict[str, int] = {}  # tokens in a window, by corpus
+        self.took: dict[str, float] = {}  # seconds of finished jobs, by record
+        self.speed: dict[tuple, list[float]] = defaultdict(list)  # FLOP/s per process, by kind
+        self.seconds: dict[tuple, list[float]] = defaultdict(list)  # of one process, by kind
+        finished = self._read_records(results)
+        for command in [job.command for job in jobs] + [command for command, _ in finished]:
+            self._note_flags(command)
+        self._note_models(results)
+        for command, seconds in finished:
+            self.seconds[self.kind(command)].append(seconds * num_processes(command))
+            if work := self.work(command):
+                speed = work / seconds / num_processes(command)
+                self.speed[self.kind(command)].append(speed)
+
+    def _read_records(self, results: Path) -> list[tuple[list[str], float]]:
+        """Commands of finished jobs with their seconds, at least one. Broken records are skipped:
+        a price never stops a run."""
+        finished = []
+        for file in sorted(results.rglob(f"*{provenance.NAME}")):
             try:
-                record = read_json(file)
-                seconds = (
-                    datetime.fromisoformat(record["ended"])
-                    - datetime.fromisoformat(record["started"])
-                ).total_seconds()
+                record: Any = read_json(file)
+                started = datetime.fromisoformat(record["started"])
+                ended = datetime.fromisoformat(record["ended"])
+                seconds = (ended - started).total_seconds()
             except (HalfstepError, KeyError, TypeError, ValueError):
                 continue
             if provenance.is_record(file) and record.get("command"):
-                done.append((record["command"], max(seconds, 1.0)))
+                finished.append((record["command"], max(seconds, 1.0)))
                 self.took[str(file)] = seconds
-        for command in [job["command"] for job in jobs] + [command for command, _ in done]:
-            given = options(command)
-            if "output" in given and (
-                "size" in given or command[1] in ("pretrain", "train-baseline")
-            ):  # a default is not in a printed command
-                self.sizes[Path(given["output"]).parent.name] = given.get(
-                    "size", Network.model_fields["size"].default
-                )
-            if command[1] == "prepare-corpus":
-                self.lengths[Path(given["output"]).name] = int(
-                    given.get("length", Corpus.model_fields["length"].default)
-                )
-        for meta in (results / "models").glob("*/*/meta.json") if results.is_dir() else []:
+        return finished
+
+    def _note_flags(self, command: Sequence[str]) -> None:
+        """Note network size and window length from flags; a printed command omits defaults."""
+        given = flag_values(command)
+        if "output" not in given:
+            return
+        if "size" in given or command[1] in ("pretrain", "train-baseline"):
+            size = given.get("size", Network.model_fields["size"].default)
+            self.sizes[Path(given["output"]).parent.name] = size
+        if command[1] == "prepare-corpus":
+            length = given.get("length", Corpus.model_fields["length"].default)
+            self.lengths[Path(given["output"]).name] = int(length)
+
+    def _note_models(self, results: Path) -> None:
+        """Note size and length from finished models, where no command has them."""
+        for meta in (results / "models").glob("*/*/meta.json"):
             try:
-                about = read_json(meta)
+                about: Any = read_json(meta)
                 self.sizes.setdefault(meta.parts[-3], about["network"]["size"])
                 self.lengths.setdefault(about["corpus"], about["length"])
-            except (
-                HalfstepError,
-                KeyError,
-                TypeError,
-            ):  # whoever needs the model will say what is wrong with it
-                continue
-        for command, seconds in done:
-            self.seconds[self.kind(command)].append(seconds * processes(command))
-            if work := self.work(command):
-                self.speed[self.kind(command)].append(work / seconds / processes(command))
+            except (HalfstepError, KeyError, TypeError):
+                continue  # the command that reads this model reports what is wrong with it
 
-    def teacher(self, command: list[str]) -> str | None:
+    def size(self, command: Sequence[str]) -> str | None:
+        """Network size of the models in a command's paths; None if there is none."""
         found = re.search(r"\b(?:models|samples)/([^/\s]+)", " ".join(command))
-        return found[1] if found else None
+        return self.sizes.get(found[1]) if found else None
 
-    def kind(self, command: list[str]) -> tuple[str, str | None]:
-        return command[1], self.sizes.get(self.teacher(command))
+    def kind(self, command: Sequence[str]) -> tuple[str, str | None]:
+        """Name and network size of a command: jobs that agree in both run at the same speed."""
+        return command[1], self.size(command)
 
-    def work(self, command: list[str]) -> float | None:
-        """Floating-point operations of a command, None where they do not tell its time."""
-        given, size = options(command), self.sizes.get(self.teacher(command))
+    def work(self, command: Sequence[str]) -> float | None:
+        """Floating-point operations of a command; None if its time depends on something else."""
+        size = self.size(command)
         if size is None:
             return None
-        each = 2.0 * parameters(size)
+        forward = 2.0 * num_weights(size)  # per token
         if command[1] in ("pretrain", "train-baseline", "distill-round"):
-            section = Distillation if command[1] == "distill-round" else Training
-            value = {
-                k: int(given.get(k, section.model_fields[k].default))
-                for k in ("num_steps", "batch_size")
-            }
-            length = self.lengths.get(Path(given["corpus"]).name, 1024)
-            passes = 3 + (int(given.get("substeps", 2)) if section is Distillation else 0)
-            return each * passes * value["num_steps"] * value["batch_size"] * length
+            return self._training_work(command, forward)
         if command[1] == "generate":
-            samples = int(
-                given.get("num_samples", GenerateOptions.model_fields["num_samples"].default)
-            )
-            length = (
-                next(iter(self.lengths.values()), 1024)
-                if len(set(self.lengths.values())) == 1
-                else 1024
-            )
-            steps = (
-                1 if "/baseline" in given["checkpoint"] else int(given["steps"])
-            )  # with its cache it reads every token once
-            return each * samples * length * steps
+            return self._sampling_work(command, forward)
         return None
 
-    def price(self, job: Job) -> tuple[float, str]:
-        """(seconds, one of SOURCES)"""
-        work, kind, n = (
-            self.work(job["command"]),
-            self.kind(job["command"]),
-            processes(job["command"]),
-        )
+    def _training_work(self, command: Sequence[str], forward: float) -> float:
+        given = flag_values(command)
+        section = Distillation if command[1] == "distill-round" else Training
+        passes = 3  # forward, and backward at twice its cost
+        if section is Distillation:
+            passes += int(given.get("substeps", 2))  # passes of the teacher
+        num_steps = int(given.get("num_steps", section.model_fields["num_steps"].default))
+        batch_size = int(given.get("batch_size", section.model_fields["batch_size"].default))
+        length = self.lengths.get(Path(given["corpus"]).name, 1024)
+        return forward * passes * num_steps * batch_size * length
+
+    def _sampling_work(self, command: Sequence[str], forward: float) -> float:
+        given = flag_values(command)
+        default = GenerateOptions.model_fields["num_samples"].default
+        num_samples = int(given.get("num_samples", default))
+        lengths = set(self.lengths.values())
+        length = lengths.pop() if len(lengths) == 1 else 1024
+        # With its KV cache the baseline reads every token once.
+        steps = 1 if "/baseline" in given["checkpoint"] else int(given["steps"])
+        return forward * num_samples * length * steps
+
+    def price(self, job: Job) -> Estimate:
+        """Seconds of a job: from measured speed, else assumed speed, else its time limit."""
+        work, kind = self.work(job.command), self.kind(job.command)
+        processes = num_processes(job.command)
+        if work and self.speed[kind]:
+            return Estimate(work / processes / median(self.speed[kind]), "measured")
         if work:
-            return (
-                (work / n / median(self.speed[kind]), "measured")
-                if self.speed[kind]
-                else (work / n / ASSUMED[job["gpu"] > 0], "assumed")
-            )
-        return (
-            (median(self.seconds[kind]) / n, "measured")
-            if self.seconds[kind]
-            else (job["runtime"] * 60, "limit")
-        )
+            return Estimate(work / processes / (GPU_SPEED if job.gpu else CPU_SPEED), "assumed")
+        if self.seconds[kind]:
+            return Estimate(median(self.seconds[kind]) / processes, "measured")
+        return Estimate(job.runtime * 60, "limit")
 
     def disk(self, job: Job) -> float:
-        """Bytes of a checkpoint: weights, average, best and two moments in float32; of anything else next to nothing, or not known."""
-        size = self.sizes.get(self.teacher(job["command"]))
-        held = sum(path.endswith(".safetensors") for path in job["output"]) + any(
-            path.endswith("optimizer.safetensors") for path in job["output"]
-        )
-        return 4.0 * parameters(size) * held if size else 0.0
+        """Bytes of a checkpoint in float32; 0 for other outputs, which are small or unknown.
+
+        Each file holds one set of weights, optimizer.safetensors two (AdamW's moments).
+        """
+        size = self.size(job.command)
+        if size is None:
+            return 0.0
+        weights = [path for path in job.output if path.endswith(".safetensors")]
+        moments = [path for path in weights if path.endswith("optimizer.safetensors")]
+        return 4.0 * num_weights(size) * (len(weights) + len(moments))
 
 
-def longest(jobs: list[Job], seconds: list[float]) -> tuple[float, list[int]]:
-    """The path through the graph that takes longest: (seconds, indices of its jobs)."""
-    maker = {path: i for i, job in enumerate(jobs) for path in job["output"]}
+def longest_path(jobs: list[Job], seconds: list[float]) -> tuple[float, list[int]]:
+    """The path through the graph that takes longest: its seconds and the indices of its jobs."""
+    maker = {path: i for i, job in enumerate(jobs) for path in job.output}
     before = [
-        sorted({maker[path] for path in job["input"] if path in maker} - {i})
+        sorted({maker[path] for path in job.input if path in maker} - {i})
         for i, job in enumerate(jobs)
     ]
     best: dict[int, tuple[float, list[int]]] = {}
 
-    def path(i: int) -> tuple[float, list[int]]:
+    def path_to(i: int) -> tuple[float, list[int]]:
         if i not in best:
-            ahead = max((path(j) for j in before[i]), default=(0.0, []))
-            best[i] = (ahead[0] + seconds[i], [*ahead[1], i])
+            time, path = max(map(path_to, before[i]), default=(0.0, []))
+            best[i] = (time + seconds[i], [*path, i])
         return best[i]
 
-    return max(map(path, range(len(jobs))), default=(0.0, []))
+    return max(map(path_to, range(len(jobs))), default=(0.0, []))
 
 
 def clock(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds >= 3600
-        else f"{seconds / 60:.1f} min"
-        if seconds >= 60
-        else f"{seconds:.0f} s"
-    )
+    """Seconds as text, in hours, minutes or seconds."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.0f} s"
 
 
-def lines(jobs: list[Job], results: Path) -> list[str]:
-    """The price of these jobs, a line for each rule; and, where `results` holds an earlier plan, what its finished jobs took.
+def price_lines(jobs: list[Job], results: Path) -> list[str]:
+    """The price of these jobs, one line for each rule, and what finished jobs took.
 
-    The estimates go to {results}/plan.json, the oldest one of each job kept.
+    Writes the estimates to {results}/plan.json, where an earlier estimate of a job is kept.
     """
-    jobs = [job for job in jobs if job["rule"] not in LOCAL]
+    jobs = [job for job in jobs if job.rule not in LOCAL]
     prices = Prices(jobs, results)
-    found = [prices.price(job) for job in jobs]
-    seconds = [s for s, _ in found]
-    total, critical = longest(jobs, seconds)
-    out = [
-        f"{'rule':22}{'jobs':>5}{'GPU-hours':>11}{'CPU-only':>11}{'disk':>9}{'on longest path':>17}  estimated from"
+    estimates = [prices.price(job) for job in jobs]
+    seconds = [estimate.seconds for estimate in estimates]
+    gpu_hours = [s * job.gpu / 3600 for s, job in zip(seconds, jobs, strict=True)]
+    gigabytes = [prices.disk(job) / 1e9 for job in jobs]
+    total, path = longest_path(jobs, seconds)
+    lines = [
+        f"{'rule':22}{'jobs':>5}{'GPU-hours':>11}{'CPU-only':>11}{'disk':>9}"
+        f"{'on longest path':>17}  estimated from"
     ]
-    for rule in dict.fromkeys(job["rule"] for job in jobs):
-        mine = [i for i, job in enumerate(jobs) if job["rule"] == rule]
-        gpu = sum(seconds[i] * jobs[i]["gpu"] for i in mine) / 3600
-        cpu = sum(seconds[i] for i in mine if not jobs[i]["gpu"])
-        disk = sum(prices.disk(jobs[i]) for i in mine) / 1e9
-        how = ", ".join(source for source in SOURCES if any(found[i][1] == source for i in mine))
-        out.append(
-            f"{rule:22}{len(mine):5}{gpu:11.1f}{clock(cpu):>11}{disk:6.1f} GB{clock(sum(seconds[i] for i in critical if i in mine)):>17}  {how}"
+    for rule in dict.fromkeys(job.rule for job in jobs):
+        mine = [i for i, job in enumerate(jobs) if job.rule == rule]
+        gpu = sum(gpu_hours[i] for i in mine)
+        cpu = clock(sum(seconds[i] for i in mine if not jobs[i].gpu))
+        disk = sum(gigabytes[i] for i in mine)
+        on_path = clock(sum(seconds[i] for i in path if i in mine))
+        found = {estimates[i].source for i in mine}
+        sources = ", ".join(source for source in SOURCES if source in found)
+        lines.append(
+            f"{rule:22}{len(mine):5}{gpu:11.1f}{cpu:>11}{disk:6.1f} GB{on_path:>17}  {sources}"
         )
-    gpu = sum(s * job["gpu"] for s, job in zip(seconds, jobs, strict=True)) / 3600
-    out.append(
-        f"{'together':22}{len(jobs):5}{gpu:11.1f}{'':11}{sum(map(prices.disk, jobs)) / 1e9:6.1f} GB{clock(total):>17}"
-    )
-    out.append(
-        f"measured: speed of finished jobs of this kind here; assumed: {ASSUMED[True] / 1e12:.0f} TFLOP/s on each GPU, {ASSUMED[False] / 1e9:.0f} GFLOP/s "
-        "without, until one is finished; limit: the job's time limit, an upper bound"
-    )
-    return out + beside(jobs, found, prices, results)
+    lines += [
+        f"{'together':22}{len(jobs):5}{sum(gpu_hours):11.1f}{'':11}{sum(gigabytes):6.1f} GB"
+        f"{clock(total):>17}",
+        f"measured: speed of finished jobs of the same kind; "
+        f"assumed: {GPU_SPEED / 1e12:.0f} TFLOP/s on each GPU, {CPU_SPEED / 1e9:.0f} GFLOP/s "
+        "without, until such a job has finished; limit: the job's time limit, an upper bound",
+    ]
+    planned = keep_estimates(jobs, estimates, prices, results)
+    return lines + finished_lines(planned, prices, results)
 
 
-def beside(
-    jobs: list[Job], found: list[tuple[float, str]], prices: Prices, results: Path
-) -> list[str]:
-    """Actual cost beside the estimate, per rule, of the planned jobs that have finished."""
+def keep_estimates(
+    jobs: list[Job], estimates: list[Estimate], prices: Prices, results: Path
+) -> dict[str, dict]:
+    """Write and return {results}/plan.json: the first estimate of each job, by its record.
+
+    Until the job has finished, a measured estimate replaces another one.
+    """
     file = results / "plan.json"
-    planned = read_json(file) if file.is_file() else {}
-    for job, (seconds, source) in zip(jobs, found, strict=True):
-        record = next((path for path in job["output"] if provenance.is_record(Path(path))), None)
-        if record and (
-            record not in planned
-            or source == "measured"
-            and planned[record]["source"] != "measured"
-            and record not in prices.took
-        ):
-            planned[record] = {
-                "rule": job["rule"],
-                "gpu": job["gpu"],
-                "seconds": seconds,
-                "source": source,
-            }
+    planned: Any = read_json(file) if file.is_file() else {}
+    for job, (seconds, source) in zip(jobs, estimates, strict=True):
+        record = next((path for path in job.output if provenance.is_record(Path(path))), None)
+        if record is None:
+            continue
+        about = {"rule": job.rule, "gpu": job.gpu, "seconds": seconds, "source": source}
+        known = planned.setdefault(record, about)
+        if source == "measured" != known["source"] and record not in prices.took:
+            planned[record] = about
     if planned:
         write_json(file, planned)
+    return planned
+
+
+def finished_lines(planned: dict[str, dict], prices: Prices, results: Path) -> list[str]:
+    """Estimated and actual seconds of the planned jobs that have finished, for each rule."""
     took = {
-        str(Path("results") / Path(path).relative_to(results)): s for path, s in prices.took.items()
+        str(Path("results") / Path(path).relative_to(results)): seconds
+        for path, seconds in prices.took.items()
     }
     done = {path: about for path, about in planned.items() if path in took}
-    out = [f"finished: {'rule':22}{'jobs':>5}{'estimated':>12}{'took':>12}"] if done else []
+    if not done:
+        return []
+    lines = [f"finished: {'rule':22}{'jobs':>5}{'estimated':>12}{'took':>12}"]
     for rule in dict.fromkeys(about["rule"] for about in done.values()):
         mine = [path for path, about in done.items() if about["rule"] == rule]
-        out.append(
-            f"          {rule:22}{len(mine):5}{clock(sum(done[p]['seconds'] for p in mine)):>12}{clock(sum(took[p] for p in mine)):>12}"
-        )
-    return out
+        estimated = clock(sum(done[path]["seconds"] for path in mine))
+        actual = clock(sum(took[path] for path in mine))
+        lines.append(f"          {rule:22}{len(mine):5}{estimated:>12}{actual:>12}")
+    return lines

@@ -1,8 +1,9 @@
-"""Slurm as Snakemake's plugin (2.x) meets it, made patient: a controller that is away delays a run and ends none of its jobs.
+"""Patches for Snakemake's Slurm plugin (2.x): an absent controller delays a run and ends no job.
 
-Unchanged, the plugin drops all its jobs and waits for ever once it was refused an answer often enough; takes `CANCELLED by 0` for a running
-job; asks accounting that a site may not have; waits for ever for jobs that Slurm has forgotten; and fails a job that cannot be submitted, or that
-has been started but not yet its step.
+The unchanged plugin has five faults. It drops all its jobs and waits forever after several failed
+queries. It takes `CANCELLED by 0` for a running job. It asks for accounting that a site may not
+have. It waits forever for jobs that Slurm has forgotten. It fails a job that cannot be submitted,
+or a started job whose step cannot be started.
 """
 
 from __future__ import annotations
@@ -13,38 +14,44 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
-WAIT_S = 10.0  # between two questions to a controller that is away
-LONGEST_POLL_S = 200  # the plugin's polls are at most so far apart
+WAIT_S = 10.0  # between two queries to a controller that does not answer
+LONGEST_POLL_S = 200  # longest time between two polls of the plugin
 
 
 def ask(*words: str, timeout: float = 20) -> str | None:
-    """What a command prints, None where there is no such command, or it fails, or does not end in `timeout` seconds."""
+    """Output of a command; None if it is missing, fails, or takes more than `timeout` seconds."""
     try:
-        return subprocess.run(
-            words, capture_output=True, text=True, check=True, timeout=timeout
-        ).stdout
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=timeout)
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout
 
 
 def say(line: str) -> None:
+    """Print a line to stderr, marked as halfstep's own."""
     print(f"  halfstep | {line}", file=sys.stderr, flush=True)
 
 
 def patient_query(query: Callable, known: set[str]) -> Callable:
-    """The plugin's `query_job_status`, asked again until it answers. `known` collects the jobs seen so far; one of them that is
-    gone is UNKNOWN, which Snakemake takes for ended: whether well, its outputs tell."""
+    """The plugin's `query_job_status`, repeated until the controller answers.
 
-    async def answer(command: str, logger) -> tuple[dict[str, str], float]:
-        away = 0.0
+    Args:
+        query: the unchanged function
+        known: collects the jobs seen so far. One of them that Slurm has forgotten gets the status
+            UNKNOWN. Snakemake then takes it as ended, and its outputs show whether it succeeded.
+    """
+
+    async def answer(command: str, logger: Any) -> tuple[dict[str, str], float]:
+        absent_since = None
         while (found := await query(command, logger))[0] is None:
-            if not away:
-                away = time.monotonic()
-                say("Slurm does not answer; its jobs go on, and it is asked again until it does")
+            if absent_since is None:
+                absent_since = time.monotonic()
+                say("Slurm does not answer; its jobs go on, and queries are repeated until it does")
             await asyncio.sleep(WAIT_S)
-        if away:
-            say(f"Slurm answers again after {time.monotonic() - away:.0f} s")
+        if absent_since is not None:
+            say(f"Slurm answers again after {time.monotonic() - absent_since:.0f} s")
         status = {
             job: (words.split() or ["UNKNOWN"])[0].rstrip("+") for job, words in found[0].items()
         }
@@ -56,15 +63,15 @@ def patient_query(query: Callable, known: set[str]) -> Callable:
 
 
 def patient_submit(submit: Callable) -> Callable:
-    """The plugin's `run_job`, or its jobstep's within a job, which waits for a controller that is away."""
+    """The `run_job` of the plugin or its jobstep executor, delayed until the controller answers."""
 
     @functools.wraps(submit)
-    def run_job(self, job) -> None:
-        said = False
+    def run_job(self: Any, job: Any) -> None:
+        waited = False
         while ask("sinfo", "--noheader") is None:
-            if not said:
-                say("Slurm does not answer; what is to be started waits until it does")
-            said = True
+            if not waited:
+                say("Slurm does not answer; new jobs wait until it does")
+            waited = True
             time.sleep(WAIT_S)
         submit(self, job)
 
@@ -72,26 +79,29 @@ def patient_submit(submit: Callable) -> Callable:
 
 
 def lasting_age(age: Callable[[], int | None]) -> Callable[[], int | None]:
-    """The plugin's `get_min_job_age`, which holds it against three polls of the first length and then asks sacct instead of squeue:
-    so scaled that the longest poll counts, and remembered while the controller is away."""
+    """The plugin's `get_min_job_age`: seconds for which squeue remembers an ended job.
+
+    The plugin compares it with three polls of the first length, and uses sacct where it is shorter.
+    It is scaled here so that the longest poll decides, and remembered while the controller is
+    absent.
+    """
     last: list[int] = []
 
     def min_job_age(first_poll: int = 20) -> int | None:
         if not last and (found := age()) is not None:
             last.append(found)
-        return (
-            last[0] * 3 * first_poll // LONGEST_POLL_S if last else 10**6
-        )  # no answer yet: stay with squeue
+        if not last:
+            return 10**6  # no answer yet: stay with squeue
+        return last[0] * 3 * first_poll // LONGEST_POLL_S
 
     return min_job_age
 
 
 def patch_plugin() -> None:
-    """Mend Snakemake's Slurm plugin in this process, where it is loaded."""
-    plugin, jobstep = (
-        sys.modules.get(f"snakemake_executor_plugin_slurm{name}") for name in ("", "_jobstep")
-    )
-    if plugin is None or getattr(plugin, "patient", False):
+    """Patch Snakemake's Slurm plugin in this process, where it is loaded."""
+    plugin: Any = sys.modules.get("snakemake_executor_plugin_slurm")
+    jobstep: Any = sys.modules.get("snakemake_executor_plugin_slurm_jobstep")
+    if plugin is None or jobstep is None or getattr(plugin, "patient", False):
         return
     jobstep.Executor.run_job = patient_submit(jobstep.Executor.run_job)
     plugin.query_job_status = patient_query(plugin.query_job_status, set())

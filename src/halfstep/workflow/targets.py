@@ -1,0 +1,212 @@
+"""Names of models, their inputs and the files of the graph, as the configuration asks for them.
+
+A model is named by its folder below results/models: {teacher}/teacher, {teacher}/baseline or
+{teacher}/{run}/round-{round}. Methods that take `wildcards` are input functions of the rules.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from halfstep.config import Config, Distillation, Teacher
+from halfstep.report import catalogue
+
+CHECKPOINT = [
+    "model.safetensors",
+    "ema.safetensors",
+    "best.safetensors",
+    "optimizer.safetensors",
+    "tokenizer.json",
+    "provenance.json",
+]
+"""Files of a trained model besides meta.json, which is written last and stands for all of them.
+
+The journal (run.json, journal.jsonl) and the state of an unfinished training are not declared as
+outputs, because Snakemake would delete them before it starts a job again.
+"""
+
+
+class Wildcards(Protocol):
+    """Snakemake's wildcards of a job: attributes by name, of which a rule has some."""
+
+    teacher: str
+    model: str
+    run: str
+    round: str
+    corpus: str
+
+
+def teacher_name(wildcards: Wildcards) -> str:
+    """The key of `teachers` that a job belongs to."""
+    return getattr(wildcards, "teacher", None) or wildcards.model.split("/")[0]
+
+
+def one_of(names: Iterable[str]) -> str:
+    """A pattern that matches exactly these names, and nothing where there are none."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+def local_file(source: str) -> list[str]:
+    """This path where it exists; else it is a name on the hub, and no file is needed."""
+    return [source] if os.path.lexists(source) else []
+
+
+class Targets:
+    """The models of a configuration, and what each of them needs."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.teachers = list(config.teachers)
+        self.imported = [name for name in self.teachers if config.teachers[name].source]
+        """teachers whose weights are published, and not trained here"""
+        self.trained = [name for name in self.teachers if name not in self.imported]
+        rounds = [
+            f"{name}/{run}/round-{number}"
+            for name, teacher in config.teachers.items()
+            for run, options in teacher.runs.items()
+            for number in range(1, options.rounds + 1)
+        ]
+        self.denoisers = [f"{name}/teacher" for name in self.teachers] + rounds
+        self.models = [f"{name}/baseline" for name in self.teachers] + self.denoisers
+
+    def teacher(self, wildcards: Wildcards) -> Teacher:
+        """The section of `teachers` that a job belongs to."""
+        return self.config.teachers[teacher_name(wildcards)]
+
+    def network_size(self, wildcards: Wildcards) -> str:
+        """The size of the networks that a job trains, samples from or scores."""
+        return self.teacher(wildcards).network.size
+
+    def manifest(self, wildcards: Wildcards) -> str:
+        """The file that stands for the job's corpus."""
+        return f"results/data/{self.teacher(wildcards).corpus}/manifest.json"
+
+    def own_text(self, wildcards: Wildcards) -> list[str]:
+        """The user's files of a corpus (kind: files): new text makes a new corpus."""
+        patterns = self.config.corpora[wildcards.corpus].files
+        return sorted(file for pattern in patterns for file in glob.glob(pattern, recursive=True))
+
+    def round_options(self, wildcards: Wildcards) -> Distillation:
+        """Options of one round. Later rounds are not among them, so that `rounds: 5 -> 7` trains
+        two rounds and not seven."""
+        run = self.teacher(wildcards).runs[wildcards.run]
+        return run.model_copy(update={"rounds": int(wildcards.round)})
+
+    def previous_round(self, wildcards: Wildcards) -> str:
+        """The teacher of round r: the student of round r-1; in round 1 the pretrained teacher."""
+        before = int(wildcards.round) - 1
+        model = f"{wildcards.run}/round-{before}" if before else "teacher"
+        return f"results/models/{wildcards.teacher}/{model}/meta.json"
+
+    def judge_file(self, wildcards: Wildcards) -> list[str]:
+        """The baseline's file for transformers, where the baseline is among the judges."""
+        if "baseline" not in self.config.evaluation.judge:
+            return []
+        return [f"results/models/{teacher_name(wildcards)}/baseline/hf/config.json"]
+
+    def judges(self, wildcards: Wildcards) -> list[str]:
+        """Names on the hub or folders of all judges; for `baseline` the folder of `judge_file`."""
+        baseline = [str(Path(file).parent) for file in self.judge_file(wildcards)]
+        names = self.config.evaluation.judge
+        return [baseline[0] if name == "baseline" else name for name in names]
+
+    def last_words(self) -> list[str]:
+        """The user's file of last words, where LAMBADA is not a data set of the hub or corpus."""
+        name = self.config.evaluation.lambada
+        return [name] if name.endswith(".jsonl") else []
+
+    def step_counts(self, model: str) -> list[int]:
+        """Numbers of sampling steps at which a model is scored.
+
+        A denoiser samples at every step count of the config; `own` stands for the count that the
+        model was made for and its student's count, where the two are compared. The baseline
+        writes one token at a time.
+        """
+        name, kind = model.split("/", 1)
+        teacher, steps = self.config.teachers[name], set(self.config.sampling.steps)
+        if kind == "baseline":
+            return [self.config.corpora[teacher.corpus].length]
+        if "own" in steps:
+            steps.remove("own")
+            for run, options in teacher.runs.items():
+                steps |= _own_steps(run, options, kind)
+        return sorted(steps)
+
+    def continuation_steps(self, model: str) -> list[int]:
+        """Numbers of sampling steps at which a model continues prompts.
+
+        A denoiser's are in the config; the baseline takes one step for each token.
+        """
+        options = self.config.continuations
+        if options is None:
+            return []
+        if model.endswith("/baseline"):
+            return [options.continuation_tokens]
+        return options.continuation_steps
+
+    def continued_models(self) -> list[str]:
+        """The models that continue prompts: baselines, and the denoisers of the chosen rounds."""
+        options = self.config.continuations
+        if options is None:
+            return []
+        rounds = options.continuation_rounds
+        return [
+            model for model in self.models if rounds is None or _round_of(model) in [None, *rounds]
+        ]
+
+    def hub_repositories(self) -> list[str]:
+        """What the hub must provide, as `model:name` or `dataset:name`.
+
+        It is fetched once, where snakemake runs, because compute nodes have no internet.
+        """
+        evaluation, found = self.config.evaluation, set()
+        for corpus in self.config.corpora.values():
+            if corpus.tokenizer != "bpe" and not os.path.isdir(corpus.tokenizer):
+                found.add(f"model:{corpus.tokenizer}")
+            if corpus.kind == "openwebtext":
+                found.add("dataset:Skylion007/openwebtext")
+        for name in evaluation.judge:
+            if name != "baseline" and not os.path.isdir(name):
+                found.add(f"model:{name}")
+        if evaluation.lambada != "last_words" and not self.last_words():
+            found.add(f"dataset:{evaluation.lambada}")
+        for teacher in self.config.teachers.values():
+            if teacher.source and not local_file(teacher.source):
+                found.add(f"model:{teacher.source}")
+        return sorted(found)
+
+    def table_inputs(self) -> dict[str, list[str]]:
+        """For each table the files of metric rows that it gathers."""
+        return catalogue.table_inputs(
+            self.config,
+            model=self.models,
+            teacher=self.teachers,
+            continued=self.continued_models(),
+        )
+
+    def figure_inputs(self) -> dict[str, list[str]]:
+        """For each figure the tables and journals that it is drawn from."""
+        return catalogue.figure_inputs(self.table_inputs(), self.models)
+
+
+def _round_of(model: str) -> int | None:
+    """Number of a denoiser's round, 0 for the teacher; None for a baseline."""
+    name = model.rpartition("/")[2]
+    if name == "baseline":
+        return None
+    return 0 if name == "teacher" else int(name.removeprefix("round-"))
+
+
+def _own_steps(run: str, options: Distillation, kind: str) -> set[int]:
+    """The step count a model was made for and its student's; empty if it is not of this run."""
+    line = ["teacher", *(f"{run}/round-{number}" for number in range(1, options.rounds + 1))]
+    if kind not in line:
+        return set()
+    number = line.index(kind)
+    last = min(number + 1, options.rounds)
+    return {options.teacher_steps // options.substeps**r for r in range(number, last + 1)}

@@ -1,0 +1,187 @@
+"""Names of models, their inputs and the files of the graph, computed without Snakemake."""
+
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from dryrun import REPOSITORY
+
+from halfstep.resolve import resolve
+from halfstep.workflow.targets import (
+    Targets,
+    local_file,
+    one_of,
+    teacher_name,
+)
+
+PRESETS = REPOSITORY / "workflow/presets"
+TWO_RUNS = {
+    "distillation": {"rounds": 2, "teacher_steps": 64},
+    "runs": {"a": {}, "b": {"rounds": 1}, "kl_backward": None},
+}
+
+
+def targets(preset: str = "ci", **changes) -> Targets:
+    return Targets(resolve({"preset": preset, **changes}, PRESETS))
+
+
+def of_teacher(preset: str = "ci", **changes) -> Targets:
+    """With changes of the only teacher of preset ci."""
+    return targets(preset, teachers={"stories-ci": changes})
+
+
+def test_models_are_named_by_teacher_run_and_round():
+    found = of_teacher(**TWO_RUNS)
+    rounds = [f"stories-ci/{name}" for name in ("a/round-1", "a/round-2", "b/round-1")]
+    assert found.denoisers == ["stories-ci/teacher", *rounds]
+    assert found.models == ["stories-ci/baseline", *found.denoisers]
+    assert (found.trained, found.imported) == (["stories-ci"], [])
+    imported = of_teacher(**{"from": "kuleshov-group/mdlm-owt"})
+    assert (imported.trained, imported.imported) == ([], ["stories-ci"])
+
+
+@pytest.mark.parametrize("preset", sorted(file.stem for file in PRESETS.glob("*.yaml")))
+def test_every_preset_names_each_model_once(preset):
+    found = targets(preset)
+    assert len(set(found.models)) == len(found.models)
+    pattern = re.compile(one_of(found.models))
+    for model in found.models:
+        assert pattern.fullmatch(model) and not pattern.fullmatch(model + "0")
+        wildcards = SimpleNamespace(model=model)
+        assert found.teacher(wildcards) is found.config.teachers[teacher_name(wildcards)]
+        assert found.step_counts(model) == sorted(set(found.step_counts(model)))
+
+
+def test_a_pattern_of_no_names_matches_nothing():
+    assert re.fullmatch(one_of(["a.b"]), "a.b") and not re.fullmatch(one_of(["a.b"]), "axb")
+    assert not re.search(one_of([]), "") and not re.search(one_of([]), "a")
+
+
+def test_a_job_belongs_to_its_wildcards_teacher():
+    assert teacher_name(SimpleNamespace(teacher="t", run="r")) == "t"
+    assert teacher_name(SimpleNamespace(model="t/r/round-1")) == "t"
+
+
+def test_each_round_learns_from_the_one_before():
+    def before(round: str) -> str:
+        return found.previous_round(SimpleNamespace(teacher="t", run="r", round=round))
+
+    found = targets()
+    assert before("1") == "results/models/t/teacher/meta.json"
+    assert before("2") == "results/models/t/r/round-1/meta.json"
+    assert before("10") == "results/models/t/r/round-9/meta.json"
+
+
+def test_options_of_a_round_do_not_depend_on_later_rounds():
+    wildcards = SimpleNamespace(teacher="stories-ci", run="kl_backward", round="2")
+    few = of_teacher(distillation={"rounds": 2}).round_options(wildcards)
+    many = of_teacher(distillation={"rounds": 7}).round_options(wildcards)
+    assert few == many and few.rounds == 2
+
+
+def test_own_step_counts_are_where_a_round_meets_its_teacher():
+    """A model of S steps is scored at S and at its student's S / substeps; the last has none."""
+    found = targets(sampling={"steps": ["own", 5]}, teachers={"stories-ci": TWO_RUNS})
+    assert found.step_counts("stories-ci/teacher") == [5, 32, 64]
+    assert found.step_counts("stories-ci/a/round-1") == [5, 16, 32]
+    assert found.step_counts("stories-ci/a/round-2") == [5, 16]
+    assert found.step_counts("stories-ci/b/round-1") == [5, 32]
+
+
+def test_a_baseline_takes_one_step_for_each_token():
+    found = targets()
+    assert found.step_counts("stories-ci/baseline") == [64]
+    assert found.continuation_steps("stories-ci/baseline") == [16]
+    assert found.continuation_steps("stories-ci/teacher") == [8]
+
+
+@pytest.mark.parametrize("rounds, continued", [
+    (None, ["baseline", "teacher", "a/round-1", "a/round-2", "b/round-1"]),
+    ([0], ["baseline", "teacher"]),
+    ([2], ["baseline", "a/round-2"]),
+    ([0, 1], ["baseline", "teacher", "a/round-1", "b/round-1"]),
+])  # fmt: skip
+def test_chosen_rounds_continue_prompts(rounds, continued):
+    changes = {"teachers": {"stories-ci": TWO_RUNS}}
+    found = targets(continuations={"continuation_rounds": rounds}, **changes)
+    assert found.continued_models() == [f"stories-ci/{name}" for name in continued]
+
+
+def test_without_continuations_there_are_none():
+    found = targets(continuations=None)
+    assert found.continued_models() == []
+    assert "continuations" not in found.table_inputs()
+    assert "mauve_vs_steps" not in found.figure_inputs()
+
+
+def test_the_baseline_judges_from_its_folder():
+    wildcards = SimpleNamespace(model="stories-ci/teacher")
+    both = targets(evaluation={"judge": ["gpt2", "baseline"]})
+    folder = "results/models/stories-ci/baseline/hf"
+    assert both.judge_file(wildcards) == [f"{folder}/config.json"]
+    assert both.judges(wildcards) == ["gpt2", folder]
+    other = targets(evaluation={"judge": "gpt2"})
+    assert (other.judge_file(wildcards), other.judges(wildcards)) == ([], ["gpt2"])
+
+
+def test_own_text_is_found_by_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.txt", "a.txt", "deep/er/c.txt", "d.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    corpus = {"kind": "files", "files": ["*.txt", "deep/**/*.txt"], "num_documents": None}
+    lambada = {"lambada": "words.jsonl"}
+    found = targets(corpora={"stories-ci": corpus}, evaluation=lambada)
+    own = found.own_text(SimpleNamespace(corpus="stories-ci"))
+    assert own == ["a.txt", "b.txt", "deep/er/c.txt"]
+    assert found.last_words() == ["words.jsonl"] and targets().last_words() == []
+
+
+def test_what_the_hub_must_provide(tmp_path, monkeypatch):
+    """Nothing for preset ci; of other names those that are no folder or file of this machine."""
+    monkeypatch.chdir(tmp_path)
+    assert targets().hub_repositories() == []
+    assert targets("owt-small").hub_repositories() == [
+        "dataset:EleutherAI/lambada_openai",
+        "dataset:Skylion007/openwebtext",
+        "model:gpt2",
+        "model:gpt2-large",
+    ]
+    published = of_teacher(**{"from": "kuleshov-group/mdlm-owt"})
+    assert published.hub_repositories() == ["model:kuleshov-group/mdlm-owt"]
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "teacher[1].ckpt").write_text("")
+    assert "model:gpt2" not in targets("owt-small").hub_repositories()
+    assert of_teacher(**{"from": "teacher[1].ckpt"}).hub_repositories() == []
+    assert local_file("teacher[1].ckpt") == ["teacher[1].ckpt"] and local_file("absent") == []
+
+
+def test_tables_gather_the_rows_of_all_models():
+    found = targets()
+    tables, models = found.table_inputs(), found.models
+    rows = [f"results/metrics/{model}/samples.json" for model in models]
+    assert tables["steps"] == [*rows, "results/metrics/stories-ci/data.json"]
+    assert tables["lambada"] == [f"results/metrics/{model}/lambada.json" for model in models]
+    assert tables["speed"] == ["results/benchmarks/stories-ci/latency.json"]
+    continued = [f"stories-ci/{name}" for name in ("baseline", "kl_backward/round-7")]
+    assert tables["continuations"] == [
+        f"results/metrics/{model}/continuations.json" for model in continued
+    ]
+
+
+def test_figures_are_drawn_from_tables_of_the_same_graph():
+    for found in (targets(), targets(continuations=None)):
+        tables = {f"results/tables/{name}.csv" for name in found.table_inputs()}
+        journals = {f"results/models/{model}/journal.jsonl" for model in found.models}
+        for inputs in found.figure_inputs().values():
+            assert set(inputs) <= tables or set(inputs) == journals
+
+
+def test_the_workflow_starts_without_torch_or_pandas():
+    names = ("workflow.machine", "workflow.messages", "workflow.targets", "commands.plan")
+    modules = ", ".join(f"halfstep.{name}" for name in names)
+    code = f"import sys, {modules}; print(*{{'torch', 'pandas', 'numpy'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr

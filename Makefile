@@ -1,39 +1,50 @@
-# make demo    the whole graph at the preset of config.yaml, its report and a summary; a second call does nothing, in seconds
-# make test    the tests                          make check    ruff, snakefmt, snakemake --lint
+# make demo     the whole graph at the preset of config.yaml, its report and a summary
+#               (a second call has nothing to do and ends in seconds)
+# make test     the tests
+# make check    spelling, lint, format and types; `make quick` leaves out the slow two
+# make bench    the hot paths against their textbook versions, into benchmarks/results
 #
-# make bench   the hot paths against their textbook versions, into benchmarks/results
-#
-# All of them first make .venv from envs/requirements.txt; all they need is Python 3.11 or newer. Variables:
-#   PRESET=ci                                             make demo at another scale
-#   TORCH_INDEX=https://download.pytorch.org/whl/cpu      on Linux without a GPU: the small CPU build of torch
-#   PYTHON=/path/to/python                                when the right one is not found
+# Each of them first makes .venv from envs/requirements.txt; all it needs is Python 3.11 or newer.
+# Variables:
+#   PRESET=ci                                         make demo at another scale
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu  on Linux without a GPU: the small build of torch
+#   PYTHON=/path/to/python                            when make does not find the right one
 
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/ready
 CONFIG := $(PRESET:%=--config preset=%)
+REPORT := results/report.html
 
-.PHONY: demo test check bench
+.PHONY: demo test check quick bench
 
 demo: $(READY)
 	$(BIN)/snakemake $(CONFIG)
-	@test results/report.html -nt results/mlflow.synced || $(BIN)/snakemake --report results/report.html $(CONFIG)
+	@test $(REPORT) -nt results/mlflow.synced || $(BIN)/snakemake --report $(REPORT) $(CONFIG)
 	@$(BIN)/halfstep summary --results results
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-check: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/snakefmt --check .
+check: quick
 	$(BIN)/snakemake --lint
+	$(BIN)/mypy
+
+quick: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/snakefmt --check .
 
 $(READY): envs/requirements.txt pyproject.toml
-	@test -n "$(PYTHON)" || { echo "make: halfstep needs Python 3.11 or newer, and none was found; install one, or name it: make demo PYTHON=..." >&2; exit 1; }
+	@test -n "$(PYTHON)" || { \
+	    echo "make: halfstep needs Python 3.11 or newer, and none was found;" \
+	        "install one, or name it: make demo PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(TORCH_INDEX:%=--index-url %) "$$(grep '^torch==' envs/requirements.txt)"
+	$(BIN)/python -m pip install $(TORCH_INDEX:%=--index-url %) \
+	    "$$(grep '^torch==' envs/requirements.txt)"
 	$(BIN)/python -m pip install -r envs/requirements.txt
 	$(BIN)/python -m pip install --no-deps -e .
 	touch $@

@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# Snakemake runs this once, inside a conda environment it has just made (--sdm conda), from the repository's root.
+# Snakemake runs this once in each conda environment that it makes (--sdm conda), at the root of the
+# repository.
 pip install --no-deps -e .

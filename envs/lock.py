@@ -1,8 +1,14 @@
-"""Writes envs/requirements.txt, envs/cpu.yaml and envs/gpu.yaml from what is installed; none of the three is edited by hand.
+"""Write envs/requirements.txt, envs/cpu.yaml and envs/gpu.yaml from the installed packages.
 
-To move to newer packages: in a fresh virtual environment `pip install torch` and then `pip install -e .[all]`, make the tests pass
-there, and run `python envs/lock.py` with its Python. The lock is the closure of pyproject's extra `all`, so that nothing
-slips in that happens to be installed too; torch's own CUDA packages stay out: the wheel of torch that is chosen brings them.
+None of the three files is edited by hand. To move to newer packages:
+
+1. In a fresh virtual environment run `pip install torch`, then `pip install -e .[all]`.
+2. Make the tests pass there.
+3. Run `python envs/lock.py` with the Python of that environment.
+
+The lock holds the dependencies of the extra `all` of pyproject.toml, direct and indirect. Other
+installed packages do not enter it. The CUDA packages of torch stay out, because the chosen wheel
+of torch brings its own.
 """
 
 import re
@@ -13,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).parent
-HEADER = "# Written by envs/lock.py from pyproject.toml's extra `all`; not by hand."
+HEADER = "# Written by envs/lock.py from pyproject.toml's extra `all`; do not edit."
 BROUGHT_BY_TORCH = re.compile(r"nvidia-|cuda-|triton")
 CONDA = """{header}
 # {about}
@@ -23,7 +29,7 @@ dependencies:
   - pip
   - pip:
 """
-KINDS = {  # file: what it says of itself, pip options, what is appended to torch's version
+KINDS = {  # file: its purpose, options of pip, suffix of torch's version
     "cpu.yaml": (
         "For machines without a GPU, and for tables and figures.",
         ["--extra-index-url https://download.pytorch.org/whl/cpu"],
@@ -33,40 +39,41 @@ KINDS = {  # file: what it says of itself, pip options, what is appended to torc
 }
 
 
-def closure(
-    name: str, extras: frozenset = frozenset(), pins: dict | None = None, seen: set | None = None
-) -> dict[str, str]:
-    """Name -> installed version, of everything that `name[extras]` needs on this Python and platform."""
-    pins, seen = {} if pins is None else pins, set() if seen is None else seen
-    key = canonicalize_name(name)
-    if (key, extras) in seen or BROUGHT_BY_TORCH.match(key):
-        return pins
-    seen.add((key, extras))
-    found = distribution(name)
-    if key != "halfstep":
-        pins[key] = found.version.split("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 are the same source
-    for requirement in map(Requirement, found.requires or []):
-        if requirement.marker is None or any(
-            requirement.marker.evaluate({"extra": extra}) for extra in extras or {""}
-        ):
-            closure(requirement.name, frozenset(requirement.extras), pins, seen)
+def closure(name: str, extras: frozenset[str]) -> dict[str, str]:
+    """Installed version of every package that `name[extras]` needs on this Python and platform."""
+    pins: dict[str, str] = {}
+    seen = set()
+    todo = [(canonicalize_name(name), extras)]
+    while todo:
+        key, extras = todo.pop()
+        if (key, extras) in seen or BROUGHT_BY_TORCH.match(key):
+            continue
+        seen.add((key, extras))
+        found = distribution(key)
+        pins[key] = found.version.split("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 are one source
+        for requirement in map(Requirement, found.requires or []):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": e}) for e in extras or {""}):
+                todo.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+    del pins[canonicalize_name(name)]
     return dict(sorted(pins.items()))
 
 
 def requirements(pins: dict[str, str]) -> str:
+    """The text of requirements.txt."""
     return "\n".join([HEADER, *(f"{name}=={version}" for name, version in pins.items())]) + "\n"
 
 
 def conda(kind: str, pins: dict[str, str]) -> str:
-    about, options, local = KINDS[kind]
-    lines = [
-        *options,
-        *(f"{name}=={version}{local if name == 'torch' else ''}" for name, version in pins.items()),
-    ]
+    """The text of a conda file: cpu.yaml or gpu.yaml."""
+    about, options, suffix = KINDS[kind]
+    pins = pins | {"torch": pins["torch"] + suffix}
+    lines = [*options, *(f"{name}=={version}" for name, version in pins.items())]
     return CONDA.format(header=HEADER, about=about) + "".join(f"      - {line}\n" for line in lines)
 
 
 def read(lock: Path = HERE / "requirements.txt") -> dict[str, str]:
+    """Version of each package in the lock."""
     return dict(line.split("==") for line in lock.read_text().split() if "==" in line)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -99,8 +99,8 @@ class KVDenoiser(Denoiser, Protocol):
     """A denoiser that can keep the keys and values of a pass; the sampler `block` needs one."""
 
     def features_and_kv(
-        self, xt: Tensor, t: Tensor, start: int = 0, kv: list | None = None
-    ) -> tuple[Tensor, list]:
+        self, xt: Tensor, t: Tensor, start: int = 0, kv: list[Any] | None = None
+    ) -> tuple[Tensor, list[Any]]:
         """`features` of xt[B, l], the tokens from `start` on, and the blocks' keys and values."""
         ...
 

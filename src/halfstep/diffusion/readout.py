@@ -1,6 +1,7 @@
 """Losses from features: logits [N, V] exist for one chunk of rows at a time only."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,14 @@ class _Readout(torch.autograd.Function):
     """Compute the gradient with the value, chunk by chunk, and return it in the backward pass."""
 
     @staticmethod
-    def forward(ctx, h, weight, bias, row_loss, row_gradient):
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        row_loss: RowLoss,
+        row_gradient: RowGradient | None,
+    ) -> Tensor:
         W, b = weight.detach().float(), bias.detach().float()
         if any(ctx.needs_input_grad[:3]):
             loss_and_gradient = row_gradient or _by_autograd(row_loss)
@@ -33,7 +41,7 @@ class _Readout(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, out):
+    def backward(ctx: Any, out: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None  # scaled in place, so a second backward pass fails
         grad_h, grad_W, grad_b = (g.mul_(out) for g in grads)
         return grad_h, grad_W, grad_b, None, None

@@ -15,10 +15,9 @@ from halfstep.kernels.logits import exp_
 
 
 def kl_backward(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(student
+    """KL(student || teacher) = sum_v p (log p - log q), the paper's KLD (SDTT appendix B).
 
-    | teacher) = sum_v p (log p - log q), the paper's KLD (SDTT appendix B).|It seeks the modes of
-    the teacher.
+    It seeks the modes of the teacher.
     """
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -39,10 +38,7 @@ def tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def l1_log_p(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Sum of
-
-    log p - log q|, which the released code calls tvd.|Which of the two made the TVD curves of the
-    paper is unknown.
+    """Sum of |log p - log q|, which the released code calls tvd.
 
     Which of the two made the paper's TVD curves is unknown.
     """

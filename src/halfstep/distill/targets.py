@@ -123,10 +123,14 @@ def divergence_loss(
             log_q = log_softmax_(logits(h_teacher[rows], weight, bias))
         return divergence(log_p, log_q)
 
+    if closed is None:
+        return readout_loss(h, readout, value)
+
     def value_and_gradient(log_p: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         log_q, D = logits(h_teacher[rows], weight, bias), torch.empty_like(log_p[:, 0])
-        for few in row_chunks(*log_p.shape, h.device, CACHED):
+        N, V = log_p.shape
+        for few in row_chunks(N, V, h.device, CACHED):
             D[few] = closed(log_p[few], log_softmax_(log_q[few]))
         return D, log_q
 
-    return readout_loss(h, readout, value, value_and_gradient if closed else None)
+    return readout_loss(h, readout, value, value_and_gradient)

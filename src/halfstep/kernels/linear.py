@@ -8,6 +8,7 @@ import copy
 import math
 import platform
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ ONEDNN = (
 LARGE = 1 << 17  # numbers in a weight below which a call of oneDNN costs more than it saves
 ROWS = 128  # expected rows of x for a packed weight; other values gave the same layout
 SCALE, CUBIC = 2 * (2 / math.pi) ** 0.5, 0.044715  # constants of GELU's tanh form
+
+Network = TypeVar("Network", bound=nn.Module)
 
 Recompute = tuple[Callable[..., Tensor], tuple[Tensor | None, ...]] | None
 """A function and its arguments that compute a layer's input again, so that it is not kept."""
@@ -67,14 +70,14 @@ def pack_weight(weight: Tensor) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
 
-def pack_network(network: nn.Module) -> nn.Module:
+def pack_network(network: Network) -> Network:
     """A copy of the network whose large linear layers hold packed weights.
 
     It shares all tensors, which must not change from now on.
     """
     tensors = {id(t): t for t in (*network.parameters(), *network.buffers())}
     twin = copy.deepcopy(network, tensors)
-    for layer in twin.blocks.modules():
+    for layer in twin.get_submodule("blocks").modules():
         if isinstance(layer, nn.Linear):
             packed = pack_weight(layer.weight)
             if packed is not layer.weight:
@@ -116,13 +119,20 @@ class _Product(torch.autograd.Function):
     """x W' + b, whose backward pass may recompute x instead of keeping it."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, again, given):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        again: Callable[..., Tensor] | None,
+        given: tuple[Tensor | None, ...],
+    ) -> Tensor:
         ctx.save_for_backward(weight, *(given if again else [x]))
         ctx.again = again
         return _product(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
         x = ctx.again(*kept) if ctx.again else kept[0]
         return *_gradients(ctx, g, x, weight), None, None
@@ -132,12 +142,12 @@ class _GELUProduct(torch.autograd.Function):
     """GELU(z) W' + b. z is kept and GELU(z), which is as large, is computed again."""
 
     @staticmethod
-    def forward(ctx, z, weight, bias):
+    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(z, weight)
         return _product(_gate(z).mul_(z), weight, bias)
 
     @staticmethod
-    def backward(ctx, g):
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         z, weight = ctx.saved_tensors
         gate = _gate(z)
         y = gate * z
@@ -157,7 +167,7 @@ def _gate(z: Tensor) -> Tensor:
 
 
 def _gradients(
-    ctx, g: Tensor, x: Tensor, weight: Tensor
+    ctx: Any, g: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of sum(g * (x W' + b)) in x, W and b; None for those that are not needed."""
     of_x, of_weight, of_bias, *_ = ctx.needs_input_grad

@@ -11,6 +11,9 @@ from halfstep.diffusion.contracts import Where
 # allocate their workspaces.
 WARM_UP = 2
 
+Captured = tuple[Tensor, Tensor | None, Callable[[], None], Tensor]
+"""A graph: its inputs (ids, noise levels or None), its replay, and its output (features)."""
+
 
 class GraphedNetwork:
     """A network whose passes over small batches replay a CUDA graph.
@@ -31,7 +34,7 @@ class GraphedNetwork:
 
     def __init__(self, network: nn.Module):
         self.network = network
-        self.captured: dict[tuple, tuple[Tensor, Tensor | None, Callable[[], None], Tensor]] = {}
+        self.captured: dict[tuple[object, ...], Captured] = {}
 
     def __call__(self, x: Tensor, sigma: Tensor | None = None, where: Where = None) -> Tensor:
         (B, L), device = x.shape, x.device.type
@@ -46,7 +49,7 @@ class GraphedNetwork:
             self.captured[key] = self._capture(bucket, x, sigma, dtype)
         texts, levels, replay, h = self.captured[key]
         texts[:B] = x
-        if sigma is not None:
+        if levels is not None and sigma is not None:
             levels[:B] = sigma
         replay()
         # A copy, not a view: the next replay overwrites h.
@@ -54,8 +57,8 @@ class GraphedNetwork:
 
     def _capture(
         self, bucket: int, x: Tensor, sigma: Tensor | None, dtype: torch.dtype | None
-    ) -> tuple[Tensor, Tensor | None, Callable[[], None], Tensor]:
-        """The graph's inputs (ids, noise levels), its replay, and its output (features)."""
+    ) -> Captured:
+        """Capture a pass over `bucket` texts."""
         # Tensors created in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             texts = x.new_zeros(bucket, x.shape[1])

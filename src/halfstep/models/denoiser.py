@@ -15,10 +15,9 @@ from halfstep.models.dit import BlockKV, DiT
 
 
 class SubsDenoiser:
-    """p(x0
+    """p(x0 | xt) of MDLM (arXiv 2406.07524, section 3.2.3).
 
-    xt) of MDLM (arXiv 2406.07524, section 3.2.3).|The mask token has no probability; the caller
-    carries visible tokens over.
+    The mask token has no probability; the caller carries visible tokens over.
 
     A time-conditioned network is given the noise level sigma(t) of the schedule; any other network
     ignores time.
@@ -88,9 +87,9 @@ class SubsDenoiser:
         return linear.weight, linear.bias[:-1]
 
     def logits(self, h: Tensor, chunk: slice = slice(None)) -> Tensor:
-        """log p(x0 = v
+        """log p(x0 = v | xt) up to one constant per row: h[N, D] -> [N, V] float32.
 
-        xt) up to one constant per row: h[N, D] -> [N, V] float32.|With `chunk`, only these columns.
+        With `chunk`, only these columns.
         """
         weight, bias = self.readout
         matrix = self._packed.get((chunk.start, chunk.stop))
@@ -104,10 +103,7 @@ class SubsDenoiser:
             return (rows @ h.float()[:, :, None])[:, :, 0] + bias[tokens].float()
 
     def log_p(self, h: Tensor) -> Tensor:
-        """log p(x0 = v
-
-        xt), normalized: h[..., D] -> [..., V], float32 inside autocast too.
-        """
+        """log p(x0 = v | xt), normalized: h[..., D] -> [..., V], float32 inside autocast too."""
         weight, bias = self.readout
         with torch.autocast(h.device.type, enabled=False):
             return matmul(h.float(), weight[:-1].float(), bias.float()).log_softmax(-1)

@@ -38,7 +38,7 @@ class BlockKV:
     Later passes overwrite the positions that they compute.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.kv: tuple[Tensor, Tensor] | None = None
         self.start = 0
 

@@ -37,9 +37,11 @@ def forward_flops(
     if isinstance(network, DiT):
         vocabulary -= 1  # the mask token is not read out
         spared = (tokens - (rows if wanted is None else wanted)) * 9 * width**2  # out and MLP
-        condition = network.output_layer.adaLN_modulation.weight.numel()
-        condition += len(network.blocks) * network.blocks[0].adaLN_modulation.weight.numel()
-        condition += sum(p.numel() for p in network.sigma_map.parameters() if p.dim() == 2)
+        condition = sum(
+            parameter.numel()
+            for name, parameter in network.named_parameters()
+            if parameter.dim() == 2 and ("adaLN_modulation" in name or "sigma_map" in name)
+        )
     blocks = len(network.blocks) * block - spared
     return 2.0 * (blocks + conditions * condition + rows * width * vocabulary)
 

@@ -1,8 +1,9 @@
 """The autoregressive baseline: a causal transformer, and a decoder with a static KV cache."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,7 @@ class Decoder:
         self.cos, sin = gpt.rotary_emb(torch.arange(length, device=device))
         half = sin.shape[1] // 2
         self.sin = torch.cat([-sin[:, :half], sin[:, half:]], 1)
-        self.blocks = pack_network(gpt).blocks
+        self.blocks = cast(Iterable[Block], pack_network(gpt).blocks)
         # Cast once: the readout is float32 whatever the dtype of the blocks.
         self.head = pack_weight(gpt.output_layer.linear.weight.float())
         self.ids = torch.zeros(batch, length, dtype=torch.long, device=device)
@@ -175,7 +176,7 @@ class Decoder:
                 qk[:, 0, :, None], cache.k[:, :, :window], cache.v[:, :, :window], seen
             )
             x = x + linear(out.reshape(B, -1), block.attn_out)
-            x = x + mlp(_norm(x, block.norm2), block.mlp[0], block.mlp[2])
+            x = x + mlp(_norm(x, block.norm2), block.mlp.up, block.mlp.down)
         with torch.autocast(x.device.type, enabled=False):
             logits = matmul(_norm(x, self.gpt.output_layer.norm_final).float(), self.head)
             if self.temperature != 1:
@@ -237,7 +238,7 @@ def decode(
     return decoder.write(start, uniforms(seed, first, num_samples, length), on_step)
 
 
-def gpt_neox_config(gpt: GPT, length: int, eos_id: int) -> dict:
+def gpt_neox_config(gpt: GPT, length: int, eos_id: int) -> dict[str, Any]:
     """transformers' config.json of this network, for texts of up to `length` tokens."""
     return {
         "architectures": ["GPTNeoXForCausalLM"],
@@ -290,12 +291,12 @@ def save_gpt_neox(gpt: GPT, folder: Path, length: int, eos_id: int, tokenizer: P
 
 def _gpt_neox_state(gpt: GPT) -> dict[str, Tensor]:
     """The parameters under GPT-NeoX's names; its norms have a bias, which is zero here."""
-    state = {
+    state: dict[str, Tensor] = {
         "gpt_neox.embed_in.weight": gpt.vocab_embed.embedding,
         "embed_out.weight": gpt.output_layer.linear.weight,
     }
     norms = {"gpt_neox.final_layer_norm": gpt.output_layer.norm_final}
-    for i, block in enumerate(gpt.blocks):
+    for i, block in enumerate(cast(Iterable[Block], gpt.blocks)):
         name = f"gpt_neox.layers.{i}"
         norms[f"{name}.input_layernorm"] = block.norm1
         norms[f"{name}.post_attention_layernorm"] = block.norm2
@@ -303,10 +304,10 @@ def _gpt_neox_state(gpt: GPT) -> dict[str, Tensor]:
         qkv = block.attn_qkv.weight.view(3, gpt.heads, -1, gpt.width).transpose(0, 1)
         state[f"{name}.attention.query_key_value.weight"] = qkv.reshape(3 * gpt.width, gpt.width)
         state[f"{name}.attention.dense.weight"] = block.attn_out.weight
-        for ours, theirs in (("0", "dense_h_to_4h"), ("2", "dense_4h_to_h")):
-            for kind in ("weight", "bias"):
-                parameter = block.mlp.get_parameter(f"{ours}.{kind}")
-                state[f"{name}.mlp.{theirs}.{kind}"] = parameter
+        layers = {"dense_h_to_4h": block.mlp.up, "dense_4h_to_h": block.mlp.down}
+        for theirs, layer in layers.items():
+            state[f"{name}.mlp.{theirs}.weight"] = layer.weight
+            state[f"{name}.mlp.{theirs}.bias"] = layer.bias
     for name, norm in norms.items():
         state[f"{name}.weight"], state[f"{name}.bias"] = norm.weight, torch.zeros(gpt.width)
     return state

@@ -5,7 +5,7 @@ Parameter names follow the published checkpoints (MDLM, SDTT), so that their wei
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
+class MLP(nn.Sequential):
+    """Two linear layers with GELU's tanh form between them; a `Block` computes them by `mlp`."""
+
+    def __init__(self, width: int):
+        super().__init__(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )
+
+    @property
+    def up(self) -> nn.Linear:
+        """The first layer, whose parameters are named 0.weight and 0.bias."""
+        return cast(nn.Linear, self[0])
+
+    @property
+    def down(self) -> nn.Linear:
+        """The last layer, whose parameters are named 2.weight and 2.bias."""
+        return cast(nn.Linear, self[2])
+
+
 class Block(nn.Module):
     """Pre-norm transformer block.
 
@@ -102,9 +121,7 @@ class Block(nn.Module):
         self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
         self.norm2 = LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
-        )
+        self.mlp = MLP(width)
         self.adaLN_modulation = None if cond_width is None else zero_linear(cond_width, 6 * width)
 
     def forward(
@@ -131,7 +148,7 @@ class Block(nn.Module):
         out = F.dropout(linear(out, self.attn_out), self.dropout, self.training)
         x = gated(x, gate_a, out)
         h, again = self.norm2.with_recompute(x, shift_m, scale_m)
-        out = F.dropout(mlp(h, self.mlp[0], self.mlp[2], again), self.dropout, self.training)
+        out = F.dropout(mlp(h, self.mlp.up, self.mlp.down, again), self.dropout, self.training)
         return gated(x, gate_m, out)
 
     def _modulation(
@@ -183,7 +200,7 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
-def modulation(layer: nn.Linear, cond: Tensor) -> Tensor:
+def modulation(layer: nn.Linear, cond: Tensor | None) -> Tensor:
     """adaLN's shifts, scales and gates [B or 1, 1, n D] from cond[B or 1, cond_width].
 
     They are computed in float32, inside autocast too.
@@ -191,6 +208,8 @@ def modulation(layer: nn.Linear, cond: Tensor) -> Tensor:
     The gradient of the weight is a sum over all positions. In bfloat16 its rounding would depend on
     the micro-batches.
     """
+    if cond is None:
+        raise TypeError("a network with adaLN needs cond[B or 1, cond_width], got None")
     with torch.autocast(cond.device.type, enabled=False):
         return F.linear(cond.float(), layer.weight.float(), layer.bias.float())[:, None]
 

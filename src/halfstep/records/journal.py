@@ -51,7 +51,7 @@ class Journal:
         tags: Mapping[str, object] = {},
         datasets: Sequence[dict] = (),
         writes: bool = True,
-    ):  # noqa: B006
+    ):
         self.folder = Path(folder)
         self._file, self._fd = self.folder / "journal.jsonl", None
         stamp = fingerprint(params, datasets)

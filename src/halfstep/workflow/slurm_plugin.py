@@ -55,7 +55,7 @@ def patient_query(query: Callable, known: set[str]) -> Callable:
         status = {
             job: (words.split() or ["UNKNOWN"])[0].rstrip("+") for job, words in found[0].items()
         }
-        gone = {job: "UNKNOWN" for job in known - status.keys()}
+        gone = dict.fromkeys(known - status.keys(), "UNKNOWN")
         known.update(status)
         return status | gone, found[1]
 

@@ -1,0 +1,118 @@
+"""The project's habits: one version, a complete wheel, and checks that fail when they should."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import halfstep
+
+REPOSITORY = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+
+
+def load(file: str) -> dict:
+    return yaml.safe_load((REPOSITORY / file).read_text())
+
+
+def recipe(target: str) -> list[str]:
+    """The commands of a target of the Makefile, without the folder of the tools."""
+    found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (REPOSITORY / "Makefile").read_text(), re.M)
+    return re.findall(r"^\t\$\(BIN\)/(.*)$", found[1], re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """The wheel of this checkout, built without the network."""
+    copy, built = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("built")
+    for part in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / part, copy)
+    generated = shutil.ignore_patterns("*.egg-info", "__pycache__")
+    shutil.copytree(REPOSITORY / "src", copy / "src", ignore=generated)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", built]
+    command = [sys.executable, "-m", "pip", "wheel", *options, copy]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as found:
+        yield found
+
+
+def test_the_version_is_written_once(wheel):
+    """The wheel, the citation and the changelog agree with halfstep.__version__."""
+    assert "version" not in PYPROJECT["project"]
+    name = f"halfstep-{halfstep.__version__}.dist-info/METADATA"
+    assert f"\nVersion: {halfstep.__version__}\n" in wheel.read(name).decode()
+    assert load("CITATION.cff")["version"] == halfstep.__version__
+    assert f"\n## {halfstep.__version__} " in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
+def test_the_wheel_holds_every_file_of_the_package(wheel):
+    """Data files and py.typed too, which a package without a declaration would lose."""
+    source = REPOSITORY / "src"
+    files = {
+        str(path.relative_to(source))
+        for path in source.glob("halfstep/**/*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert "halfstep/py.typed" in files
+    assert files == {name for name in wheel.namelist() if ".dist-info/" not in name}
+
+
+def test_commit_hooks_are_the_quick_checks():
+    """Every hook uses a tool of .venv, so that no hook needs the network."""
+    hooks = [hook for repo in load(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
+    assert {hook["language"] for hook in hooks} == {"system"}
+    entries = " ".join(hook["entry"] for hook in hooks)
+    quick = [command.removesuffix(" .") for command in recipe("quick")]
+    assert len(hooks) == len(quick)
+    for command in quick:
+        assert command in entries, f"`{command}` of `make quick` is no hook"
+
+
+@pytest.mark.parametrize(("check", "tests"), [(0, 0), (2, 0), (0, 2), (2, 2)])
+def test_ci_fails_if_the_checks_or_the_tests_fail(tmp_path, check, tests):
+    """Both always run, and the output ends with pytest's closing line."""
+    make = f"case $1 in check) exit {check};; test) echo 3 passed; exit {tests};; esac"
+    for name, body in {"make": make, "id": "echo 1000"}.items():  # not root: no apt-get
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), *os.get_exec_path()])
+    command = [REPOSITORY / ".ci/run"]
+    done = subprocess.run(command, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "3 passed"
+    assert (done.returncode != 0) == bool(check or tests)
+    assert ("make check failed" in done.stderr) == bool(check)
+
+
+def test_the_hosted_ci_runs_ours_and_only_reads():
+    flow = load(".github/workflows/ci.yml")
+    assert flow["permissions"] == {"contents": "read"}
+    commands = {
+        name: [step["run"] for step in job["steps"] if "run" in step]
+        for name, job in flow["jobs"].items()
+    }
+    assert commands["linux"] == [".ci/run"]
+    assert commands["macos"][0] == "make check"
+    actions = [
+        step["uses"] for job in flow["jobs"].values() for step in job["steps"] if "uses" in step
+    ]
+    assert all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in actions)
+    oldest = PYPROJECT["project"]["requires-python"].removeprefix(">=")
+    assert flow["jobs"]["linux"]["strategy"]["matrix"]["python"][0] == oldest
+
+
+def test_every_tolerated_warning_is_named():
+    """After `error`, an exception names its message or its module, not a category alone."""
+    first, *exceptions = PYPROJECT["tool"]["pytest"]["ini_options"]["filterwarnings"]
+    assert first == "error"
+    for line in exceptions:
+        action, message, *rest = line.split(":")
+        assert action == "ignore"
+        assert message or len(rest) > 1, f"{line} tolerates warnings of any origin"

@@ -1,105 +1,131 @@
-"""`halfstep plan`: prices that can be checked by hand, the longest path, and actual cost beside the estimate."""
+"""`halfstep plan`: prices computed by hand, the longest path, and measured cost after the run."""
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 
-from halfstep.commands.plan import ASSUMED, Prices, jobs_of, lines, longest, parameters
+from halfstep.commands.plan import (
+    GPU_SPEED,
+    Job,
+    Prices,
+    graph_jobs,
+    longest_path,
+    num_weights,
+    price_lines,
+    printed_jobs,
+)
 from halfstep.files import read_json, write_json
 
-PRINTED = r"""
+TEACHER = "results/models/t/teacher"
+WEIGHTS = [f"{TEACHER}/{name}.safetensors" for name in ("model", "optimizer")]
+SCORES = "results/metrics/t/teacher/lambada"
+SPREAD = "nodes=2, srun=srun --nodes=2 --gpus-per-node=1 , processes=--processes 2"
+PRINTED = rf"""
 [Sat Nov 21 07:22:56 2026]
 rule pretrain:
     input: results/data/c/manifest.json
-    output: results/models/t/teacher/model.safetensors, results/models/t/teacher/optimizer.safetensors, results/models/t/teacher/provenance.json
+    output: {", ".join(WEIGHTS)}, {TEACHER}/provenance.json
     wildcards: teacher=t
-    resources: tmpdir=/tmp, mem_mb=3000, runtime=60, gpu=2, gpu_model=, nodes=2, srun=srun --nodes=2 --gpus-per-node=1 , processes=--processes 2
-Shell command: 
+    resources: tmpdir=/tmp, mem_mb=3000, runtime=60, gpu=2, gpu_model=, {SPREAD}
+Shell command:{" "}
         srun --nodes=2 --gpus-per-node=1 halfstep pretrain \
             --corpus results/data/c \
-            --output results/models/t/teacher \
+            --output {TEACHER} \
             --size small \
             --num-steps 1000 --batch-size 512 --lr 0.002 \
             --threads 8 --micro-batch 32 --processes 2  \
             2>&1 | tee results/logs/pretrain/t.log
-        
+        {""}
 
 [Sat Nov 21 07:22:56 2026]
 rule score_lambada:
-    input: results/models/t/teacher/provenance.json
-    output: results/metrics/t/teacher/lambada.json, results/metrics/t/teacher/lambada.provenance.json
+    input: {TEACHER}/provenance.json
+    output: {SCORES}.json, {SCORES}.provenance.json
     resources: tmpdir=/tmp, mem_mb=3000, runtime=120, gpu=1, gpu_model=
-Shell command: 
+Shell command:{" "}
         halfstep score-lambada \
-            --checkpoint results/models/t/teacher \
+            --checkpoint {TEACHER} \
             2>&1 | tee results/logs/score_lambada/t.log
-"""  # noqa: W291
+
+[Sat Nov 21 07:22:56 2026]
+rule all:
+    input: {SCORES}.json
+Shell command: None
+"""
 
 
 def record(results, output, seconds, command):
-    write_json(results / output, {
-        "format": 1, "outputs": {}, "inputs": {}, "command": command,
-        "started": "2026-11-21T00:00:00+00:00", "ended": f"2026-11-21T{seconds // 3600:02d}:{seconds % 3600 // 60:02d}:{seconds % 60:02d}+00:00",
-    })  # fmt: skip
+    """Write the provenance record of a finished job."""
+    hours, rest = divmod(seconds, 3600)
+    content = {
+        "format": 1,
+        "outputs": {},
+        "inputs": {},
+        "command": command,
+        "started": "2026-11-21T00:00:00+00:00",
+        "ended": f"2026-11-21T{hours:02d}:{rest // 60:02d}:{rest % 60:02d}+00:00",
+    }
+    write_json(results / output, content)
 
 
-def test_jobs_are_read_and_priced_as_by_hand(tmp_path):
-    train, score = jobs = jobs_of(PRINTED)
-    assert (train["gpu"], train["runtime"], score["gpu"], score["runtime"]) == (2, 60, 1, 120)
+def test_jobs_are_read_from_print_as_from_the_graph():
+    train, score = printed_jobs(PRINTED)
+    assert (train.rule, train.gpu, train.runtime) == ("pretrain", 2, 60)
+    assert (score.rule, score.gpu, score.runtime) == ("score_lambada", 1, 120)
+    assert train.output == [*WEIGHTS, f"{TEACHER}/provenance.json"]
+    assert train.command[:4] == ["halfstep", "pretrain", "--corpus", "results/data/c"]
+    assert train.command[-2:] == ["--processes", "2"]
+    shells = [block.split("Shell command:")[1] for block in PRINTED.split("\nrule ")[1:]]
+    graph = [
+        SimpleNamespace(
+            rule=SimpleNamespace(name=job.rule),
+            input=job.input,
+            output=job.output,
+            resources={"gpu": job.gpu, "runtime": job.runtime},
+            shellcmd=shell,
+        )
+        for job, shell in zip([train, score], shells, strict=False)
+    ]
+    graph.append(SimpleNamespace(shellcmd=None))  # rule all
+    assert graph_jobs(graph) == [train, score]
+
+
+def test_jobs_are_priced_as_by_hand(tmp_path):
+    train, score = jobs = printed_jobs(PRINTED)
     prices = Prices(jobs, tmp_path)
     weights = 12 * 12 * 768**2 + 768 * 50258
-    assert parameters("small") == weights
-    seconds, source = prices.price(
-        train
-    )  # windows of 1,024 tokens; 6 operations per weight and token
-    assert source == "assumed" and seconds == pytest.approx(
-        6 * weights * 1000 * 512 * 1024 / ASSUMED[True] / 2
-    )
-    assert Prices(
-        unsaid := jobs_of(PRINTED.replace("            --size small \\\n", "")), tmp_path
-    ).price(unsaid[0]) == (seconds, source)  # the default
+    assert num_weights("small") == weights
+    # Windows of 1,024 tokens; 6 operations per weight and token.
+    by_hand = 6 * weights * 1000 * 512 * 1024 / GPU_SPEED / 2
+    seconds, source = prices.price(train)
+    assert source == "assumed" and seconds == pytest.approx(by_hand)
     assert prices.price(score) == (7200, "limit")
-    assert (
-        prices.disk(train) == 4 * 3 * weights and prices.disk(score) == 0
-    )  # one set of weights, two moments
-    named = {
-        **score,
-        "output": ["results/metrics/t/reset_optimizer/round-1/lambada.json"],
-        "command": train["command"],
-    }
-    assert prices.disk(named) == 0
+    without_size = printed_jobs(PRINTED.replace("            --size small \\\n", ""))
+    assert Prices(without_size, tmp_path).price(without_size[0]) == (seconds, source)
+
+
+def test_a_checkpoint_is_its_weights_and_two_moments(tmp_path):
+    train, score = jobs = printed_jobs(PRINTED)
+    prices = Prices(jobs, tmp_path)
+    assert prices.disk(train) == 4 * 3 * num_weights("small") and prices.disk(score) == 0
+    rows = "results/metrics/t/reset_optimizer/round-1/lambada.json"
+    assert prices.disk(Job("score_lambada", [], [rows], command=train.command)) == 0
 
 
 def test_a_finished_job_is_the_measure_of_its_kind(tmp_path):
-    """A job of a tenth of the steps took 1,000 s on four GPUs, so this one takes 20,000 s on two; a scoring job takes what another took."""
-    jobs = jobs_of(PRINTED)
-    for spoiled in (
-        "models/u/teacher/meta.json",
-        "models/v/teacher/meta.json",
-        "models/v/provenance.json",
-    ):
-        write_json(tmp_path / spoiled, {})  # a price never stops a run
-    shorter = [
-        "halfstep",
-        "pretrain",
-        "--corpus",
-        "results/data/c",
-        "--output",
-        "results/models/u/teacher",
-        "--size",
-        "small",
-        "--num-steps",
-        "100",
-    ]
-    shorter += ["--processes", "4"]
-    record(tmp_path, "models/u/teacher/provenance.json", 1000, shorter)
-    record(
-        tmp_path,
-        "metrics/u/teacher/lambada.provenance.json",
-        77,
-        ["halfstep", "score-lambada", "--checkpoint", "results/models/u/teacher"],
-    )
+    """Training for a tenth of the steps took 1,000 s on four GPUs, so this one takes 20,000 s on
+    two. A scoring job takes as long as another one took."""
+    jobs = printed_jobs(PRINTED)
+    models = tmp_path / "models"
+    for broken in ("u/teacher/meta.json", "v/teacher/meta.json", "v/provenance.json"):
+        write_json(models / broken, {})  # a price never stops a run
+    shorter = "halfstep pretrain --corpus results/data/c --output results/models/u/teacher "
+    shorter += "--size small --num-steps 100 --processes 4"
+    scored = "halfstep score-lambada --checkpoint results/models/u/teacher"
+    record(tmp_path, "models/u/teacher/provenance.json", 1000, shorter.split())
+    record(tmp_path, "metrics/u/teacher/lambada.provenance.json", 77, scored.split())
     prices = Prices(jobs, tmp_path)
     assert [prices.price(job) for job in jobs] == [
         (pytest.approx(20_000), "measured"),
@@ -113,35 +139,30 @@ def test_the_longest_path_is_that_of_all_paths():
         n = 7
         edges = {(i, j) for i, j in itertools.combinations(range(n), 2) if rng.random() < 0.4}
         jobs = [
-            {"output": [f"o{i}"], "input": [f"o{j}" for j in range(n) if (j, i) in edges]}
-            for i in range(n)
+            Job("rule", [f"o{j}" for j in range(n) if (j, i) in edges], [f"o{i}"]) for i in range(n)
         ]
         seconds = [rng.random() for _ in range(n)]
         paths = (
-            c
-            for k in range(1, n + 1)
-            for c in itertools.combinations(range(n), k)
-            if all(e in edges for e in itertools.pairwise(c))
+            path
+            for length in range(1, n + 1)
+            for path in itertools.combinations(range(n), length)
+            if all(edge in edges for edge in itertools.pairwise(path))
         )
         best = max(paths, key=lambda path: sum(seconds[i] for i in path))
-        total, path = longest(jobs, seconds)
+        total, path = longest_path(jobs, seconds)
         assert total == pytest.approx(sum(seconds[i] for i in best)) and path == list(best)
 
 
-def test_what_it_took_stands_beside_what_was_expected(tmp_path):
+def test_measured_cost_is_printed_next_to_the_estimate(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
-    jobs = jobs_of(PRINTED)
-    first = lines(jobs, results)
+    jobs = printed_jobs(PRINTED)
+    first = price_lines(jobs, results)
     assert "finished:" not in "".join(first) and len(read_json(results / "plan.json")) == 2
-    assert [word for word in first[1].split()][:3] == [
-        "pretrain",
-        "1",
-        f"{Prices(jobs, results).price(jobs[0])[0] * 2 / 3600:.1f}",
-    ]
-    record(results, "models/t/teacher/provenance.json", 7200, jobs[0]["command"])
-    last = lines(jobs[1:], results)[-1].split()
+    gpu_hours = Prices(jobs, results).price(jobs[0]).seconds * 2 / 3600
+    assert first[1].split()[:3] == ["pretrain", "1", f"{gpu_hours:.1f}"]
+    record(results, "models/t/teacher/provenance.json", 7200, list(jobs[0].command))
+    last = price_lines(jobs[1:], results)[-1].split()
     assert last[0] == "pretrain" and last[-2:] == ["2.0", "h"]
-    assert (
-        lines([], results)[-1].split() == last
-    )  # the estimate of before, not one that knows the end
+    # The estimate of before is kept, not one that knows the end.
+    assert price_lines([], results)[-1].split() == last

@@ -33,7 +33,7 @@ class Workflow:
             env=clean_environment() | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
 
     def plan(self, *args: str, **environment: str) -> str:

@@ -251,7 +251,7 @@ def test_round_1_begins_at_the_average_of_the_teacher(teacher, corpus, tmp_path,
 def test_round_2(first, corpus, tmp_path, monkeypatch, next_teacher, reset):
     """The student continues with its raw weights; its teacher is the last student, raw or averaged.
 
-    Optimizer state and average continue, or begin anew.
+    Optimizer state and average continue, or are reset.
     """
     run = distillation(
         num_steps=1,
@@ -321,7 +321,7 @@ def test_the_loss_is_zero_where_nothing_was_revealed(teacher, corpus, divergence
 
 
 def test_masks_reveals_and_tokens_are_drawn_independently(teacher, corpus):
-    """At masked positions the other uniforms are uniform and independent; each step draws anew."""
+    """At masked positions the other uniforms are uniform and independent; each step draws others."""
     objective = round_objective(teacher, corpus)
     x0 = Windows(corpus, "train")[torch.arange(8)].repeat(60, 1)
     batch = objective.corrupt(x0, step_generator(0, 0))

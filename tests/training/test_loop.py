@@ -92,7 +92,7 @@ def run(
     """A small regression through `fit`; `stop_at` interrupts it when it asks for that batch.
 
     loss(network) and validate(network) return the functions that replace those of Regression.
-    `continued` is a state whose average and optimizer state are taken over.
+    `continued` is a state that gives its average and its optimizer state.
     """
     options, network = options or training(), small_network(dropout)
     start = Start(seed, from_zero=from_zero)
@@ -247,7 +247,7 @@ def test_optimizer_state_and_average_of_a_round_survive_an_interruption(tmp_path
 
 
 def test_the_state_of_another_run_is_not_continued(tmp_path, monkeypatch):
-    """Another learning rate is another fingerprint: the training starts anew."""
+    """Another learning rate is another fingerprint: the training starts again."""
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
     with pytest.raises(Interrupted):
         run(tmp_path / "b", stop_at=4)

@@ -150,7 +150,7 @@ class DistillationObjective:
     """SDTT Algorithm 2: the divergence's mean over the masked positions of the global batch.
 
     validation: measures the student's held-out NELBO
-    seed: of the samples whose entropy is watched
+    seed: of the samples behind val/entropy
     """
 
     student: Denoiser

@@ -48,7 +48,7 @@ def fit(
     and its noise, and trains on its own rows; only dropout differs between ranks.
 
     An interrupted training continues from its rolling checkpoint in run.folder, to the same bits,
-    if its journal has the same fingerprint; otherwise it starts anew. It saves its state and exits
+    if its journal has the same fingerprint; otherwise it starts again. It saves its state and exits
     by SystemExit(75) before the time limit, and by 143 and 130 at SIGTERM and SIGINT. Raises
     HalfstepError if the loss diverges.
     """

@@ -138,7 +138,7 @@ def save_state(state: TrainingState, run: Run) -> None:
 
 
 def load_state(state: TrainingState, run: Run) -> None:
-    """Load the rolling checkpoint, if there is one whose fingerprint is that of this run."""
+    """Load the rolling checkpoint, if there is one with the fingerprint of this run."""
     path = run.folder / STATE
     if not path.is_file():
         return

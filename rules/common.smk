@@ -27,7 +27,8 @@ slurm_plugin.patch_plugin()
 
 try:
     presets = Path(workflow.current_basedir).parent / "workflow" / "presets"
-    CONFIG, SITE = resolve(typed(config), presets), read_site(os.environ)
+    quiet = not workflow.is_main_process  # a job of a cluster reads the configuration again
+    CONFIG, SITE = resolve(typed(config), presets, quiet), read_site(os.environ)
 except ConfigError as error:
     sys.exit("\n".join(f"configuration: {line}" for line in str(error).splitlines()))
 ON_CLUSTER = names_cluster(sys.argv, os.environ)

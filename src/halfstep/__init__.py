@@ -42,7 +42,7 @@ def load(
     """
     from halfstep.checkpoint import load_checkpoint
     from halfstep.config import Machine
-    from halfstep.training.loop import find_device
+    from halfstep.distributed.device import find_device
 
     return load_checkpoint(path, weights, str(find_device(Machine(device=str(device)))))
 

@@ -229,7 +229,7 @@ def cut(tmp_path):
 
 FAULTS = {
     "a key is missing": (lambda p: broken(p, lambda s: {k: v for k, v in s.items() if k != "blocks.1.norm1.weight"}), "1 missing tensors, the first is blocks.1.norm1.weight|average has"),
-    "a key too many": (lambda p: folder(p / "f", networks(300)[0] | {"extra": torch.zeros(1)}, "backbone.", MDLM), "unknown 1 tensors, extra"),
+    "a key too many": (lambda p: folder(p / "f", networks(300)[0] | {"extra": torch.zeros(1)}, "backbone.", MDLM), "1 unknown tensors, the first is extra"),
     "a shape": (lambda p: folder(p / "f", networks(300)[0] | {"output_layer.linear.bias": torch.zeros(4)}, "", MDLM), r"output_layer.linear.bias has shape \[4\]"),
     "NaN": (lambda p: folder(p / "f", networks(300)[0] | {"blocks.0.norm1.weight": torch.full((128,), float("nan"))}, "", MDLM), "holds NaN"),
     "another vocabulary": (lambda p: folder(p / "f", networks(77)[0], "", MDLM), "its vocabulary is 77 tokens and the mask, the tokenizer has 300"),

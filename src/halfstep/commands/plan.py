@@ -30,7 +30,7 @@ LOCAL = {"fetch", "tabulate", "plot", "track", "merge_provenance"}
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """A job of the graph, as far as its price depends on it."""
 
     rule: str
@@ -70,7 +70,7 @@ def plan(
     print("\n".join(price_lines(printed_jobs(done.stdout), results)))
 
 
-def printed_jobs(text: str) -> list[Job]:
+def printed_jobs(text: str) -> list[PlannedJob]:
     """The jobs in the output of `snakemake -np` that call halfstep."""
     jobs = []
     for block in re.split(r"^(?:local)?rule ", text, flags=re.MULTILINE)[1:]:
@@ -80,7 +80,7 @@ def printed_jobs(text: str) -> list[Job]:
             continue
         facts = dict(re.findall(r"^ {4}(\w+): (.*)", about, re.MULTILINE))
         resources = dict(re.findall(r"(\w+)=([^,]*)", facts.get("resources", "")))
-        job = Job(
+        job = PlannedJob(
             rule=about.split(":", 1)[0],
             input=facts.get("input", "").split(", "),
             output=facts.get("output", "").split(", "),
@@ -92,7 +92,7 @@ def printed_jobs(text: str) -> list[Job]:
     return jobs
 
 
-def graph_jobs(jobs: Iterable[Any]) -> list[Job]:
+def graph_jobs(jobs: Iterable[Any]) -> list[PlannedJob]:
     """Jobs of Snakemake's own graph that call halfstep."""
     found = []
     for job in jobs:
@@ -101,7 +101,7 @@ def graph_jobs(jobs: Iterable[Any]) -> list[Job]:
             continue
         files = {"input": list(map(str, job.input)), "output": list(map(str, job.output))}
         gpu, runtime = job.resources.get("gpu", 0), job.resources.get("runtime", 0)
-        found.append(Job(job.rule.name, **files, gpu=gpu, runtime=runtime, command=command))
+        found.append(PlannedJob(job.rule.name, **files, gpu=gpu, runtime=runtime, command=command))
     return found
 
 
@@ -141,7 +141,7 @@ class Prices:
     to share a job without loss.
     """
 
-    def __init__(self, jobs: list[Job], results: Path):
+    def __init__(self, jobs: list[PlannedJob], results: Path):
         self.sizes: dict[str, str] = {}  # of networks, by teacher
         self.lengths: dict[str, int] = {}  # tokens in a window, by corpus
         self.took: dict[str, float] = {}  # seconds of finished jobs, by record
@@ -238,7 +238,7 @@ class Prices:
         steps = 1 if "/baseline" in given["checkpoint"] else int(given["steps"])
         return forward * num_samples * length * steps
 
-    def price(self, job: Job) -> Estimate:
+    def price(self, job: PlannedJob) -> Estimate:
         """Seconds of a job: from measured speed, else assumed speed, else its time limit."""
         work, kind = self.work(job.command), self.kind(job.command)
         processes = num_processes(job.command)
@@ -250,7 +250,7 @@ class Prices:
             return Estimate(median(self.seconds[kind]) / processes, "measured")
         return Estimate(job.runtime * 60, "limit")
 
-    def disk(self, job: Job) -> float:
+    def disk(self, job: PlannedJob) -> float:
         """Bytes of a checkpoint in float32; 0 for other outputs, which are small or unknown.
 
         Each file holds one set of weights, optimizer.safetensors two (AdamW's moments).
@@ -259,11 +259,11 @@ class Prices:
         if size is None:
             return 0.0
         weights = [path for path in job.output if path.endswith(".safetensors")]
-        moments = [path for path in weights if path.endswith("optimizer.safetensors")]
-        return 4.0 * num_weights(size) * (len(weights) + len(moments))
+        doubles = [path for path in weights if path.endswith("optimizer.safetensors")]
+        return 4.0 * num_weights(size) * (len(weights) + len(doubles))
 
 
-def longest_path(jobs: list[Job], seconds: list[float]) -> tuple[float, list[int]]:
+def longest_path(jobs: list[PlannedJob], seconds: list[float]) -> tuple[float, list[int]]:
     """The path through the graph that takes longest: its seconds and the indices of its jobs."""
     maker = {path: i for i, job in enumerate(jobs) for path in job.output}
     before = [
@@ -290,7 +290,7 @@ def clock(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def price_lines(jobs: list[Job], results: Path) -> list[str]:
+def price_lines(jobs: list[PlannedJob], results: Path) -> list[str]:
     """The price of these jobs, one line for each rule, and what finished jobs took.
 
     Writes the estimates to {results}/plan.json, where an earlier estimate of a job is kept.
@@ -329,7 +329,7 @@ def price_lines(jobs: list[Job], results: Path) -> list[str]:
 
 
 def keep_estimates(
-    jobs: list[Job], estimates: list[Estimate], prices: Prices, results: Path
+    jobs: list[PlannedJob], estimates: list[Estimate], prices: Prices, results: Path
 ) -> dict[str, dict]:
     """Write and return {results}/plan.json: the first estimate of each job, by its record.
 

@@ -1,13 +1,12 @@
-"""latency: which cases are timed, in which order, and what the rows say."""
+"""latency: which cases are timed, in which order, and the contents of the rows."""
 
 from importlib.util import find_spec
-from itertools import count
+from itertools import count, product
 
 import pytest
 
 from halfstep import timing
-from halfstep.commands import benchmark as command
-from halfstep.commands.benchmark import latency
+from halfstep.commands import benchmark
 from halfstep.config import Benchmark, Machine
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json
@@ -15,133 +14,97 @@ from halfstep.files import read_json
 MACHINE = Machine(device="cpu", threads=1)
 
 
-def test_students_and_baseline_in_turns(world, tmp_path, monkeypatch):
-    calls, sample, generate = [], command.sample, command.gpt.decode
-    monkeypatch.setattr(
-        command, "sample", lambda *args, **rest: calls.append(args[3]) or sample(*args, **rest)
-    )
-    monkeypatch.setattr(
-        command.gpt,
-        "decode",
-        lambda *args, **rest: calls.append("baseline") or generate(*args, **rest),
-    )
-    sizes = Benchmark(
-        lengths=[6, 130],
-        batch_sizes=[1, 2],
+def latency_rows(world, output, student="teacher", baseline="baseline", **keys) -> list[dict]:
+    keys = {"batch_sizes": [2], "benchmark_steps": [2], "repeats": 3} | keys
+    folders = world.models / student, world.models / baseline
+    benchmark.latency(*folders, output / "rows.json", Benchmark(**keys), MACHINE)
+    return read_json(output / "rows.json")
+
+
+def test_students_and_baseline_take_turns(world, tmp_path, monkeypatch):
+    calls, sample, decode = [], benchmark.sample, benchmark.gpt.decode
+
+    def record_sample(*args, **options):
+        calls.append(args[3])  # steps
+        return sample(*args, **options)
+
+    def record_decode(*args, **options):
+        calls.append("baseline")
+        return decode(*args, **options)
+
+    monkeypatch.setattr(benchmark, "sample", record_sample)
+    monkeypatch.setattr(benchmark.gpt, "decode", record_decode)
+    lengths, batch_sizes = [6, 130], [1, 2]  # 130 is longer than the training windows
+    rows = latency_rows(
+        world,
+        tmp_path,
+        lengths=lengths,
+        batch_sizes=batch_sizes,
         benchmark_steps=[2, 4],
         baselines=["halfstep"],
-        repeats=3,
-    )  # 130 is longer than trained on
-    latency(
-        world.models / "teacher", world.models / "baseline", tmp_path / "rows.json", sizes, MACHINE
     )
-    rows = read_json(tmp_path / "rows.json")
-    assert calls[:9] == [2, 4, "baseline", 2, 4, "baseline", "baseline", 4, 2] and len(
-        calls
-    ) == 4 * 3 * (1 + 3)
-    assert [(r["length"], r["batch_size"], r["steps"]) for r in rows[:6]] == [
-        (6, 1, 2),
-        (6, 1, 4),
-        (6, 1, None),
-        (6, 2, 2),
-        (6, 2, 4),
-        (6, 2, None),
-    ]
+    assert calls[:9] == [2, 4, "baseline", 2, 4, "baseline", "baseline", 4, 2]
+    assert len(calls) == 4 * 3 * (1 + 3)
+    shapes = [(row["length"], row["batch_size"], row["steps"]) for row in rows]
+    assert shapes == list(product(lengths, batch_sizes, [2, 4, None]))
     for row in rows:
         assert 0 < row["low"] <= row["value"] <= row["high"]
-        assert row["tokens_per_s"] == pytest.approx(
-            row["length"] * row["batch_size"] / row["value"]
-        )
-        assert (
-            row["dtype"] == "float32"
-            and row["device"] == timing.device_name()
-            and row["params"] > 500_000
-        )
+        tokens = row["length"] * row["batch_size"]
+        assert row["tokens_per_s"] == pytest.approx(tokens / row["value"])
+        assert row["dtype"] == "float32" and row["device"] == timing.device_name()
+        assert row["params"] > 500_000 and row["energy_j"] is None
+        evaluations = row["network_evaluations"]
         if row["steps"] is None:
-            assert (
-                row["run"] == "baseline"
-                and row["network_evaluations"] == row["length"] - 1
-                and row["sampler"] == "kv_cache"
-            )
+            assert row["run"] == "baseline" and row["sampler"] == "kv_cache"
+            assert evaluations == row["length"] - 1
         else:
-            assert row["run"] == "teacher" and 1 <= row["network_evaluations"] <= row["steps"]
-            assert (
-                row["tokens_per_forward"]
-                == pytest.approx(row["length"] / row["network_evaluations"])
-                and row["energy_j"] is None
-            )
+            assert row["run"] == "teacher" and 1 <= evaluations <= row["steps"]
+            assert row["tokens_per_forward"] == pytest.approx(row["length"] / evaluations)
 
 
-def test_energy_of_a_call_where_the_device_counts_it(world, tmp_path, monkeypatch):
-    """A counter that rises by 5 J at each reading: 5 J lie between the two readings of a call, for a student and for its peer."""
+def test_energy_of_a_call_if_the_device_counts_it(world, tmp_path, monkeypatch):
+    """With a counter that rises by 5 J per reading, each call uses 5 J, by student and baseline."""
     joules = count(100, 5)
     monkeypatch.setattr(timing, "energy_counter", lambda device: lambda: next(joules))
-    sizes = Benchmark(
-        lengths=[6], batch_sizes=[2], benchmark_steps=[2], baselines=["halfstep"], repeats=3
-    )
-    latency(
-        world.models / "teacher", world.models / "baseline", tmp_path / "rows.json", sizes, MACHINE
-    )
-    assert [row["energy_j"] for row in read_json(tmp_path / "rows.json")] == [5, 5]
+    rows = latency_rows(world, tmp_path, lengths=[6], baselines=["halfstep"])
+    assert [row["energy_j"] for row in rows] == [5, 5]
 
 
 def test_other_baselines_and_untrained_sizes_in_bfloat16(world, tmp_path, monkeypatch):
-    """transformers' generate from hf/ writes whole texts; a size without weights has rows that say so, and none of a checkpoint."""
+    """transformers writes whole texts from hf/; rows of untrained sizes have no checkpoint."""
     transformers = pytest.importorskip("transformers")
-    made, theirs = [], transformers.GenerationMixin.generate
-    monkeypatch.setattr(
-        transformers.GenerationMixin,
-        "generate",
-        lambda *args, **rest: made.append(theirs(*args, **rest)) or made[-1],
+    made, generate = [], transformers.GenerationMixin.generate
+
+    def record(*args, **options):
+        made.append(generate(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", record)
+    baselines = ["halfstep", "transformers"]
+    rows = latency_rows(
+        world, tmp_path, lengths=[9], baselines=baselines, sizes=["tiny"], timed_dtype="bfloat16"
     )
-    sizes = Benchmark(
-        lengths=[9],
-        batch_sizes=[2],
-        benchmark_steps=[2],
-        baselines=["halfstep", "transformers"],
-        sizes=["tiny"],
-        timed_dtype="bfloat16",
-        repeats=3,
-    )
-    latency(
-        world.models / "teacher", world.models / "baseline", tmp_path / "rows.json", sizes, MACHINE
-    )
-    rows = read_json(tmp_path / "rows.json")
     assert [tuple(ids.shape) for ids in made] == [(2, 9)] * 8
-    assert [(r["teacher"], r["run"], r["sampler"], r["weights"], r["dtype"]) for r in rows] == [
-        (teacher, run, sampler, weights, "bfloat16")
-        for teacher, weights in (("stories-tiny", "ema"), ("tiny-untrained", "untrained"))
-        for run, sampler in (
-            ("teacher", "ancestral"),
-            ("baseline", "kv_cache"),
-            ("baseline", "transformers"),
-        )
+    found = [(row["teacher"], row["weights"], row["run"], row["sampler"]) for row in rows]
+    assert found == [
+        ("stories-tiny", "ema", "teacher", "ancestral"),
+        ("stories-tiny", "ema", "baseline", "kv_cache"),
+        ("stories-tiny", "ema", "baseline", "transformers"),
+        ("tiny-untrained", "untrained", "teacher", "ancestral"),
+        ("tiny-untrained", "untrained", "baseline", "kv_cache"),
+        ("tiny-untrained", "untrained", "baseline", "transformers"),
     ]
-    assert (
-        rows[0]["checkpoint"]
-        and rows[3]["checkpoint"] is None
-        and rows[3]["params"] == rows[0]["params"]
-    )
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+    assert rows[0]["checkpoint"] and rows[3]["checkpoint"] is None
+    assert rows[3]["params"] == rows[0]["params"]
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
-def test_vllm_is_asked_for_by_name(world, tmp_path):
+def test_vllm_without_its_package_is_an_error(world, tmp_path):
     with pytest.raises(HalfstepError, match="vllm is not installed here"):
-        latency(
-            world.models / "teacher",
-            world.models / "baseline",
-            tmp_path / "rows.json",
-            Benchmark(baselines=["vllm"], repeats=3),
-            MACHINE,
-        )
+        latency_rows(world, tmp_path, baselines=["vllm"])
 
 
-def test_the_student_must_be_a_denoiser_and_the_baseline_its_peer(world, tmp_path):
+def test_the_student_must_be_a_denoiser(world, tmp_path):
     with pytest.raises(HalfstepError, match="kind autoregressive, expected diffusion"):
-        latency(
-            world.models / "baseline",
-            world.models / "teacher",
-            tmp_path / "rows.json",
-            Benchmark(repeats=3),
-            MACHINE,
-        )
+        latency_rows(world, tmp_path, student="baseline", baseline="teacher")

@@ -1,6 +1,7 @@
-"""Continuations: the documents' own beginnings, kept; each text of its seed and index; scores of texts whose scores are known."""
+"""Continuations: prompts are kept, texts depend on seed and index only, and scores are right."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,8 +11,7 @@ from tokenizers import Tokenizer
 
 from halfstep import checkpoint
 from halfstep.cli import main
-from halfstep.commands import continuations as commands
-from halfstep.commands import generate
+from halfstep.commands import continuations, generate
 from halfstep.commands.continuations import continue_prompts, references, score_continuations
 from halfstep.commands.generate import save_samples
 from halfstep.config import DrawOptions, Evaluation, Machine, Prompts
@@ -28,6 +28,21 @@ PROMPTS = Prompts(
 MACHINE = Machine(device="cpu", threads=1, micro_batch=16)
 
 
+def write(world, name, output, seed=3, prompts=PROMPTS, machine=MACHINE):
+    """Continuations by a model at 4 steps: their ids."""
+    folder, drawing = world.models / name, DrawOptions(sampling_seed=seed)
+    continue_prompts(folder, world.corpus, output, 4, prompts, drawing, machine)
+    return np.load(output / "samples.npy")
+
+
+def save(world, output, ids):
+    """Save ids as continuations by the teacher."""
+    folder = world.models / "teacher"
+    samples = Samples(torch.from_numpy(ids), torch.full((len(ids),), 4))
+    model, more = checkpoint.load_checkpoint(folder), {"prompts": PROMPTS.model_dump()}
+    save_samples(folder, output, model, 4, samples, DrawOptions(), **more)
+
+
 @pytest.fixture(scope="module")
 def texts(world):
     return references(world.corpus, PROMPTS)
@@ -35,221 +50,163 @@ def texts(world):
 
 @pytest.fixture(scope="module")
 def written(world, tmp_path_factory):
-    """Folders of the teacher's and of the baseline's continuations."""
+    """Folders of continuations by the teacher and by the baseline."""
     root = tmp_path_factory.mktemp("continuations")
     for name in ("teacher", "baseline"):
-        continue_prompts(
-            world.models / name,
-            world.corpus,
-            root / name,
-            4,
-            PROMPTS,
-            DrawOptions(sampling_seed=3),
-            MACHINE,
-        )
+        write(world, name, root / name)
     return root
 
 
-def score(world, folder, to, **more) -> dict:
+def score(world, folder, output) -> dict:
     evaluation = Evaluation(judge=str(world.models / "baseline" / "hf"), bootstrap=100)
-    score_continuations([folder], world.corpus, to / "rows.json", evaluation, MACHINE)
-    return {row["metric"]: row for row in read_json(to / "rows.json")}
+    score_continuations([folder], world.corpus, output / "rows.json", evaluation, MACHINE)
+    return {row["metric"]: row for row in read_json(output / "rows.json")}
 
 
-def test_documents_are_put_together_from_their_windows(world, monkeypatch):
-    """Against the documents' own text, tokenised alone, across the borders of windows and of what is read at once."""
-    monkeypatch.setattr(commands, "AT_ONCE", 3)
+def test_documents_are_joined_from_their_windows(world, monkeypatch):
+    """They equal the documents' own text, tokenized alone, also across windows and reads."""
+    monkeypatch.setattr(continuations, "AT_ONCE", 3)
     tokenizer = Tokenizer.from_file(str(world.corpus / "tokenizer.json"))
-    expected = [
-        tokenizer.encode(json.loads(line)["text"]).ids
-        for line in open(world.corpus / "validation.jsonl")
-    ]
-    *whole, last = (
-        text.tolist() for text in commands.held_out_documents(Windows(world.corpus, "validation"))
-    )
-    assert (
-        len(whole) > 40
-        and whole == expected[: len(whole)]
-        and last == expected[len(whole)][: len(last)]
-    )
+    lines = (world.corpus / "validation.jsonl").read_text().splitlines()
+    expected = [tokenizer.encode(json.loads(line)["text"]).ids for line in lines]
+    documents = continuations.held_out_documents(Windows(world.corpus, "validation"))
+    *whole, last = (document.tolist() for document in documents)
+    assert len(whole) > 40 and whole == expected[: len(whole)]
+    assert last == expected[len(whole)][: len(last)]
     long = [text for text in whole if len(text) >= 32]
     assert 5 <= len(long) < len(whole)
-    found = references(
-        world.corpus,
-        Prompts(num_prompts=5, prompt_tokens=4, continuation_tokens=4, document_tokens=32),
-    )
+    few = Prompts(num_prompts=5, prompt_tokens=4, continuation_tokens=4, document_tokens=32)
+    found = references(world.corpus, few)
     assert found.tolist() == [[world.facts["eos_id"], *text[:7]] for text in long[:5]]
 
 
 @pytest.mark.parametrize("name", ["teacher", "baseline"])
-def test_prompts_are_kept_and_every_text_is_its_own(world, written, texts, name, tmp_path):
+def test_prompts_are_kept_and_texts_differ(world, written, texts, name):
     ids, facts = np.load(written / name / "samples.npy"), read_json(written / name / "samples.json")
-    assert (
-        ids.shape == (60, 22)
-        and (ids[:, :10].reshape(20, 3, 10) == texts[:, None, :10].numpy()).all()
-    )
+    assert ids.shape == (60, 22)
+    assert (ids[:, :10].reshape(20, 3, 10) == texts[:, None, :10].numpy()).all()
     assert 0 <= ids.min() and ids.max() < world.facts["vocab_size"]
     assert len({tuple(row) for row in ids.tolist()}) == 60
-    assert facts["prompts"] == PROMPTS.model_dump() and facts["network_evaluations"] == (
-        pytest.approx(3.9, abs=0.2) if name == "teacher" else 12
-    )
-    fewer, how = (
-        PROMPTS.model_copy(update={"num_prompts": 7}),
-        MACHINE.model_copy(update={"micro_batch": 5}),
-    )
-    continue_prompts(
-        world.models / name, world.corpus, tmp_path, 4, fewer, DrawOptions(sampling_seed=3), how
-    )
-    assert np.array_equal(
-        np.load(tmp_path / "samples.npy"), ids[:21]
-    )  # whatever the batch, and however many prompts follow
-    continue_prompts(
-        world.models / name, world.corpus, tmp_path, 4, fewer, DrawOptions(sampling_seed=4), how
-    )
-    assert (np.load(tmp_path / "samples.npy")[:, 10:] != ids[:21, 10:]).mean() > 0.5
+    assert facts["prompts"] == PROMPTS.model_dump()
+    evaluations = pytest.approx(3.9, abs=0.2) if name == "teacher" else 12
+    assert facts["network_evaluations"] == evaluations
 
 
-def test_a_denoiser_is_shown_where_its_window_ends(world, tmp_path, monkeypatch):
-    """The EOS behind each text is given, as in every window it learnt from, and not kept."""
+@pytest.mark.parametrize("name", ["teacher", "baseline"])
+def test_a_text_depends_on_seed_and_index_only(world, written, name, tmp_path):
+    """Neither the batch nor the number of prompts matters."""
+    ids = np.load(written / name / "samples.npy")
+    fewer = PROMPTS.model_copy(update={"num_prompts": 7})
+    machine = MACHINE.model_copy(update={"micro_batch": 5})
+    again = write(world, name, tmp_path, prompts=fewer, machine=machine)
+    assert np.array_equal(again, ids[:21])
+    other = write(world, name, tmp_path, seed=4, prompts=fewer, machine=machine)
+    assert (other[:, 10:] != ids[:21, 10:]).mean() > 0.5
+
+
+def test_a_denoiser_is_given_eos_to_the_right_of_each_text(world, tmp_path, monkeypatch):
+    """As in every training window; the EOS is not kept."""
     frames, sample = [], generate.sample
-    monkeypatch.setattr(
-        generate, "sample", lambda *args, **how: frames.append(how["given"]) or sample(*args, **how)
-    )
-    continue_prompts(
-        world.models / "teacher", world.corpus, tmp_path, 4, PROMPTS, DrawOptions(), MACHINE
-    )
+
+    def record(*args, given, **options):
+        frames.append(given)
+        return sample(*args, given=given, **options)
+
+    monkeypatch.setattr(generate, "sample", record)
+    write(world, "teacher", tmp_path)
     frame = torch.cat(frames)
-    assert (
-        frame.shape == (60, 23)
-        and (frame[:, 22] == world.facts["eos_id"]).all()
-        and (frame[:, 10:22] == world.facts["vocab_size"]).all()
-    )
+    assert frame.shape == (60, 23)
+    assert (frame[:, 22] == world.facts["eos_id"]).all()
+    assert (frame[:, 10:22] == world.facts["vocab_size"]).all()
 
 
-def test_rows_say_what_they_are(world, written, texts, tmp_path):
+def test_rows_describe_themselves(world, written, tmp_path):
     rows = score(world, written / "teacher", tmp_path)
-    assert list(rows) == [
-        "mauve",
-        "continuation_perplexity",
-        "self_bleu",
-        "continuation_distinct_2",
-    ]
+    metrics = ["mauve", "continuation_perplexity", "self_bleu", "continuation_distinct_2"]
+    assert list(rows) == metrics
+    data = (
+        f"stories@{world.facts['splits']['validation']['sha256'][:12]}, 20 prompts of 10 tokens, "
+        "documents of 21"
+    )
+    expected = {
+        "protocol": "continuations",
+        "data": data,
+        "num_samples": 60,
+        "length": 22,
+        "steps": 4,
+        "seed": 3,
+        "draw_dtype": "float64",
+        "run": "teacher",
+    }
     for row in rows.values():
-        assert row["low"] <= row["value"] <= row["high"] and row["protocol"] == "continuations"
-        assert (
-            row["data"]
-            == f"stories@{world.facts['splits']['validation']['sha256'][:12]}, 20 prompts of 10 tokens, documents of 21"
-        )
-        assert (
-            row["num_samples"],
-            row["length"],
-            row["steps"],
-            row["seed"],
-            row["draw_dtype"],
-            row["run"],
-        ) == (
-            60,
-            22,
-            4,
-            3,
-            "float64",
-            "teacher",
-        )
+        assert row["low"] <= row["value"] <= row["high"] and row.items() >= expected.items()
+    assert rows["self_bleu"]["judge"] is None and rows["mauve"]["judge"]
+    rows = score(world, written / "baseline", tmp_path)
+    assert {row["steps"] for row in rows.values()} == {None}
+
+
+def test_values_are_those_of_the_continuations(world, written, tmp_path):
+    rows = score(world, written / "teacher", tmp_path)
     ids = np.load(written / "teacher" / "samples.npy")
     new = ids[:, 10:].reshape(20, 3, 12)
     assert rows["self_bleu"]["value"] == pytest.approx(self_bleu(new).mean())
     assert rows["continuation_distinct_2"]["value"] == pytest.approx(distinct(new, 2).mean())
-    assert rows["self_bleu"]["judge"] is None and rows["mauve"]["judge"]
-    model = checkpoint.load_checkpoint(
-        world.models / "baseline"
-    )  # the judge's weights, in our own network
+    # The judge's weights, in our own network.
+    model = checkpoint.load_checkpoint(world.models / "baseline")
     x = torch.from_numpy(ids).long()
-    log_p = (
-        model.network.log_p(model.network(x)[:, 9:-1].flatten(0, 1))
-        .view(60, 12, -1)
-        .gather(-1, x[:, 10:, None])
-    )
-    assert rows["continuation_perplexity"]["value"] == pytest.approx(
-        np.exp(-log_p.mean().item()), rel=1e-4
-    )
-    assert {row["steps"] for row in score(world, written / "baseline", tmp_path).values()} == {None}
+    h = model.network(x)[:, 9:-1].flatten(0, 1)
+    log_p = model.network.log_p(h).view(60, 12, -1).gather(-1, x[:, 10:, None])
+    perplexity = np.exp(-log_p.mean().item())
+    assert rows["continuation_perplexity"]["value"] == pytest.approx(perplexity, rel=1e-4)
 
 
-def test_documents_themselves_score_as_human_text(world, texts, tmp_path):
-    """Written continuations that are the documents' own, and those of a random network: MAUVE tells them apart, self-BLEU sees the copies."""
-    model = checkpoint.load_checkpoint(world.models / "teacher")
+def test_the_documents_themselves_score_as_human_text(world, texts, tmp_path):
+    """MAUVE tells them from a repeated token, and self-BLEU finds the copies."""
     ids = texts.numpy().repeat(3, 0)
-    save_samples(
-        world.models / "teacher",
-        tmp_path,
-        model,
-        4,
-        Samples(torch.from_numpy(ids), torch.full((60,), 4)),
-        DrawOptions(),
-        prompts=PROMPTS.model_dump(),
-    )
+    save(world, tmp_path, ids)
     rows = score(world, tmp_path, tmp_path)
     assert rows["mauve"]["value"] > 0.99 and rows["self_bleu"]["value"] == pytest.approx(100)
     ids[:, 10:] = world.facts["vocab_size"] - 1
-    save_samples(
-        world.models / "teacher",
-        tmp_path,
-        model,
-        4,
-        Samples(torch.from_numpy(ids), torch.full((60,), 4)),
-        DrawOptions(),
-        prompts=PROMPTS.model_dump(),
-    )
+    save(world, tmp_path, ids)
     assert score(world, tmp_path, tmp_path)["mauve"]["value"] < 0.1
 
 
 def test_self_bleu_by_hand():
     assert self_bleu(np.arange(12)[None, None].repeat(5, 1)) == pytest.approx([100])
     assert self_bleu(np.arange(60).reshape(1, 5, 12)).tolist() == [0]
-    assert self_bleu(np.array([[[1, 2, 3, 4], [1, 2, 3, 9]]])).tolist() == [
-        0
-    ]  # no common 4-gram, no smoothing
+    # No common 4-gram, and no smoothing.
+    assert self_bleu(np.array([[[1, 2, 3, 4], [1, 2, 3, 9]]])).tolist() == [0]
     x = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9, 9], [7, 7, 3, 4, 5, 6]]
-    first = (
-        6 / 6 * 5 / 5 * 4 / 4 * 2 / 3
-    ) ** 0.25  # of its 4-grams only 2345 is in neither of the others
+    # Of the 4-grams of the first text, only 2345 is in neither of the others.
+    first = (6 / 6 * 5 / 5 * 4 / 4 * 2 / 3) ** 0.25
     others = (4 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
-    clipped = (
-        4 / 5 * 3 / 4 * 2 / 3 * 1 / 2
-    ) ** 0.25  # a fifth 1 counts no more than the four of the other
-    found = self_bleu(np.array(x)[None])
-    assert found == pytest.approx([100 * (first + 2 * others) / 3])
-    assert self_bleu(np.array([[[1, 1, 1, 1, 1], [1, 1, 1, 1, 2]]])) == pytest.approx(
-        [100 * clipped]
-    )
+    assert self_bleu(np.array(x)[None]) == pytest.approx([100 * (first + 2 * others) / 3])
+    # Counts are clipped: a fifth 1 has no match among the four of the other text.
+    clipped = (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    found = self_bleu(np.array([[[1, 1, 1, 1, 1], [1, 1, 1, 1, 2]]]))
+    assert found == pytest.approx([100 * clipped])
 
 
-def test_distinct_of_a_group_counts_all_its_texts():
-    assert distinct(np.array([[[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [4, 5, 6]]]), 2).tolist() == [
-        0.5,
-        1,
-    ]
+def test_distinct_counts_all_texts_of_a_group():
+    groups = [[[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [4, 5, 6]]]
+    assert distinct(np.array(groups), 2).tolist() == [0.5, 1]
 
 
-def faults(world, written):
-    """(flags that replace those of a good command, what is said)"""
-    return [
+@pytest.mark.parametrize(
+    "changed, message",
+    [
         (
             {"num-prompts": 61},
-            r"found \d+ held-out documents of document_tokens \(21\) or more, expected num_prompts \(61\)",
+            r"found \d+ held-out documents of document_tokens \(21\) or more, "
+            r"expected num_prompts \(61\)",
         ),
         ({"document-tokens": 500}, r"found 0 held-out documents of document_tokens \(500\)"),
         ({"document-tokens": 20}, r"document_tokens \(20\) must be at least 21"),
         ({"prompt-tokens": 120, "document-tokens": 131}, r"found 0 held-out documents"),
         ({"steps": 0}, "steps: found 0, expected a number above zero"),
-    ]
-
-
-@pytest.mark.parametrize("which", range(5))
-def test_a_fault_is_one_sentence(world, written, which, tmp_path, capsys):
-    import re
-
-    given, said = faults(world, written)[which]
+    ],
+)
+def test_an_error_is_one_line(world, tmp_path, capsys, changed, message):
     flags = {
         "checkpoint": world.models / "teacher",
         "corpus": world.corpus,
@@ -257,57 +214,42 @@ def test_a_fault_is_one_sentence(world, written, which, tmp_path, capsys):
         "steps": 4,
         "device": "cpu",
     }
-    flags |= {key.replace("_", "-"): value for key, value in PROMPTS.model_dump().items()} | given
-    assert (
-        main(
-            [
-                "continue-prompts",
-                *(str(word) for key, value in flags.items() for word in (f"--{key}", value)),
-            ]
-        )
-        == 1
-    )
+    flags |= {key.replace("_", "-"): value for key, value in PROMPTS.model_dump().items()}
+    words = [str(word) for key, value in (flags | changed).items() for word in (f"--{key}", value)]
+    assert main(["continue-prompts", *words]) == 1
     error = capsys.readouterr().err
-    assert re.search(said, error) and error.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert re.search(message, error) and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def test_what_does_not_belong_together_is_named(world, written, tmp_path):
-    meta = world.models / "teacher"
-    short = shutil.copytree(meta, tmp_path / "short")
+def test_things_that_do_not_belong_together_are_errors(world, written, tmp_path):
+    short = shutil.copytree(world.models / "teacher", tmp_path / "short")
     write_json(short / "meta.json", read_json(short / "meta.json") | {"length": 16})
     with pytest.raises(HalfstepError, match=r"found 10 \+ 12, but a text of short has 16 tokens"):
         continue_prompts(short, world.corpus, tmp_path / "out", 4, PROMPTS, DrawOptions(), MACHINE)
-    with pytest.raises(
-        HalfstepError,
-        match="samples without prompts; name folders that halfstep continue-prompts wrote",
-    ):
+    message = "samples without prompts; name folders that halfstep continue-prompts wrote"
+    with pytest.raises(HalfstepError, match=message):
         score(world, world.samples / "steps-8", tmp_path)
-    facts = read_json(written / "teacher" / "samples.json")
     shifted = shutil.copytree(written / "teacher", tmp_path / "shifted")
-    write_json(
-        shifted / "samples.json",
-        facts
-        | {
-            "prompts": facts["prompts"]
-            | {"document_tokens": 32, "num_prompts": 5, "per_prompt": 12}
-        },
-    )
+    facts = read_json(shifted / "samples.json")
+    facts["prompts"] |= {"document_tokens": 32, "num_prompts": 5, "per_prompt": 12}
+    write_json(shifted / "samples.json", facts)
     with pytest.raises(HalfstepError, match="its prompts are not those of"):
         score(world, shifted, tmp_path)
 
 
-def test_configuration_names_what_does_not_fit():
+def test_a_configuration_that_cannot_work_is_an_error():
     whole = {
-        "corpora": {"a": {"kind": "docs", "length": 64}}, "teachers": {"a-tiny": {"corpus": "a", "network": {"size": "tiny"}}},
+        "corpora": {"a": {"kind": "docs", "length": 64}},
+        "teachers": {"a-tiny": {"corpus": "a", "network": {"size": "tiny"}}},
         "continuations": {},
-    }  # fmt: skip
-    with pytest.raises(
-        ConfigError,
-        match=r"continuations: prompt_tokens \+ continuation_tokens are 50 \+ 50, but a window of corpus 'a' has 64",
-    ):
+    }
+    message = (
+        r"continuations: prompt_tokens \+ continuation_tokens are 50 \+ 50, "
+        "but a window of corpus 'a' has 64"
+    )
+    with pytest.raises(ConfigError, match=message):
         validate(whole)
-    with pytest.raises(
-        ConfigError, match=r"continuations: document_tokens \(20\) must be at least 99"
-    ):
+    message = r"continuations: document_tokens \(20\) must be at least 99"
+    with pytest.raises(ConfigError, match=message):
         validate(whole | {"continuations": {"document_tokens": 20}})
     assert validate(whole | {"continuations": None}).continuations is None

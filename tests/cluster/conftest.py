@@ -1,4 +1,4 @@
-"""A local Slurm, started and stopped by the tests; without its packages they are skipped, and say so."""
+"""A local Slurm, started and stopped by the tests, which are skipped without its packages."""
 
 import os
 import shutil
@@ -24,24 +24,22 @@ TOOLS = ("slurmctld", "slurmd", "sbatch", "munged")
 
 @dataclass
 class Cluster:
-    """`home` is the folder of the local Slurm; `environment` finds its commands first, and nothing of the user's settings."""
+    """A running local Slurm in the folder `home`."""
 
     home: Path
 
     @property
     def environment(self) -> dict[str, str]:
-        clean = {
-            k: v
-            for k, v in os.environ.items()
-            if not k.startswith(("SNAKEMAKE_", "HALFSTEP_", "SLURM_", "PYTEST_"))
-        }
+        """The environment with this Slurm's commands first in PATH, without the user's settings."""
+        prefixes = ("SNAKEMAKE_", "HALFSTEP_", "SLURM_", "PYTEST_")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
         return clean | {
             "PATH": os.pathsep.join([str(self.home / "bin"), *os.get_exec_path(), "/usr/sbin"]),
             "OMP_NUM_THREADS": "1",
         }
 
     def call(self, *words: str) -> str:
-        """What a command of Slurm prints; empty while the controller is away."""
+        """Output of a command of Slurm; empty while the controller is absent."""
         done = subprocess.run(
             words, env=self.environment, capture_output=True, text=True, timeout=60
         )
@@ -61,11 +59,13 @@ class Cluster:
 
 @contextmanager
 def running(home: Path, tools: tuple[str, ...], *words: str) -> Iterator[Cluster]:
+    """Start a Slurm in the folder `home`, and stop it at the end; skip where a tool is missing."""
     path = os.pathsep.join([*os.get_exec_path(), "/usr/sbin", "/sbin"])
     missing = [tool for tool in tools if not shutil.which(tool, path=path)]
     if missing:
+        packages = " ".join(dict.fromkeys(PACKAGES[tool] for tool in tools))
         pytest.skip(
-            f"no {', '.join(missing)} here: this test needs Slurm (Debian: apt-get install {' '.join(dict.fromkeys(map(PACKAGES.get, tools)))})"
+            f"{', '.join(missing)} not found: this test needs Slurm (apt-get install {packages})"
         )
     up = subprocess.run(
         [HERE / "slurm.sh", "up", home, *words], capture_output=True, text=True, timeout=120
@@ -79,13 +79,14 @@ def running(home: Path, tools: tuple[str, ...], *words: str) -> Iterator[Cluster
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
+    """Without a database of jobs."""
     with running(tmp_path_factory.mktemp("slurm"), TOOLS) as found:
         yield found
 
 
 @pytest.fixture(scope="session")
 def accounting(tmp_path_factory):
-    """With a database of jobs (slurmdbd), which squeue forgets within seconds."""
+    """With a database of jobs (slurmdbd). Its squeue forgets ended jobs within seconds."""
     with running(
         tmp_path_factory.mktemp("accounting"), (*TOOLS, "slurmdbd", "mariadbd"), "accounting"
     ) as found:

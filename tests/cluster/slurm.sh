@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# slurm.sh up FOLDER [accounting]: a Slurm of its own on this machine, two pretended nodes of 8 CPUs and 2 GPUs each, all on the loopback.
-# slurm.sh down FOLDER stops it, by the process ids it wrote. Needs Debian's slurm-wlm and munge, no systemd, no root.
-# With `accounting` (slurmdbd and mariadb-server) it keeps a database of jobs, and squeue forgets an ended job within seconds.
-# Partition `main` preempts jobs of `low`, which are requeued. FOLDER/bin goes first in PATH: Snakemake drops SLURM_CONF on its way.
+# slurm.sh up FOLDER [accounting] starts a local Slurm: two pretended nodes with 8 CPUs and 2 GPUs
+# each, on the loopback interface. slurm.sh down FOLDER stops it, by the process ids in its files.
+# It needs Debian's slurm-wlm and munge, and neither systemd nor root.
+# With `accounting` (slurmdbd and mariadb-server) it has a database of jobs, and squeue forgets an
+# ended job within seconds. Partition `main` preempts jobs of `low`, which are requeued.
+# Put FOLDER/bin first in PATH, because Snakemake does not pass SLURM_CONF on.
 set -euo pipefail
 what=$1 home=$2 port=${SLURM_TEST_PORT:-$((20000 + RANDOM % 20000))}
 export PATH=$PATH:/usr/sbin:/sbin
@@ -17,7 +19,10 @@ end() { # a daemon, by the file with its process id
 
 if [ "$what" = down ]; then
     timeout 10 "$home/bin/scancel" --user="$(id -un)" 2>/dev/null || true
-    for file in "$home"/run/slurmd-*.pid "$home"/run/{slurmctld,slurmdbd,mariadbd}.pid "$home/munge/pid"; do end "$file"; done
+    for file in "$home"/run/slurmd-*.pid "$home"/run/{slurmctld,slurmdbd,mariadbd}.pid \
+        "$home/munge/pid"; do
+        end "$file"
+    done
     exit 0
 fi
 [ "$what" = up ] || { echo "usage: slurm.sh up|down FOLDER [accounting]" >&2; exit 2; }
@@ -34,10 +39,12 @@ me=$(id -un) host=$(hostname -s) memory=$(awk '/MemTotal/ {print int($2 / 1024)}
 mkdir -p "$home"/{bin,etc,run,log,state,dev,munge} "$home"/spool/{n1,n2}
 chmod 755 "$home" && chmod 700 "$home/munge"
 for command in sbatch srun scancel squeue scontrol sinfo sacct sacctmgr sshare; do
-    printf '#!/bin/sh\nSLURM_CONF=%q exec %q "$@"\n' "$home/etc/slurm.conf" "$(command -v "$command")" > "$home/bin/$command"
+    printf '#!/bin/sh\nSLURM_CONF=%q exec %q "$@"\n' \
+        "$home/etc/slurm.conf" "$(command -v "$command")" > "$home/bin/$command"
     chmod +x "$home/bin/$command"
 done
-ln -sfn /dev/null "$home/dev/nvidia0" && ln -sfn /dev/null "$home/dev/nvidia1" # a device, or CUDA_VISIBLE_DEVICES stays empty
+# Without a device file CUDA_VISIBLE_DEVICES would stay empty.
+ln -sfn /dev/null "$home/dev/nvidia0" && ln -sfn /dev/null "$home/dev/nvidia1"
 cat > "$home/etc/slurm.conf" <<CONF
 ClusterName=halfstep
 SlurmctldHost=$host(127.0.0.1)
@@ -71,24 +78,30 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=8 RealMemory=$memory Gres=gpu:2
-NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=8 RealMemory=$memory Gres=gpu:2
+NodeName=DEFAULT NodeHostname=$host NodeAddr=127.0.0.1 CPUs=8 RealMemory=$memory Gres=gpu:2
+NodeName=n1 Port=$((port + 1))
+NodeName=n2 Port=$((port + 2))
 PartitionName=main Nodes=n[1-2] PriorityTier=10 PreemptMode=off
 PartitionName=low Nodes=n[1-2] PriorityTier=1 PreemptMode=requeue Default=YES
 CONF
 echo "NodeName=n[1-2] Name=gpu File=$home/dev/nvidia[0-1] AutoDetect=off" > "$home/etc/gres.conf"
 
 (umask 077 && head -c 1024 /dev/urandom > "$home/munge/key")
-munged --force --key-file="$home/munge/key" --socket="$home/munge/socket" --pid-file="$home/munge/pid" \
-    --log-file="$home/munge/log" --seed-file="$home/munge/seed"
+munged --force --key-file="$home/munge/key" --socket="$home/munge/socket" \
+    --pid-file="$home/munge/pid" --log-file="$home/munge/log" --seed-file="$home/munge/seed"
 export SLURM_CONF=$home/etc/slurm.conf
 if [ "${3:-}" = accounting ]; then
     base="--no-defaults --user=$me --datadir=$home/db"
     mkdir -m 700 "$home/db"
-    mariadb-install-db $base --auth-root-authentication-method=normal --skip-test-db > "$home/log/mariadb.log" 2>&1
-    setsid mariadbd $base --skip-networking --socket="$home/run/mysql" --pid-file="$home/run/mariadbd.pid" \
-        --innodb-buffer-pool-size=64M --innodb-lock-wait-timeout=900 >> "$home/log/mariadb.log" 2>&1 &
-    for _ in $(seq 100); do mariadb-admin --no-defaults -uroot -S "$home/run/mysql" ping > /dev/null 2>&1 && break; sleep 0.2; done
+    mariadb-install-db $base --auth-root-authentication-method=normal --skip-test-db \
+        > "$home/log/mariadb.log" 2>&1
+    setsid mariadbd $base --skip-networking --socket="$home/run/mysql" \
+        --pid-file="$home/run/mariadbd.pid" --innodb-buffer-pool-size=64M \
+        --innodb-lock-wait-timeout=900 >> "$home/log/mariadb.log" 2>&1 &
+    for _ in $(seq 100); do
+        mariadb-admin --no-defaults -uroot -S "$home/run/mysql" ping > /dev/null 2>&1 && break
+        sleep 0.2
+    done
     (umask 077 && cat > "$home/etc/slurmdbd.conf" <<CONF
 AuthType=auth/munge
 AuthInfo=socket=$home/munge/socket
@@ -105,7 +118,10 @@ CommunicationParameters=NoInAddrAny
 CONF
     )
     MYSQL_UNIX_PORT=$home/run/mysql slurmdbd
-    for _ in $(seq 100); do timeout 5 sacctmgr --noheader show cluster > /dev/null 2>&1 && break; sleep 0.2; done
+    for _ in $(seq 100); do
+        timeout 5 sacctmgr --noheader show cluster > /dev/null 2>&1 && break
+        sleep 0.2
+    done
     sacctmgr --immediate add cluster halfstep > /dev/null
     sacctmgr --immediate add account halfstep > /dev/null
     sacctmgr --immediate add user "$me" Account=halfstep > /dev/null
@@ -113,7 +129,8 @@ fi
 slurmctld
 slurmd -N n1 && slurmd -N n2
 for _ in $(seq 100); do
-    [ "$(timeout 5 sinfo --noheader --Node --partition=main --states=idle 2>/dev/null | wc -l)" = 2 ] && exit 0
+    idle=$(timeout 5 sinfo --noheader --Node --partition=main --states=idle 2>/dev/null | wc -l)
+    [ "$idle" = 2 ] && exit 0
     sleep 0.2
 done
 sinfo >&2 || true

@@ -1,4 +1,4 @@
-"""Where squeue forgets an ended job within seconds (MinJobAge), the same profile asks sacct, of a real slurmdbd."""
+"""Where squeue forgets ended jobs within seconds (MinJobAge), the profile asks sacct instead."""
 
 import re
 import time
@@ -13,7 +13,10 @@ exec {real} "$@"
 
 
 def test_jobs_that_squeue_forgets_are_followed_by_sacct(accounting, tmp_path):
-    """Two jobs, the second cancelled once while it trains, which sacct calls `CANCELLED by` someone: a new job takes its place, and the run ends well."""
+    """The second of two jobs is cancelled once while it trains; a new job takes its place.
+
+    sacct gives the state of the cancelled job as `CANCELLED by` a user.
+    """
     folder, log, cancelled = copy(tmp_path).folder, tmp_path / "asked", []
     for command in ("sacct", "squeue"):
         bin, real = accounting.home / "bin" / command, accounting.home / "bin" / f"real-{command}"
@@ -40,15 +43,12 @@ def test_jobs_that_squeue_forgets_are_followed_by_sacct(accounting, tmp_path):
         line.split("|")[:2]
         for line in accounting.call("sacct", "-X", "-n", "-P", "-o", "JobIdRaw,State").splitlines()
     )
-    assert [states[job].split()[0] for job in jobs] == [
-        "COMPLETED",
-        "CANCELLED",
-        "COMPLETED",
-    ] and jobs[1:2] == cancelled, (states, said[-3000:])
+    found = [states[job].split()[0] for job in jobs]
+    assert found == ["COMPLETED", "CANCELLED", "COMPLETED"], (states, said[-3000:])
+    assert jobs[1:2] == cancelled
     assert " by " in states[jobs[1]]
     time.sleep(10)
-    assert accounting.call("squeue", "-h", "-t", "all") == ""  # it knows of none of them any more
+    assert accounting.call("squeue", "-h", "-t", "all") == ""  # all jobs are forgotten
     name = re.search(r"--name (\S+)", (tmp_path / "asked-sacct").read_text())[1]
-    assert (
-        name not in (tmp_path / "asked-squeue").read_text()
-    )  # the run's status was asked of sacct alone
+    # The status of the run's jobs came from sacct alone.
+    assert name not in (tmp_path / "asked-squeue").read_text()

@@ -1,4 +1,7 @@
-"""The real profile on a real, local Slurm: the `ci` preset to its figures, through a preemption, a time limit, a dead node and a lost controller."""
+"""The real profile on a real, local Slurm: preset ci to its figures, through four faults.
+
+They are a preemption, a dead node, a time limit and an absent controller.
+"""
 
 import os
 import re
@@ -28,34 +31,32 @@ LIMIT_S = 420
 
 
 def snakemake(cluster, folder, *words: str) -> subprocess.Popen:
-    """`snakemake --profile slurm ...` in the folder, its output in the file `out` there."""
+    """Start `snakemake --profile slurm ...` in the folder; its output goes to the file `out`."""
     with open(folder / "out", "w") as out:
         return subprocess.Popen(
             [sys.executable, "-c", FAST, "--profile", "slurm", *words],
-            cwd=folder, env=cluster.environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            cwd=folder,
+            env=cluster.environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def running(cluster) -> dict[str, tuple[str, str]]:
-    """Rule and wildcards of every running job: its id and node."""
-    lines = [
-        line.split("|")
-        for line in cluster.call(
-            "squeue", "-h", "-t", "RUNNING", "-p", "low", "-o", "%k|%i|%N"
-        ).splitlines()
-    ]
+    """The running jobs, by rule and wildcards: (job id, node)."""
+    said = cluster.call("squeue", "-h", "-t", "RUNNING", "-p", "low", "-o", "%k|%i|%N")
+    lines = [line.split("|") for line in said.splitlines()]
     return {about.removeprefix("rule_"): (job, node) for about, job, node in lines}
 
 
 def workers(job: str) -> list[int]:
-    """The processes of `halfstep` itself in a job, the one that starts others among them."""
-    found = []
+    """The processes of `halfstep` in a job, the launcher included."""
+    name, found = rb"bin/halfstep\0|halfstep\.cli\0", []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             its = f"SLURM_JOB_ID={job}\0".encode() in (process / "environ").read_bytes()
-            if its and re.search(
-                rb"bin/halfstep\0|halfstep\.cli\0", (process / "cmdline").read_bytes()
-            ):
+            if its and re.search(name, (process / "cmdline").read_bytes()):
                 found.append(int(process.name))
         except OSError:
             pass
@@ -63,14 +64,11 @@ def workers(job: str) -> list[int]:
 
 
 def steps(jobs: list[str]) -> list[int]:
-    """The processes by which Slurm's daemon of a node holds these jobs."""
-    found = []
+    """The processes with which Slurm's daemon on a node runs these jobs."""
+    name, found = rb"slurmstepd: \[(%s)\." % "|".join(jobs).encode(), []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if re.match(
-                rb"slurmstepd: \[(%s)\." % "|".join(jobs).encode(),
-                (process / "cmdline").read_bytes(),
-            ):
+            if re.match(name, (process / "cmdline").read_bytes()):
                 found.append(int(process.name))
         except OSError:
             pass
@@ -78,10 +76,11 @@ def steps(jobs: list[str]) -> list[int]:
 
 
 class Faults:
-    """Each happens once, to one running job, when the job struck before has ended; `done` names the jobs."""
+    """Each fault strikes one running job, after the job that was struck before has ended."""
 
     def __init__(self, cluster):
-        self.cluster, self.done = cluster, {}
+        self.cluster = cluster
+        self.done: dict[str, str] = {}  # job by fault
         self.left = [
             ("pretrain", self.preempt),
             ("distill_round.*_1$", self.node_down),
@@ -90,41 +89,37 @@ class Faults:
         ]
 
     def strike(self) -> None:
-        if self.left and all(
-            re.search("JobState=(COMPLETED|TIMEOUT)", self.about(fault)) for fault in self.done
-        ):
-            pattern, fault = self.left[0]
-            for rule, (job, node) in running(self.cluster).items():
-                if re.match(pattern, rule) and workers(job):
-                    self.left.pop(0)
-                    self.done[fault.__name__] = job
-                    return fault(job, node)
+        """Let the next fault happen, if its job runs."""
+        ended = "JobState=(COMPLETED|TIMEOUT)"
+        if not self.left or not all(re.search(ended, self.about(fault)) for fault in self.done):
+            return
+        pattern, fault = self.left[0]
+        for rule, (job, node) in running(self.cluster).items():
+            if re.match(pattern, rule) and workers(job):
+                self.left.pop(0)
+                self.done[fault.__name__] = job
+                fault(job, node)
+                return
 
     def about(self, fault: str) -> str:
         return self.cluster.call("scontrol", "show", "job", self.done[fault])
 
     def preempt(self, job: str, node: str) -> None:
-        self.cluster.call(
-            "sbatch",
-            "-p",
-            "main",
-            "-w",
-            node,
-            "--exclusive",
-            "-o",
-            "/dev/null",
-            "--wrap",
-            "sleep 1",
-        )
+        """A job of partition main takes the whole node."""
+        words = ["-p", "main", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"]
+        self.cluster.call("sbatch", *words)
 
     def time_limit(self, job: str, node: str) -> None:
-        """It hangs, and its limit is over in a moment."""
+        """The job hangs, and its limit ends in a moment."""
         for process in workers(job):
             os.kill(process, signal.SIGSTOP)
         self.cluster.call("scontrol", "update", f"JobId={job}", "EndTime=now+1")
 
     def node_down(self, job: str, node: str) -> None:
-        """It is back when nothing of its jobs is left on it, as after a boot; before, Slurm would find a job there that it had started again."""
+        """The node returns when no process of its jobs is left, as after a boot.
+
+        Earlier, Slurm would find a job there that it has already started again elsewhere.
+        """
         left = steps([other for other, where in running(self.cluster).values() if where == node])
         self.cluster.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
         end = time.monotonic() + 60
@@ -139,6 +134,7 @@ class Faults:
 
 
 def finish(cluster, process, each=lambda: None) -> int:
+    """Wait for the process and return its exit code; call `each` twice a second."""
     end = time.monotonic() + LIMIT_S
     try:
         while process.poll() is None and time.monotonic() < end:
@@ -155,32 +151,21 @@ def run(cluster, tmp_path_factory):
     """The graph, run to its end while the faults happen: (folder, output, faults)."""
     folder = copy(tmp_path_factory.mktemp("clone")).folder
     faults = Faults(cluster)
-    gpus = [
-        "--set-resources",
-        "pretrain:gpu=1",
-        "distill_round:gpu=2",
-        "--jobs",
-        "4",
-        "--latency-wait",
-        "5",
-    ]
-    code = finish(
-        cluster, snakemake(cluster, folder, "all", *gpus, "--config", *SMALL), faults.strike
-    )
+    words = ["--set-resources", "pretrain:gpu=1", "distill_round:gpu=2", "--jobs", "4"]
+    words += ["--latency-wait", "5", "--config", *SMALL]
+    code = finish(cluster, snakemake(cluster, folder, "all", *words), faults.strike)
     said = (folder / "out").read_text()
     assert code == 0, said[-6000:]
     return folder, said, faults
 
 
 def test_the_graph_reaches_its_figures_through_every_fault(run):
-    folder, said, faults = run
+    folder, _, faults = run
     assert list(faults.done) == ["preempt", "node_down", "time_limit", "no_controller"]
     for kind in ("pdf", "svg", "csv"):
         assert (folder / f"results/figures/ppl_vs_steps.{kind}").stat().st_size > 0
-    assert (
-        len((folder / "results/tables/steps.csv").read_text().splitlines()) > 4
-        and (folder / "results/mlflow.synced").exists()
-    )
+    assert len((folder / "results/tables/steps.csv").read_text().splitlines()) > 4
+    assert (folder / "results/mlflow.synced").exists()
 
 
 @pytest.mark.parametrize("fault", ["preempt", "node_down"])
@@ -192,68 +177,49 @@ def test_preemption_and_node_failure_start_the_same_job_again(run, fault):
 def test_a_time_limit_is_a_new_job_that_asks_for_more(run, cluster):
     old = run[2].done["time_limit"]
     assert "JobState=TIMEOUT" in run[2].about("time_limit")
-    lines = [
-        line.split("|")
-        for line in cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%i|%m|%T").splitlines()
-    ]
-    was, new = sorted(
-        (line for line in lines if re.match("rule_distill_round.*_2$", line[0])),
-        key=lambda line: int(line[1]),
-    )
+    said = cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%i|%m|%T")
+    lines = [line.split("|") for line in said.splitlines()]
+    second_round = [line for line in lines if re.match("rule_distill_round.*_2$", line[0])]
+    was, new = sorted(second_round, key=lambda line: int(line[1]))
     assert was[1:] == [old, "3000M", "TIMEOUT"] and new[2:] == ["4500M", "COMPLETED"]
 
 
 def test_jobs_ask_for_what_they_need(run, cluster):
-    asked = {
-        fault: re.search(r"gres.gpu[=:](\d)", run[2].about(fault))
-        for fault in ("preempt", "node_down")
-    }
-    assert (asked["preempt"][1], asked["node_down"][1]) == ("1", "2"), run[2].about("preempt")
+    for fault, gpus in (("preempt", "1"), ("node_down", "2")):
+        about = run[2].about(fault)
+        assert re.search(r"gres.gpu[=:](\d)", about)[1] == gpus, about
     jobs = cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%b")
-    assert re.search(r"rule_prepare_corpus\S*\|N/A", jobs) and not re.search(
-        "rule_(plot|tabulate|track|merge_provenance|fetch)", jobs
-    ), jobs
+    assert re.search(r"rule_prepare_corpus\S*\|N/A", jobs), jobs
+    assert not re.search("rule_(plot|tabulate|track|merge_provenance|fetch)", jobs), jobs
 
 
-def test_a_lost_controller_is_waited_for(run):
+def test_the_run_waits_for_an_absent_controller(run):
     assert "Slurm does not answer" in run[1] and "Slurm answers again" in run[1]
 
 
-def test_the_price_is_told_before_and_after(run):
+def test_the_price_is_printed_before_and_after(run):
     before, after = run[1].split("Submitted batch job", 1)[0], run[1].rsplit("halfstep | ", 40)
-    assert re.search(r"halfstep \| pretrain +1 ", before) and any(
-        "finished:" in line for line in after
-    ), run[1][-3000:]
+    assert re.search(r"halfstep \| pretrain +1 ", before), before[-3000:]
+    assert any("finished:" in line for line in after), run[1][-3000:]
 
 
-def test_a_failure_shows_its_reason_and_the_way_on(run, cluster):
-    """After the run: the teacher is spoiled, and the job that reads it is named, with its reason, at the end of snakemake's own output."""
-    folder = run[0]
+def test_a_failure_shows_its_reason_and_how_to_continue(run, cluster):
+    """After the run the teacher is damaged. The end of snakemake's output names the job that reads
+    it, and the reason."""
+    folder, target = run[0], "results/models/stories-ci/kl_backward/round-1/meta.json"
     config = [word.replace('"rounds": 2', '"rounds": 2, "lr": 0.1') for word in SMALL]
     meta = folder / "results/models/stories-ci/teacher/meta.json"
     when, good = meta.stat(), meta.read_text()
     meta.write_text("{}")
     os.utime(meta, ns=(when.st_atime_ns, when.st_mtime_ns))
     try:
-        process = snakemake(
-            cluster,
-            folder,
-            "results/models/stories-ci/kl_backward/round-1/meta.json",
-            "--retries",
-            "0",
-            "--config",
-            *config,
-        )
+        process = snakemake(cluster, folder, target, "--retries", "0", "--config", *config)
         assert finish(cluster, process) == 1
     finally:
         meta.write_text(good)
     end = (folder / "out").read_text().split("stopped; what failed:")[1]
-    assert (
-        "rule distill_round" in end
-        and "log: results/logs/distill_round/stories-ci/kl_backward/round-1.log" in end
-    ), end
+    assert "rule distill_round" in end, end
+    assert "log: results/logs/distill_round/stories-ci/kl_backward/round-1.log" in end, end
     assert "meta.json" in end.split("Slurm's log:")[0] and "halfstep distill-round:" in end, end
-    assert (
-        re.search(r"Slurm's log: \S+/rule_distill_round/\S+\.log", end)
-        and "to go on: snakemake --profile slurm" in end
-    ), end
+    assert re.search(r"Slurm's log: \S+/rule_distill_round/\S+\.log", end), end
+    assert "to continue: snakemake --profile slurm" in end, end

@@ -1,6 +1,7 @@
-"""One training on several nodes: a job of 2 nodes x 2 processes, through the real profile, trains the `ci` teacher as one process does.
+"""One training on several nodes, through the real profile, equals the training of one process.
 
-Without dropout, whose draws alone belong to a process.
+The job has 2 nodes with 2 processes each, and trains the teacher of preset ci. It has no dropout,
+because only the draws of dropout depend on the number of processes.
 """
 
 import json
@@ -16,7 +17,8 @@ from test_cluster import finish, snakemake
 TEACHER = "results/models/stories-ci/teacher"
 SAME = 'teachers={"stories-ci": {"pretraining": {"dropout": 0}}}'
 PYTHON = """#!{python}
-# What torchrun starts in place of python (PYTHON_EXEC): it notes where it runs and what it draws, and is halfstep then.
+# torchrun starts this in place of python (PYTHON_EXEC). It notes its node and its batches, and runs
+# halfstep.
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
@@ -32,28 +34,14 @@ sys.exit(main(sys.argv[4:]))
 
 @pytest.fixture(scope="module")
 def trained(cluster, tmp_path_factory):
-    """(clone where the job has trained the teacher, what its processes noted, the job's number)"""
+    """(folder with the trained teacher, folder with the notes of its processes, job id)"""
     folder, noted = copy(tmp_path_factory.mktemp("clone")).folder, tmp_path_factory.mktemp("noted")
-    (noted / "python").write_text(
-        PYTHON.format(
-            python=sys.executable,
-            tests=str(Path(__file__).parents[1] / "support"),
-            noted=str(noted),
-        )
-    )
+    support = str(Path(__file__).parents[1] / "support")
+    python = PYTHON.format(python=sys.executable, tests=support, noted=str(noted))
+    (noted / "python").write_text(python)
     (noted / "python").chmod(0o755)
-    words = [
-        "--set-resources",
-        "pretrain:nodes=2",
-        "pretrain:gpu=4",
-        "--set-threads",
-        "pretrain=2",
-        "--latency-wait",
-        "5",
-        "--config",
-        "preset=ci",
-        SAME,
-    ]
+    words = ["--set-resources", "pretrain:nodes=2", "pretrain:gpu=4", "--set-threads", "pretrain=2"]
+    words += ["--latency-wait", "5", "--config", "preset=ci", SAME]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHON_EXEC", str(noted / "python"))
         code = finish(cluster, snakemake(cluster, folder, f"{TEACHER}/meta.json", *words))
@@ -65,11 +53,8 @@ def trained(cluster, tmp_path_factory):
 def test_a_job_of_two_nodes_has_two_processes_on_each(trained, cluster):
     _, noted, job = trained
     about = cluster.call("scontrol", "show", "job", job)
-    assert (
-        "JobState=COMPLETED" in about
-        and "NumNodes=2" in about
-        and re.search(r"gres.gpu[=:]4", about)
-    ), about
+    assert "JobState=COMPLETED" in about and "NumNodes=2" in about, about
+    assert re.search(r"gres.gpu[=:]4", about), about
     assert [(noted / f"node-{rank}").read_text() for rank in range(4)] == ["n1", "n1", "n2", "n2"]
 
 
@@ -83,17 +68,17 @@ def test_it_draws_the_batches_and_has_the_losses_of_one_process(trained, tmp_pat
     ((code, said),) = launch(" ".join(alone), 1, tmp_path, note_batches, tmp_path, False)
     assert code == 0, said
     batches = (tmp_path / "batches-0").read_text()
-    assert len(set(batches.splitlines())) == 12 and all(
-        (noted / f"batches-{rank}").read_text() == batches for rank in range(4)
-    )
-    assert [int((noted / f"rows-{rank}").read_text()) for rank in range(4)] == [12 * 16 // 4] * 4
+    assert len(set(batches.splitlines())) == 12
+    for rank in range(4):
+        assert (noted / f"batches-{rank}").read_text() == batches
+        assert int((noted / f"rows-{rank}").read_text()) == 12 * 16 // 4
 
     def losses(place: Path) -> dict:
-        points = [json.loads(line) for line in (place / "journal.jsonl").read_text().splitlines()]
+        points = map(json.loads, (place / "journal.jsonl").read_text().splitlines())
         return {
-            (p["step"], key): value
-            for p in points
-            for key, value in p["metrics"].items()
+            (point["step"], key): value
+            for point in points
+            for key, value in point["metrics"].items()
             if key in ("train/loss", "train/grad_norm", "val/nelbo")
         }
 

@@ -101,7 +101,7 @@ def test_a_value_that_a_former_flag_refused_is_refused(pipeline, capsys, tmp_pat
 
 def test_the_ranks_of_a_job_warn_once(pipeline, capsys, tmp_path, monkeypatch):
     """Every rank parses the same flags; they share the launcher's folder."""
-    monkeypatch.setenv(launch.SAID, str(tmp_path))
+    monkeypatch.setenv(launch.PRINTED, str(tmp_path))
     for rank in range(3):
         call(
             f"generate --checkpoint none --output {tmp_path}/{rank} --draw-dtype float64 --steps 2"

@@ -109,7 +109,7 @@ def test_token_files(pipeline, copy, refused, tmp_path):
     for number, (spoil, sentence) in enumerate([
         (lambda f: flip(f / "train.bin", 1000), "train.bin: sha256 .*the file was changed or is damaged; run halfstep prepare-corpus again"),
         (lambda f: cut(f, "train.bin"), "train.bin: found .* bytes, expected"),
-        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: missing, though the manifest names it"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: missing, though the manifest lists it"),
         (lambda f: (f / "manifest.json").write_text("[]"), r"manifest.json: format is \[\], expected 1"),
         (lambda f: (f / "manifest.json").write_text('{"format": 1}'), "manifest.json: has no dtype, eos_id, length"),
     ]):  # fmt: skip
@@ -142,7 +142,7 @@ def test_a_corpus_with_other_words(pipeline, refused, tmp_path):
         ),
     )
     score = f"score-samples --samples {pipeline.samples} --output {tmp_path}/rows.json --judge {pipeline.baseline}/hf {MACHINE}"
-    says("samples.*other tokens than .*corpus", refused(f"{score} --corpus {corpus}"))
+    says("samples.*use another vocabulary than the corpus", refused(f"{score} --corpus {corpus}"))
     assert not (tmp_path / "rows.json").exists()
 
 
@@ -150,7 +150,7 @@ def test_sample_files(pipeline, copy, refused, tmp_path):
     score = f"score-samples --corpus {pipeline.corpus} --judge {pipeline.baseline}/hf --output {tmp_path}/rows.json {MACHINE}"
     for number, (spoil, sentence) in enumerate([
         (lambda f: flip(f / "samples.npy"), "samples.npy: sha256 .*the file has changed; run halfstep generate again"),
-        (lambda f: (f / "samples.npy").unlink(), "samples.npy: no such file, though samples.json is there"),
+        (lambda f: (f / "samples.npy").unlink(), "samples.npy: no such file, though samples.json exists"),
         (lambda f: (f / "samples.json").write_text("{"), "samples.json: not valid JSON"),
         (lambda f: (f / "samples.json").write_text('{"sha256": "0"}'), "samples.json: has no .*run halfstep generate again"),
         (foreign, "token ids from .* to 300, the corpus stories has 0 to 299"),

@@ -161,7 +161,7 @@ def test_values_are_those_of_the_continuations(world, written, tmp_path):
 
 
 def test_the_documents_themselves_score_as_human_text(world, texts, tmp_path):
-    """MAUVE tells them from a repeated token, and self-BLEU finds the copies."""
+    """MAUVE is low for a repeated token; self-BLEU is 100 for copies."""
     ids = texts.numpy().repeat(3, 0)
     save(world, tmp_path, ids)
     rows = score(world, tmp_path, tmp_path)

@@ -105,7 +105,7 @@ def test_the_probabilities_of_all_stories_sum_to_one(reduced):
     rng, draws = random.Random(5), 20_000
     counts = Counter(stories.write_story(rng)[0] for _ in range(draws))
     assert counts.keys() <= log_p.keys()
-    for text in sorted(texts, key=log_p.get)[-40:]:  # drawn as often as its probability says
+    for text in sorted(texts, key=log_p.get)[-40:]:  # the likeliest
         p = math.exp(log_p[text])
         assert abs(counts[text] - draws * p) < 5 * math.sqrt(draws * p)
 

@@ -1,4 +1,4 @@
-"""Likelihood and guesses of suffixes, against languages whose probabilities are known exactly."""
+"""Likelihood and guesses of suffixes, against languages with known probabilities."""
 
 from itertools import product
 from math import log
@@ -260,7 +260,7 @@ def test_the_most_confident_token_is_written_first():
 
 
 class Bigrams:
-    """A network whose features are its input tokens: a row of a table gives the next token."""
+    """A network with its input tokens as features: a row of a table gives the next token."""
 
     def __init__(self):
         self.p = torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.2, 0.6], [0.5, 0.25, 0.25]])

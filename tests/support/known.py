@@ -1,4 +1,4 @@
-"""Languages whose probabilities are known exactly, and files as the commands write them."""
+"""Languages with known probabilities, and files as the commands write them."""
 
 import io
 

@@ -56,7 +56,7 @@ def continue_prompts(
 
     Args:
         checkpoint: a checkpoint folder
-        corpus: folder of `halfstep prepare-corpus`, whose held-out documents are continued
+        corpus: folder of `halfstep prepare-corpus` with the held-out documents to continue
         output: folder of the continuations
         steps: sampling steps
     """

@@ -249,7 +249,7 @@ def last_words(count: int, seed: int) -> list[dict[str, str]]:
 
 
 class Verdict(NamedTuple):
-    """What the grammar says of a text."""
+    """The verdict of the grammar on a text."""
 
     accepted: bool
     """every sentence has the shape of a pattern, at its place in the story"""

@@ -83,7 +83,7 @@ def drawn_masks(u: Tensor) -> Plan:
     """Masks [M, n], weights [M] and times [M] of a Monte Carlo estimate of a suffix's NELBO.
 
     u[K, n + 1] are its uniforms. The estimate is sum_m weight_m sum_{l in mask m} -log p. As in the
-    released code, K times lie on a lattice with one offset, t_i = eps + (1 - eps)(i + u_00) / K
+    released code, the K times are a lattice with one offset, t_i = eps + (1 - eps)(i + u_00) / K
     with eps = MC_MIN_T; each suffix token is masked with chance t_i; the weight is 1 / (K t_i). A
     draw that masks nothing adds nothing and is left out. The mean over u is the NELBO without its
     share below eps. Two details of the released code change a thousandth at most and are not
@@ -117,8 +117,8 @@ def diffusion_nll(
     is then a denoiser of xt alone, and this is its NELBO. The choice of the function changes how
     tight the bound is. A denoiser that ignores t has the same NELBO in any case.
 
-    The questions have the numbers first, first + 1, ... of the seed; each has its own masks,
-    whatever the batch.
+    The questions have the numbers first, first + 1, ... of the seed; each has its own masks
+    in any batch.
     """
 
     def plan(i: int, n: int) -> Plan:
@@ -164,8 +164,8 @@ def _weighted_nll(
 ) -> tuple[np.ndarray, np.ndarray]:
     """sum_m weight_m sum_{l in mask m} -log p of each suffix, [Q].
 
-    Also whether every token is right in a pass whose mask holds the whole suffix, [Q] bool.
-    plan(i, n) gives the masks of question i, whose suffix has n tokens.
+    Also whether every token is right in the pass that masks the whole suffix, [Q] bool.
+    plan(i, n) gives the masks of question i with a suffix of n tokens.
     """
     nelbo, right = np.zeros(len(questions)), np.ones(len(questions), bool)
 

@@ -22,7 +22,7 @@ def latency_rows(world, output, student="teacher", baseline="baseline", **keys) 
 
 
 def test_students_and_baseline_take_turns(world, tmp_path, monkeypatch):
-    calls, sample, decode = [], benchmark.sample, benchmark.gpt.decode
+    calls, sample, decode = [], benchmark.sample, benchmark.gpt.Decoder.write
 
     def record_sample(*args, **options):
         calls.append(args[3])  # steps
@@ -33,7 +33,7 @@ def test_students_and_baseline_take_turns(world, tmp_path, monkeypatch):
         return decode(*args, **options)
 
     monkeypatch.setattr(benchmark, "sample", record_sample)
-    monkeypatch.setattr(benchmark.gpt, "decode", record_decode)
+    monkeypatch.setattr(benchmark.gpt.Decoder, "write", record_decode)
     lengths, batch_sizes = [6, 130], [1, 2]  # 130 is longer than the training windows
     rows = latency_rows(
         world,

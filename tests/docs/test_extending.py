@@ -1,5 +1,6 @@
-"""The recipes of docs/extending.md work: on a copy of the source each one passes the tests it names,
-and without its second file it fails them.
+"""The recipes of docs/extending.md work, on a copy of the source.
+
+Each recipe passes the tests that it names, and without its second file it fails them.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The contracts are used: parameters that hold a contract are annotated, and the classes fit them."""
+"""The contracts are used: such parameters are annotated, and the classes fit the protocols."""
 
 import ast
 from inspect import signature

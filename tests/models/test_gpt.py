@@ -1,5 +1,6 @@
-"""The autoregressive peer: causal, its cache exact, its draws of the right law, and the same
-function in transformers' hands.
+"""The autoregressive baseline: causal, with an exact cache and draws of the right law.
+
+transformers loads the same function.
 """
 
 import pytest
@@ -8,7 +9,7 @@ from oracle import chi_square
 
 from halfstep.data.tokenizer import train_bpe
 from halfstep.kernels.categorical import inverse_cdf, uniforms
-from halfstep.models.gpt import GPT, Decoder, decode, nucleus, save_gpt_neox
+from halfstep.models.gpt import GPT, Decoder, nucleus, save_gpt_neox
 
 
 def tiny(vocabulary=13, width=32, blocks=2, heads=4) -> GPT:
@@ -17,6 +18,12 @@ def tiny(vocabulary=13, width=32, blocks=2, heads=4) -> GPT:
     for p in gpt.parameters():
         torch.nn.init.normal_(p, std=0.3) if p.ndim > 1 else torch.nn.init.normal_(p, 1.0, 0.1)
     return gpt.requires_grad_(False)
+
+
+def decode(gpt, count, length, bos_id, seed, first=0, prompt=None, **how):
+    """Texts first, first + 1, ... of the seed, by a decoder of their own."""
+    start = torch.tensor([bos_id]) if prompt is None else prompt
+    return Decoder(gpt, count, length, **how).write(start, uniforms(seed, first, count, length))
 
 
 def test_causal():

@@ -31,6 +31,7 @@ from halfstep.diffusion.samplers import sample
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError
+from halfstep.kernels.categorical import uniforms
 from halfstep.metrics.rows import model_name, name_parts, row, write_rows
 from halfstep.models import gpt
 from halfstep.models.cuda_graphs import cast_matrices
@@ -260,7 +261,8 @@ def _halfstep_writer(pair: Pair, benchmark: Benchmark, device: torch.device) -> 
 
     def writer(batch: int, length: int) -> Call:
         decoder = gpt.Decoder(network, batch, length, compute=compute)
-        return partial(gpt.decode, network, batch, length, pair.eos_id, seed=SEED, decoder=decoder)
+        start = torch.tensor([pair.eos_id])
+        return lambda: decoder.write(start, uniforms(SEED, 0, batch, length))
 
     return writer
 

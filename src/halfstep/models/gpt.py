@@ -1,7 +1,7 @@
 """The autoregressive baseline: a causal transformer, and a decoder with a static KV cache."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from halfstep.kernels.categorical import inverse_cdf, uniforms
+from halfstep.kernels.categorical import inverse_cdf
 from halfstep.kernels.linear import linear, matmul, mlp, pack_network, pack_weight
 from halfstep.models.layers import Block, Embedding, Head, LayerNorm, Rotary
 
@@ -132,10 +132,10 @@ class Decoder:
         )
 
     @torch.inference_mode()
-    def write(self, start: Tensor, u: Tensor, on_step: Callable[[], None] | None = None) -> Tensor:
+    def write(self, start: Tensor, u: Tensor) -> Tensor:
         """Write texts [N, length] that begin with start[P] or [N, P].
 
-        They are drawn by u[N, length] float64; `on_step` is called after each token.
+        They are drawn by u[N, length] float64.
         """
         begun = start.shape[-1]
         self.ids[:, :begun] = start
@@ -151,8 +151,6 @@ class Decoder:
                     self._replay(min(max(self.SMALLEST, 1 << position.bit_length()), self.length))
                 else:
                     self.step(position + 1)
-                if on_step:
-                    on_step()
         return self.ids.clone()
 
     def step(self, window: int, masked: bool = False) -> None:
@@ -211,31 +209,6 @@ class Decoder:
 
 def _norm(x: Tensor, norm: LayerNorm) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], norm.weight, eps=1e-5)
-
-
-def decode(
-    gpt: GPT,
-    num_samples: int,
-    length: int,
-    bos_id: int,
-    *,
-    seed: int,
-    first: int = 0,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    prompt: Tensor | None = None,
-    on_step: Callable[[], None] | None = None,
-    decoder: Decoder | None = None,
-) -> Tensor:
-    """Write num_samples texts of `length` tokens with the KV cache: [N, length] int64.
-
-    Texts begin with BOS, or with the prompt ids [P], or [N, P] with one row per text. Text i has
-    the random numbers of first + i. A `decoder` of this shape from an earlier call keeps its memory
-    and its CUDA graphs.
-    """
-    decoder = decoder or Decoder(gpt, num_samples, length, temperature, top_p)
-    start = torch.tensor([bos_id]) if prompt is None else prompt
-    return decoder.write(start, uniforms(seed, first, num_samples, length), on_step)
 
 
 def gpt_neox_config(gpt: GPT, length: int, eos_id: int) -> dict[str, Any]:

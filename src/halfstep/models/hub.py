@@ -145,13 +145,13 @@ class Inert(dict):
     def __call__(self, *args, **kwargs):
         return Inert()
 
-    def append(self, item):
+    def append(self, item) -> None:
         pass
 
-    def extend(self, items):
+    def extend(self, items) -> None:
         pass
 
-    def add(self, item):
+    def add(self, item) -> None:
         pass
 
     def __hash__(self):

@@ -1,4 +1,4 @@
-"""`halfstep import` and `halfstep export`: published weights become a checkpoint of ours, and a checkpoint a folder for transformers."""
+"""`halfstep import` and `halfstep export`: published weights to a checkpoint and back."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from halfstep import __version__, checkpoint
-from halfstep.checkpoint import checkpoint_files as checkpoint_files
+from halfstep import __version__
+from halfstep.checkpoint import (
+    FILES,
+    Model,
+    build_network,
+    check_weights,
+    checkpoint_files,
+    load_checkpoint,
+    save_checkpoint,
+)
 from halfstep.config import SIZES, Network, Training
 from halfstep.data.pack import read_manifest
 from halfstep.data.tokenizer import EOS, load_bpe
@@ -25,120 +34,85 @@ from halfstep.records.journal import Journal
 
 MODELING = Path(__file__).parents[1] / "exported" / "modeling_halfstep.py"
 DIVERGENCES = {"kld": "kl_backward", "mse": "mse", "tvd": "l1_log_p"}  # SDTT's names on the hub
-FETCHED = ["*.safetensors", "*.bin", "config.json"]
+DOWNLOADED = ["*.safetensors", "*.bin", "config.json"]
 
 
 def import_checkpoint(
-    source: str, output: Path, corpus: Path | None = None, tokenizer: str | None = None, weights: Literal["ema", "raw"] = "ema",
+    source: str,
+    output: Path,
+    corpus: Path | None = None,
+    tokenizer: str | None = None,
+    weights: Literal["ema", "raw"] = "ema",
     size: str | None = None,
-) -> None:  # fmt: skip
-    """Write a checkpoint of ours from published weights: the teacher of a first round, or a student of the paper to measure.
+) -> None:
+    """Write a checkpoint from published weights.
+
+    It can be the teacher of a first round, or a student of the paper to measure. A source is a
+    .ckpt of MDLM or SDTT, a folder as on the hub, or a hub name such as kuleshov-group/mdlm-owt or
+    jdeschena/sdtt@baselines_kld_step_70000. --weights ema keeps the average as well as the raw
+    weights, if the source has one; raw uses the raw weights as both, as the released code does.
 
     Args:
-        source: a .ckpt of MDLM or SDTT, a folder as on the hub, or a hub name: kuleshov-group/mdlm-owt, jdeschena/sdtt@baselines_kld_step_70000
-        output: folder of the checkpoint
-        corpus: folder of `halfstep prepare-corpus` that it will be used with; gives tokenizer and length
-        tokenizer: where there is no corpus: a hub name (gpt2) or a folder; default: the source's own tokenizer.json
-        weights: ema keeps the average beside the raw weights where the source has one; raw takes the raw weights for both, as the released code does
+        source: file, folder or hub name output: folder of the checkpoint corpus: folder of
+        `halfstep prepare-corpus` to use it with; gives tokenizer and length tokenizer: without a
+        corpus: hub name (gpt2) or folder (default: the source's tokenizer.json) weights: ema or raw
         size: refuse weights of another size (small, medium, large ...)
     """
-    where, _, revision = source.partition("@")
-    path = (
-        Path(source)
-        if Path(source).exists()
-        else fetch_from_hub(where, revision)
-        if _is_hub_name(where)
-        else Path(source)
-    )
-    found = hub.read_published(path)
-    vocabulary, blocks, width, heads = hub.shape_of(found.raw, found.file)
-    expected, size = (
-        size,
-        next((name for name, shape in SIZES.items() if shape == (blocks, width, heads)), None),
-    )
-    if size is None:
-        known = "; ".join(f"{name} {shape}" for name, shape in SIZES.items())
+    _, _, revision = source.partition("@")
+    path = _find_source(source)
+    published = hub.read_published(path)
+    vocabulary, *shape = hub.shape_of(published.raw, published.file)
+    network_size = _size_of(shape, published.file)
+    if size and network_size != size:
         raise HalfstepError(
-            f"--source {found.file}: {blocks} blocks, width {width}, {heads} heads is no size of halfstep; known are {known}"
+            f"--source {published.file}: found size {network_size}, expected {size}; "
+            "change network.size, or name other weights"
         )
-    if expected and size != expected:
+    tokens, length = _tokenizer_and_length(path, corpus, tokenizer, published.config)
+    if tokens.get_vocab_size() != vocabulary:
         raise HalfstepError(
-            f"--source {found.file}: found size {size}, expected {expected}; change network.size, or name other weights"
+            f"--source {published.file}: its vocabulary is {vocabulary} tokens and the mask, "
+            f"the tokenizer has {tokens.get_vocab_size()}; "
+            "name the corpus or the tokenizer that it was trained with"
         )
-    words, length = _tokens(path, corpus, tokenizer, found.config)
-    known = words.get_vocab_size()
-    if known != vocabulary:
-        raise HalfstepError(
-            f"--source {found.file}: its vocabulary is {vocabulary} tokens and the mask, the tokenizer has {known}; name the corpus or tokenizer it was "
-            "trained with"
-        )
+    average = published.ema if weights == "ema" and published.ema else {}
+    time_conditioning = bool(published.config.get("time_conditioning", False))
     meta = {
-        "kind": "diffusion", "network": Network(size=size, time_conditioning=_knows_time(found.config)).model_dump(), "vocab_size": vocabulary,
-        "eos_id": words.token_to_id(EOS), "length": length, "corpus": corpus.name if corpus else None, "training": {"min_t": Training().min_t}, **lineage(revision),
+        "kind": "diffusion",
+        "network": Network(size=network_size, time_conditioning=time_conditioning).model_dump(),
+        "vocab_size": vocabulary,
+        "eos_id": tokens.token_to_id(EOS),
+        "length": length,
+        "corpus": corpus.name if corpus else None,
+        "training": {"min_t": Training().min_t},
+        **lineage(revision),
         "ema_updates": 0,
         "imported": {
-            "source": source, "revision": revision or None, "file": found.file.name, "sha256": sha256(found.file),
-            "weights": "raw and ema" if found.ema and weights == "ema" else "raw" if found.ema or weights == "raw" else "the one set it has",
+            "source": source,
+            "revision": revision or None,
+            "file": published.file.name,
+            "sha256": sha256(published.file),
+            "weights": _imported_weights(published, weights),
         },
-    }  # fmt: skip
-    with torch.device("meta"):
-        shell = checkpoint.build_network(meta)
-    buffers = {key: found.raw[key] for key in dict(shell.named_buffers())}
-    sets = {
-        "raw": found.raw,
-        "ema": {**found.ema, **buffers} if found.ema and weights == "ema" else found.raw,
     }
-    for state in sets.values():
-        checkpoint.check_weights(shell, state, found.file)
-    params = {"source": source, "weights": weights, **meta["network"]}
-    fed = [{"name": "source", "digest": meta["imported"]["sha256"], "source": source}]
-    tags = {"teacher": output.parent.name, "round": meta["round"], "imported": source}
-    with Journal(
-        output,
-        name="teacher",
-        node=f"import/{output.parent.name}",
-        params=params,
-        tags=tags,
-        datasets=fed,
-    ) as journal:
-        write_atomic(output / "tokenizer.json", words.to_str(pretty=False))
-        checkpoint.save_checkpoint(
-            output,
-            {
-                checkpoint.FILES[name]: {k: v.float() for k, v in state.items()}
-                for name, state in sets.items()
-            },
-            meta,
-            output / "tokenizer.json",
-        )
-        journal.close(checkpoint=output)
-    read = [
-        found.file,
-        found.file.parent / "config.json",
-        *([corpus / "manifest.json", corpus / "tokenizer.json"] if corpus else []),
-    ]
+    states = {"raw": published.raw, "ema": published.raw | average}
+    _check_states(states, meta, published.file)
+    _write_imported(output, states, meta, tokens, weights)
+    read = [published.file, published.file.parent / "config.json"]
+    if corpus:
+        read += [corpus / "manifest.json", corpus / "tokenizer.json"]
     provenance.write_record(
         output / provenance.NAME, [output], [file for file in read if file.is_file()]
     )
 
 
-def lineage(revision: str) -> dict:
-    """Round, divergence and steps that a revision of jdeschena/sdtt tells by its name; of any other, a teacher's (round 0)."""
-    match = re.fullmatch(r"(?:baselines_(\w+)|scaling_400k_\w+?)_step_(\d)0000", revision)
-    if not match:
-        return {"round": 0}
-    round = int(match[2])
-    run = {"divergence": DIVERGENCES.get(match[1] or "kld", match[1])}
-    return {
-        "round": round,
-        "run": run,
-        "dt": 2 ** (round - 1) / 1024,
-        "student_steps": 1024 // 2**round,
-    }
-
-
-def _is_hub_name(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).suffix == ".ckpt"
+def _find_source(source: str) -> Path:
+    """The file or folder that `source` names; a name on the hub is downloaded."""
+    name, _, revision = source.partition("@")
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(".ckpt")
+    if Path(source).exists() or not is_hub_name:
+        return Path(source)
+    return fetch_from_hub(name, revision)
 
 
 def fetch_from_hub(name: str, revision: str) -> Path:
@@ -146,171 +120,296 @@ def fetch_from_hub(name: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=FETCHED))
-    except Exception as error:  # the client raises its own, requests' and OSError
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=DOWNLOADED)
+    except Exception as error:  # the client, requests and the file system raise different types
+        full_name = f"{name}@{revision}" if revision else name
         raise HalfstepError(
-            f"--source {name}{'@' * bool(revision)}{revision}: the hub did not give it ({type(error).__name__}: {reason(error)}); check name, revision and network, or "
-            "download it elsewhere and name the folder"
+            f"--source {full_name}: the download failed ({type(error).__name__}: {reason(error)}); "
+            "check name, revision and network, or download it elsewhere and name the folder"
         ) from None
+    return Path(folder)
 
 
-def _tokens(
+def _size_of(shape: list[int], file: Path) -> str:
+    """The name of a network's size, from (blocks, width, heads)."""
+    for name, known in SIZES.items():
+        if list(known) == shape:
+            return name
+    blocks, width, heads = shape
+    known_sizes = "; ".join(f"{name} {known}" for name, known in SIZES.items())
+    raise HalfstepError(
+        f"--source {file}: {blocks} blocks, width {width}, {heads} heads is no size of halfstep; "
+        f"known are {known_sizes}"
+    )
+
+
+def _tokenizer_and_length(
     path: Path, corpus: Path | None, name: str | None, config: dict
 ) -> tuple[Tokenizer, int]:
-    """Tokenizer and length, of the corpus or of what else is named."""
+    """Tokenizer, and tokens per text, from the corpus or else from the source and --tokenizer."""
     if corpus:
-        return Tokenizer.from_file(str(corpus / "tokenizer.json")), read_manifest(corpus)["length"]
-    model = config.get("model") if isinstance(config.get("model"), dict) else {}
-    length = config.get("model_length") or model.get("length")
+        tokens = Tokenizer.from_file(str(corpus / "tokenizer.json"))
+        return tokens, read_manifest(corpus)["length"]
+    model = config.get("model")
+    length = config.get("model_length")
+    if not length and isinstance(model, dict):
+        length = model.get("length")
     if not isinstance(length, int):
         raise HalfstepError(
-            f"--source {path}: does not say how many tokens a text has; give --corpus, the folder of halfstep prepare-corpus"
+            f"--source {path}: does not say how many tokens a text has; "
+            "give --corpus, the folder of halfstep prepare-corpus"
         )
     if name:
         return load_bpe(name), length
     if path.is_dir() and (path / "tokenizer.json").is_file():
         return load_bpe(str(path)), length
     raise HalfstepError(
-        f"--source {path}: comes without a tokenizer; give --corpus, or --tokenizer gpt2 for the published models"
+        f"--source {path}: comes without a tokenizer; "
+        "give --corpus, or --tokenizer gpt2 for the published models"
     )
 
 
-def _knows_time(config: dict) -> bool:
-    return bool(config.get("time_conditioning", False))
+def lineage(revision: str) -> dict:
+    """Round, divergence and steps, from the name of a revision of jdeschena/sdtt.
+
+    Any other revision is a teacher (round 0).
+    """
+    match = re.fullmatch(r"(?:baselines_(\w+)|scaling_400k_\w+?)_step_(\d)0000", revision)
+    if not match:
+        return {"round": 0}
+    divergence, round = match[1] or "kld", int(match[2])
+    return {
+        "round": round,
+        "run": {"divergence": DIVERGENCES.get(divergence, match[1])},
+        "dt": 2 ** (round - 1) / 1024,
+        "student_steps": 1024 // 2**round,
+    }
+
+
+def _imported_weights(published: hub.Published, weights: str) -> str:
+    if published.ema and weights == "ema":
+        return "raw and ema"
+    return "raw" if published.ema or weights == "raw" else "the one set it has"
+
+
+def _check_states(states: dict[str, dict[str, Tensor]], meta: dict, file: Path) -> None:
+    """HalfstepError unless every set of weights fits the network that meta describes."""
+    with torch.device("meta"):
+        network = build_network(meta)
+    for state in states.values():
+        check_weights(network, state, file)
+
+
+def _write_imported(
+    output: Path,
+    states: dict[str, dict[str, Tensor]],
+    meta: dict,
+    tokens: Tokenizer,
+    weights: str,
+) -> None:
+    """Write the checkpoint, and a journal without points."""
+    imported = meta["imported"]
+    teacher = output.parent.name
+    with Journal(
+        output,
+        name="teacher",
+        node=f"import/{teacher}",
+        params={"source": imported["source"], "weights": weights, **meta["network"]},
+        tags={"teacher": teacher, "round": meta["round"], "imported": imported["source"]},
+        datasets=[{"name": "source", "digest": imported["sha256"], "source": imported["source"]}],
+    ) as journal:
+        write_atomic(output / "tokenizer.json", tokens.to_str(pretty=False))
+        tensors = {
+            FILES[name]: {key: value.float() for key, value in state.items()}
+            for name, state in states.items()
+        }
+        save_checkpoint(output, tensors, meta, output / "tokenizer.json")
+        journal.close(checkpoint=output)
 
 
 def export_checkpoint(
-    checkpoint: Path, output: Path, weights: Literal["ema", "raw", "best"] = "ema", metrics: list[Path] | None = None, push: str | None = None,
+    checkpoint: Path,
+    output: Path,
+    weights: Literal["ema", "raw", "best"] = "ema",
+    metrics: list[Path] | None = None,
+    push: str | None = None,
     revision: str | None = None,
-) -> None:  # fmt: skip
-    """Write a folder that transformers loads without halfstep, with a model card; push it to the hub, one revision per round.
+) -> None:
+    """Write a folder that transformers loads without halfstep, with a model card.
+
+    --push uploads it to the hub, one revision per round. The card leaves out rows of other models,
+    rows of other weights, and timings.
 
     Args:
-        checkpoint: a checkpoint folder of a denoiser
+        checkpoint: checkpoint folder of a denoiser
         output: folder to write
         weights: which weights of the checkpoint
-        metrics: files of metric rows for the card; rows of other models, of other weights and of timings are left out
+        metrics: files of metric rows for the card
         push: hub repository, user/name
-        revision: branch to push to; default: <run>-round-<n>, of a teacher main
+        revision: branch to push to (default: <run>-round-<n>, main for a teacher)
     """
-    model = load(checkpoint, weights)
+    model = load_checkpoint(checkpoint, weights)
     if model.denoiser is None:
         raise HalfstepError(
-            f"--checkpoint {checkpoint}: is autoregressive; its hf/ folder is what transformers loads already"
+            f"--checkpoint {checkpoint}: is autoregressive; transformers loads its hf/ folder"
         )
-    meta, network = model.meta, Network.model_validate(model.meta["network"])
-    write_json(output / "config.json", {
-        "model_type": "halfstep", "architectures": ["HalfstepForMaskedLM"],
-        "auto_map": {"AutoConfig": "modeling_halfstep.HalfstepConfig", "AutoModelForMaskedLM": "modeling_halfstep.HalfstepForMaskedLM"},
-        "vocab_size": model.vocab_size + 1, "hidden_dim": network.width, "n_blocks": network.blocks, "n_heads": network.heads, "cond_dim": COND_WIDTH,
-        "model_length": model.length, "time_conditioning": network.time_conditioning, "steps": meta.get("student_steps", 1024),
-        "bos_token_id": model.eos_id, "eos_token_id": model.eos_id, "dtype": "float32",
-    })  # fmt: skip
+    name = model_name(checkpoint)
+    _write_model(output, model, checkpoint / "tokenizer.json")
+    rows = _rows_for_card(metrics or [], name, model.sha256, weights)
+    write_atomic(output / "README.md", card(name, model.meta, model.sha256, weights, rows))
+    read = [*checkpoint_files(checkpoint, weights), *(metrics or [])]
+    provenance.write_record(output / provenance.NAME, [output], read)
+    if push:
+        branch = name.partition("/")[2].replace("/", "-") if model.meta["round"] else "main"
+        upload(output, push, revision or branch)
+
+
+def _write_model(output: Path, model: Model, tokenizer: Path) -> None:
+    """Write weights, configuration, tokenizer and code in transformers' format."""
     from safetensors.torch import save_file
 
-    state = {
-        f"backbone.{key}": value.contiguous() for key, value in model.network.state_dict().items()
+    network = Network.model_validate(model.meta["network"])
+    config = {
+        "model_type": "halfstep",
+        "architectures": ["HalfstepForMaskedLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_halfstep.HalfstepConfig",
+            "AutoModelForMaskedLM": "modeling_halfstep.HalfstepForMaskedLM",
+        },
+        "vocab_size": model.vocab_size + 1,
+        "hidden_dim": network.width,
+        "n_blocks": network.blocks,
+        "n_heads": network.heads,
+        "cond_dim": COND_WIDTH,
+        "model_length": model.length,
+        "time_conditioning": network.time_conditioning,
+        "steps": model.meta.get("student_steps", 1024),
+        "bos_token_id": model.eos_id,
+        "eos_token_id": model.eos_id,
+        "dtype": "float32",
     }
-    write_atomic(
-        output / "model.safetensors", lambda part: save_file(state, part, {"format": "pt"})
-    )
-    write_atomic(output / "tokenizer.json", (checkpoint / "tokenizer.json").read_bytes())
     eos = model.tokenizer.id_to_token(model.eos_id)
-    write_json(output / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eos, "eos_token": eos, "model_max_length": model.length,
-    })  # fmt: skip
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": eos,
+        "eos_token": eos,
+        "model_max_length": model.length,
+    }
+    weights = model.network.state_dict()
+    tensors = {f"backbone.{key}": value.contiguous() for key, value in weights.items()}
+    write_json(output / "config.json", config)
+    write_atomic(
+        output / "model.safetensors", lambda part: save_file(tensors, part, {"format": "pt"})
+    )
+    write_atomic(output / "tokenizer.json", tokenizer.read_bytes())
+    write_json(output / "tokenizer_config.json", tokenizer_config)
     write_atomic(output / "modeling_halfstep.py", MODELING.read_bytes())
-    name = model_name(checkpoint)
-    mine = [
-        row
-        for file in metrics or []
-        for row in read_json(file)
-        if row.get("model") == name and row["metric"] != "latency_s"
-    ]
-    rows = [row for row in mine if row.get("checkpoint") == model.sha256[:16]]
-    if others := {str(row.get("checkpoint")) for row in mine} - {model.sha256[:16]}:
+
+
+def _rows_for_card(files: list[Path], name: str, digest: str, weights: str) -> list[dict]:
+    """The rows of exactly these weights; prints a note if there are rows of other weights."""
+    rows = [row for file in files for row in read_json(file)]
+    rows = [row for row in rows if row.get("model") == name and row["metric"] != "latency_s"]
+    others = {str(row.get("checkpoint")) for row in rows} - {digest[:16]}
+    if others:
         print(
-            f"note: rows of checkpoint {', '.join(sorted(others))} are not on the card: these weights, {weights}, are {model.sha256[:16]}",
+            f"note: rows of checkpoint {', '.join(sorted(others))} are not on the card: "
+            f"these weights, {weights}, are {digest[:16]}",
             file=sys.stderr,
         )
-    write_atomic(output / "README.md", card(name, meta, model.sha256, weights, rows))
-    provenance.write_record(
-        output / provenance.NAME,
-        [output],
-        [*checkpoint_files(checkpoint, weights), *(metrics or [])],
-    )
-    if push:
-        branch = revision or (
-            "main" if not meta["round"] else name.partition("/")[2].replace("/", "-")
-        )
-        upload(output, push, branch)
+    return [row for row in rows if row.get("checkpoint") == digest[:16]]
 
 
-def load(folder: Path, weights: str):
-    return checkpoint.load_checkpoint(folder, weights)
+CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: fill-mask
+tags: [masked-diffusion, sdtt]
+---
+# {name}
+A masked diffusion language model (MDLM, arXiv 2406.07524): {what} (arXiv 2410.21035).
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+model = AutoModelForMaskedLM.from_pretrained("this folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+print(tokenizer.decode(model.sample(num_samples=1, steps={steps})[0]))
+```
+| | |
+|---|---|
+{facts}
+
+## Measured
+{measured}
+"""
+CARD_COLUMNS = (
+    *("metric", "protocol", "version", "steps", "value", "low", "high", "num_samples", "seed"),
+    *("sampler", "draw_dtype", "temperature", "judge", "data", "commit"),
+)
 
 
 def card(name: str, meta: dict, digest: str, weights: str, rows: list[dict]) -> str:
-    """The model card: what it is, how it was made, every number with its protocol and interval."""
-    run, steps = meta.get("run", {}), meta.get("student_steps")
-    what = (
-        f"round {meta['round']} of Self-Distillation Through Time, meant for **{steps} sampling steps**"
-        if meta["round"]
-        else "a teacher, meant for 1,024 sampling steps"
-    )
-    facts = {
-        "network": f"{meta['network']['size']}, {meta['vocab_size']} tokens and the mask, texts of {meta['length']} tokens", "corpus": meta.get("corpus"),
-        "round": meta["round"] or None, "divergence": run.get("divergence"), "time grid of the teacher": run.get("teacher_times"),
-        "training": "; ".join(f"{key} {value}" for key, value in (run or meta.get("training", {})).items()) or None,
-        "imported from": meta.get("imported", {}).get("source"), "weights": f"{weights}, sha256 {digest[:16]}", "written by": f"halfstep {__version__}",
-    }  # fmt: skip
-    lines = [
-        "---", "license: apache-2.0", "library_name: transformers", "pipeline_tag: fill-mask", "tags: [masked-diffusion, sdtt]", "---", f"# {name}",
-        f"A masked diffusion language model (MDLM, arXiv 2406.07524): {what} (arXiv 2410.21035).", "```python",
-        "from transformers import AutoModelForMaskedLM, AutoTokenizer", "",
-        'model = AutoModelForMaskedLM.from_pretrained("this folder", trust_remote_code=True)', 'tokenizer = AutoTokenizer.from_pretrained("this folder")',
-        f"print(tokenizer.decode(model.sample(num_samples=1, steps={steps or 1024})[0]))", "```", "| | |", "|---|---|",
-        *(f"| {key} | {value} |" for key, value in facts.items() if value), "", "## Measured",
-    ]  # fmt: skip
-    if not rows:
-        return "\n".join(
-            [*lines, "Nothing was measured of these weights when this card was written.", ""]
+    """The model card: the model, its training, and every number with its protocol and interval."""
+    steps = meta.get("student_steps")
+    what = "a teacher, meant for 1,024 sampling steps"
+    if meta["round"]:
+        what = (
+            f"round {meta['round']} of Self-Distillation Through Time, "
+            f"meant for **{steps} sampling steps**"
         )
-    columns = (
-        "metric",
-        "protocol",
-        "version",
-        "steps",
-        "value",
-        "low",
-        "high",
-        "num_samples",
-        "seed",
-        "sampler",
-        "draw_dtype",
-        "temperature",
-        "judge",
-        "data",
-        "commit",
+    facts = _card_facts(meta, digest, weights)
+    return CARD.format(
+        name=name,
+        what=what,
+        steps=steps or 1024,
+        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items() if value),
+        measured=_card_table(rows),
     )
-    lines += [
-        "The interval [low, high] is of 95%; that of MAUVE is of its clustering alone, over the same texts.",
-        "",
-        f"| {' | '.join(columns)} |",
-        "|" + "---|" * len(columns),
-    ]
+
+
+def _card_facts(meta: dict, digest: str, weights: str) -> dict[str, object]:
+    run = meta.get("run", {})
+    options = run or meta.get("training", {})
+    return {
+        "network": (
+            f"{meta['network']['size']}, {meta['vocab_size']} tokens and the mask, "
+            f"texts of {meta['length']} tokens"
+        ),
+        "corpus": meta.get("corpus"),
+        "round": meta["round"],
+        "divergence": run.get("divergence"),
+        "time grid of the teacher": run.get("teacher_times"),
+        "training": "; ".join(f"{key} {value}" for key, value in options.items()),
+        "imported from": meta.get("imported", {}).get("source"),
+        "weights": f"{weights}, sha256 {digest[:16]}",
+        "written by": f"halfstep {__version__}",
+    }
+
+
+def _card_table(rows: list[dict]) -> str:
+    if not rows:
+        return "No metric was measured with these weights before this card was written."
 
     def cell(value: object) -> str:
         if isinstance(value, float):
             return f"{value:.4g}"
         return "" if value is None else str(value)
 
-    lines += [f"| {' | '.join(cell(row.get(column)) for column in columns)} |" for row in rows]
-    return "\n".join([*lines, ""])
+    lines = [
+        "The interval [low, high] covers 95%. For MAUVE it covers the clustering alone, "
+        "over the same texts.",
+        "",
+        f"| {' | '.join(CARD_COLUMNS)} |",
+        "|" + "---|" * len(CARD_COLUMNS),
+    ]
+    for row in rows:
+        lines.append(f"| {' | '.join(cell(row.get(column)) for column in CARD_COLUMNS)} |")
+    return "\n".join(lines)
 
 
 def upload(folder: Path, name: str, branch: str) -> None:
-    """Send an exported folder to a branch of a hub repository, both made where they are missing."""
+    """Upload an exported folder to a branch of a hub repository; create both if needed."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -324,8 +423,9 @@ def upload(folder: Path, name: str, branch: str) -> None:
             revision=branch,
             commit_message=f"halfstep export, {branch}",
         )
-    except Exception as error:  # the client raises its own, requests' and OSError
+    except Exception as error:  # the client, requests and the file system raise different types
         raise HalfstepError(
-            f"--push {name}: the hub did not take it ({type(error).__name__}: {reason(error)}); the folder {folder} is whole: check the network and "
-            "`hf auth login`, and give the command again"
+            f"--push {name}: the upload failed ({type(error).__name__}: {reason(error)}); "
+            f"the folder {folder} is complete: check the network and `hf auth login`, "
+            "and repeat the command"
         ) from None

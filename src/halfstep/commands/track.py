@@ -1,4 +1,4 @@
-"""`halfstep track`: send journals, measurements, tables and figures to MLflow; repeat it as often as you like."""
+"""`halfstep track`: send journals, measurements, tables and figures to MLflow; safe to repeat."""
 
 from __future__ import annotations
 
@@ -16,26 +16,15 @@ from pathlib import Path
 
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, write_atomic
-from halfstep.records import journal
+from halfstep.records.journal import read_journal
 from halfstep.records.mlflow import Job, Tracker
 
-WAITS_S = (
-    0,
-    1,
-    4,
-)  # before each pass of a call; a pass is idempotent, a single request of MLflow's is not
-PATIENCE_S = 600  # for all attempts of a call: a server that answers, but slowly, must not hold up a graph; what was sent stays
-FAULTS = (
-    "mlflow",
-    "sqlalchemy",
-    "alembic",
-    "requests",
-    "urllib3",
-    "json",
-    "http",
-    "psycopg",
-    "pymysql",
-)
+# Seconds before each pass of a sync. A pass can be repeated safely; one request to MLflow cannot.
+WAITS_S = (0, 1, 4)
+# For all passes of a sync: a slow server must not hold up a graph. Points that were sent stay sent.
+PATIENCE_S = 600
+# Modules whose errors mean that MLflow, or something below it, failed.
+FAULTS = tuple("mlflow sqlalchemy alembic requests urllib3 json http psycopg pymysql".split())
 
 
 def track(
@@ -46,74 +35,64 @@ def track(
     every: float = 15.0,
     output: Path | None = None,
 ) -> None:
-    """Bring MLflow to what lies under `results`; a second call adds nothing. Jobs that run meanwhile are not disturbed.
+    """Bring MLflow up to date with `results`; a second call adds nothing.
+
+    Jobs that run at the same time are not disturbed. --watch ends with Ctrl-C, SIGTERM or the end
+    of the graph (when {results}/mlflow.synced is written). With --output a failure of MLflow is a
+    warning, which is also written to that file, and the exit code is 0.
 
     Args:
         results: the folder with models, metrics, tables and figures
-        uri: a database or server of MLflow; default: $MLFLOW_TRACKING_URI, else sqlite:///{results}/mlflow.db
-        experiment: MLflow's experiment; people who share a server choose different ones
-        watch: do it again and again, for live curves, until Ctrl-C, SIGTERM or the end of the graph (when {results}/mlflow.synced is written)
+        uri: database or server (default: $MLFLOW_TRACKING_URI, else sqlite:///{results}/mlflow.db)
+        experiment: MLflow's experiment; users of a shared server choose different ones
+        watch: repeat the sync, for live curves
         every: seconds between two passes of --watch
-        output: for the graph: the file that tells it was done. What cannot be sent is then a warning, the exit code 0, and the warning's text in the file
+        output: for the graph: file to write when done; it is empty unless MLflow failed
     """
     if not results.is_dir():
         raise HalfstepError(
-            f"--results {results}: no such folder; run the pipeline first, or name the folder that holds models/ and metrics/"
+            f"--results {results}: no such folder; run the pipeline first, "
+            "or name the folder that holds models/ and metrics/"
         )
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/mlflow.db"
     if watch:
-        return _watch(results, uri, experiment, every)
-    warning = ""
+        _watch(results, uri, experiment, every)
+    elif output is None:
+        _sync_and_print(results, uri, experiment)
+    else:
+        write_atomic(output, _sync_or_warn(results, uri, experiment))
+
+
+def _sync_or_warn(results: Path, uri: str, experiment: str) -> str:
+    """Sync once. Returns "", or the warning that was printed because MLflow failed."""
     try:
-        added, jobs, experiment_id = sync_once(results, uri, experiment)
-        print(f"{jobs} runs, {added} points added\n{how_to_look(uri, experiment_id)}", flush=True)
+        _sync_and_print(results, uri, experiment)
     except HalfstepError as error:
-        if output is None:  # somebody asked for just this: say that it failed
-            raise
-        again = shlex.join(
-            [
-                "halfstep",
-                "track",
-                "--results",
-                str(results),
-                "--uri",
-                uri,
-                "--experiment",
-                experiment,
-            ]
+        again = ["halfstep", "track", "--results", str(results)]
+        again += ["--uri", uri, "--experiment", experiment]
+        warning = (
+            f"WARNING: not sent to MLflow: {error}. The journals under {results}/models "
+            f"hold everything; to send it later: {shlex.join(again)}\n"
         )
-        warning = f"WARNING: not sent to MLflow: {error}. The journals under {results}/models hold everything; to send it later: {again}\n"
         print(warning, end="", file=sys.stderr, flush=True)
-    if output is not None:
-        write_atomic(output, warning.encode())
+        return warning
+    return ""
 
 
 def _watch(results: Path, uri: str, experiment: str, every: float) -> None:
-    """Leaves at once on a signal: each request is whole or absent at MLflow's, and the next pass, whoever makes it, does the rest."""
+    """Sync again and again until a signal arrives or the graph ends.
 
-    def leave(*_):
-        raise KeyboardInterrupt
-
-    done, said = results / "mlflow.synced", ""
-    before, former = _changed(done), signal.signal(signal.SIGTERM, leave)
+    A signal ends the watch at once, even in the middle of a pass: MLflow has each request whole or
+    not at all, and the next sync, from any process, sends the rest.
+    """
+    marker = results / "mlflow.synced"
+    before, reported = _mtime(marker), ""
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while True:
-            ended = _changed(done) not in (
-                before,
-                None,
-            )  # looked at before the pass, so that the last pass sends the last points
-            try:
-                added, jobs, experiment_id = sync_once(results, uri, experiment)
-                said = ""
-                if added:
-                    print(
-                        f"{jobs} runs, {added} points added\n{how_to_look(uri, experiment_id)}",
-                        flush=True,
-                    )
-            except HalfstepError as error:
-                if str(error) != said:  # once for a fault, not for every pass
-                    print(f"halfstep track: {error}", file=sys.stderr, flush=True)
-                said = str(error)
+            # Look before the pass, so that the last pass sends the last points.
+            ended = _mtime(marker) not in (before, None)
+            reported = _sync_and_report(results, uri, experiment, reported)
             if ended:
                 return
             time.sleep(every)
@@ -123,31 +102,50 @@ def _watch(results: Path, uri: str, experiment: str, every: float) -> None:
         signal.signal(signal.SIGTERM, former)
 
 
-def _changed(file: Path) -> int | None:
+def _sync_and_report(results: Path, uri: str, experiment: str, reported: str) -> str:
+    """Sync once. Returns the error message, which is printed unless it was just `reported`."""
+    try:
+        _sync_and_print(results, uri, experiment, only_if_added=True)
+    except HalfstepError as error:
+        if str(error) != reported:
+            print(f"halfstep track: {error}", file=sys.stderr, flush=True)
+        return str(error)
+    return ""
+
+
+def _sync_and_print(results: Path, uri: str, experiment: str, only_if_added: bool = False) -> None:
+    added, jobs, experiment_id = sync_once(results, uri, experiment)
+    if added or not only_if_added:
+        print(f"{jobs} runs, {added} points added\n{how_to_look(uri, experiment_id)}", flush=True)
+
+
+def _mtime(file: Path) -> int | None:
     return file.stat().st_mtime_ns if file.exists() else None
 
 
 def how_to_look(uri: str, experiment_id: str = "1") -> str:
-    """The one command that opens MLflow, and the page of the runs."""
+    """The command that starts MLflow's web page (none for a server), and the page of the runs."""
     page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
     hint = "  (open a teacher's row with +, tick runs, press Compare)"
-    return (
-        f"{uri.rstrip('/')}/{page}\n{hint}"
-        if uri.startswith("http")
-        else f"mlflow ui --backend-store-uri {uri}\n  then http://localhost:5000/{page}\n{hint}"
-    )
+    if uri.startswith("http"):
+        return f"{uri.rstrip('/')}/{page}\n{hint}"
+    return f"mlflow ui --backend-store-uri {uri}\n  then http://localhost:5000/{page}\n{hint}"
 
 
 def sync_once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
-    """Points added, number of jobs, id of the experiment. Two syncs at once take turns. At most len(WAITS_S) passes and PATIENCE_S seconds."""
-    jobs = gather(results)
-    artifacts = sorted(
-        file
-        for kind in ("tables", "figures")
-        for file in (results / kind).glob("*")
-        if file.suffix in (".svg", ".pdf", ".csv", ".md", ".json")
-    )
-    fault, added, start = None, 0, time.monotonic()
+    """Bring MLflow up to date with `results`.
+
+    Parallel syncs of one folder take turns. A sync makes at most len(WAITS_S) passes and takes at
+    most PATIENCE_S seconds.
+
+    Returns:
+        the number of points added, the number of jobs, the id of the experiment
+    """
+    jobs = gather_jobs(results)
+    artifacts = _tables_and_figures(results)
+    deadline = time.monotonic() + PATIENCE_S
+    added = 0
+    fault: Exception = TimeoutError()
     try:
         with open(results / ".track.lock", "w") as lock, _alarm(PATIENCE_S):
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -158,38 +156,49 @@ def sync_once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
                     tracker = Tracker(uri, experiment, results / "mlflow-artifacts")
                     tracker.sync(jobs, artifacts)
                     return added + tracker.added, len(jobs), tracker.experiment_id
-                except (HalfstepError, TimeoutError):
-                    raise
-                except Exception as error:  # whatever MLflow or what is below it raises, the journals are whole and can be sent later
-                    if not isinstance(error, OSError) and not type(error).__module__.startswith(
-                        FAULTS
-                    ):
+                except Exception as error:
+                    if not _is_mlflow_fault(error):
                         raise
-                    fault, added = error, added + (tracker.added if tracker else 0)
-                if (
-                    time.monotonic() > start + PATIENCE_S
-                ):  # MLflow may have wrapped the alarm in an error of its own
+                    fault = error
+                    added += tracker.added if tracker else 0
+                if time.monotonic() > deadline:  # MLflow may have hidden the alarm's TimeoutError
                     break
     except TimeoutError as error:
         fault = error
-    why = "no server answers" if "Max retries exceeded" in str(fault) else reason(fault)
+    cause = "no server answers" if "Max retries exceeded" in str(fault) else reason(fault)
     raise HalfstepError(
-        f"MLflow at {uri} does not take the data ({why}); nothing is lost: mend it, or name another place with --uri, and call again"
+        f"MLflow at {uri} does not take the data ({cause}); nothing is lost: "
+        "repair it, or name another place with --uri, and call again"
     ) from fault
+
+
+def _tables_and_figures(results: Path) -> list[Path]:
+    files = [file for kind in ("tables", "figures") for file in (results / kind).glob("*")]
+    return sorted(file for file in files if file.suffix in (".svg", ".pdf", ".csv", ".md", ".json"))
+
+
+def _is_mlflow_fault(error: Exception) -> bool:
+    """Did MLflow or something below it fail? The journals are intact then and can be sent later."""
+    if isinstance(error, HalfstepError | TimeoutError):
+        return False
+    return isinstance(error, OSError) or type(error).__module__.startswith(FAULTS)
 
 
 @contextlib.contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """TimeoutError after so many seconds, in the main thread; it reaches into a lock or an answer that one waits for."""
+    """Raise TimeoutError after `seconds`, also while waiting for a lock or for an answer.
 
-    def ring(*_):
-        raise TimeoutError(f"it was not done after {seconds:g} s")
+    Works in the main thread only; in another thread there is no time limit.
+    """
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:g} s")
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     former = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # and again, should somebody swallow it
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)  # repeated, in case a library catches it
     try:
         yield
     finally:
@@ -197,79 +206,83 @@ def _alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, former)
 
 
-def gather(results: Path) -> list[Job]:
-    """Every model with a journal or a measurement, in the order teacher, baseline, rounds."""
-    jobs = {}
+def gather_jobs(results: Path) -> list[Job]:
+    """Every model with a journal or a measurement; of each teacher, the rounds come last."""
+    jobs: dict[str, Job] = {}
     for file in sorted((results / "models").rglob("run.json")):
-        run, points = journal.read_journal(file.parent)
-        while (
-            read_json(file) != run
-        ):  # a job began anew between the two reads: its points are not the former run's
-            run, points = journal.read_journal(file.parent)
+        run, points = read_journal(file.parent)
+        while read_json(file) != run:  # the job started anew between the reads of the two files
+            run, points = read_journal(file.parent)
         model = file.parent.relative_to(results / "models").as_posix()
         jobs[model] = Job(model, run, points, folder=file.parent)
-    for file in sorted(
-        [*(results / "metrics").rglob("*.json"), *(results / "benchmarks").rglob("*.json")]
-    ):
+    measurements = [
+        *(results / "metrics").rglob("*.json"),
+        *(results / "benchmarks").rglob("*.json"),
+    ]
+    for file in sorted(measurements):
         rows = read_json(file)
         for row in rows if isinstance(rows, list) else []:
-            _measure(jobs, row, file)
-    return [
-        jobs[model]
-        for model in sorted(jobs, key=lambda name: (name.split("/")[0], "round-" in name, name))
-    ]
+            _add_row(jobs, row, file)
+    order = sorted(jobs, key=lambda model: (model.split("/")[0], "round-" in model, model))
+    return [jobs[model] for model in order]
 
 
-def _measure(jobs: dict[str, Job], row: dict, file: Path) -> None:
-    """Put a metric row on the job of its model; a row of an older checkpoint than the journal's is left out."""
-    speed = row["metric"] == "latency_s"  # all timings of one machine are one run
-    model = (
-        f"{row['teacher']}/benchmark"
-        if speed
-        else row["model"]
-        if "/" in row["model"]
-        else f"{row['teacher']}/{row['model']}"
-    )
-    if model not in jobs:  # not trained here: held-out text, timings, or weights from elsewhere
-        found = (
-            {"folder": "", "sha256": {row.get("weights") or "model": row["checkpoint"]}}
-            if row.get("checkpoint") and not speed
-            else None
-        )
-        node = f"score/{model}"
-        jobs[model] = Job(
-            model,
-            {"name": model.split("/", 1)[1], "node": node, "started": 0.0, "checkpoint": found},
-        )
+def _add_row(jobs: dict[str, Job], row: dict, file: Path) -> None:
+    """Add a metric row to the job of its model; skip it if the job's checkpoint is another one."""
+    model = _model_of(row)
+    if model not in jobs:
+        jobs[model] = _untrained_job(model, row)
     job = jobs[model]
-    made = (job.run.get("checkpoint") or {}).get("sha256", {}).values()
-    if (
-        row.get("checkpoint")
-        and made
-        and not any(value.startswith(row["checkpoint"]) for value in made)
-    ):
+    digests = (job.run.get("checkpoint") or {}).get("sha256", {}).values()
+    measured = row.get("checkpoint")
+    if measured and digests and not any(digest.startswith(measured) for digest in digests):
         return
+    step = int(row.get("steps") or 0)
     for key, value in _metrics(row).items():
-        step = int(row.get("steps") or 0)
         if value is None or not math.isfinite(value):
             continue
-        if job.evaluations.setdefault((key, step), value) != value:
+        known = job.evaluations.setdefault((key, step), value)
+        if known != value:
             raise HalfstepError(
-                f"{file}: {key} of {model} at {step} steps is {value:g}, and {job.evaluations[key, step]:g} in another row; keep one"
+                f"{file}: {key} of {model} at {step} steps is {value:g}, "
+                f"but {known:g} in another row; keep one of them"
             )
 
 
+def _is_timing(row: dict) -> bool:
+    return row["metric"] == "latency_s"
+
+
+def _model_of(row: dict) -> str:
+    """The model of a row. All timings of a teacher's models belong to one run."""
+    if _is_timing(row):
+        return f"{row['teacher']}/benchmark"
+    return row["model"] if "/" in row["model"] else f"{row['teacher']}/{row['model']}"
+
+
+def _untrained_job(model: str, row: dict) -> Job:
+    """A job without a journal: held-out text, timings, or weights from elsewhere."""
+    checkpoint = None
+    if row.get("checkpoint") and not _is_timing(row):
+        checkpoint = {"folder": "", "sha256": {row.get("weights") or "model": row["checkpoint"]}}
+    name = model.split("/", 1)[1]
+    run = {"name": name, "node": f"score/{model}", "started": 0.0, "checkpoint": checkpoint}
+    return Job(model, run)
+
+
 def _metrics(row: dict) -> dict[str, float | None]:
-    """MLflow's keys: the same for every model, so that runs compare; the step is the number of sampling steps."""
-    if row["metric"] == "latency_s":
-        who = row["model"].split("/", 1)[-1].replace("/", "-")
-        case = f"{who}_length_{row['length']}_batch_{row['batch_size']}"
+    """The values of a row by MLflow's keys; their step is the number of sampling steps.
+
+    The keys are the same for every model, so that MLflow can compare runs. Each judge has its own
+    curve.
+    """
+    if _is_timing(row):
+        name = row["model"].split("/", 1)[-1].replace("/", "-")
+        case = f"{name}_length_{row['length']}_batch_{row['batch_size']}"
         return {
             f"speed/latency_s_{case}": row["value"],
             f"speed/tokens_per_s_{case}": row.get("tokens_per_s"),
         }
     judge = (row.get("judge") or "").partition("@")[0]
-    named = (
-        f"_{judge.rpartition('/')[2]}" if judge and "/baseline" not in judge else ""
-    )  # several judges of one model are several curves
-    return {f"eval/{row['metric']}_{row['protocol']}{named}": row["value"]}
+    suffix = f"_{judge.rpartition('/')[2]}" if judge and "/baseline" not in judge else ""
+    return {f"eval/{row['metric']}_{row['protocol']}{suffix}": row["value"]}

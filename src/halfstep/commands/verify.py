@@ -1,4 +1,4 @@
-"""`halfstep merge-provenance` and `halfstep verify`: all records in one file, and whether every artefact is still what its record says."""
+"""`halfstep merge-provenance` and `halfstep verify`: merge all records, and check them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,9 @@ from halfstep.records import provenance
 
 
 def merge_provenance(results: Path = Path("results")) -> None:
-    """Write {results}/provenance.json: every artefact with its checksum, its inputs', command, versions and commit.
+    """Write {results}/provenance.json: the records of all files in one.
+
+    For each file it holds the checksum, the checksums of its inputs, command, versions and commit.
 
     Args:
         results: the folder with data, models, samples, metrics, tables and figures
@@ -21,28 +23,35 @@ def merge_provenance(results: Path = Path("results")) -> None:
 
 
 def verify(results: Annotated[Path, tyro.conf.Positional] = Path("results")) -> None:
-    """Recompute all checksums; print a line for each file that was changed or is missing, and each artefact that is older than its input.
+    """Recompute all checksums and print one line for each problem.
+
+    A problem is a file that was changed, a file that is missing, or an output that is older than
+    one of its inputs.
 
     Args:
         results: the folder with data, models, samples, metrics, tables and figures
     """
-    total = sum(path.stat().st_size for path in provenance.walk(results)[1])
+    _, others = provenance.find_records(results)
+    total = sum(path.stat().st_size for path in others)
+    hashed = 0
     with Progress("verify", max(1, total >> 20), "MB") as progress:
-        seen = 0
 
         def tick(size: int) -> None:
-            nonlocal seen
-            seen += size
-            if (ahead := (seen >> 20) - progress.done) > 0:
+            nonlocal hashed
+            hashed += size
+            ahead = (hashed >> 20) - progress.done
+            if ahead > 0:
                 progress.update(ahead)
 
-        faults, recorded, unlisted = provenance.verify_records(results, tick)
+        faults, recorded, unrecorded = provenance.verify_records(results, tick)
     for fault in faults:
         print(fault)
     if faults:
         raise HalfstepError(
-            f"what does not fit is named above, found {len(faults)}; {recorded} files are recorded, {unlisted} others are not"
+            f"{len(faults)} problems (listed above); {recorded} files have records, "
+            f"{unrecorded} do not"
         )
     print(
-        f"{results}: all {recorded} recorded files are as they were made, from the inputs that are there; {unlisted} files have no record"
+        f"{results}: all {recorded} recorded files are unchanged, and so are their inputs; "
+        f"{unrecorded} files have no record"
     )

@@ -1,4 +1,6 @@
-"""A masked diffusion language model (MDLM, arXiv 2406.07524), distilled by SDTT (arXiv 2410.21035), for transformers; halfstep is not needed.
+"""A masked diffusion language model for transformers; the package halfstep is not needed.
+
+The model is an MDLM (arXiv 2406.07524), distilled by SDTT (arXiv 2410.21035).
 
     model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True)
     ids = model.sample(num_samples=4, steps=8)        # [4, model.config.model_length]
@@ -8,39 +10,37 @@ Apache-2.0, the halfstep authors.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
 
 class HalfstepConfig(PretrainedConfig):
+    """Shape of the network, and the number of sampling steps that it was trained for (steps)."""
+
     model_type = "halfstep"
 
     def __init__(
         self,
-        vocab_size=50258,
-        hidden_dim=768,
-        n_blocks=12,
-        n_heads=12,
-        cond_dim=128,
-        model_length=1024,
-        time_conditioning=False,
-        steps=1024,
+        vocab_size: int = 50258,  # with the mask token, which is the last
+        hidden_dim: int = 768,
+        n_blocks: int = 12,
+        n_heads: int = 12,
+        cond_dim: int = 128,
+        model_length: int = 1024,
+        time_conditioning: bool = False,
+        steps: int = 1024,
         **more,
     ):
         super().__init__(**more)
-        self.vocab_size, self.hidden_dim, self.n_blocks, self.n_heads = (
-            vocab_size,
-            hidden_dim,
-            n_blocks,
-            n_heads,
-        )
-        self.cond_dim, self.model_length, self.time_conditioning, self.steps = (
-            cond_dim,
-            model_length,
-            time_conditioning,
-            steps,
-        )
+        self.vocab_size = vocab_size
+        self.hidden_dim = hidden_dim
+        self.n_blocks = n_blocks
+        self.n_heads = n_heads
+        self.cond_dim = cond_dim
+        self.model_length = model_length
+        self.time_conditioning = time_conditioning
+        self.steps = steps
         self.mask_token_id = vocab_size - 1
 
 
@@ -65,9 +65,8 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
 
     def forward(self, sigma):
-        angles = sigma.float()[:, None] * 1e4 ** -(
-            torch.arange(128, device=sigma.device, dtype=torch.float32) / 128
-        )
+        powers = torch.arange(128, device=sigma.device, dtype=torch.float32) / 128
+        angles = sigma.float()[:, None] * 1e4**-powers
         return F.silu(self.mlp(torch.cat([angles.cos(), angles.sin()], -1)))
 
 
@@ -75,19 +74,16 @@ class Rotary(nn.Module):
     def __init__(self, head_width):
         super().__init__()
         self.head_width = head_width
-        self.register_buffer(
-            "inv_freq", 1e4 ** -(torch.arange(0, head_width, 2).float() / head_width)
-        )
+        powers = torch.arange(0, head_width, 2).float() / head_width
+        self.register_buffer("inv_freq", 1e4**-powers)
 
     def forward(self, x):
-        angles = torch.outer(
-            torch.arange(x.shape[-2], device=x.device).to(self.inv_freq.dtype), self.inv_freq
-        )
+        positions = torch.arange(x.shape[-2], device=x.device).to(self.inv_freq.dtype)
+        angles = torch.outer(positions, self.inv_freq)
         angles = torch.cat([angles, angles], -1)
         half = self.head_width // 2
-        return (
-            x * angles.cos() + torch.cat([-x[..., half:], x[..., :half]], -1) * angles.sin()
-        ).to(x.dtype)
+        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+        return (x * angles.cos() + turned * angles.sin()).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -103,9 +99,8 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Linear(cond_dim, 6 * width)
 
     def forward(self, x, rotary, cond):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(cond)[
-            :, None
-        ].chunk(6, -1)
+        modulation = self.adaLN_modulation(cond)[:, None]
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, -1)
         B, L, D = x.shape
         h = self.norm1(x) * (1 + scale_a) + shift_a
         q, k, v = self.attn_qkv(h).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
@@ -132,10 +127,8 @@ class DiT(nn.Module):
         self.vocab_embed = Embedding(config.vocab_size, config.hidden_dim)
         self.sigma_map = TimeEmbedding(config.cond_dim)
         self.rotary_emb = Rotary(config.hidden_dim // config.n_heads)
-        self.blocks = nn.ModuleList(
-            Block(config.hidden_dim, config.n_heads, config.cond_dim)
-            for _ in range(config.n_blocks)
-        )
+        block = (config.hidden_dim, config.n_heads, config.cond_dim)
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(config.n_blocks))
         self.output_layer = Head(config.hidden_dim, config.vocab_size, config.cond_dim)
 
     def forward(self, x, sigma):
@@ -147,12 +140,15 @@ class DiT(nn.Module):
 
 
 class HalfstepForMaskedLM(PreTrainedModel):
-    """logits are log p(x0 | xt): no mass on the mask token, and visible tokens stay as they are (SUBS)."""
+    """The denoiser: its logits are log p(x0 | xt), the SUBS parameterization of MDLM.
+
+    The mask token has no probability, and a visible token keeps its value with probability 1.
+    """
 
     config_class = HalfstepConfig
     base_model_prefix = "backbone"
 
-    def __init__(self, config):
+    def __init__(self, config: HalfstepConfig):
         super().__init__(config)
         self.backbone = DiT(config)
         self.post_init()
@@ -160,46 +156,77 @@ class HalfstepForMaskedLM(PreTrainedModel):
     def _init_weights(self, module):
         pass
 
-    def forward(self, input_ids, labels=None, t=None, return_dict=True, **unused):
-        """input_ids[B, L] with mask_token_id where text is wanted; t[B] in (0, 1] for a network that knows the time. labels: -100 is ignored."""
-        if self.config.time_conditioning and t is None:
-            raise ValueError(
-                "this network knows the time: give t[B], the share of masked tokens that was drawn"
-            )
-        sigma = (
-            -torch.log1p(-(1 - 1e-3) * t)
-            if self.config.time_conditioning
-            else torch.zeros(1, device=input_ids.device)
-        )
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        t: Tensor | None = None,
+        return_dict: bool = True,
+        **unused,
+    ) -> MaskedLMOutput | tuple[Tensor | None, Tensor]:
+        """Log-probabilities of the clean tokens, [B, L, V], and the mean loss of the labels.
+
+        Args:
+            input_ids: [B, L], with mask_token_id where a token is wanted
+            labels: [B, L]; -100 is ignored
+            t: [B] in (0, 1], the share of masked tokens; only for networks with time_conditioning
+        """
         mask = self.config.mask_token_id
-        logits = self.backbone(input_ids, sigma).float()
+        logits = self.backbone(input_ids, self._sigma(t, input_ids.device)).float()
         logits[..., mask] = -torch.inf
         log_p = logits.log_softmax(-1)
-        kept = torch.full_like(log_p, -torch.inf).scatter_(-1, input_ids[..., None], 0.0)
-        log_p = torch.where((input_ids == mask)[..., None], log_p, kept)
-        loss = (
-            None
-            if labels is None
-            else F.nll_loss(log_p.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        )
+        visible = torch.full_like(log_p, -torch.inf).scatter_(-1, input_ids[..., None], 0.0)
+        log_p = torch.where((input_ids == mask)[..., None], log_p, visible)
+        loss = None
+        if labels is not None:
+            loss = F.nll_loss(log_p.flatten(0, 1), labels.flatten(), ignore_index=-100)
         return MaskedLMOutput(loss=loss, logits=log_p) if return_dict else (loss, log_p)
 
+    def _sigma(self, t: Tensor | None, device: torch.device) -> Tensor:
+        """Noise level of the log-linear schedule, [B]; 0 for a network that ignores the time."""
+        if not self.config.time_conditioning:
+            return torch.zeros(1, device=device)
+        if t is None:
+            raise ValueError("this network needs the time: pass t[B], the share of masked tokens")
+        return -torch.log1p(-(1 - 1e-3) * t)
+
     @torch.no_grad()
-    def sample(self, num_samples=1, steps=None, length=None, input_ids=None, generator=None):
-        """Ancestral sampling in `steps` passes, [num_samples, length] ids; input_ids[num_samples, length] fixes all that is not masked."""
+    def sample(
+        self,
+        num_samples: int = 1,
+        steps: int | None = None,
+        length: int | None = None,
+        input_ids: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Ancestral sampling in `steps` steps; returns token ids, [num_samples, length].
+
+        Args:
+            num_samples: number of texts
+            steps: number of steps (default: config.steps)
+            length: tokens per text (default: config.model_length)
+            input_ids: [num_samples, length]; all tokens that are not masked stay as they are
+            generator: source of the random numbers
+        """
         steps, mask, device = steps or self.config.steps, self.config.mask_token_id, self.device
-        x = (
-            torch.full((num_samples, length or self.config.model_length), mask, device=device)
-            if input_ids is None
-            else input_ids.clone()
-        )
+        if input_ids is None:
+            shape = (num_samples, length or self.config.model_length)
+            x = torch.full(shape, mask, device=device)
+        else:
+            x = input_ids.clone()
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+
         for i in range(steps):
             t, s = 1 - i / steps, 1 - (i + 1) / steps
-            u = torch.rand(x.shape, generator=generator, device=device, dtype=torch.float64)
-            reveal = (x == mask) & (u < (t - s) / t) if i < steps - 1 else x == mask
+            u = uniform(*x.shape)  # drawn in the last step too, which reveals everything
+            reveal = x == mask
+            if i < steps - 1:
+                reveal &= u < (t - s) / t
             if reveal.any():
-                p = self(x, t=torch.full((len(x),), t, device=device)).logits[reveal].double().exp()
-                cdf = p.cumsum(-1)
-                u = torch.rand(len(p), 1, generator=generator, device=device, dtype=torch.float64)
-                x[reveal] = (cdf <= u * cdf[:, -1:]).sum(-1).clamp(max=mask - 1)
+                log_p = self(x, t=torch.full((len(x),), t, device=device)).logits
+                cdf = log_p[reveal].double().exp().cumsum(-1)
+                threshold = uniform(len(cdf), 1) * cdf[:, -1:]
+                x[reveal] = (cdf <= threshold).sum(-1).clamp(max=mask - 1)
         return x

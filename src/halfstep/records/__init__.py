@@ -1,1 +1,1 @@
-"""Records of a run: the journal of a training, its way into MLflow, provenance of every output."""
+"""Records of a run: the training journal, its way to MLflow, and the provenance of every file."""

@@ -1,20 +1,24 @@
-"""Where an artefact comes from: a record beside every output, and what of it still holds.
+"""Provenance: a record of every output that says how it was made, and the check of all records.
 
-    results/models/T/teacher/provenance.json              of what a job wrote into a folder of its own
-    results/metrics/T/teacher/samples.provenance.json     of a file, or of files that differ in their suffix (steps.csv and steps.md)
+    results/models/T/teacher/provenance.json
+        the record of a job that wrote a whole folder
+    results/metrics/T/teacher/samples.provenance.json
+        the record of one file, or of files that differ in their suffix (steps.csv and steps.md)
 
-    {"format": 1, "outputs": {path: sha256}, "inputs": {path: sha256}, "command": ["halfstep", ...], "versions": {"python": ...},
-     "commit", "started", "ended"}                        paths start at the record's own folder, so that results/ can be moved as a whole
+    {"format": 1, "outputs": {path: sha256}, "inputs": {path: sha256}, "command": ["halfstep", ...],
+     "versions": {"python": ...}, "commit", "started", "ended"}
 
-Every job writes its own record, so jobs at once never meet in a file. `merge` gathers all of them in one.
+Paths are relative to the record's folder, so that results/ can be moved as a whole. Every job
+writes a separate record, so parallel jobs never write the same file. `merge_records` combines them.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,22 +28,10 @@ from halfstep.records.journal import commit
 
 FORMAT = 1
 NAME = "provenance.json"
-COPIES = "mlflow-artifacts"  # MLflow's, of figures and tables and their records
-PACKAGES = (
-    "halfstep",
-    "torch",
-    "numpy",
-    "tokenizers",
-    "safetensors",
-    "transformers",
-    "lm_eval",
-    "datasets",
-    "pandas",
-    "matplotlib",
-    "mauve",
-    "faiss",
-    "sklearn",
-    "nltk",
+COPIES = "mlflow-artifacts"  # MLflow's copies of figures and tables, and of their records
+PACKAGES = (  # a record holds the version of each that was imported
+    *("halfstep", "torch", "numpy", "tokenizers", "safetensors", "transformers", "lm_eval"),
+    *("datasets", "pandas", "matplotlib", "mauve", "faiss", "sklearn", "nltk"),
 )
 
 
@@ -51,54 +43,57 @@ _call = {"command": sys.argv, "started": _now()}
 
 
 def begin_record(command: list[str]) -> None:
-    """What the records of this process name as their command, from now on."""
+    """Set the command, and the start time, of all records that this process writes from now on."""
     _call.update(command=command, started=_now())
 
 
 def is_record(path: Path) -> bool:
+    """Is this the file name of a record?"""
     return path.name == NAME or path.name.endswith(f".{NAME}")
 
 
 def write_record(file: Path, outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Write the record `file` of these outputs; the last thing that a command does.
+    """Write the record `file`; the last thing that a command does.
 
-    A folder among them stands for the files in it, and among the inputs a name that is no path (of the hub) for nothing. What this
-    process has hashed already, and nobody has touched since, is not read again.
+    A folder stands for the files in it. A name that is not a path (a model on the hub) is skipped.
+    A file that this process has hashed, and that has not changed since, is not read again.
     """
 
     def sums(paths: Iterable[Path]) -> dict[str, str]:
-        every = {path for given in paths for path in _files(Path(given))}
-        return {os.path.relpath(path, file.parent): sha256_once(path) for path in sorted(every)}
+        files = {file for path in paths for file in _files(Path(path))}
+        return {os.path.relpath(path, file.parent): sha256_once(path) for path in sorted(files)}
 
-    versions = {
-        name: getattr(sys.modules[name], "__version__", "unknown")
-        for name in PACKAGES
-        if name in sys.modules
+    imported = [name for name in PACKAGES if name in sys.modules]
+    versions = {name: getattr(sys.modules[name], "__version__", "unknown") for name in imported}
+    record = {
+        "format": FORMAT,
+        "outputs": sums(outputs),
+        "inputs": sums(inputs),
+        "command": _call["command"],
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": commit(),
+        "started": _call["started"],
+        "ended": _now(),
     }
-    write_json(file, {
-        "format": FORMAT, "outputs": sums(outputs), "inputs": sums(inputs), "command": _call["command"],
-        "versions": {"python": platform.python_version(), **versions}, "commit": commit(), "started": _call["started"], "ended": _now(),
-    })  # fmt: skip
+    write_json(file, record)
 
 
-def _files(given: Path) -> Iterator[Path]:
-    yield from (
-        [given]
-        if given.is_file()
-        else (path for path in given.glob("[!.]*") if path.is_file() and not is_record(path))
-    )
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return [file for file in path.glob("[!.]*") if file.is_file() and not is_record(file)]
 
 
 def read_record(file: Path, top: Path) -> dict:
-    """A record, its paths made relative to the folder `top`; HalfstepError when it is none."""
-    found = read_json(file)
-    if (
-        not isinstance(found, dict)
-        or found.get("format") != FORMAT
-        or not all(isinstance(found.get(k), dict) for k in ("outputs", "inputs"))
-    ):
+    """Read a record, with its paths made relative to the folder `top`.
+
+    HalfstepError if the file is not a record.
+    """
+    record = read_json(file)
+    if not _is_valid(record):
         raise HalfstepError(
-            f"{file}: not a record of format {FORMAT}, with outputs and inputs; run the step that makes it again"
+            f"{file}: not a record of format {FORMAT} with outputs and inputs; "
+            "run the step that makes it again"
         )
 
     def moved(sums: dict[str, str]) -> dict[str, str]:
@@ -107,109 +102,158 @@ def read_record(file: Path, top: Path) -> dict:
             for path, digest in sums.items()
         }
 
-    return found | {"outputs": moved(found["outputs"]), "inputs": moved(found["inputs"])}
+    return record | {"outputs": moved(record["outputs"]), "inputs": moved(record["inputs"])}
 
 
-def walk(results: Path) -> tuple[list[Path], list[Path]]:
-    """The records below `results`, at least one, and all other files."""
-    found = sorted(
+def _is_valid(record: object) -> bool:
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        return False
+    return all(isinstance(record.get(key), dict) for key in ("outputs", "inputs"))
+
+
+def find_records(results: Path) -> tuple[list[Path], list[Path]]:
+    """All records below `results`, at least one, and all other files."""
+    files = sorted(
         Path(folder) / name
         for folder, _, names in os.walk(results)
         for name in names
         if COPIES not in Path(folder).parts
     )
-    records = [
-        path for path in found if is_record(path) and (path != results / NAME or _of_one_job(path))
-    ]
+    merged = results / NAME
+    named = [path for path in files if is_record(path)]
+    records = [path for path in named if path != merged or _is_of_one_job(path)]
     if not records:
         raise HalfstepError(
-            f"{results}: no {NAME} below it; name the folder that the pipeline wrote, or run it first"
+            f"{results}: no {NAME} in it or below it; "
+            "name the folder that the pipeline wrote, or run the pipeline first"
         )
-    return records, [path for path in found if not is_record(path)]
+    return records, [path for path in files if not is_record(path)]
 
 
-def _of_one_job(file: Path) -> bool:
-    """Is the file that bears the merged one's name the record of a job that wrote this very folder?"""
+def _is_of_one_job(file: Path) -> bool:
+    """Is {results}/provenance.json the record of a job that wrote this very folder?
+
+    If not, it is the file that `halfstep merge-provenance` writes.
+    """
     try:
-        found = read_json(file)
+        record = read_json(file)
     except HalfstepError:
         return False
-    return isinstance(found, dict) and "outputs" in found
+    return isinstance(record, dict) and "outputs" in record
 
 
 def merge_records(results: Path) -> dict:
-    """All records below `results` in one: {"format", "records": {path of a record: the record}}, every path relative to `results`."""
-    records, _ = walk(results)
-    return {
-        "format": FORMAT,
-        "records": {os.path.relpath(file, results): read_record(file, results) for file in records},
-    }
+    """All records below `results` in one dict, every path relative to `results`.
 
-
-def verify_records(results: Path, tick=lambda size: None) -> tuple[list[str], int, int]:
-    """(what does not fit, a sentence each; number of files recorded; number of files that no record names).
-
-    An output is compared with its bytes. An input is compared with what the record of its own maker says, or with its bytes where
-    nobody's record lists it: a flipped bit is named once, and what was made before its input was made anew is stale.
+    {"format": 1, "records": {path of a record: the record}}
     """
-    files, others = walk(results)
-    faults, records, owners = [], {}, {}
+    files, _ = find_records(results)
+    records = {os.path.relpath(file, results): read_record(file, results) for file in files}
+    return {"format": FORMAT, "records": records}
+
+
+def verify_records(
+    results: Path, tick: Callable[[int], None] = lambda size: None
+) -> tuple[list[str], int, int]:
+    """Compare all records below `results` with the files.
+
+    An output is compared with its bytes. An input is compared with the record of the job that made
+    it, or with its bytes if it is no job's output. So a flipped bit is reported once, and an output
+    that was made before its input was remade is reported as stale.
+
+    Args:
+        results: the folder that holds the records
+        tick: called with the size in bytes of every file that was hashed
+
+    Returns:
+        the faults, one sentence each; the number of recorded files; the number of other files
+    """
+    files, others = find_records(results)
+    records, faults = _read_all(files, results)
+    owners = {path: sha for record in records.values() for path, sha in record["outputs"].items()}
+
+    @functools.cache
+    def digest(path: str) -> str | None:
+        file = Path(os.path.normpath(results / path))
+        if not file.is_file():
+            return None
+        tick(file.stat().st_size)
+        return sha256(file)
+
+    def recorded_digest(path: str) -> str | None:
+        return owners.get(path) or digest(path)
+
+    for name, record in records.items():
+        faults += _changed_outputs(name, record, results, digest)
+        faults += _stale_inputs(name, record, results, recorded_digest)
+    if (results / NAME).is_file() and results / NAME not in files:
+        faults += _merged_faults(results / NAME, records)
+    unrecorded = [path for path in others if os.path.relpath(path, results) not in owners]
+    return faults, len(owners), len(unrecorded)
+
+
+def _read_all(files: list[Path], results: Path) -> tuple[dict[str, dict], list[str]]:
+    """The records by path relative to `results`, and a sentence for each that cannot be read."""
+    records, faults = {}, []
     for file in files:
         try:
             records[os.path.relpath(file, results)] = read_record(file, results)
         except HalfstepError as error:
             faults.append(str(error))
-    for found in records.values():
-        owners |= found["outputs"]
-    digests: dict[str, str | None] = {}
+    return records, faults
 
-    def digest(path: str) -> str | None:
-        if path not in digests:
-            file = Path(os.path.normpath(results / path))
-            digests[path] = sha256(file) if file.is_file() else None
-            tick(file.stat().st_size if digests[path] else 0)
-        return digests[path]
 
-    for name, found in records.items():
-        for path, expected in found["outputs"].items():
-            if (now := digest(path)) is None:
-                faults.append(f"{results / path}: missing, though {name} lists it; make it again")
-            elif now != expected:
-                faults.append(
-                    f"{results / path}: changed: its sha256 is {now[:12]}, {name} says {expected[:12]}; make it again"
-                )
-        stale = []
-        for path, expected in found["inputs"].items():
-            now = owners.get(path) or digest(path)
-            if now is None and not path.startswith(".."):
-                stale.append(f"{path}, which is gone")
-            elif now not in (
-                None,
-                expected,
-            ):  # what lay outside and is not on this machine cannot be compared
-                stale.append(f"{path} of sha256 {expected[:12]}, which is now {now[:12]}")
-        if stale:
-            more = f" (and {len(stale) - 1} more inputs)" if len(stale) > 1 else ""
+Digest = Callable[[str], str | None]  # sha256 of a path relative to results; None: no such file
+
+
+def _changed_outputs(name: str, record: dict, results: Path, digest: Digest) -> list[str]:
+    faults = []
+    for path, expected in record["outputs"].items():
+        found = digest(path)
+        if found is None:
+            faults.append(f"{results / path}: missing, though {name} lists it; make it again")
+        elif found != expected:
             faults.append(
-                f"{results / name.removesuffix(NAME).rstrip('./')}: stale: made from {stale[0]}{more}; make it again"
+                f"{results / path}: changed: its sha256 is {found[:12]}, "
+                f"{name} says {expected[:12]}; make it again"
             )
-    if (results / NAME).is_file() and results / NAME not in files:
-        try:
-            merged = read_json(results / NAME)["records"]
-            for name in sorted(merged.keys() | records.keys()):
-                if merged.get(name) != records.get(name):
-                    what = (
-                        "has no record"
-                        if name not in merged
-                        else "still has the record"
-                        if name not in records
-                        else "has an older record"
-                    )
-                    faults.append(
-                        f"{results / NAME}: {what} {name}; run halfstep merge-provenance again"
-                    )
-        except (HalfstepError, KeyError, TypeError, AttributeError):
-            faults.append(
-                f"{results / NAME}: not what halfstep merge-provenance writes; run it again"
-            )
-    return faults, len(owners), sum(os.path.relpath(path, results) not in owners for path in others)
+    return faults
+
+
+def _stale_inputs(name: str, record: dict, results: Path, digest: Digest) -> list[str]:
+    """One sentence at most: the first input that changed, and the number of others."""
+    stale = []
+    for path, expected in record["inputs"].items():
+        found = digest(path)
+        if found is None and not path.startswith(".."):
+            stale.append(f"{path}, which is gone")
+        elif found not in (None, expected):  # None: outside of results, and not on this machine
+            stale.append(f"{path} of sha256 {expected[:12]}, which is now {found[:12]}")
+    if not stale:
+        return []
+    more = f" (and {len(stale) - 1} more inputs)" if len(stale) > 1 else ""
+    outputs = results / name.removesuffix(NAME).rstrip("./")
+    return [f"{outputs}: stale: made from {stale[0]}{more}; make it again"]
+
+
+def _merged_faults(file: Path, records: dict[str, dict]) -> list[str]:
+    """The records that differ from their copy in the merged file."""
+    try:
+        merged = read_json(file)["records"]
+        differing = [
+            name
+            for name in sorted(merged.keys() | records.keys())
+            if merged.get(name) != records.get(name)
+        ]
+    except (HalfstepError, KeyError, TypeError, AttributeError):
+        return [f"{file}: not what halfstep merge-provenance writes; run it again"]
+    faults = []
+    for name in differing:
+        if name not in merged:
+            problem = "has no record"
+        elif name not in records:
+            problem = "still has the record"
+        else:
+            problem = "has an older record"
+        faults.append(f"{file}: {problem} {name}; run halfstep merge-provenance again")
+    return faults

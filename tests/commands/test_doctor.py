@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from halfstep.cli import main
-from halfstep.commands.doctor import filesystem, minutes
+from halfstep.commands.doctor import file_system_of, parse_time_limit
 
 GOOD = {
     "sbatch": "exit 0",
@@ -128,7 +128,7 @@ def test_a_server_that_answers(site):
 
 
 def test_limits_and_mounts_are_read(tmp_path):
-    assert [minutes(t) for t in ("1-02:30:00", "4:00:00", "30:00", "infinite")] == [
+    assert [parse_time_limit(t) for t in ("1-02:30:00", "4:00:00", "30:00", "infinite")] == [
         1590,
         240,
         30,
@@ -138,7 +138,7 @@ def test_limits_and_mounts_are_read(tmp_path):
     from pathlib import Path
 
     kinds = [
-        filesystem(Path(p), tmp_path / "mounts")
+        file_system_of(Path(p), tmp_path / "mounts")
         for p in ("/home/x", "/scratch/y", "/scratch/own/z", "/scratchy")
     ]
     assert kinds == ["ext4", "lustre", "xfs", "ext4"]

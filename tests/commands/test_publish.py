@@ -195,7 +195,7 @@ def test_published_sizes_are_known_by_their_shapes(size):
     first = {k: v for k, v in theirs.items() if k.startswith("blocks.0.")}
     for i in range(1, KEYS[f"dit-{size}"]["config"]["n_blocks"]):
         theirs |= {k.replace("blocks.0.", f"blocks.{i}."): v for k, v in first.items()}
-    raw = {hub.bare(f"backbone.{k}"): torch.empty(v, device="meta") for k, v in theirs.items()}
+    raw = {hub.strip_prefixes(f"backbone.{k}"): torch.empty(v, device="meta") for k, v in theirs.items()}
     assert hub.shape_of(raw, Path("x")) == (50257, *SIZES[size])
     with torch.device("meta"):
         own = DiT(50257, SIZES[size][1], SIZES[size][0], SIZES[size][2]).state_dict()

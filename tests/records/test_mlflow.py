@@ -1,4 +1,4 @@
-"""`halfstep track`, counted in MLflow: every point once, one run a job, superseded runs marked, faults that lose nothing."""
+"""`halfstep track`, counted in MLflow: each point once, one run per job, old runs superseded."""
 
 import json
 import shutil
@@ -7,9 +7,10 @@ import time
 import pytest
 import synthetic
 
-from halfstep.commands.track import _metrics, gather, sync_once, track
+from halfstep.commands.track import _metrics, gather_jobs, sync_once, track
 from halfstep.errors import HalfstepError
 from halfstep.records.journal import Journal, read_journal
+from halfstep.records.mlflow import Tracker
 
 mlflow = pytest.importorskip("mlflow")
 DELETED, ACTIVE = mlflow.entities.ViewType.DELETED_ONLY, mlflow.entities.ViewType.ACTIVE_ONLY
@@ -17,30 +18,31 @@ DELETED, ACTIVE = mlflow.entities.ViewType.DELETED_ONLY, mlflow.entities.ViewTyp
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """One database for all tests (the first opening takes seconds), and one results folder to copy."""
+    """One database for all tests (opening it takes seconds), and a results folder to copy."""
     folder = tmp_path_factory.mktemp("track")
-    return f"sqlite:///{folder}/mlflow.db", synthetic.write(
+    results = synthetic.write(
         folder / "results", runs=("kl_backward", "mse"), rounds=2, steps=[8, 16], points=10
     )
+    return f"sqlite:///{folder}/mlflow.db", results
 
 
 @pytest.fixture
 def world(place, tmp_path, request):
-    """(sync, client, results): sync() returns the points added."""
+    """(sync, client, runs, results): sync() returns the number of points added."""
     uri, template = place
     results = shutil.copytree(template, tmp_path / "results")
     experiment = request.node.name
     client = mlflow.MlflowClient(uri)
 
-    def runs(view=ACTIVE):
-        return {
-            run.data.tags["halfstep.model"]: run
-            for run in client.search_runs(
-                [client.get_experiment_by_name(experiment).experiment_id], run_view_type=view
-            )
-        }
+    def sync():
+        return sync_once(results, uri, experiment)[0]
 
-    return lambda: sync_once(results, uri, experiment)[0], client, runs, results
+    def runs(view=ACTIVE):
+        experiment_id = client.get_experiment_by_name(experiment).experiment_id
+        found = client.search_runs([experiment_id], run_view_type=view)
+        return {run.data.tags["halfstep.model"]: run for run in found}
+
+    return sync, client, runs, results
 
 
 def points(client, run):
@@ -50,25 +52,26 @@ def points(client, run):
     }
 
 
-def test_every_point_once_and_nothing_the_second_time(world):
+def test_every_point_is_sent_once_and_nothing_the_second_time(world):
     sync, client, runs, results = world
-    expected = sum(len(p["metrics"]) for job in gather(results) for p in job.points) + sum(
-        len(job.evaluations) for job in gather(results)
-    )
+    jobs = gather_jobs(results)
+    expected = sum(len(point["metrics"]) for job in jobs for point in job.points)
+    expected += sum(len(job.evaluations) for job in jobs)
     assert sync() == expected > 300
     before = {model: points(client, run) for model, run in runs().items()}
     assert sync() == 0
     assert {model: points(client, run) for model, run in runs().items()} == before
     assert sum(len(history) for run in before.values() for history in run.values()) == expected
-    journal = [
-        (p["step"], p["metrics"]["train/loss"])
-        for p in read_journal(results / "models/stories-tiny/mse/round-2")[1]
-        if "train/loss" in p["metrics"]
+
+    _, journal = read_journal(results / "models/stories-tiny/mse/round-2")
+    losses = [
+        (point["step"], point["metrics"]["train/loss"])
+        for point in journal
+        if "train/loss" in point["metrics"]
     ]
-    assert before["stories-tiny/mse/round-2"]["train/loss"] == journal
-    assert [
-        step for step, _ in before["stories-tiny/mse/round-2"]["eval/generative_perplexity_ids"]
-    ] == [8, 16]
+    sent = before["stories-tiny/mse/round-2"]
+    assert sent["train/loss"] == losses
+    assert [step for step, _ in sent["eval/generative_perplexity_ids"]] == [8, 16]
 
 
 def test_runs_are_children_of_their_teacher_with_the_same_keys(world):
@@ -76,37 +79,40 @@ def test_runs_are_children_of_their_teacher_with_the_same_keys(world):
     (results / "figures").mkdir()
     (results / "figures" / "ppl_vs_steps.svg").write_text("<svg/>")
     sync()
-    found = runs()
-    parent = found.pop("stories-tiny")
-    assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {parent.info.run_id}
-    assert [file.path for file in client.list_artifacts(parent.info.run_id, "figures")] == [
-        "figures/ppl_vs_steps.svg"
-    ]
-    rounds = [run for model, run in found.items() if "round-" in model]
-    assert len(rounds) == 4 and len({frozenset(run.data.metrics) for run in rounds}) == 1
-    one = found["stories-tiny/mse/round-2"]
-    assert (
-        one.data.params["distillation.divergence"] == "mse"
-        and one.info.status == "FINISHED"
-        and one.data.tags["rule"] == "distill_round"
-    )
-    assert one.inputs.dataset_inputs[0].dataset.name == "stories"
-    assert {file.path for file in client.list_artifacts(one.info.run_id)} == {"meta.json"}
+    children = runs()
+    parent = children.pop("stories-tiny").info.run_id
+    assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent}
+    figures = [file.path for file in client.list_artifacts(parent, "figures")]
+    assert figures == ["figures/ppl_vs_steps.svg"]
+    rounds = [run for model, run in children.items() if "round-" in model]
+    assert len(rounds) == 4
+    assert len({frozenset(run.data.metrics) for run in rounds}) == 1
+
+    data = children["stories-tiny/data"].data.metrics
+    assert data["eval/generative_perplexity_ids"] == 7.2
+    timings = children["stories-tiny/benchmark"].data.metrics
+    assert any(key.startswith("speed/latency_s_baseline") for key in timings)
+
+
+def test_a_run_holds_params_datasets_files_and_the_logged_model(world):
+    sync, client, runs, results = world
+    sync()
+    run = runs()["stories-tiny/mse/round-2"]
+    assert run.data.params["distillation.divergence"] == "mse"
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["rule"] == "distill_round"
+    assert run.inputs.dataset_inputs[0].dataset.name == "stories"
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"meta.json"}
     models = client.search_logged_models(
-        [one.info.experiment_id], filter_string=f"source_run_id = '{one.info.run_id}'"
+        [run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'"
     )
-    assert [model.tags["sha256.ema"] for model in models] == [
-        read_journal(results / "models/stories-tiny/mse/round-2")[0]["checkpoint"]["sha256"]["ema"]
-    ]
+    journal, _ = read_journal(results / "models/stories-tiny/mse/round-2")
+    expected = journal["checkpoint"]["sha256"]["ema"]
+    assert [model.tags["sha256.ema"] for model in models] == [expected]
     assert {metric.key for metric in models[0].metrics} >= {
         "eval/generative_perplexity_ids",
         "eval/lambada_accuracy_parallel",
     }
-    assert found["stories-tiny/data"].data.metrics["eval/generative_perplexity_ids"] == 7.2
-    assert any(
-        key.startswith("speed/latency_s_baseline")
-        for key in found["stories-tiny/benchmark"].data.metrics
-    )
 
 
 def test_a_changed_experiment_supersedes_the_run(world):
@@ -118,43 +124,46 @@ def test_a_changed_experiment_supersedes_the_run(world):
         journal.log({"train/loss": 0.5}, 50)
         (folder / "ema.safetensors").write_bytes(b"other weights")
         journal.close(checkpoint=folder)
-    assert sync() == 1  # measurements of the old weights are not the new run's
+    assert sync() == 1  # measurements of the old weights do not belong to the new run
     new = runs()["stories-tiny/mse/round-1"]
-    assert new.info.run_id != old and points(client, new) == {"train/loss": [(50, 0.5)]}
+    assert new.info.run_id != old
+    assert points(client, new) == {"train/loss": [(50, 0.5)]}
     deleted = client.get_run(old)
-    assert (
-        deleted.info.lifecycle_stage == "deleted"
-        and deleted.data.tags["superseded_by"] == new.info.run_id
-    )
+    assert deleted.info.lifecycle_stage == "deleted"
+    assert deleted.data.tags["superseded_by"] == new.info.run_id
     assert not client.search_logged_models(
         [new.info.experiment_id], filter_string=f"source_run_id = '{old}'"
     )
-    assert sync() == 0 and len(runs(DELETED)) == 1
+    assert sync() == 0
+    assert len(runs(DELETED)) == 1
 
 
-def test_a_resumed_job_goes_on_in_its_run(world):
+def test_a_resumed_job_continues_its_run(world):
     sync, client, runs, results = world
-    folder = results / "models/stories-tiny/kl_backward/round-9"
-    with (
-        pytest.raises(SystemExit),
-        Journal(folder, name="kl_backward/round-9", node="n", params={}) as journal,
-    ):
+    model = "stories-tiny/kl_backward/round-9"
+    about = {"name": "kl_backward/round-9", "node": "n", "params": {}}
+    with pytest.raises(SystemExit), Journal(results / "models" / model, **about) as journal:
         for step in (50, 100, 150):
             journal.log({"train/loss": 1.0, "train/tokens_per_s": 7.0}, step)
         sync()
-        assert runs()["stories-tiny/kl_backward/round-9"].info.status == "RUNNING"
+        assert runs()[model].info.status == "RUNNING"
         raise SystemExit(85)
-    assert sync() == 0 and runs()["stories-tiny/kl_backward/round-9"].info.status == "KILLED"
-    first = runs()["stories-tiny/kl_backward/round-9"].info.run_id
-    with Journal(folder, name="kl_backward/round-9", node="n", params={}) as journal:
+    assert sync() == 0
+    assert runs()[model].info.status == "KILLED"
+    first = runs()[model].info.run_id
+    with Journal(results / "models" / model, **about) as journal:
         journal.rewind(100)
         for step in (150, 200):
             journal.log({"train/loss": 1.0, "train/tokens_per_s": 8.0}, step)
     assert sync() == 2
-    run = runs()["stories-tiny/kl_backward/round-9"]
-    assert run.info.run_id == first and run.info.status == "FINISHED"
-    assert {key: [step for step, _ in history] for key, history in points(client, run).items()} == {
-        "train/loss": [50, 100, 150, 200], "train/tokens_per_s": [50, 100, 150, 200]}  # fmt: skip
+    run = runs()[model]
+    assert run.info.run_id == first
+    assert run.info.status == "FINISHED"
+    sent = {key: [step for step, _ in history] for key, history in points(client, run).items()}
+    assert sent == {
+        "train/loss": [50, 100, 150, 200],
+        "train/tokens_per_s": [50, 100, 150, 200],
+    }
 
 
 def test_a_new_evaluation_of_the_same_weights_replaces_the_old(world):
@@ -165,17 +174,15 @@ def test_a_new_evaluation_of_the_same_weights_replaces_the_old(world):
     rows[0]["value"] = 33.0
     file.write_text(json.dumps(rows))
     sync()
-    run = runs()["stories-tiny/mse/round-1"]
-    assert (
-        points(client, run)["eval/generative_perplexity_ids"][0] == (8, 33.0)
-        and len(points(client, run)["train/loss"]) == 10
-    )
-    assert len(runs(DELETED)) == 1 and sync() == 0
+    sent = points(client, runs()["stories-tiny/mse/round-1"])
+    assert sent["eval/generative_perplexity_ids"][0] == (8, 33.0)
+    assert len(sent["train/loss"]) == 10
+    assert len(runs(DELETED)) == 1
+    assert sync() == 0
 
 
-def test_an_interrupted_sync_is_mended_by_the_next(world, monkeypatch):
+def test_the_next_sync_completes_an_interrupted_one(world, monkeypatch):
     sync, client, runs, results = world
-    from halfstep.records.mlflow import Tracker
 
     class Stop(Exception):
         pass
@@ -184,14 +191,14 @@ def test_an_interrupted_sync_is_mended_by_the_next(world, monkeypatch):
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            Tracker, "_logged_model", stop
-        )  # after a run was made and before its points are sent
+        # After a run was created, and before its points are sent.
+        patch.setattr(Tracker, "_logged_model", stop)
         with pytest.raises(Stop):
             sync()
     sync()
-    expected = {job.model for job in gather(results)} | {"stories-tiny"}
-    assert runs().keys() == expected and not runs(DELETED) and sync() == 0
+    assert runs().keys() == {job.model for job in gather_jobs(results)} | {"stories-tiny"}
+    assert not runs(DELETED)
+    assert sync() == 0
 
 
 def test_two_rows_that_disagree_are_named(world):
@@ -199,18 +206,18 @@ def test_two_rows_that_disagree_are_named(world):
     file = results / "metrics/stories-tiny/teacher/samples.json"
     rows = json.loads(file.read_text())
     (file.parent / "again.json").write_text(json.dumps([rows[0] | {"value": 1.0}]))
-    with pytest.raises(
-        HalfstepError, match="eval/generative_perplexity_ids of stories-tiny/teacher at 8 steps"
-    ):
+    expected = "eval/generative_perplexity_ids of stories-tiny/teacher at 8 steps"
+    with pytest.raises(HalfstepError, match=expected):
         sync()
 
 
 def test_a_dead_server_fails_fast_in_one_sentence(world):
-    results = world[3]
+    _, _, _, results = world
     start = time.monotonic()
     with pytest.raises(HalfstepError, match="no server answers.*nothing is lost") as error:
         track(results, "http://127.0.0.1:9")
-    assert time.monotonic() - start < 20 and "\n" not in str(error.value)
+    assert time.monotonic() - start < 20
+    assert "\n" not in str(error.value)
 
 
 def test_no_results_folder_is_a_clear_error(tmp_path):
@@ -218,24 +225,23 @@ def test_no_results_folder_is_a_clear_error(tmp_path):
         track(tmp_path / "nothing")
 
 
-def test_every_judge_and_protocol_has_its_own_curve():
-    base = {"metric": "generative_perplexity", "value": 1.0, "model": "t/teacher"}
-    judges = (
-        None,
-        "results/models/t/baseline/hf@0123456789ab",
-        "gpt2-large@0123456789ab",
-        "meta-llama/Meta-Llama-3-8B@0123456789ab",
-        "/my/judge@0123456789ab",
-    )
-    keys = [
-        key
-        for judge in judges
-        for protocol in ("ids", "retokenized")
-        for key in _metrics(base | {"protocol": protocol, "judge": judge})
-    ]
-    names = ("", "", "_gpt2-large", "_Meta-Llama-3-8B", "_judge")
-    assert keys == [
-        f"eval/generative_perplexity_{protocol}{name}"
-        for name in names
-        for protocol in ("ids", "retokenized")
-    ]
+@pytest.mark.parametrize("protocol", ["ids", "retokenized"])
+@pytest.mark.parametrize(
+    ("judge", "suffix"),
+    [
+        (None, ""),
+        ("results/models/t/baseline/hf@0123456789ab", ""),
+        ("gpt2-large@0123456789ab", "_gpt2-large"),
+        ("meta-llama/Meta-Llama-3-8B@0123456789ab", "_Meta-Llama-3-8B"),
+        ("/my/judge@0123456789ab", "_judge"),
+    ],
+)
+def test_every_judge_and_protocol_has_its_own_curve(judge, suffix, protocol):
+    row = {
+        "metric": "generative_perplexity",
+        "value": 1.0,
+        "model": "t/teacher",
+        "protocol": protocol,
+        "judge": judge,
+    }
+    assert list(_metrics(row)) == [f"eval/generative_perplexity_{protocol}{suffix}"]

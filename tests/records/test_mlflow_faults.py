@@ -1,6 +1,8 @@
-"""Tracking cannot kill, and loses nothing: a real `mlflow server` that is stopped, started, slow or refusing, and a sync killed anywhere.
+"""Faults of tracking: nothing is lost, and no job fails.
 
-Servers stand behind a small proxy, so that a test decides what happens to which request. The truth is read from the server's own database.
+A real `mlflow server` is stopped, started, slowed down or made to refuse, and a sync is killed at
+any moment. Servers are behind a small proxy, so that a test decides what happens to which request.
+The result is read from the server's own database.
 """
 
 import contextlib
@@ -23,7 +25,7 @@ import pytest
 import synthetic
 
 from halfstep.commands import track as command
-from halfstep.commands.track import gather, sync_once, track
+from halfstep.commands.track import gather_jobs, sync_once, track
 from halfstep.errors import HalfstepError
 from halfstep.records.journal import Journal
 
@@ -38,31 +40,35 @@ def free_port() -> int:
 
 
 class Server:
-    """`mlflow server` over a database, and its life."""
+    """`mlflow server` on a database, which can be started and stopped."""
 
     def __init__(self, store: str, folder: Path):
-        self.store, self.folder, self.port, self.process = store, folder, free_port(), None
+        self.store, self.folder = store, folder
+        self.port = free_port()
+        self.process = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     def start(self):
-        words = ["server", "--backend-store-uri", self.store, "--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1",
-                 "--host", "127.0.0.1", "--port", str(self.port)]  # fmt: skip
+        call = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+        call += ["--backend-store-uri", self.store]
+        call += ["--artifacts-destination", str(self.folder / "artifacts")]
+        call += ["--host", "127.0.0.1", "--port", str(self.port)]
         env = os.environ | {
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         with open(self.folder / "server.log", "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", *words],
-                env=env,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
+                call, env=env, stdout=log, stderr=log, start_new_session=True
             )
         for _ in range(600):
             with contextlib.suppress(OSError, http.client.HTTPException):
-                there = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-                there.request("GET", "/health")
-                if there.getresponse().status == 200:
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
                     return self
             assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
             time.sleep(0.1)
@@ -71,99 +77,100 @@ class Server:
     def stop(self):
         if self.process:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(
-                    self.process.pid, signal.SIGKILL
-                )  # its own session: the server and its worker
+                # It has its own session: this reaches the server and its worker.
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
 
 
 class Proxy:
-    """Hands requests on, unless `fault(number, "POST /path")` names what befalls this one: a status, "close", "lose" (do it, lose the answer), "stall"."""
+    """Forwards requests, except those for which `fault(number, "POST /path")` returns a fault.
+
+    A fault is an HTTP status, which is the answer; "close": close the connection; "lose": forward
+    the request and lose its answer; or "stall": close after 3 s.
+    """
 
     def __init__(self, port: int):
-        proxy, self.fault, self.count, self.lock = self, lambda *_: None, 0, threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def serve(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                with proxy.lock:
-                    proxy.count += 1
-                    what = proxy.fault(proxy.count, f"{self.command} {self.path.partition('?')[0]}")
-                if isinstance(what, int):
-                    return self.answer(
-                        what, b'{"error_code": "TEMPORARILY_UNAVAILABLE", "message": "not now"}'
-                    )
-                if what == "stall":
-                    time.sleep(3)
-                if what in ("stall", "close"):
-                    self.close_connection = True
-                    return
-                there = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-                try:
-                    there.request(
-                        self.command,
-                        self.path,
-                        body,
-                        {
-                            k: v
-                            for k, v in self.headers.items()
-                            if k.lower() not in ("host", "connection")
-                        },
-                    )
-                    answer = there.getresponse()
-                    content = answer.read()
-                except OSError:
-                    self.close_connection = True
-                    return
-                finally:
-                    there.close()
-                if what == "lose":
-                    self.close_connection = True
-                else:
-                    self.answer(answer.status, content)
-
-            def answer(self, status, content):
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.send_header("Retry-After", "3600")
-                self.end_headers()
-                self.wfile.write(content)
-
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = serve
-
-            def log_message(self, *_):
-                pass
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_):  # clients that are killed leave broken pipes
-                pass
-
-        self.server = Quiet(("127.0.0.1", 0), Handler)
+        self.fault = lambda number, request: None
+        self.count = 0
+        self.lock = threading.Lock()
+        self.server = QuietServer(("127.0.0.1", 0), ProxyHandler)
+        self.server.proxy, self.server.target = self, port
         self.uri = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def next_fault(self, request: str):
+        with self.lock:
+            self.count += 1
+            return self.fault(self.count, request)
+
+
+class QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):  # clients that are killed leave broken pipes
+        pass
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def serve(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.server.proxy.next_fault(f"{self.command} {self.path.partition('?')[0]}")
+        if isinstance(fault, int):
+            content = b'{"error_code": "TEMPORARILY_UNAVAILABLE", "message": "not now"}'
+            return self.answer(fault, content)
+        if fault == "stall":
+            time.sleep(3)
+        if fault in ("stall", "close"):
+            self.close_connection = True
+            return
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.target, timeout=60)
+        dropped = ("host", "connection")
+        headers = {key: value for key, value in self.headers.items() if key.lower() not in dropped}
+        try:
+            connection.request(self.command, self.path, body, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+        except OSError:
+            self.close_connection = True
+            return
+        finally:
+            connection.close()
+        if fault == "lose":
+            self.close_connection = True
+        else:
+            self.answer(answer.status, content)
+
+    def answer(self, status, content):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Retry-After", "3600")
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = serve
+
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
+    """A running server, and a results folder to copy."""
     folder = tmp_path_factory.mktemp("server")
-    server = Server(f"sqlite:///{folder}/mlflow.db", folder).start()
-    yield (
-        server,
-        synthetic.write(
-            folder / "results",
-            runs=("kl_backward",),
-            rounds=1,
-            steps=[8],
-            points=5,
-            benchmark=False,
-        ),
+    results = synthetic.write(
+        folder / "results",
+        runs=("kl_backward",),
+        rounds=1,
+        steps=[8],
+        points=5,
+        benchmark=False,
     )
+    server = Server(f"sqlite:///{folder}/mlflow.db", folder).start()
+    yield server, results
     server.stop()
 
 
@@ -178,134 +185,159 @@ def world(place, tmp_path):
 
 @pytest.fixture
 def hurried(monkeypatch):
+    """Short waits and timeouts."""
     monkeypatch.setattr(command, "WAITS_S", (0, 0.1, 0.1))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
 
 
-def store(uri: str, experiment: str, view=ACTIVE) -> dict:
-    """All of an experiment but ids and clock: {model: (name, status, params, tags, points, datasets, number of logged models, parent's model)}"""
+def search(uri: str, experiment: str, view) -> list:
+    """All runs of an experiment, read from the database."""
     client = mlflow.MlflowClient(uri)
-    number = client.get_experiment_by_name(experiment).experiment_id
-    runs = client.search_runs([number], run_view_type=view)
-    names = {run.info.run_id: run.data.tags["halfstep.model"] for run in runs}
-    found = {}
+    experiment_id = client.get_experiment_by_name(experiment).experiment_id
+    return client.search_runs([experiment_id], run_view_type=view)
+
+
+def store(uri: str, experiment: str) -> dict:
+    """Everything in an experiment except ids and times.
+
+    {model: (name, status, params, tags, points, datasets, number of logged models, parent's model)}
+    """
+    client = mlflow.MlflowClient(uri)
+    runs = search(uri, experiment, ACTIVE)
+    models = {run.info.run_id: run.data.tags["halfstep.model"] for run in runs}
+    content = {}
     for run in runs:
-        tags, run_id = dict(run.data.tags), run.info.run_id
-        parent = names.get(tags.pop("mlflow.parentRunId", None))
-        history = {
+        run_id, model = run.info.run_id, models[run.info.run_id]
+        assert model not in content, f"two runs of {model}"
+        tags = dict(run.data.tags)
+        parent = models.get(tags.pop("mlflow.parentRunId", None))
+        points = {
             key: [(p.step, p.value) for p in client.get_metric_history(run_id, key)]
             for key in sorted(run.data.metrics)
         }
-        models = client.search_logged_models([number], filter_string=f"source_run_id = '{run_id}'")
-        data = sorted(one.dataset.name for one in run.inputs.dataset_inputs)
-        assert names[run_id] not in found, f"two runs of {names[run_id]}"
-        found[names[run_id]] = (
+        logged = client.search_logged_models(
+            [run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'"
+        )
+        datasets = sorted(data.dataset.name for data in run.inputs.dataset_inputs)
+        content[model] = (
             run.info.run_name,
             run.info.status,
             run.data.params,
             tags,
-            history,
-            data,
-            len(models),
+            points,
+            datasets,
+            len(logged),
             parent,
         )
-    return found
+    return content
 
 
-def complete(server, results: Path, experiment: str, deleted: int = 0) -> bool:
-    """The store holds what lies on disk, each step once."""
-    found = store(server.store, experiment)
-    for job in gather(results):
-        points = {}
+def points_of(uri: str, experiment: str, model: str, key: str = "train/loss") -> list[int]:
+    """The steps of one curve."""
+    if mlflow.MlflowClient(uri).get_experiment_by_name(experiment) is None:
+        return []
+    content = store(uri, experiment)
+    return [step for step, _ in content[model][4].get(key, [])] if model in content else []
+
+
+def assert_complete(uri: str, results: Path, experiment: str) -> None:
+    """The database holds everything that is on disk, and each step once."""
+    content = store(uri, experiment)
+    jobs = gather_jobs(results)
+    for job in jobs:
+        points: dict[str, list] = {}
         for point in job.points:
             for key, value in point["metrics"].items():
                 points.setdefault(key, []).append((point["step"], value))
         for (key, step), value in sorted(job.evaluations.items()):
             points.setdefault(key, []).append((step, value))
-        assert found[job.model][4] == points and found[job.model][7] == job.teacher, job.model
-    assert len(found) == len(gather(results)) + 1  # and the parent
-    assert len(mlflow.MlflowClient(server.store).search_runs([mlflow.MlflowClient(server.store).get_experiment_by_name(experiment).experiment_id],
-                                                             run_view_type=DELETED)) == deleted  # fmt: skip
-    return True
+        assert content[job.model][4] == points, job.model
+        assert content[job.model][7] == job.teacher, job.model
+    assert len(content) == len(jobs) + 1  # and the parent
+
+
+def assert_complete_and_none_deleted(uri: str, results: Path, experiment: str) -> None:
+    assert_complete(uri, results, experiment)
+    assert not search(uri, experiment, DELETED)
+
+
+def assert_complete_but_for_superseded(uri: str, results: Path, experiment: str) -> list[str]:
+    """Deleted runs are allowed if they are marked as superseded. Returns their names."""
+    assert_complete(uri, results, experiment)
+    deleted = search(uri, experiment, DELETED)
+    for run in deleted:
+        assert "superseded_by" in run.data.tags
+        assert run.info.run_name.endswith("(superseded)")
+    return [run.info.run_name for run in deleted]
 
 
 @pytest.mark.parametrize("fault", [500, 429, 503, "close", "lose", "stall"])
-def test_every_kind_of_fault_is_a_warning_and_mended_later(world, hurried, fault, capsys):
+def test_every_kind_of_fault_is_a_warning_and_repaired_later(world, hurried, fault, capsys):
     server, proxy, results = world
-    name, mark = f"fault {fault}", results / "mlflow.synced"
-    draw = random.Random(5)
-    proxy.fault = lambda number, _: (
-        fault if number > 20 else None
-    )  # in the midst of a pass it begins, and does not end
+    name, marker = f"fault {fault}", results / "mlflow.synced"
+    proxy.fault = lambda number, _: fault if number > 20 else None  # in the middle of a pass
     start = time.monotonic()
-    track(results, proxy.uri, name, output=mark)
+    track(results, proxy.uri, name, output=marker)
     assert time.monotonic() - start < 20
-    said = capsys.readouterr().err
-    assert (
-        said.count("WARNING") == 1
-        and "hold everything" in said
-        and f"halfstep track --results {results} --uri {proxy.uri}" in said
-    )
-    assert mark.read_text() == said  # not empty: the next graph tries again
+    warning = capsys.readouterr().err
+    assert warning.count("WARNING") == 1
+    assert "hold everything" in warning
+    assert f"halfstep track --results {results} --uri {proxy.uri}" in warning
+    assert marker.read_text() == warning  # not empty: the next graph tries again
     with pytest.raises(HalfstepError, match="nothing is lost"):
         track(results, proxy.uri, name)
-    proxy.count, proxy.fault = (
-        0,
-        lambda *_: fault if fault != "stall" and draw.random() < 0.01 else None,
-    )
+
+    random_ = random.Random(5)
+    proxy.count = 0
+    proxy.fault = lambda *_: fault if fault != "stall" and random_.random() < 0.01 else None
     for _ in range(20):
-        track(results, proxy.uri, name, output=mark)
-        if not mark.read_text():
+        track(results, proxy.uri, name, output=marker)
+        if not marker.read_text():
             break
     proxy.fault = lambda *_: None
-    track(results, proxy.uri, name, output=mark)
-    assert mark.read_text() == "" and complete_but_for_doubles(server, results, name)
-
-
-def complete_but_for_doubles(server, results, name) -> bool:
-    client = mlflow.MlflowClient(server.store)
-    gone = client.search_runs(
-        [client.get_experiment_by_name(name).experiment_id], run_view_type=DELETED
-    )
-    assert all(
-        "superseded_by" in run.data.tags and run.info.run_name.endswith("(superseded)")
-        for run in gone
-    )
-    return complete(server, results, name, deleted=len(gone))
+    track(results, proxy.uri, name, output=marker)
+    assert marker.read_text() == ""
+    assert_complete_but_for_superseded(server.store, results, name)
 
 
 def test_a_lost_answer_leaves_nothing_twice(world, hurried):
-    """Every kind of request is carried out once without its sender hearing of it."""
+    """The server carries out each kind of request once without the sender receiving the answer."""
     server, proxy, results = world
-    seen = set()
-    proxy.fault = lambda _, request: (
-        "lose" if request not in seen and not seen.add(request) else None
-    )
+    lost = set()
+
+    def lose_the_first(_, request):
+        if request in lost:
+            return None
+        lost.add(request)
+        return "lose"
+
+    proxy.fault = lose_the_first
     for _ in range(20):
         with contextlib.suppress(HalfstepError):
             sync_once(results, proxy.uri, "lost answers")
             break
-    assert len(seen) > 8 and any(request.endswith("runs/create") for request in seen)
-    assert complete_but_for_doubles(server, results, "lost answers")
+    assert len(lost) > 8
+    assert any(request.endswith("runs/create") for request in lost)
+    assert_complete_but_for_superseded(server.store, results, "lost answers")
 
 
-def test_a_sync_killed_twenty_times_leaves_what_an_undisturbed_one_leaves(world):
+def test_a_sync_killed_twenty_times_leaves_the_same_as_an_undisturbed_one(world):
     server, proxy, results = world
     draw = random.Random(7)
     start = time.monotonic()
-    sync_once(results, f"http://127.0.0.1:{server.port}", "undisturbed")
+    sync_once(results, server.uri, "undisturbed")
     whole_s = time.monotonic() - start
     kills, names = 0, ["killed 0"]
-    while (
-        kills < 20
-    ):  # a sync that came to its end between two kills makes room for another experiment
-        child = os.fork()  # a new interpreter would spend seconds on imports; the proxy's port is the child's alone, no connection is shared
+    while kills < 20:
+        # Fork, because a new interpreter would spend seconds on imports. Only the child connects to
+        # the proxy's port, so parent and child share no connection.
+        child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
                 sync_once(results, proxy.uri, names[-1])
             os._exit(0)
         time.sleep(draw.uniform(0, 0.4) * whole_s)
-        if os.waitpid(child, os.WNOHANG)[0]:
+        if os.waitpid(child, os.WNOHANG)[0]:  # it was done: the next one gets a new experiment
             names.append(f"killed {len(names)}")
         else:
             os.kill(child, signal.SIGKILL)
@@ -313,86 +345,66 @@ def test_a_sync_killed_twenty_times_leaves_what_an_undisturbed_one_leaves(world)
             kills += 1
     undisturbed = store(server.store, "undisturbed")
     for name in names:
-        sync_once(results, f"http://127.0.0.1:{server.port}", name)
-        assert (
-            complete_but_for_doubles(server, results, name)
-            and store(server.store, name) == undisturbed
-        )
-        assert sync_once(results, f"http://127.0.0.1:{server.port}", name)[0] == 0
+        sync_once(results, server.uri, name)
+        assert_complete_but_for_superseded(server.store, results, name)
+        assert store(server.store, name) == undisturbed
+        assert sync_once(results, server.uri, name)[0] == 0
 
 
-def test_a_server_stopped_and_started_during_a_watch(world, hurried, tmp_path):
-    """Curves come late; a signal ends the watch at once; the graph's end ends it after a last pass."""
+def test_a_server_stopped_and_started_during_a_watch(world, hurried):
+    """Curves arrive late. The end of the graph ends the watch after a last pass, a signal at once."""
     server, proxy, results = world
-    folder = results / "models/stories-tiny/kl_backward/round-9"
-    words = [
-        "halfstep.cli",
-        "track",
-        "--results",
-        str(results),
-        "--uri",
-        proxy.uri,
-        "--experiment",
-        "watch",
-        "--watch",
-        "--every",
-        "0.2",
-    ]
+    model = "stories-tiny/kl_backward/round-9"
+    folder = results / "models" / model
+    call = [sys.executable, "-m", "halfstep.cli", "track", "--results", str(results)]
+    call += ["--uri", proxy.uri, "--experiment", "watch", "--watch", "--every", "0.2"]
 
-    def watch():
-        return subprocess.Popen(
-            [sys.executable, "-m", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def until(what, seconds=30):
-        end = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < end and child.poll() is None, (
-                child.stdout.read() if child.poll() is not None else "too late"
-            )
-            time.sleep(0.1)
+    def start_watch():
+        return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def steps():
-        if mlflow.MlflowClient(server.store).get_experiment_by_name("watch") is None:
-            return []
-        return [
-            step
-            for step, _ in store(server.store, "watch")
-            .get("stories-tiny/kl_backward/round-9", [{}] * 5)[4]
-            .get("train/loss", [])
-        ]
+        return points_of(server.store, "watch", model)
 
-    child = watch()
+    def wait_for(expected, seconds=30):
+        end = time.monotonic() + seconds
+        while steps() != expected:
+            assert child.poll() is None, child.stdout.read()
+            assert time.monotonic() < end, "too late"
+            time.sleep(0.1)
+
+    child = start_watch()
     with Journal(folder, name="kl_backward/round-9", node="n", params={}) as journal:
         journal.log({"train/loss": 2.0}, 50)
-        until(lambda: steps() == [50])
+        wait_for([50])
         server.stop()
-        for step in (100, 150):  # the job does not know
+        for step in (100, 150):  # the job does not notice
             journal.log({"train/loss": 2.0}, step)
         time.sleep(1)
         server.start()
-        until(lambda: steps() == [50, 100, 150])
+        wait_for([50, 100, 150])
         with open(folder / "journal.jsonl", "ab") as torn:
             torn.write(b'{"step": 200, "ti')
     (results / "mlflow.synced").write_text("")
-    said, _ = child.communicate(timeout=30)
-    assert child.returncode == 0 and said.count("nothing is lost") == 1
-    assert complete_but_for_doubles(server, results, "watch") and steps() == [50, 100, 150]
-    child = watch()
+    printed, _ = child.communicate(timeout=30)
+    assert child.returncode == 0
+    assert printed.count("nothing is lost") == 1
+    assert_complete_but_for_superseded(server.store, results, "watch")
+    assert steps() == [50, 100, 150]
+
+    child = start_watch()
     time.sleep(4)
     child.send_signal(signal.SIGTERM)
     start = time.monotonic()
-    assert child.wait(timeout=5) in (0, -signal.SIGTERM) and time.monotonic() - start < 3
+    assert child.wait(timeout=5) in (0, -signal.SIGTERM)
+    assert time.monotonic() - start < 3
 
 
 def test_rewound_resumed_and_trained_again(world):
     server, proxy, results = world
-    folder, name = results / "models/stories-tiny/kl_backward/round-9", "again"
+    model, name = "stories-tiny/kl_backward/round-9", "again"
+    folder = results / "models" / model
 
-    def part(rewind, steps, **params):
+    def train(rewind, steps, **params):
         with (
             contextlib.suppress(SystemExit),
             Journal(folder, name="kl_backward/round-9", node="n", params=params) as journal,
@@ -403,28 +415,18 @@ def test_rewound_resumed_and_trained_again(world):
                 sync_once(results, proxy.uri, name)
             raise SystemExit(85)
 
-    def losses():
-        return [
-            step
-            for step, _ in store(server.store, name)["stories-tiny/kl_backward/round-9"][4][
-                "train/loss"
-            ]
-        ]
-
-    part(0, (50, 100, 150))
-    part(100, (150, 200))  # resumed from step 100
-    assert losses() == [50, 100, 150, 200] and complete(server, results, name)
-    part(-1, (50,))  # from nothing
-    part(0, (100,), lr=2.0)  # another fingerprint
-    assert losses() == [100] and complete_but_for_doubles(server, results, name)
-    gone = mlflow.MlflowClient(server.store).search_runs(
-        [mlflow.MlflowClient(server.store).get_experiment_by_name(name).experiment_id],
-        run_view_type=DELETED,
-    )
-    assert [run.info.run_name for run in gone] == 2 * ["kl_backward r9 (superseded)"]
+    train(0, (50, 100, 150))
+    train(100, (150, 200))  # resumed from step 100
+    assert points_of(server.store, name, model) == [50, 100, 150, 200]
+    assert_complete_and_none_deleted(server.store, results, name)
+    train(-1, (50,))  # from nothing
+    train(0, (100,), lr=2.0)  # another fingerprint
+    assert points_of(server.store, name, model) == [100]
+    deleted = assert_complete_but_for_superseded(server.store, results, name)
+    assert deleted == 2 * ["kl_backward r9 (superseded)"]
 
 
-def test_two_syncs_at_once_take_turns(world):
+def test_two_parallel_syncs_take_turns(world):
     server, proxy, results = world
     children = []
     for _ in range(2):
@@ -436,11 +438,12 @@ def test_two_syncs_at_once_take_turns(world):
                 code = 0
             os._exit(code)
         children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
-    assert complete(server, results, "two")
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0]
+    assert_complete_and_none_deleted(server.store, results, "two")
 
 
-def test_patience_ends_a_server_that_is_only_slow(world, monkeypatch):
+def test_patience_ends_with_a_server_that_is_only_slow(world, monkeypatch):
     server, proxy, results = world
     monkeypatch.setattr(command, "PATIENCE_S", 2)
     proxy.fault = lambda *_: time.sleep(0.5)
@@ -451,89 +454,76 @@ def test_patience_ends_a_server_that_is_only_slow(world, monkeypatch):
     proxy.fault = lambda *_: None
     monkeypatch.setattr(command, "PATIENCE_S", 600)
     sync_once(results, proxy.uri, "slow")
-    assert complete_but_for_doubles(server, results, "slow")
+    assert_complete_but_for_superseded(server.store, results, "slow")
 
 
-def test_postgresql_is_a_store_like_another(place, tmp_path, monkeypatch):
-    tools = sorted(glob.glob("/usr/lib/postgresql/*/bin/pg_ctl"))
-    if not tools or importlib.util.find_spec("psycopg2") is None:
-        pytest.skip(
-            "needs PostgreSQL (apt-get install postgresql) and its driver (pip install psycopg2-binary)"
-        )
-    folder, port = Path("/tmp") / f"halfstep-postgres-{os.getpid()}", free_port()
-    folder.mkdir()
-    if os.getuid() == 0:  # initdb refuses root
-        shutil.chown(folder, "postgres")
+class Postgres:
+    """A PostgreSQL server in a folder. Root runs it as the user postgres, as initdb requires."""
 
-    def call(*words):
-        user = (
-            ["su", "postgres", "-s", "/bin/sh", "-c", 'exec "$0" "$@"', "--"]
-            if os.getuid() == 0
-            else []
-        )
+    def __init__(self, pg_ctl: str, folder: Path):
+        self.pg_ctl, self.folder, self.port = pg_ctl, folder, free_port()
+        self.uri = f"postgresql+psycopg2://halfstep@127.0.0.1:{self.port}/postgres"
+
+    def create(self):
+        self.folder.mkdir()
+        if os.getuid() == 0:
+            shutil.chown(self.folder, "postgres")
+        initdb = str(Path(self.pg_ctl).parent / "initdb")
+        self._call(initdb, "-D", self._data, "-U", "halfstep", "--auth=trust", "--no-sync")
+
+    @property
+    def _data(self) -> str:
+        return str(self.folder / "data")
+
+    def start(self):
+        listen = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off"
+        log = str(self.folder / "log")
+        self._call(self.pg_ctl, "-w", "-D", self._data, "-l", log, "-o", listen, "start")
+
+    def stop(self):
+        self._call(self.pg_ctl, "-w", "-D", self._data, "-m", "immediate", "stop")
+
+    def _call(self, *arguments: str) -> None:
+        user = []
+        if os.getuid() == 0:
+            user = ["su", "postgres", "-s", "/bin/sh", "-c", 'exec "$0" "$@"', "--"]
         done = subprocess.run(
-            [*user, *words],
-            cwd=folder,
+            [*user, *arguments],
+            cwd=self.folder,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
         assert done.returncode == 0, done.stderr
 
-    binary = Path(tools[-1]).parent
+
+def test_postgresql_can_be_the_store(place, tmp_path, monkeypatch):
+    pg_ctl = sorted(glob.glob("/usr/lib/postgresql/*/bin/pg_ctl"))
+    if not pg_ctl or importlib.util.find_spec("psycopg2") is None:
+        pytest.skip(
+            "needs PostgreSQL (apt-get install postgresql) "
+            "and its driver (pip install psycopg2-binary)"
+        )
     results = shutil.copytree(place[1], tmp_path / "results")
+    folder = Path("/tmp") / f"halfstep-postgres-{os.getpid()}"  # a socket's path must be short
+    postgres = Postgres(pg_ctl[-1], folder)
     try:
-        call(
-            str(binary / "initdb"),
-            "-D",
-            str(folder / "data"),
-            "-U",
-            "halfstep",
-            "--auth=trust",
-            "--no-sync",
-        )
-        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off"
-        call(
-            tools[-1],
-            "-w",
-            "-D",
-            str(folder / "data"),
-            "-l",
-            str(folder / "log"),
-            "-o",
-            options,
-            "start",
-        )
-        uri = f"postgresql+psycopg2://halfstep@127.0.0.1:{port}/postgres"
-        assert sync_once(results, uri, "postgres")[0] > 50
-        assert sync_once(results, uri, "postgres")[0] == 0
-        assert complete(Server(uri, tmp_path), results, "postgres")
+        postgres.create()
+        postgres.start()
+        assert sync_once(results, postgres.uri, "postgres")[0] > 50
+        assert sync_once(results, postgres.uri, "postgres")[0] == 0
+        assert_complete_and_none_deleted(postgres.uri, results, "postgres")
         monkeypatch.setattr(command, "WAITS_S", (0,))
-        call(tools[-1], "-w", "-m", "immediate", "-D", str(folder / "data"), "stop")
+        postgres.stop()
         with pytest.raises(HalfstepError, match="nothing is lost"):
-            sync_once(results, uri, "postgres")
-        call(
-            tools[-1],
-            "-w",
-            "-D",
-            str(folder / "data"),
-            "-l",
-            str(folder / "log"),
-            "-o",
-            options,
-            "start",
-        )
-        with Journal(
-            results / "models/stories-tiny/kl_backward/round-9",
-            name="kl_backward/round-9",
-            node="n",
-            params={},
-        ) as journal:
+            sync_once(results, postgres.uri, "postgres")
+        postgres.start()
+        round_9 = results / "models/stories-tiny/kl_backward/round-9"
+        with Journal(round_9, name="kl_backward/round-9", node="n", params={}) as journal:
             journal.log({"train/loss": 2.0}, 50)
-        assert sync_once(results, uri, "postgres")[0] == 1 and complete(
-            Server(uri, tmp_path), results, "postgres"
-        )
+        assert sync_once(results, postgres.uri, "postgres")[0] == 1
+        assert_complete_and_none_deleted(postgres.uri, results, "postgres")
     finally:
         with contextlib.suppress(AssertionError):
-            call(tools[-1], "-m", "immediate", "-D", str(folder / "data"), "stop")
+            postgres.stop()
         shutil.rmtree(folder, ignore_errors=True)

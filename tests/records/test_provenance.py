@@ -52,7 +52,7 @@ def verify(capsys, results) -> list[str]:
 
 
 def test_every_file_of_a_job_is_in_its_record(pipeline):
-    found = {path: json.loads(path.read_text()) for path in provenance.walk(pipeline.results)[0]}
+    found = {path: json.loads(path.read_text()) for path in provenance.find_records(pipeline.results)[0]}
     listed = [
         file
         for path, one in found.items()

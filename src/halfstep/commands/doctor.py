@@ -1,4 +1,4 @@
-"""`halfstep doctor`: is this machine, and the cluster behind it, ready for `snakemake --profile slurm all`?"""
+"""`halfstep doctor`: check that this machine and its cluster can run the graph."""
 
 from __future__ import annotations
 
@@ -14,287 +14,282 @@ from halfstep.errors import HalfstepError
 from halfstep.files import read_json
 from halfstep.workflow.slurm_plugin import LONGEST_POLL_S, ask
 
-NETWORK = (
-    "nfs",
-    "nfs4",
-    "cifs",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "fuse.sshfs",
-    "9p",
-    "afs",
-    "panfs",
-    "wekafs",
+NETWORK_FILE_SYSTEMS = (
+    *("nfs", "nfs4", "cifs", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p", "afs"),
+    *("panfs", "wekafs"),
 )
 Finding = tuple[str, str]  # ok, warning or broken; a sentence that says what to do
 
 
 def doctor(results: Path = Path("results"), mounts: Path = Path("/proc/mounts")) -> None:
-    """Print a line for each thing that a run depends on; an error when one of them is broken.
+    """Check everything that a run depends on, and print one line for each finding.
+
+    The command fails if a finding is broken.
 
     Args:
-        results: where the results are, or will be
+        results: folder of the results, which need not exist yet
         mounts: the table of mounted file systems
     """
-    found = [
-        (check.__name__, *finding)
-        for check in CHECKS
-        for finding in check(results.absolute(), mounts)
+    findings = [
+        (name, state, message)
+        for name, check in CHECKS.items()
+        for state, message in check(results.absolute(), mounts)
     ]
-    for name, state, sentence in found:
-        print(f"{state:8}{name:12}{sentence}")
-    broken = sum(state == "broken" for _, state, _ in found)
+    for name, state, message in findings:
+        print(f"{state:8}{name:12}{message}")
+    broken = sum(state == "broken" for _, state, _ in findings)
     if broken:
         raise HalfstepError(
-            f"{broken} of {len(found)} findings must be mended, see the lines `broken` above"
+            f"{broken} of {len(findings)} findings are broken; "
+            "do what the lines `broken` above say, and call again"
         )
 
 
-def slurm(results: Path, mounts: Path) -> Iterator[Finding]:
+def _ok(message: str) -> Finding:
+    return "ok", message
+
+
+def _warning(message: str) -> Finding:
+    return "warning", message
+
+
+def _broken(message: str) -> Finding:
+    return "broken", message
+
+
+def check_slurm(results: Path, mounts: Path) -> Iterator[Finding]:
+    """Slurm answers, and the partition that jobs will use is up and allows our time limits."""
     if not shutil.which("sbatch"):
-        yield (
-            "warning",
-            "no sbatch here: only this machine can be used; log in to the cluster's login node for --profile slurm",
+        yield _warning(
+            "no sbatch here: only this machine can be used; "
+            "log in to the cluster's login node for --profile slurm"
         )
         return
     sinfo = ask("sinfo", "--noheader", "-o", "%R %l %a")
     if sinfo is None:
-        yield (
-            "broken",
-            "sinfo gets no answer from Slurm's controller: wait, or ask those who run the cluster; running snakemakes wait by themselves",
+        yield _broken(
+            "sinfo gets no answer from Slurm's controller: wait, or ask the administrators; "
+            "a Snakemake that is running waits by itself"
         )
         return
-    yield "ok", "Slurm answers"
-    partitions = {
-        name: minutes(limit)
-        for name, limit, state in (line.split() for line in sinfo.splitlines())
-        if state == "up"
-    }
-    default = (re.findall(r"(\S+)\*", ask("sinfo", "--noheader", "-o", "%P") or "") or [None])[0]
-    name = os.environ.get("HALFSTEP_SLURM_PARTITION") or default
+    yield _ok("Slurm answers")
+    rows = [line.split() for line in sinfo.splitlines()]
+    partitions = {name: parse_time_limit(limit) for name, limit, state in rows if state == "up"}
+    name = os.environ.get("HALFSTEP_SLURM_PARTITION") or _default_partition()
+    longest = int(os.environ.get("HALFSTEP_SLURM_MAX_MINUTES", 72 * 60))
     if name not in partitions:
-        yield (
-            "broken",
-            f"partition {name} is not among those that are up ({', '.join(partitions)}): set HALFSTEP_SLURM_PARTITION to one of them",
+        yield _broken(
+            f"partition {name} is not among those that are up ({', '.join(partitions)}): "
+            "set HALFSTEP_SLURM_PARTITION to one of them"
         )
-    elif partitions[name] < (most := int(os.environ.get("HALFSTEP_SLURM_MAX_MINUTES", 72 * 60))):
-        yield (
-            "broken",
-            (
-                f"partition {name} ends jobs after {partitions[name]:.0f} minutes and ours may ask for {most}: export HALFSTEP_SLURM_MAX_MINUTES={partitions[name]:.0f}"
-            ),
+    elif partitions[name] < longest:
+        yield _broken(
+            f"partition {name} ends jobs after {partitions[name]:.0f} minutes, but ours may ask "
+            f"for {longest}: export HALFSTEP_SLURM_MAX_MINUTES={partitions[name]:.0f}"
         )
 
 
-def minutes(limit: str) -> float:
-    """Slurm's [days-]hours:minutes:seconds, or infinite."""
+def _default_partition() -> str | None:
+    marked = re.search(r"(\S+)\*", ask("sinfo", "--noheader", "-o", "%P") or "")
+    return marked[1] if marked else None
+
+
+def parse_time_limit(limit: str) -> float:
+    """Minutes of Slurm's [days-]hours:minutes:seconds, or infinity."""
     if limit in ("infinite", "UNLIMITED"):
         return float("inf")
     days, _, clock = limit.rpartition("-")
-    hours, mins, seconds = ([0, 0] + [int(part) for part in clock.split(":")])[-3:]
-    return int(days or 0) * 1440 + hours * 60 + mins + seconds / 60
+    hours, minutes, seconds = ([0, 0] + [int(part) for part in clock.split(":")])[-3:]
+    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def accounting(results: Path, mounts: Path) -> Iterator[Finding]:
-    if (
-        settings := ask("scontrol", "show", "config")
-    ) is None:  # no Slurm, or no answer: `slurm` says which
+def check_accounting(results: Path, mounts: Path) -> Iterator[Finding]:
+    """The end of a job is known long enough to be polled, from squeue or from sacct."""
+    settings = ask("scontrol", "show", "config")
+    if settings is None:  # no Slurm, or no answer; check_slurm reports it
         return
     age = re.search(r"MinJobAge\s*=\s*(\d+)", settings)
     if age and int(age[1]) >= LONGEST_POLL_S:
-        yield (
-            "ok",
-            f"squeue remembers ended jobs for {age[1]} s, which is enough to ask it for their state",
-        )
+        yield _ok(f"squeue remembers ended jobs for {age[1]} s, long enough to ask for their state")
     elif ask("sacct", "-X", "--noheader") is not None:
-        yield "ok", "sacct answers, and is asked for the jobs' state"
+        yield _ok("sacct answers, and is asked for the state of jobs")
     else:
-        yield (
-            "broken",
-            (
-                f"squeue forgets ended jobs after {age[1] if age else 'an unknown number of'} s and sacct does not answer: a job's end could be missed; "
-                f"ask for MinJobAge={LONGEST_POLL_S} or more, or for accounting"
-            ),
+        yield _broken(
+            f"squeue forgets ended jobs after {age[1] if age else 'an unknown number of'} s and "
+            "sacct does not answer, so the end of a job could be missed; "
+            f"ask for MinJobAge={LONGEST_POLL_S} or more, or for accounting"
         )
 
 
-def gpus(results: Path, mounts: Path) -> Iterator[Finding]:
-    if kinds := ask("sinfo", "--noheader", "-o", "%G"):
-        model, each = (
-            os.environ.get("HALFSTEP_SLURM_GPU_MODEL"),
-            os.environ.get("HALFSTEP_SLURM_GPUS_PER_NODE", "4"),
-        )
-        most = max(
-            map(
-                int,
-                re.findall(
-                    rf"\bgpu:{re.escape(model)}:(\d+)" if model else r"\bgpu(?::[^:,()\s]+)?:(\d+)",
-                    kinds,
-                ),
-            ),
-            default=1,
-        )
-        if "gpu" not in kinds:
-            yield (
-                "warning",
-                "Slurm knows no GPU (sinfo -o %G): every preset but those of size tiny asks for one, and would be refused",
-            )
-        elif model and f"gpu:{model}" not in kinds:
-            yield (
-                "broken",
-                f"no GPU model {model} among {' '.join(kinds.split())}: set HALFSTEP_SLURM_GPU_MODEL to one of these, or not at all",
-            )
-        elif not each.isdecimal() or int(each) < 1:
-            yield (
-                "broken",
-                f"HALFSTEP_SLURM_GPUS_PER_NODE: found {each!r}, expected a whole number above zero: export HALFSTEP_SLURM_GPUS_PER_NODE={most}",
-            )
-        elif most < int(each):
-            yield (
-                "broken",
-                f"no node has {each} GPUs{f' {model}' * bool(model)}, which large trainings ask of each: export HALFSTEP_SLURM_GPUS_PER_NODE={most}",
-            )
-        else:
-            yield "ok", f"Slurm's GPUs: {' '.join(sorted(set(kinds.split())))}"
+def check_gpus(results: Path, mounts: Path) -> Iterator[Finding]:
+    """Slurm has the GPUs that jobs will ask for, and torch can use those of this machine."""
+    resources = ask("sinfo", "--noheader", "-o", "%G")
+    if resources:
+        yield _slurm_gpus(resources)
     import torch
 
     if torch.cuda.is_available():
-        yield "ok", f"torch uses {torch.cuda.device_count()} GPUs of this machine"
+        yield _ok(f"torch uses {torch.cuda.device_count()} GPUs of this machine")
     elif shutil.which("nvidia-smi"):
-        yield (
-            "broken",
-            f"this machine has nvidia-smi but torch {torch.__version__} cannot use a GPU: install a CUDA build of torch (envs/gpu.yaml)",
+        yield _broken(
+            f"this machine has nvidia-smi but torch {torch.__version__} cannot use a GPU: "
+            "install a CUDA build of torch (envs/gpu.yaml)"
         )
 
 
-def world(results: Path, mounts: Path) -> Iterator[Finding]:
-    """Inside a job that torchrun started: a process for each GPU."""
-    if "WORLD_SIZE" in os.environ and (here := os.environ.get("SLURM_GPUS_ON_NODE")):
-        asked, size = (
-            int(here) * int(os.environ.get("SLURM_NNODES", 1)),
-            int(os.environ["WORLD_SIZE"]),
+def _slurm_gpus(resources: str) -> Finding:
+    model = os.environ.get("HALFSTEP_SLURM_GPU_MODEL")
+    per_node = os.environ.get("HALFSTEP_SLURM_GPUS_PER_NODE", "4")
+    if "gpu" not in resources:
+        return _warning(
+            "Slurm knows no GPU (sinfo -o %G): every preset except those of size tiny asks for "
+            "one, and would be refused"
         )
-        if size == asked:
-            yield "ok", f"{size} processes for {asked} GPUs"
-        else:
-            yield (
-                "broken",
-                f"{size} processes for {asked} GPUs: give the command --processes {asked}",
-            )
+    if model and f"gpu:{model}" not in resources:
+        return _broken(
+            f"no GPU model {model} among {' '.join(resources.split())}: "
+            "set HALFSTEP_SLURM_GPU_MODEL to one of these, or unset it"
+        )
+    pattern = rf"\bgpu:{re.escape(model)}:(\d+)" if model else r"\bgpu(?::[^:,()\s]+)?:(\d+)"
+    most = max(map(int, re.findall(pattern, resources)), default=1)
+    if not per_node.isdecimal() or int(per_node) < 1:
+        return _broken(
+            f"HALFSTEP_SLURM_GPUS_PER_NODE: found {per_node!r}, expected a whole number above "
+            f"zero: export HALFSTEP_SLURM_GPUS_PER_NODE={most}"
+        )
+    if most < int(per_node):
+        wanted = f"{per_node} GPUs {model}" if model else f"{per_node} GPUs"
+        return _broken(
+            f"no node has {wanted}, which large trainings ask of each node: "
+            f"export HALFSTEP_SLURM_GPUS_PER_NODE={most}"
+        )
+    return _ok(f"Slurm's GPUs: {' '.join(sorted(set(resources.split())))}")
 
 
-def disk(results: Path, mounts: Path) -> Iterator[Finding]:
-    place = _exists(results)
-    if not os.access(place, os.W_OK):
-        yield (
-            "broken",
-            f"{place} cannot be written: change its permissions, or work in another folder",
-        )
-    free = shutil.disk_usage(place).free / 1e9
-    if free < 1:
-        yield "broken", f"{free:.1f} GB free at {place}: free some space, or put results/ elsewhere"
+def check_world_size(results: Path, mounts: Path) -> Iterator[Finding]:
+    """In a Slurm job that torchrun started: one process per GPU."""
+    gpus_on_node = os.environ.get("SLURM_GPUS_ON_NODE")
+    if "WORLD_SIZE" not in os.environ or not gpus_on_node:
+        return
+    gpus = int(gpus_on_node) * int(os.environ.get("SLURM_NNODES", 1))
+    processes = int(os.environ["WORLD_SIZE"])
+    if processes == gpus:
+        yield _ok(f"{processes} processes for {gpus} GPUs")
     else:
-        yield (
-            ("ok", f"{free:.0f} GB free at {place}")
-            if free > 20
-            else ("warning", f"only {free:.0f} GB free at {place}: compare with `halfstep plan`")
+        yield _broken(f"{processes} processes for {gpus} GPUs: give the command --processes {gpus}")
+
+
+def check_disk(results: Path, mounts: Path) -> Iterator[Finding]:
+    """The results can be written, and there is room for them."""
+    folder = _existing(results)
+    if not os.access(folder, os.W_OK):
+        yield _broken(
+            f"{folder} cannot be written: change its permissions, or work in another folder"
         )
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    if free_gb < 1:
+        yield _broken(
+            f"{free_gb:.1f} GB free at {folder}: free some space, or put results/ elsewhere"
+        )
+    elif free_gb <= 20:
+        yield _warning(f"only {free_gb:.0f} GB free at {folder}: compare with `halfstep plan`")
+    else:
+        yield _ok(f"{free_gb:.0f} GB free at {folder}")
 
 
-def shared(results: Path, mounts: Path) -> Iterator[Finding]:
-    """A file written here is seen by a compute node."""
+def check_shared_folder(results: Path, mounts: Path) -> Iterator[Finding]:
+    """A compute node sees a file that this machine writes."""
     if ask("sinfo", "--noheader") is None:
         return
-    options = [
-        f"--{key}={value}"
-        for key in ("partition", "account", "qos")
-        if (value := os.environ.get(f"HALFSTEP_SLURM_{key.upper()}"))
-    ]
-    call = ["srun", "--immediate=30", "--ntasks=1", "--time=1", "--quiet", *options]
-    with tempfile.NamedTemporaryFile(dir=_exists(results), prefix=".doctor-") as probe:
-        seen = ask(
-            *call, "sh", "-c", f"test -e '{probe.name}' && echo seen || echo unseen", timeout=60
+    folder = _existing(results)
+    call = ["srun", "--immediate=30", "--ntasks=1", "--time=1", "--quiet"]
+    for key in ("partition", "account", "qos"):
+        if value := os.environ.get(f"HALFSTEP_SLURM_{key.upper()}"):
+            call.append(f"--{key}={value}")
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as probe:
+        test = f"test -e '{probe.name}' && echo seen || echo unseen"
+        answer = ask(*call, "sh", "-c", test, timeout=60)
+    if answer is None:
+        yield _warning(
+            "no compute node was free within 30 s, so whether it sees this folder is not known: "
+            "call again later"
         )
-    if seen is None:
-        yield (
-            "warning",
-            "no compute node was free within 30 s, so whether it sees this folder was not tried: call again later",
-        )
-    elif seen.strip() != "seen":
-        yield (
-            "broken",
-            f"a compute node does not see {_exists(results)}: clone the repository into a folder that all nodes share",
+    elif answer.strip() != "seen":
+        yield _broken(
+            f"a compute node does not see {folder}: "
+            "clone the repository into a folder that all nodes share"
         )
     else:
-        yield "ok", f"a compute node sees {_exists(results)}"
+        yield _ok(f"a compute node sees {folder}")
 
 
-def hub(results: Path, mounts: Path) -> Iterator[Finding]:
+def check_hub(results: Path, mounts: Path) -> Iterator[Finding]:
+    """What was fetched from the Hugging Face hub is still there, or can be fetched."""
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    fetched, offline = results / "hub.json", os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    fetched = results / "hub.json"
     if fetched.is_file():
         names = ", ".join(read_json(fetched))
         if cache.is_dir():
-            yield "ok", f"fetched: {names}"
+            yield _ok(f"fetched: {names}")
         else:
-            yield (
-                "broken",
-                f"{fetched} lists {names}, but there is no {cache}: set HF_HOME to where they were fetched, or remove the file and fetch again",
+            yield _broken(
+                f"{fetched} lists {names}, but there is no {cache}: set HF_HOME to the folder they "
+                "were fetched into, or remove the file and fetch again"
             )
-    elif offline:
-        yield (
-            "warning",
-            f"HF_HUB_OFFLINE is set and nothing was fetched yet: unset it on the login node for the rule fetch, or have all in {cache}",
+    elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        yield _warning(
+            "HF_HUB_OFFLINE is set and nothing was fetched yet: unset it on the login node for the "
+            f"rule fetch, or provide everything in {cache}"
         )
     else:
-        yield "ok", f"the rule fetch fills {cache} from here; jobs run with the hub switched off"
+        yield _ok(f"the rule fetch fills {cache} from here; jobs run with the hub switched off")
 
 
-def mlflow(results: Path, mounts: Path) -> Iterator[Finding]:
+def check_mlflow(results: Path, mounts: Path) -> Iterator[Finding]:
+    """MLflow's server answers, or its database is on a local file system."""
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/mlflow.db"
     if uri.startswith("http"):
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).read()
-            yield "ok", f"MLflow answers at {uri}"
         except (OSError, ValueError) as error:
-            yield (
-                "warning",
-                f"MLflow at {uri} does not answer ({error}): nothing is lost, journals are sent by `halfstep track` once it does",
+            yield _warning(
+                f"MLflow at {uri} does not answer ({error}): nothing is lost, "
+                "`halfstep track` sends the journals once it does"
             )
-    elif (
-        uri.startswith("sqlite:///")
-        and (kind := filesystem(Path(uri.removeprefix("sqlite:///")), mounts)) in NETWORK
-    ):
-        yield (
-            "warning",
-            f"sqlite on {kind} can lock up: set MLFLOW_TRACKING_URI to a server, or to sqlite:////a/local/folder/mlflow.db",
+        else:
+            yield _ok(f"MLflow answers at {uri}")
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    kind = file_system_of(database, mounts) if uri.startswith("sqlite:///") else ""
+    if kind in NETWORK_FILE_SYSTEMS:
+        yield _warning(
+            f"sqlite on {kind} can lock up: set MLFLOW_TRACKING_URI to a server, "
+            "or to sqlite:////a/local/folder/mlflow.db"
         )
     else:
-        yield "ok", f"MLflow keeps its runs in {uri}"
+        yield _ok(f"MLflow keeps its runs in {uri}")
 
 
-def filesystem(path: Path, mounts: Path) -> str:
-    """Kind of the file system that holds a path, by the longest mount point above it."""
-    points = (
-        [line.split()[1:3] for line in mounts.read_text().splitlines()] if mounts.is_file() else []
-    )
+def file_system_of(path: Path, mounts: Path) -> str:
+    """The type of the file system that holds a path: that of the longest mount point above it."""
+    lines = mounts.read_text().splitlines() if mounts.is_file() else []
+    points = [line.split()[1:3] for line in lines]
     above = [(len(point), kind) for point, kind in points if path.absolute().is_relative_to(point)]
     return max(above, default=(0, "unknown"))[1]
 
 
-def _exists(path: Path) -> Path:
+def _existing(path: Path) -> Path:
+    """The path itself, or the closest folder above it that exists."""
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-CHECKS: tuple[Callable[[Path, Path], Iterator[Finding]], ...] = (
-    slurm,
-    accounting,
-    gpus,
-    world,
-    disk,
-    shared,
-    hub,
-    mlflow,
-)
+CHECKS: dict[str, Callable[[Path, Path], Iterator[Finding]]] = {
+    "slurm": check_slurm,
+    "accounting": check_accounting,
+    "gpus": check_gpus,
+    "world": check_world_size,
+    "disk": check_disk,
+    "shared": check_shared_folder,
+    "hub": check_hub,
+    "mlflow": check_mlflow,
+}

@@ -1,16 +1,23 @@
-"""`halfstep doctor`: each fault is found, says what to do, and decides the exit code."""
+"""`halfstep doctor` finds each fault, says what to do, and sets the exit code."""
 
 import http.server
 import threading
+from pathlib import Path
 
 import pytest
 
 from halfstep.cli import main
 from halfstep.commands.doctor import file_system_of, parse_time_limit
 
-GOOD = {
+SINFO = """case "$*" in
+  *%l*) echo "gpu 3-00:00:00 up"; echo "short 4:00:00 up";;
+  *%P*) echo "gpu*";;
+  *%G*) echo "gpu:a100:4";;
+  *) echo ok;;
+esac"""
+GOOD = {  # command -> its shell script
     "sbatch": "exit 0",
-    "sinfo": 'case "$*" in *%l*) echo "gpu 3-00:00:00 up"; echo "short 4:00:00 up";; *%P*) echo "gpu*";; *%G*) echo "gpu:a100:4";; *) echo ok;; esac',
+    "sinfo": SINFO,
     "scontrol": "echo 'MinJobAge               = 300 sec'",
     "sacct": "exit 1",
     "srun": 'while [ "$1" != sh ]; do shift; done; exec "$@"',
@@ -19,7 +26,7 @@ GOOD = {
 
 @pytest.fixture
 def site(tmp_path, monkeypatch, capsys):
-    """A pretended site: replace a command or a variable, and get (exit code, lines)."""
+    """A simulated site: call it with other commands or variables for (exit code, output)."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "results").mkdir()
     for name in ("PARTITION", "ACCOUNT", "QOS", "GPU_MODEL", "GPUS_PER_NODE", "MAX_MINUTES"):
@@ -28,11 +35,10 @@ def site(tmp_path, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     mounts = tmp_path / "mounts"
-    mounts.write_text("disk / ext4 rw 0 0\n")
 
-    def look(commands={}, kind="ext4", **variables):  # noqa: B006
-        for name, text in (GOOD | commands).items():
-            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+    def run(commands=None, kind="ext4", **variables):
+        for name, script in (GOOD | (commands or {})).items():
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
             (tmp_path / "bin" / name).chmod(0o755)
         mounts.write_text(f"disk / ext4 rw 0 0\nserver:/ {tmp_path} {kind} rw 0 0\n")
         for name, value in variables.items():
@@ -40,105 +46,112 @@ def site(tmp_path, monkeypatch, capsys):
         code = main(["doctor", "--results", str(tmp_path / "results"), "--mounts", str(mounts)])
         return code, capsys.readouterr().out
 
-    return look
+    return run
 
 
-def test_a_good_site_is_good(site):
-    code, said = site()
-    assert (
-        code == 0
-        and "broken" not in said
-        and "a compute node sees" in said
-        and "gpu:a100:4" in said
-    )
+def test_a_good_site_has_no_fault(site):
+    code, printed = site()
+    assert code == 0
+    assert "broken" not in printed
+    assert "a compute node sees" in printed
+    assert "gpu:a100:4" in printed
+
+
+def gpus(kinds: str) -> dict[str, str]:
+    return {"sinfo": SINFO.replace("gpu:a100:4", kinds)}
+
+
+def slurm(**variables: str) -> dict[str, str]:
+    return {f"HALFSTEP_SLURM_{name}": value for name, value in variables.items()}
 
 
 @pytest.mark.parametrize(
-    "commands, variables, what, mend",
+    ("commands", "variables", "check", "advice"),
     [
         ({"sinfo": "exit 1"}, {}, "slurm", "wait"),
-        ({}, {"HALFSTEP_SLURM_PARTITION": "fast"}, "slurm", "set HALFSTEP_SLURM_PARTITION"),
-        (
-            {},
-            {"HALFSTEP_SLURM_PARTITION": "short"},
-            "slurm",
-            "export HALFSTEP_SLURM_MAX_MINUTES=240",
-        ),
+        ({}, slurm(PARTITION="fast"), "slurm", "set HALFSTEP_SLURM_PARTITION"),
+        ({}, slurm(PARTITION="short"), "slurm", "export HALFSTEP_SLURM_MAX_MINUTES=240"),
         ({"scontrol": "echo 'MinJobAge = 30 sec'"}, {}, "accounting", "ask for MinJobAge=200"),
-        ({}, {"HALFSTEP_SLURM_GPU_MODEL": "h100"}, "gpus", "set HALFSTEP_SLURM_GPU_MODEL"),
+        ({}, slurm(GPU_MODEL="h100"), "gpus", "set HALFSTEP_SLURM_GPU_MODEL"),
+        ({}, slurm(GPUS_PER_NODE="8"), "gpus", "export HALFSTEP_SLURM_GPUS_PER_NODE=4"),
         (
-            {},
-            {"HALFSTEP_SLURM_GPUS_PER_NODE": "8"},
-            "gpus",
-            "export HALFSTEP_SLURM_GPUS_PER_NODE=4",
-        ),
-        (
-            {"sinfo": GOOD["sinfo"].replace("gpu:a100:4", "gpu:a100:2(S:0-1),gpu:v100:3")},
+            gpus("gpu:a100:2(S:0-1),gpu:v100:3"),
             {},
             "gpus",
             "export HALFSTEP_SLURM_GPUS_PER_NODE=3",
         ),
         (
-            {"sinfo": GOOD["sinfo"].replace("gpu:a100:4", "gpu:a100:4,gpu:v100:2")},
-            {"HALFSTEP_SLURM_GPU_MODEL": "v100"},
+            gpus("gpu:a100:4,gpu:v100:2"),
+            slurm(GPU_MODEL="v100"),
             "gpus",
             "4 GPUs v100, which",
         ),
-        (
-            {},
-            {"HALFSTEP_SLURM_GPUS_PER_NODE": "many"},
-            "gpus",
-            "found 'many', expected a whole number",
-        ),
+        ({}, slurm(GPUS_PER_NODE="many"), "gpus", "found 'many', expected a whole number"),
         ({"srun": "echo unseen"}, {}, "shared", "a folder that all nodes share"),
         ({}, {"WORLD_SIZE": "1", "SLURM_GPUS_ON_NODE": "2"}, "world", "--processes 2"),
     ],
 )
-def test_what_is_broken_is_named_and_fails(site, commands, variables, what, mend):
-    code, said = site(commands, **variables)
-    (line,) = [line for line in said.splitlines() if line.startswith("broken")]
-    assert code == 1 and line.split()[1] == what and mend in line
+def test_a_broken_finding_is_named_and_fails(site, commands, variables, check, advice):
+    code, printed = site(commands, **variables)
+    (line,) = [line for line in printed.splitlines() if line.startswith("broken")]
+    assert code == 1
+    assert line.split()[1] == check
+    assert advice in line
 
 
 def test_warnings_do_not_fail(site):
-    code, said = site({"srun": "exit 1"}, kind="nfs4", HF_HUB_OFFLINE="1")
-    assert (
-        code == 0
-        and "sqlite on nfs4 can lock up" in said
-        and "no compute node was free" in said
-        and "HF_HUB_OFFLINE is set" in said
-    )
-    code, said = site(
+    code, printed = site({"srun": "exit 1"}, kind="nfs4", HF_HUB_OFFLINE="1")
+    assert code == 0
+    assert "sqlite on nfs4 can lock up" in printed
+    assert "no compute node was free" in printed
+    assert "HF_HUB_OFFLINE is set" in printed
+    code, printed = site(
         {"scontrol": "echo 'MinJobAge = 30 sec'", "sacct": "exit 0"},
         MLFLOW_TRACKING_URI="http://127.0.0.1:9",
     )
-    assert code == 0 and "sacct answers" in said and "nothing is lost" in said
+    assert code == 0
+    assert "sacct answers" in printed
+    assert "nothing is lost" in printed
+
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
 
 
 def test_a_server_that_answers(site):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Health", (http.server.BaseHTTPRequestHandler,), {
-        "do_GET": lambda self: (self.send_response(200 if self.path == "/health" else 404), self.end_headers()), "log_message": lambda *_: None,
-    }))  # fmt: skip
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Health)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        code, said = site(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{server.server_port}")
-        assert code == 0 and "MLflow answers" in said
+        code, printed = site(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{server.server_port}")
     finally:
         server.shutdown()
+    assert code == 0
+    assert "MLflow answers" in printed
 
 
-def test_limits_and_mounts_are_read(tmp_path):
-    assert [parse_time_limit(t) for t in ("1-02:30:00", "4:00:00", "30:00", "infinite")] == [
-        1590,
-        240,
-        30,
-        float("inf"),
-    ]
-    (tmp_path / "mounts").write_text("a / ext4 rw\nb /scratch lustre rw\nc /scratch/own xfs rw\n")
-    from pathlib import Path
+@pytest.mark.parametrize(
+    ("limit", "expected_minutes"),
+    [("1-02:30:00", 1590), ("4:00:00", 240), ("30:00", 30), ("infinite", float("inf"))],
+)
+def test_time_limits_are_read(limit, expected_minutes):
+    assert parse_time_limit(limit) == expected_minutes
 
-    kinds = [
-        file_system_of(Path(p), tmp_path / "mounts")
-        for p in ("/home/x", "/scratch/y", "/scratch/own/z", "/scratchy")
-    ]
-    assert kinds == ["ext4", "lustre", "xfs", "ext4"]
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/home/x", "ext4"),
+        ("/scratch/y", "lustre"),
+        ("/scratch/own/z", "xfs"),
+        ("/scratchy", "ext4"),
+    ],
+)
+def test_mounts_are_read(tmp_path, path, kind):
+    mounts = tmp_path / "mounts"
+    mounts.write_text("a / ext4 rw\nb /scratch lustre rw\nc /scratch/own xfs rw\n")
+    assert file_system_of(Path(path), mounts) == kind

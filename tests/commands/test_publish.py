@@ -1,4 +1,8 @@
-"""Published checkpoints in and out: key layouts as REFERENCE describes them, real Lightning files of tiny networks, transformers without halfstep."""
+"""Import and export of published checkpoints.
+
+The key layouts are those of the published files, the Lightning files are real ones of tiny
+networks, and transformers loads an export without halfstep.
+"""
 
 import collections
 import json
@@ -21,7 +25,8 @@ from halfstep.commands import publish
 from halfstep.config import SIZES
 from halfstep.models import hub
 from halfstep.models.dit import DiT
-from halfstep.records import journal, provenance
+from halfstep.records import provenance
+from halfstep.records.journal import read_journal
 
 PARITY = Path(__file__).parents[1] / "parity"
 KEYS = json.loads((PARITY / "state_dict_keys.json").read_text())
@@ -29,42 +34,41 @@ KEYS = json.loads((PARITY / "state_dict_keys.json").read_text())
 
 def networks(vocabulary: int) -> tuple[dict, dict]:
     """Two sets of random weights of size tiny, under our names: raw and average."""
+    blocks, width, heads = SIZES["tiny"]
     sets = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        network = DiT(vocabulary, SIZES["tiny"][1], SIZES["tiny"][0], SIZES["tiny"][2])
+        network = DiT(vocabulary, width, blocks, heads)
         for parameter in network.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         sets.append({key: value.clone() for key, value in network.state_dict().items()})
     return tuple(sets)
 
 
-def lightning(path: Path, raw: dict, ema: dict, prefix: str) -> Path:
+def lightning(path: Path, raw: dict, ema: dict, prefix: str = "backbone.") -> Path:
+    """Write a Lightning checkpoint."""
     shadow = [ema[key] for key in raw if key != "rotary_emb.inv_freq"]
     content = {
         "epoch": 1,
         "global_step": 3,
         "state_dict": collections.OrderedDict((prefix + k, v) for k, v in raw.items()),
+        "ema": {"decay": 0.99, "num_updates": 3, "shadow_params": shadow},
+        "optimizer_states": [{"lr": 1.0}],
     }
-    torch.save(
-        content
-        | {
-            "ema": {"decay": 0.99, "num_updates": 3, "shadow_params": shadow},
-            "optimizer_states": [{"lr": 1.0}],
-        },
-        path,
-    )
+    torch.save(content, path)
     return path
 
 
 def folder(
     path: Path, raw: dict, prefix: str, config: dict, file: str = "model.safetensors"
 ) -> Path:
+    """Write a folder as on the hub."""
     path.mkdir(parents=True)
     state = {prefix + key: value for key, value in raw.items()}
-    save_file(state, path / file) if file.endswith("safetensors") else torch.save(
-        state, path / file
-    )
+    if file.endswith("safetensors"):
+        save_file(state, path / file)
+    else:
+        torch.save(state, path / file)
     (path / "config.json").write_text(json.dumps(config))
     return path
 
@@ -79,68 +83,69 @@ MDLM = {
     "time_conditioning": False,
 }
 SDTT = {"model": {"length": 24, "hidden_size": 128}, "noise": {"type": "loglinear"}}
-LAYOUTS = {  # how each is published: -> (source, has an average)
-    "MDLM's .ckpt": lambda p, raw, ema: (lightning(p / "best.ckpt", raw, ema, "backbone."), True),
-    "SDTT's .ckpt from the hub's model, compiled": lambda p, raw, ema: (
-        lightning(p / "x.ckpt", raw, ema, "_orig_mod.backbone.backbone."),
+
+
+def write_ckpt(prefix: str):
+    return lambda path, raw, ema: lightning(path / "x.ckpt", raw, ema, prefix)
+
+
+def write_folder(prefix: str, config: dict, file: str = "model.safetensors"):
+    return lambda path, raw, ema: folder(path / "hf", raw, prefix, config, file)
+
+
+LAYOUTS = {  # name: (function that writes the source, has it an average?)
+    "MDLM's .ckpt": (write_ckpt("backbone."), True),
+    "SDTT's .ckpt from the hub's model, compiled": (
+        write_ckpt("_orig_mod.backbone.backbone."),
         True,
     ),
-    "compiled inside": lambda p, raw, ema: (
-        lightning(p / "y.ckpt", raw, ema, "backbone._orig_mod."),
-        True,
-    ),
-    "mdlm-owt": lambda p, raw, ema: (folder(p / "hf", raw, "backbone.", MDLM), False),
-    "mdlm-owt, pickled": lambda p, raw, ema: (
-        folder(p / "hf", raw, "backbone.", MDLM, "pytorch_model.bin"),
-        False,
-    ),
-    "sdtt": lambda p, raw, ema: (folder(p / "hf", raw, "backbone.backbone.", SDTT), False),
+    "compiled inside": (write_ckpt("backbone._orig_mod."), True),
+    "mdlm-owt": (write_folder("backbone.", MDLM), False),
+    "mdlm-owt, pickled": (write_folder("backbone.", MDLM, "pytorch_model.bin"), False),
+    "sdtt": (write_folder("backbone.backbone.", SDTT), False),
+}
+KEPT = {  # (has an average, --weights): what meta.json says
+    (True, "ema"): "raw and ema",
+    (True, "raw"): "raw",
+    (False, "ema"): "the one set it has",
+    (False, "raw"): "raw",
 }
 
 
+@pytest.mark.parametrize("weights", ["ema", "raw"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_and_both_sets(layout, pipeline, tmp_path):
-    """Raw and average land where they belong, bit for bit; --weights raw drops the average."""
+def test_every_layout_and_both_sets_of_weights(layout, weights, pipeline, tmp_path):
+    """Raw and average are stored bit for bit where they belong; --weights raw drops the average."""
     raw, ema = networks(300)
-    source, both = LAYOUTS[layout](tmp_path, raw, ema)
-    for weights in ("ema", "raw"):
-        output = tmp_path / weights / "teacher"
-        done(
-            f"import --source {source} --corpus {pipeline.corpus} --output {output} --weights {weights} --size tiny"
-        )
-        expected = {"model": raw, "ema": ema if both and weights == "ema" else raw}
-        for name, state in expected.items():
-            found = load_file(output / f"{name}.safetensors")
-            assert found.keys() == state.keys() and all(
-                torch.equal(found[k], state[k]) for k in state
-            )
-        model = halfstep.load(output)
-        assert (
-            model.length,
-            model.vocab_size,
-            model.meta["round"],
-            model.meta["network"]["size"],
-        ) == (24, 300, 0, "tiny")
-        assert (
-            model.meta["imported"]["weights"]
-            == {
-                True: {"ema": "raw and ema", "raw": "raw"},
-                False: {"ema": "the one set it has", "raw": "raw"},
-            }[both][weights]
-        )
-        assert provenance.verify_records(output.parent)[0] == []
-        run, points = journal.read_journal(output)
-        assert (
-            run["tags"]["imported"] == str(source) and run["status"] == "finished" and points == []
-        )
-
-
-def test_an_import_teaches_the_first_round(pipeline, tmp_path):
-    source = lightning(tmp_path / "t.ckpt", *networks(300), "backbone.")
-    teacher, student = (
-        tmp_path / "models/stories-tiny/teacher",
-        tmp_path / "models/stories-tiny/kl_backward/round-1",
+    write, has_average = LAYOUTS[layout]
+    source = write(tmp_path, raw, ema)
+    output = tmp_path / weights / "teacher"
+    done(
+        f"import --source {source} --corpus {pipeline.corpus} --output {output} "
+        f"--weights {weights} --size tiny"
     )
+    expected = {"model": raw, "ema": ema if has_average and weights == "ema" else raw}
+    for name, state in expected.items():
+        stored = load_file(output / f"{name}.safetensors")
+        assert stored.keys() == state.keys()
+        assert all(torch.equal(stored[key], state[key]) for key in state)
+    model = halfstep.load(output)
+    assert model.length == 24
+    assert model.vocab_size == 300
+    assert model.meta["round"] == 0
+    assert model.meta["network"]["size"] == "tiny"
+    assert model.meta["imported"]["weights"] == KEPT[has_average, weights]
+    assert provenance.verify_records(output.parent)[0] == []
+    run, points = read_journal(output)
+    assert run["tags"]["imported"] == str(source)
+    assert run["status"] == "finished"
+    assert points == []
+
+
+def test_an_import_can_teach_the_first_round(pipeline, tmp_path):
+    source = lightning(tmp_path / "t.ckpt", *networks(300))
+    models = tmp_path / "models/stories-tiny"
+    teacher, student = models / "teacher", models / "kl_backward/round-1"
     done(f"import --source {source} --corpus {pipeline.corpus} --output {teacher}")
     done(f"distill-round --teacher {teacher} --corpus {pipeline.corpus} --output {student} {ROUND}")
     assert halfstep.load(student).meta["teacher_sha256"] == halfstep.load(teacher).meta["sha256"]
@@ -149,21 +154,22 @@ def test_an_import_teaches_the_first_round(pipeline, tmp_path):
 
 @pytest.mark.parametrize("name", ["mdlm_lightning.ckpt", "sdtt_lightning_plain.ckpt"])
 def test_real_lightning_files(name):
-    """Written by the released code's trainers: every tensor is found, and the average is the parameters' in order, near to them after three steps."""
-    found = hub.read_published(PARITY / name)
+    """Files of the released trainers: every tensor is found, and the average is in the right order.
+
+    After three steps the average is close to the parameters.
+    """
+    published = hub.read_published(PARITY / name)
     network = DiT(32, 32, 1, 2, cond_width=8)
-    assert hub.shape_of(found.raw, found.file) == (32, 1, 32, 2)
-    assert (
-        found.raw.keys() == network.state_dict().keys()
-        and found.ema.keys() == dict(network.named_parameters()).keys()
-    )
+    assert hub.shape_of(published.raw, published.file) == (32, 1, 32, 2)
+    assert published.raw.keys() == network.state_dict().keys()
+    assert published.ema.keys() == dict(network.named_parameters()).keys()
     for key, value in network.state_dict().items():
-        assert found.raw[key].shape == value.shape
-    moved = {key: (found.ema[key] - found.raw[key]).abs().max().item() for key in found.ema}
-    assert 0 < max(moved.values()) < 0.05
-    assert found.config.get("noise", {}).get("type") == (
-        "loglinear" if name.startswith("mdlm") else None
-    )  # its pickled configuration, read inertly
+        assert published.raw[key].shape == value.shape
+    moved = [(ema - published.raw[key]).abs().max().item() for key, ema in published.ema.items()]
+    assert 0 < max(moved) < 0.05
+    # The configuration of MDLM's file is a pickled OmegaConf, which is read without omegaconf.
+    noise = "loglinear" if name.startswith("mdlm") else None
+    assert published.config.get("noise", {}).get("type") == noise
     assert "omegaconf" not in sys.modules
 
 
@@ -178,132 +184,162 @@ class Evil:
 def test_no_code_of_a_pickle_runs(tmp_path):
     witness = tmp_path / "ran"
     raw, _ = networks(20)
-    torch.save(
-        {"state_dict": raw, "hyper_parameters": {"config": Evil(witness)}}, tmp_path / "evil.ckpt"
-    )
-    assert (
-        hub.read_published(tmp_path / "evil.ckpt").raw.keys() == raw.keys() and not witness.exists()
-    )
+    content = {"state_dict": raw, "hyper_parameters": {"config": Evil(witness)}}
+    torch.save(content, tmp_path / "evil.ckpt")
+    assert hub.read_published(tmp_path / "evil.ckpt").raw.keys() == raw.keys()
+    assert not witness.exists()
     pickle.loads(pickle.dumps(Evil(witness)))
-    assert witness.exists()  # the test can tell
+    assert witness.exists()  # so the test can detect code that runs
 
 
 @pytest.mark.parametrize("size", ["small", "medium", "large"])
 def test_published_sizes_are_known_by_their_shapes(size):
     """Names and shapes of the released networks, on the meta device, under the hub's prefix."""
-    theirs = dict(KEYS[f"dit-{size}"]["state_dict"])
-    first = {k: v for k, v in theirs.items() if k.startswith("blocks.0.")}
-    for i in range(1, KEYS[f"dit-{size}"]["config"]["n_blocks"]):
-        theirs |= {k.replace("blocks.0.", f"blocks.{i}."): v for k, v in first.items()}
-    raw = {hub.strip_prefixes(f"backbone.{k}"): torch.empty(v, device="meta") for k, v in theirs.items()}
+    released = KEYS[f"dit-{size}"]
+    shapes = dict(released["state_dict"])
+    first = {key: shape for key, shape in shapes.items() if key.startswith("blocks.0.")}
+    for i in range(1, released["config"]["n_blocks"]):
+        shapes |= {key.replace("blocks.0.", f"blocks.{i}."): shape for key, shape in first.items()}
+    raw = {
+        hub.strip_prefixes(f"backbone.{key}"): torch.empty(shape, device="meta")
+        for key, shape in shapes.items()
+    }
     assert hub.shape_of(raw, Path("x")) == (50257, *SIZES[size])
+    blocks, width, heads = SIZES[size]
     with torch.device("meta"):
-        own = DiT(50257, SIZES[size][1], SIZES[size][0], SIZES[size][2]).state_dict()
-    assert {k: v.shape for k, v in raw.items()} == {k: v.shape for k, v in own.items()}
-    assert (
-        sum(v.numel() for k, v in raw.items() if k != "rotary_emb.inv_freq")
-        == KEYS[f"dit-{size}"]["n_params"]
-    )
+        ours = DiT(50257, width, blocks, heads).state_dict()
+    assert {k: v.shape for k, v in raw.items()} == {k: v.shape for k, v in ours.items()}
+    parameters = [value for key, value in raw.items() if key != "rotary_emb.inv_freq"]
+    assert sum(value.numel() for value in parameters) == released["n_params"]
 
 
-@pytest.mark.parametrize(("revision", "expected"), [
-    ("baselines_kld_step_70000", {"round": 7, "student_steps": 8, "dt": 64 / 1024, "run": {"divergence": "kl_backward"}}),
-    ("baselines_tvd_step_10000", {"round": 1, "student_steps": 512, "dt": 1 / 1024, "run": {"divergence": "l1_log_p"}}),
-    ("scaling_400k_md_step_20000", {"round": 2, "student_steps": 256, "dt": 2 / 1024, "run": {"divergence": "kl_backward"}}),
-    ("teacher_400k_sm_step_400000", {"round": 0}), ("teacher_1M_sm", {"round": 0}), ("", {"round": 0}),
-])  # fmt: skip
-def test_revisions_tell_their_round(revision, expected):
+def lineage(round: int, student_steps: int, dt: float, divergence: str) -> dict:
+    run = {"divergence": divergence}
+    return {"round": round, "student_steps": student_steps, "dt": dt, "run": run}
+
+
+@pytest.mark.parametrize(
+    ("revision", "expected"),
+    [
+        ("baselines_kld_step_70000", lineage(7, 8, 64 / 1024, "kl_backward")),
+        ("baselines_tvd_step_10000", lineage(1, 512, 1 / 1024, "l1_log_p")),
+        ("scaling_400k_md_step_20000", lineage(2, 256, 2 / 1024, "kl_backward")),
+        ("teacher_400k_sm_step_400000", {"round": 0}),
+        ("teacher_1M_sm", {"round": 0}),
+        ("", {"round": 0}),
+    ],
+)
+def test_the_name_of_a_revision_gives_its_round(revision, expected):
     assert publish.lineage(revision) == expected
 
 
-def broken(tmp_path, change):
+def with_state(**changes):
+    """A function that writes a folder as on the hub, with some tensors replaced or added."""
+    return lambda path: folder(path / "f", networks(300)[0] | changes, "backbone.", MDLM)
+
+
+def without_a_key(path: Path) -> Path:
     raw, ema = networks(300)
-    return lightning(tmp_path / "b.ckpt", change(dict(raw)) or raw, ema, "backbone.")
+    raw.pop("blocks.1.norm1.weight")
+    return lightning(path / "b.ckpt", raw, ema)
 
 
-def cut(tmp_path):
-    path = lightning(tmp_path / "c.ckpt", *networks(300), "backbone.")
-    path.write_bytes(path.read_bytes()[:5000])
-    return path
+def cut_short(path: Path) -> Path:
+    file = lightning(path / "c.ckpt", *networks(300))
+    file.write_bytes(file.read_bytes()[:5000])
+    return file
 
 
-FAULTS = {
-    "a key is missing": (lambda p: broken(p, lambda s: {k: v for k, v in s.items() if k != "blocks.1.norm1.weight"}), "1 missing tensors, the first is blocks.1.norm1.weight|average has"),
-    "a key too many": (lambda p: folder(p / "f", networks(300)[0] | {"extra": torch.zeros(1)}, "backbone.", MDLM), "1 unknown tensors, the first is extra"),
-    "a shape": (lambda p: folder(p / "f", networks(300)[0] | {"output_layer.linear.bias": torch.zeros(4)}, "", MDLM), r"output_layer.linear.bias has shape \[4\]"),
-    "NaN": (lambda p: folder(p / "f", networks(300)[0] | {"blocks.0.norm1.weight": torch.full((128,), float("nan"))}, "", MDLM), "holds NaN"),
-    "another vocabulary": (lambda p: folder(p / "f", networks(77)[0], "", MDLM), "its vocabulary is 77 tokens and the mask, the tokenizer has 300"),
-    "no denoiser": (lambda p: folder(p / "f", {"vocab_embed.embedding": torch.zeros(5, 4), "x": torch.zeros(1)}, "", {}), "an autoregressive network"),
-    "cut short": (cut, "cannot be read"),
-    "nothing there": (lambda p: p / "none.ckpt", "no such file or folder"),
-    "an empty folder": (lambda p: p, "holds none of model.safetensors"),
-    "another size": (lambda p: folder(p / "f", networks(300)[0], "", MDLM), "found size tiny, expected small"),
-}  # fmt: skip
+def not_a_denoiser(path: Path) -> Path:
+    state = {"vocab_embed.embedding": torch.zeros(5, 4), "x": torch.zeros(1)}
+    return folder(path / "f", state, "", {})
+
+
+NAN = torch.full((128,), float("nan"))
+FAULTS = {  # name: (function that writes the source, message)
+    "a key is missing": (without_a_key, "lacks 1 tensors, blocks.1.norm1.weight|average has"),
+    "a key too many": (with_state(extra=torch.zeros(1)), "unknown 1 tensors, extra"),
+    "a shape": (
+        with_state(**{"output_layer.linear.bias": torch.zeros(4)}),
+        r"output_layer.linear.bias has shape \[4\]",
+    ),
+    "NaN": (with_state(**{"blocks.0.norm1.weight": NAN}), "holds NaN"),
+    "another vocabulary": (
+        lambda path: folder(path / "f", networks(77)[0], "", MDLM),
+        "its vocabulary is 77 tokens and the mask, the tokenizer has 300",
+    ),
+    "no denoiser": (not_a_denoiser, "an autoregressive network"),
+    "cut short": (cut_short, "cannot be read"),
+    "nothing there": (lambda path: path / "none.ckpt", "no such file or folder"),
+    "an empty folder": (lambda path: path, "holds none of model.safetensors"),
+    "another size": (with_state(), "found size tiny, expected small"),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_one_sentence(fault, pipeline, tmp_path, capsys):
-    make, message = FAULTS[fault]
+    write, expected = FAULTS[fault]
     size = "small" if fault == "another size" else "tiny"
-    assert (
-        call(
-            f"import --source {make(tmp_path)} --corpus {pipeline.corpus} --output {tmp_path / 'out'} --size {size}"
-        )
-        == 1
+    output = tmp_path / "out"
+    source = write(tmp_path)
+    code = call(
+        f"import --source {source} --corpus {pipeline.corpus} --output {output} --size {size}"
     )
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and said[0].startswith("halfstep import: ")
-    assert re.search(message, said[0]), said[0]
-    assert not (tmp_path / "out" / "meta.json").exists()
+    assert code == 1
+    (message,) = capsys.readouterr().err.strip().splitlines()
+    assert message.startswith("halfstep import: ")
+    assert re.search(expected, message), message
+    assert not (output / "meta.json").exists()
 
 
-def test_hub_names_and_no_network(pipeline, tmp_path, monkeypatch, capsys):
-    there, asked = folder(tmp_path / "cache", networks(300)[0], "backbone.backbone.", SDTT), []
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda name, **how: asked.append((name, how["revision"])) or str(there),
-    )
+@pytest.fixture
+def second_round(pipeline, tmp_path, monkeypatch):
+    """A student of the second round, imported by a hub's name from a hub without network."""
+    cache = folder(tmp_path / "cache", networks(300)[0], "backbone.backbone.", SDTT)
+    requests = []
+
+    def download(name, revision, **options):
+        requests.append((name, revision))
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     output = tmp_path / "round-2"
-    done(
-        f"import --source jdeschena/sdtt@baselines_mse_step_20000 --corpus {pipeline.corpus} --output {output}"
-    )
-    assert asked == [("jdeschena/sdtt", "baselines_mse_step_20000")]
-    meta = halfstep.load(output).meta
-    assert (
-        meta["round"] == 2
-        and meta["run"]["divergence"] == "mse"
-        and meta["imported"]["revision"] == "baselines_mse_step_20000"
-    )
-    third = ROUND.replace(
-        "--round 1 --rounds 2 --teacher-steps 16", "--round 3 --rounds 3 --teacher-steps 16"
-    )
-    assert (
-        call(
-            f"distill-round --teacher {output} --corpus {pipeline.corpus} --output {tmp_path / 'm/r/round-3'} {third}"
-        )
-        == 1
-    )
-    assert "set reset_optimizer: true" in capsys.readouterr().err
-    done(
-        f"distill-round --teacher {output} --corpus {pipeline.corpus} --output {tmp_path / 'm/r/round-3'} {third} --reset-optimizer"
-    )
+    name = "jdeschena/sdtt@baselines_mse_step_20000"
+    done(f"import --source {name} --corpus {pipeline.corpus} --output {output}")
+    assert requests == [("jdeschena/sdtt", "baselines_mse_step_20000")]
+    return output
 
+
+def test_a_hub_name_gives_round_and_revision(second_round):
+    meta = halfstep.load(second_round).meta
+    assert meta["round"] == 2
+    assert meta["run"]["divergence"] == "mse"
+    assert meta["imported"]["revision"] == "baselines_mse_step_20000"
+
+
+def test_a_round_after_an_import_needs_reset_optimizer(second_round, pipeline, tmp_path, capsys):
+    third = ROUND.replace("--round 1 --rounds 2", "--round 3 --rounds 3")
+    line = (
+        f"distill-round --teacher {second_round} --corpus {pipeline.corpus} "
+        f"--output {tmp_path / 'm/r/round-3'} {third}"
+    )
+    assert call(line) == 1
+    assert "set reset_optimizer: true" in capsys.readouterr().err
+    done(f"{line} --reset-optimizer")
+
+
+def test_no_network_is_one_sentence(pipeline, tmp_path, monkeypatch, capsys):
     def offline(*_, **__):
         raise OSError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    assert (
-        call(
-            f"import --source kuleshov-group/mdlm-owt --corpus {pipeline.corpus} --output {tmp_path / 'no'}"
-        )
-        == 1
-    )
-    said = capsys.readouterr().err
-    assert (
-        "kuleshov-group/mdlm-owt: the hub did not give it" in said
-        and "download it elsewhere and name the folder" in said
-    )
+    name = "kuleshov-group/mdlm-owt"
+    output = tmp_path / "no"
+    assert call(f"import --source {name} --corpus {pipeline.corpus} --output {output}") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"{name}: the download failed (OSError: no route to host)" in message
+    assert "download it elsewhere and name the folder" in message
 
 
 ALONE = """
@@ -314,127 +350,134 @@ model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eva
 tokenizer = AutoTokenizer.from_pretrained(folder)
 x = torch.from_numpy(numpy.load(ids))
 labels = x.clone(); labels[:, ::2] = 3
-found = model(x, labels=labels)
-written = model.sample(num_samples=3, steps=4, generator=torch.Generator().manual_seed(0))
+output = model(x, labels=labels)
+sampled = model.sample(num_samples=3, steps=4, generator=torch.Generator().manual_seed(0))
 given = torch.full((2, 24), model.config.mask_token_id); given[:, :3] = 5
 kept = model.sample(num_samples=2, steps=2, input_ids=given)
-numpy.savez(out, log_p=found.logits.detach().numpy(), loss=found.loss.item(), written=written.numpy(), kept=kept.numpy(), text=tokenizer.decode([4, 5]))
+numpy.savez(out, log_p=output.logits.detach().numpy(), loss=output.loss.item(),
+            sampled=sampled.numpy(), kept=kept.numpy(), text=tokenizer.decode([4, 5]))
 """
 
 
+def run_transformers_alone(exported: Path, x: torch.Tensor, folder: Path) -> dict:
+    """Load an export in a process that cannot import halfstep, and return what ALONE computes."""
+    ids, out = folder / "ids.npy", folder / "out.npz"
+    np.save(ids, x.numpy())
+    environment = os.environ | {
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, str(exported), str(ids), str(out)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=180,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return np.load(out)
+
+
 def test_a_round_trip_keeps_every_bit_and_needs_no_halfstep(pipeline, tmp_path):
-    """import -> export -> import; between them transformers alone gives our log-probabilities, within 1e-5."""
+    """import -> export -> import keeps the bits.
+
+    transformers alone gives our log-probabilities from the export, within 1e-5.
+    """
     first, second, exported = tmp_path / "a/teacher", tmp_path / "b/teacher", tmp_path / "exported"
-    source = lightning(tmp_path / "t.ckpt", *networks(300), "backbone.")
+    source = lightning(tmp_path / "t.ckpt", *networks(300))
     done(f"import --source {source} --corpus {pipeline.corpus} --output {first}")
     done(f"export --checkpoint {first} --output {exported}")
     done(f"import --source {exported} --output {second}")
     before, after = (load_file(place / "ema.safetensors") for place in (first, second))
-    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
     assert halfstep.load(first).tokenizer.to_str() == halfstep.load(second).tokenizer.to_str()
 
     model = halfstep.load(first, "cpu")
     x = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     x[:, ::2] = model.mask_id
-    np.save(tmp_path / "ids.npy", x.numpy())
-    environment = os.environ | {
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": "",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", ALONE, str(exported), str(tmp_path / "ids.npy"), str(tmp_path / "out.npz")],
-        capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=180,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    theirs, masked = np.load(tmp_path / "out.npz"), x == model.mask_id
-    log_p = model.denoiser.log_p(model.denoiser.features(x, torch.full((2,), 0.5))[masked])
-    found = torch.from_numpy(theirs["log_p"])
-    assert (
-        torch.allclose(found[masked][:, :300], log_p, atol=1e-5)
-        and found[..., 300].isneginf()[masked].all()
-    )
-    assert (found[~masked].argmax(-1) == x[~masked]).all()
-    assert theirs["loss"] == pytest.approx(
-        -log_p[:, 3].mean().item() / 2, rel=1e-4
-    )  # visible tokens, half of all, cost nothing
-    assert (
-        theirs["written"].shape == (3, 24)
-        and theirs["written"].max() < 300
-        and (theirs["kept"][:, :3] == 5).all()
-    )
+    theirs = run_transformers_alone(exported, x, tmp_path)
+    masked = x == model.mask_id
+    ours = model.denoiser.log_p(model.denoiser.features(x, torch.full((2,), 0.5))[masked])
+    log_p = torch.from_numpy(theirs["log_p"])
+    assert torch.allclose(log_p[masked][:, :300], ours, atol=1e-5)
+    assert log_p[..., 300].isneginf()[masked].all()
+    assert (log_p[~masked].argmax(-1) == x[~masked]).all()
+    # Half of the tokens are visible, and cost nothing.
+    assert theirs["loss"] == pytest.approx(-ours[:, 3].mean().item() / 2, rel=1e-4)
+    assert theirs["sampled"].shape == (3, 24)
+    assert theirs["sampled"].max() < 300
+    assert (theirs["kept"][:, :3] == 5).all()
     assert str(theirs["text"]) == model.tokenizer.decode([4, 5])
 
 
-def test_the_card_names_every_number(pipeline, tmp_path, capsys):
+METRICS = ("| generative", "| entropy", "| distinct", "| accepted", "| consistent")
+
+
+def test_the_card_names_every_number(pipeline, tmp_path):
     """Rows of this model only, each with protocol, version and interval."""
-    output = tmp_path / "card"
+    samples = pipeline.metrics / "teacher/samples.json"
     done(
-        f"export --checkpoint {pipeline.teacher} --output {output} --metrics {pipeline.metrics}/teacher/samples.json {pipeline.metrics}/data.json"
+        f"export --checkpoint {pipeline.teacher} --output {tmp_path / 'card'} "
+        f"--metrics {samples} {pipeline.metrics}/data.json"
     )
-    card = (output / "README.md").read_text()
-    rows = json.loads((pipeline.metrics / "teacher/samples.json").read_text())
-    lines = [
-        line
-        for line in card.splitlines()
-        if line.startswith(
-            ("| generative", "| entropy", "| distinct", "| accepted", "| consistent")
-        )
-    ]
+    card = (tmp_path / "card/README.md").read_text()
+    rows = json.loads(samples.read_text())
+    lines = [line for line in card.splitlines() if line.startswith(METRICS)]
     assert len(lines) == len(rows)
     for row in rows:
-        assert any(
-            all(
-                f"| {part} |" in line
-                for part in (
-                    row["metric"],
-                    row["protocol"],
-                    f"{row['value']:.4g}",
-                    f"{row['high']:.4g}",
-                )
-            )
-            for line in lines
-        )
-    assert "stories" in card and "model.sample" in card
-    raw = tmp_path / "raw"
+        values = (f"{row['value']:.4g}", f"{row['high']:.4g}")
+        cells = [f"| {part} |" for part in (row["metric"], row["protocol"], *values)]
+        assert any(all(cell in line for cell in cells) for line in lines)
+    assert "stories" in card
+    assert "model.sample" in card
+
+
+def test_the_card_leaves_out_rows_of_other_weights(pipeline, tmp_path, capsys):
+    samples = pipeline.metrics / "teacher/samples.json"  # of the average
     done(
-        f"export --checkpoint {pipeline.teacher} --output {raw} --weights raw --metrics {pipeline.metrics}/teacher/samples.json"
+        f"export --checkpoint {pipeline.teacher} --output {tmp_path} --weights raw "
+        f"--metrics {samples}"
     )
-    assert (
-        "Nothing was measured of these weights" in (raw / "README.md").read_text()
-    )  # the rows are those of the average
-    assert "are not on the card" in capsys.readouterr().err and {
-        "model.safetensors",
-        "tokenizer.json",
-        "meta.json",
-    } <= {Path(path).name for path in json.loads((raw / "provenance.json").read_text())["inputs"]}
-    done(f"export --checkpoint {pipeline.student} --output {tmp_path / 'student'}")
-    card = (tmp_path / "student" / "README.md").read_text()
-    assert (
-        "meant for **8 sampling steps**" in card
-        and "Nothing was measured" in card
-        and "kl_backward" in card
-    )
+    assert "No metric was measured with these weights" in (tmp_path / "README.md").read_text()
+    assert "are not on the card" in capsys.readouterr().err
+    inputs = json.loads((tmp_path / "provenance.json").read_text())["inputs"]
+    names = {Path(path).name for path in inputs}
+    assert {"model.safetensors", "tokenizer.json", "meta.json"} <= names
 
 
-def test_one_revision_per_round(pipeline, tmp_path, monkeypatch, capsys):
-    calls = []
+def test_the_card_of_a_student(pipeline, tmp_path):
+    done(f"export --checkpoint {pipeline.student} --output {tmp_path}")
+    card = (tmp_path / "README.md").read_text()
+    assert "meant for **8 sampling steps**" in card
+    assert "No metric was measured" in card
+    assert "kl_backward" in card
 
-    class Api:
-        def create_repo(self, name, **how):
-            calls.append(("repo", name))
 
-        def create_branch(self, name, branch, **how):
-            calls.append(("branch", branch))
+class Api:
+    """The hub's client, which records its calls."""
 
-        def upload_folder(self, repo_id, folder_path, revision, **how):
-            assert (Path(folder_path) / "modeling_halfstep.py").is_file()
-            calls.append(("upload", revision))
+    calls: list[tuple[str, str]] = []
 
+    def create_repo(self, name, **options):
+        self.calls.append(("repo", name))
+
+    def create_branch(self, name, branch, **options):
+        self.calls.append(("branch", branch))
+
+    def upload_folder(self, repo_id, folder_path, revision, **options):
+        assert (Path(folder_path) / "modeling_halfstep.py").is_file()
+        self.calls.append(("upload", revision))
+
+
+def test_one_revision_per_round(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(Api, "calls", [])
     done(f"export --checkpoint {pipeline.student} --output {tmp_path / 's'} --push me/mine")
     done(f"export --checkpoint {pipeline.teacher} --output {tmp_path / 't'} --push me/mine")
-    assert calls == [
+    assert Api.calls == [
         ("repo", "me/mine"),
         ("branch", "kl_backward-round-1"),
         ("upload", "kl_backward-round-1"),
@@ -442,18 +485,20 @@ def test_one_revision_per_round(pipeline, tmp_path, monkeypatch, capsys):
         ("upload", "main"),
     ]
 
-    def refuse(self, *_, **__):
-        raise OSError("401 unauthorised")
 
+def test_a_failed_upload_is_one_sentence(pipeline, tmp_path, monkeypatch, capsys):
+    def refuse(self, *_, **__):
+        raise OSError("401 unauthorized")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(Api, "create_repo", refuse)
-    assert (
-        call(f"export --checkpoint {pipeline.teacher} --output {tmp_path / 'u'} --push me/mine")
-        == 1
-    )
-    assert (
-        "--push me/mine: the hub did not take it (OSError: 401 unauthorised)"
-        in capsys.readouterr().err
-    )
+    line = f"export --checkpoint {pipeline.teacher} --output {tmp_path / 'u'} --push me/mine"
+    assert call(line) == 1
+    expected = "--push me/mine: the upload failed (OSError: 401 unauthorized)"
+    assert expected in capsys.readouterr().err
+
+
+def test_the_baseline_is_not_exported(pipeline, tmp_path):
     assert call(f"export --checkpoint {pipeline.baseline} --output {tmp_path / 'v'}") == 1
 
 
@@ -461,12 +506,8 @@ def test_an_imported_teacher_breaks_no_figure(pipeline, tmp_path):
     """Its journal has no points: loss_curves shows the others."""
     from halfstep.report.curves import read_curves
 
-    source = lightning(tmp_path / "t.ckpt", *networks(300), "backbone.")
-    done(
-        f"import --source {source} --corpus {pipeline.corpus} --output {tmp_path / 'models/x-tiny/teacher'}"
-    )
-    assert set(
-        read_curves(
-            [tmp_path / "models/x-tiny/teacher/journal.jsonl", pipeline.baseline / "journal.jsonl"]
-        )["series"]
-    ) == {"baseline"}
+    source = lightning(tmp_path / "t.ckpt", *networks(300))
+    teacher = tmp_path / "models/x-tiny/teacher"
+    done(f"import --source {source} --corpus {pipeline.corpus} --output {teacher}")
+    table = journals([teacher / "journal.jsonl", pipeline.baseline / "journal.jsonl"])
+    assert set(table["series"]) == {"baseline"}

@@ -352,7 +352,7 @@ def test_a_sync_killed_twenty_times_leaves_the_same_as_an_undisturbed_one(world)
 
 
 def test_a_server_stopped_and_started_during_a_watch(world, hurried):
-    """Curves arrive late. The end of the graph ends the watch after a last pass, a signal at once."""
+    """Curves arrive late. A signal ends the watch at once; the graph ends it after a last pass."""
     server, proxy, results = world
     model = "stories-tiny/kl_backward/round-9"
     folder = results / "models" / model

@@ -1,5 +1,6 @@
-"""Records: complete, true, one per job; `verify` names exactly what does not fit; the rules declare every one of them."""
+"""Records are complete and correct, one for each job, and `verify` names exactly the faults."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,18 +15,14 @@ from halfstep import files
 from halfstep.files import sha256, sha256_once
 from halfstep.records import provenance
 
-OPENED: list[str] | None = (
-    None  # an audit hook cannot be taken back: it listens while this is a list
-)
+# An audit hook cannot be removed, so this one listens only while OPENED is a list.
+OPENED: list[str] | None = None
 
 
 def _listen(event, args):
-    if (
-        OPENED is not None
-        and event == "open"
-        and isinstance(args[0], str | os.PathLike)
-        and not args[2] & (os.O_WRONLY | os.O_RDWR)
-    ):
+    if OPENED is None or event != "open" or not isinstance(args[0], str | os.PathLike):
+        return
+    if not args[2] & (os.O_WRONLY | os.O_RDWR):
         OPENED.append(os.path.abspath(args[0]))
 
 
@@ -34,47 +31,49 @@ sys.addaudithook(_listen)
 
 @pytest.fixture
 def results(pipeline, tmp_path):
-    """A copy in another place, merged: everything is still found."""
+    """A merged copy in another place, where everything must still be found."""
     done(f"merge-provenance --results {shutil.copytree(pipeline.results, tmp_path / 'results')}")
     return tmp_path / "results"
 
 
 def verify(capsys, results) -> list[str]:
-    """The lines that `halfstep verify` prints of what does not fit, relative to results; none when it is content."""
+    """The problems that `halfstep verify` prints, with paths relative to results; [] if none."""
     capsys.readouterr()
     code, (out, err) = call(f"verify {results}"), capsys.readouterr()
     lines = out.replace(f"{results}/", "").splitlines()
-    if not code:
-        assert len(lines) == 1 and "as they were made" in lines[0]
+    if code == 0:
+        assert len(lines) == 1
+        assert "recorded files are unchanged" in lines[0]
         return []
-    assert lines and f"named above, found {len(lines)};" in err
+    assert lines
+    assert f"{len(lines)} problems (listed above);" in err
     return lines
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def test_every_file_of_a_job_is_in_its_record(pipeline):
-    found = {path: json.loads(path.read_text()) for path in provenance.find_records(pipeline.results)[0]}
-    listed = [
-        file
-        for path, one in found.items()
-        for file in provenance.read_record(path, pipeline.results)["outputs"]
-    ]
-    written = {
-        str(path.relative_to(pipeline.results))
-        for path in pipeline.results.rglob("*")
-        if path.is_file()
-    } - {str(path.relative_to(pipeline.results)) for path in found}
-    assert sorted(listed) == sorted(
-        written
-    )  # each once, none forgotten: nothing but outputs lies there
-    for path, one in found.items():
-        for file, digest in (one["outputs"] | one["inputs"]).items():
+    def relative(path: Path) -> str:
+        return str(path.relative_to(pipeline.results))
+
+    paths, _ = provenance.find_records(pipeline.results)
+    listed = []
+    for path in paths:
+        record = json.loads(path.read_text())
+        listed += provenance.read_record(path, pipeline.results)["outputs"]
+        for file, digest in (record["outputs"] | record["inputs"]).items():
             assert sha256(path.parent / file) == digest
-        assert (
-            one["command"][0] == "halfstep"
-            and one["started"] <= one["ended"]
-            and one["versions"].keys() >= {"python", "halfstep", "numpy"}
-        )
-        assert re.fullmatch(r"[0-9a-f]{12}(\+dirty)?|unknown", one["commit"])
+        assert record["command"][0] == "halfstep"
+        assert record["started"] <= record["ended"]
+        assert record["versions"].keys() >= {"python", "halfstep", "numpy"}
+        assert re.fullmatch(r"[0-9a-f]{12}(\+dirty)?|unknown", record["commit"])
+    written = {relative(path) for path in pipeline.results.rglob("*") if path.is_file()}
+    # Each output once and none missing; the folder holds nothing but outputs and records.
+    assert sorted(listed) == sorted(written - {relative(path) for path in paths})
 
 
 RECORDS = [
@@ -90,11 +89,11 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_record_forgets_no_input(pipeline, tmp_path, name):
-    """The recorded command, given again for another output, is heard opening files: all that are the pipeline's are among its inputs."""
+def test_a_record_lists_every_input(pipeline, tmp_path, name):
+    """Repeat the recorded command with another output: each pipeline file it opens is an input."""
     global OPENED
-    found = provenance.read_record(pipeline.results / name, pipeline.results)
-    command = found["command"][1:]
+    record = provenance.read_record(pipeline.results / name, pipeline.results)
+    command = record["command"][1:]
     at = command.index("--output") + 1
     command[at] = str(tmp_path / Path(command[at]).name)
     OPENED = []
@@ -102,72 +101,61 @@ def test_a_record_forgets_no_input(pipeline, tmp_path, name):
         assert call(" ".join(command)) == 0
     finally:
         opened, OPENED = OPENED, None
-    heard = {
-        os.path.relpath(path, pipeline.results)
-        for path in opened
-        if path.startswith(str(pipeline.results))
-    }
-    assert heard <= found["inputs"].keys() and bool(heard) == bool(found["inputs"]), (
-        heard - found["inputs"].keys()
-    )
+    own = [path for path in opened if path.startswith(str(pipeline.results))]
+    read = {os.path.relpath(path, pipeline.results) for path in own}
+    assert read <= record["inputs"].keys(), read - record["inputs"].keys()
+    assert bool(read) == bool(record["inputs"])
 
 
-def test_merged(results, pipeline):
-    """One file links every artefact to its inputs' hashes, command, versions and commit; the place of results/ is not in it."""
+def test_the_merged_record(results):
+    """It links every output to the hashes of its inputs, and does not hold the path of results/."""
     merged = json.loads((results / "provenance.json").read_text())
     assert list(merged["records"]) == sorted(RECORDS)
-    samples = merged["records"]["metrics/stories-tiny/teacher/samples.provenance.json"]
-    assert samples["outputs"].keys() == {"metrics/stories-tiny/teacher/samples.json"}
+    scores = merged["records"]["metrics/stories-tiny/teacher/samples.provenance.json"]
+    assert scores["outputs"].keys() == {"metrics/stories-tiny/teacher/samples.json"}
     source = "samples/stories-tiny/teacher/steps-8/samples.npy"
     maker = merged["records"]["samples/stories-tiny/teacher/steps-8/provenance.json"]
-    assert samples["inputs"][source] == maker["outputs"][source] == sha256(results / source)
-    assert "models/stories-tiny/baseline/hf/model.safetensors" in samples["inputs"]
-    for one in merged["records"].values():
-        assert one.keys() == {
-            "format",
-            "outputs",
-            "inputs",
-            "command",
-            "versions",
-            "commit",
-            "started",
-            "ended",
-        }
-        assert not any(path.startswith(("/", "..")) for path in [*one["outputs"], *one["inputs"]])
+    assert scores["inputs"][source] == maker["outputs"][source] == sha256(results / source)
+    assert "models/stories-tiny/baseline/hf/model.safetensors" in scores["inputs"]
+    keys = set("format outputs inputs command versions commit started ended".split())
+    for record in merged["records"].values():
+        assert record.keys() == keys
+        for path in [*record["outputs"], *record["inputs"]]:
+            assert not path.startswith(("/", ".."))
 
 
-def test_a_copy_elsewhere_is_verified_and_what_nobody_made_is_counted(results, capsys):
+def test_a_moved_copy_is_verified_and_other_files_are_counted(results, capsys):
     assert verify(capsys, results) == []
-    recorded = sum(
-        len(one["outputs"])
-        for one in json.loads((results / "provenance.json").read_text())["records"].values()
-    )
+    merged = json.loads((results / "provenance.json").read_text())
+    recorded = sum(len(record["outputs"]) for record in merged["records"].values())
     (results / "notes.txt").write_text("mine")
-    (results / "mlflow-artifacts/1").mkdir(parents=True)
-    shutil.copy(
-        results / "tables/steps.provenance.json", results / "mlflow-artifacts/1"
-    )  # MLflow's copy of a record is none
+    copies = results / "mlflow-artifacts/1"  # MLflow's copy of a record is not a record
+    copies.mkdir(parents=True)
+    shutil.copy(results / "tables/steps.provenance.json", copies)
     capsys.readouterr()
     assert call(f"verify {results}") == 0
-    assert (
-        f"all {recorded} recorded files" in (out := capsys.readouterr().out)
-        and "1 files have no record" in out
-    )
+    out = capsys.readouterr().out
+    assert f"all {recorded} recorded files" in out
+    assert "1 files have no record" in out
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("name", ["data/stories/train.bin", "models/stories-tiny/teacher/ema.safetensors", "samples/stories-tiny/teacher/steps-8/samples.npy",
-                                  "models/stories-tiny/baseline/hf/model.safetensors", "metrics/stories-tiny/data.json", "tables/steps.csv"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/stories/train.bin",
+        "models/stories-tiny/teacher/ema.safetensors",
+        "samples/stories-tiny/teacher/steps-8/samples.npy",
+        "models/stories-tiny/baseline/hf/model.safetensors",
+        "metrics/stories-tiny/data.json",
+        "tables/steps.csv",
+    ],
+)
 def test_a_flipped_bit_is_named_once(results, capsys, name):
     flip(results / name)
     (line,) = verify(capsys, results)
+    sha = "[0-9a-f]{12}"
     assert re.fullmatch(
-        rf"{name}: changed: its sha256 is [0-9a-f]{{12}}, \S+provenance.json says [0-9a-f]{{12}}; make it again",
+        rf"{name}: changed: its sha256 is {sha}, \S+provenance.json says {sha}; make it again",
         line,
     )
     flip(results / name)
@@ -175,18 +163,18 @@ def test_a_flipped_bit_is_named_once(results, capsys, name):
 
 
 def test_a_missing_file_is_named(results, capsys):
-    (results / "models/stories-tiny/teacher/best.safetensors").unlink()  # nothing was made from it
-    (line,) = verify(capsys, results)
-    assert (
-        line
-        == "models/stories-tiny/teacher/best.safetensors: missing, though models/stories-tiny/teacher/provenance.json lists it; make it again"
-    )
+    (results / "models/stories-tiny/teacher/best.safetensors").unlink()  # no job reads it
+    assert verify(capsys, results) == [
+        "models/stories-tiny/teacher/best.safetensors: missing, though "
+        "models/stories-tiny/teacher/provenance.json lists it; make it again"
+    ]
 
 
-def test_what_is_older_than_its_input_is_stale(results, capsys):
-    """Samples drawn with another seed: their scores are stale, and nothing else; with the same seed nothing is, whenever they were drawn."""
+def test_an_output_older_than_its_input_is_stale(results, capsys):
+    """Other samples make only their scores stale; drawing the same samples again makes none stale."""
     samples = results / "samples/stories-tiny/teacher/steps-8"
-    draw = f"generate --checkpoint {results}/models/stories-tiny/teacher --output {samples} --steps 8 --num-samples 4 {MACHINE}"
+    teacher = results / "models/stories-tiny/teacher"
+    draw = f"generate --checkpoint {teacher} --output {samples} --steps 8 --num-samples 4 {MACHINE}"
     npy = sha256(samples / "samples.npy")
     done(draw)
     assert sha256(samples / "samples.npy") == npy
@@ -194,13 +182,15 @@ def test_what_is_older_than_its_input_is_stale(results, capsys):
     done(f"merge-provenance --results {results}")
     (line,) = verify(capsys, results)
     assert re.fullmatch(
-        r"metrics/stories-tiny/teacher/samples: stale: made from samples/stories-tiny/teacher/steps-8/samples\.(npy|json) of sha256 [0-9a-f]{12}, which is "
-        r"now [0-9a-f]{12} \(and 1 more inputs\); make it again", line
-    )  # fmt: skip
+        r"metrics/stories-tiny/teacher/samples: stale: made from "
+        r"samples/stories-tiny/teacher/steps-8/samples\.(npy|json) of sha256 [0-9a-f]{12}, "
+        r"which is now [0-9a-f]{12} \(and 1 more inputs\); make it again",
+        line,
+    )
 
 
-def test_a_teacher_trained_anew(results, capsys):
-    """Another seed's teacher under the same name: its samples and its student are stale, and are named."""
+def test_a_teacher_that_was_trained_again(results, capsys):
+    """With another seed, under the same name: its samples and its student are stale."""
     teacher = results / "models/stories-tiny/teacher"
     command = json.loads((teacher / "provenance.json").read_text())["command"]
     line = " ".join(command[1:]).replace(command[command.index("--output") + 1], str(teacher))
@@ -214,45 +204,47 @@ def test_a_teacher_trained_anew(results, capsys):
     assert all("stale: made from models/stories-tiny/teacher/" in line for line in lines)
 
 
-def test_records_themselves(results, capsys):
-    """A record that was edited with its file is found out by the merged one; a broken or lost one is named."""
+def test_faults_of_the_records_themselves(results, capsys):
+    """The merged record reveals a record edited with its file; a broken or lost one is named."""
     table, record = results / "tables/steps.csv", results / "tables/steps.provenance.json"
-    kept, said = table.read_bytes(), record.read_text()
+    table_bytes, record_text = table.read_bytes(), record.read_text()
+    again = "run halfstep merge-provenance again"
+
     flip(table)
-    record.write_text(said.replace(files.hashlib.sha256(kept).hexdigest(), sha256(table)))
+    old = hashlib.sha256(table_bytes).hexdigest()
+    record.write_text(record_text.replace(old, sha256(table)))
     assert verify(capsys, results) == [
-        "provenance.json: has an older record tables/steps.provenance.json; run halfstep merge-provenance again"
+        f"provenance.json: has an older record tables/steps.provenance.json; {again}"
     ]
-    table.write_bytes(kept)
+    table.write_bytes(table_bytes)
+
     record.write_text("{")
-    (broken, old) = verify(capsys, results)
-    assert (
-        "tables/steps.provenance.json: not valid JSON" in broken
-        and "still has the record tables/steps.provenance.json" in old
-    )
+    broken, lost = verify(capsys, results)
+    assert "tables/steps.provenance.json: not valid JSON" in broken
+    assert "still has the record tables/steps.provenance.json" in lost
+
     record.unlink()
     assert verify(capsys, results) == [
-        "provenance.json: still has the record tables/steps.provenance.json; run halfstep merge-provenance again"
+        f"provenance.json: still has the record tables/steps.provenance.json; {again}"
     ]
-    record.write_text(said)
+    record.write_text(record_text)
     (results / "provenance.json").write_text("[]")
     assert verify(capsys, results) == [
         "provenance.json: not what halfstep merge-provenance writes; run it again"
     ]
 
 
-def test_inputs_from_outside(tmp_path, capsys):
-    """Own text beside results/: changed, the corpus is stale; on a machine that does not have it, it cannot be compared and is no fault."""
-    (tmp_path / "mine.txt").write_text(
-        "\n\n".join(f"A small red kite flew over hill {i}." for i in range(60))
-    )
+def test_inputs_outside_of_results(tmp_path, capsys):
+    """If the text changes, the corpus is stale; if it is not on this machine, that is no fault."""
+    text = "\n\n".join(f"A small red kite flew over hill {i}." for i in range(60))
+    (tmp_path / "mine.txt").write_text(text)
     results, corpus = tmp_path / "results", tmp_path / "results/data/mine"
     done(
-        f"prepare-corpus --output {corpus} --kind files --files {tmp_path}/*.txt --length 8 --vocab-size 300 --validation-documents 5 --workers 1"
+        f"prepare-corpus --output {corpus} --kind files --files {tmp_path}/*.txt --length 8 "
+        "--vocab-size 300 --validation-documents 5 --workers 1"
     )
-    assert json.loads((corpus / "provenance.json").read_text())["inputs"] == {
-        "../../../mine.txt": sha256(tmp_path / "mine.txt")
-    }
+    inputs = json.loads((corpus / "provenance.json").read_text())["inputs"]
+    assert inputs == {"../../../mine.txt": sha256(tmp_path / "mine.txt")}
     assert verify(capsys, results) == []
     with open(tmp_path / "mine.txt", "a") as file:
         file.write(" More.")
@@ -262,35 +254,40 @@ def test_inputs_from_outside(tmp_path, capsys):
     assert verify(capsys, results) == []
 
 
-def test_what_was_just_hashed_is_not_read_again(tmp_path, monkeypatch):
-    """By a record; a check reads the bytes, always. A file that was touched meanwhile is read."""
+def test_a_file_that_was_just_hashed_is_not_read_again(tmp_path, monkeypatch):
+    """This holds for records; a check always reads the bytes, and a changed file is read again."""
     path, read = tmp_path / "a", []
-    real = files.hashlib.file_digest
-    monkeypatch.setattr(
-        files.hashlib, "file_digest", lambda file, kind: read.append(file.name) or real(file, kind)
-    )
+    file_digest = hashlib.file_digest
+
+    def counting(file, kind):
+        read.append(file.name)
+        return file_digest(file, kind)
+
+    monkeypatch.setattr(files.hashlib, "file_digest", counting)
     path.write_text("one")
     first = sha256(path)
-    assert sha256_once(path) == first and len(read) == 1
-    assert sha256(path) == first and len(read) == 2
+    assert sha256_once(path) == first
+    assert len(read) == 1
+    assert sha256(path) == first
+    assert len(read) == 2
     path.write_text("three")
     assert sha256_once(path) == sha256(path) != first
-    files.remember_sha256(path, "told")
-    assert sha256_once(path) == "told"
-    other = tmp_path / "b"
-    other.write_text("four!")
-    os.replace(
-        other, path
-    )  # as an atomic write does: another file of the same size under the same name
-    assert sha256_once(path) == sha256(path) != "told"
+    files.remember_sha256(path, "remembered")
+    assert sha256_once(path) == "remembered"
+    # As an atomic write does: another file of the same size under the same name.
+    (tmp_path / "b").write_text("four!")
+    os.replace(tmp_path / "b", path)
+    assert sha256_once(path) == sha256(path) != "remembered"
 
 
-def test_a_round_records_the_moments_it_carries(pipeline, tmp_path):
+@pytest.mark.parametrize(("option", "carried"), [("", True), ("--reset-optimizer", False)])
+def test_a_round_records_the_optimizer_state_it_carries_over(pipeline, tmp_path, option, carried):
     second = tmp_path / "kl_backward/round-2"
-    for more, carried in (("", True), ("--reset-optimizer", False)):
-        line = f"distill-round --teacher {pipeline.student} --corpus {pipeline.corpus} --output {second} {ROUND} {more}"
-        done(line.replace("--round 1", "--round 2"))
-        inputs = provenance.read_record(second / "provenance.json", pipeline.results)["inputs"]
-        assert (
-            "models/stories-tiny/kl_backward/round-1/optimizer.safetensors" in inputs
-        ) == carried
+    options = ROUND.replace("--round 1", "--round 2")
+    done(
+        f"distill-round --teacher {pipeline.student} --corpus {pipeline.corpus} "
+        f"--output {second} {options} {option}"
+    )
+    inputs = provenance.read_record(second / "provenance.json", pipeline.results)["inputs"]
+    state = "models/stories-tiny/kl_backward/round-1/optimizer.safetensors"
+    assert (state in inputs) == carried

@@ -171,7 +171,7 @@ def test_a_missing_file_is_named(results, capsys):
 
 
 def test_an_output_older_than_its_input_is_stale(results, capsys):
-    """Other samples make only their scores stale; the same samples, drawn again, make none stale."""
+    """Other samples make only their scores stale; the same samples drawn again make none stale."""
     samples = results / "samples/stories-tiny/teacher/steps-8"
     teacher = results / "models/stories-tiny/teacher"
     draw = f"generate --checkpoint {teacher} --output {samples} --steps 8 --num-samples 4 {MACHINE}"

@@ -49,13 +49,16 @@ def import_checkpoint(
 
     It can be the teacher of a first round, or a student of the paper to measure. A source is a
     .ckpt of MDLM or SDTT, a folder as on the hub, or a hub name such as kuleshov-group/mdlm-owt or
-    jdeschena/sdtt@baselines_kld_step_70000. --weights ema keeps the average as well as the raw
-    weights, if the source has one; raw uses the raw weights as both, as the released code does.
+    jdeschena/sdtt@baselines_kld_step_70000. With --weights ema the average is kept as well as the
+    raw weights, if the source has one. With --weights raw the raw weights are used as both, as the
+    released code does.
 
     Args:
-        source: file, folder or hub name output: folder of the checkpoint corpus: folder of
-        `halfstep prepare-corpus` to use it with; gives tokenizer and length tokenizer: without a
-        corpus: hub name (gpt2) or folder (default: the source's tokenizer.json) weights: ema or raw
+        source: file, folder or hub name
+        output: folder of the checkpoint
+        corpus: folder of `halfstep prepare-corpus` to use it with; gives tokenizer and length
+        tokenizer: without a corpus: hub name (gpt2) or folder (default: that of the source)
+        weights: ema or raw
         size: refuse weights of another size (small, medium, large ...)
     """
     _, _, revision = source.partition("@")
@@ -237,8 +240,8 @@ def export_checkpoint(
 ) -> None:
     """Write a folder that transformers loads without halfstep, with a model card.
 
-    --push uploads it to the hub, one revision per round. The card leaves out rows of other models,
-    rows of other weights, and timings.
+    With --push it is uploaded to the hub, one revision per round. The card leaves out rows of other
+    models, rows of other weights, and timings.
 
     Args:
         checkpoint: checkpoint folder of a denoiser

@@ -10,7 +10,7 @@ Jobs never talk to MLflow. Rank 0 writes two small files, without a server or a 
 
 A line is one os.write, so a killed writer leaves at most one torn last line, and readers drop it.
 The fingerprint is the sha256 of the params and the input digests. The same fingerprint continues
-the journal (a resumed job); another fingerprint starts it anew (another experiment).
+the journal (a resumed job); another fingerprint starts a new one (another experiment).
 """
 
 from __future__ import annotations

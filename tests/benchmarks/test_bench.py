@@ -48,7 +48,7 @@ def network(seed: int) -> SubsDenoiser:
 
 
 def gradients(denoiser: SubsDenoiser, loss: torch.Tensor) -> list[torch.Tensor]:
-    return torch.autograd.grad(loss, [p for p in denoiser.network.parameters()])
+    return torch.autograd.grad(loss, list(denoiser.network.parameters()))
 
 
 def same(denoiser: SubsDenoiser, ours: torch.Tensor, theirs: torch.Tensor) -> None:

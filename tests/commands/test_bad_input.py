@@ -287,7 +287,8 @@ def test_an_output_that_may_not_be_written(pipeline, tmp_path, capsys, monkeypat
         call(line)  # whatever is imported late, and read of the pipeline, is open before
     shutil.rmtree(locked)
     locked.mkdir()
-    for folder in [pipeline.root, *pipeline.root.parents][:3] + [
+    for folder in [
+        *[pipeline.root, *pipeline.root.parents][:3],
         tmp_path,
         tmp_path.parent,
         tmp_path.parent.parent,

@@ -87,7 +87,7 @@ def test_value_and_gradients(monkeypatch, loss, N, chunk, closed):
 
 def test_chunks_are_small(monkeypatch):
     monkeypatch.setitem(chunked.NUMBERS, "cpu", 40 * V)
-    leaves, log_q, x0, w = case(50)
+    leaves, *_ = case(50)
     sizes = []
 
     def row_loss(log_p, rows):
@@ -149,7 +149,7 @@ def test_gradient_reaches_what_lies_below_and_only_what_asks_for_it():
 
 def test_no_gradient_is_formed_where_none_is_wanted():
     """A held-out loss costs one forward pass: row_loss runs without a graph."""
-    leaves, log_q, x0, w = case(20)
+    leaves, *_ = case(20)
     watched = []
 
     def row_loss(log_p, rows):
@@ -167,7 +167,7 @@ def test_a_second_backward_fails_loudly():
     """The gradient is kept in place and spent by the first backward: a wrong number must not come
     of the second.
     """
-    leaves, log_q, x0, w = case(5)
+    leaves, _, x0, w = case(5)
     loss = 2 * cross_entropy(leaves[0], tuple(leaves[1:]), x0, w)
     loss.backward(retain_graph=True)
     with pytest.raises(Exception, match="NoneType|second"):

@@ -5,6 +5,7 @@ Q and R numbers are those of docs/deviations.md; facts about the released code a
 fixtures or of its formulas as described there.
 """
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -323,6 +324,4 @@ def test_one_step_costs_the_total_correlation():
         for n in (1, 2, 4, 8, 64)
     ]
     assert cost[0] == pytest.approx(correlation, rel=1e-9) and correlation > 0.3
-    assert (
-        all(a > b for a, b in zip(cost, cost[1:], strict=False)) and cost[-1] < 0.03 * correlation
-    )
+    assert all(a > b for a, b in itertools.pairwise(cost)) and cost[-1] < 0.03 * correlation

@@ -2,6 +2,8 @@
 losses and gradients.
 """
 
+import itertools
+
 import pytest
 import torch
 from reference import MASK, arrays, denoiser, dit, subs
@@ -34,7 +36,7 @@ def uniforms_that_reveal(states, starts, dt, teacher):
     )  # [m + 1, B]
     u_reveal = (hidden[-1] / 2)[:, None].expand(B, L).clone()  # never revealed
     u_token = torch.full((B, L), 0.5, dtype=torch.float64)
-    for i, (before, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
+    for i, (before, after) in enumerate(itertools.pairwise(states)):
         now = (before == MASK) & (after != MASK)
         middle = ((hidden[i] + hidden[i + 1]) / 2)[:, None].expand(B, L)
         assert (hidden[i] > hidden[i + 1])[now.any(1)].all()

@@ -4,6 +4,7 @@ To add one: write a `SamplerFunction` (contracts.py), add a row to SAMPLERS, and
 `DrawOptions.sampler` in config.py.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ def ancestral_float32(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int) -
     x = x.clone()
     passes = torch.zeros(len(x), dtype=torch.long)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=x.device)
-    for step, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for step, (t, s) in enumerate(itertools.pairwise(times)):
         masked = x == denoiser.mask_id
         alive = masked.any(1).nonzero()[:, 0]
         if not len(alive):
@@ -89,7 +90,7 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def sample(
+def sample(  # noqa: PLR0913 - the front of all samplers; the last four are keywords with defaults
     denoiser: Denoiser,
     num_samples: int,
     length: int,

@@ -55,7 +55,7 @@ def reveal_substep(t: Tensor, dt: float, u: Tensor, schedule: Schedule) -> Tenso
 
 
 @torch.no_grad()
-def teacher_targets(
+def teacher_targets(  # noqa: PLR0913 - the inputs of Algorithm 1, each with its letter
     teacher: Denoiser,
     xt: Tensor,
     t: Tensor,

@@ -213,7 +213,7 @@ def _norm(x: Tensor, norm: LayerNorm) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], norm.weight, eps=1e-5)
 
 
-def decode(
+def decode(  # noqa: PLR0913 - all but the first four are keywords with defaults
     gpt: GPT,
     num_samples: int,
     length: int,

@@ -23,7 +23,7 @@ import textbook
 import torch
 from torch import Tensor
 
-from halfstep.config import SIZES, Machine, Training
+from halfstep.config import SIZES, Training
 from halfstep.data import pack, stories
 from halfstep.data.batches import batch_indices
 from halfstep.data.tokenizer import train_bpe
@@ -34,7 +34,6 @@ from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.distill.divergences import kl_backward
 from halfstep.distill.targets import divergence_loss, teacher_targets
-from halfstep.distributed.device import prepare_process
 from halfstep.files import write_atomic, write_json
 from halfstep.models import flops
 from halfstep.models.cuda_graphs import cast_matrices
@@ -43,10 +42,7 @@ from halfstep.models.dit import DiT
 from halfstep.records.journal import Journal, commit
 from halfstep.timing import device_name, machine, measure, measure_in_turns
 from halfstep.training.ema import EMA
-from halfstep.training.loop import SAVE_EVERY_S
 from halfstep.training.optim import adamw
-from halfstep.training.state import Run, TrainingState, save_state
-from halfstep.training.step import step_generator
 
 
 class Size(NamedTuple):

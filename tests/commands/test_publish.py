@@ -504,7 +504,6 @@ def test_the_baseline_is_not_exported(pipeline, tmp_path):
 
 def test_an_imported_teacher_breaks_no_figure(pipeline, tmp_path):
     """Its journal has no points: loss_curves shows the others."""
-    from halfstep.report.curves import read_curves
 
     source = lightning(tmp_path / "t.ckpt", *networks(300))
     teacher = tmp_path / "models/x-tiny/teacher"

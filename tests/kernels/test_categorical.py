@@ -25,11 +25,11 @@ def test_uniforms_differ_between_samples_seeds_and_places_and_are_flat():
     assert len(u.unique()) == u.numel() and 0 <= u.min() and u.max() < 1
     counts = torch.histc(u, 20, 0, 1)
     assert chi_square(counts, torch.full((20,), 1 / 20, dtype=torch.float64)) > 1e-4
-    centred = u - 0.5
+    centered = u - 0.5
     for a, b in (
-        (centred[:-1], centred[1:]),
-        (centred[:, :-1], centred[:, 1:]),
-    ):  # neighbours by sample and by place: variance 1/144 each
+        (centered[:-1], centered[1:]),
+        (centered[:, :-1], centered[:, 1:]),
+    ):  # neighbors by sample and by place: variance 1/144 each
         assert abs((a * b).sum().item()) / (a.numel() ** 0.5 / 12) < 4
 
 

@@ -28,7 +28,7 @@ def test_dit_hidden_states_and_logits():
 
 
 def test_subs_log_probabilities():
-    """Masked positions: normalised over the data tokens.
+    """Masked positions: normalized over the data tokens.
 
     Visible positions are carried over by the caller, in the reference by a one-hot row.
     """

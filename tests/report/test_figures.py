@@ -1,5 +1,6 @@
 """Figures: each draws, shows exactly the points of its CSV, is reproducible, has free labels."""
 
+import itertools
 import json
 from pkgutil import resolve_name
 
@@ -149,7 +150,7 @@ def test_labels_do_not_overlap_and_stay_on_the_page(results, name, published):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_values_are_grey_lines_under_ours_with_their_source(results, name):
+def test_published_values_are_gray_lines_under_ours_with_their_source(results, name):
     """They add lines and nothing else: our points, colors and range of x stay the same.
 
     The foot explains the letter of every line.
@@ -224,10 +225,10 @@ def test_a_second_judge_has_its_own_panels_without_values_of_the_first(results):
     assert by_latency["y"].max() <= alone["y"].max()  # of the first judge alone
 
 
-def test_rounds_differ_in_grey():
+def test_rounds_differ_in_gray():
     looks = [style.series_style(f"round {number}", number, 7, 0) for number in range(1, 8)]
-    grey = [numpy.dot(to_rgb(look["color"]), (0.299, 0.587, 0.114)) for look in looks]
-    assert all(a - b > 0.06 for a, b in zip(grey, grey[1:], strict=False))
+    gray = [numpy.dot(to_rgb(look["color"]), (0.299, 0.587, 0.114)) for look in looks]
+    assert all(a - b > 0.06 for a, b in itertools.pairwise(gray))
     markers = {look["marker"] for look in looks} | {
         style.series_style("teacher", 0, 7, 0)["marker"]
     }

@@ -158,7 +158,7 @@ def note_rows(log: Path) -> None:
     That is: every text that it begins to draw, every row that a network reads for a score, and
     every file that it writes.
     """
-    file = open(log / f"rows-{os.environ['RANK']}", "w", buffering=1)
+    file = open(log / f"rows-{os.environ['RANK']}", "w", buffering=1)  # noqa: SIM115 - until the rank ends
     embedding, sample = torch.nn.functional.embedding, generate.sample
     drawing = []
 

@@ -293,7 +293,8 @@ def test_a_broken_state_is_never_saved(tmp_path, monkeypatch):
         run(tmp_path, options=options, loss=loss)
     assert saved_step(tmp_path) == "11"
     with safe_open(tmp_path / "state" / "state.safetensors", "pt") as file:
-        assert all(file.get_tensor(key).isfinite().all() for key in file.keys())
+        keys = file.keys()
+        assert all(file.get_tensor(key).isfinite().all() for key in keys)
 
 
 def test_a_loss_that_explodes_stops_and_leaves_the_state_from_before(tmp_path, monkeypatch):

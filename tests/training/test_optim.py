@@ -1,5 +1,6 @@
 """The learning rate, and the optimizer state by parameter name."""
 
+import itertools
 import math
 
 import pytest
@@ -35,7 +36,7 @@ def test_learning_rate(lr_decay, warm_up):
     if lr_decay == "constant":
         assert set(rest) == {2.0}
         return
-    assert all(a > b for a, b in zip(rest, rest[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rest))
     assert rest[-1] == pytest.approx(2.0 * FLOOR, rel=0.06)
     middle = rest[len(rest) // 2]  # both decays are symmetric about it
     assert middle == pytest.approx(2.0 * (1 + FLOOR) / 2, rel=1e-6)

@@ -75,7 +75,7 @@ def plot(figure: str, tables: list[Path], output: Path, published: bool = False)
         figure: name of the figure, as listed above
         tables: the .csv tables that the figure needs; for journals, the folders that hold them
         output: path of the figure; an ending .pdf, .svg or .csv is dropped
-        published: draw published values under ours, thin and grey, in {published}
+        published: draw published values under ours, thin and gray, in {published}
     """
     from halfstep.report.published import FILE, published_rows
     from halfstep.report.style import save_figure

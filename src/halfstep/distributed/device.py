@@ -20,7 +20,7 @@ def prepare_process(machine: Machine) -> None:
     """
     _keep_freed_memory()
     if machine.threads:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, machine.threads // ranks))
 
 
@@ -44,7 +44,7 @@ def find_device(machine: Machine) -> torch.device:
 
 def local_gpu() -> torch.device:
     """This rank's GPU. Raises HalfstepError if this machine has fewer GPUs than ranks."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     gpus = torch.cuda.device_count()
     if device.index >= gpus:
         ranks = os.environ.get("LOCAL_WORLD_SIZE", device.index + 1)

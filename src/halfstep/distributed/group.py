@@ -151,7 +151,7 @@ def join_group(machine: Machine) -> Group:
     Raises HalfstepError if the world size is not machine.processes, where that is given, or if
     some ranks do not come.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     if machine.processes not in (None, size):
         raise HalfstepError(
             f"processes: found a world size of {size}, expected {machine.processes}; "

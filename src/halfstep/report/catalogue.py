@@ -129,7 +129,7 @@ FIGURES: dict[str, Figure] = {
     ),
     "entropy_vs_steps": Figure(
         title="unigram entropy against sampling steps",
-        caption="Unigram entropy of the same samples, in nats. The grey band is 5% around "
+        caption="Unigram entropy of the same samples, in nats. The gray band is 5% around "
         "held-out text; a model well below it repeats itself.",
         needs=("steps",),
         draw="halfstep.report.figures:entropy_vs_steps",
@@ -161,7 +161,7 @@ FIGURES: dict[str, Figure] = {
     "speedup_vs_batch": Figure(
         title="speed-up over the fastest baseline against the batch size",
         caption="How many times faster than the fastest autoregressive baseline, against the "
-        "batch size. In the grey area the baseline is faster.",
+        "batch size. In the gray area the baseline is faster.",
         needs=("speed",),
         draw="halfstep.report.figures:speedup_vs_batch",
     ),

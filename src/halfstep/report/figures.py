@@ -70,13 +70,13 @@ def ppl_vs_steps(tables: Tables) -> Drawn:
 def entropy_vs_steps(tables: Tables) -> Drawn:
     """Unigram entropy against sampling steps: the teacher and every round.
 
-    The grey band is 5% around held-out text. Outside of it a low perplexity is no success.
+    The gray band is 5% around held-out text. Outside of it a low perplexity is no success.
     """
     rows = one_metric(tables["steps"], "entropy")
     points = points_by_run(rows, "steps")
     panels = dict.fromkeys(points["panel"])
     points, sources = add_published(points, tables, "entropy", "steps", panels)
-    band = "grey band: within 5% of held-out text"
+    band = "gray band: within 5% of held-out text"
     conditions = describe_conditions(rows)
     figure = style.draw_panels(
         points,
@@ -242,7 +242,7 @@ def speedup_vs_batch(tables: Tables) -> Drawn:
     """How many times faster than the fastest baseline against the batch size.
 
     A line for each step count, a panel for each network and for three of the lengths. Below one, in
-    the grey area, the baseline is faster.
+    the gray area, the baseline is faster.
     """
     table = tables["speed"]
     lengths = sorted(table["length"].unique())
@@ -343,7 +343,7 @@ def loss_curves(tables: Tables) -> Drawn:
         points,
         note=f"Means over equal stretches of steps, at most {CURVE_POINTS} a curve. "
         f"Journals of {join_values(table['teacher'])}; commit {join_values(table['commit'])}.",
-        xlabel="optimiser steps",
+        xlabel="optimizer steps",
         ylabel=ylabels,
         share_y=False,
         columns=min(len(groups), 6),

@@ -1,4 +1,4 @@
-"""How figures look: colors that survive grey print, labels at the lines, conditions at the foot.
+"""How figures look: colors that survive gray print, labels at the lines, conditions at the foot.
 
 A figure is drawn from `points`, a DataFrame with the columns POINTS, and shows exactly these.
 Equal points give equal files.
@@ -116,7 +116,7 @@ def series_style(series: str, round_: int, rounds: int, order: int) -> dict:
     return {"color": color, "marker": MARKERS[order % len(MARKERS)], "linestyle": dashes}
 
 
-def draw_panels(
+def draw_panels(  # noqa: PLR0913 - the look of a figure, in keywords with defaults
     points: DataFrame,
     note: str,
     *,

@@ -154,7 +154,8 @@ def load_state(state: TrainingState, run: Run) -> None:
         header = file.metadata() or {}
         if header.get("fingerprint") != run.journal.run["fingerprint"]:
             return
-        for key in file.keys():
+        keys = file.keys()
+        for key in keys:
             group, name = key.split("/", 1)
             groups[group][name] = file.get_tensor(key)
     with torch.no_grad():

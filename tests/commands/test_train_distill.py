@@ -462,7 +462,7 @@ def test_refusals(teacher, first, corpus, tmp_path):
     refuse(message.format(2, 1, 0), teacher, corpus, 2)
     refuse(message.format(1, 0, 1), first, corpus, 1)
     refuse("round: found 3, expected 1 to 2", first, corpus, 3)
-    refuse("no meta.json", tmp_path, corpus, 1)
+    refuse("meta.json is missing", tmp_path, corpus, 1)
     short = corpus_of(tmp_path / "short", length=20)
     refuse("length 24, but corpus .* has 20", teacher, short, 1)
     small = corpus_of(tmp_path / "small", vocab_size=280)

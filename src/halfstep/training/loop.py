@@ -64,7 +64,7 @@ def fit(
         StopRequest(run.time_limit and 60 * run.time_limit).listening() as stop,
         closing(prefetched(prepare, state.step, training.num_steps)) as local_batches,
         Progress(run.label, training.num_steps, done=state.step) as progress,
-        tf32_products(run.device, training.precision),
+        tf32_matmul(run.device, training.precision),
     ):
         agreement = Agreement(run.group, stop, state.step + 1)
         throughput = Throughput()
@@ -134,7 +134,7 @@ class Throughput:
 
 
 @contextmanager
-def tf32_products(device: torch.device, precision: str) -> Iterator[None]:
+def tf32_matmul(device: torch.device, precision: str) -> Iterator[None]:
     """On CUDA, run the float32 products of a bfloat16 training in TF32.
 
     These are the readout's. TF32 is more exact than the bfloat16 around them.

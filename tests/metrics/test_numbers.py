@@ -75,8 +75,8 @@ def test_rows_have_all_columns_and_no_others():
     assert found["version"] == PROTOCOLS["entropy"]["unigram"]
     assert found["temperature"] is None and found["top_p"] == 0.95
     assert "length" in row("latency_s", "interleaved", 1, (1, 1), length=64)
-    with pytest.raises(TypeError, match="judgment"):
-        row("entropy", "unigram", 3, (2, 4), judgment=1)
+    with pytest.raises(TypeError, match="opinion"):
+        row("entropy", "unigram", 3, (2, 4), opinion=1)
     for metric, protocol in (("entropy", None), ("entropy", "ids"), ("entropie", "unigram")):
         with pytest.raises(TypeError, match=f"{metric} has no protocol {protocol!r}"):
             row(metric, protocol, 3, (2, 4))

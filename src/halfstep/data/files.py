@@ -72,7 +72,7 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
     """Number and text of each line, without its end."""
     file.seek(0)
     number = 0
-    stream = gzip.open(file) if path.name.endswith(".gz") else file  # noqa: SIM115 - `file` is the caller's
+    stream = gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file
     while raw := stream.readline(LONGEST_LINE + 1):
         number += 1
         if len(raw) > LONGEST_LINE:

@@ -24,7 +24,10 @@ META = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint with three sets of weights; the average holds parameters only, as some published ones do."""
+    """A checkpoint with three sets of weights.
+
+    The average holds parameters only, as some published ones do.
+    """
     tokenizer = train_bpe(["a small red kite"] * 3, 300)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     torch.manual_seed(0)
@@ -141,19 +144,49 @@ def edit(folder, change):
 
 
 FAULTS = {
-    "no folder": (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), r"not a finished checkpoint, because meta\.json is missing"),
-    "broken meta": (lambda f: (f / "meta.json").write_text('{"format": 1, '), r"meta\.json: not valid JSON"),
-    "other format": (lambda f: rewrite(f, format=99), "format 99, but this halfstep reads format 1"),
+    "no folder": (
+        lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(),
+        r"not a finished checkpoint, because meta\.json is missing",
+    ),
+    "broken meta": (
+        lambda f: (f / "meta.json").write_text('{"format": 1, '),
+        r"meta\.json: not valid JSON",
+    ),
+    "other format": (
+        lambda f: rewrite(f, format=99),
+        "format 99, but this halfstep reads format 1",
+    ),
     "flipped bit": (flip, "the file is damaged"),
     "truncated": (truncate, "the file is damaged"),
-    "missing file": (lambda f: (f / "ema.safetensors").unlink(), "missing, but listed in meta.json"),
-    "not listed": (lambda f: ((f / "ema.safetensors").unlink(), rewrite(f)), "has no ema.safetensors; it holds model.safetensors"),
-    "wrong vocabulary": (lambda f: rewrite(f, vocab_size=301), r"has shape \[301(, 128)?\], but the network expects \[302(, 128)?\]"),
-    "another size": (lambda f: rewrite(f, network={"size": "mini"}), "[0-9]+ missing tensors, the first is blocks.3"),
-    "NaN": (lambda f: edit(f, lambda s: s["blocks.1.attn_out.weight"][0].fill_(float("nan"))), "blocks.1.attn_out.weight holds NaN"),
-    "lacks one": (lambda f: edit(f, lambda s: s.pop("blocks.2.norm1.weight")), "1 missing tensors, the first is blocks.2.norm1.weight"),
-    "has another": (lambda f: edit(f, lambda s: s.update(extra=torch.ones(2))), "1 unknown tensors, the first is extra"),
-}  # fmt: skip
+    "missing file": (
+        lambda f: (f / "ema.safetensors").unlink(),
+        "missing, but listed in meta.json",
+    ),
+    "not listed": (
+        lambda f: ((f / "ema.safetensors").unlink(), rewrite(f)),
+        "has no ema.safetensors; it holds model.safetensors",
+    ),
+    "wrong vocabulary": (
+        lambda f: rewrite(f, vocab_size=301),
+        r"has shape \[301(, 128)?\], but the network expects \[302(, 128)?\]",
+    ),
+    "another size": (
+        lambda f: rewrite(f, network={"size": "mini"}),
+        "[0-9]+ missing tensors, the first is blocks.3",
+    ),
+    "NaN": (
+        lambda f: edit(f, lambda s: s["blocks.1.attn_out.weight"][0].fill_(float("nan"))),
+        "blocks.1.attn_out.weight holds NaN",
+    ),
+    "lacks one": (
+        lambda f: edit(f, lambda s: s.pop("blocks.2.norm1.weight")),
+        "1 missing tensors, the first is blocks.2.norm1.weight",
+    ),
+    "has another": (
+        lambda f: edit(f, lambda s: s.update(extra=torch.ones(2))),
+        "1 unknown tensors, the first is extra",
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -54,7 +54,10 @@ def test_a_cuda_device_is_waited_for_before_every_reading(monkeypatch):
 
 
 class Meter:
-    """pynvml with one card, whose counter of millijoules the test moves; `broken` names the call that this card does not know."""
+    """pynvml with one card, whose counter of millijoules the test sets.
+
+    `broken` is the name of a call that this card does not support.
+    """
 
     class NVMLError(Exception):
         pass
@@ -71,8 +74,14 @@ class Meter:
         def call(*given):
             if name == self.broken:
                 raise self.NVMLError(name)
-            return {"nvmlInit": lambda: None, "nvmlDeviceGetHandleByUUID": lambda uuid: {"GPU-12ab": "card"}[uuid],
-                    "nvmlDeviceGetTotalEnergyConsumption": lambda handle: {"card": self.millijoules}[handle]}[name](*given)  # fmt: skip
+            answers = {
+                "nvmlInit": lambda: None,
+                "nvmlDeviceGetHandleByUUID": lambda uuid: {"GPU-12ab": "card"}[uuid],
+                "nvmlDeviceGetTotalEnergyConsumption": lambda card: {"card": self.millijoules}[
+                    card
+                ],
+            }
+            return answers[name](*given)
 
         return call
 

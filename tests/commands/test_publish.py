@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import huggingface_hub
 import numpy as np
@@ -459,7 +460,7 @@ def test_the_card_of_a_student(pipeline, tmp_path):
 class Api:
     """The hub's client, which records its calls."""
 
-    calls: list[tuple[str, str]] = []
+    calls: ClassVar[list[tuple[str, str]]] = []
 
     def create_repo(self, name, **options):
         self.calls.append(("repo", name))
@@ -504,9 +505,10 @@ def test_the_baseline_is_not_exported(pipeline, tmp_path):
 
 def test_an_imported_teacher_breaks_no_figure(pipeline, tmp_path):
     """Its journal has no points: loss_curves shows the others."""
+    from halfstep.report.curves import read_curves
 
     source = lightning(tmp_path / "t.ckpt", *networks(300))
     teacher = tmp_path / "models/x-tiny/teacher"
     done(f"import --source {source} --corpus {pipeline.corpus} --output {teacher}")
-    table = journals([teacher / "journal.jsonl", pipeline.baseline / "journal.jsonl"])
+    table = read_curves([teacher / "journal.jsonl", pipeline.baseline / "journal.jsonl"])
     assert set(table["series"]) == {"baseline"}

@@ -321,7 +321,7 @@ def test_the_loss_is_zero_where_nothing_was_revealed(teacher, corpus, divergence
 
 
 def test_masks_reveals_and_tokens_are_drawn_independently(teacher, corpus):
-    """At masked positions the other uniforms are uniform and independent; each step draws others."""
+    """At masked positions the other uniforms are uniform and independent; no step repeats them."""
     objective = round_objective(teacher, corpus)
     x0 = Windows(corpus, "train")[torch.arange(8)].repeat(60, 1)
     batch = objective.corrupt(x0, step_generator(0, 0))

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -205,10 +206,8 @@ def environment() -> dict[str, str]:
         "command": " ".join(sys.argv),
     }
     for package in ("halfstep", "torch", "numpy"):
-        try:
+        with suppress(metadata.PackageNotFoundError):
             tags[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
     if job := os.environ.get("SLURM_JOB_ID"):
         tags["slurm_job_id"] = job
     return tags

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -512,3 +513,51 @@ def test_an_imported_teacher_breaks_no_figure(pipeline, tmp_path):
     done(f"import --source {source} --corpus {pipeline.corpus} --output {teacher}")
     table = read_curves([teacher / "journal.jsonl", pipeline.baseline / "journal.jsonl"])
     assert set(table["series"]) == {"baseline"}
+
+
+def test_the_exported_file_has_the_noise_schedules_of_the_package():
+    """(1 - eps) times its share of masked tokens is 1 - alpha(t)."""
+    from halfstep.diffusion.schedules import SCHEDULES
+    from halfstep.exported import modeling_halfstep as exported
+
+    assert tuple(exported.SHARES) == publish.EXPORTED_SCHEDULES
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    for name, share in exported.SHARES.items():
+        masked = (1 - exported.EPS) * share(t)
+        assert torch.allclose(masked, 1 - SCHEDULES[name]().alpha(t), atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", publish.EXPORTED_SCHEDULES)
+def test_an_exported_model_samples_with_its_own_schedule(schedule):
+    """After the first of two steps alpha(1/2) of the positions are revealed, eps apart."""
+    from halfstep.diffusion.schedules import SCHEDULES
+    from halfstep.exported.modeling_halfstep import HalfstepConfig, HalfstepForMaskedLM
+
+    shape = {"hidden_dim": 8, "n_blocks": 1, "n_heads": 2, "model_length": 500, "vocab_size": 5}
+    model = HalfstepForMaskedLM(HalfstepConfig(**shape, schedule=schedule))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    visible = []
+    forward = model.forward
+
+    def spy(input_ids, **options):
+        visible.append((input_ids != 4).double().mean().item())
+        return forward(input_ids, **options)
+
+    model.forward = spy
+    model.sample(num_samples=8, steps=2, generator=torch.Generator().manual_seed(0))
+    expected = SCHEDULES[schedule]().alpha(torch.tensor(0.5)).item()
+    assert visible == [0, pytest.approx(expected, abs=0.03)]
+
+
+def test_an_export_names_its_schedule_or_refuses(pipeline, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "models" / "x" / "teacher"
+    shutil.copytree(pipeline.teacher, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["network"]["schedule"] = "cosine"
+    (folder / "meta.json").write_text(json.dumps(meta))
+    done(f"export --checkpoint {folder} --output {tmp_path / 'cosine'}")
+    assert json.loads((tmp_path / "cosine/config.json").read_text())["schedule"] == "cosine"
+    monkeypatch.setattr(publish, "EXPORTED_SCHEDULES", ("loglinear",))
+    assert call(f"export --checkpoint {folder} --output {tmp_path / 'refused'}") == 1
+    assert "network.schedule: found 'cosine'" in capsys.readouterr().err

@@ -34,6 +34,7 @@ from halfstep.records.journal import Journal
 
 MODELING = Path(__file__).parents[1] / "exported" / "modeling_halfstep.py"
 DIVERGENCES = {"kld": "kl_backward", "mse": "mse", "tvd": "l1_log_p"}  # SDTT's names on the hub
+EXPORTED_SCHEDULES = ("loglinear", "cosine")  # SHARES of exported/modeling_halfstep.py
 DOWNLOADED = ["*.safetensors", "*.bin", "config.json"]
 
 
@@ -79,10 +80,14 @@ def import_checkpoint(
             "name the corpus or the tokenizer that it was trained with"
         )
     average = published.ema if weights == "ema" and published.ema else {}
-    time_conditioning = bool(published.config.get("time_conditioning", False))
+    network = Network(
+        size=network_size,
+        time_conditioning=bool(published.config.get("time_conditioning", False)),
+        schedule=published.config.get("schedule", "loglinear"),
+    )
     meta = {
         "kind": "diffusion",
-        "network": Network(size=network_size, time_conditioning=time_conditioning).model_dump(),
+        "network": network.model_dump(),
         "vocab_size": vocabulary,
         "eos_id": tokens.token_to_id(EOS),
         "length": length,
@@ -272,6 +277,11 @@ def _write_model(output: Path, model: Model, tokenizer: Path) -> None:
     from safetensors.torch import save_file
 
     network = Network.model_validate(model.meta["network"])
+    if network.schedule not in EXPORTED_SCHEDULES:
+        raise HalfstepError(
+            f"network.schedule: found {network.schedule!r}, but an exported model samples with "
+            f"{' or '.join(EXPORTED_SCHEDULES)} only; add it to exported/modeling_halfstep.py"
+        )
     config = {
         "model_type": "halfstep",
         "architectures": ["HalfstepForMaskedLM"],
@@ -286,6 +296,7 @@ def _write_model(output: Path, model: Model, tokenizer: Path) -> None:
         "cond_dim": COND_WIDTH,
         "model_length": model.length,
         "time_conditioning": network.time_conditioning,
+        "schedule": network.schedule,
         "steps": model.meta.get("student_steps", 1024),
         "bos_token_id": model.eos_id,
         "eos_token_id": model.eos_id,

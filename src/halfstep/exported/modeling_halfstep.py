@@ -8,11 +8,19 @@ The model is an MDLM (arXiv 2406.07524), distilled by SDTT (arXiv 2410.21035).
 Apache-2.0, the halfstep authors.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
+
+EPS = 1e-3  # share of visible tokens at t = 1
+SHARES = {  # noise schedule -> (1 - alpha(t)) / (1 - EPS), the share of masked tokens at time t
+    "loglinear": lambda t: t,
+    "cosine": lambda t: torch.sin(math.pi / 2 * t),
+}
 
 
 class HalfstepConfig(PretrainedConfig):
@@ -29,6 +37,7 @@ class HalfstepConfig(PretrainedConfig):
         cond_dim: int = 128,
         model_length: int = 1024,
         time_conditioning: bool = False,
+        schedule: str = "loglinear",
         steps: int = 1024,
         **more,
     ):
@@ -40,6 +49,7 @@ class HalfstepConfig(PretrainedConfig):
         self.cond_dim = cond_dim
         self.model_length = model_length
         self.time_conditioning = time_conditioning
+        self.schedule = schedule
         self.steps = steps
         self.mask_token_id = vocab_size - 1
 
@@ -169,7 +179,7 @@ class HalfstepForMaskedLM(PreTrainedModel):
         Args:
             input_ids: [B, L], with mask_token_id where a token is wanted
             labels: [B, L]; -100 is ignored
-            t: [B] in (0, 1], the share of masked tokens; only for networks with time_conditioning
+            t: [B] in (0, 1], the diffusion time; only for networks with time_conditioning
         """
         mask = self.config.mask_token_id
         logits = self.backbone(input_ids, self._sigma(t, input_ids.device)).float()
@@ -183,12 +193,12 @@ class HalfstepForMaskedLM(PreTrainedModel):
         return MaskedLMOutput(loss=loss, logits=log_p) if return_dict else (loss, log_p)
 
     def _sigma(self, t: Tensor | None, device: torch.device) -> Tensor:
-        """Noise level of the log-linear schedule, [B]; 0 for a network that ignores the time."""
+        """Noise level -log alpha(t), [B]; 0 for a network that ignores the time."""
         if not self.config.time_conditioning:
             return torch.zeros(1, device=device)
         if t is None:
-            raise ValueError("this network needs the time: pass t[B], the share of masked tokens")
-        return -torch.log1p(-(1 - 1e-3) * t)
+            raise ValueError("this network needs the time: pass t[B], between 0 and 1")
+        return -torch.log1p(-(1 - EPS) * SHARES[self.config.schedule](t))
 
     @torch.no_grad()
     def sample(
@@ -218,12 +228,15 @@ class HalfstepForMaskedLM(PreTrainedModel):
         def uniform(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
 
+        share = SHARES[self.config.schedule](
+            torch.tensor([1 - i / steps for i in range(steps + 1)], dtype=torch.float64)
+        ).tolist()
         for i in range(steps):
-            t, s = 1 - i / steps, 1 - (i + 1) / steps
+            t = 1 - i / steps
             u = uniform(*x.shape)  # drawn in the last step too, which reveals everything
             reveal = x == mask
             if i < steps - 1:
-                reveal &= u < (t - s) / t
+                reveal &= u < (share[i] - share[i + 1]) / share[i]
             if reveal.any():
                 log_p = self(x, t=torch.full((len(x),), t, device=device)).logits
                 cdf = log_p[reveal].double().exp().cumsum(-1)

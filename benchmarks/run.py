@@ -270,7 +270,7 @@ def overhead(size: Size, repeats: int) -> list[dict]:
     def data() -> None:
         rows = windows[batch_indices(len(windows), size.batch, 1, 7)]
         x0 = torch.from_numpy(rows.astype("int64"))
-        random = loop.step_generator(1, 7)
+        random = step_generator(1, 7)
         torch.rand(size.batch, generator=random, dtype=torch.float64)
         torch.rand(*x0.shape, generator=random, dtype=torch.float64)
 
@@ -281,6 +281,8 @@ def overhead(size: Size, repeats: int) -> list[dict]:
 
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), name="bench", node="bench", params={})
+        run = Run(torch.device("cpu"), size.batch, Path(folder), "bench", journal)
+        state = TrainingState(network, optimizer, ema, torch.zeros(()), torch.zeros(()))
         cases = {
             "step": step,
             "data": data,
@@ -288,17 +290,11 @@ def overhead(size: Size, repeats: int) -> list[dict]:
             "journal": lambda: journal.log({"train/loss": 1.0}, 1),
         }
         times = measure_in_turns(cases, repeats)
-        save = measure(
-            lambda: loop._save(
-                network, optimizer, loop.Fitted(ema, {}), Path(folder), "bench", 1, ALONE
-            ),
-            1,
-            warmup=0,
-        )
+        save = measure(lambda: save_state(state, run), 1, warmup=0)
         journal.close()
     step_s = times["step"].median_s
     shares = {name: times[name].median_s / step_s for name in ("data", "ema", "journal")}
-    shares["checkpoint"] = save.median_s / loop.SAVE_EVERY_S
+    shares["checkpoint"] = save.median_s / SAVE_EVERY_S
     path, ratio = "loop overhead, share of a step", sum(shares.values())
     return [{"path": path, "ratio": ratio, "goal": 0.03, "shares": shares, "step_s": step_s}]
 
@@ -495,7 +491,7 @@ def main() -> None:
         return
     # As every command does; the textbook's tensors are too large for it. Not where memory is
     # measured, because memory that is kept would hide what is needed.
-    loop.hold_memory()
+    prepare_process(Machine())
     start = time.monotonic()
     if args.h100 or torch.device(args.device).type == "cuda":
         rows = on_cuda(args.device, args.tiny, args.repeats)

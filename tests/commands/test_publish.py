@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import huggingface_hub
 import numpy as np
@@ -257,8 +258,11 @@ def not_a_denoiser(path: Path) -> Path:
 
 NAN = torch.full((128,), float("nan"))
 FAULTS = {  # name: (function that writes the source, message)
-    "a key is missing": (without_a_key, "lacks 1 tensors, blocks.1.norm1.weight|average has"),
-    "a key too many": (with_state(extra=torch.zeros(1)), "unknown 1 tensors, extra"),
+    "a key is missing": (
+        without_a_key,
+        "1 missing tensors, the first is blocks.1.norm1.weight|average has",
+    ),
+    "a key too many": (with_state(extra=torch.zeros(1)), "1 unknown tensors, the first is extra"),
     "a shape": (
         with_state(**{"output_layer.linear.bias": torch.zeros(4)}),
         r"output_layer.linear.bias has shape \[4\]",
@@ -459,7 +463,7 @@ def test_the_card_of_a_student(pipeline, tmp_path):
 class Api:
     """The hub's client, which records its calls."""
 
-    calls: list[tuple[str, str]] = []
+    calls: ClassVar[list[tuple[str, str]]] = []
 
     def create_repo(self, name, **options):
         self.calls.append(("repo", name))
@@ -509,5 +513,5 @@ def test_an_imported_teacher_breaks_no_figure(pipeline, tmp_path):
     source = lightning(tmp_path / "t.ckpt", *networks(300))
     teacher = tmp_path / "models/x-tiny/teacher"
     done(f"import --source {source} --corpus {pipeline.corpus} --output {teacher}")
-    table = journals([teacher / "journal.jsonl", pipeline.baseline / "journal.jsonl"])
+    table = read_curves([teacher / "journal.jsonl", pipeline.baseline / "journal.jsonl"])
     assert set(table["series"]) == {"baseline"}

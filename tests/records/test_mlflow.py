@@ -182,7 +182,7 @@ def test_a_new_evaluation_of_the_same_weights_replaces_the_old(world):
 
 
 def test_the_next_sync_completes_an_interrupted_one(world, monkeypatch):
-    sync, client, runs, results = world
+    sync, _, runs, results = world
 
     class Stop(Exception):
         pass

@@ -76,7 +76,7 @@ def check_slurm(results: Path, mounts: Path) -> Iterator[Finding]:
     rows = [line.split() for line in sinfo.splitlines()]
     partitions = {name: parse_time_limit(limit) for name, limit, state in rows if state == "up"}
     name = os.environ.get("HALFSTEP_SLURM_PARTITION") or _default_partition()
-    longest = int(os.environ.get("HALFSTEP_SLURM_MAX_MINUTES", 72 * 60))
+    longest = int(os.environ.get("HALFSTEP_SLURM_MAX_MINUTES", str(72 * 60)))
     if name not in partitions:
         yield _broken(
             f"partition {name} is not among those that are up ({', '.join(partitions)}): "
@@ -171,7 +171,7 @@ def check_world_size(results: Path, mounts: Path) -> Iterator[Finding]:
     gpus_on_node = os.environ.get("SLURM_GPUS_ON_NODE")
     if "WORLD_SIZE" not in os.environ or not gpus_on_node:
         return
-    gpus = int(gpus_on_node) * int(os.environ.get("SLURM_NNODES", 1))
+    gpus = int(gpus_on_node) * int(os.environ.get("SLURM_NNODES", "1"))
     processes = int(os.environ["WORLD_SIZE"])
     if processes == gpus:
         yield _ok(f"{processes} processes for {gpus} GPUs")

@@ -34,7 +34,7 @@ class Published:
     file: Path
     raw: dict[str, Tensor]
     ema: dict[str, Tensor] | None
-    config: dict
+    config: dict[str, Any]
 
 
 def read_published(path: Path) -> Published:
@@ -80,7 +80,7 @@ def _weight_file(path: Path) -> Path:
     )
 
 
-def _load(file: Path) -> dict:
+def _load(file: Path) -> dict[str, Any]:
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -153,7 +153,7 @@ def shape_of(raw: dict[str, Tensor], file: Path) -> tuple[int, int, int, int]:
     return rows - 1, blocks, width, width // (2 * len(raw["rotary_emb.inv_freq"]))
 
 
-class Inert(dict):
+class Inert(dict[Any, Any]):
     """Stand-in for every pickled object that is not a tensor.
 
     It accepts any arguments and any state, and does nothing.

@@ -15,6 +15,7 @@ the journal (a resumed job); another fingerprint starts a new one (another exper
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -205,10 +206,8 @@ def environment() -> dict[str, str]:
         "command": " ".join(sys.argv),
     }
     for package in ("halfstep", "torch", "numpy"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             tags[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            pass
     if job := os.environ.get("SLURM_JOB_ID"):
         tags["slurm_job_id"] = job
     return tags

@@ -281,6 +281,8 @@ def overhead(size: Size, repeats: int) -> list[dict]:
 
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder), name="bench", node="bench", params={})
+        run = Run(torch.device("cpu"), size.batch, Path(folder), "bench", journal)
+        state = TrainingState(network, optimizer, ema, torch.zeros(()), torch.zeros(()))
         cases = {
             "step": step,
             "data": data,
@@ -288,8 +290,6 @@ def overhead(size: Size, repeats: int) -> list[dict]:
             "journal": lambda: journal.log({"train/loss": 1.0}, 1),
         }
         times = measure_in_turns(cases, repeats)
-        run = Run(torch.device("cpu"), size.batch, Path(folder), "bench", journal)
-        state = TrainingState(network, optimizer, ema, torch.zeros(()), torch.zeros(()))
         save = measure(lambda: save_state(state, run), 1, warmup=0)
         journal.close()
     step_s = times["step"].median_s

@@ -259,8 +259,11 @@ def not_a_denoiser(path: Path) -> Path:
 
 NAN = torch.full((128,), float("nan"))
 FAULTS = {  # name: (function that writes the source, message)
-    "a key is missing": (without_a_key, "lacks 1 tensors, blocks.1.norm1.weight|average has"),
-    "a key too many": (with_state(extra=torch.zeros(1)), "unknown 1 tensors, extra"),
+    "a key is missing": (
+        without_a_key,
+        "1 missing tensors, the first is blocks.1.norm1.weight|average has",
+    ),
+    "a key too many": (with_state(extra=torch.zeros(1)), "1 unknown tensors, the first is extra"),
     "a shape": (
         with_state(**{"output_layer.linear.bias": torch.zeros(4)}),
         r"output_layer.linear.bias has shape \[4\]",

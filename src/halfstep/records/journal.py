@@ -15,6 +15,7 @@ the journal (a resumed job); another fingerprint starts a new one (another exper
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -25,7 +26,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -206,7 +206,7 @@ def environment() -> dict[str, str]:
         "command": " ".join(sys.argv),
     }
     for package in ("halfstep", "torch", "numpy"):
-        with suppress(metadata.PackageNotFoundError):
+        with contextlib.suppress(metadata.PackageNotFoundError):
             tags[package] = metadata.version(package)
     if job := os.environ.get("SLURM_JOB_ID"):
         tags["slurm_job_id"] = job

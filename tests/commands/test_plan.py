@@ -8,7 +8,7 @@ import pytest
 
 from halfstep.commands.plan import (
     GPU_SPEED,
-    Job,
+    PlannedJob,
     Prices,
     graph_jobs,
     longest_path,
@@ -111,7 +111,7 @@ def test_a_checkpoint_is_its_weights_and_two_moments(tmp_path):
     prices = Prices(jobs, tmp_path)
     assert prices.disk(train) == 4 * 3 * num_weights("small") and prices.disk(score) == 0
     rows = "results/metrics/t/reset_optimizer/round-1/lambada.json"
-    assert prices.disk(Job("score_lambada", [], [rows], command=train.command)) == 0
+    assert prices.disk(PlannedJob("score_lambada", [], [rows], command=train.command)) == 0
 
 
 def test_a_finished_job_is_the_measure_of_its_kind(tmp_path):
@@ -139,7 +139,8 @@ def test_the_longest_path_is_that_of_all_paths():
         n = 7
         edges = {(i, j) for i, j in itertools.combinations(range(n), 2) if rng.random() < 0.4}
         jobs = [
-            Job("rule", [f"o{j}" for j in range(n) if (j, i) in edges], [f"o{i}"]) for i in range(n)
+            PlannedJob("rule", [f"o{j}" for j in range(n) if (j, i) in edges], [f"o{i}"])
+            for i in range(n)
         ]
         seconds = [rng.random() for _ in range(n)]
         paths = (

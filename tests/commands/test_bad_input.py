@@ -105,11 +105,11 @@ def remove(name):
 CHECKPOINTS = {  # fault: (function that spoils the folder, pattern of the message)
     "truncated": (
         lambda folder: cut(folder / "ema.safetensors"),
-        "ema.safetensors: sha256 .*the file is damaged; copy or train it again",
+        "ema.safetensors: sha256 .*the file is damaged; copy it again, or train again",
     ),
     "truncated, with its own checksum": (
         cut_and_rewrite,
-        "ema.safetensors: not a whole safetensors file",
+        "ema.safetensors: not a complete safetensors file",
     ),
     "flipped bit": (
         lambda folder: flip(folder / "ema.safetensors"),
@@ -117,7 +117,7 @@ CHECKPOINTS = {  # fault: (function that spoils the folder, pattern of the messa
     ),
     "of another size": (
         meta(network={"size": "mini"}),
-        "lacks .* tensors, .*a network of another kind or size",
+        "missing tensors, .*a network of another kind or size",
     ),
     "of no size": (
         meta(network={"size": "tinny"}),
@@ -125,12 +125,12 @@ CHECKPOINTS = {  # fault: (function that spoils the folder, pattern of the messa
     ),
     "wrong vocabulary": (
         meta(vocab_size=299),
-        "tokenizer.json has 300 tokens, meta.json says vocab_size 299"
+        "tokenizer.json has 300 tokens, but vocab_size in meta.json is 299"
         "|vocab_size 299, but corpus .* has 300",
     ),
     "wrong tokenizer": (
         add_a_token,
-        "tokenizer.json has 301 tokens, meta.json says vocab_size 300"
+        "tokenizer.json has 301 tokens, but vocab_size in meta.json is 300"
         "|its tokenizer has other tokens",
     ),
     "tokenizer changed": (
@@ -139,20 +139,20 @@ CHECKPOINTS = {  # fault: (function that spoils the folder, pattern of the messa
     ),
     "tokenizer missing": (
         remove("tokenizer.json"),
-        "tokenizer.json: missing, though meta.json lists it",
+        "tokenizer.json: missing, but listed in meta.json",
     ),
     "NaN": (set_nan, "blocks.1.attn_out.weight holds NaN or infinity"),
     "broken meta": (write("meta.json", '{"format": 1, '), "meta.json: not valid JSON"),
     "meta is a list": (
         write("meta.json", "[1]"),
-        r"meta.json: format \[1\], this halfstep reads format 1",
+        r"meta.json: format \[1\], but this halfstep reads format 1",
     ),
     "meta lacks a key": (meta(length=None), "meta.json: length: found nothing, expected int"),
     "meta of no kind": (
         meta(kind="flow"),
         "meta.json: kind: found 'flow', allowed are diffusion, autoregressive",
     ),
-    "missing": (shutil.rmtree, "no meta.json there, so no finished checkpoint"),
+    "missing": (shutil.rmtree, "not a finished checkpoint, because meta.json is missing"),
 }
 
 
@@ -184,7 +184,7 @@ def test_checkpoints(pipeline, copy, refused, tmp_path, fault):
             "run halfstep prepare-corpus again",
         ),
         (lambda folder: cut(folder / "train.bin"), "train.bin: found .* bytes, expected"),
-        (remove("tokenizer.json"), "tokenizer.json: missing, though the manifest names it"),
+        (remove("tokenizer.json"), "tokenizer.json: missing, though the manifest lists it"),
         (write("manifest.json", "[]"), r"manifest.json: format is \[\], expected 1"),
         (write("manifest.json", '{"format": 1}'), "manifest.json: has no dtype, eos_id, length"),
     ],
@@ -212,7 +212,7 @@ def test_a_corpus_with_other_tokens(pipeline, refused, tmp_path):
     refused(
         f"score-samples --samples {pipeline.samples} --corpus {corpus} "
         f"--judge {pipeline.baseline}/hf --output {tmp_path}/rows.json {MACHINE}",
-        "samples.*other tokens than .*corpus",
+        "samples.*use another vocabulary than the corpus",
     )
     assert not (tmp_path / "rows.json").exists()
 
@@ -233,7 +233,7 @@ def leave_a_mask(folder):
             lambda folder: flip(folder / "samples.npy"),
             "samples.npy: sha256 .*the file has changed; run halfstep generate again",
         ),
-        (remove("samples.npy"), "samples.npy: no such file, though samples.json is there"),
+        (remove("samples.npy"), "samples.npy: no such file, though samples.json exists"),
         (write("samples.json", "{"), "samples.json: not valid JSON"),
         (
             write("samples.json", '{"sha256": "0"}'),
@@ -292,8 +292,8 @@ def test_more_steps_than_tokens_with_ancestral_sampling(pipeline, tmp_path, caps
     assert call(f"{generate} --output {tmp_path}/a --steps 1024") == 0
     notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert notes == [
-        "note: 1024 steps for texts of 24 tokens: at most 24 of them reveal anything, "
-        "the others take no pass"
+        "note: 1024 steps for texts of 24 tokens: at most 24 steps reveal a token, "
+        "and the others take no pass"
     ]
     assert json.loads((tmp_path / "a/samples.json").read_text())["network_evaluations"] <= 24
     assert call(f"{generate} --output {tmp_path}/b --steps 24") == 0
@@ -336,8 +336,8 @@ def test_a_rolling_state_that_was_cut(pipeline, refused, tmp_path):
     refused(
         f"pretrain --corpus {pipeline.corpus} --output {tmp_path}/out --size tiny "
         f"{TRAINING} {MACHINE}",
-        "state.safetensors: not a whole file .*delete the folder .*state to begin this training "
-        "anew",
+        "state.safetensors: not a whole file .*delete the folder .*state to start this training "
+        "again",
     )
 
 

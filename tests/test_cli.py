@@ -30,7 +30,8 @@ def test_every_command_has_a_function_with_a_docstring(name):
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"), [("generat", "did you mean generate?"), ("xyz", "see halfstep --help")]
+    ("word", "hint"),
+    [("scoresamples", "did you mean score-samples?"), ("xyz", "see halfstep --help")],
 )
 def test_an_unknown_command(capsys, word, hint):
     assert cli.main([word]) == 2

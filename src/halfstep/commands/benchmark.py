@@ -221,7 +221,7 @@ def _cases(
     device: torch.device,
 ) -> list[Case]:
     """The cases that fit into memory; the call that finds out is also their warm-up."""
-    wanted = [("ancestral", steps) for steps in benchmark.benchmark_steps]
+    wanted = [("ancestral", steps) for steps in dict.fromkeys(benchmark.benchmark_steps)]
     wanted += [(sampler, None) for sampler in writers]
     found = []
     for sampler, steps in wanted:

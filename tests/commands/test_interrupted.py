@@ -194,7 +194,7 @@ def test_no_room_on_the_disk(line, undisturbed, tmp_path, size, every):
 @pytest.mark.parametrize("torn", [0, 1, 2, 7])
 def test_a_journal_that_is_killed_between_and_within_lines(tmp_path, monkeypatch, torn):
     """The reader drops the bytes of an incomplete line; the next writer begins a new line."""
-    about = dict(name="n", node="n", params={})
+    about = {"name": "n", "node": "n", "params": {}}
     real = os.write
     with Journal(tmp_path, **about) as log:
         for step in range(1, 4):

@@ -165,7 +165,13 @@ def step(tmp_path, monkeypatch):
     )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    variables = dict(STEP_NUM_NODES=2, STEP_NUM_TASKS=2, STEP_NODELIST="a[3-4]", NODEID=1, JOB_ID=7)
+    variables = {
+        "STEP_NUM_NODES": 2,
+        "STEP_NUM_TASKS": 2,
+        "STEP_NODELIST": "a[3-4]",
+        "NODEID": 1,
+        "JOB_ID": 7,
+    }
     for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     return monkeypatch

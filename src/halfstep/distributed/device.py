@@ -47,7 +47,7 @@ def local_gpu() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     gpus = torch.cuda.device_count()
     if device.index >= gpus:
-        ranks = os.environ.get("LOCAL_WORLD_SIZE", device.index + 1)
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", str(device.index + 1))
         raise HalfstepError(
             f"processes: found {ranks} on this machine, but torch sees {gpus} GPUs; "
             f"ask for at most {gpus} processes, or name --device cpu"

@@ -6,12 +6,14 @@
 #
 # Each of them first makes .venv from envs/requirements.txt; all it needs is Python 3.11 or newer.
 # Variables:
-#   PRESET=ci                                         make demo at another scale
-#   TORCH_INDEX=https://download.pytorch.org/whl/cpu  on Linux without a GPU: the small build of torch
-#   PYTHON=/path/to/python                            when make does not find the right one
+#   PRESET=ci               make demo at another scale
+#   PYTHON=/path/to/python  when make does not find the right one
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#                           on Linux without a GPU: the small build of torch
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
-    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+    $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; \
+    done)
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 READY := .venv/ready

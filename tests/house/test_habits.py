@@ -116,3 +116,20 @@ def test_every_tolerated_warning_is_named():
         action, message, *rest = line.split(":")
         assert action == "ignore"
         assert message or len(rest) > 1, f"{line} tolerates warnings of any origin"
+
+
+def test_lines_that_ruff_does_not_read_are_as_short():
+    """Rules, configuration, Makefile and shell scripts."""
+    files = [REPOSITORY / name for name in ("Makefile", "Snakefile", ".ci/run", "config.yaml")]
+    patterns = ("rules/*.smk", "workflow/**/*.smk", "workflow/**/*.yaml", "envs/*", "tests/**/*.sh")
+    for pattern in patterns:
+        files += [path for path in REPOSITORY.glob(pattern) if path.is_file()]
+    limit = PYPROJECT["tool"]["ruff"]["line-length"]
+    long = [
+        f"{path.relative_to(REPOSITORY)}:{number}"
+        for path in files
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if len(line) > limit
+    ]
+    assert len(files) > 20
+    assert long == []

@@ -78,9 +78,9 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=DEFAULT NodeHostname=$host NodeAddr=127.0.0.1 CPUs=8 RealMemory=$memory Gres=gpu:2
-NodeName=n1 Port=$((port + 1))
-NodeName=n2 Port=$((port + 2))
+NodeName=DEFAULT CPUs=8 RealMemory=$memory Gres=gpu:2
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1))
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2))
 PartitionName=main Nodes=n[1-2] PriorityTier=10 PreemptMode=off
 PartitionName=low Nodes=n[1-2] PriorityTier=1 PreemptMode=requeue Default=YES
 CONF

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 RECIPES = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
-REGISTRIES = {"A divergence", "A noise schedule", "A sampler", "A figure"}
+REGISTRIES = {"A divergence", "A noise schedule", "A sampler", "A figure", "A corpus kind"}
 
 
 def diffs(recipe: str) -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """What a job asks of its machine: threads, memory, GPUs, nodes, micro-batch and time.
 
-All of it is speed: none of these numbers makes a finished file stale, and only the draws of dropout
-depend on the number of processes. `--set-resources distill_round:micro_batch=16` overrides a number
-for one rule, `--set-threads` its threads, and `--resources gpu=2` caps GPUs at what a machine has.
+All of it is speed: none of these numbers makes a finished file stale. Only the draws of dropout
+depend on processes and micro-batches. `--set-resources distill_round:micro_batch=16` overrides a
+number for one rule, `--set-threads` its threads; `--resources gpu=2` caps the GPUs of a machine.
 """
 
 from __future__ import annotations

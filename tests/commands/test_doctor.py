@@ -130,6 +130,7 @@ def test_a_server_that_answers(site):
         code, printed = site(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{server.server_port}")
     finally:
         server.shutdown()
+        server.server_close()
     assert code == 0
     assert "MLflow answers" in printed
 

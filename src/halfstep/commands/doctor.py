@@ -250,7 +250,8 @@ def check_mlflow(results: Path, mounts: Path) -> Iterator[Finding]:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/mlflow.db"
     if uri.startswith("http"):
         try:
-            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5).read()
+            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5) as answer:
+                answer.read()
         except (OSError, ValueError) as error:
             yield _warning(
                 f"MLflow at {uri} does not answer ({error}): nothing is lost, "

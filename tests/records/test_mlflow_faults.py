@@ -65,17 +65,21 @@ class Server:
                 call, env=env, stdout=log, stderr=log, start_new_session=True
             )
         for _ in range(600):
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-            with (
-                contextlib.closing(connection),
-                contextlib.suppress(OSError, http.client.HTTPException),
-            ):
-                connection.request("GET", "/health")
-                if connection.getresponse().status == 200:
-                    return self
+            if self.is_healthy():
+                return self
             assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
             time.sleep(0.1)
         raise AssertionError("mlflow server did not start within a minute")
+
+    def is_healthy(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
     def stop(self):
         if self.process:

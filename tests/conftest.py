@@ -31,7 +31,7 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """../shared, what developers have beside the checkout; users do not."""
+    """The folder ../shared next to the checkout, which only developers have."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip(

@@ -87,7 +87,7 @@ class Meter:
 
 
 def test_energy_is_the_mean_of_a_call_and_each_case_has_its_own(monkeypatch):
-    """What warm-ups and what lies between the calls take is nobody's."""
+    """The energy of warm-ups and of pauses between calls belongs to no call."""
     meter = Meter(monkeypatch)
 
     def task(*joules):

@@ -1,4 +1,4 @@
-"""What there is to cache between the steps of masked diffusion, and who keeps it."""
+"""Caches between the steps of masked diffusion: keys and values of a block, and predictions."""
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ from halfstep.models.dit import DiT
 
 @pytest.mark.parametrize("steps", [3, 16, 200])
 def test_a_prediction_cache_is_what_the_plan_already_saves(steps):
-    """MDLM's cached sampler (arXiv 2406.07524, section 5: a prediction is kept until a token
-    changes), written as a loop over all steps, takes the same passes and writes the same texts as
-    the plan, which visits no step in which nothing changes: for a network that ignores time there
-    is nothing left to keep.
+    """The plan takes the passes of MDLM's cached sampler and writes the same texts.
+
+    That sampler (arXiv 2406.07524, section 5) keeps a prediction until a token changes; here it is
+    a loop over all steps. For a network that ignores time a plan has nothing left to cache.
     """
     language = Language(3, 5, seed=2)
     ours, theirs, N = Perfect(language), Perfect(language), 40
@@ -64,9 +64,7 @@ def small(L=40):
 
 
 def test_kept_keys_are_exact_where_nothing_outside_of_the_block_changed():
-    """The block's features after its own tokens changed equal a whole pass in which all other keys
-    stand still: with one layer of attention.
-    """
+    """With one layer, a pass over a block equals a whole pass in which other keys are unchanged."""
     denoiser, x = small()
     denoiser.network.blocks = denoiser.network.blocks[:1]
     _, kept = denoiser.features_and_kv(x, torch.zeros(3))

@@ -47,9 +47,7 @@ def test_corrupt_masks_with_the_chance_of_the_schedule_and_leaves_the_rest():
 
 
 def test_reveal_probability():
-    """(t - s) / t when log-linear, exactly 1 when it ends at 0, and composition: hidden through two
-    steps is hidden through one.
-    """
+    """(t - s) / t when log-linear, exactly 1 at s = 0; two steps compose to one."""
     t = torch.tensor([1e-5, 0.03, 0.5, 1.0], dtype=torch.float64)
     for share in (0.0, 0.3, 0.999):
         s = share * t
@@ -112,8 +110,9 @@ def test_nelbo_of_given_draws_is_its_sum(heat):
 
 
 def test_nelbo_estimate_is_the_exact_bound():
-    """Mean over texts, stratified times and masks of the perfect denoiser's NELBO; the exact value
-    is the integral over [min_t, 1].
+    """The mean NELBO of the exact denoiser is the integral over [min_t, 1].
+
+    The mean is over texts, stratified times and masks.
     """
     N, min_t, generator = 60_000, 1e-3, torch.Generator().manual_seed(5)
     x0 = LANGUAGE.texts[torch.multinomial(LANGUAGE.p, N, replacement=True, generator=generator)]

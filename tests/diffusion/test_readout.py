@@ -1,6 +1,4 @@
-"""Losses read from features in chunks: value and gradients of the plain full-vocabulary formula in
-float64.
-"""
+"""Chunked losses from features: value and gradients of the plain formula in float64."""
 
 import pytest
 import torch
@@ -43,7 +41,7 @@ def closed_form(divergence, log_q):
 
 
 def plain(leaves, row_loss):
-    """The textbook: all logits at once, float64."""
+    """The plain formula: all logits at once, in float64."""
     h, weight, bias = (p.detach().double().requires_grad_() for p in leaves)
     loss = row_loss((h @ weight.T + bias).log_softmax(-1), slice(0, len(h))).sum()
     return loss, torch.autograd.grad(loss, (h, weight, bias))
@@ -101,7 +99,10 @@ def test_chunks_are_small(monkeypatch):
 
 @pytest.mark.parametrize("loss", [*GRADIENTS, "cross_entropy"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(loss):
-    """Bit for bit, value and gradient: so the sum alone depends on micro-batches and processes."""
+    """Value and gradient of a row are the same bits for any number of rows.
+
+    So only the sum depends on micro-batches and ranks.
+    """
     leaves, log_q, x0, w = case(70)
     h, readout = leaves[0].detach(), tuple(p.detach() for p in leaves[1:])
 
@@ -164,9 +165,7 @@ def test_no_gradient_is_formed_where_none_is_wanted():
 
 
 def test_a_second_backward_fails_loudly():
-    """The gradient is kept in place and spent by the first backward: a wrong number must not come
-    of the second.
-    """
+    """A second backward pass fails, because the first one scales the kept gradient in place."""
     leaves, _log_q, x0, w = case(5)
     loss = 2 * cross_entropy(leaves[0], tuple(leaves[1:]), x0, w)
     loss.backward(retain_graph=True)
@@ -176,9 +175,7 @@ def test_a_second_backward_fails_loudly():
 
 @pytest.mark.parametrize("loss", [*DIVERGENCES, "cross_entropy"])
 def test_bfloat16_features_and_autocast(loss):
-    """Inside autocast the readout is float32: the same value as outside, gradients in the dtype of
-    their leaves.
-    """
+    """The readout is float32 inside autocast; gradients have the dtype of their leaves."""
     leaves, log_q, x0, w = case(40)
     row_loss = row_losses(log_q, x0, w)[loss]
     expected, gradients = plain(leaves, row_loss)

@@ -37,8 +37,10 @@ def unknown(language: Language) -> torch.Tensor:
 
 
 def test_oracle_is_consistent():
-    """The laws that need no sampler: one position at a time is the language itself, one step the
-    product of marginals, many steps converge.
+    """Laws that need no sampler.
+
+    One position at a time gives the language, one step the product of marginals, many steps
+    converge to the language.
     """
     denoiser, texts = Perfect(SMALL), SMALL.index(SMALL.texts)
     assert torch.allclose(
@@ -80,9 +82,7 @@ def test_law(language, sampler, steps):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [2, 5])
 def test_law_under_each_schedule(schedule, steps):
-    """The sampler's times and reveals are those of the denoiser's own schedule; the network knows
-    the time.
-    """
+    """Times and reveals follow the schedule of the denoiser, whose network knows the time."""
     alpha = SCHEDULES[schedule]().alpha
     denoiser = Perfect(SMALL, heat=3.0, alpha=alpha)
     out = draw(denoiser, steps, "ancestral", seed=500 + steps)
@@ -95,7 +95,7 @@ def test_law_under_each_schedule(schedule, steps):
 @pytest.mark.parametrize("sampler", EXACT)
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_law_of_a_denoiser_that_knows_the_time(sampler, steps):
-    """Each pass must be told the time at the start of its own step."""
+    """Each pass gets the time at the start of its own step."""
     denoiser = Perfect(SMALL, heat=3.0)
     out = draw(denoiser, steps, sampler, seed=200 + steps)
     assert agree(SMALL, out.ids, LAW[sampler](denoiser, steps, unknown(SMALL))) > ALPHA
@@ -189,9 +189,7 @@ def test_temperature_sharpens_each_draw(temperature):
 
 
 def test_network_evaluations_are_the_non_empty_steps():
-    """Ancestral: L positions fall independently into N equal steps, so N (1 - (1 - 1/N)^L) steps
-    are not empty on average.
-    """
+    """L positions fall independently into N equal steps: N (1 - (1 - 1/N)^L) are not empty."""
     for steps in (2, 5, 16):
         denoiser = Perfect(LONG)
         out = draw(denoiser, steps, "ancestral", seed=9)
@@ -206,8 +204,9 @@ def test_network_evaluations_are_the_non_empty_steps():
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 1024])
 def test_ancestral_plan_has_the_law_of_the_schedule(steps):
-    """P(revealed in step i) = (alpha(t_{i+1}) - alpha(t_i)) / (1 - alpha(1)); 1 / steps for the
-    log-linear schedule, and for a bent one.
+    """P(revealed in step i) = (alpha(t_{i+1}) - alpha(t_i)) / (1 - alpha(1)).
+
+    1 / steps for the log-linear schedule.
     """
 
     class Bent:
@@ -240,9 +239,7 @@ def test_first_hitting_groups_are_equal_up_to_one_and_uniform(L, steps):
 
 
 def test_carry_out_obeys_any_plan():
-    """A hand-made plan: steps out of order and with gaps; each position sees exactly the earlier
-    ones.
-    """
+    """A plan with gaps and steps out of order: each position sees exactly the earlier ones."""
     seen = []
 
     class Spy(Perfect):
@@ -265,8 +262,9 @@ def test_carry_out_obeys_any_plan():
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_released_noise_has_nearly_the_law_and_belongs_to_the_text(steps):
-    """Where few outcomes share the mass the truncation cannot be seen: chi-square against the exact
-    law. Text i is the same in any batch.
+    """Over few outcomes the truncation is invisible: chi-square against the exact law.
+
+    Text i is the same in any batch.
     """
 
     def draw_float32(**how):

@@ -1,4 +1,4 @@
-"""The plan of rounds: the paper's numbers, and that each student is the next teacher."""
+"""The rounds have the paper's numbers, and each student is the next teacher."""
 
 import pytest
 

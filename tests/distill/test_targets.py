@@ -1,6 +1,4 @@
-"""The teacher's targets against Algorithm 1 written out, and against their exact means over an
-enumerated language.
-"""
+"""Targets against Algorithm 1 as a plain loop, and against exact means over a language."""
 
 from itertools import product
 
@@ -45,7 +43,7 @@ def test_times(times, substeps):
 
 
 def test_released_times_are_those_read_in_the_code():
-    """REFERENCE.md Q1, at t = 0.5 and dt = 1/1024."""
+    """The grid of the released code (deviation Q1) at t = 0.5 and dt = 1/1024."""
     t = torch.tensor([0.5], dtype=torch.float64)
     assert released_times(t, 1 / 1024, 2)[:, 0].tolist() == pytest.approx([0.749, 0.249], abs=1e-3)
     assert released_times(t, 1 / 1024, 4)[:, 0].tolist() == pytest.approx(
@@ -66,8 +64,9 @@ def test_released_times_are_those_read_in_the_code():
     ],
 )
 def test_the_released_first_step_reveals_too_little(dt, exact, released):
-    """PAPER.md 1.3: mean chance of a masked position to be revealed in the first substep, t
-    uniform, in rounds 1, 5, 6, 7.
+    """Mean probability that the first substep reveals a masked position, in rounds 1, 5, 6, 7.
+
+    t is uniform.
     """
     t = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
     u = ((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000).expand(500, -1)
@@ -104,8 +103,9 @@ def test_reveal_substep_has_the_law_of_a_draw_in_every_substep(times, substeps):
 
 
 def textbook(denoiser, xt, t, dt, substeps, u_reveal, u_token, times):
-    """Algorithm 1, one text and one position at a time; gives log targets of the masked positions
-    in row order, and the reveal substeps.
+    """Algorithm 1, one text and one position at a time.
+
+    Returns the log targets of the masked positions in row order, and the reveal substeps.
     """
     language, rows, when = denoiser.language, [], []
     for b, row in enumerate(xt.tolist()):
@@ -157,9 +157,7 @@ def test_against_the_algorithm_written_out(times, substeps, heat):
 @pytest.mark.parametrize("substeps", [2, 3, 4])
 @pytest.mark.parametrize("heat", [0.0, 1.0], ids=["ignores-time", "knows-time"])
 def test_mean_over_draws_is_the_exact_mean(times, substeps, heat):
-    """E log target of every masked position, by summing over reveal patterns and tokens; 5 standard
-    errors.
-    """
+    """E log target of every masked position, summed over reveals and tokens; 5 standard errors."""
     denoiser, N = Perfect(LANGUAGE, heat), 15_000
     xt, t, dt = torch.tensor([3, 1, 3, 3]), 0.45, 0.15
     u_reveal, u_token = draws(N, 4, 50 + substeps)
@@ -185,9 +183,7 @@ def test_mean_over_draws_is_the_exact_mean(times, substeps, heat):
 
 @grids
 def test_two_substeps_enumerated(times):
-    """Every reveal pattern and token of the one draw that matters, weighed: equal to the oracle to
-    float64.
-    """
+    """The weighted sum over all reveal patterns and tokens equals the oracle in float64."""
     denoiser, xt, t, dt = Perfect(LANGUAGE), torch.tensor([3, 3, 2, 3]), 0.6, 0.25
     start = grid(times, t, dt, 2)[0]
     r, p = reveal_chance(start, max(start - dt, 0.0)), LANGUAGE.posterior[LANGUAGE.index(xt)]
@@ -240,7 +236,7 @@ def test_nothing_masked_gives_no_targets(times):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_divergence_loss_is_its_plain_sum(divergence):
-    """Student and teacher each with a readout of its own; no gradient reaches the teacher."""
+    """Student and teacher each have their own readout; no gradient reaches the teacher."""
     generator = torch.Generator().manual_seed(1)
     h, weight, bias = (
         torch.randn(*shape, generator=generator, requires_grad=True)
@@ -341,9 +337,11 @@ class Tiny(torch.nn.Module):
 
 @pytest.mark.parametrize("divergence", OPTIMA)
 def test_a_tiny_network_reaches_the_exact_optimum(divergence):
-    """Trained on all states of a language of 3 tokens and length 3: within a total variation of
-    0.035 of its optimum at every masked position (0.008 on average; measured 0.022 and 0.005),
-    while the two optima lie over 0.06 apart: kl_backward sharpens, kl_forward does not.
+    """A network reaches the optimum of its divergence: kl_backward sharpens, kl_forward does not.
+
+    Trained on all states of a language of 3 tokens and length 3, it is within a total variation of
+    0.035 of its optimum at every masked position (0.008 on average; measured 0.022 and 0.005). The
+    two optima are over 0.06 apart.
     """
     language = Language(3, 3, seed=5, sharpness=2.0)
     teacher, t, dt, steps = Perfect(language), 0.8, 0.4, 500

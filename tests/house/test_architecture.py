@@ -1,4 +1,4 @@
-"""docs/architecture.md lists every file of the source and of the rules with its first sentence."""
+"""docs/architecture.md lists all files of the source and the rules with their first sentences."""
 
 import ast
 import re

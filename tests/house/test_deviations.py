@@ -1,5 +1,6 @@
-"""Where the released code differs (docs/deviations.md): both values of what is arithmetic, the
-right one of what is control flow.
+"""Differences from the released code (docs/deviations.md).
+
+Arithmetic: both values. Control flow: the right value.
 
 Q and R numbers are those of docs/deviations.md; facts about the released code are those of its
 fixtures or of its formulas as described there.

@@ -1,6 +1,4 @@
-"""The law of the house: leaves are blind to one another, mathematics knows torch alone, and nothing
-heavy is imported before it is used.
-"""
+"""The import law: leaves are independent, mathematics uses torch alone, heavy imports are late."""
 
 import ast
 import subprocess
@@ -48,8 +46,9 @@ LATE = [
 
 @cache
 def imports(path: Path, late: bool = True) -> set[str]:
-    """Dotted names that a file imports: all, or with late=False those of the module's own level
-    (TYPE_CHECKING aside).
+    """Dotted names that a file imports; with late=False only those at the module's own level.
+
+    Imports under TYPE_CHECKING do not count.
     """
     found = set()
 
@@ -119,8 +118,9 @@ def test_leaves_do_not_import_one_another(path):
     "path", [p for p in FILES if place(p) in BELOW], ids=lambda p: str(p.relative_to(SOURCE))
 )
 def test_what_leaves_stand_on_knows_no_leaf_when_imported(path):
-    """checkpoint builds networks and config asks samplers for their limits, but only inside of
-    functions; commands are known to cli and the public functions alone.
+    """checkpoint and config import leaves only inside of functions.
+
+    Only cli and the public functions import commands.
     """
     early = {
         name.split(".")[1] for name in imports(path, late=False) if name.startswith("halfstep.")
@@ -150,7 +150,7 @@ def test_nothing_that_computes_knows_mlflow_or_snakemake(path):
 
 
 def test_files_that_need_something_heavy_are_imported_late():
-    """Only from inside a function, or by one another."""
+    """Only from inside of a function, or from each other."""
     for path in LATE:
         module = ".".join(
             ("halfstep", *path.relative_to(SOURCE).with_suffix("").parts)

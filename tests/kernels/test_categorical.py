@@ -65,8 +65,9 @@ def test_inverse_cdf_is_the_smallest_token_whose_cdf_exceeds_u():
 @pytest.mark.parametrize("V", [2, 7, 10, 49, 50, 101])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inverse_cdf_never_gives_a_token_without_mass(V, dtype):
-    """Every place of a lone allowed token, at the ends of the unit interval too; then half of the
-    tokens forbidden.
+    """A single allowed token is drawn at any place, also at the ends of the unit interval.
+
+    Then half of the tokens are forbidden.
     """
     u = torch.tensor([0.0, 2**-53, 0.5, LAST], dtype=torch.float64)
     for v in range(V):
@@ -91,8 +92,9 @@ def test_inverse_cdf_never_gives_a_token_without_mass(V, dtype):
 
 
 def test_inverse_cdf_keeps_the_tail_that_float32_noise_cuts_off():
-    """V = 50257, a flat tail of 1e-3 in all: its share among draws is exact (released code at
-    reveal chance 1/1024: 0.15 of it).
+    """A flat tail of 1e-3 over 50,257 tokens has its exact share among the draws.
+
+    The released code at reveal probability 1/1024 has 0.15 of it.
     """
     V, N = 50257, 4000
     log_p = torch.full((V,), float(np.log(1e-3 / (V - 1))))

@@ -1,4 +1,4 @@
-"""Products and the arithmetic beside them, against float64."""
+"""Linear layers and their backward passes against float64."""
 
 import copy
 
@@ -87,7 +87,7 @@ def test_a_row_does_not_depend_on_the_rows_and_words_beside_it(K, N):
 
 
 def test_what_is_not_for_onednn_is_torchs(monkeypatch):
-    """float64, autocast and small matrices, to the bit; nothing where there is no oneDNN."""
+    """float64, autocast and small matrices use torch, bit for bit; so does a CPU without oneDNN."""
     (up, down), x = layers(256, 768), torch.randn(9, 256)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear(x, up), up(x)) and torch.equal(
@@ -102,7 +102,7 @@ def test_what_is_not_for_onednn_is_torchs(monkeypatch):
 
 @onednn
 def test_a_packed_network_writes_the_same_texts():
-    """Its tensors are the network's own; inside autocast and where it learns it is the network."""
+    """A packed network shares its tensors, and equals the network in autocast and in training."""
     torch.manual_seed(0)
     network = DiT(5000, 256, 2, 4)
     for p in network.parameters():
@@ -156,7 +156,7 @@ def test_log_softmax_in_place():
 
 @pytest.mark.parametrize("timed", [False, True], ids=["blind", "timed"])
 def test_a_wide_network_learns_as_with_torchs_own_layers(monkeypatch, timed):
-    """Features and all gradients, with some positions asked for."""
+    """Features and all gradients, with features of some positions only."""
     torch.manual_seed(0)
     network = DiT(300, 256, 3, 4)
     for p in network.parameters():

@@ -1,4 +1,4 @@
-"""Replayed passes say what eager ones say.
+"""Replayed passes equal eager passes.
 
 A tape stands in for a CUDA graph: it keeps tensors, not the code that made them, and hears the host
 asking.
@@ -42,8 +42,9 @@ EMPTY = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty}
 
 
 class Tape(TorchDispatchMode):
-    """The operations of a pass, over the very tensors that it used; a replay writes each result
-    where the first one lay.
+    """The operations of a pass on the tensors that it used.
+
+    A replay writes each result where the first result was.
     """
 
     def __init__(self):
@@ -74,8 +75,9 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def tapes(monkeypatch) -> list[Tape]:
-    """Tapes recorded in place of CUDA graphs, on the CPU; as there, capturing leaves the output's
-    memory unwritten.
+    """Tapes recorded in place of CUDA graphs, on the CPU.
+
+    As with CUDA graphs, a capture leaves the memory of the output unwritten.
     """
     made = []
 
@@ -102,8 +104,9 @@ def denoiser(timed: bool = False) -> SubsDenoiser:
 @pytest.mark.parametrize("compute", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("timed", [False, True], ids=["blind", "timed"])
 def test_any_number_of_texts_in_any_order(tapes, timed, compute):
-    """Features of eager passes, whatever came before and fills the bucket; what was given out stays
-    as it was; a capture for each power of two.
+    """Features equal those of eager passes, whatever earlier passes left in the bucket.
+
+    Results stay unchanged after later passes; there is one capture per power of two.
     """
     eager, random = denoiser(timed), torch.Generator().manual_seed(1)
     ours, held = eager.inference_copy, []
@@ -164,9 +167,7 @@ def test_memory_made_in_inference_mode_serves_outside_of_it(tapes):
 
 
 def test_what_is_not_replayed(tapes):
-    """A pass that wants gradients, one with dropout, and one of too many tokens once its bucket is
-    filled.
-    """
+    """Passes with gradients, with dropout, or with too many tokens are not replayed."""
     ours, x, t = denoiser().inference_copy, torch.zeros(5, 12, dtype=torch.long), torch.zeros(5)
     ours.network.requires_grad_()
     assert ours.features(x, t).requires_grad
@@ -184,9 +185,7 @@ def test_what_is_not_replayed(tapes):
 
 @pytest.mark.parametrize("timed", [False, True], ids=["blind", "timed"])
 def test_samples_are_those_of_eager_passes(tapes, timed):
-    """Token for token, while texts with nothing to reveal drop out of the passes; a second call
-    captures nothing.
-    """
+    """Texts are equal while finished texts leave the passes; a second call captures nothing."""
     one, given = denoiser(timed), torch.full((7, 10), 31)
     for i in range(7):
         given[i, : i + 3] = i
@@ -200,9 +199,11 @@ def test_samples_are_those_of_eager_passes(tapes, timed):
 
 
 class Device(TorchDispatchMode):
-    """Meta as a device that is not the host: an operation has all its tensors on one of the two,
-    except copies. What comes from the device is one of `answers`, in turn; for a number or a number
-    of rows it cannot be asked at all. Noted are answers, passes of a network, and what is sent.
+    """The meta device as a device other than the host.
+
+    An operation has all its tensors on one of the two, except copies. Copies to the host return
+    `answers` in turn; the host cannot ask for a number or a count at all. Answers, passes of a
+    network and copies to the device are noted.
     """
 
     def __init__(self, *answers):
@@ -265,8 +266,9 @@ def test_no_pass_waits_for_the_device(monkeypatch, timed):
 
 @pytest.mark.parametrize("timed", [False, True], ids=["blind", "timed"])
 def test_a_training_step_waits_once_before_its_first_pass(monkeypatch, timed):
-    """For the masks, and in a round for the substeps in which they fall; then nothing is asked
-    until the gradients are there.
+    """Once for the masks, and in a round for the substeps of the reveals.
+
+    Afterwards the host asks nothing until the gradients are computed.
     """
     monkeypatch.setattr(torch, "autocast", lambda *args, **how: nullcontext())
     one, random, schedule = denoiser(timed), torch.Generator().manual_seed(2), LogLinear()
@@ -296,8 +298,10 @@ def test_a_training_step_waits_once_before_its_first_pass(monkeypatch, timed):
 
 
 def test_the_order_of_a_capture(monkeypatch):
-    """PyTorch's rules: warm up on a stream of its own, which waits for what was launched before,
-    and is waited for; record there; hold what was recorded.
+    """The order that PyTorch asks for.
+
+    Warm up on a side stream that waits for earlier work and is waited for; then record there, and
+    keep the result.
     """
     events, signature = [], inspect.signature(torch.cuda.graph.__init__)
 
@@ -348,7 +352,7 @@ def test_the_order_of_a_capture(monkeypatch):
 
 
 def test_generate_and_latency_replay(tapes, pipeline, tmp_path):
-    """The commands that write texts, and the same texts as without."""
+    """`generate` and `latency` replay, and texts are the same as without."""
     line = f"generate --checkpoint {pipeline.teacher} --steps 8 --num-samples 4 --output"
     done(f"{line} {tmp_path}/texts {MACHINE}")
     assert (

@@ -1,6 +1,4 @@
-"""The denoiser network: sizes and key names of the published checkpoints, and what a Denoiser
-promises.
-"""
+"""The network: sizes and parameter names of published checkpoints, members of a Denoiser."""
 
 import json
 from pathlib import Path
@@ -56,9 +54,9 @@ def test_parameters_of_the_sizes_that_were_only_timed(size, billions):
 @pytest.mark.parametrize("size", EXACT)
 @pytest.mark.parametrize("kind", ["dit", "ar"])
 def test_names_and_shapes_of_the_published_checkpoints(kind, size):
-    """Exactly theirs.
+    """Exactly the published names.
 
-    The peer differs in two things: no column for the mask token and no bias in the head.
+    The baseline differs in two things: no column for the mask token and no bias in the head.
     """
     network = on_meta(DiT if kind == "dit" else GPT, 50257, size)
     theirs = PUBLISHED[f"{kind}-{size}"]
@@ -83,7 +81,7 @@ def test_names_and_shapes_of_the_published_checkpoints(kind, size):
 
 
 def test_a_fresh_network_says_nothing():
-    """adaLN-zero and a zero head: every token equally likely, at every position."""
+    """adaLN-zero and a zero head make every token equally likely at every position."""
     torch.manual_seed(0)
     network = DiT(11, 32, 2, 2)
     h = network(torch.randint(0, 12, (2, 9)))
@@ -140,9 +138,7 @@ def test_denoiser_reads_out_the_data_tokens_only():
     ids=["denoiser", "gpt"],
 )
 def test_log_probabilities_are_float32_inside_autocast(make):
-    """Logits rounded to bfloat16 (three digits) would move the teacher's draws and the baseline's:
-    the released code does so (Q12).
-    """
+    """Logits are not rounded to bfloat16, which would move the draws (deviation Q12)."""
     model, h = make(), torch.randn(20, 32, generator=torch.Generator().manual_seed(2))
     expected = model.log_p(h)
     with torch.autocast("cpu", torch.bfloat16):
@@ -151,9 +147,7 @@ def test_log_probabilities_are_float32_inside_autocast(make):
 
 
 def test_time_conditioning():
-    """With a noise level the network is told sigma(t) of each text; without it time changes
-    nothing.
-    """
+    """A time-conditioned network gets sigma(t) of each text; for any other, t changes nothing."""
     network, x, t = tiny(), torch.full((3, 5), 11), torch.tensor([0.1, 0.5, 0.999])
     blind, knowing = (
         SubsDenoiser(network, LogLinear()),

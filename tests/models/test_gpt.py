@@ -21,7 +21,7 @@ def tiny(vocabulary=13, width=32, blocks=2, heads=4) -> GPT:
 
 
 def decode(gpt, count, length, bos_id, seed, first=0, prompt=None, **how):
-    """Texts first, first + 1, ... of the seed, by a decoder of their own."""
+    """Texts first, first + 1, ... of the seed, with a new decoder."""
     start = torch.tensor([bos_id]) if prompt is None else prompt
     return Decoder(gpt, count, length, **how).write(start, uniforms(seed, first, count, length))
 
@@ -78,8 +78,9 @@ def test_generation_equals_the_full_pass(how):
 
 
 def test_the_windows_of_the_graphs_equal_the_exact_ones(monkeypatch):
-    """What a CUDA graph replays (more keys than are written, masked, of whatever another text left
-    there), run here without the graph.
+    """The step that a CUDA graph replays, without the graph.
+
+    It reads more keys than are written, masked, with values of another text in them.
     """
     gpt, u = tiny(), uniforms(4, 0, 5, 30)
     exact, decoder, windows, step = Decoder(gpt, 5, 30), Decoder(gpt, 5, 30), [], Decoder.step
@@ -157,9 +158,7 @@ def test_nucleus_keeps_the_fewest_tokens_that_reach_the_mass():
 
 
 def test_transformers_loads_the_same_function_and_tokenizer(tmp_path):
-    """AutoModelForCausalLM and AutoTokenizer on the folder alone: log-probabilities within 1e-4,
-    equal ids, equal texts.
-    """
+    """transformers loads the folder: log-probabilities within 1e-4, equal ids, equal texts."""
     transformers = pytest.importorskip("transformers")
     text = (
         "Once upon a time Ann lost her red kite. She looked for it in the old barn. <|endoftext|>"

@@ -1,5 +1,6 @@
-"""Copy from the folder of fixtures what the parity tests need: `python
-tests/parity/copy_fixtures.py ../shared/fixtures`.
+"""Copy the fixtures that the parity tests need.
+
+Usage: python tests/parity/copy_fixtures.py ../shared/fixtures
 """
 
 import json

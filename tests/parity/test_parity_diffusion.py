@@ -42,8 +42,9 @@ def test_stratified_times_as_mdlm_draws_them():
 
 
 def test_stratified_times_as_sdtt_draws_them():
-    """One uniform for all, shifted by i / B and wrapped: the same set as ours with the uniform
-    frac(B u) in every stratum. We draw MDLM's way.
+    """The released lattice has one uniform for all, shifted by i / B and wrapped.
+
+    It equals our set with the uniform frac(B u) in every stratum. Ours are drawn as MDLM does.
     """
     fixture = arrays("noise.npz")
     B, u = len(fixture["sdtt_t"]), fixture["sdtt_u"].double()
@@ -54,9 +55,10 @@ def test_stratified_times_as_sdtt_draws_them():
 
 @pytest.mark.parametrize("tag", ["cont", "T1000"])
 def test_nelbo_and_its_gradient(tag):
-    """Loss and gradient norms of the released objective: continuous time, and T = 1000 which is the
-    same weight on a grid of times. The reference's mask of padding (row 1 ends in 7 padded tokens)
-    is laid on by hand: halfstep packs windows and has no padding.
+    """Loss and gradient norms of the released objective, in continuous time and for T = 1000.
+
+    T = 1000 is the same weight on a grid of times. The padding mask of the reference (row 1 ends in
+    7 padded tokens) is applied by hand, because halfstep packs windows without padding.
     """
     fixture = arrays("mdlm_loss_a.npz")
     x0, t, u, kept = (
@@ -98,8 +100,10 @@ def test_nelbo_and_its_gradient(tag):
 
 
 def transition(x, log_p, t, dt):
-    """Our law of one step over 257 outcomes: revealed with the posterior's chance, then from p(x0 |
-    xt); visible tokens stay.
+    """Our law of one step over 257 outcomes.
+
+    A reveal has the probability of the posterior, its token is drawn from p(x0 | xt), and visible
+    tokens stay.
     """
     r = reveal_probability(t, (t - dt).clamp(min=0), SCHEDULE)[:, None, None]
     moved = torch.cat([r * log_p.double().exp(), (1 - r).expand(*x.shape, 1)], -1)
@@ -108,9 +112,7 @@ def transition(x, log_p, t, dt):
 
 
 def test_ancestral_transition():
-    """Rows at t = 0.9, 0.5, 0.2, steps 1/16 and 1/8: absolute 1e-6, with the reference's log p and
-    with ours.
-    """
+    """Rows at t = 0.9, 0.5, 0.2, steps 1/16 and 1/8: absolute 1e-6, with both log p."""
     fixture = arrays("transitions.npz")
     x, t = fixture["x"][1:4], fixture["t"][1:4].double()
     ours, theirs = subs(denoiser("student"), x), fixture["log_p_x0"][1:4, :, :MASK]
@@ -128,8 +130,9 @@ def test_ancestral_transition():
 
 
 def test_analytic_transition_has_the_same_law():
-    """SEDD's Tweedie step in the released code at t = 0.9, dt = 1/8 equals our ancestral one: one
-    kernel serves both names.
+    """SEDD's Tweedie step in the released code equals ours, so one function has both names.
+
+    Checked at t = 0.9, dt = 1/8.
     """
     fixture, log_p = arrays("analytic.npz"), arrays("transitions.npz")["log_p_x0"][..., :MASK]
     x = fixture["x"]
@@ -141,8 +144,9 @@ def test_analytic_transition_has_the_same_law():
 
 
 def test_the_released_noise_repeats_the_released_states():
-    """draw_dtype float32-released, given the reference's uniforms, makes the reference's own next
-    states: mask or token at every position.
+    """With the uniforms of the reference, ancestral_float32 makes the same next states.
+
+    Each position has the same token or mask.
     """
     from halfstep.kernels.categorical import released_race
 
@@ -157,8 +161,9 @@ def test_the_released_noise_repeats_the_released_states():
 
 
 def test_two_steps_of_a_prompted_run():
-    """The reference's states under its own noise (argmax of q / (1e-10 - log(u + 1e-10))), from our
-    probabilities.
+    """The states of the reference from our probabilities and its noise.
+
+    The noise is argmax of q / (1e-10 - log(u + 1e-10)).
     """
     fixture, model = arrays("sample_ancestral.npz"), denoiser("teacher")
     dt = fixture["dt"].item()

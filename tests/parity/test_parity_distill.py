@@ -1,6 +1,4 @@
-"""Parity with the released code: targets with `teacher_times` released and exact, divergences,
-losses and gradients.
-"""
+"""Parity with the released code: targets on both time grids, divergences, losses, gradients."""
 
 import itertools
 
@@ -26,8 +24,9 @@ def reference_states(fixture, way, m):
 
 
 def uniforms_that_reveal(states, starts, dt, teacher):
-    """u_reveal and u_token under which our draws repeat the reference's reveals and tokens: the
-    middle of each interval.
+    """Uniforms with which our draws repeat the reveals and tokens of the reference.
+
+    Each is the middle of its interval.
     """
     B, L = states[0].shape
     chance = reveal_probability(starts, (starts - dt).clamp(min=0), SCHEDULE)
@@ -98,9 +97,7 @@ def test_targets(name, way):
 @CASES
 @pytest.mark.parametrize("loss", NAMES)
 def test_kl_losses_and_gradients(name, loss):
-    """The released mean over masked tokens (relative 1e-4) and the norm of each parameter's
-    gradient (relative 1e-3).
-    """
+    """The released mean over masked tokens (relative 1e-4) and gradient norms (relative 1e-3)."""
     fixture = arrays(name)
     masked = fixture["xt"] == MASK
     for way, key in (("alg", f"alg_loss_{loss}"), ("ref", f"loss_{loss}")):
@@ -161,9 +158,7 @@ def test_released_mse_and_tvd_are_other_formulas(name):
 
 @pytest.mark.parametrize("case", ["plain", "subs"])
 def test_divergences(case):
-    """Float64: relative 1e-9 where the formulas agree; `subs` rows hold the mask's column, which
-    ours leaves out.
-    """
+    """Float64: relative 1e-9 where the formulas agree; ours leave out the column of the mask."""
     fixture = arrays("divergences.npz")
     log_p, log_q = (fixture[f"{case}_{side}_logp"].double() for side in ("student", "teacher"))
     if case == "subs":

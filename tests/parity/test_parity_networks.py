@@ -55,9 +55,7 @@ def test_time_does_not_matter_to_a_network_that_ignores_it():
 
 
 def test_autoregressive_network():
-    """The reference's head has a bias and a column for the mask, set to -1000; ours has neither, so
-    both are added here.
-    """
+    """The head of the reference has a bias and a mask column of -1000; both are added to ours."""
     fixture, state = arrays("ar.npz"), load_file(HERE / "ar.safetensors")
     network = GPT(257, width=48, blocks=2, heads=4).eval()
     bias = state.pop("output_layer.linear.bias")

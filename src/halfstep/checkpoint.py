@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor, nn
 
-    from halfstep.diffusion.contracts import Denoiser
     from halfstep.models.denoiser import SubsDenoiser
     from halfstep.models.dit import DiT
 
@@ -53,7 +52,7 @@ class Model:
     tokenizer: Tokenizer
     meta: dict
     sha256: str
-    denoiser: Denoiser | None
+    denoiser: SubsDenoiser | None
 
     @property
     def length(self) -> int:

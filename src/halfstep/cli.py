@@ -36,7 +36,7 @@ COMMANDS = {  # name: (module:function, what it does)
     ),
     "distill-round": (
         "halfstep.commands.distill:distill_round",
-        "run one round of SDTT: the student learns two teacher steps in one",
+        "run one round of SDTT: one student step replaces several teacher steps",
     ),
     "generate": (
         "halfstep.commands.generate:generate",
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         advice = ADVICE.get(error.errno, "check the path")
         return _refuse(name, f"{where}{error.strerror}; {advice}")
-    # Only after success: leaving the group in good order takes all processes.
+    # Only after success, because destroy_process_group needs every rank.
     if group := sys.modules.get("halfstep.distributed.group"):
         group.leave_group()
     return 0

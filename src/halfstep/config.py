@@ -361,7 +361,7 @@ class Machine(Section):
     """windows per forward pass; training accumulates gradients up to batch_size"""
     processes: PositiveInt | None = None
     """number of processes that share this job, one per GPU; they are started through torchrun,
-    unless torchrun started this process; any number by default"""
+    unless torchrun started this process (default: one, or as many as torchrun started)"""
     time_limit: Positive | None = None
     """time limit of a training in minutes; before it ends, the training saves its state and exits
     with code 75; the same command resumes it"""
@@ -460,9 +460,13 @@ class Config(Section):
         runs = teacher.runs.values() or [teacher.distillation]
         own = max(run.teacher_steps for run in runs)
         most = max(own if count == "own" else count for count in self.sampling.steps)
-        if most > corpus.length and self.sampling.sampler != "ancestral":
-            self._check_steps(most, corpus.length, of)
+        if most > corpus.length and self.sampling.sampler != "ancestral":  # spares torch's import
+            self._check_steps("sampling.steps", most, corpus.length, of)
         prompts = self.continuations
+        if prompts and self.sampling.sampler != "ancestral":
+            written = prompts.prompt_tokens + prompts.continuation_tokens
+            most = max(prompts.continuation_steps)
+            self._check_steps("continuations.continuation_steps", most, written, "of prompts")
         if prompts and prompts.prompt_tokens + prompts.continuation_tokens >= corpus.length:
             raise ValueError(
                 "continuations: prompt_tokens + continuation_tokens are "
@@ -470,14 +474,14 @@ class Config(Section):
                 f"{corpus.length} tokens, EOS at its end; lower one of them"
             )
 
-    def _check_steps(self, steps: int, length: int, of: str) -> None:
+    def _check_steps(self, key: str, steps: int, length: int, of: str) -> None:
         from halfstep.diffusion.samplers import SAMPLERS  # imports torch; rarely needed
         from halfstep.errors import HalfstepError
 
         try:
             SAMPLERS[self.sampling.sampler].check_steps(self.sampling.sampler, steps, length)
         except HalfstepError as error:
-            raise ValueError(f"sampling.{error} ({of})") from None
+            raise ValueError(f"{str(error).replace('steps', key, 1)} ({of})") from None
 
 
 @dataclass(frozen=True)

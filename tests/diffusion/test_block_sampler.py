@@ -8,6 +8,7 @@ from halfstep.diffusion.block_sampler import block, blocks
 from halfstep.diffusion.contracts import Draws
 from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import LogLinear
+from halfstep.errors import HalfstepError
 from halfstep.kernels.categorical import inverse_cdf, uniforms
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
@@ -87,3 +88,12 @@ def test_block_keeps_what_is_given_counts_shares_and_equals_whole_passes_in_one_
     x, draws = given.expand(6, -1), Draws(seed=1)
     kept, whole = (block(denoiser, x, draws, 3, keep_kv).ids for keep_kv in (True, False))
     assert torch.equal(kept, whole)  # a whole pass for each block, and nothing after it
+
+
+def test_block_refuses_a_denoiser_without_keys_and_values():
+    class Plain:
+        mask_id, vocab_size = 3, 3
+
+    x = torch.full((1, 4), 3)
+    with pytest.raises(HalfstepError, match="Plain keeps no keys and values; use another sampler"):
+        block(Plain(), x, Draws(), 2)

@@ -238,7 +238,7 @@ def test_first_hitting_groups_are_equal_up_to_one_and_uniform(L, steps):
     assert chi_square(place, plan[0].bincount(minlength=groups).double() / L) > ALPHA
 
 
-def test_carry_out_obeys_any_plan():
+def test_run_plan_executes_any_plan():
     """A plan with gaps and steps out of order: each position sees exactly the earlier ones."""
     seen = []
 

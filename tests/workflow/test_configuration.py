@@ -269,3 +269,18 @@ def test_committed_schema_is_the_models_own(tmp_path):
     committed = json.loads((REPOSITORY / "workflow/schemas/config.schema.json").read_text())
     assert written == committed, "run `halfstep write-schema`"
     assert {"corpora", "teachers", "sampling"} <= committed["properties"].keys()
+
+
+def test_prompts_are_not_continued_in_more_steps_than_a_sampler_can_use():
+    """A job would fail after all training."""
+    steps = {"continuation_steps": [8, 128], "prompt_tokens": 12, "continuation_tokens": 12}
+    config = {
+        "preset": "ci",
+        "sampling": {"sampler": "first_hitting", "steps": [8]},
+        "continuations": {**steps, "document_tokens": 30, "num_prompts": 4},
+    }
+    expected = r"continuations\.continuation_steps: found 128, but sampler first_hitting .*most 24"
+    with pytest.raises(ConfigError, match=expected):
+        resolve(config, REPOSITORY / "workflow" / "presets")
+    config["sampling"]["sampler"] = "ancestral"
+    assert resolve(config, REPOSITORY / "workflow" / "presets").continuations

@@ -60,7 +60,7 @@ def distill_round(
     source = checkpoint.read_meta(teacher)
     _check_teacher(source, teacher, windows, corpus, round)
 
-    # The pretrained teacher hands over its average; a later student goes on with its raw weights.
+    # Round 1 starts from the teacher's averaged weights, later rounds from its raw weights.
     first = round == 1
     begin_with = "ema" if first else "raw"
     weights = {
@@ -75,6 +75,7 @@ def distill_round(
     # Every rank has the whole teacher, because the passes of a teacher depend on its texts.
     teacher_weights = "ema" if first else run.next_teacher
     old = checkpoint.load_checkpoint(teacher, teacher_weights, str(device)).denoiser
+    assert old is not None  # _check_teacher has refused an autoregressive model
 
     optimizer_state = None
     if not first and not run.reset_optimizer:
@@ -229,8 +230,8 @@ def flops_per_token(
     """Expected FLOPs of one update per token of its batch.
 
     Over all times the schedule masks `masked_share` of the tokens, and the first substep reveals
-    what it masks less after dt. A text in which nothing is revealed takes no further pass of a
-    teacher that ignores time.
+    the share that is no longer masked dt later. A text in which nothing is revealed takes no
+    further pass of a teacher that ignores time.
     """
     masked = masked_share(teacher.schedule)
     revealed = masked - masked_share(teacher.schedule, round.dt)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from halfstep.errors import HalfstepError
 from halfstep.files import sha256, write_atomic, write_json
 from halfstep.kernels.categorical import uniforms
 from halfstep.metrics.rows import model_name
+from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.gpt import GPT, Decoder
 from halfstep.progress import Progress
 from halfstep.records import provenance
@@ -102,7 +103,7 @@ def text_writer(
     if model.denoiser is None:
         return _AutoregressiveWriter(model, length, options)
     SAMPLERS[options.sampler].check_steps(options.sampler, steps, length)
-    return _DiffusionWriter(model, length, steps, options, end)
+    return _DiffusionWriter(model, model.denoiser, length, steps, options, end)
 
 
 @dataclass
@@ -110,6 +111,7 @@ class _DiffusionWriter:
     """A Writer that fills in masked texts with a sampler."""
 
     model: Model
+    denoiser: SubsDenoiser
     length: int
     steps: int
     options: DrawOptions
@@ -121,9 +123,8 @@ class _DiffusionWriter:
         frame[:, :given] = prompts
         if self.end is not None:
             frame = torch.cat([frame, torch.full((count, 1), self.end)], 1)
-        denoiser: Any = self.model.denoiser
         written = sample(
-            getattr(denoiser, "inference_copy", denoiser),
+            self.denoiser.inference_copy,
             count,
             frame.shape[1],
             self.steps,

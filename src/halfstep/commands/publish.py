@@ -58,7 +58,8 @@ def import_checkpoint(
         source: file, folder or hub name
         output: folder of the checkpoint
         corpus: folder of `halfstep prepare-corpus` to use it with; gives tokenizer and length
-        tokenizer: without a corpus: hub name (gpt2) or folder (default: that of the source)
+        tokenizer: hub name (gpt2) or folder, for an import without a corpus; without it, that of
+            the source
         weights: ema or raw
         size: refuse weights of another size (small, medium, large ...)
     """

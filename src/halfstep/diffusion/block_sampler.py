@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halfstep.diffusion.contracts import Denoiser, Draws, KVDenoiser, Samples
 from halfstep.diffusion.plans import ancestral_plan, draw_tokens
+from halfstep.errors import HalfstepError
 
 SIZE = 16  # tokens per block; more where there are fewer steps than blocks of this size
 
@@ -31,7 +32,13 @@ def block(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int, keep_kv: bool
     A pass over one block counts as its share of a network evaluation. With keep_kv=False every pass
     computes the whole text.
     """
-    denoiser, x, evaluations = cast(KVDenoiser, denoiser), x.clone(), 0.0
+    if not hasattr(denoiser, "features_and_kv"):
+        raise HalfstepError(
+            f"sampler: found block, but {type(denoiser).__name__} keeps no keys and values; "
+            "use another sampler"
+        )
+    denoiser = cast(KVDenoiser, denoiser)
+    x, evaluations = x.clone(), 0.0
     N, L = x.shape
     u_reveal, u_token = draws.uniforms(N, 2 * L).to(x.device).split(L, 1)
     first_step = 0

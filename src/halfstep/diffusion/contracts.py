@@ -82,12 +82,13 @@ class Denoiser(Protocol):
     def logits(self, h: Tensor, chunk: slice = slice(None)) -> Tensor:
         """log p(x0 = v | xt) up to one constant per row: h[N, D] -> [N, V] float32.
 
-        With `chunk`, only these columns.
+        With `chunk`, only these columns. The result is a new tensor, which the caller may
+        overwrite.
         """
         ...
 
     def logits_at(self, h: Tensor, tokens: Tensor) -> Tensor:
-        """`logits` of n tokens per row: h[N, D], tokens[N, n] int64 -> [N, n]."""
+        """`logits` of n tokens per row: h[N, D], tokens[N, n] int64 -> [N, n], a new tensor."""
         ...
 
     def log_p(self, h: Tensor) -> Tensor:

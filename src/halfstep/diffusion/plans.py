@@ -54,16 +54,16 @@ def draw_tokens(denoiser: Denoiser, h: Tensor, u: Tensor, temperature: float = 1
         x = h[rows]
 
         def logits(chunk: slice, x: Tensor = x) -> Tensor:
-            return _divided(denoiser.logits(x, chunk), temperature)
+            return _divide_(denoiser.logits(x, chunk), temperature)
 
         def logits_at(place: Tensor, x: Tensor = x) -> Tensor:
-            return _divided(denoiser.logits_at(x, place), temperature)
+            return _divide_(denoiser.logits_at(x, place), temperature)
 
         tokens[rows] = inverse_cdf_chunked(logits, logits_at, chunks, u[rows])
     return tokens
 
 
-def _divided(z: Tensor, temperature: float) -> Tensor:
+def _divide_(z: Tensor, temperature: float) -> Tensor:
     return z if temperature == 1 else z.div_(temperature)
 
 
@@ -77,7 +77,7 @@ def run_plan(
     token where text is wanted and any tokens that are given; times[steps] is t at the start of each
     step; u[B, L] float64 draws each position's token.
     """
-    # All that decides what a pass holds is found on the host: no pass waits for a device.
+    # Indices are computed on the host, so no pass waits for the device.
     given, x = x.cpu(), x.clone()
     step_of = plan.cpu().masked_fill(given != denoiser.mask_id, -1)
     visits, passes = _visits(step_of)

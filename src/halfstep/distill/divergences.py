@@ -7,6 +7,8 @@ in config.py. Its gradient comes from autograd, unless GRADIENTS has a closed fo
 fewer passes over [N, V].
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -58,9 +60,10 @@ DIVERGENCES: dict[str, Divergence] = {
 # dD/dz in the student's logits z to log_q. With log p = log_softmax(z) and dD = sum_v g_v d log
 # p_v, the gradient is g - p sum_v g_v.
 
-# The two KL are summed as p (log p - log q) + q - p, whose last terms add up to zero. Then the
-# rounding of a row's normalizer counts in second order only; else it would be as large as the
-# divergence of a student that begins as its teacher. `exp_` is too coarse for p - q.
+# The two KL are summed as p (log p - log q) + q - p; the last two terms add up to zero over a row.
+# Rounding of a row's normalizer then cancels to first order. Without them it would be as large as
+# the divergence of a student that has just been copied from its teacher. For p - q `exp_` is too
+# coarse.
 
 
 def _kl_backward(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -102,7 +105,7 @@ def _l1_log_p(log_p: Tensor, log_q: Tensor) -> Tensor:
     return D
 
 
-GRADIENTS: dict[Divergence, Divergence] = {
+GRADIENTS: dict[Divergence, Callable[[Tensor, Tensor], Tensor]] = {
     kl_backward: _kl_backward,
     kl_forward: _kl_forward,
     mse: _mse,

@@ -27,8 +27,8 @@ def released_times(t: Tensor, dt: float, substeps: int) -> Tensor:
 
     t_i = t w_i + (1 - t) (t - substeps dt) with w = linspace(1, 0, substeps).
 
-    It weighs the end by 1 - t where an interpolation would take 1 - w_i. So its first reveal is
-    about 30% too rare in early rounds.
+    The weight of the interval's end is 1 - t, where an interpolation has 1 - w_i. So its first
+    reveal is about 30% too rare in early rounds.
     """
     w = torch.linspace(1, 0, substeps, dtype=t.dtype, device=t.device)
     return (t * w[:, None] + (1 - t) * (t - substeps * dt)).clamp(min=MIN_T)
@@ -131,6 +131,7 @@ def divergence_loss(
         N, V = log_p.shape
         for few in row_chunks(N, V, h.device, CACHED):
             D[few] = closed(log_p[few], log_softmax_(log_q[few]))
-        return D, log_q
+        gradient = log_q  # which the closed form has overwritten
+        return D, gradient
 
     return readout_loss(h, readout, value, value_and_gradient)

@@ -1,4 +1,4 @@
-"""The ranks of one job and what they exchange; how a job is asked to stop.
+"""The ranks of one job, what they exchange, and the requests to stop the job.
 
 torchrun starts the processes and sets RANK, WORLD_SIZE and LOCAL_RANK; without these variables
 there is one process. The engine is torch.distributed: DDP, and fully_shard (FSDP2) for large
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 import numpy as np
 import torch
@@ -149,7 +149,7 @@ def join_group(machine: Machine) -> Group:
     """Join the group that torchrun's variables describe; its GPU becomes this process's device.
 
     Raises HalfstepError if the world size is not machine.processes, where that is given, or if
-    some ranks do not come.
+    some ranks do not join in time.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if machine.processes not in (None, size):
@@ -227,7 +227,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Note SIGTERM and SIGINT, which meanwhile end nothing."""
+        """Record SIGTERM and SIGINT instead of ending the process."""
         before = {}
 
         def note(number: int, _frame: object) -> None:
@@ -245,7 +245,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def exit_stopped(code: int, label: str, step: int) -> None:
+def exit_stopped(code: int, label: str, step: int) -> NoReturn:
     """Leave the group, print one line that says why, and raise SystemExit(code)."""
     why = "the time limit is near"
     if code != OUT_OF_TIME:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from halfstep.diffusion.contracts import Readout, Schedule, Where
+from halfstep.diffusion.contracts import KVDenoiser, Readout, Schedule, Where
 from halfstep.kernels.linear import matmul, pack_network, pack_weight
 from halfstep.kernels.logits import logits, vocab_chunks
 from halfstep.models.cuda_graphs import GraphedNetwork
@@ -44,8 +45,8 @@ class SubsDenoiser:
 
         With `where`, only the features of these positions, in row order: h[N, D].
 
-        `where` is a mask [B, L] or its nonzero(as_tuple=True). Indices found on the host spare the
-        host a wait for the device.
+        `where` is a mask [B, L] or its nonzero(as_tuple=True). With indices that were computed on
+        the host, the host does not wait for the device.
         """
         return self._pass(xt, self._sigma(t), where)
 
@@ -81,7 +82,7 @@ class SubsDenoiser:
     def readout(self) -> Readout:
         """Weight [V + 1, D], whose last row is the mask token's, and bias [V].
 
-        The row stays, because the backward pass of a slice of the weight would cost one more table.
+        The row stays: the backward pass of a slice would allocate a second [V + 1, D] tensor.
         """
         linear = self.network.output_layer.linear
         return linear.weight, linear.bias[:-1]
@@ -110,3 +111,7 @@ class SubsDenoiser:
 
     def _sigma(self, t: Tensor) -> Tensor | None:
         return None if self.ignores_time else self.schedule.sigma(t)
+
+
+if TYPE_CHECKING:  # the type checker compares the class with its contract
+    _CONTRACT: type[KVDenoiser] = SubsDenoiser

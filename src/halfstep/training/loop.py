@@ -95,7 +95,8 @@ class Agreement:
     """When the ranks save their state and when they stop: all at the same step.
 
     To agree takes an all-reduce, so several ranks do it about once in AGREE_EVERY_S seconds. Each
-    time they also agree on the step of the next time. A single rank decides at every step.
+    time they also agree on the step of the next time: `pace` is the number of steps in between. A
+    single rank decides at every step.
     """
 
     group: Group

@@ -30,7 +30,9 @@ def block(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int, keep_kv: bool
     """Ancestral sampling within each block of x[N, L].
 
     A pass over one block counts as its share of a network evaluation. With keep_kv=False every pass
-    computes the whole text.
+    computes the whole text. The texts of a batch share their passes, so network evaluations depend
+    on the batch; with a time-conditioned network so do the texts, whose first pass in a block has
+    the time of the first reveal in the batch.
     """
     if not hasattr(denoiser, "features_and_kv"):
         raise HalfstepError(

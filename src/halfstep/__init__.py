@@ -89,11 +89,13 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
     from halfstep.config import GenerateOptions, Machine
     from halfstep.resolve import explain
 
-    if model.denoiser is None and (steps != 8 or sampler != "ancestral"):
-        raise HalfstepError(
-            f"steps, sampler: found {steps!r} and {sampler!r}, but an autoregressive model has no "
-            "sampler and takes one step per token; leave both out"
-        )
+    if model.denoiser is None:
+        for name, value, default in (("steps", steps, 8), ("sampler", sampler, "ancestral")):
+            if value != default:
+                raise HalfstepError(
+                    f"{name}: found {value!r}, but an autoregressive model has no sampler and "
+                    "takes one step per token; leave it out"
+                )
     if model.denoiser is not None and top_p != 1:
         raise HalfstepError(
             f"top_p: found {top_p!r}, but only an autoregressive model draws from a nucleus; "

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import halfstep
 from halfstep import checkpoint
-from halfstep.commands import distill
+from halfstep.commands import distill, train
 from halfstep.commands.data import prepare_corpus
 from halfstep.commands.distill import DistillationObjective, distill_round, watch_entropy
 from halfstep.commands.generate import draw_texts, encode_prompt, generate, text_writer
@@ -392,7 +392,7 @@ def test_an_interrupted_round_is_bit_equal(teacher, first, corpus, tmp_path, mon
         distill_round(source, corpus, round, out, distillation(), MACHINE, seed=3)
 
     run(undisturbed)
-    real = distill.batch_indices
+    real = train.batch_indices
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
 
     def failing(*args):
@@ -400,13 +400,13 @@ def test_an_interrupted_round_is_bit_equal(teacher, first, corpus, tmp_path, mon
             raise Interrupted
         return real(*args)
 
-    monkeypatch.setattr(distill, "batch_indices", failing)
+    monkeypatch.setattr(train, "batch_indices", failing)
     with pytest.raises(Interrupted):
         run(interrupted)
     with pytest.raises(HalfstepError, match="not a finished checkpoint"):
         halfstep.load(interrupted)
     assert (interrupted / "state" / "state.safetensors").exists()
-    monkeypatch.setattr(distill, "batch_indices", real)
+    monkeypatch.setattr(train, "batch_indices", real)
     run(interrupted)
     # The metas hold the checksums of all files.
     assert checkpoint.read_meta(undisturbed) == checkpoint.read_meta(interrupted)

@@ -8,9 +8,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from halfstep import checkpoint
-from halfstep.commands.train import DiffusionObjective, HeldOut, datasets, finish
+from halfstep.commands.train import DiffusionObjective, HeldOut, Job
 from halfstep.config import Distillation, Machine
-from halfstep.data.batches import batch_indices
 from halfstep.data.pack import Windows, corpus_files
 from halfstep.diffusion.contracts import Denoiser, Draws
 from halfstep.diffusion.masking import corrupt, mask_indices
@@ -20,17 +19,14 @@ from halfstep.diffusion.schedules import masked_share
 from halfstep.distill.divergences import DIVERGENCES
 from halfstep.distill.rounds import Round, plan_round
 from halfstep.distill.targets import divergence_loss, teacher_targets
-from halfstep.distributed.device import find_device
-from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.models import flops
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.records import provenance
-from halfstep.records.journal import Journal
 from halfstep.training.ema import EMA
 from halfstep.training.loop import fit
-from halfstep.training.state import Run, Start
+from halfstep.training.state import Start
 from halfstep.training.step import Batch, Tensors
 
 WATCHED, WATCHED_STEPS = 16, 32  # texts and sampling steps behind a round's val/entropy
@@ -56,9 +52,10 @@ def distill_round(
         seed: of batches, masks, times and the teacher's draws
     """
     plan = plan_round(run, round)
-    group, device, windows = join_group(machine), find_device(machine), Windows(corpus, "train")
+    base, name = output.parent.parent.name, f"{output.parent.name}/round-{round}"
+    job = Job.begin(f"distill-round/{base}/{name}", corpus, output, machine)
     source = checkpoint.read_meta(teacher)
-    _check_teacher(source, teacher, windows, corpus, round)
+    _check_teacher(source, teacher, job.windows, corpus, round)
 
     # Round 1 starts from the teacher's averaged weights, later rounds from its raw weights.
     first = round == 1
@@ -69,12 +66,12 @@ def distill_round(
     }
     network = checkpoint.build_network(source, run.dropout)
     checkpoint.load_weights(network, weights[begin_with], teacher)
-    network.to(device)
-    group.shard(network)
+    network.to(job.device)
+    job.group.shard(network)
     student = checkpoint.build_denoiser(network, source)
     # Every rank has the whole teacher, because the passes of a teacher depend on its texts.
     teacher_weights = "ema" if first else run.next_teacher
-    old = checkpoint.load_checkpoint(teacher, teacher_weights, str(device)).denoiser
+    old = checkpoint.load_checkpoint(teacher, teacher_weights, str(job.device)).denoiser
     assert old is not None  # _check_teacher has refused an autoregressive model
 
     optimizer_state = None
@@ -85,14 +82,12 @@ def distill_round(
     else:
         ema = EMA(network, run.ema_decay, weights["ema"], source["ema_updates"])
 
-    held_out = HeldOut.read(corpus, device, machine, group)
+    held_out = HeldOut.read(corpus, job.device, machine, job.group)
     validation = DiffusionObjective(student, source["training"]["min_t"], held_out)
     objective = DistillationObjective(student, old, plan, run, validation, seed)
-    length = windows.length
     meta = {
         **{key: source[key] for key in ("kind", "network", "vocab_size", "eos_id", "length")},
-        "corpus": corpus.name,
-        "corpus_sha256": windows.facts["sha256"],
+        **job.corpus_facts(),
         "run": run.model_dump(),
         "seed": seed,
         "round": round,
@@ -102,40 +97,16 @@ def distill_round(
         "training": source["training"],
     }
     digest = source["sha256"][checkpoint.FILES[begin_with]]
-    base, name = output.parent.parent.name, f"{output.parent.name}/round-{round}"
     about = {"seed": seed, "round": round, "dt": plan.dt, "student_steps": plan.student_steps}
-    with Journal(
-        output,
-        name=name,
-        node=f"distill-round/{base}/{name}",
-        params={**about, **run.model_dump()},
-        tags={"teacher": base, "run": output.parent.name, "round": round},
-        datasets=[
-            *datasets(corpus, windows),
-            {"name": "teacher", "digest": digest, "source": str(teacher)},
-        ],
-        writes=group.is_main,
-    ) as journal:
-        state = fit(
-            network,
-            objective,
-            lambda step: windows[batch_indices(len(windows), run.batch_size, seed + round, step)],
-            run,
-            Start(seed + 1000 * round, ema, optimizer_state, from_zero=True),
-            Run(
-                device=device,
-                micro_batch=machine.micro_batch,
-                folder=output / "state",
-                label=f"distill-round {base}/{name}",
-                journal=journal,
-                group=group,
-                time_limit=machine.time_limit,
-                flops_per_token=flops_per_token(student, old, plan, run.batch_size, length),
-            ),
-        )
-        finish(output, state, meta, corpus, group)
-        journal.close(checkpoint=output)
-    if not group.is_main:
+    tags = {"teacher": base, "run": output.parent.name, "round": round}
+    read_weights = {"name": "teacher", "digest": digest, "source": str(teacher)}
+    step_flops = flops_per_token(student, old, plan, run.batch_size, job.windows.length)
+    with job.journal(name, {**about, **run.model_dump()}, tags, [read_weights]) as journal:
+        batches = job.batches(run.batch_size, seed + round)
+        start = Start(seed + 1000 * round, ema, optimizer_state, from_zero=True)
+        state = fit(network, objective, batches, run, start, job.run(journal, step_flops))
+        job.finish(state, meta, journal)
+    if not job.group.is_main:
         return
     read = [
         *corpus_files(corpus, "train", "validation"),

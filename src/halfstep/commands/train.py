@@ -1,6 +1,7 @@
 """`halfstep pretrain` and `halfstep train-baseline`: the first teacher, and the baseline."""
 
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,94 @@ def train_baseline(
     save_gpt_neox(model.network, hf, model.length, model.eos_id, output / "tokenizer.json")
     read = corpus_files(corpus, "train", "validation")
     provenance.write_record(output / provenance.NAME, [output, hf], read)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every training command does around `fit`.
+
+    node: command and model, "distill-round/stories-tiny/kl_backward/round-3"
+    """
+
+    node: str
+    corpus: Path
+    output: Path
+    machine: Machine
+    windows: Windows
+    group: Group
+    device: torch.device
+
+    @classmethod
+    def begin(cls, node: str, corpus: Path, output: Path, machine: Machine) -> "Job":
+        """Join the other ranks, find the device and open the corpus."""
+        group = join_group(machine)
+        return cls(
+            node, corpus, output, machine, Windows(corpus, "train"), group, find_device(machine)
+        )
+
+    def corpus_facts(self) -> dict:
+        """Keys of meta.json that name the corpus."""
+        return {"corpus": self.corpus.name, "corpus_sha256": self.windows.facts["sha256"]}
+
+    def journal(
+        self, name: str, params: dict, tags: dict, datasets: Sequence[dict] = ()
+    ) -> Journal:
+        """The journal of this training, with the corpus as its first data set."""
+        read = {
+            "name": f"{self.corpus.name}/train",
+            "digest": self.windows.facts["sha256"],
+            "source": str(self.corpus),
+        }
+        return Journal(
+            self.output,
+            name=name,
+            node=self.node,
+            params=params,
+            tags=tags,
+            datasets=[read, *datasets],
+            writes=self.group.is_main,
+        )
+
+    def batches(self, batch_size: int, seed: int) -> Callable[[int], Tensor]:
+        """The global batch of a step, as a function of (seed, step)."""
+        windows = self.windows
+        return lambda step: windows[batch_indices(len(windows), batch_size, seed, step)]
+
+    def run(self, journal: Journal, flops_per_token: float) -> Run:
+        """Where `fit` runs, and where it reports."""
+        return Run(
+            device=self.device,
+            micro_batch=self.machine.micro_batch,
+            folder=self.output / "state",
+            label=self.node.replace("/", " ", 1),
+            journal=journal,
+            group=self.group,
+            time_limit=self.machine.time_limit,
+            flops_per_token=flops_per_token,
+        )
+
+    def finish(self, state: TrainingState, meta: dict, journal: Journal) -> None:
+        """Write the checkpoint on rank 0 and delete the rolling one; all ranks wait for that."""
+        buffers = dict(state.network.named_buffers())
+        files = {
+            "model.safetensors": {**dict(state.network.named_parameters()), **buffers},
+            "ema.safetensors": {**state.ema.shadow, **buffers},
+            "best.safetensors": {**state.best, **buffers},
+            "optimizer.safetensors": state.optimizer_state,
+        }
+        tensors = {file: self.group.gather_tensors(named) for file, named in files.items()}
+        if self.group.is_main:
+            meta = {
+                **meta,
+                "ema_updates": state.ema.updates,
+                "best_step": state.best_step,
+                # Sorted, because a resumed training has the figures in another order.
+                "validation": dict(sorted(state.validation.items())),
+            }
+            checkpoint.save_checkpoint(self.output, tensors, meta, self.corpus / "tokenizer.json")
+            shutil.rmtree(self.output / "state", ignore_errors=True)
+        self.group.barrier()
+        journal.close(checkpoint=self.output)
 
 
 @dataclass(frozen=True)
@@ -171,23 +260,24 @@ def _train(
 ) -> bool:
     """Train a network from random weights; True on the rank that wrote the checkpoint."""
     command, name = NAMES[kind]
-    group, device, windows = join_group(machine), find_device(machine), Windows(corpus, "train")
+    teacher = output.parent.name
+    job = Job.begin(f"{command}/{teacher}", corpus, output, machine)
+    windows = job.windows
     meta = {
         "kind": kind,
         "network": network.model_dump(),
         "vocab_size": windows.vocab_size,
         "eos_id": windows.eos_id,
         "length": windows.length,
-        "corpus": corpus.name,
-        "corpus_sha256": windows.facts["sha256"],
+        **job.corpus_facts(),
         "training": training.model_dump(),
         "seed": seed,
         "round": 0,
     }
     torch.manual_seed(seed)
-    net = checkpoint.build_network(meta, training.dropout).to(device)
-    group.shard(net)
-    held_out = HeldOut.read(corpus, device, machine, group)
+    net = checkpoint.build_network(meta, training.dropout).to(job.device)
+    job.group.shard(net)
+    held_out = HeldOut.read(corpus, job.device, machine, job.group)
     texts, length = training.batch_size, windows.length
     objective: Objective
     if kind == "diffusion":
@@ -200,62 +290,9 @@ def _train(
     noise_levels = texts if network.time_conditioning else 1
     step_flops = flops.training_flops(net, texts, length, texts * logits_per_text, noise_levels)
 
-    teacher = output.parent.name
-    with Journal(
-        output,
-        name=name,
-        node=f"{command}/{teacher}",
-        params={"seed": seed, **network.model_dump(), **training.model_dump()},
-        tags={"teacher": teacher, "round": 0},
-        datasets=datasets(corpus, windows),
-        writes=group.is_main,
-    ) as journal:
-        state = fit(
-            net,
-            objective,
-            lambda step: windows[batch_indices(len(windows), texts, seed, step)],
-            training,
-            Start(seed),
-            Run(
-                device=device,
-                micro_batch=machine.micro_batch,
-                folder=output / "state",
-                label=f"{command} {teacher}",
-                journal=journal,
-                group=group,
-                time_limit=machine.time_limit,
-                flops_per_token=step_flops / (texts * length),
-            ),
-        )
-        finish(output, state, meta, corpus, group)
-        journal.close(checkpoint=output)
-    return group.is_main
-
-
-def datasets(corpus: Path, windows: Windows) -> list[dict]:
-    """The corpus that a training reads, for its journal."""
-    name, digest = f"{corpus.name}/train", windows.facts["sha256"]
-    return [{"name": name, "digest": digest, "source": str(corpus)}]
-
-
-def finish(output: Path, state: TrainingState, meta: dict, corpus: Path, group: Group) -> None:
-    """Write the checkpoint on rank 0, and delete the rolling one; all ranks wait for that."""
-    buffers = dict(state.network.named_buffers())
-    files = {
-        "model.safetensors": {**dict(state.network.named_parameters()), **buffers},
-        "ema.safetensors": {**state.ema.shadow, **buffers},
-        "best.safetensors": {**state.best, **buffers},
-        "optimizer.safetensors": state.optimizer_state,
-    }
-    tensors = {file: group.gather_tensors(named) for file, named in files.items()}
-    if group.is_main:
-        meta = {
-            **meta,
-            "ema_updates": state.ema.updates,
-            "best_step": state.best_step,
-            # Sorted, because a resumed training has the figures in another order.
-            "validation": dict(sorted(state.validation.items())),
-        }
-        checkpoint.save_checkpoint(output, tensors, meta, corpus / "tokenizer.json")
-        shutil.rmtree(output / "state", ignore_errors=True)
-    group.barrier()
+    params = {"seed": seed, **network.model_dump(), **training.model_dump()}
+    with job.journal(name, params, {"teacher": teacher, "round": 0}) as journal:
+        run = job.run(journal, step_flops / (texts * length))
+        state = fit(net, objective, job.batches(texts, seed), training, Start(seed), run)
+        job.finish(state, meta, journal)
+    return job.group.is_main

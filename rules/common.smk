@@ -10,7 +10,8 @@ from pathlib import Path
 from halfstep.commands import plan
 from halfstep.config import DrawOptions, GenerateOptions, Prompts
 from halfstep.report import catalogue
-from halfstep.resolve import ConfigError, flags, resolve, subsection
+from halfstep.errors import ConfigError
+from halfstep.resolve import flags, resolve, subsection
 from halfstep.workflow import slurm_plugin
 from halfstep.workflow.machine import MACHINE, RESOURCES, SPREAD, fewest_nodes, names_cluster
 from halfstep.workflow.machine import base_resources, read_site, spread_resources

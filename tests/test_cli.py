@@ -8,10 +8,10 @@ import os
 import pytest
 from small import MACHINE, call
 
-from halfstep import cli, resolve
-from halfstep.config import GenerateOptions, Renamed, Training
+from halfstep import cli, renamed
+from halfstep.config import GenerateOptions, Training
 from halfstep.distributed import launch
-from halfstep.resolve import rename_flags
+from halfstep.renamed import Renamed, rename_flags
 
 
 def test_the_help_lists_every_command(capsys):
@@ -145,7 +145,7 @@ def test_words_with_a_function(words, expected):
 )
 def test_words_without_a_function(monkeypatch, words, expected):
     """The next renaming is one row: values, lists and switches move as they are."""
-    monkeypatch.setattr(resolve, "RENAMED", [Renamed(Training, "old_name", "new_name")])
+    monkeypatch.setattr(renamed, "RENAMED", [Renamed(Training, "old_name", "new_name")])
     found, notices = rename_flags(words.split(), function_of(Training))
     assert " ".join(found) == expected
     notice = "--old-name is the former name of --new-name and works for one release only; "

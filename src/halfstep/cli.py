@@ -130,7 +130,7 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
     import tyro
     from pydantic import ValidationError
 
-    from halfstep.resolve import rename_flags
+    from halfstep.renamed import rename_flags
 
     words, notices = rename_flags(words, command)
     for notice in notices:

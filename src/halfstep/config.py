@@ -6,9 +6,7 @@ the key `lr:` are the same field. resolve.py turns the user's YAML into a `Confi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
@@ -484,33 +482,19 @@ class Config(Section):
             raise ValueError(f"{str(error).replace('steps', key, 1)} ({of})") from None
 
 
-@dataclass(frozen=True)
-class Renamed:
-    """A former key of a section, and its former flag: both are accepted for one release.
-
-    By default the value moves to the key `new`. Otherwise translate(value, section) gives the keys
-    that replace it, from the section's other keys; it raises ValueError for a value that is wrong.
-    """
-
-    section: type[Section]
-    old: str
-    new: str
-    translate: Callable[[Any, dict[str, Any]], dict[str, Any]] | None = None
+def section_type(annotation: Any) -> type[Section] | None:
+    """The section that a field holds: directly, optionally, or as the values of a dict."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
 
 
-def _sampler_of_draw_dtype(value: Any, section: dict[str, Any]) -> dict[str, Any]:
-    sampler = section.get("sampler", "ancestral")
-    if value == "float64":
-        return {"sampler": "ancestral"} if sampler == "ancestral_float32" else {}
-    if value != "float32-released":
-        raise ValueError(f"draw_dtype: found {value!r}, allowed are float64 and float32-released")
-    if sampler not in ("ancestral", "ancestral_float32"):
-        raise ValueError(
-            "draw_dtype float32-released is the noise of sampler ancestral, "
-            f"found sampler {sampler}; change one of the two"
-        )
-    return {"sampler": "ancestral_float32"}
+def flag_name(key: str) -> str:
+    """The flag of a key: `num_steps` -> `--num-steps`."""
+    return "--" + key.replace("_", "-")
 
 
-# One row per renamed key. A row is removed in the second release after the renaming.
-RENAMED = [Renamed(DrawOptions, "draw_dtype", "sampler", _sampler_of_draw_dtype)]
+def negated_flag(name: str) -> str:
+    """The flag that sets a switch to false: `--x` -> `--no-x`."""
+    return "--no-" + name.removeprefix("--")

@@ -1,6 +1,10 @@
 """Faults that the user can fix: the command line prints their sentence and no traceback."""
 
 
+class ConfigError(ValueError):
+    """Faults of a configuration, one line each."""
+
+
 class HalfstepError(ValueError):
     """A fault in one sentence: the key or file, what was found, what was expected, what to do."""
 

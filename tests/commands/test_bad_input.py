@@ -15,8 +15,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from small import CORPUS, MACHINE, ROUND, TRAINING, call
 
+from halfstep.errors import ConfigError
 from halfstep.files import sha256
-from halfstep.resolve import ConfigError, resolve
+from halfstep.resolve import resolve
 
 
 @pytest.fixture

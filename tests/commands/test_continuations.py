@@ -17,10 +17,10 @@ from halfstep.commands.generate import save_samples
 from halfstep.config import DrawOptions, Evaluation, Machine, Prompts
 from halfstep.data.pack import Windows
 from halfstep.diffusion.contracts import Samples
-from halfstep.errors import HalfstepError
+from halfstep.errors import ConfigError, HalfstepError
 from halfstep.files import read_json, write_json
 from halfstep.metrics.diversity import distinct, self_bleu
-from halfstep.resolve import ConfigError, validate
+from halfstep.resolve import validate
 
 PROMPTS = Prompts(
     num_prompts=20, per_prompt=3, prompt_tokens=10, continuation_tokens=12, document_tokens=21

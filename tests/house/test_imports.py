@@ -17,6 +17,7 @@ BELOW = {
     "files",
     "errors",
     "config",
+    "renamed",
     "resolve",
     "checkpoint",
     "timing",

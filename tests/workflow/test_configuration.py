@@ -7,10 +7,12 @@ import pytest
 import yaml
 from dryrun import REPOSITORY
 
-from halfstep import resolve as resolving
+from halfstep import renamed
 from halfstep.commands.config import write_schema
-from halfstep.config import Config, Continuations, Renamed, Section, Training
-from halfstep.resolve import ConfigError, resolve, schema, validate
+from halfstep.config import Config, Continuations, Section, Training
+from halfstep.errors import ConfigError
+from halfstep.renamed import Renamed
+from halfstep.resolve import resolve, schema, validate
 
 PRESETS = REPOSITORY / "workflow/presets"
 
@@ -207,7 +209,7 @@ def test_a_former_key_in_a_preset(mine, capsys):
 
 def test_the_next_renaming_is_one_row(mine, monkeypatch, capsys):
     """A row without a function moves the value, wherever the section is; the higher layer wins."""
-    monkeypatch.setattr(resolving, "RENAMED", [Renamed(Training, "lr_shape", "lr_decay")])
+    monkeypatch.setattr(renamed, "RENAMED", [Renamed(Training, "lr_shape", "lr_decay")])
     old = {"lr_shape": "linear"}
     teacher = {
         "pretraining": old,

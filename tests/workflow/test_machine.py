@@ -3,7 +3,7 @@
 import pytest
 
 from halfstep.config import SIZES
-from halfstep.resolve import ConfigError
+from halfstep.errors import ConfigError
 from halfstep.workflow.machine import (
     BASE,
     MACHINE,

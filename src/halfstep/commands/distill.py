@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from halfstep import checkpoint
-from halfstep.commands.train import DiffusionObjective, HeldOut, Job
+from halfstep.commands.train import DiffusionObjective, HeldOut, TrainingJob
 from halfstep.config import Distillation, Machine
 from halfstep.data.pack import Windows, corpus_files
 from halfstep.diffusion.contracts import Denoiser, Draws
@@ -53,7 +53,7 @@ def distill_round(
     """
     plan = plan_round(run, round)
     base, name = output.parent.parent.name, f"{output.parent.name}/round-{round}"
-    job = Job.begin(f"distill-round/{base}/{name}", corpus, output, machine)
+    job = TrainingJob.begin(f"distill-round/{base}/{name}", corpus, output, machine)
     source = checkpoint.read_meta(teacher)
     _check_teacher(source, teacher, job.windows, corpus, round)
 

@@ -76,7 +76,7 @@ def train_baseline(
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What every training command does around `fit`.
 
     node: command and model, "distill-round/stories-tiny/kl_backward/round-3"
@@ -91,7 +91,7 @@ class Job:
     device: torch.device
 
     @classmethod
-    def begin(cls, node: str, corpus: Path, output: Path, machine: Machine) -> "Job":
+    def begin(cls, node: str, corpus: Path, output: Path, machine: Machine) -> "TrainingJob":
         """Join the other ranks, find the device and open the corpus."""
         group = join_group(machine)
         return cls(
@@ -261,7 +261,7 @@ def _train(
     """Train a network from random weights; True on the rank that wrote the checkpoint."""
     command, name = NAMES[kind]
     teacher = output.parent.name
-    job = Job.begin(f"{command}/{teacher}", corpus, output, machine)
+    job = TrainingJob.begin(f"{command}/{teacher}", corpus, output, machine)
     windows = job.windows
     meta = {
         "kind": kind,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from halfstep.resolve import ConfigError
+from halfstep.errors import ConfigError
 
 Resources = dict[str, int | str | None]
 """Values by name; Snakemake leaves out a resource that is None."""

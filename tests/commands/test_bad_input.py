@@ -310,13 +310,13 @@ def test_more_steps_than_tokens_with_first_hitting(pipeline, refused, tmp_path):
     assert call(f"{generate} --output {tmp_path}/c --steps 24") == 0
     refused(
         f"{generate} --output {tmp_path}/d --steps 25",
-        "steps: found 25, but sampler first_hitting reveals at least one of the 24 positions "
-        "in each step; use at most 24 steps",
+        "steps: found 25, but sampler first_hitting takes at most 24 steps to write texts of "
+        "24 tokens; lower it, or choose another sampler",
     )
     assert not (tmp_path / "d").exists()
     pattern = (
-        r"sampling\.steps: found 128, but sampler first_hitting reveals at least one of the "
-        "64 positions .*at most 64"
+        r"sampling\.steps: found 128, but sampler first_hitting takes at most 64 steps to write "
+        "texts of 64 tokens"
     )
     with pytest.raises(ConfigError, match=pattern):
         resolve(yaml.safe_load("{preset: ci, sampling: {sampler: first_hitting, steps: [8, 128]}}"))

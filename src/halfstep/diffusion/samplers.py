@@ -74,8 +74,8 @@ class Sampler:
         most = self.max_steps(length) if self.max_steps else steps
         if steps > most:
             raise HalfstepError(
-                f"steps: found {steps}, but sampler {name} reveals at least one of the {length} "
-                f"positions in each step; use at most {most} steps"
+                f"steps: found {steps}, but sampler {name} takes at most {most} steps to write "
+                f"texts of {length} tokens; lower it, or choose another sampler"
             )
 
 

@@ -101,7 +101,7 @@ def begin(network: nn.Module, training: Training, start: Start, run: Run) -> Tra
     zero = torch.zeros((), device=run.device)
     state = TrainingState(network, optimizer, ema, loss_sum=zero, grad_norm=zero.clone())
     load_state(state, run)
-    run.journal.rewind(state.step or -1)
+    run.journal.rewind(state.step)
     return state
 
 

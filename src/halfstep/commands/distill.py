@@ -57,31 +57,8 @@ def distill_round(
     source = checkpoint.read_meta(teacher)
     _check_teacher(source, teacher, job.windows, corpus, round)
 
-    # Round 1 starts from the teacher's averaged weights, later rounds from its raw weights.
-    first = round == 1
-    begin_with = "ema" if first else "raw"
-    weights = {
-        which: checkpoint.read_tensors(teacher, checkpoint.FILES[which], source)
-        for which in ("raw", "ema")
-    }
-    network = checkpoint.build_network(source, run.dropout)
-    checkpoint.load_weights(network, weights[begin_with], teacher)
-    network.to(job.device)
-    job.group.shard(network)
-    student = checkpoint.build_denoiser(network, source)
-    # Every rank has the whole teacher, because the passes of a teacher depend on its texts.
-    teacher_weights = "ema" if first else run.next_teacher
-    old = checkpoint.load_checkpoint(teacher, teacher_weights, str(job.device)).denoiser
-    assert old is not None  # _check_teacher has refused an autoregressive model
-
-    optimizer_state = None
-    if not first and not run.reset_optimizer:
-        optimizer_state = _read_optimizer_state(teacher, source)
-    if first or run.reset_ema:
-        ema = EMA(network, run.ema_decay)
-    else:
-        ema = EMA(network, run.ema_decay, weights["ema"], source["ema_updates"])
-
+    begin_with = "ema" if round == 1 else "raw"
+    student, old, start = _begin_round(teacher, source, begin_with, round, run, job, seed)
     held_out = HeldOut.read(corpus, job.device, machine, job.group)
     validation = DiffusionObjective(student, source["training"]["min_t"], held_out)
     objective = DistillationObjective(student, old, plan, run, validation, seed)
@@ -103,8 +80,7 @@ def distill_round(
     step_flops = flops_per_token(student, old, plan, run.batch_size, job.windows.length)
     with job.journal(name, {**about, **run.model_dump()}, tags, [read_weights]) as journal:
         batches = job.batches(run.batch_size, seed + round)
-        start = Start(seed + 1000 * round, ema, optimizer_state, from_zero=True)
-        state = fit(network, objective, batches, run, start, job.run(journal, step_flops))
+        state = fit(student.network, objective, batches, run, start, job.run(journal, step_flops))
         job.finish(state, meta, journal)
     if not job.group.is_main:
         return
@@ -112,9 +88,46 @@ def distill_round(
         *corpus_files(corpus, "train", "validation"),
         *checkpoint.checkpoint_files(teacher, "raw", "ema"),
     ]
-    if optimizer_state is not None:
+    if start.optimizer_state is not None:
         read.append(teacher / "optimizer.safetensors")
     provenance.write_record(output / provenance.NAME, [output], read)
+
+
+def _begin_round(
+    teacher: Path,
+    source: dict,
+    begin_with: str,
+    round: int,
+    run: Distillation,
+    job: TrainingJob,
+    seed: int,
+) -> tuple[SubsDenoiser, SubsDenoiser, Start]:
+    """Student and teacher of a round, and what its training begins from.
+
+    Round 1 starts from the teacher's averaged weights, later rounds from its raw weights.
+    """
+    first = round == 1
+    weights = {
+        which: checkpoint.read_tensors(teacher, checkpoint.FILES[which], source)
+        for which in ("raw", "ema")
+    }
+    network = checkpoint.build_network(source, run.dropout)
+    checkpoint.load_weights(network, weights[begin_with], teacher)
+    network.to(job.device)
+    job.group.shard(network)
+    # Every rank has the whole teacher, because the passes of a teacher depend on its texts.
+    teacher_weights = "ema" if first else run.next_teacher
+    old = checkpoint.load_checkpoint(teacher, teacher_weights, str(job.device)).denoiser
+    assert old is not None  # _check_teacher has refused an autoregressive model
+    optimizer_state = None
+    if not first and not run.reset_optimizer:
+        optimizer_state = _read_optimizer_state(teacher, source)
+    if first or run.reset_ema:
+        ema = EMA(network, run.ema_decay)
+    else:
+        ema = EMA(network, run.ema_decay, weights["ema"], source["ema_updates"])
+    start = Start(seed + 1000 * round, ema, optimizer_state, from_zero=True)
+    return checkpoint.build_denoiser(network, source), old, start
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from halfstep import files
 from halfstep.files import sha256, sha256_once
 from halfstep.records import provenance
 
+REPOSITORY = Path(__file__).parents[2]
 # An audit hook cannot be removed, so this one listens only while OPENED is a list.
 OPENED: list[str] | None = None
 
@@ -208,30 +210,140 @@ def test_faults_of_the_records_themselves(results, capsys):
     """The merged record reveals a record edited with its file; a broken or lost one is named."""
     table, record = results / "tables/steps.csv", results / "tables/steps.provenance.json"
     table_bytes, record_text = table.read_bytes(), record.read_text()
-    again = "run halfstep merge-provenance again"
+    if_run = (
+        "if the job ran again since, run halfstep merge-provenance, otherwise run the job again"
+    )
+    gone = "provenance.json: lists the record tables/steps.provenance.json, which is gone; "
+    gone += "make its files again"
 
     flip(table)
     old = hashlib.sha256(table_bytes).hexdigest()
     record.write_text(record_text.replace(old, sha256(table)))
     assert verify(capsys, results) == [
-        f"provenance.json: has an older record tables/steps.provenance.json; {again}"
+        f"provenance.json: has an older record tables/steps.provenance.json; {if_run}"
     ]
     table.write_bytes(table_bytes)
 
     record.write_text("{")
     broken, lost = verify(capsys, results)
     assert "tables/steps.provenance.json: not valid JSON" in broken
-    assert "still has the record tables/steps.provenance.json" in lost
+    assert lost == gone
 
     record.unlink()
-    assert verify(capsys, results) == [
-        f"provenance.json: still has the record tables/steps.provenance.json; {again}"
-    ]
+    assert verify(capsys, results) == [gone]
     record.write_text(record_text)
     (results / "provenance.json").write_text("[]")
     assert verify(capsys, results) == [
         "provenance.json: not what halfstep merge-provenance writes; run it again"
     ]
+
+
+def test_the_merged_record_must_be_there_at_the_end(results, capsys):
+    """Without it, a record that is lost with its files would leave no trace."""
+    (results / "provenance.json").unlink()
+    assert verify(capsys, results) == ["provenance.json: missing; run halfstep merge-provenance"]
+    shutil.rmtree(results / "tables")
+    assert verify(capsys, results) == []
+
+
+@pytest.mark.parametrize("digest", [5, None, [], {"x": 5}])
+def test_a_record_with_checksums_of_another_type_is_named(results, capsys, digest):
+    record = results / "tables/steps.provenance.json"
+    content = json.loads(record.read_text())
+    content["inputs"] = dict.fromkeys(content["inputs"], digest)
+    record.write_text(json.dumps(content))
+    assert "tables/steps.provenance.json: not a record of format 1" in verify(capsys, results)[0]
+
+
+def test_links_are_followed(results, tmp_path, capsys):
+    """A folder on another disk is checked like any other, and a link to a parent ends."""
+    shutil.move(results / "models", tmp_path / "disk")
+    (results / "models").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "up").symlink_to(results)
+    assert verify(capsys, results) == []
+    capsys.readouterr()
+    done(f"merge-provenance --results {results}")
+    assert list(json.loads((results / "provenance.json").read_text())["records"]) == sorted(RECORDS)
+    flip(results / "models/stories-tiny/teacher/ema.safetensors")
+    (line,) = verify(capsys, results)
+    assert line.startswith("models/stories-tiny/teacher/ema.safetensors: changed")
+    shutil.rmtree(tmp_path / "disk")
+    assert any("models/stories-tiny/teacher" in line for line in verify(capsys, results))
+
+
+def test_files_without_a_record_are_listed_on_request(results, capsys):
+    (results / "notes.txt").write_text("mine")
+    (results / "models" / "stories-tiny" / "teacher" / "extra.bin").write_bytes(b"x")
+    done(f"verify {results} --unrecorded")
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.endswith("no record")]
+    assert listed == [
+        f"{results}/models/stories-tiny/teacher/extra.bin: no record",
+        f"{results}/notes.txt: no record",
+    ]
+
+
+def test_the_announced_size_is_what_is_read(results, tmp_path):
+    """Inputs outside of results count, files without a record do not."""
+    (results / "notes.txt").write_text("mine" * 1000)
+    check, read = provenance.Verification(results), []
+    assert check.faults(read.append) == [] and sum(read) == check.size
+    flip(results / "tables/steps.csv")
+    check, read = provenance.Verification(results), []
+    assert len(check.faults(read.append)) == 1 and sum(read) == check.size
+
+
+def git(folder, *arguments):
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    call = ["git", "-C", str(folder), *who, *arguments]
+    return subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """The source tree as an archive has it, without a repository."""
+    folder = tmp_path_factory.mktemp("archive") / "halfstep"
+    for name in ("src", "rules", "workflow"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=ignored)
+    for name in ("Snakefile", "config.yaml"):
+        shutil.copy(REPOSITORY / name, folder)
+    return folder
+
+
+def commit_of(folder, **environment):
+    """The commit that the code in a source tree writes into its records."""
+    code = "from halfstep.records.journal import commit; print(commit())"
+    environment = {**os.environ, "PYTHONPATH": str(folder / "src"), **environment}
+    call = [sys.executable, "-c", code]
+    return subprocess.run(call, env=environment, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_is_that_of_halfsteps_own_code(tree, tmp_path):
+    """A repository around an unpacked archive is a stranger; configuration is no code."""
+    outer, vendor = tmp_path / "outer", tmp_path / "outer" / "vendor"
+    outer.mkdir()
+    git(outer, "init", "-q")
+    git(outer, "commit", "-q", "--allow-empty", "-m", "unrelated")
+    shutil.copytree(tree, vendor)
+    assert commit_of(vendor) == "unknown"
+    assert commit_of(vendor, GIT_DIR=str(outer / ".git"), GIT_WORK_TREE=str(outer)) == "unknown"
+
+    own = tmp_path / "own"
+    shutil.copytree(tree, own)
+    git(own, "init", "-q")
+    git(own, "add", ".")
+    git(own, "commit", "-q", "-m", "halfstep")
+    head = git(own, "rev-parse", "--short=12", "HEAD")
+    assert commit_of(own) == head
+    assert commit_of(own, GIT_DIR=str(outer / ".git")) == head
+    with open(own / "config.yaml", "a") as file:
+        file.write("seed: 2\n")
+    with open(own / "workflow" / "presets" / "ci.yaml", "a") as file:
+        file.write("# mine\n")
+    assert commit_of(own) == head
+    with open(own / "rules" / "data.smk", "a") as file:
+        file.write("# mine\n")
+    assert commit_of(own) == f"{head}+dirty"
 
 
 def test_inputs_outside_of_results(tmp_path, capsys):

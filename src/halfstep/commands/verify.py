@@ -22,36 +22,41 @@ def merge_provenance(results: Path = Path("results")) -> None:
     write_json(results / provenance.NAME, provenance.merge_records(results))
 
 
-def verify(results: Annotated[Path, tyro.conf.Positional] = Path("results")) -> None:
-    """Recompute all checksums and print one line for each problem.
+def verify(
+    results: Annotated[Path, tyro.conf.Positional] = Path("results"), unrecorded: bool = False
+) -> None:
+    """Recompute the checksums of all files that a job wrote, and print one line for each problem.
 
-    A problem is a file that was changed, a file that is missing, or an output that is older than
-    one of its inputs.
+    A problem is a file that was changed, a file or a record that is missing, or an output that is
+    older than one of its inputs. Links are followed. No job writes report.html, which Snakemake
+    makes, or MLflow's store and its copies of figures and tables: they have no record.
 
     Args:
         results: the folder with data, models, samples, metrics, tables and figures
+        unrecorded: also print the files that have no record
     """
-    _, others = provenance.find_records(results)
-    total = sum(path.stat().st_size for path in others)
+    check = provenance.Verification(results)
     hashed = 0
-    with Progress("verify", max(1, total >> 20), "MB") as progress:
+    with Progress("verify", max(1, check.size >> 20), "MB") as progress:
 
         def tick(size: int) -> None:
             nonlocal hashed
             hashed += size
-            ahead = (hashed >> 20) - progress.done
-            if ahead > 0:
+            if ahead := (hashed >> 20) - progress.done:
                 progress.update(ahead)
 
-        faults, recorded, unrecorded = provenance.verify_records(results, tick)
+        faults = check.faults(tick)
+    if unrecorded:
+        print(*(f"{path}: no record" for path in check.unrecorded), sep="\n")
     for fault in faults:
         print(fault)
+    others = len(check.unrecorded)
     if faults:
         raise HalfstepError(
-            f"{len(faults)} problems (listed above); {recorded} files have records, "
-            f"{unrecorded} do not"
+            f"{len(faults)} problems (listed above); {check.recorded} files have records, "
+            f"{others} do not"
         )
     print(
-        f"{results}: all {recorded} recorded files are unchanged, and so are their inputs; "
-        f"{unrecorded} files have no record"
+        f"{results}: all {check.recorded} recorded files are unchanged, and so are their inputs; "
+        f"{others} files have no record (--unrecorded lists them)"
     )

@@ -213,15 +213,22 @@ def environment() -> dict[str, str]:
     return tags
 
 
+CODE = ("src", "rules", "workflow/report", "Snakefile")  # config.yaml and presets are no code
+
+
 @functools.cache
 def commit() -> str:
-    """Commit of the source tree, with `+dirty` if tracked files were changed.
+    """Commit of halfstep's own source tree, with `+dirty` if its tracked code was changed.
 
-    `unknown` outside a git checkout.
+    `unknown` where the code is installed, or unpacked from an archive: a repository around it that
+    does not track it says nothing about it.
     """
     try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
         head = _git("rev-parse", "--short=12", "HEAD")
-        changes = _git("status", "--porcelain", "--untracked-files=no")
+        root = Path(__file__).parents[3]
+        code = [str(root / name) for name in CODE if (root / name).exists()]
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return f"{head}+dirty" if changes else head
@@ -229,5 +236,9 @@ def commit() -> str:
 
 def _git(*arguments: str) -> str:
     call = ["git", "-C", str(Path(__file__).parent), *arguments]
-    done = subprocess.run(call, capture_output=True, text=True, check=True, timeout=30)
+    # Inside of a hook, GIT_DIR and its like name the repository of the hook.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    done = subprocess.run(
+        call, capture_output=True, text=True, check=True, timeout=30, env=environment
+    )
     return done.stdout.strip()

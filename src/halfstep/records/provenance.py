@@ -18,7 +18,7 @@ import functools
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -108,17 +108,15 @@ def read_record(file: Path, top: Path) -> dict:
 def _is_valid(record: object) -> bool:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         return False
-    return all(isinstance(record.get(key), dict) for key in ("outputs", "inputs"))
+    sums = [record.get("outputs"), record.get("inputs")]
+    if not all(isinstance(of_files, dict) for of_files in sums):
+        return False
+    return all(isinstance(digest, str) for of_files in sums for digest in of_files.values())
 
 
 def find_records(results: Path) -> tuple[list[Path], list[Path]]:
     """All records below `results`, at least one, and all other files."""
-    files = sorted(
-        Path(folder) / name
-        for folder, _, names in os.walk(results)
-        for name in names
-        if COPIES not in Path(folder).parts
-    )
+    files = sorted(_walk(results))
     merged = results / NAME
     named = [path for path in files if is_record(path)]
     records = [path for path in named if path != merged or _is_of_one_job(path)]
@@ -128,6 +126,18 @@ def find_records(results: Path) -> tuple[list[Path], list[Path]]:
             "name the folder that the pipeline wrote, or run the pipeline first"
         )
     return records, [path for path in files if not is_record(path)]
+
+
+def _walk(top: Path) -> Iterator[Path]:
+    """All files below a folder but MLflow's copies; links are followed, each folder once."""
+    seen = set()
+    for folder, folders, names in os.walk(top, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(set(folders) - {COPIES})
+        yield from (Path(folder) / name for name in names)
 
 
 def _is_of_one_job(file: Path) -> bool:
@@ -152,44 +162,57 @@ def merge_records(results: Path) -> dict:
     return {"format": FORMAT, "records": records}
 
 
-def verify_records(
-    results: Path, tick: Callable[[int], None] = lambda size: None
-) -> tuple[list[str], int, int]:
-    """Compare all records below `results` with the files.
+class Verification:
+    """A check of all records below a folder against the files.
 
     An output is compared with its bytes. An input is compared with the record of the job that made
     it, or with its bytes if it is no job's output. So a flipped bit is reported once, and an output
     that was made before its input was remade is reported as stale.
 
-    Args:
-        results: the folder that holds the records
-        tick: called with the size in bytes of every file that was hashed
-
-    Returns:
-        the faults, one sentence each; the number of recorded files; the number of other files
+    Attributes:
+        recorded: number of files that have a record
+        unrecorded: the other files
+        size: bytes of all files that `faults` reads
     """
-    files, others = find_records(results)
-    records, faults = _read_all(files, results)
-    owners = {path: sha for record in records.values() for path, sha in record["outputs"].items()}
 
-    @functools.cache
-    def digest(path: str) -> str | None:
-        file = Path(os.path.normpath(results / path))
-        if not file.is_file():
-            return None
-        tick(file.stat().st_size)
-        return sha256(file)
+    def __init__(self, results: Path):
+        self._results = results
+        self._files, others = find_records(results)
+        self._records, self._unreadable = _read_all(self._files, results)
+        records = self._records.values()
+        self._owners = {path: sha for one in records for path, sha in one["outputs"].items()}
+        inputs = {path for one in records for path in one["inputs"]}
+        paths = {path: self._path(path) for path in self._owners.keys() | inputs}
+        self._sizes = {path: file.stat().st_size for path, file in paths.items() if file.is_file()}
+        self.recorded = len(self._owners)
+        self.unrecorded = [
+            path for path in others if os.path.relpath(path, results) not in self._owners
+        ]
+        self.size = sum(self._sizes.values())
 
-    def recorded_digest(path: str) -> str | None:
-        return owners.get(path) or digest(path)
+    def _path(self, name: str) -> Path:
+        return Path(os.path.normpath(self._results / name))
 
-    for name, record in records.items():
-        faults += _changed_outputs(name, record, results, digest)
-        faults += _stale_inputs(name, record, results, recorded_digest)
-    if (results / NAME).is_file() and results / NAME not in files:
-        faults += _merged_faults(results / NAME, records)
-    unrecorded = [path for path in others if os.path.relpath(path, results) not in owners]
-    return faults, len(owners), len(unrecorded)
+    def faults(self, tick: Callable[[int], None] = lambda size: None) -> list[str]:
+        """The faults, one sentence each; calls tick(bytes) for every file that was read."""
+
+        @functools.cache
+        def digest(name: str) -> str | None:
+            if name not in self._sizes:
+                return None
+            found = sha256(self._path(name))
+            tick(self._sizes[name])
+            return found
+
+        def recorded_digest(name: str) -> str | None:
+            return self._owners.get(name) or digest(name)
+
+        faults = [*self._unreadable]
+        for name, record in self._records.items():
+            faults += _changed_outputs(name, record, self._results, digest)
+            faults += _stale_inputs(name, record, self._results, recorded_digest)
+        merged = self._results / NAME
+        return faults if merged in self._files else faults + _merged_faults(merged, self._records)
 
 
 def _read_all(files: list[Path], results: Path) -> tuple[dict[str, dict], list[str]]:
@@ -237,23 +260,27 @@ def _stale_inputs(name: str, record: dict, results: Path, digest: Digest) -> lis
 
 
 def _merged_faults(file: Path, records: dict[str, dict]) -> list[str]:
-    """The records that differ from their copy in the merged file."""
+    """The records that differ from their copy in the merged file.
+
+    That file must be there once there are tables: it is the only trace of a record that is lost.
+    """
+    if not file.exists():
+        finished = any(name.startswith("tables") for name in records)
+        return [f"{file}: missing; run halfstep merge-provenance"] if finished else []
     try:
         merged = read_json(file)["records"]
-        differing = [
-            name
-            for name in sorted(merged.keys() | records.keys())
-            if merged.get(name) != records.get(name)
-        ]
+        names = sorted(merged.keys() | records.keys())
+        differing = [name for name in names if merged.get(name) != records.get(name)]
     except (HalfstepError, KeyError, TypeError, AttributeError):
         return [f"{file}: not what halfstep merge-provenance writes; run it again"]
     faults = []
     for name in differing:
-        if name not in merged:
-            problem = "has no record"
-        elif name not in records:
-            problem = "still has the record"
+        if name not in records:
+            faults.append(f"{file}: lists the record {name}, which is gone; make its files again")
         else:
-            problem = "has an older record"
-        faults.append(f"{file}: {problem} {name}; run halfstep merge-provenance again")
+            problem = "an older" if name in merged else "no"
+            faults.append(
+                f"{file}: has {problem} record {name}; if the job ran again since, run halfstep "
+                "merge-provenance, otherwise run the job again"
+            )
     return faults

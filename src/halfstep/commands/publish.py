@@ -289,6 +289,11 @@ def _config_for_transformers(model: Model) -> dict:
 
     Raises HalfstepError if the exported file does not know the noise schedule.
     """
+    if model.tokenizer.id_to_token(model.eos_id) is None:
+        raise HalfstepError(
+            f"meta.json: eos_id: found {model.eos_id}, but tokenizer.json has no token with this "
+            "id; copy the whole folder again"
+        )
     network = Network.model_validate(model.meta["network"])
     if network.schedule not in EXPORTED_SCHEDULES:
         raise HalfstepError(
@@ -392,7 +397,7 @@ def without_mask_token(tokenizer: Tokenizer, mask_id: int) -> Tokenizer:
 
 def _rows_for_card(files: list[Path], name: str, digest: str, weights: str) -> list[dict]:
     """The rows of exactly these weights; prints a note if there are rows of other weights."""
-    rows = [row for file in files for row in read_json(file)]
+    rows = [row for file in files for row in _read_rows(file)]
     rows = [row for row in rows if row.get("model") == name and row["metric"] != "latency_s"]
     others = {str(row.get("checkpoint")) for row in rows} - {digest[:16]}
     if others:
@@ -402,6 +407,18 @@ def _rows_for_card(files: list[Path], name: str, digest: str, weights: str) -> l
             file=sys.stderr,
         )
     return [row for row in rows if row.get("checkpoint") == digest[:16]]
+
+
+def _read_rows(file: Path) -> list[dict]:
+    """The metric rows of a file. Raises HalfstepError if it holds something else."""
+    rows = read_json(file)
+    is_table = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not is_table or not all("metric" in row for row in rows):
+        raise HalfstepError(
+            f"--metrics {file}: found no metric rows, expected a list of objects with a metric; "
+            "name a file of score-samples, score-corpus or another score command"
+        )
+    return rows
 
 
 TOLERANCE = 1e-4  # between log p of an export and ours, as a share of the largest |log p|
@@ -457,7 +474,7 @@ def card(name: str, meta: dict, digest: str, weights: str, rows: list[dict]) -> 
         what=what,
         steps=steps or 1024,
         tolerance=TOLERANCE,
-        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items() if value),
+        facts="\n".join(f"| {key} | {_cell(value)} |" for key, value in facts.items() if value),
         measured=_card_table(rows),
     )
 
@@ -481,14 +498,18 @@ def _card_facts(meta: dict, digest: str, weights: str) -> dict[str, object]:
     }
 
 
+def _cell(value: object) -> str:
+    """A value in a table of the card: one line, without the signs that end a cell."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = "" if value is None else str(value)
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return printable.replace("|", "\\|")
+
+
 def _card_table(rows: list[dict]) -> str:
     if not rows:
         return "No metric was measured with these weights before this card was written."
-
-    def cell(value: object) -> str:
-        if isinstance(value, float):
-            return f"{value:.4g}"
-        return "" if value is None else str(value)
 
     lines = [
         "The interval [low, high] covers 95%. For MAUVE it covers the clustering alone, "
@@ -498,7 +519,7 @@ def _card_table(rows: list[dict]) -> str:
         "|" + "---|" * len(CARD_COLUMNS),
     ]
     for row in rows:
-        lines.append(f"| {' | '.join(cell(row.get(column)) for column in CARD_COLUMNS)} |")
+        lines.append(f"| {' | '.join(_cell(row.get(column)) for column in CARD_COLUMNS)} |")
     return "\n".join(lines)
 
 

@@ -63,8 +63,12 @@ class HalfstepConfig(PretrainedConfig):
         self.time_conditioning = time_conditioning
         self.schedule = schedule
         self.steps = steps
-        self.mask_token_id = vocab_size - 1
         self.tie_word_embeddings = False
+        for name in ("vocab_size", "hidden_dim", "n_blocks", "n_heads", "cond_dim", "model_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: found {value!r}, expected a whole number from 1")
+        self.mask_token_id = vocab_size - 1
         if mask not in (None, self.mask_token_id):
             raise ValueError(
                 f"mask_token_id: found {mask}, expected {self.mask_token_id}, the last token"
@@ -227,13 +231,23 @@ def known(x: Tensor) -> bool:
     return not (x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
+def describe(x) -> str:
+    """Type and shape of an argument, for messages."""
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def is_whole(x) -> bool:
+    return isinstance(x, Tensor) and x.dtype in (
+        *(torch.int64, torch.int32, torch.int16, torch.int8),
+        torch.uint8,
+    )
+
+
 def checked_ids(input_ids: Tensor, vocab_size: int) -> Tensor:
     """input_ids as int64 [B, L], or a ValueError."""
-    dtype, shape = input_ids.dtype, list(input_ids.shape)
-    is_whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    if not is_whole or len(shape) != 2 or shape[1] == 0:
+    if not is_whole(input_ids) or input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(
-            f"input_ids: found {dtype} {shape}, expected whole numbers [B, L]; "
+            f"input_ids: found {describe(input_ids)}, expected whole numbers [B, L]; "
             "one text is a batch of one: input_ids[None]"
         )
     ids = input_ids.long()
@@ -251,10 +265,10 @@ def checked_keys(attention_mask: Tensor | None, ids: Tensor) -> Tensor | None:
     """The positions that attention reads, bool [B, 1, 1, L]; None is all. Or a ValueError."""
     if attention_mask is None:
         return None
-    if attention_mask.shape != ids.shape:
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != ids.shape:
         raise ValueError(
-            f"attention_mask: found shape {list(attention_mask.shape)}, expected "
-            f"{list(ids.shape)}, that of input_ids: 1 for a token, 0 for padding"
+            f"attention_mask: found {describe(attention_mask)}, expected {list(ids.shape)}, "
+            "the shape of input_ids: 1 for a token and 0 for padding"
         )
     keys = attention_mask.to(device=ids.device) != 0
     if known(keys):
@@ -373,10 +387,9 @@ class HalfstepModel(HalfstepPreTrainedModel):
             masked = (ids == self.config.mask_token_id) & real
             share = masked.sum(-1) / real.sum(-1) / (1 - EPS)
             t = TIMES[schedule](share.clamp(max=1))
-        elif list(t.shape) != [len(ids)] or not t.dtype.is_floating_point:
+        elif not torch.is_tensor(t) or t.shape != ids.shape[:1] or not t.is_floating_point():
             raise ValueError(
-                f"t: found {t.dtype} {list(t.shape)}, expected a time in [0, 1] for each text, "
-                f"[{len(ids)}]"
+                f"t: found {describe(t)}, expected a time in [0, 1] for each text, [{len(ids)}]"
             )
         elif known(t) and not ((t >= 0) & (t <= 1)).all():
             raise ValueError(f"t: found {t.tolist()}, expected times in [0, 1]")
@@ -440,10 +453,10 @@ class HalfstepForMaskedLM(HalfstepPreTrainedModel):
 
     def _loss(self, log_p: Tensor, labels: Tensor) -> Tensor:
         """Mean of -log p over the labels that are not -100."""
-        if labels.shape != log_p.shape[:2] or labels.dtype.is_floating_point:
+        shape = log_p.shape[:2]
+        if not is_whole(labels) or labels.shape != shape:
             raise ValueError(
-                f"labels: found {labels.dtype} {list(labels.shape)}, "
-                f"expected whole numbers {list(log_p.shape[:2])}"
+                f"labels: found {describe(labels)}, expected whole numbers {list(shape)}"
             )
         labels = labels.to(log_p.device).long()
         outside = (labels != -100) & ((labels < 0) | (labels >= self.config.vocab_size))
@@ -485,7 +498,7 @@ class HalfstepForMaskedLM(HalfstepPreTrainedModel):
         steps = self.config.steps if steps is None else steps
         x = self._start(num_samples, length, input_ids)
         if not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps: found {steps}, expected a whole number from 1")
+            raise ValueError(f"steps: found {steps!r}, expected a whole number from 1")
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
@@ -513,9 +526,10 @@ class HalfstepForMaskedLM(HalfstepPreTrainedModel):
         if input_ids is None:
             rows = 1 if num_samples is None else num_samples
             columns = self.config.model_length if length is None else length
-            if rows < 1 or columns < 1:
+            if not all(isinstance(n, int) and n > 0 for n in (rows, columns)):
                 raise ValueError(
-                    f"num_samples, length: found {rows}, {columns}, expected whole numbers from 1"
+                    f"num_samples, length: found {rows!r}, {columns!r}, "
+                    "expected whole numbers from 1"
                 )
             return torch.full((rows, columns), self.config.mask_token_id, device=self.device)
         x = checked_ids(input_ids, self.config.vocab_size).to(self.device, copy=True)

@@ -241,6 +241,20 @@ def test_a_time_conditioned_network(schedule, pipeline, tmp_path):
         assert_same(theirs(padded, attention_mask=mask).logits[:, :LENGTH], found)
 
 
+@pytest.mark.parametrize("time_conditioning", [False, True])
+def test_it_compiles_to_one_graph(time_conditioning, export):
+    """No argument check or default time needs the values of a tensor while torch.compile traces."""
+    config = copy.deepcopy(export.model.config)
+    config.time_conditioning = time_conditioning
+    model = type(export.model)(config).eval()
+    model.load_state_dict(export.model.state_dict())
+    x, mask = texts(model), torch.ones(BATCH, LENGTH, dtype=torch.long)
+    mask[0, -3:] = 0
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert_same(compiled(x, attention_mask=mask).logits, model(x, attention_mask=mask).logits)
+
+
 # Tokens
 
 

@@ -249,6 +249,7 @@ def export_checkpoint(
 ) -> None:
     """Write a folder that transformers loads without halfstep, with a model card.
 
+    config.json is written last: a folder without it is not complete, and cannot be loaded.
     With --push it is uploaded to the hub, one revision per round. The card leaves out rows of other
     models, rows of other weights, and timings.
 

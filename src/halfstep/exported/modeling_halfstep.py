@@ -226,6 +226,9 @@ class Head(nn.Module):
         return self.norm_final(x, shift, scale)
 
 
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 def known(x: Tensor) -> bool:
     """Whether the values of a tensor can be looked at; a traced tensor has none yet."""
     return not (x.is_meta or torch.compiler.is_compiling() or torch.jit.is_tracing())
@@ -237,10 +240,7 @@ def describe(x) -> str:
 
 
 def is_whole(x) -> bool:
-    return isinstance(x, Tensor) and x.dtype in (
-        *(torch.int64, torch.int32, torch.int16, torch.int8),
-        torch.uint8,
-    )
+    return isinstance(x, Tensor) and x.dtype in WHOLE
 
 
 def checked_ids(input_ids: Tensor, vocab_size: int) -> Tensor:
@@ -295,6 +295,7 @@ class HalfstepPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        # transformers calls this when a model is built and when its attention is changed.
         if attn_implementation not in (None, *ATTENTION):
             raise ValueError(
                 f"attn_implementation: found {attn_implementation!r}, "
@@ -393,7 +394,7 @@ class HalfstepModel(HalfstepPreTrainedModel):
             )
         elif known(t) and not ((t >= 0) & (t <= 1)).all():
             raise ValueError(f"t: found {t.tolist()}, expected times in [0, 1]")
-        return -torch.log1p(-(1 - EPS) * SHARES[schedule](t))
+        return -torch.log1p(-(1 - EPS) * SHARES[schedule](t.float()))
 
 
 class HalfstepForMaskedLM(HalfstepPreTrainedModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ from halfstep.checkpoint import (
     checkpoint_files,
     load_checkpoint,
     save_checkpoint,
+    write_tensors,
 )
+from halfstep.commands.generate import MASK
 from halfstep.config import SIZES, Network, Training
 from halfstep.data.pack import read_manifest
 from halfstep.data.tokenizer import EOS, load_bpe
@@ -28,7 +31,6 @@ from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, sha256, write_atomic, write_json
 from halfstep.metrics.rows import model_name
 from halfstep.models import hub
-from halfstep.models.dit import COND_WIDTH
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
 
@@ -74,6 +76,7 @@ def import_checkpoint(
             "change network.size, or name other weights"
         )
     tokens, length = _tokenizer_and_length(path, corpus, tokenizer, published.config)
+    tokens = without_mask_token(tokens, vocabulary)
     if tokens.get_vocab_size() != vocabulary:
         raise HalfstepError(
             f"--source {published.file}: its vocabulary is {vocabulary} tokens and the mask, "
@@ -246,6 +249,7 @@ def export_checkpoint(
 ) -> None:
     """Write a folder that transformers loads without halfstep, with a model card.
 
+    config.json is written last: a folder without it is not complete, and cannot be loaded.
     With --push it is uploaded to the hub, one revision per round. The card leaves out rows of other
     models, rows of other weights, and timings.
 
@@ -263,9 +267,17 @@ def export_checkpoint(
             f"--checkpoint {checkpoint}: is autoregressive; transformers loads its hf/ folder"
         )
     name = model_name(checkpoint)
-    _write_model(output, model, checkpoint / "tokenizer.json")
+    config = _config_for_transformers(model)
+    tokenizer, mask = with_mask_token(model.tokenizer, model.mask_id)
     rows = _rows_for_card(metrics or [], name, model.sha256, weights)
-    write_atomic(output / "README.md", card(name, model.meta, model.sha256, weights, rows))
+    text = card(name, model.meta, model.sha256, weights, rows)
+    # Without config.json nothing can be loaded: a folder that is half new and half old never is.
+    (output / "config.json").unlink(missing_ok=True)
+    _write_weights(output, model)
+    _write_tokenizer(output, model, tokenizer, mask)
+    write_atomic(output / "modeling_halfstep.py", MODELING.read_bytes())
+    write_atomic(output / "README.md", text)
+    write_json(output / "config.json", config)
     read = [*checkpoint_files(checkpoint, weights), *(metrics or [])]
     provenance.write_record(output / provenance.NAME, [output], read)
     if push:
@@ -273,57 +285,120 @@ def export_checkpoint(
         upload(output, push, revision or branch)
 
 
-def _write_model(output: Path, model: Model, tokenizer: Path) -> None:
-    """Write weights, configuration, tokenizer and code in transformers' format."""
-    from safetensors.torch import save_file
+def _config_for_transformers(model: Model) -> dict:
+    """config.json of an export: the shape of the network, and the classes that load it.
 
+    Raises HalfstepError if the exported file does not know the noise schedule.
+    """
+    if model.tokenizer.id_to_token(model.eos_id) is None:
+        raise HalfstepError(
+            f"meta.json: eos_id: found {model.eos_id}, but tokenizer.json has no token with this "
+            "id; copy the whole folder again"
+        )
     network = Network.model_validate(model.meta["network"])
     if network.schedule not in EXPORTED_SCHEDULES:
         raise HalfstepError(
             f"network.schedule: found {network.schedule!r}, but an exported model samples with "
             f"{' or '.join(EXPORTED_SCHEDULES)} only; add it to exported/modeling_halfstep.py"
         )
-    config = {
+    return {
         "model_type": "halfstep",
         "architectures": ["HalfstepForMaskedLM"],
         "auto_map": {
             "AutoConfig": "modeling_halfstep.HalfstepConfig",
+            "AutoModel": "modeling_halfstep.HalfstepModel",
             "AutoModelForMaskedLM": "modeling_halfstep.HalfstepForMaskedLM",
         },
         "vocab_size": model.vocab_size + 1,
         "hidden_dim": network.width,
         "n_blocks": network.blocks,
         "n_heads": network.heads,
-        "cond_dim": COND_WIDTH,
+        "cond_dim": model.network.sigma_map.mlp[0].out_features,
         "model_length": model.length,
         "time_conditioning": network.time_conditioning,
         "schedule": network.schedule,
         "steps": model.meta.get("student_steps", 1024),
         "bos_token_id": model.eos_id,
         "eos_token_id": model.eos_id,
+        "pad_token_id": model.eos_id,  # attention_mask says which of them are padding
+        "mask_token_id": model.mask_id,
+        "tie_word_embeddings": False,
         "dtype": "float32",
     }
+
+
+def _write_weights(output: Path, model: Model) -> None:
+    weights = model.network.state_dict()
+    tensors = {f"backbone.{key}": value for key, value in weights.items()}
+    write_tensors(output / "model.safetensors", tensors, {"format": "pt"})
+
+
+def _write_tokenizer(output: Path, model: Model, tokenizer: str, mask: dict) -> None:
+    """Write tokenizer.json, and its special tokens under the names that transformers knows."""
     eos = model.tokenizer.id_to_token(model.eos_id)
-    tokenizer_config = {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": eos,
         "eos_token": eos,
+        "pad_token": eos,
+        "mask_token": {"__type": "AddedToken", **mask},
         "model_max_length": model.length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
     }
-    weights = model.network.state_dict()
-    tensors = {f"backbone.{key}": value.contiguous() for key, value in weights.items()}
-    write_json(output / "config.json", config)
-    write_atomic(
-        output / "model.safetensors", lambda part: save_file(tensors, part, {"format": "pt"})
-    )
-    write_atomic(output / "tokenizer.json", tokenizer.read_bytes())
-    write_json(output / "tokenizer_config.json", tokenizer_config)
-    write_atomic(output / "modeling_halfstep.py", MODELING.read_bytes())
+    write_atomic(output / "tokenizer.json", tokenizer)
+    write_json(output / "tokenizer_config.json", config)
+
+
+def with_mask_token(tokenizer: Tokenizer, mask_id: int) -> tuple[str, dict]:
+    """The JSON of a tokenizer that also knows the mask token, and that token's options.
+
+    It encodes as halfstep does: no truncation, no padding, no token before or after a text. A blank
+    before the mask belongs to the token that fills it.
+    """
+    content = MASK if tokenizer.token_to_id(MASK) is None else f"<|mask-{mask_id}|>"
+    mask = {
+        "content": content,
+        "single_word": False,
+        "lstrip": True,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    about = json.loads(tokenizer.to_str())
+    about["truncation"] = about["padding"] = None
+    if (about["post_processor"] or {}).get("type") != "ByteLevel":
+        about["post_processor"] = None
+    vocabulary = about["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        vocabulary[content] = mask_id  # an added token alone would fill the first hole of the ids
+    about["added_tokens"].append({"id": mask_id, **mask})
+    text = json.dumps(about, ensure_ascii=False)
+    found = Tokenizer.from_str(text).token_to_id(content)
+    if found != mask_id:
+        raise HalfstepError(
+            f"tokenizer.json: the mask token would have id {found}, but the model has {mask_id}; "
+            f"use a byte-level BPE, or a tokenizer of {mask_id} tokens"
+        )
+    return text, mask
+
+
+def without_mask_token(tokenizer: Tokenizer, mask_id: int) -> Tokenizer:
+    """The tokenizer of an export as halfstep uses it; any other tokenizer as it is."""
+    about = json.loads(tokenizer.to_str())
+    added = {token["id"]: token["content"] for token in about["added_tokens"]}
+    content = added.get(mask_id, "")
+    if "mask" not in content.lower():
+        return tokenizer
+    about["added_tokens"] = [token for token in about["added_tokens"] if token["id"] != mask_id]
+    if isinstance(about["model"]["vocab"], dict):
+        about["model"]["vocab"].pop(content, None)
+    return Tokenizer.from_str(json.dumps(about))
 
 
 def _rows_for_card(files: list[Path], name: str, digest: str, weights: str) -> list[dict]:
     """The rows of exactly these weights; prints a note if there are rows of other weights."""
-    rows = [row for file in files for row in read_json(file)]
+    rows = [row for file in files for row in _read_rows(file)]
     rows = [row for row in rows if row.get("model") == name and row["metric"] != "latency_s"]
     others = {str(row.get("checkpoint")) for row in rows} - {digest[:16]}
     if others:
@@ -335,6 +410,19 @@ def _rows_for_card(files: list[Path], name: str, digest: str, weights: str) -> l
     return [row for row in rows if row.get("checkpoint") == digest[:16]]
 
 
+def _read_rows(file: Path) -> list[dict]:
+    """The metric rows of a file. Raises HalfstepError if it holds something else."""
+    rows = read_json(file)
+    is_table = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not is_table or not all("metric" in row for row in rows):
+        raise HalfstepError(
+            f"--metrics {file}: found no metric rows, expected a list of objects with a metric; "
+            "name a file of score-samples, score-corpus or another score command"
+        )
+    return rows
+
+
+TOLERANCE = 1e-4  # between log p of an export and ours, as a share of the largest |log p|
 CARD = """\
 ---
 license: apache-2.0
@@ -345,12 +433,20 @@ tags: [masked-diffusion, sdtt]
 # {name}
 A masked diffusion language model (MDLM, arXiv 2406.07524): {what} (arXiv 2410.21035).
 ```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 model = AutoModelForMaskedLM.from_pretrained("this folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder", config=model.config)  # runs no code
 print(tokenizer.decode(model.sample(num_samples=1, steps={steps})[0]))
+
+fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
+print(fill(f"Once upon a {{tokenizer.mask_token}} there was"))
 ```
+The logits are log-probabilities: the mask token has none, and a visible token keeps its value. In
+float32 they differ from those of halfstep by at most {tolerance:g} times the largest |log p|; in
+bfloat16 and float16 by the rounding of these types. `PreTrainedTokenizerFast.from_pretrained` loads
+the tokenizer without the model.
+
 | | |
 |---|---|
 {facts}
@@ -378,7 +474,8 @@ def card(name: str, meta: dict, digest: str, weights: str, rows: list[dict]) -> 
         name=name,
         what=what,
         steps=steps or 1024,
-        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items() if value),
+        tolerance=TOLERANCE,
+        facts="\n".join(f"| {key} | {_cell(value)} |" for key, value in facts.items() if value),
         measured=_card_table(rows),
     )
 
@@ -402,14 +499,18 @@ def _card_facts(meta: dict, digest: str, weights: str) -> dict[str, object]:
     }
 
 
+def _cell(value: object) -> str:
+    """A value in a table of the card: one line, without the signs that end a cell."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = "" if value is None else str(value)
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return printable.replace("|", "\\|")
+
+
 def _card_table(rows: list[dict]) -> str:
     if not rows:
         return "No metric was measured with these weights before this card was written."
-
-    def cell(value: object) -> str:
-        if isinstance(value, float):
-            return f"{value:.4g}"
-        return "" if value is None else str(value)
 
     lines = [
         "The interval [low, high] covers 95%. For MAUVE it covers the clustering alone, "
@@ -419,7 +520,7 @@ def _card_table(rows: list[dict]) -> str:
         "|" + "---|" * len(CARD_COLUMNS),
     ]
     for row in rows:
-        lines.append(f"| {' | '.join(cell(row.get(column)) for column in CARD_COLUMNS)} |")
+        lines.append(f"| {' | '.join(_cell(row.get(column)) for column in CARD_COLUMNS)} |")
     return "\n".join(lines)
 
 

@@ -137,7 +137,7 @@ def test_every_layout_and_both_sets_of_weights(layout, weights, pipeline, tmp_pa
     assert model.meta["round"] == 0
     assert model.meta["network"]["size"] == "tiny"
     assert model.meta["imported"]["weights"] == KEPT[has_average, weights]
-    assert provenance.verify_records(output.parent)[0] == []
+    assert provenance.Verification(output.parent).faults() == []
     run, points = read_journal(output)
     assert run["tags"]["imported"] == str(source)
     assert run["status"] == "finished"

@@ -15,7 +15,7 @@ from small import CORPUS, MACHINE, call, done, trainings
 
 import halfstep
 from halfstep import checkpoint
-from halfstep.commands import distill, train
+from halfstep.commands import train
 from halfstep.commands.generate import draw_texts, encode_prompt, text_writer
 from halfstep.config import GenerateOptions
 from halfstep.data import pack
@@ -92,8 +92,7 @@ def interrupt(patch, where: str, at: int) -> None:
         return call
 
     if where == "batch":
-        for module in (train, distill):
-            patch.setattr(module, "batch_indices", failing(module.batch_indices))
+        patch.setattr(train, "batch_indices", failing(train.batch_indices))
     elif where == "validation":
         measured = failing(train.HeldOut.mean_loss, before=False)
         patch.setattr(train.HeldOut, "mean_loss", measured)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from halfstep.commands import plan
 from halfstep.config import DrawOptions, GenerateOptions, Prompts
-from halfstep.report import catalogue
 from halfstep.errors import ConfigError
+from halfstep.report import catalogue
 from halfstep.resolve import flags, resolve, subsection
 from halfstep.workflow import slurm_plugin
 from halfstep.workflow.machine import MACHINE, RESOURCES, SPREAD, fewest_nodes, names_cluster

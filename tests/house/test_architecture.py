@@ -7,15 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 TREE = re.search(r"^## Files\n.*?^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1]
-TESTS_ALONE = {
-    "hostile",
-    "support",
-    "house",
-    "parity",
-    "cluster",
-    "docs",
-    "benchmarks",
-}  # not in src
+# Folders of tests that mirror no package of the source.
+TESTS_ALONE = {"hostile", "support", "house", "parity", "cluster", "docs", "benchmarks"}
 
 
 def first_sentence(path: Path) -> str:

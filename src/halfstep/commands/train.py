@@ -93,10 +93,8 @@ class TrainingJob:
     @classmethod
     def begin(cls, node: str, corpus: Path, output: Path, machine: Machine) -> "TrainingJob":
         """Join the other ranks, find the device and open the corpus."""
-        group = join_group(machine)
-        return cls(
-            node, corpus, output, machine, Windows(corpus, "train"), group, find_device(machine)
-        )
+        group, device = join_group(machine), find_device(machine)
+        return cls(node, corpus, output, machine, Windows(corpus, "train"), group, device)
 
     def corpus_facts(self) -> dict:
         """Keys of meta.json that name the corpus."""

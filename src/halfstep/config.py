@@ -109,7 +109,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "8B": (40, 4096, 32),
 }
 COND_WIDTH = 128  # of the vector that adaLN reads the noise level from, in every row of SIZES
-SHAPE = r"[1-9]\d{0,2}(x[1-9]\d{0,4}){2,3}"  # blocks x width x heads, if need be x COND_WIDTH
+SHAPE = r"(1\d\d|[1-9]\d?)(x[1-9]\d{0,4}){2,3}"  # blocks x width x heads, if need be x COND_WIDTH
 
 
 def shape_of_size(size: str) -> tuple[int, int, int, int]:

@@ -10,9 +10,5 @@ class HalfstepError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of a library's message, at most 200 characters; "" if it has none.
-
-    It may quote a file, so characters that steer a terminal are escaped.
-    """
-    line = (str(error).strip().splitlines() or [""])[0][:200]
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    """The first line of a library's message, at most 200 characters; "" if it has none."""
+    return (str(error).strip().splitlines() or [""])[0][:200]

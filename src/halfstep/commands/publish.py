@@ -79,9 +79,12 @@ def import_checkpoint(
             f"set network.size: {network.size}, or name other weights"
         )
     tokens, length = _tokenizer_and_length(path, corpus, tokenizer, published.config)
-    tokens = without_mask_token(tokens, published.config.get("mask_token_id", vocabulary))
-    average = published.ema if weights == "ema" and published.ema else {}
-    states = {"raw": published.raw, "ema": published.raw | average}
+    mask_id = published.config.get("mask_token_id", published.config.get("mask_index"))
+    tokens = without_mask_token(tokens, mask_id if isinstance(mask_id, int) else vocabulary)
+    raw = {key: value.float() for key, value in published.raw.items()}
+    states = {"raw": raw, "ema": raw}
+    if weights == "ema" and published.ema:
+        states["ema"] = raw | {key: value.float() for key, value in published.ema.items()}
     if tokens.get_vocab_size() != vocabulary:
         vocabulary = _cut_vocabulary(states, published, tokens.get_vocab_size())
     meta = {
@@ -177,8 +180,8 @@ def _cut_vocabulary(
     for name, state in states.items():
         states[name] = hub.without_padding(state, tokens)
     print(
-        f"--source {published.file}: {rows - tokens - 1} rows of its padded vocabulary were cut; "
-        f"{tokens} tokens and the mask remain",
+        f"halfstep import: --source {published.file}: its vocabulary is padded; of {rows} rows, "
+        f"those of the {tokens} tokens and the mask are kept",
         file=sys.stderr,
     )
     return tokens
@@ -259,10 +262,7 @@ def _write_imported(
         datasets=[{"name": "source", "digest": imported["sha256"], "source": imported["source"]}],
     ) as journal:
         write_atomic(output / "tokenizer.json", tokens.to_str(pretty=False))
-        tensors = {
-            FILES[name]: {key: value.float() for key, value in state.items()}
-            for name, state in states.items()
-        }
+        tensors = {FILES[name]: state for name, state in states.items()}
         save_checkpoint(output, tensors, meta, output / "tokenizer.json")
         journal.close(checkpoint=output)
 

@@ -281,14 +281,14 @@ def shape_of(raw: dict[str, Tensor], file: Path) -> tuple[int, int, int, int]:
 def is_padded(raw: dict[str, Tensor], tokens: int) -> bool:
     """Are all rows after those of `tokens` tokens and the mask padding?
 
-    A padded vocabulary ends at a multiple of 8 not far away, or its last rows are all equal.
+    A padded vocabulary ends at a multiple of 8 not far away, or its last rows are zero.
     """
     rows = raw[EMBEDDING]
     surplus = len(rows) - (tokens + 1)
     if surplus <= 0:
         return False
     is_rounded = len(rows) % 8 == 0 and surplus < 1024
-    return is_rounded or bool((rows[tokens + 1 :] == rows[-1]).all())
+    return is_rounded or not rows[tokens + 1 :].any()
 
 
 def without_padding(state: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:

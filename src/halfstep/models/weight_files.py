@@ -92,6 +92,8 @@ def _read_index(index: Path) -> tuple[dict[Any, Any], list[Path]]:
 def _read_file(file: Path) -> dict[Any, Any]:
     with open(file, "rb") as opened:
         start = opened.read(512)
+    if not start:
+        raise RefusedError("is empty")
     if start[:4] == b"PK\x03\x04":
         content = _read_archive(file)
     elif start[257:262] == b"ustar":
@@ -137,13 +139,15 @@ def _check_end(file: Path) -> None:
     with open(file, "rb") as opened:
         opened.seek(max(0, size - 98))
         tail = opened.read()
-    listed = int.from_bytes(tail[-10:-6], "little")
-    found = tail[-22:-18] == b"PK\x05\x06"
+    record, end, width, at = b"PK\x05\x06", size - 22, 4, len(tail) - 10
+    found = tail[-22:-18] == record
     if tail[-42:-38] == b"PK\x06\x07":
-        listed = int.from_bytes(tail[40:48], "little")
-        place = int.from_bytes(tail[-34:-26], "little")
-        found = found and tail[:4] == b"PK\x06\x06" and place == size - 98
-    if not found or listed > MAX_HEADER:
+        record, end, width, at = b"PK\x06\x06", size - 98, 8, 40
+        found = found and tail[:4] == record
+        found = found and int.from_bytes(tail[-34:-26], "little") == end
+    length = int.from_bytes(tail[at : at + width], "little")
+    start = int.from_bytes(tail[at + width : at + 2 * width], "little")
+    if not found or length > MAX_HEADER or start + length != end:
         raise RefusedError("cannot be read (it does not end with a list of its members)")
 
 
@@ -156,7 +160,7 @@ def _check_members(members: list[zipfile.ZipInfo], size: int) -> dict[str, int]:
     folder = names[0].partition("/")[0] if names else ""
     if len(names) > MAX_MEMBERS or len({name.lower() for name in names}) < len(names):
         raise RefusedError(f"has more than {MAX_MEMBERS:,} members, or two of one name")
-    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+    if any(name.lower().endswith("/constants.pkl") or "/code/" in name.lower() for name in names):
         raise RefusedError("is a TorchScript archive, which holds a program")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise RefusedError("has compressed members, which torch.save does not write")

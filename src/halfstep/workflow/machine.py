@@ -11,12 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-<<<<<<< HEAD
-from halfstep.errors import ConfigError
-=======
 from halfstep.config import SIZES, shape_of_size
-from halfstep.resolve import ConfigError
->>>>>>> 8d75bb1 (import: pickles are checked before torch reads them; any network size; more layouts)
+from halfstep.errors import ConfigError
 
 Resources = dict[str, int | str | None]
 """Values by name; Snakemake leaves out a resource that is None."""

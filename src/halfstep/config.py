@@ -132,7 +132,7 @@ def _check_size(size: str) -> str:
     """A network size in its only spelling: 3x128x8 is tiny."""
     if size in SIZES:
         return size
-    if not re.fullmatch(SHAPE, size):
+    if not re.fullmatch(SHAPE, size):  # an error like that of a Literal, which has a hint
         raise PydanticCustomError("literal_error", "Input should be {expected}", KNOWN_SIZES)
     blocks, width, heads, cond_width = shape_of_size(size)
     if width % (2 * heads):

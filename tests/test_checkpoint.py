@@ -62,7 +62,7 @@ def test_a_size_has_one_spelling_and_gives_the_shape():
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ("smal", "did you mean small"),
+        ("smaller", "did you mean small"),
         ("6x256", "allowed are 'tiny'"),
         ("0x256x4", "allowed are 'tiny'"),
         ("200x256x4", "allowed are 'tiny'"),

@@ -84,13 +84,13 @@ def legacy(path: Path) -> None:
 
 
 def compressed(path: Path) -> None:
-    """One gigabyte of zeros in one megabyte."""
+    """A quarter of a gigabyte of zeros in a quarter of a megabyte."""
     write_archive(path, state(tensor()))
     with (
         zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive,
         archive.open("x/data/1", "w", force_zip64=True) as member,
     ):
-        for _ in range(1024):
+        for _ in range(256):
             member.write(bytes(2**20))
 
 
@@ -161,6 +161,18 @@ def nested(depth: int) -> bytes:
     return b"]" * depth + b"a" * (depth - 1)
 
 
+def tuples(depth: int) -> bytes:
+    return b")" + b"\x85" * depth
+
+
+def many_names(count: int) -> bytes:
+    return tuple_of(*(named(f"omegaconf.a{i}") for i in range(count)))
+
+
+def many_calls(count: int) -> bytes:
+    return b"](" + named("omegaconf.a") + b"q\x00)R" + b"h\x00)R" * count + b"e"
+
+
 DEVICE_TENSOR = called("torch.distributed.tensor._api.DTensor")
 EMPTY_HOOKS = called("collections.OrderedDict")
 CODE = {
@@ -205,8 +217,15 @@ SIZES = {
         called("collections.OrderedDict", dict_of({"a": b"N"})),
         "calls collections.OrderedDict with arguments",
     ),
+    "a key of nested tuples": (b"}" + tuples(200_000) + b"Ns", "nested tuples as the key"),
+    "a set of nested tuples": (
+        called("builtins.set", b"]" + tuples(200_000) + b"a"),
+        "calls builtins.set with arguments",
+    ),
+    "100,000 names of types": (many_names(100_000), "names more than 100 functions"),
+    "150,000 calls": (many_calls(150_000), "more than 100,000 calls"),
     "another codec": (called("_codecs.encode", text("a"), text("zlib")), "_codecs.encode with"),
-    "three million operations": (b"](" + b"N" * 3_000_000 + b"e", "more than 2,000,000 op"),
+    "two million operations": (b"](" + b"N" * 2_000_000 + b"e", "more than 1,000,000 op"),
 }
 DAMAGE = {
     "an operation without operands": (b"R", "damaged pickle"),
@@ -291,7 +310,7 @@ CASES = [
         "zeros after the first bytes", lambda p: p.write_bytes(b"PK\3\4" + bytes(99)), "cannot"
     ),
     pickled("an archive cut short", cut, "cannot be read"),
-    pickled("a gigabyte of zeros, compressed", compressed, "has compressed members"),
+    pickled("many zeros, compressed", compressed, "has compressed members"),
     pickled("a thousand names for one member", overlapping, "has members that overlap"),
     pickled("25,000 members", many_members, "has more than 20,000 members"),
     pickled("two pickles", two_pickles, "or two of one name"),

@@ -13,7 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MAX_OPERATIONS = 2_000_000  # of one pickle; a checkpoint of MDLM with its tokenizer has 100,000
+MAX_OPERATIONS = 1_000_000  # of one pickle; a tokenizer in it may have hundreds of thousands
+MAX_CALLS = 100_000  # a tensor needs two
+MAX_NAMES = 100  # torch looks at each of them in each call
 MAX_COPIED = 2**24  # characters and entries that calls may copy
 ITEM_BYTES = {
     "torch.DoubleStorage": 8,
@@ -50,10 +52,14 @@ class Mark:
 
 @dataclass(eq=False)
 class Described:
-    """An object that a pickle would make: who makes it, and how many entries it has."""
+    """An object that a pickle would make: who makes it, and how many entries it has.
+
+    `is_flat`: no entry is a tuple that holds tuples.
+    """
 
     maker: str
     entries: int = 0
+    is_flat: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,8 +159,13 @@ def _is_size(arguments: tuple[Any, ...]) -> bool:
     return len(arguments) == 1 and type(arguments[0]) is tuple and all(map(_is_index, arguments[0]))
 
 
-def _is_list(arguments: tuple[Any, ...]) -> bool:
-    return len(arguments) == 1 and _maker(arguments[0]) == "list"
+def _is_flat_list(arguments: tuple[Any, ...]) -> bool:
+    return len(arguments) == 1 and _maker(arguments[0]) == "list" and arguments[0].is_flat
+
+
+def _is_deep(value: object) -> bool:
+    """Is it a tuple that holds tuples? Their hash goes down to the last one, and may not return."""
+    return isinstance(value, tuple) and any(isinstance(part, tuple) for part in value)
 
 
 CALLS: dict[str, Callable[[tuple[Any, ...]], bool]] = {  # function: are its arguments allowed?
@@ -163,7 +174,7 @@ CALLS: dict[str, Callable[[tuple[Any, ...]], bool]] = {  # function: are its arg
     "torch.Size": _is_size,
     "torch.device": _is_device,
     "collections.OrderedDict": _no_arguments,
-    "builtins.set": _is_list,
+    "builtins.set": _is_flat_list,
     "_codecs.encode": _is_latin1,
 }
 MAPPINGS = ("dict", "collections.OrderedDict", "collections.defaultdict")
@@ -181,6 +192,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.names: set[str] = set()
+        self.calls = 0
         self.copied = 0
 
     def step(self, operation: str, argument: Any) -> None:
@@ -245,6 +257,10 @@ class _Machine:
         allowed = ("list",) if count == 1 else MAPPINGS
         if _maker(target) not in allowed or len(items) % count:
             raise RefusedError(f"adds entries to {_maker(target)}")
+        if any(map(_is_deep, items[::count])):
+            if count == 2:
+                raise RefusedError("has nested tuples as the key of an entry")
+            target.is_flat = False
         target.entries += len(items) // count
 
     def name(self, argument: str) -> None:
@@ -253,6 +269,8 @@ class _Machine:
         if not (name in CALLS or name in VALUES or name in ITEM_BYTES or stand_in(name)):
             raise RefusedError(f"names {name[:80]!r}, which is not among what weights need")
         self.names.add(name)
+        if len(self.names) > MAX_NAMES:
+            raise RefusedError(f"names more than {MAX_NAMES} functions and types")
         self.stack.append(Named(name))
 
     def storage(self, _: Any) -> None:
@@ -286,7 +304,10 @@ class _Machine:
         self._count((state,))
 
     def _count(self, values: tuple[Any, ...]) -> None:
-        """Bound what calls copy, since a value that is kept once can be copied many times."""
+        """Bound the calls, and what they copy: a value that is kept once can be copied often."""
+        self.calls += 1
+        if self.calls > MAX_CALLS:
+            raise RefusedError(f"has a pickle of more than {MAX_CALLS:,} calls")
         for value in values:
             if isinstance(value, Described):
                 self.copied += value.entries

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from halfstep.errors import reason
 from halfstep.models.pickled import RefusedError, check_pickle, stand_in
 
 INDEX = ".index.json"
 MAX_MEMBERS = 20_000  # files in an archive, or tensors in a file
+MAX_DIRECTORY = 2**22  # bytes of the list of an archive's members
 MAX_PICKLE = 2**26  # bytes of an archive's pickle: all but the tensors
 MAX_HEADER = 2**24  # bytes of the header of a safetensors file, or of a JSON file
 STARTS = {  # first bytes of files that are often taken for weights: what they are
@@ -106,15 +107,16 @@ def _read_file(file: Path) -> dict[Any, Any]:
         content = _read_safetensors(file, int.from_bytes(start[:8], "little"))
     if not isinstance(content, dict):
         raise RefusedError(f"holds a {type(content).__name__}, expected named tensors")
-    if len(content) > MAX_MEMBERS:
-        raise RefusedError(f"holds more than {MAX_MEMBERS:,} tensors")
     return content
 
 
-def _read_safetensors(file: Path, header: int) -> Any:
+def _read_safetensors(file: Path, header: int) -> dict[str, torch.Tensor]:
     if header > min(MAX_HEADER, file.stat().st_size):
         raise RefusedError("is neither an archive of PyTorch nor a safetensors file")
-    return load_file(file)
+    with safe_open(file, "pt") as opened:
+        if len(opened.keys()) > MAX_MEMBERS:
+            raise RefusedError(f"holds more than {MAX_MEMBERS:,} tensors")
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dict
 
 
 def _read_archive(file: Path) -> Any:
@@ -147,7 +149,7 @@ def _check_end(file: Path) -> None:
         found = found and int.from_bytes(tail[-34:-26], "little") == end
     length = int.from_bytes(tail[at : at + width], "little")
     start = int.from_bytes(tail[at + width : at + 2 * width], "little")
-    if not found or length > MAX_HEADER or start + length != end:
+    if not found or length > MAX_DIRECTORY or start + length != end:
         raise RefusedError("cannot be read (it does not end with a list of its members)")
 
 

@@ -247,7 +247,7 @@ class _Machine:
     def add_item(self, count: int) -> None:
         """One item of a list (count 1), or one entry of a mapping (count 2)."""
         items = tuple(self._pop() for _ in range(count))
-        self._extend(items, count)
+        self._extend(items[::-1], count)
 
     def add_items(self, count: int) -> None:
         self._extend(self._pop_mark(), count)

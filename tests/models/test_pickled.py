@@ -51,9 +51,22 @@ def test_what_torch_saves_is_read(name, tmp_path):
 
 
 def test_objects_of_other_libraries_are_stand_ins(tmp_path):
-    torch.save({"a": Path("x"), "b": collections.defaultdict(list, a=[1])}, tmp_path / "x.pt")
+    torch.save({"a": Path("x")}, tmp_path / "x.pt")
     found, _ = read_weights(tmp_path / "x.pt")
     assert type(found["a"]) is Inert
+
+
+@pytest.mark.parametrize("kind", [dict, list, tuple, int, float, str, bool, object])
+def test_types_are_stand_ins(kind, tmp_path):
+    """OmegaConf keeps the types of its values. Protocol 2 has the names of Python 2 for some."""
+    torch.save({"a": kind}, tmp_path / "x.pt")
+    found, _ = read_weights(tmp_path / "x.pt")
+    assert found == {"a": Inert}
+
+
+def test_a_default_dict_is_a_dict(tmp_path):
+    torch.save({"b": collections.defaultdict(list, a=[1])}, tmp_path / "x.pt")
+    found, _ = read_weights(tmp_path / "x.pt")
     assert found["b"] == {"a": [1]}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import pickletools
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ VALUES = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16", "
 # What checkpoints hold beside tensors: configurations, tokenizers, paths and their types.
 LIBRARIES = "omegaconf transformers tokenizers lightning pytorch_lightning numpy pathlib typing"
 TYPES = "dict list tuple int float str bool object"
-RENAMED_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # in pickles of protocol 2
+LONGEST_KEY = 8  # parts of a tuple that is the key of an entry
 
 
 class RefusedError(ValueError):
@@ -54,7 +55,7 @@ class Mark:
 class Described:
     """An object that a pickle would make: who makes it, and how many entries it has.
 
-    `is_flat`: no entry is a tuple that holds tuples.
+    `is_flat`: no entry is a tuple.
     """
 
     maker: str
@@ -163,9 +164,11 @@ def _is_flat_list(arguments: tuple[Any, ...]) -> bool:
     return len(arguments) == 1 and _maker(arguments[0]) == "list" and arguments[0].is_flat
 
 
-def _is_deep(value: object) -> bool:
-    """Is it a tuple that holds tuples? Their hash goes down to the last one, and may not return."""
-    return isinstance(value, tuple) and any(isinstance(part, tuple) for part in value)
+def _is_key(value: object) -> bool:
+    """Is it quickly hashed? The hash of nested tuples goes down to the last, and may not return."""
+    if not isinstance(value, tuple):
+        return True
+    return len(value) <= LONGEST_KEY and not any(isinstance(part, tuple) for part in value)
 
 
 CALLS: dict[str, Callable[[tuple[Any, ...]], bool]] = {  # function: are its arguments allowed?
@@ -257,15 +260,17 @@ class _Machine:
         allowed = ("list",) if count == 1 else MAPPINGS
         if _maker(target) not in allowed or len(items) % count:
             raise RefusedError(f"adds entries to {_maker(target)}")
-        if any(map(_is_deep, items[::count])):
-            if count == 2:
-                raise RefusedError("has nested tuples as the key of an entry")
+        if count == 2 and not all(map(_is_key, items[::2])):
+            raise RefusedError("has nested tuples as the key of an entry")
+        if any(isinstance(item, tuple) for item in items):
             target.is_flat = False
         target.entries += len(items) // count
 
     def name(self, argument: str) -> None:
         module, _, rest = argument.partition(" ")
-        name = f"{RENAMED_MODULES.get(module, module)}.{rest}"
+        if (module, rest) in NAME_MAPPING:  # protocol 2 has the names of Python 2
+            module, rest = NAME_MAPPING[module, rest]
+        name = f"{IMPORT_MAPPING.get(module, module)}.{rest}"
         if not (name in CALLS or name in VALUES or name in ITEM_BYTES or stand_in(name)):
             raise RefusedError(f"names {name[:80]!r}, which is not among what weights need")
         self.names.add(name)

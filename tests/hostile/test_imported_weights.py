@@ -259,7 +259,10 @@ WEIGHTS = {
         weights() | {f"module.{EMBEDDING}": torch.zeros(1)},
         f"holds {EMBEDDING} twice",
     ),
-    "a name with escapes": (weights() | {"\x1b[2J": torch.zeros(1)}, r"names a tensor '\\x1b"),
+    "a tensor whose name has escapes": (
+        weights() | {"\x1b[2J": torch.zeros(1)},
+        r"names a tensor '\\x1b",
+    ),
     "an average that is a text": (
         {"state_dict": weights(), "ema": {"shadow_params": "abc"}},
         "average has no list of tensors",

@@ -58,7 +58,7 @@ def _matches(pattern: str) -> list[Path]:
     advice = f"check the path (relative ones start at {Path.cwd()})"
     if "{" in pattern:
         advice = "braces are not expanded: give each pattern its own entry"
-    raise HalfstepError(f"files: {pattern!r} matches nothing; {advice}")
+    raise HalfstepError(f"files: {pattern[:200]!r} matches nothing; {advice}")
 
 
 def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
@@ -129,7 +129,7 @@ def _read_parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
 
 
 def _check_columns(path: Path, table: pyarrow.parquet.ParquetFile, text_field: str) -> None:
-    """HalfstepError unless there is one column `text_field`, which unpacks to a sane size."""
+    """HalfstepError unless there is one column `text_field`, which unpacks to a text's size."""
     names = table.schema_arrow.names
     if names.count(text_field) != 1:
         found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
@@ -141,6 +141,8 @@ def _check_columns(path: Path, table: pyarrow.parquet.ParquetFile, text_field: s
     groups = [about.row_group(i) for i in range(about.num_row_groups)]
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
     for column in columns:
+        if column.path_in_schema.split(".")[0] != text_field:
+            continue
         unpacked, packed = column.total_uncompressed_size, column.total_compressed_size
         if unpacked > max(MOST_UNPACKED * packed, LONGEST_LINE):
             raise HalfstepError(

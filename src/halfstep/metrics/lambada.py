@@ -24,9 +24,9 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 from lm_eval.api.model import LM
@@ -45,6 +45,7 @@ from halfstep.metrics.likelihood import (
     monte_carlo_nll,
 )
 from halfstep.progress import Progress
+from halfstep.texts import check_regular, items_file, read_jsonl, reading
 
 if TYPE_CHECKING:
     from halfstep.checkpoint import Model
@@ -228,18 +229,22 @@ def last_word_of(doc: dict[str, str]) -> str:
 def lambada_task(data: str, cache: Path) -> dict[str, Any]:
     """lm-eval's stock lambada_openai as a complete inline task.
 
-    `data` is a hub data set or a local .jsonl of {"text": ...} lines.
+    `data` is a hub data set, or a local .jsonl or .jsonl.gz of {"text": ...} lines.
     """
     import lm_eval
     import yaml
 
-    path = Path(lm_eval.__file__).parent / "tasks/lambada/lambada_openai.yaml"
-    stock = yaml.safe_load(path.read_text())
+    source = Path(lm_eval.__file__).parent / "tasks/lambada/lambada_openai.yaml"
+    stock = yaml.safe_load(source.read_text())
     stock.pop("tag")
     stock |= {"doc_to_text": context_of, "doc_to_target": last_word_of}
-    if not data.endswith(".jsonl"):
+    path = items_file(data)
+    if path is None:
         return stock | {"dataset_path": data}
-    files = {"data_files": {"test": str(Path(data).resolve())}, "cache_dir": str(cache)}
+    copy = cache / "items.jsonl"  # as our reader reads the items, not as `datasets` would
+    with open(copy, "w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in read_items(path))
+    files = {"data_files": {"test": str(copy)}, "cache_dir": str(cache)}
     return stock | {
         "task": "lambada_local",
         "dataset_path": "json",
@@ -248,35 +253,46 @@ def lambada_task(data: str, cache: Path) -> dict[str, Any]:
     }
 
 
-def count_items(path: Path) -> int:
-    """Number of items in a local .jsonl; HalfstepError names the first bad line."""
-    if not path.is_file():
+def read_items(path: Path) -> Iterator[str]:
+    """The texts of a local .jsonl or .jsonl.gz, read as corpora are; blank lines do not count.
+
+    HalfstepError names the first line that is not an item.
+    """
+    if not path.exists():
         raise HalfstepError(
             f'lambada: no file {path}; expected one {{"text": ...}} per line, '
             "or a hub name such as EleutherAI/lambada_openai"
         )
+    check_regular(path, "lambada")
     count = 0
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not _is_item(line):
+    with reading(path) as file:
+        for number, text in _numbered(path, file):
+            if text != text.rstrip() or not text:
                 raise HalfstepError(
                     f'lambada: {path}:{number} is not {{"text": "... word"}} with a word after the '
                     "last space; correct the line"
                 )
             count += 1
+            yield text
     if not count:
         raise HalfstepError(
             f'lambada: {path} holds no items; expected one {{"text": ...}} per line'
         )
-    return count
 
 
-def _is_item(line: str) -> bool:
+def _numbered(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    return isinstance(text, str) and bool(text.split(" ")[-1])
+        yield from read_jsonl(path, file, "text")
+    except HalfstepError as error:
+        where, _, fault = str(error).removeprefix(f"{path}, line ").partition(": ")
+        if not where.isdigit():
+            raise HalfstepError(f"lambada: {error}") from None
+        raise HalfstepError(f"lambada: {path}:{where} is not an item: {fault}") from None
+
+
+def count_items(path: Path) -> int:
+    """Number of items in a local file; HalfstepError names the first bad line."""
+    return sum(1 for _ in read_items(path))
 
 
 def evaluate_lambada(
@@ -300,9 +316,9 @@ def evaluate_lambada(
     Rank 0 of the group evaluates; the other ranks answer their share of its questions and return
     None.
     """
-    local = data.endswith(".jsonl")
-    if local:
-        count = count_items(Path(data))
+    path = items_file(data)
+    if path is not None:
+        count = count_items(path)
         items = min(items or count, count)
     first, *others = ACCURACY[model.kind]
     lm = HalfstepLM(model, first, micro_batch, device, seed, group)
@@ -320,7 +336,7 @@ def evaluate_lambada(
     group.broadcast(None)
     texts = "\0".join(sample["doc"]["text"] for sample in samples)
     digest = hashlib.sha256(texts.encode()).hexdigest()
-    name = Path(data).name if local else data
+    name = data if path is None else path.name
     return {
         "nll": nll,
         "hits": hits,
@@ -344,7 +360,7 @@ def _run_lm_eval(lm: HalfstepLM, data: str, items: int | None) -> tuple[list[dic
             tasks = list(manager.load([lambada_task(data, Path(cache))])["tasks"].values())
         except (OSError, ValueError) as error:
             remedy = "download it where there is a network, or name a .jsonl"
-            if data.endswith(".jsonl"):
+            if items_file(data):
                 remedy = "correct the file"
             raise HalfstepError(
                 f"lambada: cannot load {data!r} ({type(error).__name__}: {reason(error)}); {remedy}"

@@ -135,17 +135,25 @@ def _decode(path: Path, number: int, raw: bytes) -> str:
         ) from None
 
 
-def read_jsonl(
-    path: Path, file: BinaryIO, text_field: str, longest: int = LONGEST_LINE
-) -> Iterator[tuple[int, str]]:
-    """Number of each line that is not blank, and the text in its field `text_field`.
+def row_text(line: str, text_field: str, where: str) -> str:
+    """The text in the field `text_field` of a line of .jsonl; `where` names the line in errors.
 
     Broken JSON escapes make lone surrogates; each becomes "?".
     """
-    for number, line in read_lines(path, file, longest):
-        if line.strip():
-            where = f"{path}, line {number}"
-            yield number, _text_of(_parse(line, text_field, where), text_field, where)
+    row = _parse(line, text_field, where)
+    if not isinstance(row, dict) or text_field not in row:
+        found = f"a JSON {type(row).__name__}"
+        if isinstance(row, dict):
+            found = f"an object with {_names(row)}"
+        raise HalfstepError(
+            f"{where}: found {found}, expected a field {text_field!r}; "
+            "set text_field to the one with the text"
+        )
+    text = row[text_field]
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise HalfstepError(f"{where}: field {text_field!r} holds a {kind}, expected text")
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _parse(line: str, text_field: str, where: str) -> Any:
@@ -167,23 +175,6 @@ def _parse(line: str, text_field: str, where: str) -> Any:
         raise HalfstepError(
             f"{where}: not valid JSON ({reason(error)}); expected one object per line"
         ) from None
-
-
-def _text_of(row: Any, text_field: str, where: str) -> str:
-    """The text of one parsed line of a .jsonl file; `where` names the line in errors."""
-    if not isinstance(row, dict) or text_field not in row:
-        found = f"a JSON {type(row).__name__}"
-        if isinstance(row, dict):
-            found = f"an object with {_names(row)}"
-        raise HalfstepError(
-            f"{where}: found {found}, expected a field {text_field!r}; "
-            "set text_field to the one with the text"
-        )
-    text = row[text_field]
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        raise HalfstepError(f"{where}: field {text_field!r} holds a {kind}, expected text")
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _names(row: dict[str, Any]) -> str:

@@ -79,7 +79,7 @@ def distill_round(
     read_weights = {"name": "teacher", "digest": digest, "source": str(teacher)}
     step_flops = flops_per_token(student, old, plan, run.batch_size, job.windows.length)
     with job.journal(name, {**about, **run.model_dump()}, tags, [read_weights]) as journal:
-        batches = job.batches(run.batch_size, seed + round)
+        batches = job.batches(run, seed + round)
         state = fit(student.network, objective, batches, run, start, job.run(journal, step_flops))
         job.finish(state, meta, journal)
     if not job.group.is_main:

@@ -18,9 +18,9 @@ from halfstep.texts import (
     LONGEST_LINE,
     MOST_UNPACKED,
     check_regular,
-    read_jsonl,
     read_lines,
     reading,
+    row_text,
 )
 
 if TYPE_CHECKING:
@@ -78,8 +78,9 @@ def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
 
 
 def _read_jsonl(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
-    for _, text in read_jsonl(path, file, text_field, LONGEST_LINE):
-        yield text
+    for number, line in read_lines(path, file, LONGEST_LINE):
+        if line.strip():
+            yield row_text(line, text_field, f"{path}, line {number}")
 
 
 def _read_txt(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:

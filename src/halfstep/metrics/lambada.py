@@ -26,7 +26,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from lm_eval.api.model import LM
@@ -45,7 +45,7 @@ from halfstep.metrics.likelihood import (
     monte_carlo_nll,
 )
 from halfstep.progress import Progress
-from halfstep.texts import check_regular, items_file, read_jsonl, reading
+from halfstep.texts import check_regular, items_file, read_lines, reading, row_text
 
 if TYPE_CHECKING:
     from halfstep.checkpoint import Model
@@ -266,28 +266,27 @@ def read_items(path: Path) -> Iterator[str]:
     check_regular(path, "lambada")
     count = 0
     with reading(path) as file:
-        for number, text in _numbered(path, file):
-            if text != text.rstrip() or not text:
-                raise HalfstepError(
-                    f'lambada: {path}:{number} is not {{"text": "... word"}} with a word after the '
-                    "last space; correct the line"
-                )
-            count += 1
-            yield text
+        for number, line in read_lines(path, file):
+            if line.strip():
+                count += 1
+                yield _item(line, f"{path}:{number}")
     if not count:
         raise HalfstepError(
             f'lambada: {path} holds no items; expected one {{"text": ...}} per line'
         )
 
 
-def _numbered(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
+def _item(line: str, where: str) -> str:
     try:
-        yield from read_jsonl(path, file, "text")
-    except HalfstepError as error:
-        where, _, fault = str(error).removeprefix(f"{path}, line ").partition(": ")
-        if not where.isdigit():
-            raise HalfstepError(f"lambada: {error}") from None
-        raise HalfstepError(f"lambada: {path}:{where} is not an item: {fault}") from None
+        text = row_text(line, "text", where)
+    except HalfstepError:
+        text = ""
+    if not text or text != text.rstrip():
+        raise HalfstepError(
+            f'lambada: {where} is not {{"text": "... word"}} with a word after the last space; '
+            "correct the line"
+        )
+    return text
 
 
 def count_items(path: Path) -> int:

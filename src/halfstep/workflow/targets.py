@@ -14,9 +14,8 @@ from typing import Protocol
 
 from halfstep.config import Config, Distillation, Teacher
 from halfstep.data.files import find_files
-from halfstep.errors import HalfstepError
+from halfstep.errors import ConfigError, HalfstepError
 from halfstep.report import catalogue
-from halfstep.resolve import ConfigError
 from halfstep.texts import check_regular, items_file
 
 CHECKPOINT = [
@@ -64,7 +63,8 @@ def check_sources(config: Config) -> None:
     faults = []
     for name, corpus in config.corpora.items():
         try:
-            find_files(corpus.files)
+            for path in find_files(corpus.files):
+                _check_name(path, "files")
         except HalfstepError as error:
             faults.append(f"corpora.{name}.{error}")
         tokenizer = corpus.tokenizer
@@ -76,10 +76,20 @@ def check_sources(config: Config) -> None:
     try:
         if items := items_file(config.evaluation.lambada):
             check_regular(items, "lambada")
+            _check_name(items, "lambada")
     except HalfstepError as error:
         faults.append(f"evaluation.{error}")
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _check_name(path: Path, key: str) -> None:
+    """HalfstepError for a name in which Snakemake would see a wildcard."""
+    if re.search(r"\{\s*\w+.*\}", str(path)):
+        raise HalfstepError(
+            f"{key}: {path} has a part in braces, which Snakemake takes for a wildcard; "
+            "rename the file, or link to it under another name"
+        )
 
 
 def is_folder(name: str) -> bool:

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 from halfstep.errors import HalfstepError, reason
 
 LONGEST_LINE = 64 << 20  # bytes; a file with longer lines is not text and would fill the memory
-MOST_UNPACKED = 200  # times the size of a .gz; no text is packed so densely
+MOST_UNPACKED = 200  # times its packed size; no text is packed so densely
+BOMB = 2 << 20  # bytes of unpacked text after which MOST_UNPACKED is asked for
 ITEM_SUFFIXES = (".jsonl", ".jsonl.gz")
 
 BYTE_ORDER_MARKS = [  # UTF-32 first, because its mark begins with that of UTF-16
@@ -73,7 +74,6 @@ def read_lines(
     file.seek(0)
     number, size = 0, 0
     packed = path.name.endswith(".gz")
-    most = max(MOST_UNPACKED * os.fstat(file.fileno()).st_size, longest)
     stream = gzip.GzipFile(fileobj=file) if packed else file
     while raw := stream.readline(longest + 1):
         number += 1
@@ -85,10 +85,10 @@ def read_lines(
                 f"{path}, line {number}: longer than {longest >> 20} MB; "
                 "cut it into separate documents"
             )
-        if packed and size > most:
+        if packed and size > BOMB and size > MOST_UNPACKED * file.tell():
             raise HalfstepError(
-                f"{path}, line {number}: unpacks to more than {MOST_UNPACKED} times the size of "
-                "the file, so it is hardly text; look at it, or unpack it yourself"
+                f"{path}, line {number}: unpacks to more than {MOST_UNPACKED} times its size, "
+                "so it is hardly text; look at it, or unpack it yourself"
             )
         yield number, _decode(path, number, raw).rstrip("\r\n")
 

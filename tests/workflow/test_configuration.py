@@ -24,7 +24,8 @@ PRESETS = REPOSITORY / "workflow/presets"
         (["preset=labtop"], "did you mean laptop?"),
         (
             ['evaluation={"lambada": "gone.jsonl"}'],
-            "configuration: evaluation.lambada: gone.jsonl cannot be read",
+            "configuration: evaluation.lambada: gone.jsonl cannot be read "
+            "(No such file or directory); check the path",
         ),
         (
             ['sampling={"steps": [8, "owns"]}'],

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from halfstep.errors import HalfstepError, reason
 from halfstep.texts import (
+    BOMB,
     LONGEST_LINE,
     MOST_UNPACKED,
     check_regular,
@@ -145,7 +146,7 @@ def _check_columns(path: Path, table: pyarrow.parquet.ParquetFile, text_field: s
         if column.path_in_schema.split(".")[0] != text_field:
             continue
         unpacked, packed = column.total_uncompressed_size, column.total_compressed_size
-        if unpacked > max(MOST_UNPACKED * packed, LONGEST_LINE):
+        if unpacked > max(MOST_UNPACKED * packed, BOMB):
             raise HalfstepError(
                 f"{path}: a column unpacks to {unpacked:,} bytes, more than {MOST_UNPACKED} times "
                 "its size in the file, so it is hardly text; look at it, or unpack it yourself"

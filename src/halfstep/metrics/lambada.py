@@ -25,6 +25,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -101,7 +102,7 @@ class HalfstepLM(LM):
         room = self.model.length - 2 - len(right)
         if room < 0 or not right:
             raise HalfstepError(
-                f"lambada: {continuation!r} has {len(right)} tokens, expected 1 to "
+                f"lambada: {continuation[:40]!r} has {len(right)} tokens, expected 1 to "
                 f"{self.model.length - 2} in windows of {self.model.length}; "
                 "shorten the item or leave it out"
             )
@@ -316,11 +317,13 @@ def evaluate_lambada(
     None.
     """
     path = items_file(data)
+    first, *others = ACCURACY[model.kind]
+    lm = HalfstepLM(model, first, micro_batch, device, seed, group)
     if path is not None:
         count = count_items(path)
         items = min(items or count, count)
-    first, *others = ACCURACY[model.kind]
-    lm = HalfstepLM(model, first, micro_batch, device, seed, group)
+        for text in islice(read_items(path), items):  # an item that is too long is found at once
+            lm.question(context_of({"text": text}), last_word_of({"text": text}))
     if not group.is_main:
         lm.serve()
         return None

@@ -190,6 +190,8 @@ def pack_windows(
                 streams = _streams(chunks, pool, encoder, 4 * workers)
                 path = output / f"{split}.bin"
                 found = _write_windows(path, streams, length, encoder, progress)
+                if encoder.unknown == encoder.eos:
+                    found["unknown_tokens"] -= len(documents)  # these end documents
                 facts[split] = {"documents": len(documents), **found}
                 if not found["windows"]:
                     raise HalfstepError(

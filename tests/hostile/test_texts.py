@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from hostile import Hostile, answer
+from known import write_checkpoint
 
-from halfstep.checkpoint import build_network, save_checkpoint
 from halfstep.data.tokenizer import EOS, train_bpe
 
 WORDS = [
@@ -308,15 +308,8 @@ TEXTS = [
 @cache
 def checkpoint() -> Path:
     """An untrained denoiser with a BPE of WORDS and windows of 32 tokens."""
-    folder = Path(tempfile.mkdtemp(prefix="halfstep-lambada-")) / "model"
-    tokenizer = train_bpe(WORDS, 300)
-    size = tokenizer.get_vocab_size()
-    meta = {"kind": "diffusion", "network": {"size": "tiny"}, "vocab_size": size}
-    meta |= {"eos_id": tokenizer.token_to_id(EOS), "length": 32, "round": 0}
-    weights = build_network(meta).state_dict()
-    (folder.parent / "tokenizer.json").write_text(tokenizer.to_str())
-    save_checkpoint(folder, {"ema.safetensors": weights}, meta, folder.parent / "tokenizer.json")
-    return folder
+    folder = Path(tempfile.mkdtemp(prefix="halfstep-lambada-"))
+    return write_checkpoint(folder / "model", train_bpe(WORDS, 300))
 
 
 SCORE = ["score-lambada", "--checkpoint", "model", "--corpus", "none", "--output", "out/rows.json"]

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 from hostile import Hostile, answer
+from known import write_checkpoint
 from tokenizers import Tokenizer
 
 from halfstep.data.tokenizer import EOS, train_bpe
@@ -307,6 +308,42 @@ CASES = [
         "a file instead of a folder",
         file_for_folder,
         "tokenizer: ./tok is not a folder",
+    ),
+]
+
+GENERATE = ["generate", "--checkpoint", "model", "--output", "out", "--device", "cpu"]
+GENERATE += ["--steps", "2", "--num-samples", "2", "--prompt", "The cat  sat on"]
+
+
+def of_a_checkpoint(name, pattern=None, **changes):
+    """A checkpoint with a changed tokenizer.json, whose texts begin with the prompt."""
+
+    def check(folder):
+        ids = np.load(folder / "out/samples.npy")
+        given = [0, *PLAIN.encode("The cat  sat on").ids]
+        assert ids[:, : len(given)].tolist() == [given, given]
+
+    def make(folder):
+        write_checkpoint(folder / "model", PLAIN, **changes)
+
+    return Hostile("tokenizer.json", f"{name}, of a checkpoint", make, GENERATE, pattern, check)
+
+
+CASES += [
+    of_a_checkpoint("truncation", truncation=TRUNCATION),
+    of_a_checkpoint("padding", padding=PADDING | {"strategy": {"Fixed": 64}}),
+    of_a_checkpoint("a template", post_processor=template(END, A, END)),
+    of_a_checkpoint("no model", "tokenizer.json cannot be read .it has no model", model=None),
+    of_a_checkpoint(
+        "a table that is none",
+        "tokenizer.json cannot be read .Precompiled",
+        normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    ),
+    of_a_checkpoint(
+        "an id beyond the vocabulary",
+        "tokenizer.json has 311 tokens, but vocab_size in meta.json is",
+        model=json.loads(PLAIN.to_str())["model"]
+        | {"vocab": PLAIN.get_vocab(with_added_tokens=False) | {"zzz": 310}},
     ),
 ]
 

@@ -15,6 +15,7 @@ import yaml
 from known import Language, words_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from halfstep.checkpoint import load_checkpoint
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.errors import HalfstepError
 from halfstep.metrics.lambada import (
@@ -277,3 +278,23 @@ def test_an_item_that_is_too_long_is_found_before_the_first_question(tmp_path):
     with pytest.raises(HalfstepError, match="has 1 tokens, expected 1 to 0 in windows of 2"):
         evaluate_lambada(model, items)
     assert model.denoiser.asked == 0
+
+
+def test_lm_evals_own_number_of_a_baseline_needs_a_bos(pipeline, tmp_path):
+    """lm-eval's model `hf` with add_bos_token=True: the tokens after BOS, by transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    texts = ["Tom had a red kite", "Anna saw the fox", "A cat"]
+    items = write_items(tmp_path / "items.jsonl", texts)
+    found = evaluate_lambada(load_checkpoint(pipeline.baseline), items)["nll"]["ar"]
+    folder = pipeline.baseline / "hf"
+    network = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for bos, agrees in ((True, True), (False, False)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=bos)
+        for text, nll in zip(texts, found, strict=True):
+            left = tokenizer(context_of({"text": text}))["input_ids"]
+            right = tokenizer(last_word_of({"text": text}), add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                log_p = network(torch.tensor([left + right])).logits[0].double().log_softmax(-1)
+            values = log_p[range(len(left) - 1, len(left + right) - 1), right]
+            assert (abs(-values.sum().item() - nll) < 1e-4) == agrees

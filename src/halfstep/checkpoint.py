@@ -268,14 +268,14 @@ def load_checkpoint(folder: str | Path, weights: str = "ema", device: str = "cpu
     weights: ema, raw, or best (of a training that chose one). Raises HalfstepError if a file is
     missing, damaged, or does not fit.
     """
-    from tokenizers import Tokenizer
+    from halfstep.data.tokenizer import read_tokenizer, vocabulary_size
 
     folder = Path(folder)
     meta = read_meta(folder)
     if weights not in FILES:
         raise HalfstepError(f"weights: found {weights!r}, allowed are {', '.join(FILES)}")
-    tokenizer = Tokenizer.from_file(str(checked_file(folder, "tokenizer.json", meta)))
-    tokens = tokenizer.get_vocab_size()
+    tokenizer = read_tokenizer(checked_file(folder, "tokenizer.json", meta))
+    tokens = vocabulary_size(tokenizer)
     if tokens > meta["vocab_size"]:
         raise HalfstepError(
             f"{folder}: tokenizer.json has {tokens} tokens, but vocab_size in meta.json is "

@@ -22,6 +22,7 @@ BELOW = {
     "checkpoint",
     "timing",
     "progress",
+    "texts",
 }  # what a leaf may import
 CONTRACTS = "halfstep.diffusion.contracts."  # types, which every leaf may import
 EDGES = {("distill", "diffusion")}  # and which leaf may know which

@@ -26,7 +26,7 @@ from halfstep.checkpoint import (
 from halfstep.commands.generate import MASK
 from halfstep.config import SIZES, Network, Training
 from halfstep.data.pack import read_manifest
-from halfstep.data.tokenizer import EOS, load_bpe
+from halfstep.data.tokenizer import EOS, load_bpe, read_tokenizer, vocabulary_size
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, sha256, write_atomic, write_json
 from halfstep.metrics.rows import model_name
@@ -77,10 +77,10 @@ def import_checkpoint(
         )
     tokens, length = _tokenizer_and_length(path, corpus, tokenizer, published.config)
     tokens = without_mask_token(tokens, vocabulary)
-    if tokens.get_vocab_size() != vocabulary:
+    if vocabulary_size(tokens) != vocabulary:
         raise HalfstepError(
             f"--source {published.file}: its vocabulary is {vocabulary} tokens and the mask, "
-            f"the tokenizer has {tokens.get_vocab_size()}; "
+            f"the tokenizer has {vocabulary_size(tokens)}; "
             "name the corpus or the tokenizer that it was trained with"
         )
     average = published.ema if weights == "ema" and published.ema else {}
@@ -160,7 +160,7 @@ def _tokenizer_and_length(
 ) -> tuple[Tokenizer, int]:
     """Tokenizer, and tokens per text, from the corpus or else from the source and --tokenizer."""
     if corpus:
-        tokens = Tokenizer.from_file(str(corpus / "tokenizer.json"))
+        tokens = read_tokenizer(corpus / "tokenizer.json")
         return tokens, read_manifest(corpus)["length"]
     model = config.get("model")
     length = config.get("model_length")

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from halfstep.data.tokenizer import EOS
+from halfstep.data.tokenizer import EOS, encode_texts, read_tokenizer, unknown_id, vocabulary_size
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, remember_sha256, sha256, write_atomic
 from halfstep.progress import Progress
@@ -120,13 +120,13 @@ class _Encoder:
     def __init__(self, spool: Path, tokenizer: str, dtype: str):
         self.spool, self.dtype = spool, dtype
         self.tokenizer = Tokenizer.from_str(tokenizer)
-        # A text that mentions <|endoftext|> does not end there.
-        self.tokenizer.encode_special_tokens = True
         self.eos = self.tokenizer.token_to_id(EOS)
+        self.unknown = unknown_id(self.tokenizer)
 
     def __call__(self, chunk: Chunk) -> np.ndarray:
-        encoded = self.tokenizer.encode_batch_fast(read_chunk(self.spool, chunk))
-        return np.concatenate([np.array([*text.ids, self.eos], self.dtype) for text in encoded])
+        # A text that mentions <|endoftext|> does not end there.
+        encoded = encode_texts(self.tokenizer, read_chunk(self.spool, chunk))
+        return np.concatenate([np.array([*ids, self.eos], self.dtype) for ids in encoded])
 
 
 _encoder: _Encoder
@@ -161,7 +161,7 @@ def _streams(
 
 def token_dtype(tokenizer: Tokenizer) -> str:
     """The dtype of the tokens in a corpus's files."""
-    return "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
+    return "uint16" if vocabulary_size(tokenizer) <= 1 << 16 else "uint32"
 
 
 def pack_windows(
@@ -174,7 +174,7 @@ def pack_windows(
 ) -> dict[str, dict]:
     """Write {split}.bin for each range of documents.
 
-    Returns the numbers of documents, windows and tokens of each split, and its sha256.
+    Returns facts of each split: numbers of documents, windows, tokens and so on, and its sha256.
     """
     args = (spool.path, tokenizer.to_str(), token_dtype(tokenizer))
     encoder = _Encoder(*args)
@@ -189,7 +189,9 @@ def pack_windows(
                 chunks = spool.chunks(documents.start, documents.stop)
                 streams = _streams(chunks, pool, encoder, 4 * workers)
                 path = output / f"{split}.bin"
-                found = _write_windows(path, streams, length, encoder.eos, progress)
+                found = _write_windows(path, streams, length, encoder, progress)
+                if encoder.unknown == encoder.eos:
+                    found["unknown_tokens"] -= len(documents)  # these end documents
                 facts[split] = {"documents": len(documents), **found}
                 if not found["windows"]:
                     raise HalfstepError(
@@ -212,15 +214,15 @@ def _write_windows(
     path: Path,
     streams: Iterable[tuple[Chunk, np.ndarray]],
     length: int,
-    eos: int,
+    encoder: _Encoder,
     progress: Progress,
 ) -> dict:
-    """Write the joined streams as windows to a file; return windows, tokens and sha256."""
+    """Write the joined streams as windows to a file; return facts of the file."""
     facts: dict = {}
 
     def write(part: Path) -> None:
         with open(part, "wb") as out:
-            facts.update(_cut(streams, length, eos, out, progress))
+            facts.update(_cut(streams, length, encoder, out, progress))
 
     write_atomic(path, write)
     remember_sha256(path, facts["sha256"])
@@ -230,15 +232,20 @@ def _write_windows(
 def _cut(
     streams: Iterable[tuple[Chunk, np.ndarray]],
     length: int,
-    eos: int,
+    encoder: _Encoder,
     out: BinaryIO,
     progress: Progress,
 ) -> dict:
-    """Write the joined streams as windows EOS + (length - 2) tokens + EOS."""
-    digest, windows, tokens, seen = hashlib.sha256(), 0, 0, 0
-    rest = None
+    """Write the joined streams as windows EOS + (length - 2) tokens + EOS.
+
+    `cut_windows` counts those whose last document goes on in the next window.
+    """
+    digest, eos, rest = hashlib.sha256(), encoder.eos, None
+    windows = cut_windows = tokens = unknown_tokens = seen = 0
     for chunk, stream in streams:
         tokens += len(stream)
+        if encoder.unknown is not None:
+            unknown_tokens += np.count_nonzero(stream == encoder.unknown)
         if rest is not None:
             stream = np.concatenate([rest, stream])
         count = len(stream) // (length - 2)
@@ -248,11 +255,18 @@ def _cut(
         digest.update(block)
         out.write(block)
         windows += count
+        cut_windows += np.count_nonzero(block[:, -2] != eos)
         seen += chunk.size
         if seen >= CHUNK:  # progress counts whole MB
             progress.update(seen // CHUNK)
             seen %= CHUNK
-    return {"windows": windows, "tokens": tokens, "sha256": digest.hexdigest()}
+    return {
+        "windows": windows,
+        "cut_windows": int(cut_windows),
+        "tokens": tokens,
+        "unknown_tokens": int(unknown_tokens),
+        "sha256": digest.hexdigest(),
+    }
 
 
 def corpus_files(corpus: Path, *splits: str) -> list[Path]:
@@ -296,7 +310,7 @@ def verified_file(path: Path, expected: str) -> Path:
 def corpus_tokenizer(corpus: Path) -> Tokenizer:
     """The tokenizer of a corpus folder, after its checksum is verified."""
     digest = read_manifest(corpus)["tokenizer_sha256"]
-    return Tokenizer.from_file(str(verified_file(Path(corpus) / "tokenizer.json", digest)))
+    return read_tokenizer(verified_file(Path(corpus) / "tokenizer.json", digest))
 
 
 class Windows:

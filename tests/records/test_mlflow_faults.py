@@ -217,6 +217,7 @@ def store(uri: str, experiment: str) -> dict:
         run_id, model = run.info.run_id, models[run.info.run_id]
         assert model not in content, f"two runs of {model}"
         tags = dict(run.data.tags)
+        tags.pop("halfstep.key")  # an id
         parent = models.get(tags.pop("mlflow.parentRunId", None))
         points = {
             key: [(p.step, p.value) for p in client.get_metric_history(run_id, key)]

@@ -36,8 +36,12 @@ def check_uri(uri: str) -> None:
             fault = "" if urlsplit(uri).hostname else "no host"
         except ValueError as error:
             fault = reason(error)
-    if scheme == "sqlite" and not fault and str(sqlite_file(uri)) in (".", ":memory:"):
-        fault = "a database in memory, which would be lost"
+    if scheme == "sqlite" and not fault:
+        name = str(sqlite_file(uri))
+        if name in (".", ":memory:"):
+            fault = "a database in memory, which would be lost"
+        elif name.startswith("file:"):
+            fault = "a file: address within a sqlite: address"
     if fault:
         raise HalfstepError(
             f"MLflow at {uri!r}: {fault}; expected http://, https://, sqlite:///file.db, "
@@ -106,9 +110,11 @@ def prepare_sqlite(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     if _is_whole(file):
         return
-    with exclusive(file.with_name(f".{file.name}.lock"), patience_s=120):
+    lock = file.with_name(f".{file.name}.lock")
+    with exclusive(lock, patience_s=120):
         if not _is_whole(file):  # another process may have created it
             write_atomic(file, _create_tables)
+        lock.unlink(missing_ok=True)  # whoever waits for it finds the database whole
 
 
 def _create_tables(file: Path) -> None:

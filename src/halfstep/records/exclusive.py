@@ -44,7 +44,7 @@ def exclusive(file: Path, patience_s: float) -> Iterator[str]:
     with _created(Path(f"{file}.held"), patience_s):
         yield (
             f"WARNING: {file.parent}: this file system has no locks (flock); "
-            f"{file.name}.held took their place; mount it with -o flock"
+            f"{file.name}.held took their place; mount it with -o flock\n"
         )
 
 

@@ -231,7 +231,7 @@ def _alarm(seconds: float) -> Iterator[None]:
     """
 
     def ring(*_: object) -> None:
-        raise TimeoutError(f"not done after {seconds:g} s")
+        raise TimeoutError(f"not done after {seconds:g} s; the next call continues")
 
     if threading.current_thread() is not threading.main_thread():
         yield

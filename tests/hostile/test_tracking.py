@@ -320,7 +320,7 @@ DATABASES = [
     address("memory", "sqlite:///:memory:", "a database in memory"),
     address("memory without a name", "sqlite://", "a database in memory"),
     address("a device", "sqlite:////dev/null", "found a pipe or a device"),
-    address("below a file", "sqlite:///out/mlflow.db/x.db", "Not a directory"),
+    address("below a file", "sqlite:///out/mlflow.db/x.db", "cannot be created"),
     address("a server without a name", "http://", "no host"),
     address("half an IPv6 address", "http://[::1", "Invalid IPv6"),
     address("a port that is no number", "http://127.0.0.1:x", "MLflow at http"),

@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import sqlite3
-import sys
 import time
 from pathlib import Path
 
@@ -65,41 +64,41 @@ def runs_of(uri: str, experiment: str, view=ACTIVE) -> list:
     return client.search_runs([experiment_id], run_view_type=view)
 
 
-def is_whole(file: Path) -> bool:
-    """Does MLflow itself open the database?"""
-    code = f"import mlflow; mlflow.MlflowClient('sqlite:///{file}').search_experiments()"
+def schema_of(file: Path) -> list:
+    """Every table and index, and the number of the schema."""
     with contextlib.closing(sqlite3.connect(file)) as database:
-        [(check,)] = database.execute("PRAGMA quick_check").fetchall()
-    return check == "ok" and os.system(f'{sys.executable} -c "{code}" 2>/dev/null') == 0
+        assert database.execute("PRAGMA quick_check").fetchall() == [("ok",)]
+        tables = database.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name")
+        return [*tables, *database.execute("SELECT * FROM alembic_version")]
 
 
-def test_a_first_sync_that_is_killed_leaves_no_half_database(results, tmp_path):
+def test_a_first_sync_that_is_killed_leaves_no_half_database(template, results, tmp_path):
     """At any moment there is no database, or one with every table; the next sync completes it."""
     start = time.monotonic()
     prepare_sqlite(tmp_path / "measured.db")
     whole_s = time.monotonic() - start
     file = results / "mlflow.db"
-    for part in (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1):
+    for part in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1):
         child = in_child(lambda: prepare_sqlite(file))
         time.sleep(part * whole_s)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         if file.exists():
-            assert is_whole(file)
+            assert schema_of(file) == schema_of(template[1])
             file.unlink()
     uri = f"sqlite:///{file}"
     sync_once(results, uri, "x")
     assert_complete_and_none_deleted(uri, results, "x")
 
 
-def test_a_database_that_mlflow_left_half_made_is_made_anew(results):
+def test_a_database_that_mlflow_left_half_made_is_made_anew(template, results):
     """`mlflow ui` or an older halfstep was killed while it created the tables."""
     start = time.monotonic()
     _create_tables(results / "measured.db")
     whole_s = time.monotonic() - start
     halves = 0
     file = results / "mlflow.db"
-    for part in (0.2, 0.4, 0.6, 0.8, 0.9):
+    for part in (0.3, 0.6, 0.8, 0.9):
         child = in_child(lambda: _create_tables(file))
         time.sleep(part * whole_s)
         os.kill(child, signal.SIGKILL)
@@ -107,13 +106,12 @@ def test_a_database_that_mlflow_left_half_made_is_made_anew(results):
         if file.exists():
             halves += 1
             prepare_sqlite(file)
-            with contextlib.closing(sqlite3.connect(file)) as database:
-                assert database.execute("SELECT count(*) FROM runs").fetchone() == (0,)
+            assert schema_of(file) == schema_of(template[1])
             file.unlink()
     assert halves >= 2
 
 
-@pytest.mark.parametrize("size", [1, 100_000, 500_000, 900_000, 980_000])
+@pytest.mark.parametrize("size", [1, 500_000, 960_000])
 def test_a_full_disk_while_the_database_is_created_or_filled(results, size, capfd):
     """The sync says so, in the graph as a warning; with room again it completes."""
 

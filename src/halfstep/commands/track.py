@@ -29,7 +29,7 @@ PATIENCE_S = 600
 # Modules whose errors mean that MLflow, or something below it, failed.
 FAULTS = tuple("mlflow sqlalchemy alembic requests urllib3 json http psycopg pymysql".split())
 # Errors of these modules may pass by themselves: nobody answers, a lock is held, a disk is full.
-PASSING = tuple("mlflow sqlalchemy requests urllib3 json http psycopg pymysql".split())
+PASSING = tuple("mlflow requests urllib3 json http psycopg pymysql".split())
 
 
 class MlflowUnreachable(HalfstepError):
@@ -199,6 +199,7 @@ def _passing_fault(error: Exception, uri: str) -> Exception:
     if lasting:
         raise HalfstepError(lasting) from error
     is_passing = isinstance(error, OSError) or type(error).__module__.startswith(PASSING)
+    is_passing |= hasattr(error, "orig")  # sqlalchemy's name for an error of a database
     if is_passing and getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE":
         return error
     if not is_passing and not _is_raised_by_mlflow(error):

@@ -22,6 +22,7 @@ ARTIFACTS = "mlflow-artifacts"  # folder of the uploaded files, next to a SQLite
 # What SQLite says about a file that no later call can use.
 DAMAGED = ("file is not a database", "malformed", "unsupported file format")
 CLOSED = ("readonly database", "unable to open database file")
+SQLITE = b"SQLite format 3\0"  # the first bytes of a database
 ELSEWHERE = "or name another place with --uri or MLFLOW_TRACKING_URI"
 
 
@@ -107,7 +108,13 @@ def prepare_sqlite(file: Path) -> None:
     MLflow creates its tables one by one. The file gets its name when all of them exist, so a killed
     process or a full disk leaves no part.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HalfstepError(
+            f"{file.parent}: this folder cannot be created ({error.strerror}); "
+            f"change the path, {ELSEWHERE}"
+        ) from None
     if _is_whole(file):
         return
     lock = file.with_name(f".{file.name}.lock")
@@ -138,8 +145,11 @@ def _is_whole(file: Path) -> bool:
     if not file.is_file():
         kind = "a folder" if file.is_dir() else "a pipe or a device"
         raise HalfstepError(f"{file}: found {kind}, expected a SQLite file; move it, {ELSEWHERE}")
-    if file.stat().st_size == 0:
+    header = _first_bytes(file)
+    if not header:
         return False
+    if header != SQLITE:  # SQLite itself takes a short file for an empty database
+        raise HalfstepError(_damaged(file))
     with _sqlite(file) as database:
         found = _look(database)
     newest, known = _schemas()
@@ -181,13 +191,27 @@ def lasting_fault(uri: str, error: BaseException) -> str:
     if file is None:
         return ""
     if any(words in text for words in DAMAGED):
-        return (
-            f"{file}: not an intact SQLite database; move it away (the journals hold everything) "
-            f"and call again, {ELSEWHERE}"
-        )
+        return _damaged(file)
     if any(words in text for words in CLOSED):
         return f"{file}: cannot be opened and written; change its permissions, {ELSEWHERE}"
     return ""
+
+
+def _first_bytes(file: Path) -> bytes:
+    try:
+        with open(file, "rb") as opened:
+            return opened.read(len(SQLITE))
+    except OSError as error:
+        raise HalfstepError(
+            f"{file}: cannot be read ({error.strerror}); change its permissions, {ELSEWHERE}"
+        ) from None
+
+
+def _damaged(file: Path) -> str:
+    return (
+        f"{file}: not an intact SQLite database; move it away (the journals hold everything) "
+        f"and call again, {ELSEWHERE}"
+    )
 
 
 def _look(database: sqlite3.Connection) -> _Found:

@@ -85,7 +85,7 @@ class Job:
 
 
 class Tracker:
-    """An MLflow experiment, opened or created. This is the only code that imports mlflow."""
+    """An MLflow experiment, opened or created. Only it and database.py import mlflow."""
 
     def __init__(self, uri: str, experiment: str, results: Path):
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -176,8 +176,9 @@ class Tracker:
                 [self.experiment_id], ours, max_results=1000, page_token=token
             )
             for run in page:
-                if "halfstep.model" in run.data.tags and self._own.owns(run):
-                    runs.setdefault(run.data.tags["halfstep.model"], []).append(run)
+                tags = run.data.tags
+                if "halfstep.model" in tags and self._own.owns(run.info.run_id, tags):
+                    runs.setdefault(tags["halfstep.model"], []).append(run)
             token = page.token
             if not token:
                 return runs

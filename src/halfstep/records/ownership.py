@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_json
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run
 
 FOLDER_TAG, KEY_TAG = "halfstep.results", "halfstep.key"
 
@@ -53,14 +50,14 @@ class OwnRuns:
         self._runs[key] = run_id
         self._write()
 
-    def owns(self, run: Run) -> bool:
-        """Did this folder create the run?"""
-        key = run.data.tags.get(KEY_TAG)
+    def owns(self, run_id: str, tags: Mapping[str, str]) -> bool:
+        """Did this folder create the run with this id and these tags?"""
+        key = tags.get(KEY_TAG, "")
         if key not in self._runs:
             return False
         if not self._runs[key]:
-            self.confirm(key, run.info.run_id)
-        return self._runs[key] == run.info.run_id
+            self.confirm(key, run_id)
+        return self._runs[key] == run_id
 
     def _write(self) -> None:
         write_json(self._file, {"id": self.folder_id, "runs": self._runs})

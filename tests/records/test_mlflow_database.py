@@ -6,6 +6,8 @@ import resource
 import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -58,6 +60,12 @@ def in_child(act) -> int:
     os._exit(code)
 
 
+def sync_in_child(results: Path, uri: str) -> None:
+    """Within a process, MLflow remembers where a run keeps its files."""
+    child = in_child(lambda: sync_once(results, uri, "x"))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def runs_of(uri: str, experiment: str, view=ACTIVE) -> list:
     client = mlflow.MlflowClient(uri)
     experiment_id = client.get_experiment_by_name(experiment).experiment_id
@@ -68,7 +76,7 @@ def schema_of(file: Path) -> list:
     """Every table and index, and the number of the schema."""
     with contextlib.closing(sqlite3.connect(file)) as database:
         assert database.execute("PRAGMA quick_check").fetchall() == [("ok",)]
-        tables = database.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name")
+        tables = database.execute("SELECT type, name FROM sqlite_master ORDER BY type, name")
         return [*tables, *database.execute("SELECT * FROM alembic_version")]
 
 
@@ -144,13 +152,12 @@ def test_two_processes_create_one_database(results, tmp_path):
 
 def test_a_database_that_is_locked_for_a_while(results, shared):
     file = shared.removeprefix("sqlite:///")
-    held = sqlite3.connect(file, check_same_thread=False)
-    held.execute("BEGIN EXCLUSIVE")
-    child = in_child(lambda: sync_once(results, shared, "x"))
-    time.sleep(3)
-    held.rollback()
-    held.close()
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    code = "import sqlite3, sys, time; database = sqlite3.connect(sys.argv[1]); "
+    code += "database.execute('BEGIN EXCLUSIVE'); print(flush=True); time.sleep(3)"
+    call = [sys.executable, "-c", code, file]
+    with subprocess.Popen(call, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        sync_once(results, shared, "x")
     assert_complete_and_none_deleted(shared, results, "x")
 
 
@@ -217,7 +224,7 @@ def test_a_results_folder_that_was_moved_or_copied_writes_into_its_new_place(
 ):
     shutil.copy(template[1], results / "mlflow.db")
     uri = f"sqlite:///{results}/mlflow.db"
-    sync_once(results, uri, "x")
+    sync_in_child(results, uri)
     before = store(uri, "x")
     new = tmp_path / "elsewhere" / "results"
     new.parent.mkdir()
@@ -230,6 +237,7 @@ def test_a_results_folder_that_was_moved_or_copied_writes_into_its_new_place(
     with open(new / "tables" / "steps.csv", "a") as table:
         table.write("x,1\n")
     uri = f"sqlite:///{new}/mlflow.db"
+    sync_in_child(new, uri)
     assert sync_once(new, uri, "x").added == 0
     assert sorted(results.rglob("*")) == old_files
     assert [file.stat().st_mtime_ns for file in old_files] == old_times
@@ -245,7 +253,8 @@ def test_a_results_folder_that_was_moved_or_copied_writes_into_its_new_place(
             assert model.artifact_location.startswith(new.as_uri())
 
 
-def test_a_graph_is_red_for_a_database_that_no_later_call_can_use(results):
+def test_a_graph_is_red_for_a_database_that_no_later_call_can_use(results, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # mlflow.set_tracking_uri sets it
     marker = results / "mlflow.synced"
     (results / "mlflow.db").write_text("not a database")
     with pytest.raises(HalfstepError, match="not an intact SQLite database; move it away"):

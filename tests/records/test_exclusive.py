@@ -85,6 +85,7 @@ def test_track_sends_all_and_warns_where_there_are_no_locks(tmp_path, monkeypatc
     results = tmp_path / "results"
     synthetic.write(results, runs=(), rounds=0, steps=[8], points=3, benchmark=False)
     shutil.rmtree(results / "samples")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # mlflow.set_tracking_uri sets it
     monkeypatch.setattr(fcntl, "flock", no_flock)
     marker = results / "mlflow.synced"
     track(results, output=marker)

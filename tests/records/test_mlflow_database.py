@@ -246,7 +246,7 @@ def test_a_results_folder_that_was_moved_or_copied_writes_into_its_new_place(
     assert store(uri, "x").keys() == before.keys()
     client = mlflow.MlflowClient(uri)
     for run in runs_of(uri, "x"):
-        if run.data.tags["halfstep.model"] != "stories-tiny":
+        if run.data.tags["halfstep.model"] not in ("stories-tiny", "stories-tiny/data"):
             downloaded = client.download_artifacts(run.info.run_id, "meta.json", str(tmp_path))
             assert Path(downloaded).is_file()
         for model in client.search_logged_models([run.info.experiment_id]):

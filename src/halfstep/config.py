@@ -429,6 +429,8 @@ class Config(Section):
     benchmark: Benchmark = Benchmark()
     published: bool = False
     """show published values in figures and tables, in rows of their own with their source"""
+    experiment: Name | None = None
+    """experiment of MLflow; null: $MLFLOW_EXPERIMENT_NAME, else halfstep"""
 
     @model_validator(mode="after")
     def _check_teachers(self) -> Config:

@@ -39,6 +39,8 @@ _context.set_forkserver_preload(
         "transformers.models.auto",
         "transformers.models.gpt_neox.modeling_gpt_neox",
         "halfstep.metrics.lambada",
+        "halfstep.commands.track",
+        "mlflow.store.tracking.sqlalchemy_store",
     ]
 )
 

@@ -11,7 +11,7 @@ import importlib
 import io
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 COMMANDS = {  # name: (module:function, what it does)
     "prepare-corpus": (
@@ -218,5 +218,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def program() -> NoReturn:
+    """The program `halfstep`: run main, and end with its exit code."""
+    from halfstep.distributed.launch import end_process
+
+    try:
+        code: object = main()
+    except SystemExit as end:
+        code = end.code or 0
+        end_process(code)  # here: the exception keeps what torch holds
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        end_process(1)
+    end_process(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

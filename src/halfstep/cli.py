@@ -11,7 +11,7 @@ import importlib
 import io
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 COMMANDS = {  # name: (module:function, what it does)
     "prepare-corpus": (
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def program() -> NoReturn:
+def program() -> None:
     """The program `halfstep`: run main, and end with its exit code."""
     from halfstep.distributed.launch import end_process
 

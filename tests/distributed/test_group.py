@@ -5,6 +5,7 @@ The ranks run on the CPU with gloo, and have the variables that torchrun sets.
 
 import gc
 import json
+import socket
 import sys
 from collections import Counter
 from itertools import chain
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import break_down, impatient, launch, note_batches, note_rows
+from forked import break_down, impatient, launch, note_batches, note_rows, start
 from safetensors.torch import load_file
 from small import MACHINE, done, trainings
 
@@ -209,6 +210,21 @@ def test_a_rank_that_never_comes(pipeline, tmp_path):
         assert "processes: not all 3 joined the group within 0.05 minutes" in err
 
 
+def test_a_port_that_another_program_has(pipeline, tmp_path):
+    """Rank 0 of a launcher that is not ours."""
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}
+        line = f"generate --checkpoint {pipeline.student} --steps 2 --num-samples 3 {MACHINE}"
+        errors = tmp_path / "errors"
+        env = variables | {"MASTER_PORT": port}
+        child = start(f"{line} --output {tmp_path}/texts", errors, env=env)
+        child.join(60)
+    message = f"halfstep generate: MASTER_PORT: another program has port {port} of this machine"
+    assert child.exitcode == 1 and message in errors.read_text()
+    assert "Traceback" not in errors.read_text()
+
+
 def test_fewer_texts_than_ranks(pipeline, tmp_path):
     """A rank without a text waits for the others."""
     texts, rows = tmp_path / "texts", tmp_path / "rows.json"
@@ -236,7 +252,7 @@ def forbid_pickles() -> None:
 def test_no_pickle_crosses_the_network(pipeline, samples, tmp_path):
     """In a sharded training and round, in texts and in scores, a likelihood and MAUVE's."""
     lines = [
-        f"{line} --num-steps 2 --output {tmp_path}/{name}/t/out"
+        f"{line} --num-steps 3 --output {tmp_path}/{name}/t/out"
         for name, line in trainings(pipeline, OPTIONS).items()
         if name in ("pretrain", "round-1")
     ]

@@ -1,5 +1,6 @@
 """`--processes N` starts torchrun: exit codes, messages and signals are those of one process."""
 
+import errno
 import ipaddress
 import os
 import signal
@@ -162,6 +163,8 @@ def test_nothing_listens_off_loopback(start, monkeypatch, tmp_path, interface):
         wait_for_a_logged_step(process, tmp_path / "t/out/journal.jsonl")
         command = psutil.Process(process.pid)
         tree = [command, *command.children(recursive=True)]
+        meeting = Path(tree[-1].environ()[launch.MEETING])
+        assert meeting.exists() and meeting.parent.stat().st_mode & 0o777 == 0o700
         sockets = [found for one in tree for found in one.net_connections("inet")]
     finally:
         process.terminate()
@@ -341,6 +344,16 @@ def test_a_message_of_several_processes_is_printed_once(monkeypatch, tmp_path):
     assert launch.already_printed("a") and launch.already_printed("b")
     monkeypatch.setenv(launch.PRINTED, str(tmp_path / "gone"))
     assert not launch.already_printed("a")
+
+
+def test_a_folder_of_temporary_files_without_locks(monkeypatch, tmp_path):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    launch._check_locks(str(tmp_path))
+    monkeypatch.setattr(launch.fcntl, "flock", flock)
+    with pytest.raises(HalfstepError, match="no file can be locked there .* set TMPDIR to"):
+        launch._check_locks(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,8 @@ def join_group(machine: Machine) -> Group:
             f"`halfstep <command> ... --processes {machine.processes}` starts them"
         )
     if size == 1:
+        if "RANK" in os.environ:
+            own_rank()  # one of several processes that do not know of one another
         return ALONE
     if not dist.is_initialized():
         cuda = machine.device != "cpu" and torch.cuda.is_available()
@@ -198,15 +200,20 @@ def join_group(machine: Machine) -> Group:
 
 def _meet(backend: str, size: int) -> None:
     """Form the group: through a file on one machine, else at the address of rank 0."""
-    rank, where = own_rank(), {}
+    rank = own_rank()
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
         _stay_on_loopback()
+    path = os.environ.get(MEETING)
     try:
-        if path := os.environ.get(MEETING):
-            where = {"store": dist.FileStore(path, size), "rank": rank, "world_size": size}
+        if path:
+            _check_folder(path)
+            store = dist.FileStore(path, size)
+            dist.init_process_group(
+                backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size
+            )
         else:
             check_first_address()
-        dist.init_process_group(backend, timeout=TIMEOUT, **where)
+            dist.init_process_group(backend, timeout=TIMEOUT)
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
             raise HalfstepError(
@@ -218,6 +225,16 @@ def _meet(backend: str, size: int) -> None:
             f"processes: not all {size} joined the group within {minutes:.3g} minutes "
             f"({reason(error)}); one that ended early says why in its own message"
         ) from error
+
+
+def _check_folder(meeting: str) -> None:
+    """The folder of the meeting must be there; torch would wait for it."""
+    folder = os.path.dirname(meeting)
+    if not os.path.isdir(folder):
+        raise HalfstepError(
+            f"{MEETING}: found {meeting[:200]!r}, but its folder is not there: the command that "
+            "started this process has ended; start it again, or unset the variable"
+        )
 
 
 def _stay_on_loopback() -> None:

@@ -7,6 +7,7 @@ Only the standard library is imported before processes are started.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -127,6 +128,7 @@ def launch(argv: list[str], processes: int) -> int:
     with tempfile.TemporaryDirectory() as folder:  # nobody else may open it
         os.environ[PRINTED] = folder
         if arguments[: len(ONE_MACHINE)] == ONE_MACHINE:
+            _check_locks(folder)
             os.environ[MEETING] = str(Path(folder, "meeting"))
         words = [
             *arguments,
@@ -148,6 +150,18 @@ def launch(argv: list[str], processes: int) -> int:
                 "check that the first node can be reached at that port, and run the command again"
             ) from error
     return 0
+
+
+def _check_locks(folder: str) -> None:
+    """The processes lock the file of their meeting. Raises HalfstepError if that is impossible."""
+    try:
+        with open(Path(folder, "lock"), "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        raise HalfstepError(
+            f"{folder}: no file can be locked there ({error.strerror}), but processes that meet "
+            "need a lock; set TMPDIR to a folder on a local disk"
+        ) from None
 
 
 def _with_signals(start_processes: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,7 +207,7 @@ def _share_cores(arguments: list[str]) -> None:
 
 def die_with_launcher() -> None:
     """In a process of `launch`, on Linux: end when the launcher ends, even if it is killed."""
-    if PRINTED in os.environ and sys.platform == "linux":
+    if os.environ.get(PRINTED) and sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -201,7 +215,7 @@ def die_with_launcher() -> None:
 
 def already_printed(message: str) -> bool:
     """True if another process of this launcher has printed the message; notes it otherwise."""
-    if PRINTED not in os.environ:
+    if not os.environ.get(PRINTED):
         return False
     try:
         note = Path(os.environ[PRINTED], sha256(message.encode()).hexdigest())

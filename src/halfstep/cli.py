@@ -218,5 +218,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def program() -> None:
+    """The program `halfstep`: run main, and end with its exit code."""
+    from halfstep.distributed.launch import end_process
+
+    try:
+        code: object = main()
+    except SystemExit as end:
+        code = end.code or 0
+        end_process(code)  # here: the exception keeps what torch holds
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        end_process(1)
+    end_process(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

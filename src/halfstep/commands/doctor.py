@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from halfstep.distributed.environment import environment_number, world_size
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json
 from halfstep.workflow.slurm_plugin import LONGEST_POLL_S, ask
@@ -19,6 +20,7 @@ NETWORK_FILE_SYSTEMS = (
     *("panfs", "wekafs"),
 )
 Finding = tuple[str, str]  # ok, warning or broken; a sentence that says what to do
+Check = Callable[[Path, Path], Iterator[Finding]]  # of the results and the table of mounts
 
 
 def doctor(results: Path = Path("results"), mounts: Path = Path("/proc/mounts")) -> None:
@@ -33,7 +35,7 @@ def doctor(results: Path = Path("results"), mounts: Path = Path("/proc/mounts"))
     findings = [
         (name, state, message)
         for name, check in CHECKS.items()
-        for state, message in check(results.absolute(), mounts)
+        for state, message in _findings(check, results.absolute(), mounts)
     ]
     for name, state, message in findings:
         print(f"{state:8}{name:12}{message}")
@@ -43,6 +45,14 @@ def doctor(results: Path = Path("results"), mounts: Path = Path("/proc/mounts"))
             f"{broken} of {len(findings)} findings are broken; "
             "do what the lines `broken` above say, and call again"
         )
+
+
+def _findings(check: Check, results: Path, mounts: Path) -> Iterator[Finding]:
+    """The findings of a check; a fault that ends it is its last finding."""
+    try:
+        yield from check(results, mounts)
+    except HalfstepError as error:
+        yield _broken(str(error))
 
 
 def _ok(message: str) -> Finding:
@@ -76,7 +86,7 @@ def check_slurm(results: Path, mounts: Path) -> Iterator[Finding]:
     rows = [line.split() for line in sinfo.splitlines()]
     partitions = {name: parse_time_limit(limit) for name, limit, state in rows if state == "up"}
     name = os.environ.get("HALFSTEP_SLURM_PARTITION") or _default_partition()
-    longest = int(os.environ.get("HALFSTEP_SLURM_MAX_MINUTES", str(72 * 60)))
+    longest = environment_number("HALFSTEP_SLURM_MAX_MINUTES", 72 * 60, least=1)
     if name not in partitions:
         yield _broken(
             f"partition {name} is not among those that are up ({', '.join(partitions)}): "
@@ -152,9 +162,9 @@ def _slurm_gpus(resources: str) -> Finding:
         )
     pattern = rf"\bgpu:{re.escape(model)}:(\d+)" if model else r"\bgpu(?::[^:,()\s]+)?:(\d+)"
     most = max(map(int, re.findall(pattern, resources)), default=1)
-    if not per_node.isdecimal() or int(per_node) < 1:
+    if not per_node.isdecimal() or len(per_node) > 9 or int(per_node) < 1:
         return _broken(
-            f"HALFSTEP_SLURM_GPUS_PER_NODE: found {per_node!r}, expected a whole number above "
+            f"HALFSTEP_SLURM_GPUS_PER_NODE: found {per_node[:40]!r}, expected a whole number above "
             f"zero: export HALFSTEP_SLURM_GPUS_PER_NODE={most}"
         )
     if most < int(per_node):
@@ -168,11 +178,11 @@ def _slurm_gpus(resources: str) -> Finding:
 
 def check_world_size(results: Path, mounts: Path) -> Iterator[Finding]:
     """In a Slurm job that torchrun started: one process per GPU."""
-    gpus_on_node = os.environ.get("SLURM_GPUS_ON_NODE")
-    if "WORLD_SIZE" not in os.environ or not gpus_on_node:
+    if "WORLD_SIZE" not in os.environ or not os.environ.get("SLURM_GPUS_ON_NODE"):
         return
-    gpus = int(gpus_on_node) * int(os.environ.get("SLURM_NNODES", "1"))
-    processes = int(os.environ["WORLD_SIZE"])
+    nodes = environment_number("SLURM_NNODES", 1, least=1)
+    gpus = nodes * environment_number("SLURM_GPUS_ON_NODE")
+    processes = world_size()
     if processes == gpus:
         yield _ok(f"{processes} processes for {gpus} GPUs")
     else:
@@ -284,7 +294,7 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-CHECKS: dict[str, Callable[[Path, Path], Iterator[Finding]]] = {
+CHECKS: dict[str, Check] = {
     "slurm": check_slurm,
     "accounting": check_accounting,
     "gpus": check_gpus,

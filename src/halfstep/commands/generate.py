@@ -201,14 +201,14 @@ def draw_texts(
             batches.append(write(batch, first))
             if progress:
                 progress.update(len(batch))
-    ranks = group.gather(batches)
-    if ranks is None:
-        return None
-    every = [batch for batches in ranks for batch in batches]
-    return Samples(
-        torch.cat([batch.ids for batch in every]),
-        torch.cat([batch.network_evaluations for batch in every]),
-    )
+    ids = _gathered([batch.ids for batch in batches], group)
+    evaluations = _gathered([batch.network_evaluations for batch in batches], group)
+    return None if ids is None or evaluations is None else Samples(ids, evaluations)
+
+
+def _gathered(batches: list[Tensor], group: Group) -> Tensor | None:
+    rows = group.gather_rows(torch.cat(batches).numpy() if batches else None)
+    return None if rows is None else torch.from_numpy(rows)
 
 
 def separate_documents(model: Model, texts: Samples) -> list[str]:

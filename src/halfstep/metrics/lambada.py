@@ -25,6 +25,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -173,11 +174,13 @@ class HalfstepLM(LM):
     def serve(self) -> None:
         """On the other ranks: answer what rank 0 broadcasts, until it broadcasts None."""
         while asked := self.group.broadcast():
-            self._answer(*asked)
+            what, windows = asked
+            questions = [Question(tuple(ids), start, end) for ids, start, end in windows]
+            self._answer(what, questions)
 
     def _ask(self, what: str, questions: list[Question]) -> np.ndarray:
         """ANSWERS[what] of all questions, on rank 0, which broadcasts them to the other ranks."""
-        self.group.broadcast((what, questions))
+        self.group.broadcast((what, list(map(astuple, questions))))
         return self._answer(what, questions)
 
     def _answer(self, what: str, questions: list[Question]) -> np.ndarray | None:

@@ -13,7 +13,7 @@ from halfstep.report import catalogue
 from halfstep.errors import ConfigError
 from halfstep.resolve import flags, resolve, subsection
 from halfstep.workflow import slurm_plugin
-from halfstep.workflow.machine import MACHINE, RESOURCES, SPREAD, fewest_nodes, names_cluster
+from halfstep.workflow.machine import RESOURCES, SPREAD, demand_of, fewest_nodes, names_cluster
 from halfstep.workflow.machine import base_resources, read_site, spread_resources
 from halfstep.workflow.messages import banner, curves, failures, only_looks, resume_command
 from halfstep.workflow.messages import typed, unsent
@@ -78,7 +78,7 @@ wildcard_constraints:
 
 def threads_by_size(wildcards):
     """Threads of a job on each node, by the size of its network."""
-    return MACHINE[targets.network_size(wildcards)].threads
+    return demand_of(targets.network_size(wildcards)).threads
 
 
 def all_cores(wildcards):

@@ -2,15 +2,17 @@
 
 import json
 
+import pydantic
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import halfstep
 from halfstep import checkpoint
-from halfstep.config import Network
+from halfstep.config import SIZES, Network, size_of_shape
 from halfstep.data.tokenizer import train_bpe
 from halfstep.errors import HalfstepError
+from halfstep.resolve import explain
 
 META = {
     "kind": "diffusion",
@@ -42,6 +44,40 @@ def folder(tmp_path):
     tensors["optimizer.safetensors"] = {"step:a": torch.tensor(3.0)}
     checkpoint.save_checkpoint(tmp_path / "model", tensors, META, tmp_path / "tokenizer.json")
     return tmp_path / "model"
+
+
+def test_a_size_has_one_spelling_and_gives_the_shape():
+    for name, (blocks, width, heads) in SIZES.items():
+        shapes = {name, f"{blocks}x{width}x{heads}", f"{blocks}x{width}x{heads}x128"}
+        assert {Network(size=shape).size for shape in shapes} == {name}
+        assert size_of_shape(blocks, width, heads) == name
+    network = Network(size="2x48x3x8")
+    assert (network.blocks, network.width, network.heads, network.cond_width) == (2, 48, 3, 8)
+    assert size_of_shape(2, 48, 3, 8) == network.size
+    for kind in checkpoint.KINDS:
+        about = META | {"kind": kind, "network": network.model_dump()}
+        assert len(checkpoint.build_network(about).blocks) == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("smaller", "did you mean small"),
+        ("6x256", "allowed are 'tiny'"),
+        ("0x256x4", "allowed are 'tiny'"),
+        ("200x256x4", "allowed are 'tiny'"),
+        ("6x256x4x8x8", "allowed are 'tiny'"),
+        ("6x100000x4", "allowed are 'tiny'"),
+        ("6x250x4", "the width 250 must be a multiple of 2 x 4 heads"),
+        ("6x12x4", "the width 12 must be a multiple of 2 x 4 heads"),
+    ],
+)
+def test_other_sizes_are_refused(size, message):
+    with pytest.raises(pydantic.ValidationError) as refused:
+        Network(size=size)
+    (line,) = explain(refused.value, Network)
+    assert line.startswith(f"size: found '{size}'")
+    assert message in line
 
 
 @pytest.mark.parametrize("weights", checkpoint.FILES)

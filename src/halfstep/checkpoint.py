@@ -101,8 +101,8 @@ def build_network(meta: dict, dropout: float = 0.0) -> nn.Module:
     from halfstep.models.gpt import GPT
 
     network = Network.model_validate(meta["network"])
-    make = {"diffusion": DiT, "autoregressive": GPT}[meta["kind"]]
-    return make(meta["vocab_size"], network.width, network.blocks, network.heads, dropout)
+    shape = (meta["vocab_size"], network.width, network.blocks, network.heads, dropout)
+    return DiT(*shape, network.cond_width) if meta["kind"] == "diffusion" else GPT(*shape)
 
 
 def build_denoiser(network: nn.Module, meta: dict) -> SubsDenoiser:

@@ -6,10 +6,12 @@ the key `lr:` are the same field. resolve.py turns the user's YAML into a `Confi
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 
 def _number(value: Any) -> Any:
@@ -106,14 +108,56 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "3B": (26, 3072, 32),
     "8B": (40, 4096, 32),
 }
-Size = Literal["tiny", "mini", "small", "medium", "large", "1.3B", "3B", "8B"]
+COND_WIDTH = 128  # of the vector that adaLN reads the noise level from, in every row of SIZES
+SHAPE = r"(1\d\d|[1-9]\d?)(x[1-9]\d{0,4}){2,3}"  # blocks x width x heads, if need be x COND_WIDTH
+
+
+def shape_of_size(size: str) -> tuple[int, int, int, int]:
+    """(blocks, width, heads, width of adaLN's input) of a network size."""
+    if size in SIZES:
+        return (*SIZES[size], COND_WIDTH)
+    blocks, width, heads, *rest = map(int, size.split("x"))
+    return blocks, width, heads, rest[0] if rest else COND_WIDTH
+
+
+def size_of_shape(blocks: int, width: int, heads: int, cond_width: int = COND_WIDTH) -> str:
+    """The network size with this shape: a row of SIZES, or its numbers, as in 6x256x4."""
+    if cond_width != COND_WIDTH:
+        return f"{blocks}x{width}x{heads}x{cond_width}"
+    names = [name for name, row in SIZES.items() if row == (blocks, width, heads)]
+    return names[0] if names else f"{blocks}x{width}x{heads}"
+
+
+def _check_size(size: str) -> str:
+    """A network size in its only spelling: 3x128x8 is tiny."""
+    if size in SIZES:
+        return size
+    if not re.fullmatch(SHAPE, size):  # an error like that of a Literal, which has a hint
+        raise PydanticCustomError("literal_error", "Input should be {expected}", KNOWN_SIZES)
+    blocks, width, heads, cond_width = shape_of_size(size)
+    if width % (2 * heads):
+        raise ValueError(f"the width {width} must be a multiple of 2 x {heads} heads")
+    return size_of_shape(blocks, width, heads, cond_width)
+
+
+KNOWN_SIZES = {
+    "expected": f"{', '.join(map(repr, SIZES))} or blocks, width and heads as in '6x256x4'"
+}
+Size = Annotated[
+    str,
+    pydantic.AfterValidator(_check_size),
+    pydantic.WithJsonSchema(
+        {"type": "string", "anyOf": [{"enum": list(SIZES)}, {"pattern": f"^{SHAPE}$"}]}
+    ),
+]
 
 
 class Network(Section):
     """The network of the denoiser and of its autoregressive baseline."""
 
     size: Size = "small"
-    """a row of SDTT Table 2 (small 169M, medium 424M, large 863M); tiny and mini are smaller"""
+    """tiny, mini; SDTT Table 2: small 169M, medium 424M, large 863M, 1.3B, 3B, 8B; or any other
+    shape as blocks x width x heads: 6x256x4"""
     time_conditioning: bool = False
     """feed the time t to adaLN (the paper feeds zero)"""
     schedule: Literal["loglinear", "cosine"] = "loglinear"
@@ -121,15 +165,19 @@ class Network(Section):
 
     @property
     def blocks(self) -> int:
-        return SIZES[self.size][0]
+        return shape_of_size(self.size)[0]
 
     @property
     def width(self) -> int:
-        return SIZES[self.size][1]
+        return shape_of_size(self.size)[1]
 
     @property
     def heads(self) -> int:
-        return SIZES[self.size][2]
+        return shape_of_size(self.size)[2]
+
+    @property
+    def cond_width(self) -> int:
+        return shape_of_size(self.size)[3]
 
 
 class Training(Section):

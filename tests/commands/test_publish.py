@@ -12,19 +12,23 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
+import archives
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from known import words_tokenizer
 from safetensors.torch import load_file, save_file
 from small import ROUND, call, done
 
 import halfstep
 from halfstep.commands import publish
 from halfstep.config import SIZES
+from halfstep.errors import HalfstepError
 from halfstep.models import hub
 from halfstep.models.dit import DiT
 from halfstep.records import provenance
@@ -95,6 +99,48 @@ def write_folder(prefix: str, config: dict, file: str = "model.safetensors"):
     return lambda path, raw, ema: folder(path / "hf", raw, prefix, config, file)
 
 
+def write_wrapped(path: Path, raw: dict, ema: dict) -> Path:
+    """The names that FSDP, activation checkpointing and torch.compile leave in a state_dict."""
+    inner = "_fsdp_wrapped_module._checkpoint_wrapped_module."
+    wrapped = [re.sub(r"^(blocks\.\d+\.)", rf"\1{inner}", key) for key in raw]
+    state = {f"_fsdp_wrapped_module.model.{n}": raw[k] for n, k in zip(wrapped, raw, strict=True)}
+    torch.save(state, path / "x.pt")
+    return path / "x.pt"
+
+
+def write_nested(nest):
+    """A function that saves what `nest` makes of the raw weights and their average."""
+
+    def write(path: Path, raw: dict, ema: dict) -> Path:
+        parameters = {key: value for key, value in ema.items() if key != "rotary_emb.inv_freq"}
+        torch.save(nest(raw, parameters), path / "x.pt")
+        return path / "x.pt"
+
+    return write
+
+
+def under(prefix: str, state: dict) -> dict:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def write_shards(kind: str):
+    """A function that writes a folder with the weights in three files and an index."""
+
+    def write(path: Path, raw: dict, ema: dict) -> Path:
+        source = folder(path / "hf", {"x": torch.zeros(1)}, "", MDLM, f"model.{kind}")
+        (source / f"model.{kind}").unlink()
+        name = {"safetensors": "model", "bin": "pytorch_model"}[kind]
+        save = {"safetensors": save_file, "bin": torch.save}[kind]
+        places = {key: f"{name}-{1 + i % 3}.{kind}" for i, key in enumerate(raw)}
+        for file in set(places.values()):
+            save({key: raw[key] for key in raw if places[key] == file}, source / file)
+        index = {"metadata": {}, "weight_map": places}
+        (source / f"{name}.{kind}.index.json").write_text(json.dumps(index))
+        return source
+
+    return write
+
+
 LAYOUTS = {  # name: (function that writes the source, has it an average?)
     "MDLM's .ckpt": (write_ckpt("backbone."), True),
     "SDTT's .ckpt from the hub's model, compiled": (
@@ -105,6 +151,24 @@ LAYOUTS = {  # name: (function that writes the source, has it an average?)
     "mdlm-owt": (write_folder("backbone.", MDLM), False),
     "mdlm-owt, pickled": (write_folder("backbone.", MDLM, "pytorch_model.bin"), False),
     "sdtt": (write_folder("backbone.backbone.", SDTT), False),
+    "DistributedDataParallel": (write_ckpt("module."), True),
+    "several modules": (write_ckpt("module.model._orig_mod.backbone."), True),
+    "FSDP and activation checkpointing": (write_wrapped, False),
+    "model and ema": (write_nested(lambda raw, ema: {"ema": ema, "model": raw}), True),
+    "model_state_dict": (write_nested(lambda raw, _: {"model_state_dict": raw, "step": 3}), False),
+    "ema alone": (write_nested(lambda raw, _: {"ema": {"state_dict": raw}}), False),
+    "an unknown key": (write_nested(lambda raw, _: {"a": {"b": under("module.", raw)}}), False),
+    "AveragedModel": (
+        write_nested(
+            lambda raw, ema: {
+                "state_dict": raw,
+                "model_ema": {"n_averaged": torch.tensor(3), **under("module.", ema)},
+            }
+        ),
+        True,
+    ),
+    "shards": (write_shards("safetensors"), False),
+    "pickled shards": (write_shards("bin"), False),
 }
 KEPT = {  # (has an average, --weights): what meta.json says
     (True, "ema"): "raw and ema",
@@ -142,6 +206,95 @@ def test_every_layout_and_both_sets_of_weights(layout, weights, pipeline, tmp_pa
     assert run["tags"]["imported"] == str(source)
     assert run["status"] == "finished"
     assert points == []
+
+
+def test_the_checkpoint_records_every_shard(pipeline, tmp_path):
+    source, output = write_shards("safetensors")(tmp_path, *networks(300)), tmp_path / "teacher"
+    done(f"import --source {source} --corpus {pipeline.corpus} --output {output}")
+    record = json.loads((output / provenance.NAME).read_text())
+    read = {Path(name).name for name in record["inputs"]}
+    shards = {f"model-{i}.safetensors" for i in (1, 2, 3)}
+    assert read >= shards | {"model.safetensors.index.json"}
+
+
+def test_an_average_alone_gets_its_buffer_from_the_configuration(pipeline, tmp_path):
+    """A file of parameters lacks the frequencies, which only the number of heads determines."""
+    raw, _ = networks(300)
+    parameters = {key: value for key, value in raw.items() if key != "rotary_emb.inv_freq"}
+    source, output = tmp_path / "x.pt", tmp_path / "teacher"
+    torch.save({"ema": parameters}, source)
+    line = f"import --source {source} --corpus {pipeline.corpus} --output {output}"
+    assert call(line) == 1
+    content = {"ema": parameters, "hyper_parameters": {"config": {"model": {"n_heads": 8}}}}
+    torch.save(content, source)
+    done(line)
+    stored = load_file(output / "ema.safetensors")
+    assert all(torch.equal(stored[key], raw[key]) for key in raw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_every_precision_become_float32(dtype, pipeline, tmp_path):
+    raw = {key: value.to(dtype) for key, value in networks(300)[0].items()}
+    source, output = folder(tmp_path / "hf", raw, "", MDLM), tmp_path / "teacher"
+    done(f"import --source {source} --corpus {pipeline.corpus} --output {output}")
+    stored = load_file(output / "model.safetensors")
+    assert all(torch.equal(stored[key], raw[key].float()) for key in raw)
+
+
+@pytest.mark.parametrize("shape", [(2, 48, 3, 128), (1, 32, 1, 8), (4, 128, 8, 128)])
+def test_any_network_size_is_read_from_the_shapes(shape, pipeline, tmp_path, capsys):
+    """It computes what the same weights compute in a DiT that is built by hand."""
+    blocks, width, heads, cond_width = shape
+    network = DiT(300, width, blocks, heads, cond_width=cond_width).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    source = folder(tmp_path / "hf", network.state_dict(), "backbone.", MDLM)
+    output = tmp_path / "teacher"
+    line = f"import --source {source} --corpus {pipeline.corpus} --output {output}"
+    assert call(f"{line} --size small") == 1
+    name = "x".join(map(str, shape)).removesuffix("x128")
+    assert f"set network.size: {name}" in capsys.readouterr().err
+    done(f"{line} --size {name}")
+    model = halfstep.load(output)
+    assert model.meta["network"]["size"] == name
+    x = torch.randint(0, 301, (2, 24))
+    with torch.no_grad():
+        assert torch.equal(model.network(x), network(x))
+    exported, again = tmp_path / "exported", tmp_path / "again"
+    done(f"export --checkpoint {output} --output {exported}")
+    done(f"import --source {exported} --output {again} --size {name}")
+
+
+def test_a_real_lightning_file_is_imported(tmp_path):
+    """MDLM's own file, of 32 tokens and a mask: its network has no named size."""
+    (tmp_path / "words").mkdir()
+    tokenizer = words_tokenizer(" ".join(f"w{i}" for i in range(31)))
+    tokenizer.save(str(tmp_path / "words/tokenizer.json"))
+    source, output = PARITY / "mdlm_lightning.ckpt", tmp_path / "teacher"
+    done(f"import --source {source} --tokenizer {tmp_path}/words --output {output}")
+    model = halfstep.load(output)
+    assert model.meta["network"]["size"] == "1x32x2x8"
+    stored, published = load_file(output / "ema.safetensors"), hub.read_published(source)
+    assert all(torch.equal(stored[key], value) for key, value in published.ema.items())
+
+
+@pytest.mark.parametrize("rows", [304, 320, 512, 1024])
+def test_the_rows_of_a_padded_vocabulary_are_cut(rows, pipeline, tmp_path, capsys):
+    """What is imported is what was there before the padding, and the command says so."""
+    raw, ema = networks(300)
+    padded = [dict(raw), dict(ema)]
+    for state in padded:
+        for key in hub.ROWS:
+            more = torch.randn(rows - 301, *state[key].shape[1:])
+            state[key] = torch.cat([state[key], more])
+    source, output = lightning(tmp_path / "x.ckpt", *padded), tmp_path / "teacher"
+    done(f"import --source {source} --corpus {pipeline.corpus} --output {output}")
+    message = f"of {rows} rows, those of the 300 tokens and the mask are kept"
+    assert message in capsys.readouterr().err
+    for name, state in (("model", raw), ("ema", ema)):
+        stored = load_file(output / f"{name}.safetensors")
+        assert all(torch.equal(stored[key], state[key]) for key in state)
+    assert halfstep.load(output).vocab_size == 300
 
 
 def test_an_import_can_teach_the_first_round(pipeline, tmp_path):
@@ -188,10 +341,41 @@ def test_no_code_of_a_pickle_runs(tmp_path):
     raw, _ = networks(20)
     content = {"state_dict": raw, "hyper_parameters": {"config": Evil(witness)}}
     torch.save(content, tmp_path / "evil.ckpt")
-    assert hub.read_published(tmp_path / "evil.ckpt").raw.keys() == raw.keys()
+    with pytest.raises(HalfstepError, match="names 'posix.system'"):
+        hub.read_published(tmp_path / "evil.ckpt")
     assert not witness.exists()
     pickle.loads(pickle.dumps(Evil(witness)))
     assert witness.exists()  # so the test can detect code that runs
+
+
+WAYS = {  # of weights into `import`: a function that writes them, and gives --source
+    "a file": lambda path, write: write(path / "x.ckpt"),
+    "a folder as on the hub": lambda path, write: write(path / "hf/pytorch_model.bin").parent,
+    "a name on the hub": lambda path, write: write(path / "hub/pytorch_model.bin") and "a/b",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_torchscript_overwrites_a_file(way, pipeline, tmp_path, monkeypatch, capsys):
+    """A module that is loaded may write to any file; `from:` of a teacher gives the same flags."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"untouched")
+
+    def write(path: Path) -> Path:
+        archives.write_torchscript(path, victim)
+        return path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: tmp_path / "hub")
+    source = WAYS[way](tmp_path, write)
+    line = f"import --source {source} --corpus {pipeline.corpus} --output {tmp_path / 'out'}"
+    assert call(f"{line} --weights ema --size tiny") == 1
+    assert "is a TorchScript archive" in capsys.readouterr().err
+    assert victim.read_bytes() == b"untouched"
+    (file,) = [*tmp_path.rglob("x.ckpt"), *tmp_path.rglob("pytorch_model.bin")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        torch.jit.load(file)
+    assert victim.read_bytes() == b"XXXXuched"  # so the test can detect a write
 
 
 @pytest.mark.parametrize("size", ["small", "medium", "large"])

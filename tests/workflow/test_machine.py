@@ -11,6 +11,7 @@ from halfstep.workflow.machine import (
     SPREAD,
     Site,
     base_resources,
+    demand_of,
     fewest_nodes,
     names_cluster,
     read_site,
@@ -22,6 +23,15 @@ KINDS = ("pretrain", "round", "sample")
 
 def test_every_network_size_has_a_row():
     assert list(MACHINE) == list(SIZES)
+
+
+def test_another_shape_asks_for_what_the_next_larger_size_asks():
+    for size, demand in MACHINE.items():
+        assert demand_of(size) is demand
+    assert demand_of("1x32x2x8") is MACHINE["tiny"]
+    assert demand_of("3x130x1") is MACHINE["mini"]
+    assert demand_of("13x768x12") is MACHINE["medium"]
+    assert demand_of("90x9000x9") is MACHINE["8B"]
 
 
 @pytest.mark.parametrize("kind", RESOURCES)

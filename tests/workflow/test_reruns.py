@@ -23,6 +23,8 @@ REPORT = {
     *(f"plot {name}" for name in ("ppl_vs_steps", "entropy_vs_steps", "ppl_vs_latency")),
 }
 OTHER_MACHINE = """
+from halfstep.workflow.machine import MACHINE
+
 tiny = MACHINE["tiny"]
 MACHINE["tiny"] = tiny._replace(
     threads=2, mem_mb=5000, micro_batch=16, pretrain=(4, 2), round=(4, 2), sample=(4, 2)

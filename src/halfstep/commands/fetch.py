@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, sha256, write_json
@@ -21,18 +22,34 @@ def fetch(repositories: list[str], output: Path = Path("results/hub.json")) -> N
         repositories: model:NAME[@revision] or dataset:NAME, with the hub's names
         output: {repository: {"version": commit or version, "files": {name: sha256}}}
     """
-    known = read_json(output) if output.is_file() else {}
+    known = _read_known(output) if output.is_file() else {}
     fetched = {}
     for repository in repositories:
         version, folder = _download(repository)
         files = _checksums(folder)
-        former = known.get(repository, {})
-        if former.get("version") == version:
-            _check_unchanged(files, former.get("files", {}), folder, output)
+        former = known.get(repository)
+        if former and former["version"] == version:
+            _check_unchanged(files, former["files"], folder, output)
         fetched[repository] = {"version": version, "files": files}
         print(f"{repository}: {version}, {len(files)} files in {folder}")
     write_json(output, fetched)
     provenance.write_record(output.with_suffix(f".{provenance.NAME}"), [output], [])
+
+
+def _read_known(output: Path) -> dict[str, Any]:
+    """What an earlier call has written, in its whole shape."""
+    known = read_json(output)
+    rows = known.values() if isinstance(known, dict) else [known]
+    for row in rows:
+        match row:
+            case {"version": str(), "files": dict() as files}:
+                if all(isinstance(digest, str) for digest in files.values()):
+                    continue
+        raise HalfstepError(
+            f"--output {output}: is not a file that halfstep fetch writes; "
+            "delete it, or name another file"
+        )
+    return dict(known)
 
 
 def _download(repository: str) -> tuple[str, Path]:

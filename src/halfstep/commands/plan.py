@@ -16,7 +16,14 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from halfstep.config import SIZES, Corpus, Distillation, GenerateOptions, Network, Training
+from halfstep.config import (
+    Corpus,
+    Distillation,
+    GenerateOptions,
+    Network,
+    Training,
+    shape_of_size,
+)
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_json
 from halfstep.records import provenance
@@ -128,7 +135,7 @@ def num_processes(command: Sequence[str]) -> int:
 
 def num_weights(size: str, vocabulary: int = 50_258) -> int:
     """Weights that every token is multiplied with: those of the blocks and of the output layer."""
-    blocks, width, _ = SIZES[size]
+    blocks, width, *_ = shape_of_size(size)
     return blocks * 12 * width**2 + width * vocabulary
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import pydantic
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -24,20 +25,22 @@ from halfstep.checkpoint import (
     write_tensors,
 )
 from halfstep.commands.generate import MASK
-from halfstep.config import SIZES, Network, Training
-from halfstep.data.pack import read_manifest
-from halfstep.data.tokenizer import EOS, load_bpe, read_tokenizer, vocabulary_size
+from halfstep.config import Network, Training, size_of_shape
+from halfstep.data.pack import corpus_tokenizer, read_manifest
+from halfstep.data.tokenizer import EOS, load_bpe, vocabulary_size
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, sha256, write_atomic, write_json
 from halfstep.metrics.rows import model_name
 from halfstep.models import hub
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
+from halfstep.resolve import explain
 
 MODELING = Path(__file__).parents[1] / "exported" / "modeling_halfstep.py"
 DIVERGENCES = {"kld": "kl_backward", "mse": "mse", "tvd": "l1_log_p"}  # SDTT's names on the hub
 EXPORTED_SCHEDULES = ("loglinear", "cosine")  # SHARES of exported/modeling_halfstep.py
-DOWNLOADED = ["*.safetensors", "*.bin", "config.json"]
+DOWNLOADED = ["*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer.json"]
+MAX_LENGTH = 2**20  # tokens of a text, as a published configuration may give them
 
 
 def import_checkpoint(
@@ -69,26 +72,21 @@ def import_checkpoint(
     path = _find_source(source)
     published = hub.read_published(path)
     vocabulary, *shape = hub.shape_of(published.raw, published.file)
-    network_size = _size_of(shape, published.file)
-    if size and network_size != size:
+    network = _network(published, shape)
+    if size and network.size != size:
         raise HalfstepError(
-            f"--source {published.file}: found size {network_size}, expected {size}; "
-            "change network.size, or name other weights"
+            f"--source {published.file}: found size {network.size}, expected {size}; "
+            f"set network.size: {network.size}, or name other weights"
         )
     tokens, length = _tokenizer_and_length(path, corpus, tokenizer, published.config)
-    tokens = without_mask_token(tokens, vocabulary)
+    mask_id = published.config.get("mask_token_id", published.config.get("mask_index"))
+    tokens = without_mask_token(tokens, mask_id if isinstance(mask_id, int) else vocabulary)
+    raw = {key: value.float() for key, value in published.raw.items()}
+    states = {"raw": raw, "ema": raw}
+    if weights == "ema" and published.ema:
+        states["ema"] = raw | {key: value.float() for key, value in published.ema.items()}
     if vocabulary_size(tokens) != vocabulary:
-        raise HalfstepError(
-            f"--source {published.file}: its vocabulary is {vocabulary} tokens and the mask, "
-            f"the tokenizer has {vocabulary_size(tokens)}; "
-            "name the corpus or the tokenizer that it was trained with"
-        )
-    average = published.ema if weights == "ema" and published.ema else {}
-    network = Network(
-        size=network_size,
-        time_conditioning=bool(published.config.get("time_conditioning", False)),
-        schedule=published.config.get("schedule", "loglinear"),
-    )
+        vocabulary = _cut_vocabulary(states, published, vocabulary_size(tokens))
     meta = {
         "kind": "diffusion",
         "network": network.model_dump(),
@@ -107,10 +105,9 @@ def import_checkpoint(
             "weights": _imported_weights(published, weights),
         },
     }
-    states = {"raw": published.raw, "ema": published.raw | average}
     _check_states(states, meta, published.file)
     _write_imported(output, states, meta, tokens, weights)
-    read = [published.file, published.file.parent / "config.json"]
+    read = [*published.files, published.file.parent / "config.json"]
     if corpus:
         read += [corpus / "manifest.json", corpus / "tokenizer.json"]
     provenance.write_record(
@@ -142,17 +139,52 @@ def fetch_from_hub(name: str, revision: str) -> Path:
     return Path(folder)
 
 
-def _size_of(shape: list[int], file: Path) -> str:
-    """The name of a network's size, from (blocks, width, heads)."""
-    for name, known in SIZES.items():
-        if list(known) == shape:
-            return name
-    blocks, width, heads = shape
-    known_sizes = "; ".join(f"{name} {known}" for name, known in SIZES.items())
-    raise HalfstepError(
-        f"--source {file}: {blocks} blocks, width {width}, {heads} heads is no size of halfstep; "
-        f"known are {known_sizes}"
+def _network(published: hub.Published, shape: list[int]) -> Network:
+    """The network that fits the weights and their configuration."""
+    config = published.config
+    noise = config.get("noise")
+    kind = noise.get("type") if isinstance(noise, dict) else None
+    if kind not in (None, "loglinear"):
+        raise HalfstepError(
+            f"--source {published.file}: its configuration has noise.type {str(kind)[:80]!r}, "
+            "expected loglinear; name other weights"
+        )
+    cond_width = published.raw["sigma_map.mlp.0.weight"].shape[0]
+    try:
+        return Network(
+            size=size_of_shape(*shape, cond_width),
+            time_conditioning=config.get("time_conditioning") or False,
+            schedule=config.get("schedule", "loglinear"),
+        )
+    except pydantic.ValidationError as error:
+        raise HalfstepError(
+            f"--source {published.file}: its configuration: {explain(error, Network)[0]}"
+        ) from None
+
+
+def _cut_vocabulary(
+    states: dict[str, dict[str, Tensor]], published: hub.Published, tokens: int
+) -> int:
+    """Cut the rows of a padded vocabulary in each state; the number of tokens that remain.
+
+    HalfstepError if the vocabulary is not a padded one of `tokens` tokens and the mask.
+    """
+    rows = len(published.raw[hub.EMBEDDING])
+    mask = published.config.get("mask_token_id", published.config.get("mask_index", tokens))
+    if mask != tokens or not hub.is_padded(published.raw, tokens):
+        raise HalfstepError(
+            f"--source {published.file}: its vocabulary is {rows - 1} tokens and the mask, "
+            f"the tokenizer has {tokens}; "
+            "name the corpus or the tokenizer that it was trained with"
+        )
+    for name, state in states.items():
+        states[name] = hub.without_padding(state, tokens)
+    print(
+        f"halfstep import: --source {published.file}: its vocabulary is padded; of {rows} rows, "
+        f"those of the {tokens} tokens and the mask are kept",
+        file=sys.stderr,
     )
+    return tokens
 
 
 def _tokenizer_and_length(
@@ -160,15 +192,14 @@ def _tokenizer_and_length(
 ) -> tuple[Tokenizer, int]:
     """Tokenizer, and tokens per text, from the corpus or else from the source and --tokenizer."""
     if corpus:
-        tokens = read_tokenizer(corpus / "tokenizer.json")
-        return tokens, read_manifest(corpus)["length"]
+        return corpus_tokenizer(corpus), read_manifest(corpus)["length"]
     model = config.get("model")
     length = config.get("model_length")
     if not length and isinstance(model, dict):
         length = model.get("length")
-    if not isinstance(length, int):
+    if type(length) is not int or not 8 <= length <= MAX_LENGTH:
         raise HalfstepError(
-            f"--source {path}: does not say how many tokens a text has; "
+            f"--source {path}: does not say how many tokens a text has (8 to {MAX_LENGTH:,}); "
             "give --corpus, the folder of halfstep prepare-corpus"
         )
     if name:
@@ -231,10 +262,7 @@ def _write_imported(
         datasets=[{"name": "source", "digest": imported["sha256"], "source": imported["source"]}],
     ) as journal:
         write_atomic(output / "tokenizer.json", tokens.to_str(pretty=False))
-        tensors = {
-            FILES[name]: {key: value.float() for key, value in state.items()}
-            for name, state in states.items()
-        }
+        tensors = {FILES[name]: state for name, state in states.items()}
         save_checkpoint(output, tensors, meta, output / "tokenizer.json")
         journal.close(checkpoint=output)
 
@@ -313,7 +341,7 @@ def _config_for_transformers(model: Model) -> dict:
         "hidden_dim": network.width,
         "n_blocks": network.blocks,
         "n_heads": network.heads,
-        "cond_dim": model.network.sigma_map.mlp[0].out_features,
+        "cond_dim": network.cond_width,
         "model_length": model.length,
         "time_conditioning": network.time_conditioning,
         "schedule": network.schedule,

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from halfstep.diffusion.contracts import Where
 from halfstep.models.layers import Block, Embedding, Head, Rotary
 
-COND_WIDTH = 128
 FEWEST = 16  # rows of a product from which on its last bits do not depend on their number (MKL)
 
 
@@ -72,7 +71,7 @@ class DiT(nn.Module):
         blocks: int,
         heads: int,
         dropout: float = 0.0,
-        cond_width: int = COND_WIDTH,
+        cond_width: int = 128,
     ):
         super().__init__()
         self.vocab_embed = Embedding(vocabulary + 1, width)

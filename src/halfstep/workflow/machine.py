@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from halfstep.config import SIZES, shape_of_size
 from halfstep.errors import ConfigError
 
 Resources = dict[str, int | str | None]
@@ -41,6 +42,16 @@ MACHINE = {
     "3B":     Demand(8, 192000,  4, pretrain=(16, 72), round=(16, 72), sample=(1, 12)),
     "8B":     Demand(8, 384000,  1, pretrain=(32, 72), round=(16, 72), sample=(1, 24)),
 }  # fmt: skip
+
+
+def demand_of(size: str) -> Demand:
+    """The row of MACHINE for a network size: its own, or that of the next larger named size."""
+    blocks, width, *_ = shape_of_size(size)
+    for name, (named_blocks, named_width, _) in SIZES.items():
+        if blocks * width**2 <= named_blocks * named_width**2:
+            return MACHINE[name]
+    return MACHINE["8B"]
+
 
 BASE = ("gpu", "gpu_model", "mem_mb", "runtime")
 SPREAD = ("nodes", "mpi", "tasks", "tasks_per_gpu", "gres", "srun", "processes")
@@ -96,12 +107,12 @@ def base_resources(size: str, kind: str, attempt: int, site: Site) -> Resources:
     Each retry asks for half as much memory and time again; the time stays within the site's limit.
 
     Args:
-        size: a row of MACHINE
+        size: a network size
         kind: a key of RESOURCES
         attempt: 1 for the first try
         site: see `Site`
     """
-    demand = MACHINE[size]
+    demand = demand_of(size)
     trainings = {"pretrain": demand.pretrain, "round": demand.round}
     gpus, hours = trainings.get(kind, demand.sample)
     minutes = min(hours * 30 * (attempt + 1), site.max_minutes)

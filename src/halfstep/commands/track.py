@@ -18,6 +18,7 @@ from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, write_atomic
 from halfstep.records.journal import read_journal
 from halfstep.records.mlflow import Job, Tracker
+from halfstep.sanitize import one_line
 
 # Seconds before each pass of a sync. A pass can be repeated safely; one request to MLflow cannot.
 WAITS_S = (0, 1, 4)
@@ -70,10 +71,11 @@ def _sync_or_warn(results: Path, uri: str, experiment: str) -> str:
     except HalfstepError as error:
         again = ["halfstep", "track", "--results", str(results)]
         again += ["--uri", uri, "--experiment", experiment]
-        warning = (
+        warning = one_line(
             f"WARNING: not sent to MLflow: {error}. The journals under {results}/models "
-            f"hold everything; to send it later: {shlex.join(again)}\n"
+            f"hold everything; to send it later: {shlex.join(again)}"
         )
+        warning += "\n"
         print(warning, end="", file=sys.stderr, flush=True)
         return warning
     return ""

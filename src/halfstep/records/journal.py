@@ -31,6 +31,7 @@ from pathlib import Path
 
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, sha256, write_atomic, write_json
+from halfstep.sanitize import mask_secrets
 
 # The weights of a checkpoint. Their checksums decide which measurements belong to this training.
 HASHED_WEIGHTS = ("model", "ema", "best")
@@ -175,7 +176,8 @@ def read_journal(folder: Path) -> tuple[dict, list[dict]]:
 
     A torn last line is dropped. Any other line that is not JSON is a HalfstepError.
     """
-    return read_json(Path(folder) / "run.json"), list(_points(Path(folder) / "journal.jsonl"))
+    run = mask_secrets(read_json(Path(folder) / "run.json"))
+    return run, list(_points(Path(folder) / "journal.jsonl"))
 
 
 def _points(file: Path) -> Iterator[dict]:
@@ -203,7 +205,7 @@ def environment() -> dict[str, str]:
         "git_commit": commit(),
         "host": platform.node(),
         "python": platform.python_version(),
-        "command": " ".join(sys.argv),
+        "command": mask_secrets(" ".join(sys.argv)),
     }
     for package in ("halfstep", "torch", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -30,6 +30,7 @@ try:
     presets = Path(workflow.current_basedir).parent / "workflow" / "presets"
     quiet = not workflow.is_main_process  # a job of a cluster reads the configuration again
     CONFIG, SITE = resolve(typed(config), presets, quiet), read_site(os.environ)
+    targets = Targets(CONFIG)
 except ConfigError as error:
     sys.exit("\n".join(f"configuration: {line}" for line in str(error).splitlines()))
 ON_CLUSTER = names_cluster(sys.argv, os.environ)
@@ -56,7 +57,6 @@ STAGE = dict(
     fetch=1,
 )
 
-targets = Targets(CONFIG)
 MODELS = targets.models
 TABLES, FIGURES = targets.table_inputs(), targets.figure_inputs()
 HUB = targets.hub_repositories()

@@ -9,6 +9,7 @@ import errno
 import functools
 import importlib
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -129,6 +130,7 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
     Raises ValidationError for a value that a section of the configuration refuses, HalfstepError
     for one that a renamed flag refuses. tyro explains any other fault and exits.
     """
+    os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "0")  # colors are control characters
     import tyro
     from pydantic import ValidationError
 

@@ -33,22 +33,27 @@ def _list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def check_path(path: str) -> str:
+    """Refuse a path that Snakemake would change or print raw; it may begin as it likes."""
+    if CONTROL.search(path) or "\n" in path or "\t" in path:
+        raise ValueError("has a control character; rename the file or folder")
+    if "{" in path or "}" in path:
+        raise ValueError("Snakemake reads braces as a wildcard; rename the file or folder")
+    return path
+
+
 def _check_word(word: str) -> str:
-    """Refuse what a rule's command would read as a flag, and what Snakemake would replace."""
+    """Refuse what a rule's command would read as a flag, and what would show a secret."""
     if not word.strip():
         raise ValueError("expected a name or a path; fill it in, or leave the key out")
     if word.startswith("-"):
         raise ValueError(f"a command would read it as a flag; write ./{word} for a file")
-    if CONTROL.search(word) or "\n" in word or "\t" in word:
-        raise ValueError("has a control character; rename the file or folder")
-    if "{" in word or "}" in word:
-        raise ValueError("Snakemake reads braces as a wildcard; rename the file or folder")
     if mask_secrets(word) != word:
         raise ValueError(
             "holds a password or a token, which commands and logs would show; "
             "put it into the environment, such as HF_TOKEN"
         )
-    return word
+    return check_path(word)
 
 
 Word = Annotated[str, pydantic.AfterValidator(_check_word)]

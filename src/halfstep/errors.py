@@ -4,7 +4,10 @@ from halfstep.sanitize import one_line
 
 
 class ConfigError(ValueError):
-    """Faults of a configuration, one line each."""
+    """Faults of a configuration, one line each, without secrets and control characters."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(one_line, super().__str__().split("\n")))
 
 
 class HalfstepError(ValueError):

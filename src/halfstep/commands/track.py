@@ -131,7 +131,7 @@ def how_to_look(uri: str, experiment_id: str = "1") -> str:
     hint = "  (open a teacher's row with +, tick runs, press Compare)"
     if uri.startswith("http"):
         return f"{uri.rstrip('/')}/{page}\n{hint}"
-    return f"mlflow ui --backend-store-uri {uri}\n  then http://localhost:5000/{page}\n{hint}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}\n  then http://localhost:5000/{page}\n{hint}"
 
 
 def sync_once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:

@@ -62,7 +62,7 @@ def curves(environment: Mapping[str, str], store: Path = Path("results/mlflow.db
     uri = uri or f"sqlite:///{store}"
     if uri.startswith("http"):
         return [f"curves: {uri}"]
-    return [f"curves: mlflow ui --backend-store-uri {uri}"]
+    return [f"curves: mlflow ui --backend-store-uri {shlex.quote(uri)}"]
 
 
 def failures(log: Path) -> Iterator[str]:

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from halfstep.config import Config, Distillation, Teacher
+from halfstep.config import Config, Distillation, Teacher, check_path
+from halfstep.errors import ConfigError
 from halfstep.report import catalogue
 
 CHECKPOINT = [
@@ -61,6 +62,8 @@ class Targets:
 
     def __init__(self, config: Config):
         self.config = config
+        for name in config.corpora:
+            self._check_text_files(name)
         self.teachers = list(config.teachers)
         self.imported = [name for name in self.teachers if config.teachers[name].source]
         """teachers whose weights are published, and not trained here"""
@@ -86,9 +89,20 @@ class Targets:
         """The file that stands for the job's corpus."""
         return f"results/data/{self.teacher(wildcards).corpus}/manifest.json"
 
+    def _check_text_files(self, corpus: str) -> None:
+        """Refuse files of text whose names Snakemake would change. Raises ConfigError."""
+        for file in self._text_files(corpus):
+            try:
+                check_path(file)
+            except ValueError as error:
+                raise ConfigError(f"corpora.{corpus}.files: found {file!r}: {error}") from None
+
     def own_text(self, wildcards: Wildcards) -> list[str]:
         """The user's files of a corpus (kind: files): new text makes a new corpus."""
-        patterns = self.config.corpora[wildcards.corpus].files
+        return self._text_files(wildcards.corpus)
+
+    def _text_files(self, corpus: str) -> list[str]:
+        patterns = self.config.corpora[corpus].files
         return sorted(file for pattern in patterns for file in glob.glob(pattern, recursive=True))
 
     def round_options(self, wildcards: Wildcards) -> Distillation:

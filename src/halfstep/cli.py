@@ -130,7 +130,7 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
     Raises ValidationError for a value that a section of the configuration refuses, HalfstepError
     for one that a renamed flag refuses. tyro explains any other fault and exits.
     """
-    os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "0")  # colors are control characters
+    os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # colors are control characters
     import tyro
     from pydantic import ValidationError
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, write_atomic
@@ -143,6 +144,7 @@ def sync_once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
     Returns:
         the number of points added, the number of jobs, the id of the experiment
     """
+    _check_uri(uri)
     jobs = gather_jobs(results)
     artifacts = _tables_and_figures(results)
     deadline = time.monotonic() + PATIENCE_S
@@ -172,6 +174,17 @@ def sync_once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
         f"MLflow at {uri} does not take the data ({cause}); nothing is lost: "
         "repair it, or name another place with --uri, and call again"
     ) from fault
+
+
+def _check_uri(uri: str) -> None:
+    """Refuse a URI that libraries would cut in its password, and then quote in their messages."""
+    try:
+        _ = urlsplit(uri).port
+    except ValueError:
+        raise HalfstepError(
+            f"MLflow at {uri}: not a URI; write / : @ and % of a user or password as "
+            "%2F %3A %40 and %25, and a port as a number"
+        ) from None
 
 
 def _tables_and_figures(results: Path) -> list[Path]:

@@ -4,8 +4,8 @@ None of the three files is edited by hand. To move to newer packages:
 
 1. In a fresh virtual environment run `pip install torch`, then `pip install -e .[all]`.
 2. Make the tests pass there.
-3. Run `pip install uv`, then `python envs/lock.py`, with the Python of that environment. (`make lock`
-   does both with .venv.)
+3. Run `pip install uv`, then `python envs/lock.py`, with the Python of that environment.
+   (`make lock` does both with .venv.)
 
 The lock holds the dependencies of the extra `all` of pyproject.toml, direct and indirect. Other
 installed packages do not enter it. The CUDA packages of torch stay out, because the chosen wheel

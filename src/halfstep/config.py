@@ -38,7 +38,7 @@ def check_path(path: str) -> str:
     if CONTROL.search(path) or "\n" in path or "\t" in path:
         raise ValueError("has a control character; rename the file or folder")
     if "{" in path or "}" in path:
-        raise ValueError("Snakemake reads braces as a wildcard; rename the file or folder")
+        raise ValueError("braces are a wildcard of Snakemake; rename the file or folder")
     return path
 
 

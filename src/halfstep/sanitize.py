@@ -1,4 +1,4 @@
-"""Text that may be printed and stored: secrets are masked, control characters are escaped.
+"""Text that may be printed and stored: secrets masked, control characters escaped.
 
 Everything that a command prints goes through `guard_output`, every sentence of an error through
 `one_line`, and every JSON file and every tag of MLflow through `mask_secrets`.
@@ -25,8 +25,8 @@ QUERY = re.compile(  # ?token=..., &X-Amz-Signature=...
     r"|auth|code|odbc_connect)|sig)=[^\s&;#'\"<>]+",
     re.IGNORECASE,
 )
-SETTING = re.compile(  # password=... among the words of a connection string
-    r"(?<![\w?&;#-])(password|passwd|secret|token|api_?key|access_?key)(\s?=\s?)"
+SETTING = re.compile(  # password=... among the words of a connection string, or as a flag
+    r"(?<![\w?&;#])(?<!\w-)(password|passwd|secret|token|api_?key|access_?key)(\s?=\s?)"
     r"(?:'[^']*'|\"[^\"]*\"|[^\s,;&'\")]+)",
     re.IGNORECASE,
 )

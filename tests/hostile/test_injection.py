@@ -57,7 +57,7 @@ class Injected:
         return f"{self.kind}: {self.name}".encode("ascii", "backslashreplace").decode()
 
 
-FLAG, BRACES = "a command would read it as a flag; write ./-", "braces as a wildcard"
+FLAG, BRACES = "a command would read it as a flag; write ./-", "braces are a wildcard"
 SOURCE = "teachers.stories-ci.from"
 INJECTED = [
     Injected("a file that is a flag", "files", ["a.txt", "--output=elsewhere"], FLAG),
@@ -100,7 +100,7 @@ def test_a_value_that_is_more_than_a_value_is_refused(case):
 ODD = [
     "with spaces.txt",
     'it\'s "quoted".txt',
-    "$HOME `id` $(touch pwned) ${IFS}.txt",
+    "$HOME `id` $(touch pwned) $IFS.txt",
     "a;touch pwned;#&|<>!.txt",
     "back\\slash\\n.txt",
     "comma, %s %d [1]*?.txt",
@@ -155,7 +155,7 @@ def test_snakemake_takes_odd_names_as_they_are(tmp_path):
 
     def snakemake(files: list[str], *options: str) -> subprocess.CompletedProcess:
         config = configuration("files", files)
-        config["corpora"]["stories-ci"] |= {"length": 16, "validation_documents": 40}
+        config["corpora"]["stories-ci"] |= {"length": 32, "validation_documents": 40}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         return workflow.run(target, "--cores", "1", "-p", *options)
 
@@ -229,20 +229,20 @@ HOSTILE = [
             ("a command", lambda folder: None, [f"{ESCAPE}verify"], SHOWN),
             ("a flag", lambda folder: None, ["verify", f"--{ESCAPE}x"], SHOWN),
             ("a folder that is not there", lambda folder: None,
-             ["generate", "--checkpoint", f"{ESCAPE}model", "--output", "out/x"], SHOWN),
+             ["export", "--checkpoint", f"{ESCAPE}model", "--output", "out/x"], SHOWN),
             ("the title of the window", lambda folder: None,
-             ["verify", "--results", TITLE], r"\\x1b\]0;title\\x07"),
-            ("an 8-bit escape", lambda folder: None, ["verify", "--results", CSI], r"\\x9b2J"),
+             ["verify", TITLE], r"\\x1b\]0;title\\x07"),
+            ("an 8-bit escape", lambda folder: None, ["verify", CSI], r"\\x9b2J"),
             ("an overriding direction", folder_named(f"{OVERRIDE}gnp.exe"),
-             ["verify", "--results", f"{OVERRIDE}gnp.exe"], r"\\u202egnp.exe"),
+             ["verify", f"{OVERRIDE}gnp.exe"], r"\\u202egnp.exe"),
             ("a line feed in a folder's name", folder_named("two\nlines"),
-             ["verify", "--results", "two\nlines"], r"two\\nlines"),
+             ["verify", "two\nlines"], r"two\\nlines"),
             ("a carriage return", lambda folder: None,
-             ["verify", "--results", "bad\rgood"], r"bad\\x0dgood"),
+             ["verify", "bad\rgood"], r"bad\\x0dgood"),
             ("a backspace and a bell", lambda folder: None,
              ["summary", "--results", "a\x08\x07"], r"a\\x08\\x07"),
             ("a separator of lines", folder_named("a\u2028b"),
-             ["verify", "--results", "a\u2028b"], r"a\\u2028b"),
+             ["verify", "a\u2028b"], r"a\\u2028b"),
             ("the name of a tensor", foreign_keys,
              ["import", "--source", "w.safetensors", "--corpus", "out", "--output", "out/model"],
              rf"(?s){SHOWN}|no such|manifest"),
@@ -257,7 +257,7 @@ HOSTILE = [
              [*CORPUS, "--files", "*.jsonl"], r"\\udcff\\udcfe.jsonl"),
             ("a row of a table", foreign_row,
              ["tabulate", "--table", "steps", "--metrics", "rows.json", "--output", "out/x.csv"],
-             "."),
+             None),
             ("a repository", lambda folder: None,
              ["fetch", "--repositories", f"{ESCAPE}:x", "--output", "out/hub.json"], SHOWN),
             ("a server", lambda folder: None, ["track", "--results", f"{ESCAPE}out"], SHOWN),
@@ -309,7 +309,7 @@ def hostile_hub(folder: Path) -> None:
 SHOWS = [
     Shown("a sample in summary", hostile_sample, ["summary"], r"Mira \x1b[31mfound\x1b]0;title"),
     Shown("a table in summary", hostile_sample, ["summary"], r"| \x1b[31mspeed |"),
-    Shown("a file in verify", foreign_record, ["verify", "--results", "."], r"\x1b[31m.bin"),
+    Shown("a file in verify", foreign_record, ["verify", "."], r"\x1b[31m.bin"),
     Shown("a repository in doctor", hostile_hub, ["doctor"], r"model:\x1b[31mx"),
     Shown(
         "a folder in doctor",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import pytest
 import synthetic
 from dryrun import copy
 
+from halfstep.checkpoint import load_checkpoint
 from halfstep.commands import track as tracking
 from halfstep.errors import HalfstepError
 from halfstep.records import provenance
@@ -44,12 +46,8 @@ def one_pass() -> None:
 
 
 def results(folder: Path) -> None:
-    """A finished results folder. An old journal and an old row hold a secret."""
+    """A finished results folder."""
     synthetic.write(folder / "out", runs=("kl_backward",), rounds=1, steps=[8], points=2)
-    file = folder / "out" / "models" / "stories-tiny" / "teacher" / "run.json"
-    run = json.loads(file.read_text())
-    run["tags"]["command"] = "halfstep pretrain --output x"
-    file.write_text(json.dumps(run))
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,7 @@ class Secret:
         return f"{self.kind}: {self.name}"
 
 
+NO_SLURM = {"PATH": "/usr/bin-without-slurm"}
 TRACK = ["track", "--results", "out"]
 CORPUS = ["prepare-corpus", "--kind", "files", "--output", "out/corpus"]
 
@@ -127,19 +126,19 @@ CASES = [
     Secret(
         "doctor and a server",
         ["doctor", "--results", "out"],
-        {"MLFLOW_TRACKING_URI": f"http://{URI}"},
+        {"MLFLOW_TRACKING_URI": f"http://{URI}", **NO_SLURM},
         code=0,
     ),
     Secret(
         "doctor and a short password that is not encoded",
         ["doctor", "--results", "out"],
-        {"MLFLOW_TRACKING_URI": f"http://me:{LEAK}:7@127.0.0.1:9"},
+        {"MLFLOW_TRACKING_URI": f"http://me:{LEAK}:7@127.0.0.1:9", **NO_SLURM},
         code=0,
     ),
     Secret(
         "doctor and a database",
         ["doctor", "--results", "out"],
-        {"MLFLOW_TRACKING_URI": POSTGRES},
+        {"MLFLOW_TRACKING_URI": POSTGRES, **NO_SLURM},
         code=0,
     ),
     Secret(
@@ -172,12 +171,12 @@ CASES = [
     ),
     Secret(
         "a checkpoint at a URI",
-        ["generate", "--checkpoint", f"s3://{URI}/teacher", "--output", "out/samples"],
+        ["generate", "--checkpoint", f"s3://{URI}/teacher", "--output", "out/x", "--steps", "8"],
         make=nothing,
     ),
     Secret("results at a URI", ["summary", "--results", f"https://{URI}/results"], make=nothing),
-    Secret("records at a URI", ["verify", "--results", f"https://{URI}/results"], make=nothing),
-    Secret("an unknown flag", ["verify", f"--results={URI}", f"--token={LEAK}"], code=2),
+    Secret("records at a URI", ["verify", f"https://{URI}/results"], make=nothing),
+    Secret("an unknown flag", ["verify", f"--token={LEAK}"], code=2),
 ]
 
 
@@ -232,11 +231,10 @@ def test_what_was_stored_before_is_masked_when_it_is_read(tmp_path):
 
 def test_an_exported_card_holds_no_secret(world, tmp_path):
     row = {"metric": "entropy", "model": "stories-tiny/teacher", "judge": f"https://{URI}/gpt2"}
-    teacher = world.models / "teacher"
-    digest = json.loads((teacher / "meta.json").read_text())
-    assert digest
-    from halfstep.checkpoint import load_checkpoint
-
+    teacher = tmp_path / "results" / "models" / "stories-tiny" / "teacher"
+    shutil.copytree(world.models / "teacher", teacher)
+    meta = json.loads((teacher / "meta.json").read_text())
+    (teacher / "meta.json").write_text(json.dumps({**meta, "round": 0}))
     row |= {"checkpoint": load_checkpoint(teacher, "ema").sha256[:16]}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     arguments = ["export", "--checkpoint", str(teacher), "--output", "out"]
@@ -247,6 +245,7 @@ def test_an_exported_card_holds_no_secret(world, tmp_path):
 
 
 def test_mlflow_gets_no_secret_of_an_old_journal(tmp_path):
+    """All that is sent is in the jobs that are gathered from the files."""
     results(tmp_path)
     file = tmp_path / "out" / "models" / "stories-tiny" / "teacher" / "run.json"
     run = json.loads(file.read_text())
@@ -254,10 +253,9 @@ def test_mlflow_gets_no_secret_of_an_old_journal(tmp_path):
     run["params"]["from"] = POSTGRES
     run["datasets"][0]["source"] = f"https://{URI}/x"
     file.write_text(json.dumps(run))
-    code, text = printed.output_of([*TRACK, "--uri", "sqlite:///mlflow.db"], tmp_path)
-    assert code == 0, text
-    assert (tmp_path / "mlflow.db").stat().st_size > 0
-    assert LEAK.encode() not in (tmp_path / "mlflow.db").read_bytes()
+    jobs = tracking.gather_jobs(tmp_path / "out")
+    assert len(jobs) > 2 and MASKED in str(jobs)
+    assert LEAK not in str(jobs)
 
 
 SPOILED = f"""
@@ -345,7 +343,7 @@ def test_snakemake_stores_and_prints_no_secret(tmp_path):
     assert MASKED in (tmp_path / "results" / "logs" / "track.log").read_text()
 
     wrong = f'evaluation={{"lambada": "https://{URI}/x"}}'
-    done = workflow.run("results/mlflow.synced", *options, wrong, **secret)
+    done = workflow.run("results/mlflow.synced", "--cores", "1", "--config", wrong, **secret)
     said += done.stdout + done.stderr
     assert done.returncode != 0
     assert "evaluation.lambada: found 'https://***@127.0.0.1:9/x'" in done.stderr

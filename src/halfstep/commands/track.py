@@ -19,7 +19,7 @@ from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, write_atomic
 from halfstep.records.journal import read_journal
 from halfstep.records.mlflow import Job, Tracker
-from halfstep.sanitize import one_line
+from halfstep.sanitize import mask_secrets, one_line
 
 # Seconds before each pass of a sync. A pass can be repeated safely; one request to MLflow cannot.
 WAITS_S = (0, 1, 4)
@@ -226,7 +226,8 @@ def gather_jobs(results: Path) -> list[Job]:
     jobs: dict[str, Job] = {}
     for file in sorted((results / "models").rglob("run.json")):
         run, points = read_journal(file.parent)
-        while read_json(file) != run:  # the job started anew between the reads of the two files
+        # The job may have started anew between the reads of the two files.
+        while mask_secrets(read_json(file)) != run:
             run, points = read_journal(file.parent)
         model = file.parent.relative_to(results / "models").as_posix()
         jobs[model] = Job(model, run, points, folder=file.parent)

@@ -32,6 +32,7 @@ try:
     CONFIG, SITE = resolve(typed(config), presets, quiet), read_site(os.environ)
     if not quiet and "--unlock" not in sys.argv:
         check_sources(CONFIG)
+    targets = Targets(CONFIG)
 except ConfigError as error:
     sys.exit("\n".join(f"configuration: {line}" for line in str(error).splitlines()))
 ON_CLUSTER = names_cluster(sys.argv, os.environ)
@@ -58,7 +59,6 @@ STAGE = dict(
     fetch=1,
 )
 
-targets = Targets(CONFIG)
 MODELS = targets.models
 TABLES, FIGURES = targets.table_inputs(), targets.figure_inputs()
 HUB = targets.hub_repositories()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from halfstep.errors import HalfstepError
+from halfstep.sanitize import mask_secrets
 
 
 def write_atomic(path: Path, content: bytes | str | Callable[[Path], object]) -> None:
@@ -43,8 +44,8 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON, atomically; NaN and infinity are errors."""
-    write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """Write a value as JSON, atomically and without secrets; NaN and infinity are errors."""
+    write_atomic(path, json.dumps(mask_secrets(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict | list:

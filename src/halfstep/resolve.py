@@ -22,6 +22,7 @@ from halfstep import config
 from halfstep.config import Config, Section, flag_name, negated_flag, section_type
 from halfstep.errors import ConfigError
 from halfstep.renamed import former_names, rename_keys
+from halfstep.sanitize import one_line
 
 PRESETS = Path("workflow/presets")  # relative to the repository root
 
@@ -44,7 +45,7 @@ def explain(error: pydantic.ValidationError, top: type[BaseModel] = Config) -> l
             lines.append(f"{path}: {message}")
         else:
             lines.append(f"{path}: found {value!r}: {message[0].lower() + message[1:]}")
-    return list(dict.fromkeys(lines))
+    return list(dict.fromkeys(map(one_line, lines)))
 
 
 def _nearest(name: object, known: Iterable[str]) -> str:
@@ -102,7 +103,7 @@ def resolve(user: dict, presets: Path = PRESETS, quiet: bool = False) -> Config:
         layer, notices = rename_keys(layer, merged)
         if not quiet:
             for notice in notices:
-                print(f"{source}: {notice}", file=sys.stderr)
+                print(one_line(f"{source}: {notice}"), file=sys.stderr)
         merged = merge_sections(merged, layer)
     return validate(merged | {"preset": names[0]})
 

@@ -16,6 +16,7 @@ BELOW = {
     "records",
     "files",
     "errors",
+    "sanitize",
     "config",
     "renamed",
     "resolve",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import http.client
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from halfstep.distributed.environment import environment_number, world_size
 from halfstep.errors import HalfstepError
@@ -217,20 +221,27 @@ def check_shared_folder(results: Path, mounts: Path) -> Iterator[Finding]:
         if value := os.environ.get(f"HALFSTEP_SLURM_{key.upper()}"):
             call.append(f"--{key}={value}")
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as probe:
-        test = f"test -e '{probe.name}' && echo seen || echo unseen"
-        answer = ask(*call, "sh", "-c", test, timeout=60)
-    if answer is None:
+        listed = _output([*call, "ls", "-d", "/", probe.name])  # a node that answers has a /
+    if not listed.startswith("/"):
         yield _warning(
             "no compute node was free within 30 s, so whether it sees this folder is not known: "
             "call again later"
         )
-    elif answer.strip() != "seen":
+    elif Path(probe.name).name not in listed:
         yield _broken(
             f"a compute node does not see {folder}: "
             "clone the repository into a folder that all nodes share"
         )
     else:
         yield _ok(f"a compute node sees {folder}")
+
+
+def _output(words: list[str]) -> str:
+    """What a command prints, whatever its exit code; "" if it cannot be run, or not in time."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def check_hub(results: Path, mounts: Path) -> Iterator[Finding]:
@@ -260,9 +271,9 @@ def check_mlflow(results: Path, mounts: Path) -> Iterator[Finding]:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/mlflow.db"
     if uri.startswith("http"):
         try:
-            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5) as answer:
+            with urllib.request.urlopen(_health_request(uri), timeout=5) as answer:
                 answer.read()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             yield _warning(
                 f"MLflow at {uri} does not answer ({error}): nothing is lost, "
                 "`halfstep track` sends the journals once it does"
@@ -279,6 +290,18 @@ def check_mlflow(results: Path, mounts: Path) -> Iterator[Finding]:
         )
     else:
         yield _ok(f"MLflow keeps its runs in {uri}")
+
+
+def _health_request(uri: str) -> urllib.request.Request:
+    """The question whether a server lives; urllib takes user and password only as a header."""
+    parts = urlsplit(uri)
+    userinfo, _, host = parts.netloc.rpartition("@")
+    address = urlunsplit((parts.scheme, host, f"{parts.path.rstrip('/')}/health", "", ""))
+    request = urllib.request.Request(address)
+    if userinfo:
+        encoded = base64.b64encode(unquote(userinfo).encode()).decode()
+        request.add_header("Authorization", f"Basic {encoded}")
+    return request
 
 
 def file_system_of(path: Path, mounts: Path) -> str:

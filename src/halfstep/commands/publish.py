@@ -35,6 +35,7 @@ from halfstep.models import hub
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
 from halfstep.resolve import explain
+from halfstep.sanitize import mask_secrets
 
 MODELING = Path(__file__).parents[1] / "exported" / "modeling_halfstep.py"
 DIVERGENCES = {"kld": "kl_backward", "mse": "mse", "tvd": "l1_log_p"}  # SDTT's names on the hub
@@ -298,7 +299,7 @@ def export_checkpoint(
     config = _config_for_transformers(model)
     tokenizer, mask = with_mask_token(model.tokenizer, model.mask_id)
     rows = _rows_for_card(metrics or [], name, model.sha256, weights)
-    text = card(name, model.meta, model.sha256, weights, rows)
+    text = mask_secrets(card(name, model.meta, model.sha256, weights, rows))
     # Without config.json nothing can be loaded: a folder that is half new and half old never is.
     (output / "config.json").unlink(missing_ok=True)
     _write_weights(output, model)

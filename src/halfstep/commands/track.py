@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, write_atomic
@@ -21,6 +22,7 @@ from halfstep.records.database import check_uri, lasting_fault
 from halfstep.records.exclusive import exclusive
 from halfstep.records.mlflow import Job, Tracker
 from halfstep.records.shapes import check_row, check_run
+from halfstep.sanitize import mask_secrets, one_line
 
 # Seconds before each pass of a sync. A pass can be repeated safely; one request to MLflow cannot.
 WAITS_S = (0, 1, 4)
@@ -91,10 +93,11 @@ def _sync_or_warn(results: Path, uri: str, experiment: str) -> str:
     except MlflowUnreachable as error:
         again = ["halfstep", "track", "--results", str(results)]
         again += ["--uri", uri, "--experiment", experiment]
-        warning = (
+        warning = one_line(
             f"WARNING: not sent to MLflow: {error}. The journals under {results}/models "
-            f"hold everything; to send it later: {shlex.join(again)}\n"
+            f"hold everything; to send it later: {shlex.join(again)}"
         )
+        warning += "\n"
         print(warning, end="", file=sys.stderr, flush=True)
         return warning
 
@@ -153,7 +156,7 @@ def how_to_look(uri: str, experiment_id: str = "1") -> str:
     hint = "  (open a teacher's row with +, tick runs, press Compare)"
     if uri.startswith("http"):
         return f"{uri.rstrip('/')}/{page}\n{hint}"
-    return f"mlflow ui --backend-store-uri {uri}\n  then http://localhost:5000/{page}\n{hint}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}\n  then http://localhost:5000/{page}\n{hint}"
 
 
 def sync_once(results: Path, uri: str, experiment: str) -> Synced:
@@ -162,6 +165,7 @@ def sync_once(results: Path, uri: str, experiment: str) -> Synced:
     Parallel syncs of one folder take turns. A sync makes at most len(WAITS_S) passes and takes at
     most PATIENCE_S seconds. Raises MlflowUnreachable for a fault that may pass by itself.
     """
+    _check_port(uri)
     jobs = gather_jobs(results)
     artifacts = _tables_and_figures(results)
     deadline = time.monotonic() + PATIENCE_S
@@ -189,6 +193,17 @@ def sync_once(results: Path, uri: str, experiment: str) -> Synced:
         f"MLflow at {uri} does not take the data ({cause}); nothing is lost: "
         "repair it, or name another place with --uri, and call again"
     ) from fault
+
+
+def _check_port(uri: str) -> None:
+    """Refuse a URI that libraries would cut in its password, and then quote in their messages."""
+    try:
+        _ = urlsplit(uri).port
+    except ValueError:
+        raise HalfstepError(
+            f"MLflow at {uri}: not a URI; write / : @ and % of a user or password as "
+            "%2F %3A %40 and %25, and a port as a number"
+        ) from None
 
 
 def _passing_fault(error: Exception, uri: str) -> Exception:
@@ -253,7 +268,7 @@ def gather_jobs(results: Path) -> list[Job]:
         # If the job starts anew meanwhile, a few new points reach its old run. That does no harm:
         # the next sync replaces the old run.
         model = file.parent.relative_to(results / "models").as_posix()
-        jobs[model] = Job(model, check_run(_read_regular(file), file), file.parent)
+        jobs[model] = Job(model, check_run(mask_secrets(_read_regular(file)), file), file.parent)
     measurements = [
         *(results / "metrics").rglob("*.json"),
         *(results / "benchmarks").rglob("*.json"),

@@ -33,6 +33,7 @@ from typing import Any, BinaryIO
 
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, sha256, write_atomic, write_json
+from halfstep.sanitize import mask_secrets
 
 # The weights of a checkpoint. Their checksums decide which measurements belong to this training.
 HASHED_WEIGHTS = ("model", "ema", "best")
@@ -182,7 +183,8 @@ def read_journal(folder: Path) -> tuple[dict, list[dict]]:
 
     A torn last line is dropped. Any other line that is not a point is a HalfstepError.
     """
-    return read_json(Path(folder) / "run.json"), list(read_points(Path(folder) / "journal.jsonl"))
+    run = mask_secrets(read_json(Path(folder) / "run.json"))
+    return run, list(read_points(Path(folder) / "journal.jsonl"))
 
 
 def read_points(file: Path) -> Iterator[dict]:
@@ -298,7 +300,7 @@ def environment() -> dict[str, str]:
         "git_commit": commit(),
         "host": platform.node(),
         "python": platform.python_version(),
-        "command": " ".join(sys.argv),
+        "command": mask_secrets(" ".join(sys.argv)),
     }
     for package in ("halfstep", "torch", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -62,7 +62,8 @@ def read_table(file: Path) -> DataFrame:
     """
     try:
         dtypes = {"seed": "Int64", "checkpoint": str, "commit": str}
-        return tidy(pandas.read_csv(file, dtype=dtypes))
+        with open(file) as text:  # pandas would download what looks like a URL
+            return tidy(pandas.read_csv(text, dtype=dtypes))
     except FileNotFoundError:
         raise HalfstepError(f"{file}: no such table; make it with halfstep tabulate") from None
     except (ValueError, KeyError) as error:

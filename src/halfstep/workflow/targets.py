@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from halfstep.config import Config, Distillation, Teacher
+from halfstep.config import Config, Distillation, Teacher, check_path
 from halfstep.data.files import find_files
 from halfstep.errors import ConfigError, HalfstepError
 from halfstep.report import catalogue
@@ -84,12 +84,11 @@ def check_sources(config: Config) -> None:
 
 
 def _check_name(path: Path, key: str) -> None:
-    """HalfstepError for a name in which Snakemake would see a wildcard."""
-    if re.search(r"\{\s*\w+.*\}", str(path)):
-        raise HalfstepError(
-            f"{key}: {path} has a part in braces, which Snakemake takes for a wildcard; "
-            "rename the file, or link to it under another name"
-        )
+    """HalfstepError for a name that Snakemake would change or print raw."""
+    try:
+        check_path(str(path))
+    except ValueError as error:
+        raise HalfstepError(f"{key}: found {str(path)!r}: {error}") from None
 
 
 def is_folder(name: str) -> bool:

@@ -1,6 +1,11 @@
 """Faults that the user can fix: the command line prints their sentence and no traceback."""
 
+import reprlib
+
 from halfstep.sanitize import one_line
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class ConfigError(ValueError):
@@ -23,3 +28,8 @@ class HalfstepError(ValueError):
 def reason(error: BaseException) -> str:
     """The first line of a library's message, at most 200 characters; "" if it has none."""
     return one_line((str(error).strip().splitlines() or [""])[0])[:200]
+
+
+def excerpt(value: object) -> str:
+    """The repr of a value that came from a file, cut to a few words."""
+    return _SHORT.repr(value)

@@ -18,7 +18,7 @@ from halfstep.data.pack import Spool, corpus_files, pack_windows, token_dtype
 from halfstep.data.stories import last_words
 from halfstep.data.tokenizer import EOS, describe_loss, load_bpe, train_bpe, vocabulary_size
 from halfstep.errors import HalfstepError
-from halfstep.files import sha256, write_atomic, write_json
+from halfstep.files import scratch_folder, sha256, write_atomic, write_json
 from halfstep.records import provenance
 
 PROBED = 100  # first documents on which a tokenizer that was not trained here is tested
@@ -49,7 +49,11 @@ def prepare_corpus(output: Path, corpus: Corpus, workers: int | None = None) -> 
     (output / "manifest.json").unlink(missing_ok=True)
     kind = CORPORA[corpus.kind]
     held_out = corpus.validation_documents or kind.validation_documents
-    with Spool(output / ".documents.part", read_corpus(corpus, held_out, workers)) as spool:
+    documents = read_corpus(corpus, held_out, workers)
+    with (
+        scratch_folder(output / "documents") as scratch,
+        Spool(scratch / "documents", documents) as spool,
+    ):
         train = len(spool) - held_out
         if train < 1:
             raise HalfstepError(

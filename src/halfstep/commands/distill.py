@@ -9,7 +9,7 @@ from torch import Tensor
 from halfstep import checkpoint
 from halfstep.commands.train import DiffusionObjective, HeldOut, TrainingJob
 from halfstep.config import Distillation, Machine
-from halfstep.data.pack import Windows, corpus_files
+from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer
 from halfstep.data.tokenizer import read_tokenizer
 from halfstep.diffusion.contracts import Denoiser, Draws
 from halfstep.diffusion.masking import corrupt, mask_indices
@@ -246,24 +246,27 @@ def _check_teacher(meta: dict, teacher: Path, windows: Windows, corpus: Path, ro
                 "use the corpus it was trained on"
             )
     own = checkpoint.checked_file(teacher, "tokenizer.json", meta)
-    files = own, corpus / "tokenizer.json"
-    vocabularies = [read_tokenizer(file).get_vocab() for file in files]
-    if vocabularies[0] != vocabularies[1]:
+    if read_tokenizer(own).get_vocab() != corpus_tokenizer(corpus).get_vocab():
         raise HalfstepError(
             f"--teacher {teacher}: its tokenizer has other tokens than that of corpus {corpus}; "
             "use the corpus it was trained on"
         )
-    if meta["round"] != round - 1:
+    if meta.get("round") != round - 1:
         raise HalfstepError(
             f"--round {round}: its teacher is the checkpoint of round {round - 1}, "
-            f"but {teacher} is of round {meta['round']}"
+            f"but {teacher} is of round {meta.get('round')}"
+        )
+    if "min_t" not in meta.get("training", {}) or "ema_updates" not in meta:
+        raise HalfstepError(
+            f"--teacher {teacher}: its meta.json has no training.min_t or no ema_updates; "
+            "name a checkpoint that halfstep trained or imported"
         )
 
 
 def _read_optimizer_state(teacher: Path, meta: dict) -> dict[str, Tensor]:
-    if "optimizer.safetensors" not in meta["sha256"]:
+    if checkpoint.OPTIMIZER not in meta["sha256"]:
         raise HalfstepError(
             f"--teacher {teacher}: has no optimizer state (imported checkpoints have none); "
             "set reset_optimizer: true"
         )
-    return checkpoint.read_tensors(teacher, "optimizer.safetensors", meta)
+    return checkpoint.read_tensors(teacher, checkpoint.OPTIMIZER, meta)

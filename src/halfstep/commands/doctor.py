@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from halfstep.commands.fetch import read_fetched
 from halfstep.distributed.environment import environment_number, world_size
 from halfstep.errors import HalfstepError
-from halfstep.files import read_json
 from halfstep.workflow.slurm_plugin import LONGEST_POLL_S, ask
 
 NETWORK_FILE_SYSTEMS = (
@@ -249,7 +249,7 @@ def check_hub(results: Path, mounts: Path) -> Iterator[Finding]:
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     fetched = results / "hub.json"
     if fetched.is_file():
-        names = ", ".join(read_json(fetched))
+        names = ", ".join(read_fetched(fetched))
         if cache.is_dir():
             yield _ok(f"fetched: {names}")
         else:

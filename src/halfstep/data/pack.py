@@ -21,15 +21,17 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
 from halfstep.data.tokenizer import EOS, encode_texts, read_tokenizer, unknown_id, vocabulary_size
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, excerpt
 from halfstep.files import read_json, remember_sha256, sha256, write_atomic
 from halfstep.progress import Progress
+from halfstep.resolve import check_fields
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20  # bytes of text that a worker tokenizes at once
 HEAD = struct.Struct("<I")  # before each document in the spool: its length in bytes
 END = struct.Struct("<q")  # in the index: where each document ends
-MANIFEST_KEYS = {"length", "dtype", "vocab_size", "eos_id", "splits", "tokenizer_sha256"}
+PREPARE_AGAIN = "run halfstep prepare-corpus again"
 
 
 class Chunk(NamedTuple):
@@ -275,19 +277,42 @@ def corpus_files(corpus: Path, *splits: str) -> list[Path]:
     return [Path(corpus) / name for name in names]
 
 
+class Split(BaseModel):
+    """One split of a corpus in its manifest."""
+
+    windows: Annotated[int, Field(ge=1)]
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a manifest.json must hold."""
+
+    model_config = ConfigDict(strict=True)
+
+    length: Annotated[int, Field(ge=3, le=1 << 20)]
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: Annotated[int, Field(ge=1, lt=1 << 31)]
+    eos_id: Annotated[int, Field(ge=0)]
+    splits: dict[str, Split]
+    tokenizer_sha256: str
+    corpus: dict[str, Any] = {}
+
+
 def read_manifest(corpus: Path) -> dict:
     """manifest.json of a corpus folder; HalfstepError if it is not a manifest."""
-    manifest = read_json(Path(corpus) / "manifest.json")
+    path = Path(corpus) / "manifest.json"
+    manifest = read_json(path)
     found = manifest.get("format") if isinstance(manifest, dict) else manifest
     if found != 1:
+        raise HalfstepError(f"{path}: format is {excerpt(found)}, expected 1; {PREPARE_AGAIN}")
+    required = {name for name, field in Manifest.model_fields.items() if field.is_required()}
+    if missing := sorted(required - manifest.keys()):
+        raise HalfstepError(f"{path}: has no {', '.join(missing)}; {PREPARE_AGAIN}")
+    check_fields(manifest, Manifest, path, PREPARE_AGAIN)
+    if manifest["eos_id"] >= manifest["vocab_size"]:
         raise HalfstepError(
-            f"{corpus}/manifest.json: format is {found!r}, expected 1; "
-            "run halfstep prepare-corpus again"
-        )
-    if missing := sorted(MANIFEST_KEYS - manifest.keys()):
-        raise HalfstepError(
-            f"{corpus}/manifest.json: has no {', '.join(missing)}; "
-            "run halfstep prepare-corpus again"
+            f"{path}: eos_id: found {manifest['eos_id']}, but vocab_size is "
+            f"{manifest['vocab_size']}; {PREPARE_AGAIN}"
         )
     return manifest
 
@@ -324,7 +349,7 @@ class Windows:
         splits = self.manifest["splits"]
         if split not in splits:
             raise HalfstepError(
-                f"{folder}/manifest.json: no split {split!r}; there are {', '.join(splits)}"
+                f"{folder}/manifest.json: no split {split!r}; there are {excerpt(list(splits))}"
             )
         self.path, self.facts = Path(folder) / f"{split}.bin", splits[split]
         self.length, dtype = self.manifest["length"], self.manifest["dtype"]
@@ -348,7 +373,13 @@ class Windows:
     ) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(self._tokens[indices].astype(np.int64))
+        found = self._tokens[indices].astype(np.int64)
+        if found.size and found.max() >= self.vocab_size:
+            raise HalfstepError(
+                f"{self.path}: holds token {found.max()}, but vocab_size in manifest.json is "
+                f"{self.vocab_size}; {PREPARE_AGAIN}"
+            )
+        return torch.from_numpy(found)
 
     def verify(self) -> None:
         """Compare the checksums of tokens and tokenizer with those in the manifest."""

@@ -33,6 +33,7 @@ from typing import Any, BinaryIO
 
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, sha256, write_atomic, write_json
+from halfstep.records.shapes import check_run
 from halfstep.sanitize import mask_secrets
 
 # The weights of a checkpoint. Their checksums decide which measurements belong to this training.
@@ -75,7 +76,7 @@ class Journal:
             self.run = {"fingerprint": stamp}
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        former = read_json(self.folder / "run.json") if (self.folder / "run.json").exists() else {}
+        former = read_run(self.folder) if (self.folder / "run.json").exists() else {}
         resumed = former.get("fingerprint") == stamp
         self.run = {
             "name": name,
@@ -178,13 +179,18 @@ class Journal:
             os.truncate(self._file, complete_size(self._file))
 
 
+def read_run(folder: Path) -> dict:
+    """run.json of a journal, checked and without secrets."""
+    file = Path(folder) / "run.json"
+    return mask_secrets(check_run(read_json(file), file))
+
+
 def read_journal(folder: Path) -> tuple[dict, list[dict]]:
     """Read run.json, and the points of journal.jsonl in the order written.
 
     A torn last line is dropped. Any other line that is not a point is a HalfstepError.
     """
-    run = mask_secrets(read_json(Path(folder) / "run.json"))
-    return run, list(read_points(Path(folder) / "journal.jsonl"))
+    return read_run(folder), list(read_points(Path(folder) / "journal.jsonl"))
 
 
 def read_points(file: Path) -> Iterator[dict]:

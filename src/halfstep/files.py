@@ -191,12 +191,12 @@ def read_json(path: Path) -> Any:
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
-            content = file.read(LARGEST_JSON + 1)
+            content = file.read(min(size, LARGEST_JSON))
     except FileNotFoundError:
         raise HalfstepError(
             f"{path}: no such file; run the step that makes it, or check the path"
         ) from None
-    if len(content) > LARGEST_JSON:
+    if size > LARGEST_JSON:
         raise HalfstepError(
             f"{path}: found {size:,} bytes, but a JSON file of halfstep has at most "
             f"{LARGEST_JSON:,}; check the path, or {MAKE_AGAIN}"

@@ -199,7 +199,7 @@ def undecodable(folder: Path) -> None:
 
 
 def foreign_row(folder: Path) -> None:
-    rows = [{"metric": ESCAPE, "model": f"a/{TITLE}", "value": "x"}]
+    rows = [{"metric": ESCAPE, "model": f"a/{TITLE}", "value": 1.0}]
     (folder / "rows.json").write_text(json.dumps(rows))
 
 
@@ -304,7 +304,7 @@ def hostile_sample(folder: Path) -> None:
 
 def hostile_hub(folder: Path) -> None:
     (folder / "results").mkdir()
-    (folder / "results" / "hub.json").write_text(json.dumps({f"model:{ESCAPE}x": {}}))
+    (folder / "results" / "hub.json").write_text(json.dumps({f"model:{ESCAPE}x": {"version": "1", "files": {}}}))
 
 
 SHOWS = [

@@ -222,7 +222,8 @@ def test_tags_commands_and_cards_hold_no_secret(tmp_path, monkeypatch):
 
 def test_what_was_stored_before_is_masked_when_it_is_read(tmp_path):
     """An old journal and an old record are sent and merged without their secret."""
-    tmp_path.joinpath("run.json").write_text(json.dumps({"tags": {"command": POSTGRES}}))
+    run = {"name": "x", "started": 1.0, "status": "finished", "tags": {"command": POSTGRES}}
+    tmp_path.joinpath("run.json").write_text(json.dumps(run))
     record = {"format": 1, "outputs": {}, "inputs": {}, "command": ["halfstep", POSTGRES]}
     tmp_path.joinpath("provenance.json").write_text(json.dumps(record))
     assert LEAK not in str(read_journal(tmp_path))
@@ -235,6 +236,7 @@ def test_an_exported_card_holds_no_secret(world, tmp_path):
     shutil.copytree(world.models / "teacher", teacher)
     meta = json.loads((teacher / "meta.json").read_text())
     (teacher / "meta.json").write_text(json.dumps({**meta, "round": 0}))
+    row |= {"value": 1.0, "protocol": "unigram"}
     row |= {"checkpoint": load_checkpoint(teacher, "ema").sha256[:16]}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     arguments = ["export", "--checkpoint", str(teacher), "--output", "out"]

@@ -13,7 +13,7 @@ from halfstep.records.shapes import MetricRow
 from halfstep.resolve import check_fields
 
 # teacher/run/round-3, teacher/baseline, data; a round has a number.
-MODEL_NAME = r"^[^/\x00-\x1f]+(/[^/\x00-\x1f]+)*$"
+MODEL_NAME = r"^[^/]+(/[^/]+)*$"
 ADVICE = "give --metrics only files of metric rows, or measure again"
 Whole = Annotated[int, Field(gt=-(1 << 63), lt=1 << 63)] | None
 Number = float | None

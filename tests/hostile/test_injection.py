@@ -304,7 +304,9 @@ def hostile_sample(folder: Path) -> None:
 
 def hostile_hub(folder: Path) -> None:
     (folder / "results").mkdir()
-    (folder / "results" / "hub.json").write_text(json.dumps({f"model:{ESCAPE}x": {"version": "1", "files": {}}}))
+    (folder / "results" / "hub.json").write_text(
+        json.dumps({f"model:{ESCAPE}x": {"version": "1", "files": {}}})
+    )
 
 
 SHOWS = [

@@ -3,6 +3,7 @@
 # make test     the tests
 # make check    spelling, lint, format and types; `make quick` leaves out the slow two
 # make bench    the hot paths against their textbook versions, into benchmarks/results
+# make lock     envs/ anew from the packages of .venv, with the checksums of their files
 #
 # Each of them first makes .venv from envs/requirements.txt; all it needs is Python 3.11 or newer.
 # Variables:
@@ -20,7 +21,7 @@ READY := .venv/ready
 CONFIG := $(PRESET:%=--config preset=%)
 REPORT := results/report.html
 
-.PHONY: demo test check quick bench
+.PHONY: demo test check quick lock bench
 
 demo: $(READY)
 	$(BIN)/snakemake $(CONFIG)
@@ -46,10 +47,14 @@ $(READY): envs/requirements.txt pyproject.toml
 	        "install one, or name it: make demo PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(TORCH_INDEX:%=--index-url %) \
-	    "$$(grep '^torch==' envs/requirements.txt)"
-	$(BIN)/python -m pip install -r envs/requirements.txt
+	    "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' envs/requirements.txt)"
+	$(BIN)/python -m pip install --no-deps --require-hashes -r envs/requirements.txt
 	$(BIN)/python -m pip install --no-deps -e .
 	touch $@
+
+lock: $(READY)
+	$(BIN)/python -m pip install uv
+	$(BIN)/python envs/lock.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

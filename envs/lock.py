@@ -4,14 +4,20 @@ None of the three files is edited by hand. To move to newer packages:
 
 1. In a fresh virtual environment run `pip install torch`, then `pip install -e .[all]`.
 2. Make the tests pass there.
-3. Run `python envs/lock.py` with the Python of that environment.
+3. Run `pip install uv`, then `python envs/lock.py`, with the Python of that environment.
+   (`make lock` does both with .venv.)
 
 The lock holds the dependencies of the extra `all` of pyproject.toml, direct and indirect. Other
 installed packages do not enter it. The CUDA packages of torch stay out, because the chosen wheel
 of torch brings its own.
+
+requirements.txt has the sha256 of every file that PyPI has of each version, for all platforms, so
+pip refuses any other file. The conda files have none: a list for pip with hashes must have those
+of the CUDA packages too, and of the CPU build of torch, which is not on PyPI.
 """
 
 import re
+import subprocess
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -59,16 +65,33 @@ def closure(name: str, extras: frozenset[str]) -> dict[str, str]:
     return dict(sorted(pins.items()))
 
 
-def requirements(pins: dict[str, str]) -> str:
+def pinned(pins: dict[str, str]) -> list[str]:
+    """The pins as pip reads them."""
+    return [f"{name}=={version}" for name, version in pins.items()]
+
+
+def published_hashes(pins: dict[str, str]) -> dict[str, list[str]]:
+    """The sha256 of all files that PyPI has of each pinned version, for every platform."""
+    options = "--no-config --no-deps --universal --generate-hashes --no-header --no-annotate"
+    call = ["uv", "pip", "compile", "--quiet", *options.split(), "-"]
+    lines = "\n".join(pinned(pins))
+    done = subprocess.run(call, input=lines, capture_output=True, text=True, check=True)
+    return read_hashes(done.stdout)
+
+
+def requirements(pins: dict[str, str], hashes: dict[str, list[str]]) -> str:
     """The text of requirements.txt."""
-    return "\n".join([HEADER, *(f"{name}=={version}" for name, version in pins.items())]) + "\n"
+    lines = [HEADER]
+    for name, pin in zip(pins, pinned(pins), strict=True):
+        lines.append(" \\\n    ".join([pin, *(f"--hash=sha256:{h}" for h in hashes[name])]))
+    return "\n".join(lines) + "\n"
 
 
 def conda(kind: str, pins: dict[str, str]) -> str:
     """The text of a conda file: cpu.yaml or gpu.yaml."""
     about, options, suffix = KINDS[kind]
     pins = pins | {"torch": pins["torch"] + suffix}
-    lines = [*options, *(f"{name}=={version}" for name, version in pins.items())]
+    lines = [*options, *pinned(pins)]
     return CONDA.format(header=HEADER, about=about) + "".join(f"      - {line}\n" for line in lines)
 
 
@@ -77,9 +100,18 @@ def read(lock: Path = HERE / "requirements.txt") -> dict[str, str]:
     return dict(line.split("==") for line in lock.read_text().split() if "==" in line)
 
 
+def read_hashes(text: str) -> dict[str, list[str]]:
+    """The sha256 of each package's files in the text of a lock."""
+    entries = [entry.split() for entry in text.replace("\\\n", " ").splitlines() if "==" in entry]
+    return {
+        words[0].split("==")[0]: [word.removeprefix("--hash=sha256:") for word in words[1:]]
+        for words in entries
+    }
+
+
 if __name__ == "__main__":
     pins = closure("halfstep", frozenset({"all"}))
-    (HERE / "requirements.txt").write_text(requirements(pins))
+    (HERE / "requirements.txt").write_text(requirements(pins, published_hashes(pins)))
     for kind in KINDS:
         (HERE / kind).write_text(conda(kind, pins))
     print(f"{len(pins)} packages, torch {pins['torch']}")

@@ -17,7 +17,7 @@ from halfstep.workflow.machine import RESOURCES, SPREAD, demand_of, fewest_nodes
 from halfstep.workflow.machine import base_resources, read_site, spread_resources
 from halfstep.workflow.messages import banner, curves, failures, only_looks, resume_command
 from halfstep.workflow.messages import typed, unsent
-from halfstep.workflow.targets import CHECKPOINT, Targets, local_file, one_of
+from halfstep.workflow.targets import CHECKPOINT, Targets, check_sources, local_file, one_of
 
 # Jobs find `halfstep` without an activated environment, and its lines reach their logs at once.
 path = os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
@@ -30,6 +30,9 @@ try:
     presets = Path(workflow.current_basedir).parent / "workflow" / "presets"
     quiet = not workflow.is_main_process  # a job of a cluster reads the configuration again
     CONFIG, SITE = resolve(typed(config), presets, quiet), read_site(os.environ)
+    if not quiet and "--unlock" not in sys.argv:
+        check_sources(CONFIG)
+    targets = Targets(CONFIG)
 except ConfigError as error:
     sys.exit("\n".join(f"configuration: {line}" for line in str(error).splitlines()))
 ON_CLUSTER = names_cluster(sys.argv, os.environ)
@@ -56,7 +59,6 @@ STAGE = dict(
     fetch=1,
 )
 
-targets = Targets(CONFIG)
 MODELS = targets.models
 TABLES, FIGURES = targets.table_inputs(), targets.figure_inputs()
 HUB = targets.hub_repositories()

@@ -7,7 +7,7 @@ Inputs:
 Outputs:
     results/tables/{table}                       .csv, .md
     results/figures/{figure}                     .pdf, .svg, and .csv with the data behind it
-    results/mlflow.synced                        empty, or why MLflow could not be reached
+    results/mlflow.synced                        empty, or a warning: why MLflow lacks the data
     results/provenance.json                      the records of all jobs in one file
 """
 
@@ -96,7 +96,8 @@ rule plot:
 
 # A server that is away must not make a finished graph fail, and Snakemake needs the output: `track`
 # then succeeds and writes a warning into the file, which is empty when all was sent. A file with a
-# warning is removed here, so that the next call that runs jobs tries again.
+# warning is removed here, so that the next call that runs jobs tries again. What no later call can
+# repair (a broken journal, a database that is none) fails the rule.
 if unsent() and not only_looks(sys.argv[1:]):
     os.remove("results/mlflow.synced")
 
@@ -118,12 +119,14 @@ rule track:
         "../envs/cpu.yaml"
     params:
         results=subpath(output[0], parent=True),
+        experiment=flags(CONFIG, "experiment"),
         code=STAGE["track"],
     shell:
         r"""
         halfstep track \
             --results {params.results:q} \
             --output {output:q} \
+            {params.experiment} \
             2>&1 | tee {log:q}
         """
 

@@ -61,6 +61,7 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
 ) -> list[str]:
     """Write `num_samples` texts with a loaded model, without BOS and EOS.
 
+    A text can hold parts of several documents, with a line <|endoftext|> between two of them.
     Text i depends only on the seed, i and the options, not on num_samples or micro_batch.
 
     Example:
@@ -72,7 +73,8 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
         steps: sampling steps of a diffusion model; an autoregressive model takes one per token
         num_samples: number of texts
         prompt: text that each text begins with; each <|mask|> in it is one token to fill in, which
-            only a diffusion model can
+            only a diffusion model can, and each <|endoftext|> ends a document; a blank before a
+            <|mask|>, or at the end, is part of the token that is written there
         seed: seed of the draws
         sampler: how a diffusion model reveals its tokens: ancestral, analytic, first_hitting, block
             or ancestral_float32 (`halfstep generate --help` explains them)
@@ -85,7 +87,12 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
     """
     import pydantic
 
-    from halfstep.commands.generate import draw_texts, encode_prompt, text_writer
+    from halfstep.commands.generate import (
+        draw_texts,
+        encode_prompt,
+        separate_documents,
+        text_writer,
+    )
     from halfstep.config import GenerateOptions, Machine
     from halfstep.resolve import explain
 
@@ -120,4 +127,4 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
     prompts = encode_prompt(model, prompt).expand(num_samples, -1)
     texts = draw_texts(write, prompts, machine.micro_batch)
     assert texts is not None  # only ranks above 0 get None
-    return model.tokenizer.decode_batch(texts.ids.tolist(), skip_special_tokens=True)
+    return separate_documents(model, texts)

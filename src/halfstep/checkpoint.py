@@ -10,14 +10,24 @@ meta.json              written last: a folder without it is no checkpoint
 
 from __future__ import annotations
 
-import os
-import re
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from halfstep.errors import HalfstepError
-from halfstep.files import read_json, sha256, write_atomic, write_json
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from halfstep.config import Network
+from halfstep.errors import HalfstepError, excerpt, reason
+from halfstep.files import (
+    LARGEST_TOKENIZER,
+    read_json,
+    sha256,
+    write_atomic,
+    write_json,
+    write_tensors,
+)
+from halfstep.resolve import check_fields
 
 if TYPE_CHECKING:
     import torch
@@ -28,16 +38,43 @@ if TYPE_CHECKING:
     from halfstep.models.dit import DiT
 
 FORMAT = 1
-KEYS = {  # of every meta.json, with their types
-    "kind": str,
-    "network": dict,
-    "vocab_size": int,
-    "eos_id": int,
-    "length": int,
-    "sha256": dict,
-}
 KINDS = ("diffusion", "autoregressive")
 FILES = {"raw": "model.safetensors", "ema": "ema.safetensors", "best": "best.safetensors"}
+OPTIMIZER = "optimizer.safetensors"
+LARGEST_VOCABULARY = 1 << 31  # ids of samples are int32
+LONGEST_TEXT = 1 << 20  # tokens
+BYTES_PER_WEIGHT = 64  # no file of a checkpoint has more
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DAMAGED = "copy the whole folder again, or train again"
+Count = Annotated[int, Field(ge=0)]
+
+
+class Trained(BaseModel):
+    """How a model was trained, as far as a later round depends on it."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    min_t: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Meta(BaseModel):
+    """What a meta.json must and may hold; other keys are records for people."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    kind: str
+    network: Network
+    vocab_size: Annotated[int, Field(ge=1, lt=LARGEST_VOCABULARY)]
+    eos_id: Count
+    length: Annotated[int, Field(ge=3, le=LONGEST_TEXT)]
+    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    round: Count = 0
+    student_steps: PositiveInt | None = None
+    ema_updates: Count = 0
+    training: Trained = Trained()
+    run: dict[str, Any] = {}
+    imported: dict[str, Any] = {}
+    corpus: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,7 +133,6 @@ class Model:
 
 def build_network(meta: dict, dropout: float = 0.0) -> nn.Module:
     """A new network of the shape in meta.json (the keys `kind`, `vocab_size` and `network`)."""
-    from halfstep.config import Network
     from halfstep.models.dit import DiT
     from halfstep.models.gpt import GPT
 
@@ -107,7 +143,6 @@ def build_network(meta: dict, dropout: float = 0.0) -> nn.Module:
 
 def build_denoiser(network: nn.Module, meta: dict) -> SubsDenoiser:
     """The network of a diffusion checkpoint as a Denoiser, with the noise schedule of meta.json."""
-    from halfstep.config import Network
     from halfstep.diffusion.schedules import SCHEDULES
     from halfstep.models.denoiser import SubsDenoiser
 
@@ -132,84 +167,106 @@ def save_checkpoint(
     write_json(folder / "meta.json", {"format": FORMAT, **meta, "sha256": sums})
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write a safetensors file atomically, and remove what killed writers left in its folder.
-
-    Raises OSError, with the number of the file system's error, if that refuses.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    ours, theirs = path.parent.glob(".*.part"), path.parent.glob(".tmp*")  # files.py, safetensors
-    for part in (*ours, *theirs):
-        if part.is_file():
-            part.unlink(missing_ok=True)
-    try:
-        write_atomic(path, lambda part: save_file(tensors, part, header))
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(path)) from None
-
-
 def read_meta(folder: Path) -> dict:
     """meta.json of a checkpoint folder, checked."""
-    import pydantic
-
-    from halfstep.config import Network
-    from halfstep.resolve import explain
-
     path = Path(folder) / "meta.json"
-    if not path.is_file():
+    if not path.exists():
         raise HalfstepError(
             f"{folder}: not a finished checkpoint, because meta.json is missing; "
             "name the folder that holds model.safetensors and meta.json"
         )
     meta: Any = read_json(path)
     found = meta.get("format") if isinstance(meta, dict) else meta
-    if found != FORMAT:
-        raise HalfstepError(f"{path}: format {found!r}, but this halfstep reads format {FORMAT}")
-    for key, kind in KEYS.items():
-        if not isinstance(meta.get(key), kind):
-            value = repr(meta[key]) if key in meta else "nothing"
-            raise HalfstepError(
-                f"{path}: {key}: found {value}, expected {kind.__name__}; "
-                "copy the whole folder again, or train again"
-            )
+    if type(found) is not int or found != FORMAT:
+        raise HalfstepError(
+            f"{path}: format {excerpt(found)}, but this halfstep reads format {FORMAT}"
+        )
+    check_fields(meta, Meta, path, DAMAGED)
     if meta["kind"] not in KINDS:
-        raise HalfstepError(f"{path}: kind: found {meta['kind']!r}, allowed are {', '.join(KINDS)}")
-    try:
-        Network.model_validate(meta["network"])
-    except pydantic.ValidationError as error:
-        raise HalfstepError(f"{path}: network.{explain(error, Network)[0]}") from None
+        raise HalfstepError(
+            f"{path}: kind: found {excerpt(meta['kind'])}, allowed are {', '.join(KINDS)}"
+        )
+    if meta["eos_id"] >= meta["vocab_size"]:
+        raise HalfstepError(
+            f"{path}: eos_id: found {meta['eos_id']}, but vocab_size is {meta['vocab_size']}; "
+            f"{DAMAGED}"
+        )
     return meta
 
 
 def read_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
-    """The named tensors of one file of a checkpoint, after a check of its checksum."""
+    """The named tensors of one file of a checkpoint, after checks against its meta.json.
+
+    They have the names, shapes and kind of number that the network has, and the recorded checksum.
+    Nothing of the size that meta.json claims is allocated before.
+    """
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = checked_file(folder, name, meta)
+    network = Network.model_validate(meta["network"])
+    weights = 12 * network.blocks * network.width**2 + meta["vocab_size"] * network.width
+    path = checked_file(folder, name, meta, BYTES_PER_WEIGHT * weights)
     try:
-        return load_file(path)
+        found = _tensors_of_header(path)
+        if len(found) < network.blocks:  # to build them would take long
+            raise HalfstepError(
+                f"{path}: {len(found)} tensors, but {network.blocks} blocks in meta.json; {DAMAGED}"
+            )
+        with torch.device("meta"):
+            expected = build_network(meta)
+        if name == OPTIMIZER:
+            check_optimizer_state(expected, found, path)
+        else:
+            check_weights(expected, found, path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise HalfstepError(
-            f"{path}: not a complete safetensors file ({error}); copy it again, or train again"
+            f"{path}: not a complete safetensors file ({reason(error)}); "
+            "copy it again, or train again"
         ) from None
+    check_finite(tensors, path)
+    return tensors
 
 
-def checked_file(folder: Path, name: str, meta: dict) -> Path:
-    """The path of one file of a checkpoint, after a check of its checksum against meta.json."""
+def _tensors_of_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the meta device: their names, shapes and dtypes.
+
+    HalfstepError if they are not all of floating-point numbers.
+    """
+    import torch
+    from safetensors import safe_open
+
+    found = {}
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  safe_open is no dict
+            about = file.get_slice(name)
+            kind = about.get_dtype()
+            if kind not in FLOATS:
+                raise HalfstepError(
+                    f"{path}: {excerpt(name)} holds {kind}, expected floating-point numbers "
+                    f"({', '.join(FLOATS)}); {DAMAGED}"
+                )
+            dtype = getattr(torch, FLOATS[kind])
+            found[name] = torch.empty(about.get_shape(), dtype=dtype, device="meta")
+    return found
+
+
+def checked_file(folder: Path, name: str, meta: dict, most: int = LARGEST_TOKENIZER) -> Path:
+    """The path of one file of a checkpoint, after a check of its size and of its checksum.
+
+    It may have `most` bytes, so that nobody reads a file that is far too large.
+    """
     path = Path(folder) / name
     if name not in meta["sha256"]:
-        raise HalfstepError(f"{folder}: has no {name}; it holds {', '.join(meta['sha256'])}")
-    if not path.is_file():
+        listed = excerpt(", ".join(meta["sha256"])).strip("'")
+        raise HalfstepError(f"{folder}: has no {name}; it holds {listed}")
+    if not path.exists():
+        raise HalfstepError(f"{path}: missing, but listed in meta.json; {DAMAGED}")
+    if path.stat().st_size > most:
         raise HalfstepError(
-            f"{path}: missing, but listed in meta.json; copy the whole folder again, or train again"
+            f"{path}: {path.stat().st_size:,} bytes, but such a file has at most {most:,} with the "
+            f"sizes in meta.json; {DAMAGED}"
         )
     found, expected = sha256(path), meta["sha256"][name]
     if found != expected:
@@ -236,26 +293,54 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> No
 
 
 def check_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Raise HalfstepError unless `state` is finite and fits the network in every key and shape.
+    """Raise HalfstepError unless `state` is finite and fits the network in every name and shape.
 
-    The network may be on the meta device.
+    Both may be on the meta device, where no value is known.
     """
     own = network.state_dict()
-    missing = sorted(dict(network.named_parameters()).keys() - state.keys())
-    unknown = sorted(state.keys() - own.keys())
+    needed = dict(network.named_parameters()).keys()
+    _check_names(state, needed, own.keys(), path)
+    for key, value in state.items():
+        if not value.is_floating_point():
+            raise HalfstepError(
+                f"{path}: {key} holds {value.dtype}, expected floating-point numbers; {DAMAGED}"
+            )
+        _check_shape(key, value, own[key], path)
+    check_finite(state, path)
+
+
+def check_optimizer_state(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Raise HalfstepError unless `state` is AdamW's for every parameter of the network."""
+    own = {}
+    for name, p in network.named_parameters():
+        own |= {f"exp_avg:{name}": p, f"exp_avg_sq:{name}": p, f"step:{name}": p.new_empty(())}
+    _check_names(state, own.keys(), own.keys(), path)
+    for key, value in state.items():
+        _check_shape(key, value, own[key], path)
+
+
+def _check_names(found: Iterable[str], needed: Set[str], known: Set[str], path: Path) -> None:
+    missing, unknown = sorted(needed - set(found)), sorted(set(found) - known)
     for fault, keys in (("missing", missing), ("unknown", unknown)):
         if keys:
             raise HalfstepError(
-                f"{path}: {len(keys)} {fault} tensors, the first is {keys[0]}; "
+                f"{path}: {len(keys)} {fault} tensors, the first is {keys[0][:60]}; "
                 "the file belongs to a network of another kind or size"
             )
+
+
+def _check_shape(key: str, found: Tensor, expected: Tensor, path: Path) -> None:
+    if found.shape != expected.shape:
+        raise HalfstepError(
+            f"{path}: {key} has shape {excerpt(list(found.shape))}, "
+            f"but the network expects {list(expected.shape)}"
+        )
+
+
+def check_finite(state: dict[str, Tensor], path: Path) -> None:
+    """Raise HalfstepError if a tensor holds NaN or infinity; those of the meta device do not."""
     for key, value in state.items():
-        if value.shape != own[key].shape:
-            raise HalfstepError(
-                f"{path}: {key} has shape {list(value.shape)}, "
-                f"but the network expects {list(own[key].shape)}"
-            )
-        if not value.isfinite().all():
+        if not value.is_meta and not value.isfinite().all():
             raise HalfstepError(
                 f"{path}: {key} holds NaN or infinity, because the training that wrote it "
                 "diverged; use an earlier checkpoint"
@@ -268,22 +353,23 @@ def load_checkpoint(folder: str | Path, weights: str = "ema", device: str = "cpu
     weights: ema, raw, or best (of a training that chose one). Raises HalfstepError if a file is
     missing, damaged, or does not fit.
     """
-    from tokenizers import Tokenizer
+    from halfstep.data.tokenizer import read_tokenizer, vocabulary_size
 
     folder = Path(folder)
     meta = read_meta(folder)
     if weights not in FILES:
         raise HalfstepError(f"weights: found {weights!r}, allowed are {', '.join(FILES)}")
-    tokenizer = Tokenizer.from_file(str(checked_file(folder, "tokenizer.json", meta)))
-    tokens = tokenizer.get_vocab_size()
+    tokenizer = read_tokenizer(checked_file(folder, "tokenizer.json", meta))
+    tokens = vocabulary_size(tokenizer)
     if tokens > meta["vocab_size"]:
         raise HalfstepError(
             f"{folder}: tokenizer.json has {tokens} tokens, but vocab_size in meta.json is "
             f"{meta['vocab_size']}: the tokenizer is another model's; copy the whole folder again"
         )
-    network = build_network(meta)
     file = FILES[weights]
-    load_weights(network, read_tensors(folder, file, meta), folder / file)
+    state = read_tensors(folder, file, meta)
+    network = build_network(meta)
+    network.load_state_dict(state, strict=False)  # an average may lack the buffers
     network = network.to(device).eval().requires_grad_(False)
     denoiser = build_denoiser(network, meta) if meta["kind"] == "diffusion" else None
     return Model(meta["kind"], network, tokenizer, meta, meta["sha256"][file], denoiser)

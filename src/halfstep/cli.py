@@ -9,9 +9,12 @@ import errno
 import functools
 import importlib
 import io
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from halfstep.sanitize import guard_output, one_line, remember_secrets
 
 COMMANDS = {  # name: (module:function, what it does)
     "prepare-corpus": (
@@ -127,6 +130,7 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
     Raises ValidationError for a value that a section of the configuration refuses, HalfstepError
     for one that a renamed flag refuses. tyro explains any other fault and exits.
     """
+    os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # colors are control characters
     import tyro
     from pydantic import ValidationError
 
@@ -161,13 +165,15 @@ def _print_once(text: str) -> None:
 
 def _refuse(name: str, *faults: str) -> int:
     """Print the faults of a command, one line each; the exit code."""
-    _print_once("".join(f"halfstep {name}: {fault}\n" for fault in faults))
+    _print_once("".join(f"halfstep {name}: {one_line(fault)}\n" for fault in faults))
     return 1
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command that argv names; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    remember_secrets(argv)
+    guard_output()
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -218,5 +224,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def program() -> None:
+    """The program `halfstep`: run main, and end with its exit code."""
+    from halfstep.distributed.launch import end_process
+
+    try:
+        code: object = main()
+    except SystemExit as end:
+        code = end.code or 0
+        end_process(code)  # here: the exception keeps what torch holds
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        end_process(1)
+    end_process(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

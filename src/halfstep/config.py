@@ -13,6 +13,8 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from halfstep.sanitize import CONTROL, mask_secrets
+
 
 def _number(value: Any) -> Any:
     """YAML 1.1 reads `6e-5` and `1_000.0` as text; a float field means a number."""
@@ -33,8 +35,33 @@ def _list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def check_path(path: str) -> str:
+    """Refuse a path that Snakemake would change or print raw; it may begin as it likes."""
+    if CONTROL.search(path) or "\n" in path or "\t" in path:
+        raise ValueError("has a control character; rename the file or folder")
+    if "{" in path or "}" in path:
+        raise ValueError("braces are a wildcard of Snakemake; rename the file or folder")
+    return path
+
+
+def _check_word(word: str) -> str:
+    """Refuse what a rule's command would read as a flag, and what would show a secret."""
+    if not word.strip():
+        raise ValueError("expected a name or a path; fill it in, or leave the key out")
+    if word.startswith("-"):
+        raise ValueError(f"a command would read it as a flag; write ./{word} for a file")
+    if mask_secrets(word) != word:
+        raise ValueError(
+            "holds a password or a token, which commands and logs would show; "
+            "put it into the environment, such as HF_TOKEN"
+        )
+    return check_path(word)
+
+
+Word = Annotated[str, pydantic.AfterValidator(_check_word)]
+"""A name or a path that rules write into their commands"""
 Names = Annotated[
-    list[str], pydantic.BeforeValidator(_list, json_schema_input_type=str | list[str])
+    list[Word], pydantic.BeforeValidator(_list, json_schema_input_type=str | list[str])
 ]
 Weights = Literal["ema", "raw", "best"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -57,14 +84,14 @@ class Corpus(Section):
     openwebtext: from the hub; files: your own text"""
     length: Annotated[int, Field(ge=8)] = 1024
     """tokens per window, BOS and EOS included"""
-    tokenizer: str = "bpe"
+    tokenizer: Word = "bpe"
     """bpe: a byte-level BPE trained on the corpus; otherwise a hub name (gpt2) or a folder with
     vocab.json and merges.txt"""
     vocab_size: Annotated[int, Field(ge=258)] = 8192
     """vocabulary size of the trained BPE, EOS included (only with tokenizer: bpe)"""
-    files: list[str] = []
+    files: list[Word] = []
     """paths or globs of .txt, .jsonl, .jsonl.gz or .parquet files (only with kind: files)"""
-    text_field: str = "text"
+    text_field: Word = "text"
     """field of .jsonl and .parquet files that holds the text (only with kind: files)"""
     num_documents: PositiveInt | None = None
     """maximum number of documents to read; kind stories: number of stories to write"""
@@ -325,7 +352,7 @@ class Evaluation(Section):
     judge: Annotated[Names, Field(min_length=1)] = ["gpt2-large"]
     """one judge or a list; baseline: the autoregressive model of the corpus; otherwise a hub name
     or a folder for transformers (the paper's judges: gpt2-large, meta-llama/Meta-Llama-3-8B)"""
-    lambada: str = "EleutherAI/lambada_openai"
+    lambada: Word = "EleutherAI/lambada_openai"
     """last_words: items from the held-out stories of the corpus; otherwise a hub name or a .jsonl
     file of {"text": ...} lines"""
     lambada_items: PositiveInt | None = None
@@ -419,7 +446,7 @@ class Teacher(Section):
     corpus: Name
     """a key of `corpora`"""
     network: Network
-    source: str | None = Field(None, alias="from")
+    source: Word | None = Field(None, alias="from")
     """published weights instead of pretraining: a .ckpt file, a folder, or a hub name
     (kuleshov-group/mdlm-owt, jdeschena/sdtt@teacher_1M_sm)"""
     from_weights: Literal["ema", "raw"] = "ema"
@@ -462,7 +489,7 @@ class Teacher(Section):
 class Config(Section):
     """Everything that `snakemake all` makes."""
 
-    preset: str = "laptop"
+    preset: Word = "laptop"
     """file of workflow/presets that the other keys override"""
     seed: Annotated[int, Field(ge=0)] = 1
     """seed of the weights, batches, masks and times"""
@@ -477,6 +504,8 @@ class Config(Section):
     benchmark: Benchmark = Benchmark()
     published: bool = False
     """show published values in figures and tables, in rows of their own with their source"""
+    experiment: Name | None = None
+    """experiment of MLflow; null: $MLFLOW_EXPERIMENT_NAME, else halfstep"""
 
     @model_validator(mode="after")
     def _check_teachers(self) -> Config:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -61,6 +64,24 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+@contextmanager
+def waiting(label: str, interval: float = 10.0) -> Iterator[None]:
+    """Around work that cannot be counted: a line every `interval` seconds says that it goes on."""
+    start, done = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not done.wait(interval):
+            print(f"{label} | {_clock(time.monotonic() - start)}", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _clock(seconds: float) -> str:

@@ -20,8 +20,9 @@ from pydantic import BaseModel
 
 from halfstep import config
 from halfstep.config import Config, Section, flag_name, negated_flag, section_type
-from halfstep.errors import ConfigError
+from halfstep.errors import ConfigError, HalfstepError, excerpt
 from halfstep.renamed import former_names, rename_keys
+from halfstep.sanitize import one_line
 
 PRESETS = Path("workflow/presets")  # relative to the repository root
 
@@ -44,7 +45,27 @@ def explain(error: pydantic.ValidationError, top: type[BaseModel] = Config) -> l
             lines.append(f"{path}: {message}")
         else:
             lines.append(f"{path}: found {value!r}: {message[0].lower() + message[1:]}")
-    return list(dict.fromkeys(lines))
+    return list(dict.fromkeys(map(one_line, lines)))
+
+
+def check_fields(value: object, model: type[BaseModel], where: object, advice: str) -> None:
+    """HalfstepError, about the first fault, unless `value` is an object with the model's fields.
+
+    The values come from a file; `where` names it.
+    """
+    try:
+        model.model_validate(value)
+    except pydantic.ValidationError as error:
+        fault = error.errors()[0]
+        path = ".".join(excerpt(part).strip("'") for part in fault["loc"])
+        if fault["type"] == "missing":
+            kind = model.model_fields[path].annotation if path in model.model_fields else None
+            said = f"{path}: found nothing, expected {getattr(kind, '__name__', 'a value')}"
+        else:
+            said = explain(error, model)[0]
+    else:
+        return
+    raise HalfstepError(f"{where}: {said}; {advice}")
 
 
 def _nearest(name: object, known: Iterable[str]) -> str:
@@ -102,7 +123,7 @@ def resolve(user: dict, presets: Path = PRESETS, quiet: bool = False) -> Config:
         layer, notices = rename_keys(layer, merged)
         if not quiet:
             for notice in notices:
-                print(f"{source}: {notice}", file=sys.stderr)
+                print(one_line(f"{source}: {notice}"), file=sys.stderr)
         merged = merge_sections(merged, layer)
     return validate(merged | {"preset": names[0]})
 

@@ -25,7 +25,9 @@ sys.path.insert(0, {tests!r})
 from forked import note_batches
 from halfstep.cli import main
 noted = Path({noted!r})
-(noted / ("node-" + os.environ["RANK"])).write_text(os.environ["SLURMD_NODENAME"])
+rank, told = os.environ["RANK"], ("SLURM_STEP_LAUNCHER_PORT", "SLURM_SRUN_COMM_PORT", "MASTER_PORT")
+(noted / ("node-" + rank)).write_text(os.environ["SLURMD_NODENAME"])
+(noted / ("ports-" + rank)).write_text(" ".join(os.environ[name] for name in told))
 note_batches(noted, False)
 assert sys.argv[1:4] == ["-u", "-m", "halfstep.cli"], sys.argv
 sys.exit(main(sys.argv[4:]))
@@ -56,6 +58,15 @@ def test_a_job_of_two_nodes_has_two_processes_on_each(trained, cluster):
     assert "JobState=COMPLETED" in about and "NumNodes=2" in about, about
     assert re.search(r"gres.gpu[=:]4", about), about
     assert [(noted / f"node-{rank}").read_text() for rank in range(4)] == ["n1", "n1", "n2", "n2"]
+
+
+def test_the_nodes_meet_at_a_port_that_srun_tells_them(trained):
+    """The first two numbers are ports that the kernel gave to srun."""
+    _, noted, _ = trained
+    (ports,) = {(noted / f"ports-{rank}").read_text() for rank in range(4)}
+    launcher, communication, meeting = map(int, ports.split())
+    assert launcher > 1023 and communication > 1023
+    assert 15_000 <= meeting < 25_000
 
 
 def test_it_draws_the_batches_and_has_the_losses_of_one_process(trained, tmp_path):

@@ -143,6 +143,19 @@ info |= {"dataset_name": "openwebtext", "config_name": "default"}
 """
 
 
+def test_what_was_asked_for_and_what_there_is_are_printed(tmp_path, capsys):
+    small = STORIES.model_copy(update={"num_documents": 50, "validation_documents": 10})
+    prepare_corpus(tmp_path, small.model_copy(update={"vocab_size": 5000}), workers=1)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    facts = manifest["splits"]["train"]
+    share = facts["cut_windows"] / facts["windows"]
+    tokenizer, train, _ = capsys.readouterr().out.splitlines()
+    assert tokenizer == (
+        f"{tmp_path}/tokenizer.json: {manifest['vocab_size']} tokens (vocab_size asks for 5,000)"
+    )
+    assert train.endswith(f"tokens; {share:.0%} of the windows end inside a document")
+
+
 def test_openwebtext_offline(tmp_path):
     """A cache in the layout of `datasets` is read; without one, the error is one sentence."""
     pytest.importorskip("datasets")

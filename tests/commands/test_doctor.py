@@ -20,7 +20,7 @@ GOOD = {  # command -> its shell script
     "sinfo": SINFO,
     "scontrol": "echo 'MinJobAge               = 300 sec'",
     "sacct": "exit 1",
-    "srun": 'while [ "$1" != sh ]; do shift; done; exec "$@"',
+    "srun": 'while [ "$1" != ls ]; do shift; done; exec "$@"',
 }
 
 
@@ -87,7 +87,7 @@ def slurm(**variables: str) -> dict[str, str]:
             "4 GPUs v100, which",
         ),
         ({}, slurm(GPUS_PER_NODE="many"), "gpus", "found 'many', expected a whole number"),
-        ({"srun": "echo unseen"}, {}, "shared", "a folder that all nodes share"),
+        ({"srun": "echo /; exit 2"}, {}, "shared", "a folder that all nodes share"),
         ({}, {"WORLD_SIZE": "1", "SLURM_GPUS_ON_NODE": "2"}, "world", "--processes 2"),
     ],
 )

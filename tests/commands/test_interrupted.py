@@ -3,11 +3,13 @@
 A training that continues ends with the bits of one that was never disturbed.
 """
 
+import ctypes
 import hashlib
 import os
 import random
 import resource
 import signal
+import threading
 import time
 
 import pytest
@@ -15,6 +17,7 @@ from forked import launch, start
 from safetensors import safe_open
 from small import MACHINE
 
+from halfstep.distributed import group
 from halfstep.distributed.group import OUT_OF_TIME
 from halfstep.records import journal
 from halfstep.records.journal import Journal
@@ -166,6 +169,26 @@ def test_several_processes_stop_together(line, pipeline, tmp_path):
         done = launch(f"{two} --output {folder}", 2, log, save_every, 1e9)
         assert [code for code, _ in done] == [0, 0], done
     assert_same(stopped, whole)
+
+
+def hang(holds_lock: bool) -> None:
+    """To leave the group takes for ever, with Python's global lock or without it."""
+    save_every(1e9)
+    group.EXIT_S = 2.0
+    wait = ctypes.PyDLL(None).pause if holds_lock else threading.Event().wait
+    group.leave_group = lambda: wait()
+
+
+@pytest.mark.parametrize("holds_lock", [False, True])
+def test_a_stopped_process_that_hangs_is_ended(line, tmp_path, holds_lock):
+    """With its own code, or with 1 and the stacks of its threads if Python itself hangs."""
+    options = f"--output {tmp_path}/t/out --time-limit 1e-6"
+    stopped = launch(f"{line} {options}", 2, tmp_path, hang, holds_lock, timeout=60)
+    assert [code for code, _ in stopped] == [1 if holds_lock else OUT_OF_TIME] * 2, stopped
+    for _, err in stopped:
+        assert f"the time limit is near; {STOPPED}" in err
+        assert ("in exit_stopped" in err) == holds_lock
+    assert (tmp_path / "t/out/state/state.safetensors").exists()
 
 
 @pytest.mark.parametrize(("size", "every"), [(1_000_000, 0.0), (1_000_000, 1e9), (700, 1e9)])

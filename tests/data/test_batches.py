@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from halfstep.data.batches import batch_indices
+from halfstep.data.batches import batch_indices, describe_epochs
 from halfstep.errors import HalfstepError
 
 
@@ -29,3 +29,9 @@ def test_a_batch_depends_on_seed_and_step_only():
 def test_a_corpus_smaller_than_a_batch_is_an_error():
     with pytest.raises(HalfstepError, match="batch_size is 8, but the corpus has only 7 windows"):
         batch_indices(7, 8, 1, 0)
+
+
+def test_epochs_are_steps_times_batch_over_windows():
+    said = describe_epochs(num_windows=20_000, batch_size=64, num_steps=1000)
+    assert said == "1,000 steps of 64 windows are 3.2 epochs of 20,000 windows"
+    assert "are 0.025 epochs" in describe_epochs(num_windows=80, batch_size=2, num_steps=1)

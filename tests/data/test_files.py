@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import random
+from pathlib import Path
 
 import pytest
 
@@ -103,6 +105,24 @@ def test_globs_are_sorted_and_each_file_is_found_once(tmp_path, monkeypatch):
         write(tmp_path / name, b"x")
     found = find_files(["b.txt", "[ab].txt", "**/*.jsonl", "odd[1].txt"])
     assert [str(path) for path in found] == ["b.txt", "a.txt", "deep/c.jsonl", "odd[1].txt"]
+
+
+def test_one_file_under_several_names_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.txt", b"x")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    assert find_files(["./a.txt", "~/a.txt", "?.txt", str(tmp_path / "a.txt")]) == [Path("a.txt")]
+    assert find_files(["~/b.txt"]) == [tmp_path / "b.txt"]
+
+
+def test_a_file_is_not_refused_for_how_well_it_is_packed(tmp_path):
+    """Text is packed to a third; even lines that repeat one word are read."""
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(["the", "cat", "sat"], k=200)) for _ in range(3000)]
+    path = write(tmp_path / "a.txt.gz", "\n".join(lines).encode())
+    assert path.stat().st_size < 1 << 20
+    assert sum(map(len, contents(path))) > 2 << 20
 
 
 @pytest.mark.parametrize(

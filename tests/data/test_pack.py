@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from known import words_tokenizer
 from tokenizers import Tokenizer
 
 from halfstep.data import pack
@@ -75,6 +76,8 @@ def test_windows_are_the_oracles(tmp_path, monkeypatch, chunk):
         windows.verify()
         assert facts[split]["documents"] == stream.count(0) == len(part)
         assert facts[split]["tokens"] == len(stream)
+        assert facts[split]["cut_windows"] == sum(window[-2] != 0 for window in expected)
+        assert facts[split]["unknown_tokens"] == 0
     chosen = Windows(tmp_path, "train")[[3, 1]]
     assert chosen.dtype.is_signed and chosen.shape == (2, 16)
     names = ["manifest.json", "tokenizer.json", "train.bin", "validation.bin"]
@@ -202,3 +205,11 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 def test_windows_are_memory_mapped(tmp_path):
     write_corpus(tmp_path, texts(300))
     assert isinstance(Windows(tmp_path, "train")._tokens, np.memmap)
+
+
+def test_unknown_tokens_are_counted(tmp_path):
+    about = json.loads(words_tokenizer("the cat sat").to_str())
+    about["model"]["unk_token"] = "cat"
+    tokenizer = Tokenizer.from_str(json.dumps(about))
+    facts = write_corpus(tmp_path, ["the cat sat", "the dog sat"] * 50, tokenizer=tokenizer)
+    assert facts["train"]["unknown_tokens"] == 80 and facts["validation"]["unknown_tokens"] == 20

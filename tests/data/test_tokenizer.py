@@ -5,9 +5,22 @@ import random
 from pathlib import Path
 
 import pytest
+from known import words_tokenizer
+from tokenizers import Tokenizer, normalizers
 
 from halfstep.data.stories import sample_stories
-from halfstep.data.tokenizer import EOS, load_bpe, train_bpe
+from halfstep.data.tokenizer import (
+    EOS,
+    LONGEST_RUN,
+    cut_runs,
+    describe_loss,
+    encode_texts,
+    load_bpe,
+    read_tokenizer,
+    train_bpe,
+    unknown_id,
+    vocabulary_size,
+)
 from halfstep.errors import HalfstepError
 
 GPT2 = Path("/work/shared/data/gpt2_bpe")
@@ -60,3 +73,80 @@ def test_errors_name_the_folder(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     with pytest.raises(HalfstepError, match="has no token <|endoftext|>"):
         load_bpe(str(tmp_path))
+
+
+STORIES = train_bpe(sample_stories(200, 1), 300)
+
+
+def write_tokenizer(folder, **changes):
+    about = json.loads(STORIES.to_str()) | changes
+    (folder / "tokenizer.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_settings_that_change_texts_are_left_out_and_said(tmp_path, capsys):
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    write_tokenizer(tmp_path, truncation=truncation)
+    text = "Lily went home with a kite."
+    for tokenizer in (load_bpe(str(tmp_path)), read_tokenizer(tmp_path / "tokenizer.json")):
+        assert tokenizer.encode(text).ids == STORIES.encode(text).ids
+        assert json.loads(tokenizer.to_str())["truncation"] is None
+    assert capsys.readouterr().err == (
+        f"note: tokenizer {tmp_path}: its truncation is not used: texts are encoded whole, "
+        "and as they are\n"
+    )
+
+
+def test_a_tokenizer_without_such_settings_keeps_every_byte(tmp_path, capsys):
+    STORIES.save(str(tmp_path / "tokenizer.json"))
+    assert load_bpe(str(tmp_path)).to_str() == STORIES.to_str()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_vocabulary_is_the_largest_id_plus_one(tmp_path, capsys):
+    assert vocabulary_size(STORIES) == STORIES.get_vocab_size() == 300
+    model = json.loads(STORIES.to_str())["model"]
+    model["vocab"] |= {"zzz": 310}
+    tokenizer = load_bpe(str(write_tokenizer(tmp_path, model=model)))
+    assert vocabulary_size(tokenizer) == 311 and tokenizer.get_vocab_size() == 301
+    assert "the vocabulary is the largest id + 1, 311, for 301 tokens" in capsys.readouterr().err
+
+
+def test_special_tokens_in_a_text_are_text(tmp_path):
+    STORIES.save(str(tmp_path / "tokenizer.json"))
+    text = f"a {EOS} b"
+    (ids,) = encode_texts(STORIES, [text])
+    assert 0 not in ids and STORIES.decode(ids) == text
+    assert read_tokenizer(tmp_path / "tokenizer.json").encode(text).ids == ids
+    assert 0 in STORIES.encode(text).ids  # the tokenizer itself is as it was
+
+
+def test_a_loss_is_described_and_most_of_a_text_may_not_be_lost(tmp_path):
+    texts = ["The Cat sat.", "a mat"]
+    assert describe_loss(STORIES, texts) is None
+    lower = Tokenizer.from_str(STORIES.to_str())
+    lower.normalizer = normalizers.Lowercase()
+    assert describe_loss(lower, texts) == (
+        "1 of the first 2 documents do not come back exactly; 'The Cat sat.' becomes 'the cat sat.'"
+    )
+    words = words_tokenizer("The Cat sat.")
+    assert unknown_id(STORIES) is None and unknown_id(words) == 0
+    with pytest.raises(HalfstepError, match="loses most .*100% of the tokens are unknown"):
+        describe_loss(words, ["nothing that it knows"])
+
+
+@pytest.mark.parametrize("run", ["a", "7", "=", " ", "é", "🙂", "\n"])
+def test_a_run_of_a_million_characters_is_cut(run):
+    """Nothing is lost, and only runs are cut: the pieces are words of the BPE, or parts of them."""
+    text = f"once upon {run * 1_000_000} a time"
+    pieces = list(cut_runs(text))
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 2 * LONGEST_RUN
+    short = f"once upon {run * (LONGEST_RUN - 9)} a time"
+    assert list(cut_runs(short)) == [short]
+    assert train_bpe([text], 300).get_vocab_size() > 256
+
+
+def test_a_cut_does_not_change_a_bpe_of_usual_text(monkeypatch):
+    before = train_bpe(sample_stories(500, 1), 500).to_str()
+    monkeypatch.setattr("halfstep.data.tokenizer.cut_runs", lambda text: [text])
+    assert train_bpe(sample_stories(500, 1), 500).to_str() == before

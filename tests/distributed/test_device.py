@@ -111,8 +111,10 @@ def test_a_rank_that_joins_a_group_takes_its_gpu(monkeypatch, gpus, name, backen
         get_world_size=lambda: 2,
     )
     monkeypatch.setattr(group, "dist", fake)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    variables = {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "MASTER_PORT": 1}
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert join_group(Machine(device=name)) == Group(1, 2)
     assert backends == [backend] and gpus == chosen
 

@@ -3,7 +3,10 @@
 The ranks run on the CPU with gloo, and have the variables that torchrun sets.
 """
 
+import gc
 import json
+import socket
+import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -11,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import break_down, impatient, launch, note_batches, note_rows
+from forked import break_down, impatient, launch, note_batches, note_rows, start
 from safetensors.torch import load_file
 from small import MACHINE, done, trainings
 
 from halfstep.config import Machine
+from halfstep.distributed import group as distributed
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError
 
@@ -206,6 +210,21 @@ def test_a_rank_that_never_comes(pipeline, tmp_path):
         assert "processes: not all 3 joined the group within 0.05 minutes" in err
 
 
+def test_a_port_that_another_program_has(pipeline, tmp_path):
+    """Rank 0 of a launcher that is not ours."""
+    with socket.create_server(("", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}
+        line = f"generate --checkpoint {pipeline.student} --steps 2 --num-samples 3 {MACHINE}"
+        errors = tmp_path / "errors"
+        env = variables | {"MASTER_PORT": port}
+        child = start(f"{line} --output {tmp_path}/texts", errors, env=env)
+        child.join(60)
+    message = f"halfstep generate: MASTER_PORT: another program has port {port} of this machine"
+    assert child.exitcode == 1 and message in errors.read_text()
+    assert "Traceback" not in errors.read_text()
+
+
 def test_fewer_texts_than_ranks(pipeline, tmp_path):
     """A rank without a text waits for the others."""
     texts, rows = tmp_path / "texts", tmp_path / "rows.json"
@@ -217,6 +236,68 @@ def test_fewer_texts_than_ranks(pipeline, tmp_path):
     assert codes(launch(line, 3, tmp_path)) == [0] * 3
     found = [row for row in json.loads(rows.read_text()) if row["protocol"] == "ids"]
     assert {row["num_samples"] for row in found} == {1}
+
+
+def forbid_pickles() -> None:
+    """torch's exchange of Python objects, which pickles them, is an error."""
+
+    def refused(*_):
+        raise AssertionError("a pickle for the network")
+
+    torch.distributed.distributed_c10d._object_to_tensor = refused
+    torch.distributed.distributed_c10d._tensor_to_object = refused
+    distributed.REPLICATED = 0
+
+
+def test_no_pickle_crosses_the_network(pipeline, samples, tmp_path):
+    """In a sharded training and round, in texts and in scores, a likelihood and MAUVE's."""
+    lines = [
+        f"{line} --num-steps 3 --output {tmp_path}/{name}/t/out"
+        for name, line in trainings(pipeline, OPTIONS).items()
+        if name in ("pretrain", "round-1")
+    ]
+    line = " && ".join([*lines, *scoring(pipeline, samples, tmp_path).values()])
+    assert codes(launch(line, 2, tmp_path, forbid_pickles)) == [0, 0]
+
+
+def exchange(log: Path) -> None:
+    """Broadcast and gather odd values; the results of each rank go to a file."""
+    ranks = join_group(Machine())
+    value = {"é": [1, 2.5, None, "x" * 100_000], "nested": [[], {}]}
+    assert ranks.broadcast(value if ranks.is_main else "ignored") == value
+    assert ranks.broadcast() is None
+    rows = None if ranks.rank == 1 else np.full((ranks.rank, 2, 3), 0.5, np.float16)
+    found = [ranks.gather_rows(rows), ranks.map_rows(2, lambda rows: np.arange(2)[rows])]
+    facts = [None if one is None else (str(one.dtype), one.shape, one.sum()) for one in found]
+    (log / f"found-{ranks.rank}").write_text(repr(facts))
+
+
+def test_values_and_rows_arrive_as_they_were_sent(tmp_path):
+    """Rank 1 has no rows, rank 0 an empty array, rank 2 two rows."""
+    launch("none", 3, tmp_path, exchange, tmp_path)
+    found = [eval((tmp_path / f"found-{rank}").read_text(), {"np": np}) for rank in range(3)]
+    assert found[0] == [("float16", (2, 2, 3), 6.0), ("int64", (2,), 1)]
+    assert found[1:] == [[None, None]] * 2
+
+
+def leave_before_ddp_is_freed(log: Path) -> None:
+    ranks = join_group(Machine())
+    network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    network(torch.ones(1, 2)).sum().backward()
+    distributed.leave_group()
+    del network
+    gc.collect()
+    tasks = Path("/proc/self/task").iterdir()
+    names = [(task / "comm").read_text().strip() for task in tasks]
+    (log / f"threads-{ranks.rank}").write_text(" ".join(names))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ddp_never_frees_the_group(tmp_path):
+    """It would wait for gloo's threads while it holds Python's lock, which they may wait for."""
+    launch("none", 2, tmp_path, leave_before_ddp_is_freed, tmp_path)
+    for rank in range(2):
+        assert "pt_gloo_runloop" in (tmp_path / f"threads-{rank}").read_text()
 
 
 @pytest.mark.parametrize("n", [1, 5, 8, 12])

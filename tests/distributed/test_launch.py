@@ -1,5 +1,7 @@
 """`--processes N` starts torchrun: exit codes, messages and signals are those of one process."""
 
+import errno
+import ipaddress
 import os
 import signal
 import socket
@@ -8,7 +10,9 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from small import MACHINE, call
 
@@ -30,12 +34,22 @@ def start(pipeline, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     place = f"--corpus {pipeline.corpus} --output {tmp_path}/t/out"
 
-    def started(options: str) -> subprocess.Popen:
+    def started(options: str, sigint: Any = signal.default_int_handler) -> subprocess.Popen:
+        signal.signal(signal.SIGINT, sigint)  # a program inherits whether a signal is ignored
         line = f"pretrain {place} {TRAINING} {MACHINE} --processes 2 {options}"
         command = [sys.executable, "-m", "halfstep.cli", *line.split()]
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
-    return started
+    before = signal.getsignal(signal.SIGINT)
+    yield started
+    signal.signal(signal.SIGINT, before)
+
+
+def wait_for_a_logged_step(process: subprocess.Popen, journal: Path) -> None:
+    until = time.monotonic() + 120
+    while not (journal.exists() and journal.stat().st_size):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
 
 
 def children(process: int) -> list[int]:
@@ -90,9 +104,7 @@ def test_a_signal_reaches_the_processes_and_their_state_is_kept(
 ):
     process, journal = start(""), tmp_path / "t/out/journal.jsonl"
     until = time.monotonic() + 120
-    while not (journal.exists() and journal.stat().st_size):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.05)
+    wait_for_a_logged_step(process, journal)
     workers = children(process.pid)
     assert len(workers) == 2
     targets = {
@@ -117,6 +129,49 @@ def test_a_signal_reaches_the_processes_and_their_state_is_kept(
         name = "SIGINT" if number == signal.SIGINT else "SIGTERM"
         assert err.count(f"received {name}; {STOPPED}") == 1, err
         assert (tmp_path / "t/out/state/state.safetensors").exists()
+
+
+@pytest.mark.parametrize("target", ["launcher", "all"])
+def test_a_sigint_that_was_ignored_at_the_start_stays_ignored(start, tmp_path, target):
+    """A shell without job control starts `command &` so. SIGTERM stops the training."""
+    process, journal = start("", signal.SIG_IGN), tmp_path / "t/out/journal.jsonl"
+    wait_for_a_logged_step(process, journal)
+    targets = [process.pid, *children(process.pid)]
+    try:
+        for one in targets if target == "all" else targets[:1]:
+            os.kill(one, signal.SIGINT)
+        size, until = journal.stat().st_size, time.monotonic() + 120
+        while journal.stat().st_size == size:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        process.terminate()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and err.count(f"received SIGTERM; {STOPPED}") == 1, err
+
+
+@pytest.mark.parametrize("interface", [None, "eth0"])
+def test_nothing_listens_off_loopback(start, monkeypatch, tmp_path, interface):
+    """Every socket of the command and its processes that is open to connections or datagrams.
+
+    A site may name an interface for jobs of several nodes; one machine needs loopback only.
+    """
+    if interface:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    process = start("")
+    try:
+        wait_for_a_logged_step(process, tmp_path / "t/out/journal.jsonl")
+        command = psutil.Process(process.pid)
+        tree = [command, *command.children(recursive=True)]
+        meeting = Path(tree[-1].environ()[launch.MEETING])
+        assert meeting.exists() and meeting.parent.stat().st_mode & 0o777 == 0o700
+        sockets = [found for one in tree for found in one.net_connections("inet")]
+    finally:
+        process.terminate()
+        process.communicate(timeout=120)
+    listening = [s.laddr.ip for s in sockets if not s.raddr and s.laddr]
+    assert len(tree) >= 3 and listening  # gloo listens
+    assert {ip for ip in listening if not ipaddress.ip_address(ip).is_loopback} == set()
 
 
 @pytest.mark.parametrize(
@@ -183,8 +238,50 @@ def test_a_task_on_each_of_two_nodes_is_one_node_of_torchrun(step):
         "--node-rank=1",
         "--nproc-per-node=4",
         "--master-addr=10.0.0.3",
-        "--master-port=15104",
+        f"--master-port={launch.step_port()}",
     ]
+
+
+def test_the_port_is_one_for_all_nodes_and_differs_with_what_srun_alone_knows(step):
+    ports = set()
+    for launcher in range(40_000, 40_100):
+        step.setenv("SLURM_STEP_LAUNCHER_PORT", str(launcher))
+        step.setenv("SLURM_NODEID", "0")
+        first = launch.step_port()
+        step.setenv("SLURM_NODEID", "1")
+        assert launch.step_port() == first and 15_000 <= first < 25_000
+        ports.add(first)
+    assert len(ports) > 90  # hardly any two of a hundred are the same
+
+
+def test_several_nodes_meet_without_a_file_and_without_torchruns_pickles(step):
+    """torchrun's rendezvous `static`, its default, keeps no pickles in its store."""
+    arguments = launch.torchrun_arguments(8)
+    assert not any(word.startswith("--rdzv") or word == "--standalone" for word in arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("STEP_NUM_NODES", "abc"),
+        ("STEP_NUM_NODES", "0"),
+        ("STEP_NUM_TASKS", "2.5"),
+        ("STEP_NUM_TASKS", "9" * 5000),
+        ("NODEID", "-1"),
+        ("NODEID", ""),
+    ],
+)
+def test_a_variable_of_slurm_that_is_no_number(step, name, value):
+    step.setenv(f"SLURM_{name}", value)
+    with pytest.raises(HalfstepError, match=f"SLURM_{name}: found .*, expected a whole number"):
+        launch.torchrun_arguments(8)
+
+
+def test_far_more_processes_than_cores_are_a_slip(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(48), raising=False)
+    assert launch.torchrun_arguments(48) == [*launch.ONE_MACHINE, "--nproc-per-node=48"]
+    with pytest.raises(HalfstepError, match="processes: found 49 for 1 machines of 48 cores"):
+        launch.torchrun_arguments(49)
 
 
 def test_tasks_that_do_not_fit_the_nodes(step):
@@ -247,6 +344,40 @@ def test_a_message_of_several_processes_is_printed_once(monkeypatch, tmp_path):
     assert launch.already_printed("a") and launch.already_printed("b")
     monkeypatch.setenv(launch.PRINTED, str(tmp_path / "gone"))
     assert not launch.already_printed("a")
+
+
+def test_a_folder_of_temporary_files_without_locks(monkeypatch, tmp_path):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    launch._check_locks(str(tmp_path))
+    monkeypatch.setattr(launch.fcntl, "flock", flock)
+    with pytest.raises(HalfstepError, match="no file can be locked there .* set TMPDIR to"):
+        launch._check_locks(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("return 7", 7),
+        ("sys.exit(75)", 75),
+        ("sys.exit()", 0),
+        ("raise RuntimeError('a fault of ours')", 1),
+    ],
+)
+def test_one_of_several_processes_ends_at_once_with_its_code(monkeypatch, end, code):
+    """A thread that never ends does not hold it. Its output and its traceback are whole."""
+    program = (
+        "import sys, threading\nfrom halfstep import cli\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        f"def main():\n    print('the last words')\n    {end}\n"
+        "cli.main = main\ncli.program()"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (code, "the last words\n"), done.stderr
+    assert ("RuntimeError: a fault of ours" in done.stderr) == (code == 1)
 
 
 def test_latency_is_of_one_process(monkeypatch, pipeline, tmp_path, capsys):

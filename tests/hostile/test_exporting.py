@@ -195,7 +195,7 @@ def row(folder: Path, **changes: object) -> dict:
 
 def a_row_that_draws(folder: Path) -> None:
     checkpoint(folder, corpus="a\n# b | c")
-    rows = [row(folder, judge="x\n\x1b[2J|y", value=float("1e308"), data=["a", {"b": 1}])]
+    rows = [row(folder, judge="x\n\x1b[2J|y", value=float("1e308"), data="a\r\n| b |")]
     (folder / "rows.json").write_text(json.dumps(rows))
 
 
@@ -239,7 +239,7 @@ def export(*words: str) -> list[str]:
 
 EXPORT = "halfstep export"
 WITH_ROWS = export("--metrics", "rows.json")
-NO_ROWS = "rows.json: found no metric rows, expected a list of objects"
+NO_ROWS = "rows.json: (expected a list of metric rows|row 1: )"
 EXPORTS = [
     Hostile(EXPORT, "metrics are an object", metrics({"metric": 1}), WITH_ROWS, NO_ROWS),
     Hostile(EXPORT, "metrics are numbers", metrics([1, 2]), WITH_ROWS, NO_ROWS),

@@ -1,5 +1,6 @@
 """LAMBADA through lm-eval, offline: by hand on a known language, and on the released items."""
 
+import gzip
 import hashlib
 import json
 from math import exp, log
@@ -14,6 +15,7 @@ import yaml
 from known import Language, words_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from halfstep.checkpoint import load_checkpoint
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.errors import HalfstepError
 from halfstep.metrics.lambada import (
@@ -24,6 +26,7 @@ from halfstep.metrics.lambada import (
     evaluate_lambada,
     lambada_task,
     last_word_of,
+    read_items,
 )
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
@@ -226,3 +229,72 @@ def test_the_released_form_of_lambada():
     assert diffusion["data"] == f"{LAMBADA.name}[100]@{digest(texts[:100])}"
     assert diffusion["passes"]["confidence"] == tokens.mean()
     assert diffusion["passes"]["elbo-exact"] == (2.0**tokens - 1).mean()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: "\ufeff" + lines,
+        lambda lines: "\n" + lines.replace("\n", "\n \n\n"),
+        lambda lines: lines.replace("\n", "\t \n"),
+        lambda lines: lines.replace("\n", "\r\n"),
+        lambda lines: lines.rstrip(),
+        lambda lines: lines.replace('{"', '{"id": 7, "'),
+        lambda lines: lines.replace("the cat", "\\u0074he c\\u0061t"),
+    ],
+    ids=["mark", "blank lines", "blanks", "CR LF", "no LF", "fields", "escapes"],
+)
+def test_items_are_read_as_corpora_are(tmp_path, change):
+    path = tmp_path / "items.jsonl"
+    lines = Path(write_items(path, STORIES)).read_text()
+    path.write_bytes(change(lines).encode())
+    assert list(read_items(path)) == list(STORIES) and count_items(path) == len(STORIES)
+    (stock := tmp_path / "copy").mkdir()
+    files = lambada_task(str(path), stock)["dataset_kwargs"]["data_files"]
+    rows = datasets.load_dataset("json", data_files=files, cache_dir=str(stock), split="test")
+    assert rows["text"] == list(STORIES)
+
+
+def test_items_may_be_packed_and_a_lone_surrogate_is_a_question_mark(tmp_path):
+    path = tmp_path / "items.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "a cat"}\n{"text": "a \\ud800 cat"}\n'))
+    assert list(read_items(path)) == ["a cat", "a ? cat"]
+
+
+def test_bytes_that_are_no_text_are_a_fault_and_no_item(tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_bytes(b'{"text": "a caf\xe9"}\n')
+    with pytest.raises(HalfstepError, match="line 1: byte 0xe9 .*not UTF-8"):
+        count_items(path)
+    for text in ("a cat\n", "a cat ", " ", ""):
+        write_items(path, ["a cat", text])
+        with pytest.raises(HalfstepError, match=":2 is not .* with a word after the last space"):
+            count_items(path)
+
+
+def test_an_item_that_is_too_long_is_found_before_the_first_question(tmp_path):
+    items = write_items(tmp_path / "items.jsonl", ["the cat"])
+    model = known_model(length=2)
+    with pytest.raises(HalfstepError, match="has 1 tokens, expected 1 to 0 in windows of 2"):
+        evaluate_lambada(model, items)
+    assert model.denoiser.asked == 0
+
+
+def test_lm_evals_own_number_of_a_baseline_needs_a_bos(pipeline, tmp_path):
+    """lm-eval's model `hf` with add_bos_token=True: the tokens after BOS, by transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    texts = ["Tom had a red kite", "Anna saw the fox", "A cat"]
+    items = write_items(tmp_path / "items.jsonl", texts)
+    found = evaluate_lambada(load_checkpoint(pipeline.baseline), items)["nll"]["ar"]
+    folder = pipeline.baseline / "hf"
+    network = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for bos, agrees in ((True, True), (False, False)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=bos)
+        for text, nll in zip(texts, found, strict=True):
+            left = tokenizer(context_of({"text": text}))["input_ids"]
+            right = tokenizer(last_word_of({"text": text}), add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                log_p = network(torch.tensor([left + right])).logits[0].double().log_softmax(-1)
+            values = log_p[range(len(left) - 1, len(left + right) - 1), right]
+            assert (abs(-values.sum().item() - nll) < 1e-4) == agrees

@@ -85,3 +85,11 @@ def test_mauve_falls_from_one_for_equal_distributions_to_zero_for_distant_ones()
     assert mauve(human, human + 0.3) == mauve(human, human + 0.3)
     with pytest.raises(HalfstepError, match="found 200 references and 1 texts"):
         mauve(human, human[:1])
+
+
+def test_a_text_without_tokens_is_an_error(judge, tokenizer, monkeypatch):
+    """Its features would be those of padding."""
+    texts = [[1, 2], [], [3]]
+    monkeypatch.setattr(type(judge), "retokenize", lambda *_: texts)
+    with pytest.raises(HalfstepError, match="text 1 has no token for .*so it has no features"):
+        judge_features(judge, np.ones((3, 8), int), tokenizer, 0, 2)

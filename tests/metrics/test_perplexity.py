@@ -1,12 +1,14 @@
 """Generative perplexity against direct arithmetic on the judge's logits, and errors of judges."""
 
+import json
+import shutil
 from math import exp
 
 import numpy as np
 import pytest
 import torch
 from known import words_tokenizer
-from tokenizers import normalizers
+from tokenizers import Regex, normalizers
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -219,3 +221,84 @@ def test_a_revision_is_passed_on(folder, monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load_tokenizer)
     assert load_judge("openai/judge@v2").name == "openai/judge@0123456789ab"
     assert seen == {"network": ("openai/judge", "v2"), "tokenizer": ("openai/judge", "v2")}
+
+
+def change_tokenizer(folder, to, **changes):
+    """A copy of a judge with other values in its tokenizer.json."""
+    shutil.copytree(folder, to)
+    about = json.loads((to / "tokenizer.json").read_text())
+    (to / "tokenizer.json").write_text(json.dumps(about | changes))
+    return load_judge(str(to))
+
+
+def template(*pieces):
+    parts = [
+        {"Sequence": {"id": "A", "type_id": 0}}
+        if piece == "A"
+        else {"SpecialToken": {"id": piece, "type_id": 0}}
+        for piece in pieces
+    ]
+    ids = {EOS: 0, "mat": 6}
+    return {
+        "type": "TemplateProcessing",
+        "single": parts,
+        "pair": [*parts, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in {*pieces} - {"A"}
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"post_processor": template("A", EOS)},
+        {"post_processor": template(EOS, "A", EOS)},
+        {
+            "truncation": {
+                "direction": "Left",
+                "max_length": 3,
+                "strategy": "LongestFirst",
+                "stride": 0,
+            }
+        },
+        {
+            "padding": {
+                "strategy": {"Fixed": 20},
+                "direction": "Right",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": EOS,
+            }
+        },
+    ],
+    ids=["EOS", "BOS and EOS", "truncation", "padding"],
+)
+def test_settings_of_a_judges_tokenizer_add_and_remove_nothing(folder, tmp_path, changes):
+    tokenizer = words_tokenizer(WORDS)
+    ids = np.array([[0, *tokenizer.encode("the cat sat on a mat").ids, 0]])
+    plain = load_judge(str(folder)).retokenize(ids, tokenizer, 0, 24)
+    changed = change_tokenizer(folder, tmp_path / "judge", **changes)
+    assert changed.retokenize(ids, tokenizer, 0, 24) == plain == ids.tolist()
+
+
+def test_a_bos_that_is_not_eos_is_kept(folder, tmp_path):
+    """As Llama's tokenizer adds it, and only it; a text is cut to `longest` tokens with it."""
+    judge = change_tokenizer(folder, tmp_path / "judge", post_processor=template("mat", "A", EOS))
+    judge.tokenizer.bos_token = "mat"
+    tokenizer = words_tokenizer(WORDS)
+    ids = np.array([tokenizer.encode("the cat sat on").ids])
+    bos = tokenizer.token_to_id("mat")
+    assert judge.retokenize(ids, tokenizer, 0, 24) == [[bos, *ids[0].tolist()]]
+    assert judge.retokenize(ids, tokenizer, 0, 3) == [[bos, *ids[0, :2].tolist()]]
+
+
+def test_a_judge_without_a_vocabulary_is_an_error(folder):
+    judge = load_judge(str(folder))
+    nothing = normalizers.Replace(Regex(r"[\s\S]"), "")
+    judge.tokenizer.backend_tokenizer.normalizer = nothing
+    tokenizer = words_tokenizer(WORDS)
+    ids = np.array([tokenizer.encode("the cat sat").ids])
+    with pytest.raises(HalfstepError, match="has no token for any text; put the tokenizer.json"):
+        judge.retokenize(ids, tokenizer, 0, 24)

@@ -5,13 +5,23 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256
-from halfstep.records.journal import Journal, environment, fingerprint, read_journal
+from halfstep.records.journal import (
+    LONGEST_LINE,
+    Journal,
+    complete_size,
+    environment,
+    fingerprint,
+    mark,
+    read_journal,
+    read_points,
+)
 
 
 def open_journal(folder: Path, lr: float = 1e-3, digest: str = "aa") -> Journal:
@@ -143,3 +153,56 @@ def test_jobs_do_not_import_a_tracker():
     environ = os.environ | {"SLURM_JOB_ID": "7"}
     assert subprocess.run([sys.executable, "-c", code], env=environ).returncode == 0
     assert json.dumps(environment())
+
+
+def long_journal(folder: Path, points: int) -> Path:
+    """A finished run with this many lines."""
+    with open_journal(folder):
+        pass
+    file = folder / "journal.jsonl"
+    with open(file, "w") as lines:
+        for step in range(points):
+            metrics = {"train/loss": 1.0, "train/lr": 1e-3, "train/grad_norm": 0.5}
+            lines.write(json.dumps({"step": step, "time": 1e9 + step, "metrics": metrics}) + "\n")
+    return file
+
+
+def test_readers_and_rewind_hold_one_line_of_a_long_journal(tmp_path):
+    file = long_journal(tmp_path, 10_000)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_points(file)) == 10_000
+        assert mark(file, complete_size(file)).startswith(f"{file.stat().st_size}-")
+        with open_journal(tmp_path) as journal:
+            journal.rewind(6_000)
+        assert tracemalloc.get_traced_memory()[1] < 2 * LONGEST_LINE + 500_000
+    finally:
+        tracemalloc.stop()
+    assert sum(1 for _ in read_points(file)) == 6_001
+
+
+def test_a_mark_stands_for_all_lines_before_it(tmp_path):
+    """It stays the same when lines follow, and changes when these lines do."""
+    with open_journal(tmp_path) as journal:
+        for step in (1, 2, 3):
+            journal.log({"a": step}, step)
+        file = tmp_path / "journal.jsonl"
+        size = complete_size(file)
+        former = mark(file, size)
+        assert former and mark(file, size - 1) == ""
+        journal.log({"a": 4}, 4)
+        assert mark(file, size) == former != mark(file, complete_size(file))
+        journal.rewind(2)
+        assert mark(file, size) == ""
+        journal.log({"a": 3}, 3)  # the same length, at another time
+        assert complete_size(file) == size or mark(file, size) == ""
+        assert mark(file, size) != former
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"st', b"\0" * 5, b"x" * 3_000_000])
+def test_the_complete_lines_end_before_a_torn_one(tmp_path, tail):
+    file = tmp_path / "journal.jsonl"
+    file.write_bytes(tail)
+    assert complete_size(file) == 0
+    file.write_bytes(b"1\n22\n" + tail)
+    assert complete_size(file) == 5

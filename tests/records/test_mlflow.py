@@ -9,6 +9,7 @@ import synthetic
 
 from halfstep.commands.track import _metrics, gather_jobs, sync_once, track
 from halfstep.errors import HalfstepError
+from halfstep.records import mlflow as mlflow_records
 from halfstep.records.journal import Journal, read_journal
 from halfstep.records.mlflow import Tracker
 
@@ -164,6 +165,65 @@ def test_a_resumed_job_continues_its_run(world):
         "train/loss": [50, 100, 150, 200],
         "train/tokens_per_s": [50, 100, 150, 200],
     }
+
+
+def test_a_sync_reads_only_the_new_lines_of_a_journal(world, monkeypatch):
+    sync, client, runs, results = world
+    model, read = "stories-tiny/kl_backward/round-9", []
+    real = mlflow_records.points_between
+
+    def noted(file, start, end):
+        for place, point in real(file, start, end):
+            read.append(point["step"])
+            yield place, point
+
+    monkeypatch.setattr(mlflow_records, "points_between", noted)
+    monkeypatch.setattr(mlflow_records, "BATCH", 7)
+    folder = results / "models" / model
+    with Journal(folder, name="kl_backward/round-9", node="n", params={}) as journal:
+        for step in range(1, 21):
+            journal.log({"train/loss": 1.0, "train/lr": 2.0}, step)
+        sync()
+        read.clear()
+        for step in (21, 22):
+            journal.log({"train/loss": 1.0}, step)
+        assert sync() == 2
+        assert read == [21, 22]
+        assert sync() == 0
+        journal.rewind(18)
+        journal.log({"train/loss": 5.0}, 19)
+        journal.log({"train/loss": 5.0}, 23)
+        assert sync() == 1  # steps 19 and 20 keep the values that were sent first
+    sent = points(client, runs()[model])
+    assert sent["train/loss"] == [*((step, 1.0) for step in range(1, 23)), (23, 5.0)]
+    assert sent["train/lr"] == [(step, 2.0) for step in range(1, 21)]
+
+
+def test_a_sync_that_ends_within_a_journal_is_continued(world, monkeypatch):
+    sync, client, runs, results = world
+    model = "stories-tiny/kl_backward/round-9"
+    with Journal(
+        results / "models" / model, name="kl_backward/round-9", node="n", params={}
+    ) as journal:
+        for step in range(1, 41):
+            journal.log({"train/loss": float(step)}, step)
+    monkeypatch.setattr(mlflow_records, "BATCH", 10)
+    real, calls = Tracker._log_metrics, []
+
+    def stops(self, run_id, metrics, sent=""):
+        if len(metrics) == 10:
+            calls.append(sent)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+        real(self, run_id, metrics, sent)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Tracker, "_log_metrics", stops)
+        sync()
+    sync()
+    expected = [(step, float(step)) for step in range(1, 41)]
+    assert points(client, runs()[model])["train/loss"] == expected
+    assert not runs(DELETED)
 
 
 def test_a_new_evaluation_of_the_same_weights_replaces_the_old(world):

@@ -21,12 +21,14 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 import synthetic
 
 from halfstep.commands import track as command
-from halfstep.commands.track import gather_jobs, sync_once, track
+from halfstep.commands.track import MlflowUnreachable, gather_jobs, sync_once, track
 from halfstep.errors import HalfstepError
+from halfstep.records import database
 from halfstep.records.journal import Journal
 
 mlflow = pytest.importorskip("mlflow")
@@ -217,6 +219,7 @@ def store(uri: str, experiment: str) -> dict:
         run_id, model = run.info.run_id, models[run.info.run_id]
         assert model not in content, f"two runs of {model}"
         tags = dict(run.data.tags)
+        tags.pop("halfstep.key")  # an id
         parent = models.get(tags.pop("mlflow.parentRunId", None))
         points = {
             key: [(p.step, p.value) for p in client.get_metric_history(run_id, key)]
@@ -491,6 +494,10 @@ class Postgres:
     def stop(self):
         self._call(self.pg_ctl, "-w", "-D", self._data, "-m", "immediate", "stop")
 
+    def processes(self) -> list[int]:
+        first = int((Path(self._data) / "postmaster.pid").read_text().split()[0])
+        return [first, *(child.pid for child in psutil.Process(first).children(recursive=True))]
+
     def _call(self, *arguments: str) -> None:
         user = []
         if os.getuid() == 0:
@@ -535,3 +542,77 @@ def test_postgresql_can_be_the_store(place, tmp_path, monkeypatch):
         with contextlib.suppress(AssertionError):
             postgres.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_postgresql_that_stops_answering_is_given_up(place, tmp_path, monkeypatch):
+    """A frozen server keeps its connections open; without a limit, track waits for ever."""
+    pg_ctl = sorted(glob.glob("/usr/lib/postgresql/*/bin/pg_ctl"))
+    if not pg_ctl or importlib.util.find_spec("psycopg2") is None:
+        pytest.skip("needs PostgreSQL and psycopg2, as the test above")
+    monkeypatch.setattr(database, "ANSWER_S", 2)
+    monkeypatch.setattr(command, "WAITS_S", (0, 0.1))
+    results = shutil.copytree(place[1], tmp_path / "results")
+    folder = Path("/tmp") / f"halfstep-postgres-frozen-{os.getpid()}"
+    postgres = Postgres(pg_ctl[-1], folder)
+    frozen = []
+    try:
+        postgres.create()
+        postgres.start()
+        assert sync_once(results, postgres.uri, "postgres").added > 50
+        frozen = postgres.processes()
+        for process in frozen:
+            os.kill(process, signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(MlflowUnreachable, match=r"no answer within 2 s.*nothing is lost"):
+            sync_once(results, postgres.uri, "postgres")
+        assert time.monotonic() - start < 60
+    finally:
+        for process in frozen:
+            os.kill(process, signal.SIGCONT)
+        with contextlib.suppress(AssertionError):
+            postgres.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("scheme", ["http", "postgresql"])
+def test_a_server_that_takes_connections_and_never_answers(place, tmp_path, monkeypatch, scheme):
+    monkeypatch.setattr(database, "ANSWER_S", 1)
+    monkeypatch.setattr(command, "WAITS_S", (0, 0.1))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    results = shutil.copytree(place[1], tmp_path / "results")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        start = time.monotonic()
+        with pytest.raises(MlflowUnreachable, match="nothing is lost"):
+            sync_once(results, f"{scheme}://{address}/x", "silent")
+        assert time.monotonic() - start < 30
+
+
+def test_a_dead_postgresql_does_not_hold_track_for_minutes(place, tmp_path):
+    """MLflow itself tries ten times, for 100 seconds, and track repeated that three times."""
+    results = shutil.copytree(place[1], tmp_path / "results")
+    start = time.monotonic()
+    with pytest.raises(MlflowUnreachable, match="Connection refused"):
+        sync_once(results, f"postgresql://u@127.0.0.1:{free_port()}/x", "dead")
+    assert time.monotonic() - start < 60
+
+
+def test_two_results_folders_on_one_server(world, tmp_path):
+    """Both have the same names of models in the same experiment."""
+    server, proxy, ann = world
+    bob = tmp_path / "bob"
+    synthetic.write(bob, runs=("kl_backward",), rounds=1, steps=[8], points=7, benchmark=False)
+    asked = []
+    proxy.fault = lambda _, request: asked.append(request)
+    for _ in range(2):
+        sync_once(ann, proxy.uri, "both")
+        sync_once(bob, proxy.uri, "both")
+    assert not [request for request in asked if "delete" in request.lower()]
+    runs = search(server.store, "both", ACTIVE)
+    folders = [run.data.tags["halfstep.results"] for run in runs]
+    assert sorted(map(folders.count, set(folders))) == [5, 5]
+    assert not search(server.store, "both", DELETED)
+    moved = tmp_path / "moved"
+    ann.rename(moved)
+    assert sync_once(moved, proxy.uri, "both").added == 0
+    assert len(search(server.store, "both", ACTIVE)) == 10

@@ -18,6 +18,7 @@ import torch.distributed
 from halfstep.cli import main
 from halfstep.commands import distill, generate, train
 from halfstep.distributed import group as distributed
+from halfstep.distributed.launch import MEETING
 from halfstep.errors import HalfstepError
 from halfstep.training import loop
 from halfstep.training.step import Batch
@@ -39,6 +40,8 @@ _context.set_forkserver_preload(
         "transformers.models.auto",
         "transformers.models.gpt_neox.modeling_gpt_neox",
         "halfstep.metrics.lambada",
+        "halfstep.commands.track",
+        "mlflow.store.tracking.sqlalchemy_store",
     ]
 )
 
@@ -63,6 +66,7 @@ def start(
 def _run(line: str, errors: Path, before, args, env: dict[str, str]) -> None:
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever started the tests
     os.environ.update(env)
     torch.set_num_threads(1)
     if before:
@@ -103,9 +107,10 @@ def _meet(meeting: Path, rank: int, size: int, before, *args) -> None:
     real, times = torch.distributed.init_process_group, count()
 
     def init_process_group(*given, **options):
-        method = f"file://{meeting}-{next(times)}"
-        return real(*given, init_method=method, rank=rank, world_size=size, **options)
+        store = torch.distributed.FileStore(f"{meeting}-{next(times)}", size)
+        return real(*given, **options | {"store": store, "rank": rank, "world_size": size})
 
+    os.environ[MEETING] = str(meeting)  # a command after another meets in another file
     torch.distributed.init_process_group = init_process_group
     if before:
         before(*args)

@@ -7,8 +7,8 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import forked
@@ -32,6 +32,7 @@ class Hostile:
     arguments: list[str]
     refused: str | None
     check: Callable[[Path], object] = lambda folder: None  # after a success
+    variables: Mapping[str, str] = field(default_factory=dict)  # of the command's environment
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.name}".encode("ascii", "backslashreplace").decode()
@@ -47,7 +48,9 @@ def answer(case: Hostile, folder: Path) -> None:
     case.make(folder)
     before = _listing(folder)
     errors = folder.parent / f"{folder.name}.errors"
-    child = forked._context.Process(target=_run, args=(case.arguments, folder, errors))
+    child = forked._context.Process(
+        target=_run, args=(case.arguments, dict(case.variables), folder, errors)
+    )
     child.start()
     child.join(SECONDS)
     hung = child.exitcode is None
@@ -88,11 +91,12 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _run(arguments: list[str], folder: Path, errors: Path) -> None:
+def _run(arguments: list[str], variables: dict[str, str], folder: Path, errors: Path) -> None:
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, errors="surrogateescape")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     forked.torch.set_num_threads(1)
+    os.environ.update(variables)
     os.chdir(folder)
     held = _peak_bytes()
     code = forked.main(arguments)

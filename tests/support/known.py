@@ -1,11 +1,14 @@
 """Languages with known probabilities, and files as the commands write them."""
 
 import io
+import json
+import tempfile
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from halfstep.checkpoint import build_network, save_checkpoint
 from halfstep.files import sha256, write_atomic, write_json
 
 
@@ -62,6 +65,19 @@ def words_tokenizer(text: str) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([eos])
     return tokenizer
+
+
+def write_checkpoint(folder, tokenizer, **changes):
+    """An untrained denoiser with windows of 32 tokens; `changes` are of its tokenizer.json."""
+    size = tokenizer.get_vocab_size()
+    meta = {"kind": "diffusion", "network": {"size": "tiny"}, "vocab_size": size}
+    meta |= {"eos_id": tokenizer.token_to_id("<|endoftext|>"), "length": 32, "round": 0}
+    weights = build_network(meta).state_dict()
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write(json.dumps(json.loads(tokenizer.to_str()) | changes))
+        file.flush()
+        save_checkpoint(folder, {"ema.safetensors": weights}, meta, file.name)
+    return folder
 
 
 def write_samples(folder, ids, steps, kind="diffusion", model="stories-tiny/teacher"):

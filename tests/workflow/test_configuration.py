@@ -23,6 +23,11 @@ PRESETS = REPOSITORY / "workflow/presets"
         (["presett=ci"], "configuration: presett: found 'ci': unknown key; did you mean preset?"),
         (["preset=labtop"], "did you mean laptop?"),
         (
+            ['evaluation={"lambada": "gone.jsonl"}'],
+            "configuration: evaluation.lambada: gone.jsonl cannot be read "
+            "(No such file or directory); check the path",
+        ),
+        (
             ['sampling={"steps": [8, "owns"]}'],
             "configuration: sampling.steps.1: found 'owns': "
             "expected a whole number above zero, or own",

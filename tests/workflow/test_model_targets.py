@@ -8,9 +8,12 @@ from types import SimpleNamespace
 import pytest
 from dryrun import REPOSITORY
 
+from halfstep.data.files import find_files
+from halfstep.errors import ConfigError
 from halfstep.resolve import resolve
 from halfstep.workflow.targets import (
     Targets,
+    check_sources,
     local_file,
     one_of,
     teacher_name,
@@ -185,3 +188,68 @@ def test_the_workflow_starts_without_torch_or_pandas():
     code = f"import sys, {modules}; print(*{{'torch', 'pandas', 'numpy'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+def own_text_config(**keys):
+    corpus = {"kind": "files", "num_documents": None} | keys
+    return {"corpora": {"stories-ci": corpus}, "evaluation": {"lambada": "items.jsonl"}}
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A folder with texts whose names are odd, one of them in the home folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for name in ("a[1].txt", "a1.txt", "b{c}.txt", "home/x.txt", "items.jsonl"):
+        (tmp_path / name).write_text('{"text": "a b"}\n')
+    return tmp_path
+
+
+def test_the_rule_and_the_reader_expand_patterns_alike(texts):
+    patterns = ["a[1].txt", "~/*.txt", "?1.txt"]
+    found = targets(**own_text_config(files=patterns))
+    own = found.own_text(SimpleNamespace(corpus="stories-ci"))
+    assert own == sorted(map(str, find_files(patterns)))
+    assert sorted(own) == sorted(["a[1].txt", f"{texts}/home/x.txt", "a1.txt"])
+    check_sources(found.config)
+
+
+def test_a_pattern_with_braces_is_a_fault_of_the_configuration(texts):
+    with pytest.raises(ConfigError, match="corpora.stories-ci.files.0: found .* reads braces"):
+        targets(**own_text_config(files=["{a,b}.txt"]))
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        (
+            {"files": ["no*.txt"]},
+            "corpora.stories-ci.files: 'no.*' matches nothing; check the path",
+        ),
+        ({"files": ["home"]}, "corpora.stories-ci.files: home is a folder; name its files"),
+        ({"files": ["b*.txt"]}, r"corpora.stories-ci.files: found 'b\{c\}.txt': .* wildcard"),
+        (
+            {"files": ["a1.txt"], "tokenizer": "~/gpt2", "vocab_size": 8192},
+            "corpora.stories-ci.tokenizer: ~/gpt2 is not a folder",
+        ),
+    ],
+)
+def test_a_source_that_is_not_there_is_a_fault_of_the_configuration(texts, keys, sentence):
+    config = targets(**own_text_config(**keys)).config
+    with pytest.raises(ConfigError, match=sentence):
+        check_sources(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("gone.jsonl", "evaluation.lambada: gone.jsonl cannot be read"),
+        ("a1.txt", "evaluation.lambada: a1.txt has an unknown suffix; expected .jsonl or"),
+        ("./items", "evaluation.lambada: ./items has an unknown suffix"),
+    ],
+)
+def test_so_is_a_file_of_last_words(texts, name, sentence):
+    config = own_text_config(files=["a1.txt"]) | {"evaluation": {"lambada": name}}
+    with pytest.raises(ConfigError, match=sentence):
+        check_sources(targets(**config).config)

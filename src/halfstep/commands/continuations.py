@@ -31,6 +31,7 @@ from halfstep.metrics.mauve import judge_features, mauve
 from halfstep.metrics.perplexity import Judge, ids_nll
 from halfstep.metrics.rows import mean_row, model_name, row, write_rows
 from halfstep.records import provenance
+from halfstep.resolve import check_fields
 
 PROTOCOL = "continuations"
 AT_ONCE = 1024  # windows read at a time in the search for documents
@@ -161,7 +162,16 @@ def _read_continuations(
         raise HalfstepError(
             f"{folder}: samples without prompts; name folders that halfstep continue-prompts wrote"
         )
+    about = folder / "samples.json"
+    check_fields(facts["prompts"], Prompts, f"{about}: prompts", "continue its prompts again")
     prompts = Prompts.model_validate(facts["prompts"])
+    texts = prompts.num_prompts * prompts.per_prompt
+    expected = (texts, prompts.prompt_tokens + prompts.continuation_tokens)
+    if ids.shape != expected:
+        raise HalfstepError(
+            f"{folder}: texts of shape {list(ids.shape)}, but its prompts need {list(expected)}; "
+            "continue its prompts again"
+        )
     if prompts not in documents:
         documents[prompts] = references(corpus, prompts).numpy()
     P = prompts.prompt_tokens

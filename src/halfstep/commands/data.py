@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -15,11 +16,12 @@ from halfstep.data.corpora import CORPORA, read_corpus
 from halfstep.data.files import find_files
 from halfstep.data.pack import Spool, corpus_files, pack_windows, token_dtype
 from halfstep.data.stories import last_words
-from halfstep.data.tokenizer import EOS, load_bpe, train_bpe
+from halfstep.data.tokenizer import EOS, describe_loss, load_bpe, train_bpe, vocabulary_size
 from halfstep.errors import HalfstepError
-from halfstep.files import sha256, write_atomic, write_json
+from halfstep.files import scratch_folder, sha256, write_atomic, write_json
 from halfstep.records import provenance
 
+PROBED = 100  # first documents on which a tokenizer that was not trained here is tested
 VALIDATION_TEXTS = 2000  # held-out documents also kept as text, for metrics that compare with them
 
 
@@ -39,6 +41,7 @@ def prepare_corpus(output: Path, corpus: Corpus, workers: int | None = None) -> 
             "leave it out to use all cores"
         )
     workers = workers or _available_cores()
+    files = find_files(corpus.files)
     # Loaded before the documents, so that a wrong name is found at once.
     tokenizer = None if corpus.tokenizer == "bpe" else load_bpe(corpus.tokenizer)
     output.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,11 @@ def prepare_corpus(output: Path, corpus: Corpus, workers: int | None = None) -> 
     (output / "manifest.json").unlink(missing_ok=True)
     kind = CORPORA[corpus.kind]
     held_out = corpus.validation_documents or kind.validation_documents
-    with Spool(output / ".documents.part", read_corpus(corpus, held_out, workers)) as spool:
+    documents = read_corpus(corpus, held_out, workers)
+    with (
+        scratch_folder(output / "documents") as scratch,
+        Spool(scratch / "documents", documents) as spool,
+    ):
         train = len(spool) - held_out
         if train < 1:
             raise HalfstepError(
@@ -55,20 +62,31 @@ def prepare_corpus(output: Path, corpus: Corpus, workers: int | None = None) -> 
             )
         if tokenizer is None:
             tokenizer = train_bpe(spool.spread(train, kind.bpe_bytes), corpus.vocab_size)
+        elif loss := describe_loss(tokenizer, islice(spool.texts(0, len(spool)), PROBED)):
+            print(f"note: tokenizer {corpus.tokenizer}: {loss}", file=sys.stderr)
         write_atomic(output / "tokenizer.json", tokenizer.to_str(pretty=True))
         splits = {"train": range(train), "validation": range(train, len(spool))}
         facts = pack_windows(spool, tokenizer, corpus.length, output, splits, workers)
         texts = _write_texts(output, corpus, spool, train)
     _write_manifest(output, corpus, tokenizer, facts)
-    inputs = [*find_files(corpus.files)]
+    inputs = list(files)
     if corpus.tokenizer != "bpe":
-        inputs.append(corpus.tokenizer)
+        inputs.append(Path(corpus.tokenizer).expanduser())
     outputs = [*corpus_files(output, *splits), *texts]
     provenance.write_record(output / provenance.NAME, outputs, inputs)
+    _print_facts(output, corpus, tokenizer, facts)
+
+
+def _print_facts(output: Path, corpus: Corpus, tokenizer: Tokenizer, facts: dict) -> None:
+    asked = f" (vocab_size asks for {corpus.vocab_size:,})" if corpus.tokenizer == "bpe" else ""
+    print(f"{output}/tokenizer.json: {vocabulary_size(tokenizer):,} tokens{asked}")
     for split, found in facts.items():
+        cut = found["cut_windows"] / found["windows"]
+        unknown = found["unknown_tokens"] / found["tokens"]
         print(
             f"{output}/{split}.bin: {found['windows']:,} windows of {corpus.length} tokens, from "
-            f"{found['documents']:,} documents with {found['tokens']:,} tokens"
+            f"{found['documents']:,} documents with {found['tokens']:,} tokens; {cut:.0%} of the "
+            "windows end inside a document" + (f"; {unknown:.2%} unknown tokens" if unknown else "")
         )
 
 
@@ -94,7 +112,7 @@ def _write_manifest(output: Path, corpus: Corpus, tokenizer: Tokenizer, facts: d
         "format": 1,
         "length": corpus.length,
         "dtype": token_dtype(tokenizer),
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": vocabulary_size(tokenizer),
         "eos_id": tokenizer.token_to_id(EOS),
         "splits": facts,
         "tokenizer_sha256": sha256(output / "tokenizer.json"),

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from halfstep import checkpoint
 from halfstep.commands.train import DiffusionObjective, HeldOut, TrainingJob
 from halfstep.config import Distillation, Machine
-from halfstep.data.pack import Windows, corpus_files
+from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer
+from halfstep.data.tokenizer import read_tokenizer
 from halfstep.diffusion.contracts import Denoiser, Draws
 from halfstep.diffusion.masking import corrupt, mask_indices
 from halfstep.diffusion.objective import stratified_times
@@ -79,7 +79,7 @@ def distill_round(
     read_weights = {"name": "teacher", "digest": digest, "source": str(teacher)}
     step_flops = flops_per_token(student, old, plan, run.batch_size, job.windows.length)
     with job.journal(name, {**about, **run.model_dump()}, tags, [read_weights]) as journal:
-        batches = job.batches(run.batch_size, seed + round)
+        batches = job.batches(run, seed + round)
         state = fit(student.network, objective, batches, run, start, job.run(journal, step_flops))
         job.finish(state, meta, journal)
     if not job.group.is_main:
@@ -246,25 +246,27 @@ def _check_teacher(meta: dict, teacher: Path, windows: Windows, corpus: Path, ro
                 "use the corpus it was trained on"
             )
     own = checkpoint.checked_file(teacher, "tokenizer.json", meta)
-    vocabularies = [
-        Tokenizer.from_file(str(file)).get_vocab() for file in (own, corpus / "tokenizer.json")
-    ]
-    if vocabularies[0] != vocabularies[1]:
+    if read_tokenizer(own).get_vocab() != corpus_tokenizer(corpus).get_vocab():
         raise HalfstepError(
             f"--teacher {teacher}: its tokenizer has other tokens than that of corpus {corpus}; "
             "use the corpus it was trained on"
         )
-    if meta["round"] != round - 1:
+    if meta.get("round") != round - 1:
         raise HalfstepError(
             f"--round {round}: its teacher is the checkpoint of round {round - 1}, "
-            f"but {teacher} is of round {meta['round']}"
+            f"but {teacher} is of round {meta.get('round')}"
+        )
+    if "min_t" not in meta.get("training", {}) or "ema_updates" not in meta:
+        raise HalfstepError(
+            f"--teacher {teacher}: its meta.json has no training.min_t or no ema_updates; "
+            "name a checkpoint that halfstep trained or imported"
         )
 
 
 def _read_optimizer_state(teacher: Path, meta: dict) -> dict[str, Tensor]:
-    if "optimizer.safetensors" not in meta["sha256"]:
+    if checkpoint.OPTIMIZER not in meta["sha256"]:
         raise HalfstepError(
             f"--teacher {teacher}: has no optimizer state (imported checkpoints have none); "
             "set reset_optimizer: true"
         )
-    return checkpoint.read_tensors(teacher, "optimizer.safetensors", meta)
+    return checkpoint.read_tensors(teacher, checkpoint.OPTIMIZER, meta)

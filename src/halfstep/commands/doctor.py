@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import http.client
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import unquote, urlsplit, urlunsplit
 
+from halfstep.commands.fetch import read_fetched
+from halfstep.distributed.environment import environment_number, world_size
 from halfstep.errors import HalfstepError
-from halfstep.files import read_json
 from halfstep.workflow.slurm_plugin import LONGEST_POLL_S, ask
 
 NETWORK_FILE_SYSTEMS = (
@@ -19,6 +24,7 @@ NETWORK_FILE_SYSTEMS = (
     *("panfs", "wekafs"),
 )
 Finding = tuple[str, str]  # ok, warning or broken; a sentence that says what to do
+Check = Callable[[Path, Path], Iterator[Finding]]  # of the results and the table of mounts
 
 
 def doctor(results: Path = Path("results"), mounts: Path = Path("/proc/mounts")) -> None:
@@ -33,7 +39,7 @@ def doctor(results: Path = Path("results"), mounts: Path = Path("/proc/mounts"))
     findings = [
         (name, state, message)
         for name, check in CHECKS.items()
-        for state, message in check(results.absolute(), mounts)
+        for state, message in _findings(check, results.absolute(), mounts)
     ]
     for name, state, message in findings:
         print(f"{state:8}{name:12}{message}")
@@ -43,6 +49,14 @@ def doctor(results: Path = Path("results"), mounts: Path = Path("/proc/mounts"))
             f"{broken} of {len(findings)} findings are broken; "
             "do what the lines `broken` above say, and call again"
         )
+
+
+def _findings(check: Check, results: Path, mounts: Path) -> Iterator[Finding]:
+    """The findings of a check; a fault that ends it is its last finding."""
+    try:
+        yield from check(results, mounts)
+    except HalfstepError as error:
+        yield _broken(str(error))
 
 
 def _ok(message: str) -> Finding:
@@ -76,7 +90,7 @@ def check_slurm(results: Path, mounts: Path) -> Iterator[Finding]:
     rows = [line.split() for line in sinfo.splitlines()]
     partitions = {name: parse_time_limit(limit) for name, limit, state in rows if state == "up"}
     name = os.environ.get("HALFSTEP_SLURM_PARTITION") or _default_partition()
-    longest = int(os.environ.get("HALFSTEP_SLURM_MAX_MINUTES", str(72 * 60)))
+    longest = environment_number("HALFSTEP_SLURM_MAX_MINUTES", 72 * 60, least=1)
     if name not in partitions:
         yield _broken(
             f"partition {name} is not among those that are up ({', '.join(partitions)}): "
@@ -152,9 +166,9 @@ def _slurm_gpus(resources: str) -> Finding:
         )
     pattern = rf"\bgpu:{re.escape(model)}:(\d+)" if model else r"\bgpu(?::[^:,()\s]+)?:(\d+)"
     most = max(map(int, re.findall(pattern, resources)), default=1)
-    if not per_node.isdecimal() or int(per_node) < 1:
+    if not per_node.isdecimal() or len(per_node) > 9 or int(per_node) < 1:
         return _broken(
-            f"HALFSTEP_SLURM_GPUS_PER_NODE: found {per_node!r}, expected a whole number above "
+            f"HALFSTEP_SLURM_GPUS_PER_NODE: found {per_node[:40]!r}, expected a whole number above "
             f"zero: export HALFSTEP_SLURM_GPUS_PER_NODE={most}"
         )
     if most < int(per_node):
@@ -168,11 +182,11 @@ def _slurm_gpus(resources: str) -> Finding:
 
 def check_world_size(results: Path, mounts: Path) -> Iterator[Finding]:
     """In a Slurm job that torchrun started: one process per GPU."""
-    gpus_on_node = os.environ.get("SLURM_GPUS_ON_NODE")
-    if "WORLD_SIZE" not in os.environ or not gpus_on_node:
+    if "WORLD_SIZE" not in os.environ or not os.environ.get("SLURM_GPUS_ON_NODE"):
         return
-    gpus = int(gpus_on_node) * int(os.environ.get("SLURM_NNODES", "1"))
-    processes = int(os.environ["WORLD_SIZE"])
+    nodes = environment_number("SLURM_NNODES", 1, least=1)
+    gpus = nodes * environment_number("SLURM_GPUS_ON_NODE")
+    processes = world_size()
     if processes == gpus:
         yield _ok(f"{processes} processes for {gpus} GPUs")
     else:
@@ -207,14 +221,13 @@ def check_shared_folder(results: Path, mounts: Path) -> Iterator[Finding]:
         if value := os.environ.get(f"HALFSTEP_SLURM_{key.upper()}"):
             call.append(f"--{key}={value}")
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as probe:
-        test = f"test -e '{probe.name}' && echo seen || echo unseen"
-        answer = ask(*call, "sh", "-c", test, timeout=60)
-    if answer is None:
+        listed = _output([*call, "ls", "-d", "/", probe.name])  # a node that answers has a /
+    if not listed.startswith("/"):
         yield _warning(
             "no compute node was free within 30 s, so whether it sees this folder is not known: "
             "call again later"
         )
-    elif answer.strip() != "seen":
+    elif Path(probe.name).name not in listed:
         yield _broken(
             f"a compute node does not see {folder}: "
             "clone the repository into a folder that all nodes share"
@@ -223,12 +236,20 @@ def check_shared_folder(results: Path, mounts: Path) -> Iterator[Finding]:
         yield _ok(f"a compute node sees {folder}")
 
 
+def _output(words: list[str]) -> str:
+    """What a command prints, whatever its exit code; "" if it cannot be run, or not in time."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def check_hub(results: Path, mounts: Path) -> Iterator[Finding]:
     """What was fetched from the Hugging Face hub is still there, or can be fetched."""
     cache = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     fetched = results / "hub.json"
     if fetched.is_file():
-        names = ", ".join(read_json(fetched))
+        names = ", ".join(read_fetched(fetched))
         if cache.is_dir():
             yield _ok(f"fetched: {names}")
         else:
@@ -250,9 +271,9 @@ def check_mlflow(results: Path, mounts: Path) -> Iterator[Finding]:
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/mlflow.db"
     if uri.startswith("http"):
         try:
-            with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=5) as answer:
+            with urllib.request.urlopen(_health_request(uri), timeout=5) as answer:
                 answer.read()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             yield _warning(
                 f"MLflow at {uri} does not answer ({error}): nothing is lost, "
                 "`halfstep track` sends the journals once it does"
@@ -271,6 +292,18 @@ def check_mlflow(results: Path, mounts: Path) -> Iterator[Finding]:
         yield _ok(f"MLflow keeps its runs in {uri}")
 
 
+def _health_request(uri: str) -> urllib.request.Request:
+    """The question whether a server lives; urllib takes user and password only as a header."""
+    parts = urlsplit(uri)
+    userinfo, _, host = parts.netloc.rpartition("@")
+    address = urlunsplit((parts.scheme, host, f"{parts.path.rstrip('/')}/health", "", ""))
+    request = urllib.request.Request(address)
+    if userinfo:
+        encoded = base64.b64encode(unquote(userinfo).encode()).decode()
+        request.add_header("Authorization", f"Basic {encoded}")
+    return request
+
+
 def file_system_of(path: Path, mounts: Path) -> str:
     """The type of the file system that holds a path: that of the longest mount point above it."""
     lines = mounts.read_text().splitlines() if mounts.is_file() else []
@@ -284,7 +317,7 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-CHECKS: dict[str, Callable[[Path, Path], Iterator[Finding]]] = {
+CHECKS: dict[str, Check] = {
     "slurm": check_slurm,
     "accounting": check_accounting,
     "gpus": check_gpus,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from tokenizers import Tokenizer
 
 from halfstep.checkpoint import checkpoint_files, load_checkpoint
@@ -16,21 +17,44 @@ from halfstep.data.stories import judge_window
 from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, sha256
 from halfstep.metrics.diversity import distinct, unigram_entropy
 from halfstep.metrics.perplexity import Judge, ids_nll, load_judge, retokenized_nll
 from halfstep.metrics.rows import mean_row, model_name, name_parts, share_row, write_rows
+from halfstep.records.rows import MODEL_NAME
+from halfstep.resolve import check_fields
 
 LAMBADA_SEED = 0  # of the masks drawn for an item
 DATA_WINDOWS = 500  # held-out windows behind the "data" rows, or all of them if there are fewer
 
-# Keys of samples.json that are columns of a row, and all keys that it must have.
+# Keys of samples.json that are columns of a row.
 DRAWN = ("sampler", "network_evaluations", "num_samples", "seed", "weights", "draw_dtype")
-SAMPLES_KEYS = {"model", "checkpoint", "steps", "sha256", *DRAWN}
+GENERATE_AGAIN = "run halfstep generate again"
 
 Texts = tuple[np.ndarray, dict[str, Any]]
 """Token ids[N, L] of texts, and the columns of a metric row that describe them."""
+
+
+class SamplesFacts(BaseModel):
+    """What a samples.json must and may hold."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: Annotated[str, Field(pattern=MODEL_NAME)]
+    checkpoint: str
+    steps: PositiveInt
+    sha256: str
+    sampler: str
+    network_evaluations: Annotated[float, Field(ge=0)]
+    num_samples: Annotated[int, Field(ge=0)]
+    seed: int
+    weights: str
+    draw_dtype: str
+    kind: str = "diffusion"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    vocabulary: str = ""
 
 
 def score_samples(
@@ -156,23 +180,29 @@ def sample_columns(facts: dict[str, Any]) -> dict[str, Any]:
 
 def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """ids[N, L] and samples.json of one folder, after the checksum is verified."""
-    facts, path = read_json(folder / "samples.json"), folder / "samples.npy"
+    about, path = folder / "samples.json", folder / "samples.npy"
+    facts = read_json(about)
+    required = {name for name, field in SamplesFacts.model_fields.items() if field.is_required()}
     keys = facts.keys() if isinstance(facts, dict) else set()
-    if missing := sorted(SAMPLES_KEYS - keys):
-        raise HalfstepError(
-            f"{folder}/samples.json: has no {', '.join(missing)}; run halfstep generate again"
-        )
-    if not path.is_file():
-        raise HalfstepError(
-            f"{path}: no such file, though samples.json exists; run halfstep generate again"
-        )
+    if missing := sorted(required - keys):
+        raise HalfstepError(f"{about}: has no {', '.join(missing)}; {GENERATE_AGAIN}")
+    check_fields(facts, SamplesFacts, about, GENERATE_AGAIN)
+    if not path.exists():
+        raise HalfstepError(f"{path}: no such file, though samples.json exists; {GENERATE_AGAIN}")
     found = sha256(path)
     if found != facts["sha256"]:
         raise HalfstepError(
             f"{path}: sha256 is {found[:12]}, samples.json has {facts['sha256'][:12]}: "
-            "the file has changed; run halfstep generate again"
+            f"the file has changed; {GENERATE_AGAIN}"
         )
-    return np.load(path), facts
+    try:
+        ids = np.load(path, mmap_mode="r")  # mapped, so that a false size in it is found
+    except Exception as error:  # a damaged header raises what Python's parser raises
+        raise HalfstepError(f"{path}: no array ({reason(error)}); {GENERATE_AGAIN}") from None
+    if not isinstance(ids, np.ndarray) or ids.dtype != np.int32:
+        kind = getattr(ids, "dtype", "several arrays")
+        raise HalfstepError(f"{path}: found {kind}, expected one array of int32; {GENERATE_AGAIN}")
+    return np.array(ids), facts
 
 
 def score_texts(
@@ -202,7 +232,7 @@ def score_texts(
     for ids, columns in texts:
         rows.append(mean_row("entropy", "unigram", unigram_entropy(ids), columns, resamples))
         rows.append(mean_row("distinct_2", "bigrams", distinct(ids, 2), columns, resamples))
-        if manifest["corpus"]["kind"] == "stories":
+        if manifest.get("corpus", {}).get("kind") == "stories":
             rows += _grammar_rows(ids, columns, tokenizer)
     return rows
 

@@ -22,7 +22,7 @@ def fetch(repositories: list[str], output: Path = Path("results/hub.json")) -> N
         repositories: model:NAME[@revision] or dataset:NAME, with the hub's names
         output: {repository: {"version": commit or version, "files": {name: sha256}}}
     """
-    known = _read_known(output) if output.is_file() else {}
+    known = read_fetched(output) if output.exists() else {}
     fetched = {}
     for repository in repositories:
         version, folder = _download(repository)
@@ -36,7 +36,7 @@ def fetch(repositories: list[str], output: Path = Path("results/hub.json")) -> N
     provenance.write_record(output.with_suffix(f".{provenance.NAME}"), [output], [])
 
 
-def _read_known(output: Path) -> dict[str, Any]:
+def read_fetched(output: Path) -> dict[str, Any]:
     """What an earlier call has written, in its whole shape."""
     known = read_json(output)
     rows = known.values() if isinstance(known, dict) else [known]

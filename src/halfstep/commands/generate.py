@@ -1,6 +1,7 @@
 """`halfstep generate`: draw samples from a checkpoint at one step count."""
 
 import io
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
 from halfstep.config import DrawOptions, GenerateOptions, Machine
-from halfstep.data.tokenizer import vocabulary_sha256
+from halfstep.data.tokenizer import EOS, encode_texts, vocabulary_sha256
 from halfstep.diffusion.contracts import Draws, Samples
 from halfstep.diffusion.samplers import SAMPLERS, sample
 from halfstep.distributed.device import find_device
@@ -31,6 +32,7 @@ from halfstep.records import provenance
 from halfstep.records.journal import commit
 
 MASK = "<|mask|>"
+SPECIAL = re.compile(f"( ?{re.escape(MASK)}|{re.escape(EOS)})")
 
 Writer = Callable[[Tensor, int], Samples]
 """(prompts[n, P], first) -> n texts that begin with the prompts, numbered from `first` on."""
@@ -52,7 +54,9 @@ def generate(
         checkpoint: checkpoint folder
         output: folder of the samples
         steps: number of sampling steps
-        prompt: text that every sample begins with; each <|mask|> in it is one token to fill in
+        prompt: text that every sample begins with; each <|mask|> in it is one token to fill in,
+            and each <|endoftext|> ends a document; a blank before a <|mask|>, or at the end, is
+            part of the token that is written there
     """
     started, group, device = time.monotonic(), join_group(machine), find_device(machine)
     model = load_checkpoint(checkpoint, sampling.weights, str(device))
@@ -71,7 +75,12 @@ def generate(
 
 
 def encode_prompt(model: Model, prompt: str) -> Tensor:
-    """BOS and the tokens of a prompt, int64 [P], with the mask token for each MASK; "" has none."""
+    """BOS and the tokens of a prompt, int64 [P]; none for "".
+
+    MASK becomes the mask token and EOS its own id; other special tokens are text. Words of a BPE
+    begin with their blank. So a blank before a position that the model writes, which is a MASK or
+    the end of the prompt, is left out: the token there brings it.
+    """
     if not prompt:
         return torch.empty(0, dtype=torch.long)
     if MASK in prompt and model.denoiser is None:
@@ -80,10 +89,13 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
             "use a diffusion model"
         )
     ids = [model.eos_id]
-    for i, piece in enumerate(prompt.split(MASK)):
-        if i > 0:
+    for piece in SPECIAL.split(prompt.removesuffix(" ")):
+        if piece.endswith(MASK):
             ids.append(model.mask_id)
-        ids += model.tokenizer.encode(piece).ids
+        elif piece == EOS:
+            ids.append(model.eos_id)
+        elif piece:
+            ids += encode_texts(model.tokenizer, [piece])[0]
     if len(ids) >= model.length:
         raise HalfstepError(
             f"prompt: {len(ids)} tokens with BOS, but a text of this model has {model.length}; "
@@ -189,14 +201,32 @@ def draw_texts(
             batches.append(write(batch, first))
             if progress:
                 progress.update(len(batch))
-    ranks = group.gather(batches)
-    if ranks is None:
-        return None
-    every = [batch for batches in ranks for batch in batches]
-    return Samples(
-        torch.cat([batch.ids for batch in every]),
-        torch.cat([batch.network_evaluations for batch in every]),
-    )
+    ids = _gathered([batch.ids for batch in batches], group)
+    evaluations = _gathered([batch.network_evaluations for batch in batches], group)
+    return None if ids is None or evaluations is None else Samples(ids, evaluations)
+
+
+def _gathered(batches: list[Tensor], group: Group) -> Tensor | None:
+    rows = group.gather_rows(torch.cat(batches).numpy() if batches else None)
+    return None if rows is None else torch.from_numpy(rows)
+
+
+def separate_documents(model: Model, texts: Samples) -> list[str]:
+    """The texts without BOS and EOS; a line <|endoftext|> is between two documents of a text."""
+    decoded = []
+    for ids in texts.ids.tolist():
+        documents: list[list[int]] = [[]]
+        for token in ids:
+            if token == model.eos_id:
+                documents.append([])
+            else:
+                documents[-1].append(token)
+        if not documents[0]:
+            documents = documents[1:]  # BOS
+        if not documents[-1]:
+            documents = documents[:-1]  # EOS
+        decoded.append(f"\n{EOS}\n".join(model.tokenizer.decode_batch(documents)))
+    return decoded
 
 
 def save_samples(

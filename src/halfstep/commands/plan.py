@@ -15,6 +15,7 @@ from statistics import median
 from typing import Annotated, Any, NamedTuple
 
 import tyro
+from pydantic import BaseModel, Field
 
 from halfstep.config import (
     Corpus,
@@ -27,6 +28,7 @@ from halfstep.config import (
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_json
 from halfstep.records import provenance
+from halfstep.resolve import check_fields
 
 GPU_SPEED = 100e12  # assumed FLOP/s of each GPU, until a job of the same kind has finished
 CPU_SPEED = 20e9  # the same of a job without a GPU
@@ -118,6 +120,13 @@ def halfstep_command(shell: str) -> list[str] | None:
     return shlex.split(found[0]) if found else None
 
 
+def _is_command(words: object) -> bool:
+    """Are these the words of a call: halfstep, its command, its flags?"""
+    if not isinstance(words, list) or len(words) < 2:
+        return False
+    return all(isinstance(word, str) for word in words)
+
+
 def flag_values(command: Sequence[str]) -> dict[str, str]:
     """The flags of a command with their first values."""
     pairs = zip(command, [*command[1:], "--"], strict=True)
@@ -137,6 +146,21 @@ def num_weights(size: str, vocabulary: int = 50_258) -> int:
     """Weights that every token is multiplied with: those of the blocks and of the output layer."""
     blocks, width, *_ = shape_of_size(size)
     return blocks * 12 * width**2 + width * vocabulary
+
+
+class PlannedFields(BaseModel):
+    """What plan.json says about one job."""
+
+    rule: str
+    gpu: int
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    source: str
+
+
+class Planned(BaseModel):
+    """The whole plan.json, by record."""
+
+    jobs: dict[str, PlannedFields]
 
 
 class Prices:
@@ -176,8 +200,9 @@ class Prices:
                 seconds = (ended - started).total_seconds()
             except (HalfstepError, KeyError, TypeError, ValueError):
                 continue
-            if provenance.is_record(file) and record.get("command"):
-                finished.append((record["command"], max(seconds, 1.0)))
+            command = record.get("command")
+            if provenance.is_record(file) and _is_command(command):
+                finished.append((command, max(seconds, 1.0)))
                 self.took[str(file)] = seconds
         return finished
 
@@ -343,7 +368,7 @@ def keep_estimates(
     Until the job has finished, a measured estimate replaces another one.
     """
     file = results / "plan.json"
-    planned: Any = read_json(file) if file.is_file() else {}
+    planned = _read_estimates(file) if file.exists() else {}
     for job, (seconds, source) in zip(jobs, estimates, strict=True):
         record = next((path for path in job.output if provenance.is_record(Path(path))), None)
         if record is None:
@@ -354,6 +379,13 @@ def keep_estimates(
             planned[record] = about
     if planned:
         write_json(file, planned)
+    return planned
+
+
+def _read_estimates(file: Path) -> dict[str, dict]:
+    """plan.json, checked."""
+    planned = read_json(file)
+    check_fields({"jobs": planned}, Planned, file, "delete it and plan again")
     return planned
 
 

@@ -22,19 +22,20 @@ from halfstep.checkpoint import (
     checkpoint_files,
     load_checkpoint,
     save_checkpoint,
-    write_tensors,
 )
 from halfstep.commands.generate import MASK
 from halfstep.config import Network, Training, size_of_shape
 from halfstep.data.pack import corpus_tokenizer, read_manifest
-from halfstep.data.tokenizer import EOS, load_bpe
+from halfstep.data.tokenizer import EOS, load_bpe, vocabulary_size
 from halfstep.errors import HalfstepError, reason
-from halfstep.files import read_json, sha256, write_atomic, write_json
+from halfstep.files import sha256, write_atomic, write_json, write_tensors
 from halfstep.metrics.rows import model_name
 from halfstep.models import hub
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
+from halfstep.records.rows import metric_rows
 from halfstep.resolve import explain
+from halfstep.sanitize import mask_secrets
 
 MODELING = Path(__file__).parents[1] / "exported" / "modeling_halfstep.py"
 DIVERGENCES = {"kld": "kl_backward", "mse": "mse", "tvd": "l1_log_p"}  # SDTT's names on the hub
@@ -85,8 +86,8 @@ def import_checkpoint(
     states = {"raw": raw, "ema": raw}
     if weights == "ema" and published.ema:
         states["ema"] = raw | {key: value.float() for key, value in published.ema.items()}
-    if tokens.get_vocab_size() != vocabulary:
-        vocabulary = _cut_vocabulary(states, published, tokens.get_vocab_size())
+    if vocabulary_size(tokens) != vocabulary:
+        vocabulary = _cut_vocabulary(states, published, vocabulary_size(tokens))
     meta = {
         "kind": "diffusion",
         "network": network.model_dump(),
@@ -298,7 +299,7 @@ def export_checkpoint(
     config = _config_for_transformers(model)
     tokenizer, mask = with_mask_token(model.tokenizer, model.mask_id)
     rows = _rows_for_card(metrics or [], name, model.sha256, weights)
-    text = card(name, model.meta, model.sha256, weights, rows)
+    text = mask_secrets(card(name, model.meta, model.sha256, weights, rows))
     # Without config.json nothing can be loaded: a folder that is half new and half old never is.
     (output / "config.json").unlink(missing_ok=True)
     _write_weights(output, model)
@@ -426,7 +427,7 @@ def without_mask_token(tokenizer: Tokenizer, mask_id: int) -> Tokenizer:
 
 def _rows_for_card(files: list[Path], name: str, digest: str, weights: str) -> list[dict]:
     """The rows of exactly these weights; prints a note if there are rows of other weights."""
-    rows = [row for file in files for row in _read_rows(file)]
+    rows = [row for file in files for row in metric_rows(file)]
     rows = [row for row in rows if row.get("model") == name and row["metric"] != "latency_s"]
     others = {str(row.get("checkpoint")) for row in rows} - {digest[:16]}
     if others:
@@ -436,18 +437,6 @@ def _rows_for_card(files: list[Path], name: str, digest: str, weights: str) -> l
             file=sys.stderr,
         )
     return [row for row in rows if row.get("checkpoint") == digest[:16]]
-
-
-def _read_rows(file: Path) -> list[dict]:
-    """The metric rows of a file. Raises HalfstepError if it holds something else."""
-    rows = read_json(file)
-    is_table = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    if not is_table or not all("metric" in row for row in rows):
-        raise HalfstepError(
-            f"--metrics {file}: found no metric rows, expected a list of objects with a metric; "
-            "name a file of score-samples, score-corpus or another score command"
-        )
-    return rows
 
 
 TOLERANCE = 1e-4  # between log p of an export and ours, as a share of the largest |log p|

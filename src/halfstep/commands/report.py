@@ -252,7 +252,7 @@ def own_steps(perplexity: DataFrame, results: Path) -> list[str]:
         found = []
         models = group.drop_duplicates("model").sort_values("round")
         for model, round_ in zip(models["model"], models["round"], strict=True):
-            made_for = read_json(results / "models" / model / "meta.json").get("student_steps")
+            made_for = _made_for(results / "models" / model)
             before = f"{base}/{run}/round-{round_ - 1}" if round_ > 1 else f"{base}/teacher"
             teacher, student = at.get((before, made_for)), at.get((model, made_for))
             if teacher is not None and student is not None:
@@ -262,6 +262,13 @@ def own_steps(perplexity: DataFrame, results: Path) -> list[str]:
             title = f"{base}, {run}: every round at its own step count, its teacher -> the round:"
             lines.append("\n  ".join([title, *found]))
     return lines
+
+
+def _made_for(folder: Path) -> int | None:
+    """The step count that the model in a folder was made for, if its meta.json says so."""
+    about = read_json(folder / "meta.json")
+    steps = about.get("student_steps") if isinstance(about, dict) else None
+    return steps if isinstance(steps, int) else None
 
 
 def story_shares(table: DataFrame) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import math
 import os
 import shlex
@@ -11,13 +10,19 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, write_atomic
-from halfstep.records.journal import read_journal
+from halfstep.records.database import check_uri, lasting_fault
+from halfstep.records.exclusive import exclusive
 from halfstep.records.mlflow import Job, Tracker
+from halfstep.records.shapes import check_row, check_run
+from halfstep.sanitize import mask_secrets, one_line
 
 # Seconds before each pass of a sync. A pass can be repeated safely; one request to MLflow cannot.
 WAITS_S = (0, 1, 4)
@@ -25,12 +30,27 @@ WAITS_S = (0, 1, 4)
 PATIENCE_S = 600
 # Modules whose errors mean that MLflow, or something below it, failed.
 FAULTS = tuple("mlflow sqlalchemy alembic requests urllib3 json http psycopg pymysql".split())
+# Errors of these modules may pass by themselves: nobody answers, a lock is held, a disk is full.
+PASSING = tuple("mlflow requests urllib3 json http psycopg pymysql".split())
+
+
+class MlflowUnreachable(HalfstepError):
+    """MLflow did not take the data, but may take them later."""
+
+
+class Synced(NamedTuple):
+    """What a sync did."""
+
+    added: int  # points
+    jobs: int
+    experiment_id: str
+    warning: str = ""
 
 
 def track(
     results: Path = Path("results"),
     uri: str | None = None,
-    experiment: str = "halfstep",
+    experiment: str | None = None,
     watch: bool = False,
     every: float = 15.0,
     output: Path | None = None,
@@ -38,13 +58,14 @@ def track(
     """Bring MLflow up to date with `results`; a second call adds nothing.
 
     Jobs that run at the same time are not disturbed. --watch ends with Ctrl-C, SIGTERM or the end
-    of the graph (when {results}/mlflow.synced is written). With --output a failure of MLflow is a
-    warning, which is also written to that file, and the exit code is 0.
+    of the graph (when {results}/mlflow.synced is written). With --output, an MLflow that may take
+    the data later is a warning, which is also written to that file, and the exit code is 0. What no
+    later call can send (a broken journal, a database that is none) is an error in any case.
 
     Args:
         results: the folder with models, metrics, tables and figures
         uri: database or server (default: $MLFLOW_TRACKING_URI, else sqlite:///{results}/mlflow.db)
-        experiment: MLflow's experiment; users of a shared server choose different ones
+        experiment: MLflow's experiment (default: $MLFLOW_EXPERIMENT_NAME, else halfstep)
         watch: repeat the sync, for live curves
         every: seconds between two passes of --watch
         output: for the graph: file to write when done; it is empty unless MLflow failed
@@ -55,6 +76,8 @@ def track(
             "or name the folder that holds models/ and metrics/"
         )
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/mlflow.db"
+    experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "halfstep"
+    check_uri(uri)
     if watch:
         _watch(results, uri, experiment, every)
     elif output is None:
@@ -64,19 +87,19 @@ def track(
 
 
 def _sync_or_warn(results: Path, uri: str, experiment: str) -> str:
-    """Sync once. Returns "", or the warning that was printed because MLflow failed."""
+    """Sync once. Returns "", or the warning that was printed."""
     try:
-        _sync_and_print(results, uri, experiment)
-    except HalfstepError as error:
+        return _sync_and_print(results, uri, experiment)
+    except MlflowUnreachable as error:
         again = ["halfstep", "track", "--results", str(results)]
         again += ["--uri", uri, "--experiment", experiment]
-        warning = (
+        warning = one_line(
             f"WARNING: not sent to MLflow: {error}. The journals under {results}/models "
-            f"hold everything; to send it later: {shlex.join(again)}\n"
+            f"hold everything; to send it later: {shlex.join(again)}"
         )
+        warning += "\n"
         print(warning, end="", file=sys.stderr, flush=True)
         return warning
-    return ""
 
 
 def _watch(results: Path, uri: str, experiment: str, every: float) -> None:
@@ -113,10 +136,14 @@ def _sync_and_report(results: Path, uri: str, experiment: str, reported: str) ->
     return ""
 
 
-def _sync_and_print(results: Path, uri: str, experiment: str, only_if_added: bool = False) -> None:
-    added, jobs, experiment_id = sync_once(results, uri, experiment)
-    if added or not only_if_added:
-        print(f"{jobs} runs, {added} points added\n{how_to_look(uri, experiment_id)}", flush=True)
+def _sync_and_print(results: Path, uri: str, experiment: str, only_if_added: bool = False) -> str:
+    """Sync once, and say what was sent. Returns the warning of the sync."""
+    done = sync_once(results, uri, experiment)
+    if done.added or not only_if_added:
+        print(f"{done.jobs} runs, {done.added} points added", flush=True)
+        print(how_to_look(uri, done.experiment_id), flush=True)
+        print(done.warning, end="", file=sys.stderr, flush=True)
+    return done.warning
 
 
 def _mtime(file: Path) -> int | None:
@@ -129,59 +156,87 @@ def how_to_look(uri: str, experiment_id: str = "1") -> str:
     hint = "  (open a teacher's row with +, tick runs, press Compare)"
     if uri.startswith("http"):
         return f"{uri.rstrip('/')}/{page}\n{hint}"
-    return f"mlflow ui --backend-store-uri {uri}\n  then http://localhost:5000/{page}\n{hint}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}\n  then http://localhost:5000/{page}\n{hint}"
 
 
-def sync_once(results: Path, uri: str, experiment: str) -> tuple[int, int, str]:
+def sync_once(results: Path, uri: str, experiment: str) -> Synced:
     """Bring MLflow up to date with `results`.
 
     Parallel syncs of one folder take turns. A sync makes at most len(WAITS_S) passes and takes at
-    most PATIENCE_S seconds.
-
-    Returns:
-        the number of points added, the number of jobs, the id of the experiment
+    most PATIENCE_S seconds. Raises MlflowUnreachable for a fault that may pass by itself.
     """
+    _check_port(uri)
     jobs = gather_jobs(results)
     artifacts = _tables_and_figures(results)
     deadline = time.monotonic() + PATIENCE_S
     added = 0
     fault: Exception = TimeoutError()
     try:
-        with open(results / ".track.lock", "w") as lock, _alarm(PATIENCE_S):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _alarm(PATIENCE_S), exclusive(results / ".track.lock", PATIENCE_S) as warning:
             for wait in WAITS_S:
                 time.sleep(wait)
                 tracker = None
                 try:
-                    tracker = Tracker(uri, experiment, results / "mlflow-artifacts")
+                    tracker = Tracker(uri, experiment, results)
                     tracker.sync(jobs, artifacts)
-                    return added + tracker.added, len(jobs), tracker.experiment_id
+                    added += tracker.added
+                    return Synced(added, len(jobs), tracker.experiment_id, warning)
                 except Exception as error:
-                    if not _is_mlflow_fault(error):
-                        raise
-                    fault = error
+                    fault = _passing_fault(error, uri)
                     added += tracker.added if tracker else 0
                 if time.monotonic() > deadline:  # MLflow may have hidden the alarm's TimeoutError
                     break
     except TimeoutError as error:
         fault = error
     cause = "no server answers" if "Max retries exceeded" in str(fault) else reason(fault)
-    raise HalfstepError(
+    raise MlflowUnreachable(
         f"MLflow at {uri} does not take the data ({cause}); nothing is lost: "
         "repair it, or name another place with --uri, and call again"
     ) from fault
 
 
-def _tables_and_figures(results: Path) -> list[Path]:
-    files = [file for kind in ("tables", "figures") for file in (results / kind).glob("*")]
-    return sorted(file for file in files if file.suffix in (".svg", ".pdf", ".csv", ".md", ".json"))
+def _check_port(uri: str) -> None:
+    """Refuse a URI that libraries would cut in its password, and then quote in their messages."""
+    try:
+        _ = urlsplit(uri).port
+    except ValueError:
+        raise HalfstepError(
+            f"MLflow at {uri}: not a URI; write / : @ and % of a user or password as "
+            "%2F %3A %40 and %25, and a port as a number"
+        ) from None
 
 
-def _is_mlflow_fault(error: Exception) -> bool:
-    """Did MLflow or something below it fail? The journals are intact then and can be sent later."""
+def _passing_fault(error: Exception, uri: str) -> Exception:
+    """The error, if MLflow or what is below it failed and may work later. Raises any other one."""
     if isinstance(error, HalfstepError | TimeoutError):
-        return False
-    return isinstance(error, OSError) or type(error).__module__.startswith(FAULTS)
+        raise error
+    lasting = lasting_fault(uri, error)
+    if lasting:
+        raise HalfstepError(lasting) from error
+    is_passing = isinstance(error, OSError) or type(error).__module__.startswith(PASSING)
+    is_passing |= hasattr(error, "orig")  # sqlalchemy's name for an error of a database
+    if is_passing and getattr(error, "error_code", "") != "INVALID_PARAMETER_VALUE":
+        return error
+    if not is_passing and not _is_raised_by_mlflow(error):
+        raise error
+    raise HalfstepError(
+        f"MLflow at {uri} cannot take the data ({reason(error)}); nothing is lost: "
+        "change what it names, or name another place with --uri, and call again"
+    ) from error
+
+
+def _is_raised_by_mlflow(error: Exception) -> bool:
+    """Was the error raised inside of MLflow, or of something below it?"""
+    if type(error).__module__.startswith(FAULTS):
+        return True
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return str(frames[-1].f_globals.get("__name__", "")).startswith((*FAULTS, "importlib", "_"))
+
+
+def _tables_and_figures(results: Path) -> list[Path]:
+    kinds = (".svg", ".pdf", ".csv", ".md", ".json")
+    files = [file for kind in ("tables", "figures") for file in (results / kind).glob("*")]
+    return sorted(file for file in files if file.suffix in kinds and file.is_file())
 
 
 @contextlib.contextmanager
@@ -192,7 +247,7 @@ def _alarm(seconds: float) -> Iterator[None]:
     """
 
     def ring(*_: object) -> None:
-        raise TimeoutError(f"not done after {seconds:g} s")
+        raise TimeoutError(f"not done after {seconds:g} s; the next call continues")
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -210,21 +265,26 @@ def gather_jobs(results: Path) -> list[Job]:
     """Every model with a journal or a measurement; of each teacher, the rounds come last."""
     jobs: dict[str, Job] = {}
     for file in sorted((results / "models").rglob("run.json")):
-        run, points = read_journal(file.parent)
-        while read_json(file) != run:  # the job started anew between the reads of the two files
-            run, points = read_journal(file.parent)
+        # If the job starts anew meanwhile, a few new points reach its old run. That does no harm:
+        # the next sync replaces the old run.
         model = file.parent.relative_to(results / "models").as_posix()
-        jobs[model] = Job(model, run, points, folder=file.parent)
+        jobs[model] = Job(model, check_run(mask_secrets(_read_regular(file)), file), file.parent)
     measurements = [
         *(results / "metrics").rglob("*.json"),
         *(results / "benchmarks").rglob("*.json"),
     ]
     for file in sorted(measurements):
-        rows = read_json(file)
-        for row in rows if isinstance(rows, list) else []:
-            _add_row(jobs, row, file)
+        rows = _read_regular(file)
+        for number, row in enumerate(rows if isinstance(rows, list) else [], start=1):
+            _add_row(jobs, check_row(row, file, number), file)
     order = sorted(jobs, key=lambda model: (model.split("/")[0], "round-" in model, model))
     return [jobs[model] for model in order]
+
+
+def _read_regular(file: Path) -> dict | list:
+    if not file.is_file():
+        raise HalfstepError(f"{file}: found a folder, a pipe or a device, expected a file; move it")
+    return read_json(file)
 
 
 def _add_row(jobs: dict[str, Job], row: dict, file: Path) -> None:

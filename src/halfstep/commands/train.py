@@ -10,7 +10,7 @@ from torch import Tensor
 
 from halfstep import checkpoint
 from halfstep.config import Machine, Network, Training
-from halfstep.data.batches import batch_indices
+from halfstep.data.batches import batch_indices, describe_epochs
 from halfstep.data.pack import Windows, corpus_files
 from halfstep.diffusion.contracts import Denoiser
 from halfstep.diffusion.objective import nelbo, stratified_times
@@ -119,9 +119,12 @@ class TrainingJob:
             writes=self.group.is_main,
         )
 
-    def batches(self, batch_size: int, seed: int) -> Callable[[int], Tensor]:
-        """The global batch of a step, as a function of (seed, step)."""
-        windows = self.windows
+    def batches(self, training: Training, seed: int) -> Callable[[int], Tensor]:
+        """The global batch of a step, as a function of (seed, step); prints how many epochs."""
+        windows, batch_size = self.windows, training.batch_size
+        if self.group.is_main:
+            epochs = describe_epochs(len(windows), batch_size, training.num_steps)
+            print(f"{self.node.replace('/', ' ', 1)}: {epochs}", flush=True)
         return lambda step: windows[batch_indices(len(windows), batch_size, seed, step)]
 
     def run(self, journal: Journal, flops_per_token: float) -> Run:
@@ -291,6 +294,6 @@ def _train(
     params = {"seed": seed, **network.model_dump(), **training.model_dump()}
     with job.journal(name, params, {"teacher": teacher, "round": 0}) as journal:
         run = job.run(journal, step_flops / (texts * length))
-        state = fit(net, objective, job.batches(texts, seed), training, Start(seed), run)
+        state = fit(net, objective, job.batches(training, seed), training, Start(seed), run)
         job.finish(state, meta, journal)
     return job.group.is_main

@@ -14,6 +14,15 @@ def _permutation(num_windows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_windows)
 
 
+def describe_epochs(num_windows: int, batch_size: int, num_steps: int) -> str:
+    """How often a training reads its corpus, in one sentence."""
+    epochs = num_steps * batch_size / num_windows
+    return (
+        f"{num_steps:,} steps of {batch_size:,} windows are {epochs:.3g} epochs of "
+        f"{num_windows:,} windows"
+    )
+
+
 def batch_indices(num_windows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """Indices of the windows of one batch, int64 [batch_size].
 

@@ -8,59 +8,69 @@ is one. Errors name the file and the line.
 from __future__ import annotations
 
 import glob
-import gzip
-import json
 import os
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from halfstep.data.tokenizer import EOS
-from halfstep.errors import HalfstepError
+from halfstep.errors import HalfstepError, reason
+from halfstep.texts import (
+    BOMB,
+    LONGEST_LINE,
+    MOST_UNPACKED,
+    check_regular,
+    read_lines,
+    reading,
+    row_text,
+)
 
-LONGEST_LINE = 64 << 20  # bytes; a file with longer lines is not text and would fill the memory
+if TYPE_CHECKING:
+    import pyarrow.parquet
+
 LONGEST_DOCUMENT = 4 << 20  # characters; a longer .txt document is cut at the end of a line
+ROWS = 64  # rows of a .parquet that are in memory at a time
 
 
-def find_files(patterns: list[str]) -> list[Path]:
-    """Every file that the paths and globs name, in their order, each once."""
-    found: dict[Path, None] = {}
+def find_files(patterns: Iterable[str]) -> list[Path]:
+    """Every file that the paths and patterns name, in their order, each once.
+
+    The workflow and the reader of a corpus both ask this function. A path that exists is taken as
+    it is written. Otherwise *, ?, [...] and ** are those of Python's glob, and ~ is the home
+    folder; braces have no meaning.
+    """
+    found: dict[str, Path] = {}
     for pattern in patterns:
-        pattern = os.path.expanduser(pattern)
-        names = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-        if not names:
-            raise HalfstepError(
-                f"files: {pattern!r} matches nothing; "
-                f"check the path (relative ones start at {Path.cwd()})"
-            )
-        for path in map(Path, sorted(names)):
-            if path.is_dir():
-                raise HalfstepError(
-                    f"files: {path} is a folder; name its files, for instance {path}/*.jsonl"
-                )
+        for path in _matches(pattern):
+            check_regular(path, "files")
             if not path.name.endswith(tuple(READERS)):
                 raise HalfstepError(
                     f"files: {path} has an unknown suffix; expected one of {', '.join(READERS)}"
                 )
-            found[path] = None
-    return list(found)
+            found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
+def _matches(pattern: str) -> list[Path]:
+    """The paths that one pattern names, sorted; at least one."""
+    path = os.path.expanduser(pattern)
+    names = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
+    if names:
+        return [Path(name) for name in sorted(names)]
+    advice = f"check the path (relative ones start at {Path.cwd()})"
+    if "{" in pattern:
+        advice = "braces are not expanded: give each pattern its own entry"
+    raise HalfstepError(f"files: {pattern[:200]!r} matches nothing; {advice}")
 
 
 def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
     """The documents of one file, except blank ones, each with the reader's position in bytes."""
     suffix = next(suffix for suffix in READERS if path.name.endswith(suffix))
     count = 0
-    try:
-        with open(path, "rb") as file:
-            for text in READERS[suffix](path, file, text_field):
-                if text and not text.isspace():
-                    count += 1
-                    yield text, file.tell()
-    except (OSError, EOFError, zlib.error) as error:  # missing, no permission, cut or damaged .gz
-        raise HalfstepError(
-            f"{path}: cannot be read ({error}); check that the file is whole"
-        ) from None
+    with reading(path) as file:
+        for text in READERS[suffix](path, file, text_field):
+            if text and not text.isspace():
+                count += 1
+                yield text, file.tell()
     if not count:
         raise HalfstepError(
             f"{path}: holds no text ({path.stat().st_size} bytes); "
@@ -68,68 +78,24 @@ def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
         )
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
-    """Number and text of each line, without its end."""
-    file.seek(0)
-    number = 0
-    stream = gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file
-    while raw := stream.readline(LONGEST_LINE + 1):
-        number += 1
-        if len(raw) > LONGEST_LINE:
-            raise HalfstepError(
-                f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MB; "
-                "cut it into separate documents"
-            )
-        try:
-            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise HalfstepError(
-                f"{path}, line {number}: byte 0x{raw[error.start]:02x} at position "
-                f"{error.start + 1} is not UTF-8; convert the file, for instance "
-                f"iconv -f latin1 -t utf-8 {path}"
-            ) from None
-        yield number, text.rstrip("\r\n")
-
-
 def _read_jsonl(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
-    for number, line in _lines(path, file):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise HalfstepError(
-                f"{path}, line {number}: not valid JSON ({error}); expected one object per line"
-            ) from None
-        yield _text_of(row, text_field, f"{path}, line {number}")
-
-
-def _text_of(row: Any, text_field: str, where: str) -> str:
-    """The text of one parsed line of a .jsonl file; `where` names the line in errors."""
-    if not isinstance(row, dict) or text_field not in row:
-        found = f"a JSON {type(row).__name__}"
-        if isinstance(row, dict):
-            found = f"an object with {', '.join(row) or 'no fields'}"
-        raise HalfstepError(
-            f"{where}: found {found}, expected a field {text_field!r}; "
-            "set text_field to the one with the text"
-        )
-    if not isinstance(row[text_field], str):
-        kind = type(row[text_field]).__name__
-        raise HalfstepError(f"{where}: field {text_field!r} holds a {kind}, expected text")
-    return row[text_field]
+    for number, line in read_lines(path, file, LONGEST_LINE):
+        if line.strip():
+            yield row_text(line, text_field, f"{path}, line {number}")
 
 
 def _read_txt(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
-    marked = any(line.strip() == EOS for _, line in _lines(path, file))
-    separator = EOS if marked else ""
+    from halfstep.data.tokenizer import EOS  # not at the top: the workflow needs find_files alone
+
+    lines = read_lines(path, file, LONGEST_LINE)
+    separator = EOS if any(line.strip() == EOS for _, line in lines) else ""
     block: list[str] = []
     size = 0
-    for _, line in _lines(path, file):
+    for _, line in read_lines(path, file, LONGEST_LINE):
         ends = line.strip() == separator
         if not ends:
             block.append(line)
-            size += len(line)
+            size += len(line) + 1
         if ends or size > LONGEST_DOCUMENT:
             yield "\n".join(block).strip("\n")
             block, size = [], 0
@@ -146,14 +112,9 @@ def _read_parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
         ) from None
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            if text_field not in names:
-                raise HalfstepError(
-                    f"{path}: found the columns {', '.join(names)}, expected {text_field!r}; "
-                    "set text_field to the one with the text"
-                )
+            _check_columns(path, table, text_field)
             number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
+            for batch in table.iter_batches(batch_size=ROWS, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if not isinstance(text, str):
@@ -163,10 +124,33 @@ def _read_parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
                             "expected text"
                         )
                     yield text
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise HalfstepError(
-            f"{path}: not a readable parquet file ({error}); check that the file is whole"
+            f"{path}: not a readable parquet file ({reason(error)}); check that the file is whole"
         ) from None
+
+
+def _check_columns(path: Path, table: pyarrow.parquet.ParquetFile, text_field: str) -> None:
+    """HalfstepError unless there is one column `text_field`, which unpacks to a text's size."""
+    names = table.schema_arrow.names
+    if names.count(text_field) != 1:
+        found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise HalfstepError(
+            f"{path}: found the columns {found or 'none'}, expected {text_field!r}, once; "
+            "set text_field to the one with the text"
+        )
+    about = table.metadata
+    groups = [about.row_group(i) for i in range(about.num_row_groups)]
+    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+    for column in columns:
+        if column.path_in_schema.split(".")[0] != text_field:
+            continue
+        unpacked, packed = column.total_uncompressed_size, column.total_compressed_size
+        if unpacked > max(MOST_UNPACKED * packed, BOMB):
+            raise HalfstepError(
+                f"{path}: a column unpacks to {unpacked:,} bytes, more than {MOST_UNPACKED} times "
+                "its size in the file, so it is hardly text; look at it, or unpack it yourself"
+            )
 
 
 READERS = {

@@ -21,15 +21,17 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
-from halfstep.data.tokenizer import EOS
-from halfstep.errors import HalfstepError
+from halfstep.data.tokenizer import EOS, encode_texts, read_tokenizer, unknown_id, vocabulary_size
+from halfstep.errors import HalfstepError, excerpt
 from halfstep.files import read_json, remember_sha256, sha256, write_atomic
 from halfstep.progress import Progress
+from halfstep.resolve import check_fields
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20  # bytes of text that a worker tokenizes at once
 HEAD = struct.Struct("<I")  # before each document in the spool: its length in bytes
 END = struct.Struct("<q")  # in the index: where each document ends
-MANIFEST_KEYS = {"length", "dtype", "vocab_size", "eos_id", "splits", "tokenizer_sha256"}
+PREPARE_AGAIN = "run halfstep prepare-corpus again"
 
 
 class Chunk(NamedTuple):
@@ -120,13 +122,13 @@ class _Encoder:
     def __init__(self, spool: Path, tokenizer: str, dtype: str):
         self.spool, self.dtype = spool, dtype
         self.tokenizer = Tokenizer.from_str(tokenizer)
-        # A text that mentions <|endoftext|> does not end there.
-        self.tokenizer.encode_special_tokens = True
         self.eos = self.tokenizer.token_to_id(EOS)
+        self.unknown = unknown_id(self.tokenizer)
 
     def __call__(self, chunk: Chunk) -> np.ndarray:
-        encoded = self.tokenizer.encode_batch_fast(read_chunk(self.spool, chunk))
-        return np.concatenate([np.array([*text.ids, self.eos], self.dtype) for text in encoded])
+        # A text that mentions <|endoftext|> does not end there.
+        encoded = encode_texts(self.tokenizer, read_chunk(self.spool, chunk))
+        return np.concatenate([np.array([*ids, self.eos], self.dtype) for ids in encoded])
 
 
 _encoder: _Encoder
@@ -161,7 +163,7 @@ def _streams(
 
 def token_dtype(tokenizer: Tokenizer) -> str:
     """The dtype of the tokens in a corpus's files."""
-    return "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32"
+    return "uint16" if vocabulary_size(tokenizer) <= 1 << 16 else "uint32"
 
 
 def pack_windows(
@@ -174,7 +176,7 @@ def pack_windows(
 ) -> dict[str, dict]:
     """Write {split}.bin for each range of documents.
 
-    Returns the numbers of documents, windows and tokens of each split, and its sha256.
+    Returns facts of each split: numbers of documents, windows, tokens and so on, and its sha256.
     """
     args = (spool.path, tokenizer.to_str(), token_dtype(tokenizer))
     encoder = _Encoder(*args)
@@ -189,7 +191,9 @@ def pack_windows(
                 chunks = spool.chunks(documents.start, documents.stop)
                 streams = _streams(chunks, pool, encoder, 4 * workers)
                 path = output / f"{split}.bin"
-                found = _write_windows(path, streams, length, encoder.eos, progress)
+                found = _write_windows(path, streams, length, encoder, progress)
+                if encoder.unknown == encoder.eos:
+                    found["unknown_tokens"] -= len(documents)  # these end documents
                 facts[split] = {"documents": len(documents), **found}
                 if not found["windows"]:
                     raise HalfstepError(
@@ -212,15 +216,15 @@ def _write_windows(
     path: Path,
     streams: Iterable[tuple[Chunk, np.ndarray]],
     length: int,
-    eos: int,
+    encoder: _Encoder,
     progress: Progress,
 ) -> dict:
-    """Write the joined streams as windows to a file; return windows, tokens and sha256."""
+    """Write the joined streams as windows to a file; return facts of the file."""
     facts: dict = {}
 
     def write(part: Path) -> None:
         with open(part, "wb") as out:
-            facts.update(_cut(streams, length, eos, out, progress))
+            facts.update(_cut(streams, length, encoder, out, progress))
 
     write_atomic(path, write)
     remember_sha256(path, facts["sha256"])
@@ -230,15 +234,20 @@ def _write_windows(
 def _cut(
     streams: Iterable[tuple[Chunk, np.ndarray]],
     length: int,
-    eos: int,
+    encoder: _Encoder,
     out: BinaryIO,
     progress: Progress,
 ) -> dict:
-    """Write the joined streams as windows EOS + (length - 2) tokens + EOS."""
-    digest, windows, tokens, seen = hashlib.sha256(), 0, 0, 0
-    rest = None
+    """Write the joined streams as windows EOS + (length - 2) tokens + EOS.
+
+    `cut_windows` counts those whose last document goes on in the next window.
+    """
+    digest, eos, rest = hashlib.sha256(), encoder.eos, None
+    windows = cut_windows = tokens = unknown_tokens = seen = 0
     for chunk, stream in streams:
         tokens += len(stream)
+        if encoder.unknown is not None:
+            unknown_tokens += np.count_nonzero(stream == encoder.unknown)
         if rest is not None:
             stream = np.concatenate([rest, stream])
         count = len(stream) // (length - 2)
@@ -248,11 +257,18 @@ def _cut(
         digest.update(block)
         out.write(block)
         windows += count
+        cut_windows += np.count_nonzero(block[:, -2] != eos)
         seen += chunk.size
         if seen >= CHUNK:  # progress counts whole MB
             progress.update(seen // CHUNK)
             seen %= CHUNK
-    return {"windows": windows, "tokens": tokens, "sha256": digest.hexdigest()}
+    return {
+        "windows": windows,
+        "cut_windows": int(cut_windows),
+        "tokens": tokens,
+        "unknown_tokens": int(unknown_tokens),
+        "sha256": digest.hexdigest(),
+    }
 
 
 def corpus_files(corpus: Path, *splits: str) -> list[Path]:
@@ -261,19 +277,42 @@ def corpus_files(corpus: Path, *splits: str) -> list[Path]:
     return [Path(corpus) / name for name in names]
 
 
+class Split(BaseModel):
+    """One split of a corpus in its manifest."""
+
+    windows: Annotated[int, Field(ge=1)]
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a manifest.json must hold."""
+
+    model_config = ConfigDict(strict=True)
+
+    length: Annotated[int, Field(ge=3, le=1 << 20)]
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: Annotated[int, Field(ge=1, lt=1 << 31)]
+    eos_id: Annotated[int, Field(ge=0)]
+    splits: dict[str, Split]
+    tokenizer_sha256: str
+    corpus: dict[str, Any] = {}
+
+
 def read_manifest(corpus: Path) -> dict:
     """manifest.json of a corpus folder; HalfstepError if it is not a manifest."""
-    manifest = read_json(Path(corpus) / "manifest.json")
+    path = Path(corpus) / "manifest.json"
+    manifest = read_json(path)
     found = manifest.get("format") if isinstance(manifest, dict) else manifest
     if found != 1:
+        raise HalfstepError(f"{path}: format is {excerpt(found)}, expected 1; {PREPARE_AGAIN}")
+    required = {name for name, field in Manifest.model_fields.items() if field.is_required()}
+    if missing := sorted(required - manifest.keys()):
+        raise HalfstepError(f"{path}: has no {', '.join(missing)}; {PREPARE_AGAIN}")
+    check_fields(manifest, Manifest, path, PREPARE_AGAIN)
+    if manifest["eos_id"] >= manifest["vocab_size"]:
         raise HalfstepError(
-            f"{corpus}/manifest.json: format is {found!r}, expected 1; "
-            "run halfstep prepare-corpus again"
-        )
-    if missing := sorted(MANIFEST_KEYS - manifest.keys()):
-        raise HalfstepError(
-            f"{corpus}/manifest.json: has no {', '.join(missing)}; "
-            "run halfstep prepare-corpus again"
+            f"{path}: eos_id: found {manifest['eos_id']}, but vocab_size is "
+            f"{manifest['vocab_size']}; {PREPARE_AGAIN}"
         )
     return manifest
 
@@ -296,7 +335,7 @@ def verified_file(path: Path, expected: str) -> Path:
 def corpus_tokenizer(corpus: Path) -> Tokenizer:
     """The tokenizer of a corpus folder, after its checksum is verified."""
     digest = read_manifest(corpus)["tokenizer_sha256"]
-    return Tokenizer.from_file(str(verified_file(Path(corpus) / "tokenizer.json", digest)))
+    return read_tokenizer(verified_file(Path(corpus) / "tokenizer.json", digest))
 
 
 class Windows:
@@ -310,7 +349,7 @@ class Windows:
         splits = self.manifest["splits"]
         if split not in splits:
             raise HalfstepError(
-                f"{folder}/manifest.json: no split {split!r}; there are {', '.join(splits)}"
+                f"{folder}/manifest.json: no split {split!r}; there are {excerpt(list(splits))}"
             )
         self.path, self.facts = Path(folder) / f"{split}.bin", splits[split]
         self.length, dtype = self.manifest["length"], self.manifest["dtype"]
@@ -334,7 +373,13 @@ class Windows:
     ) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(self._tokens[indices].astype(np.int64))
+        found = self._tokens[indices].astype(np.int64)
+        if found.size and found.max() >= self.vocab_size:
+            raise HalfstepError(
+                f"{self.path}: holds token {found.max()}, but vocab_size in manifest.json is "
+                f"{self.vocab_size}; {PREPARE_AGAIN}"
+            )
+        return torch.from_numpy(found)
 
     def verify(self) -> None:
         """Compare the checksums of tokens and tokenizer with those in the manifest."""

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from halfstep.errors import HalfstepError, reason
+from halfstep.progress import waiting
 
 EOS = "<|endoftext|>"
 # File names on the hub, and in OpenAI's release.
 BPE_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+LARGEST_FILE = 256 << 20  # bytes; the largest tokenizers have about 30 MB
+LONGEST_PROBE = 100_000  # characters of a document that are encoded as a test
+LONGEST_RUN = 1024  # characters
+# A word of a byte-level BPE is a part of one of these runs.
+_RUN = re.compile(r"[^\W_]{N}|(?:[^\w\s]|_){N}|\s{N}".replace("N", str(LONGEST_RUN)))
+_BLANKS = re.compile(r"\s{N}".replace("N", str(LONGEST_RUN)))
 
 
 def _byte_level(model: models.BPE) -> Tokenizer:
@@ -37,32 +47,131 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with waiting("train the BPE"):
+        pieces = (piece for text in texts for piece in cut_runs(text))
+        tokenizer.train_from_iterator(pieces, trainer)
     return tokenizer
 
 
+def cut_runs(text: str) -> Iterator[str]:
+    """The text, cut inside of runs of more than LONGEST_RUN letters, digits, signs or blanks.
+
+    A merge of a BPE moves the rest of its word: the time for one word grows with the square of its
+    length, and one run is one word.
+    """
+    longest = max(map(len, text.split()), default=0)
+    start = 0
+    if longest > LONGEST_RUN or _BLANKS.search(text):
+        for run in _RUN.finditer(text):
+            yield text[start : run.end()]
+            start = run.end()
+    yield text[start:]
+
+
 def load_bpe(name: str) -> Tokenizer:
-    """Load a BPE from a folder, or by its name on the hub.
+    """Load a BPE from a folder, or by its name on the hub, without the settings of UNUSED.
 
     The folder holds vocab.json and merges.txt, or encoder.json and vocab.bpe, or tokenizer.json.
+    Settings that are left out, and ids without a token, are named on standard error.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     if folder.is_dir():
-        tokenizer = _read_folder(folder)
+        tokenizer, unused = _read_folder(folder)
     elif folder.exists() or name.startswith((".", "/", "~")):
         raise HalfstepError(
             f"tokenizer: {name} is not a folder; "
             "name a folder with vocab.json and merges.txt, a hub name, or bpe"
         )
     else:
-        tokenizer = _download(name)
+        tokenizer, unused = _plain(_download(name).to_str(), name)
     if tokenizer.token_to_id(EOS) is None:
         raise HalfstepError(
             f"tokenizer: {name} has no token {EOS}, which ends documents; "
             "use a GPT-2-like tokenizer"
         )
+    if unused:
+        left_out = ", ".join(unused)
+        _note(name, f"its {left_out} is not used: texts are encoded whole, and as they are")
+    tokens, size = len(tokenizer.get_vocab()), vocabulary_size(tokenizer)
+    if size > 2 * tokens:
+        raise HalfstepError(
+            f"tokenizer: {name} has {tokens} tokens, but ids up to {size - 1}: most rows of the "
+            "model would have no token; number the tokens without holes"
+        )
+    if size > tokens:
+        _note(name, f"the vocabulary is the largest id + 1, {size}, for {tokens} tokens")
     tokenizer.add_special_tokens([EOS])  # it exists already: this only marks it as special
     return tokenizer
+
+
+def _note(name: str, text: str) -> None:
+    print(f"note: tokenizer {name}: {text}", file=sys.stderr)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer.json of a corpus or checkpoint, without the settings of UNUSED.
+
+    Special tokens that are written in a text are text for it.
+    """
+    tokenizer, _ = _plain(_read_json(path), str(path))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """The largest id + 1: ids may have holes, and a model has a row for each id."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
+def describe_loss(tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
+    """What the tokenizer changes in these texts, in one sentence; None if they come back exactly.
+
+    HalfstepError if it cannot encode them, or loses more than half of them.
+    """
+    given = [text[:LONGEST_PROBE] for text in texts]
+    encoded = encode_texts(tokenizer, given)
+    with _quiet("cannot decode its own tokens"):
+        found = tokenizer.decode_batch(encoded, skip_special_tokens=False)
+    changed = [(text, back) for text, back in zip(given, found, strict=True) if text != back]
+    if not changed:
+        return None
+    example = _first_difference(*changed[0])
+    kept = sum(map(len, found)) / max(sum(map(len, given)), 1)
+    number = unknown_id(tokenizer)
+    unknown = sum(ids.count(number) for ids in encoded) / max(sum(map(len, encoded)), 1)
+    if kept < 0.5 or unknown > 0.5:
+        raise HalfstepError(
+            f"tokenizer: it loses most of the text ({kept:.0%} of the characters come back, "
+            f"{unknown:.0%} of the tokens are unknown); {example}; use a byte-level BPE"
+        )
+    return f"{len(changed)} of the first {len(given)} documents do not come back exactly; {example}"
+
+
+def _first_difference(text: str, back: str) -> str:
+    pairs = enumerate(zip(text, back, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
+    here = slice(max(0, at - 10), at + 20)
+    return f"{text[here]!r} becomes {back[here]!r}"
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids of each text as it is written: special tokens in it are text, and none are added."""
+    former = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = True
+    try:
+        with _quiet("cannot encode a text"):
+            encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    finally:
+        tokenizer.encode_special_tokens = former
+    return [text.ids for text in encoded]
+
+
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The id that stands for what a tokenizer does not know, if it has one."""
+    model = json.loads(tokenizer.to_str())["model"]
+    if "unk_id" in model:
+        return model["unk_id"]
+    return tokenizer.token_to_id(model.get("unk_token") or "")
 
 
 def vocabulary_sha256(tokenizer: Tokenizer) -> str:
@@ -74,26 +183,135 @@ def vocabulary_sha256(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-def _read_folder(folder: Path) -> Tokenizer:
+def _read_folder(folder: Path) -> tuple[Tokenizer, list[str]]:
     for vocab, merges in BPE_FILES:
         if (folder / vocab).is_file() and (folder / merges).is_file():
-            return _byte_level(_read(models.BPE.from_file, folder / vocab, folder / merges))
+            names = f"{folder / vocab} and {folder / merges}"
+            for name in (vocab, merges):
+                _check_size(folder / name)
+            with _quiet(f"{names} cannot be read"):
+                bpe = models.BPE.from_file(str(folder / vocab), str(folder / merges))
+                tokenizer = _byte_level(bpe)
+            return _checked(tokenizer, names), []
     if not (folder / "tokenizer.json").is_file():
         raise HalfstepError(
             f"tokenizer: {folder} holds none of vocab.json + merges.txt, "
             "encoder.json + vocab.bpe, tokenizer.json; name another folder"
         )
-    return _read(Tokenizer.from_file, folder / "tokenizer.json")
+    return _plain(_read_json(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
 
 
-def _read(reader: Callable, *paths: Path) -> Any:
+def _read_json(path: Path) -> str:
+    _check_size(path)
     try:
-        return reader(*map(str, paths))
-    except Exception as error:  # the bindings raise bare Exception
-        names = " and ".join(map(str, paths))
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise HalfstepError(
-            f"tokenizer: {names} cannot be read ({error}); expected the files of a byte-level BPE"
+            f"tokenizer: {path} cannot be read ({reason(error)}); expected JSON in UTF-8"
         ) from None
+
+
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise HalfstepError(
+            f"tokenizer: {path} has {size:,} bytes, expected at most {LARGEST_FILE:,}; "
+            "name the files of a tokenizer"
+        )
+
+
+def _plain(text: str, where: str) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer of a tokenizer.json without the settings of UNUSED, and what it had of them."""
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise HalfstepError(
+            f"tokenizer: {where} cannot be read ({reason(error)}); expected JSON"
+        ) from None
+    model = about.get("model") if isinstance(about, dict) else None
+    if not isinstance(model, dict):
+        raise HalfstepError(
+            f"tokenizer: {where} cannot be read (it has no model); expected a tokenizer.json"
+        )
+    unused = [name for name, remove in UNUSED.items() if remove(about)]
+    with _quiet(f"{where} cannot be read"):
+        tokenizer = Tokenizer.from_str(json.dumps(about) if unused else text)
+    return _checked(tokenizer, where), unused
+
+
+def _checked(tokenizer: Tokenizer, where: str) -> Tokenizer:
+    """The tokenizer; HalfstepError if two tokens have one id, so that one of them is lost."""
+    owners: dict[int, str] = {}
+    for token, number in tokenizer.get_vocab().items():
+        other = owners.setdefault(number, token)
+        if other != token:
+            first, second = sorted([other, token])
+            raise HalfstepError(
+                f"tokenizer: {where} gives the id {number} to two tokens, {first[:40]!r} and "
+                f"{second[:40]!r}; give each token its own id"
+            )
+    return tokenizer
+
+
+def _reset(section: dict, key: str) -> bool:
+    """Set a key to null; True if it had a value."""
+    if not section.get(key):
+        return False
+    section[key] = None
+    return True
+
+
+def _reset_template(about: dict) -> bool:
+    """Remove a post-processor that adds tokens; that of a byte-level BPE moves offsets only."""
+    found = about.get("post_processor")
+    if isinstance(found, dict) and found.get("type") == "ByteLevel":
+        return False
+    return _reset(about, "post_processor")
+
+
+def _reset_strip(about: dict) -> bool:
+    """Let no added token take the blanks around it away."""
+    tokens = about.get("added_tokens")
+    found = False
+    for token in tokens if isinstance(tokens, list) else []:
+        if isinstance(token, dict) and (token.get("lstrip") or token.get("rstrip")):
+            token.update(lstrip=False, rstrip=False)
+            found = True
+    return found
+
+
+# Settings of a tokenizer.json that change what a text is: each removes itself, and says if it was.
+UNUSED: dict[str, Callable[[dict], bool]] = {
+    "truncation": lambda about: _reset(about, "truncation"),
+    "padding": lambda about: _reset(about, "padding"),
+    "post-processor": _reset_template,
+    "dropout": lambda about: _reset(about["model"], "dropout"),
+    "strip of added tokens": _reset_strip,
+}
+
+
+@contextmanager
+def _quiet(what: str) -> Iterator[None]:
+    """Turn a fault of the bindings into `tokenizer: what (reason)`.
+
+    They raise bare Exception. A panic of theirs is a BaseException, and prints its own stack to the
+    file descriptor of standard error, which is closed for it meanwhile.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise HalfstepError(
+            f"tokenizer: {what} ({reason(error)}); expected the files of a byte-level BPE"
+        ) from None
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _download(name: str) -> Tokenizer:

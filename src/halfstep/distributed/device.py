@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from contextlib import suppress
 
 import torch
 
 from halfstep.config import Machine
+from halfstep.distributed.environment import environment_number
 from halfstep.errors import HalfstepError, reason
 
 
@@ -20,7 +20,7 @@ def prepare_process(machine: Machine) -> None:
     """
     _keep_freed_memory()
     if machine.threads:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        ranks = environment_number("LOCAL_WORLD_SIZE", 1, least=1)
         torch.set_num_threads(max(1, machine.threads // ranks))
 
 
@@ -44,10 +44,10 @@ def find_device(machine: Machine) -> torch.device:
 
 def local_gpu() -> torch.device:
     """This rank's GPU. Raises HalfstepError if this machine has fewer GPUs than ranks."""
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", environment_number("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count()
     if device.index >= gpus:
-        ranks = os.environ.get("LOCAL_WORLD_SIZE", str(device.index + 1))
+        ranks = environment_number("LOCAL_WORLD_SIZE", device.index + 1)
         raise HalfstepError(
             f"processes: found {ranks} on this machine, but torch sees {gpus} GPUs; "
             f"ask for at most {gpus} processes, or name --device cpu"

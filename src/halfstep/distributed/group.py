@@ -9,9 +9,14 @@ silently falls back to one process.
 
 from __future__ import annotations
 
+import faulthandler
+import io
+import json
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +31,8 @@ from torch import Tensor, nn
 
 from halfstep.config import Machine
 from halfstep.distributed.device import local_gpu
-from halfstep.distributed.launch import already_printed
+from halfstep.distributed.environment import check_first_address, own_rank, world_size
+from halfstep.distributed.launch import MEETING, already_printed
 from halfstep.errors import HalfstepError, reason
 
 if TYPE_CHECKING:
@@ -36,6 +42,8 @@ STARTED = time.monotonic()
 OUT_OF_TIME = 75  # EX_TEMPFAIL: the same command continues; docs/reliability.md lists all codes
 REPLICATED = 500e6  # up to this many parameters every rank keeps the whole network (medium: 424M)
 TIMEOUT = timedelta(minutes=30)
+LEFT: list[Any] = []  # groups that this process was in; see leave_group
+EXIT_S = 20.0  # seconds in which a process whose state is saved must end; torchrun waits 30
 
 
 @dataclass(frozen=True)
@@ -73,21 +81,39 @@ class Group:
         self.all_max(0)
 
     def broadcast(self, value: Any = None) -> Any:
-        """Broadcast rank 0's object to every rank; the `value` of other ranks is ignored."""
-        values = [value]
-        if self.size > 1:
-            with _exchange():
-                dist.broadcast_object_list(values)
-        return values[0]
+        """Broadcast rank 0's value to every rank as JSON; the `value` of other ranks is ignored.
 
-    def gather(self, value: Any) -> list[Any] | None:
-        """Gather one object of every rank, in rank order, on rank 0; None on other ranks."""
+        Tuples become lists on the other ranks. Nothing that comes over the network is unpickled.
+        """
         if self.size == 1:
-            return [value]
-        values = [None] * self.size if self.is_main else None
+            return value
+        text = json.dumps(value).encode() if self.is_main else b""
         with _exchange():
-            dist.gather_object(value, values)
-        return values
+            (length,) = self.all_max(len(text))
+            content = _as_tensor(text, int(length))
+            dist.broadcast(content, src=0)
+        return value if self.is_main else json.loads(content.numpy().tobytes())
+
+    def gather_rows(self, rows: np.ndarray | None) -> np.ndarray | None:
+        """Concatenate the rows of all ranks, in rank order, on rank 0; other ranks get None.
+
+        A rank without rows gives None. The rows travel in NumPy's format, without pickles.
+        """
+        if self.size == 1:
+            return rows
+        file = io.BytesIO()
+        if rows is not None:
+            np.save(file, rows, allow_pickle=False)
+        with _exchange():
+            (length,) = self.all_max(len(file.getvalue()))
+            content = _as_tensor(file.getvalue(), int(length))
+            every = [torch.empty_like(content) for _ in range(self.size)]
+            dist.gather(content, every if self.is_main else None)
+        if not self.is_main:
+            return None
+        # np.load ignores the zeros after an array; only zeros stand for no rows.
+        files = [io.BytesIO(one.numpy().tobytes()) for one in every if one.any()]
+        return np.concatenate([np.load(file, allow_pickle=False) for file in files])
 
     def map_rows(self, n: int, work: Callable[[slice], np.ndarray]) -> np.ndarray | None:
         """Compute n rows on all ranks, each its `local_slice`, and gather them on rank 0.
@@ -95,10 +121,7 @@ class Group:
         work(rows) returns an array with one row for each of `rows`. Other ranks get None.
         """
         rows = self.local_slice(n)
-        shards = self.gather(work(rows) if rows.start < rows.stop else None)
-        if shards is None:
-            return None
-        return np.concatenate([shard for shard in shards if shard is not None])
+        return self.gather_rows(work(rows) if rows.start < rows.stop else None)
 
     def gather_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors on the CPU of rank 0; an empty dict on other ranks.
@@ -133,6 +156,11 @@ class Group:
 ALONE = Group()
 
 
+def _as_tensor(content: bytes, length: int) -> Tensor:
+    """The bytes as a tensor [length] uint8, with zeros at its end."""
+    return torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8)
+
+
 @contextmanager
 def _exchange() -> Iterator[None]:
     """Turn gloo's error about a rank that is gone into a HalfstepError."""
@@ -151,7 +179,7 @@ def join_group(machine: Machine) -> Group:
     Raises HalfstepError if the world size is not machine.processes, where that is given, or if
     some ranks do not join in time.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     if machine.processes not in (None, size):
         raise HalfstepError(
             f"processes: found a world size of {size}, expected {machine.processes}; "
@@ -159,28 +187,74 @@ def join_group(machine: Machine) -> Group:
             f"`halfstep <command> ... --processes {machine.processes}` starts them"
         )
     if size == 1:
+        if "RANK" in os.environ:
+            own_rank()  # one of several processes that do not know of one another
         return ALONE
     if not dist.is_initialized():
         cuda = machine.device != "cpu" and torch.cuda.is_available()
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
-        except RuntimeError as error:
-            minutes = TIMEOUT.seconds / 60
-            raise HalfstepError(
-                f"processes: not all {size} joined the group within {minutes:.3g} minutes "
-                f"({reason(error)}); one that ended early says why in its own message"
-            ) from error
+        _meet("cpu:gloo,cuda:nccl" if cuda else "gloo", size)
         if cuda and machine.device in ("auto", "cuda"):
             torch.cuda.set_device(local_gpu())
     return Group(dist.get_rank(), dist.get_world_size())
+
+
+def _meet(backend: str, size: int) -> None:
+    """Form the group: through a file on one machine, else at the address of rank 0."""
+    rank = own_rank()
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        _stay_on_loopback()
+    path = os.environ.get(MEETING)
+    try:
+        if path:
+            _check_folder(path)
+            store = dist.FileStore(path, size)
+            dist.init_process_group(
+                backend, timeout=TIMEOUT, store=store, rank=rank, world_size=size
+            )
+        else:
+            check_first_address()
+            dist.init_process_group(backend, timeout=TIMEOUT)
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise HalfstepError(
+                f"MASTER_PORT: another program has port {os.environ['MASTER_PORT']} of this "
+                "machine; name another port to torchrun"
+            ) from error
+        minutes = TIMEOUT.seconds / 60
+        raise HalfstepError(
+            f"processes: not all {size} joined the group within {minutes:.3g} minutes "
+            f"({reason(error)}); one that ended early says why in its own message"
+        ) from error
+
+
+def _check_folder(meeting: str) -> None:
+    """The folder of the meeting must be there; torch would wait for it."""
+    folder = os.path.dirname(meeting)
+    if not os.path.isdir(folder):
+        raise HalfstepError(
+            f"{MEETING}: found {meeting[:200]!r}, but its folder is not there: the command that "
+            "started this process has ended; start it again, or unset the variable"
+        )
+
+
+def _stay_on_loopback() -> None:
+    """Let gloo, and NCCL unless the environment names its interface, listen on loopback only."""
+    names = [name for _, name in socket.if_nameindex()]
+    loopback = "lo" if "lo" in names else "lo0"  # Linux, macOS
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
 
 
 def leave_group() -> None:
     """Leave the group, if this process is in one.
 
     Otherwise a thread of gloo may abort a process that has already finished (exit code 134).
+
+    The group's object is kept. If DDP were its last owner, Python would free it while it holds its
+    global lock and wait for gloo's threads, one of which may wait for that lock.
     """
     if dist.is_initialized():
+        LEFT.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
@@ -227,14 +301,20 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Record SIGTERM and SIGINT instead of ending the process."""
+        """Record SIGTERM and SIGINT instead of ending the process.
+
+        A SIGINT that was ignored when this program began stays ignored.
+        """
         before = {}
 
         def note(number: int, _frame: object) -> None:
             self.signals.append(number)
 
+        numbers = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            numbers.append(signal.SIGINT)
         try:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in numbers:
                 before[number] = signal.signal(number, note)
         except ValueError:  # not the main thread, which alone receives signals
             pass
@@ -254,5 +334,19 @@ def exit_stopped(code: int, label: str, step: int) -> NoReturn:
     line += "the state is saved, and the same command continues from it"
     if not already_printed(line):
         print(line, file=sys.stderr, flush=True)
-    leave_group()
+    if dist.is_initialized():
+        end_in_time(code)
+        leave_group()
     raise SystemExit(code)
+
+
+def end_in_time(code: int) -> None:
+    """End this process with `code` after EXIT_S seconds, if it has not ended by itself.
+
+    A process that hangs would hold its node. Where even Python's threads hang, faulthandler prints
+    their stacks and ends the process with code 1.
+    """
+    end = threading.Timer(EXIT_S, os._exit, [code])
+    end.daemon = True
+    end.start()
+    faulthandler.dump_traceback_later(1.5 * EXIT_S, exit=True, file=2)

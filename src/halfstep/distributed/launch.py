@@ -7,22 +7,29 @@ Only the standard library is imported before processes are started.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from halfstep.distributed.environment import environment_number
 from halfstep.errors import HalfstepError, reason
 
+MEETING = "HALFSTEP_MEETING"  # the file in which the processes of one machine meet
 PRINTED = "HALFSTEP_PRINTED"  # folder in which the processes of one launcher note printed messages
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 PER_NODE = "--nproc-per-node="
+ONE_MACHINE = ["--rdzv-backend=one-machine", "--rdzv-endpoint=localhost"]  # see meeting.py
+MOST = 16  # processes on a machine of fewer cores: more are taken for a slip
+PORTS = range(15_000, 25_000)  # below the ports that Linux and macOS give to clients
 
 
 def processes_requested(argv: list[str]) -> int:
@@ -38,41 +45,59 @@ def processes_requested(argv: list[str]) -> int:
             value = following
         elif flag.startswith("--processes="):
             value = flag.removeprefix("--processes=")
-    return int(value) if value.isdecimal() else 1
+    return int(value[:9]) if value.isdecimal() else 1  # nine digits are too many as well
 
 
 def torchrun_arguments(processes: int) -> list[str]:
     """torchrun's arguments for this machine, or for this node of several in a task of srun.
 
-    Raises HalfstepError if the tasks of srun do not fit the nodes.
+    Raises HalfstepError if the tasks of srun do not fit the nodes, or if one machine would get far
+    more processes than it has cores.
     """
-    names = ("STEP_NUM_NODES", "STEP_NUM_TASKS", "NODEID", "JOB_ID", "STEP_ID")
-    step = {name: os.environ.get(f"SLURM_{name}", "1") for name in names}
-    nodes, tasks = int(step["STEP_NUM_NODES"]), int(step["STEP_NUM_TASKS"])
+    nodes = environment_number("SLURM_STEP_NUM_NODES", 1, least=1)
+    tasks = environment_number("SLURM_STEP_NUM_TASKS", 1, least=1)
+    most = max(MOST, _cores())
+    if processes > most * nodes:
+        raise HalfstepError(
+            f"processes: found {processes} for {nodes} machines of {_cores()} cores, "
+            f"expected at most {most * nodes}; use one process for each GPU"
+        )
     if nodes == 1 and tasks == 1:
-        return ["--standalone", "--local-addr=localhost", f"{PER_NODE}{processes}"]
+        return [*ONE_MACHINE, f"{PER_NODE}{processes}"]
     if tasks != nodes or processes % nodes:
         raise HalfstepError(
             f"processes: found {tasks} tasks of srun on {nodes} nodes for {processes} processes, "
             "expected one task on each node and the same number of processes on each; "
             f"use --ntasks-per-node=1 and a multiple of {nodes} processes"
         )
-    first = _scontrol("show", "hostnames", os.environ["SLURM_STEP_NODELIST"]).split()[0]
+    first = _scontrol("show", "hostnames", os.environ.get("SLURM_STEP_NODELIST", "")).split()[0]
     address = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", first))
-    port = 15_000 + (int(step["JOB_ID"]) + 97 * int(step["STEP_ID"])) % 5_000
     return [
         f"--nnodes={nodes}",
-        f"--node-rank={step['NODEID']}",
+        f"--node-rank={environment_number('SLURM_NODEID')}",
         f"{PER_NODE}{processes // nodes}",
         f"--master-addr={address[1] if address else first}",
-        f"--master-port={port}",
+        f"--master-port={step_port()}",
     ]
+
+
+def step_port() -> int:
+    """The port at which the nodes of a step of srun meet.
+
+    It follows from facts that srun tells its tasks alone: the ports that the kernel chose for it.
+    """
+    names = ("JOB_ID", "STEP_ID", "STEP_LAUNCHER_PORT", "SRUN_COMM_PORT")
+    facts = "/".join(os.environ.get(f"SLURM_{name}", "") for name in names)
+    number = int.from_bytes(sha256(facts.encode()).digest(), "big")
+    return PORTS[number % len(PORTS)]
 
 
 def _scontrol(*words: str) -> str:
     command = ["scontrol", *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        if not done.stdout.strip():
+            raise OSError("it printed nothing")
     except (OSError, subprocess.SubprocessError) as error:
         raise HalfstepError(
             f"processes: `{' '.join(command)}` failed, which names the first node: {error}; "
@@ -95,30 +120,16 @@ def launch(argv: list[str], processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    from halfstep.distributed.meeting import register_one_machine
+
+    register_one_machine()
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # the processes print all messages
-    came: list[int] = []
-    running: list[Any] = []
-
-    def forward(number: int, _frame: object = None) -> None:
-        came.append(number)
-        for pid in running[0].pids().values() if running else ():
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def start(**given: Any) -> Any:
-        if came:
-            raise SystemExit(128 + came[0])
-        running.append(start_processes(**given))
-        for number in came[:]:  # signals that came during the start
-            forward(number)
-        return running[0]
-
-    start_processes, agent.start_processes = agent.start_processes, start
-    for number in FORWARDED:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, forward)
-    with tempfile.TemporaryDirectory() as folder:
+    agent.start_processes = _with_signals(agent.start_processes)
+    with tempfile.TemporaryDirectory() as folder:  # nobody else may open it
         os.environ[PRINTED] = folder
+        if arguments[: len(ONE_MACHINE)] == ONE_MACHINE:
+            _check_locks(folder)
+            os.environ[MEETING] = str(Path(folder, "meeting"))
         words = [
             *arguments,
             "--signals-to-handle=SIGUSR2",  # nobody sends it: torchrun handles no signal
@@ -141,20 +152,62 @@ def launch(argv: list[str], processes: int) -> int:
     return 0
 
 
+def _check_locks(folder: str) -> None:
+    """The processes lock the file of their meeting. Raises HalfstepError if that is impossible."""
+    try:
+        with open(Path(folder, "lock"), "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        raise HalfstepError(
+            f"{folder}: no file can be locked there ({error.strerror}), but processes that meet "
+            "need a lock; set TMPDIR to a folder on a local disk"
+        ) from None
+
+
+def _with_signals(start_processes: Callable[..., Any]) -> Callable[..., Any]:
+    """torchrun's function that starts the processes, which from now on get the signals FORWARDED.
+
+    A signal that was ignored when this program began stays ignored (nohup, `&` in a script).
+    """
+    came: list[int] = []
+    running: list[Any] = []
+
+    def forward(number: int, _frame: object = None) -> None:
+        came.append(number)
+        for pid in running[0].pids().values() if running else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def start(**given: Any) -> Any:
+        if came:
+            raise SystemExit(128 + came[0])
+        running.append(start_processes(**given))
+        for number in came[:]:  # signals that came during the start
+            forward(number)
+        return running[0]
+
+    for number in FORWARDED:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, forward)
+    return start
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _share_cores(arguments: list[str]) -> None:
     """Give each process of this node an equal share of the cores; torchrun would give it one."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
     (per_node,) = (word for word in arguments if word.startswith(PER_NODE))
-    share = cores // int(per_node.removeprefix(PER_NODE))
+    share = _cores() // int(per_node.removeprefix(PER_NODE))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 
 def die_with_launcher() -> None:
     """In a process of `launch`, on Linux: end when the launcher ends, even if it is killed."""
-    if PRINTED in os.environ and sys.platform == "linux":
+    if os.environ.get(PRINTED) and sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -162,7 +215,7 @@ def die_with_launcher() -> None:
 
 def already_printed(message: str) -> bool:
     """True if another process of this launcher has printed the message; notes it otherwise."""
-    if PRINTED not in os.environ:
+    if not os.environ.get(PRINTED):
         return False
     try:
         note = Path(os.environ[PRINTED], sha256(message.encode()).hexdigest())
@@ -172,3 +225,17 @@ def already_printed(message: str) -> bool:
     except OSError:  # the folder went with the launcher
         pass
     return False
+
+
+def end_process(code: object) -> NoReturn:
+    """End the program with this code.
+
+    One of several processes ends at once: nothing is left to write, and to free what torch holds
+    may hang, or abort the process with another code.
+    """
+    if "WORLD_SIZE" not in os.environ or not isinstance(code, int):
+        raise SystemExit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # the reader has gone
+            stream.flush()
+    os._exit(code)

@@ -24,7 +24,9 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,6 +47,7 @@ from halfstep.metrics.likelihood import (
     monte_carlo_nll,
 )
 from halfstep.progress import Progress
+from halfstep.texts import check_regular, items_file, read_lines, reading, row_text
 
 if TYPE_CHECKING:
     from halfstep.checkpoint import Model
@@ -100,7 +103,7 @@ class HalfstepLM(LM):
         room = self.model.length - 2 - len(right)
         if room < 0 or not right:
             raise HalfstepError(
-                f"lambada: {continuation!r} has {len(right)} tokens, expected 1 to "
+                f"lambada: {continuation[:40]!r} has {len(right)} tokens, expected 1 to "
                 f"{self.model.length - 2} in windows of {self.model.length}; "
                 "shorten the item or leave it out"
             )
@@ -171,11 +174,13 @@ class HalfstepLM(LM):
     def serve(self) -> None:
         """On the other ranks: answer what rank 0 broadcasts, until it broadcasts None."""
         while asked := self.group.broadcast():
-            self._answer(*asked)
+            what, windows = asked
+            questions = [Question(tuple(ids), start, end) for ids, start, end in windows]
+            self._answer(what, questions)
 
     def _ask(self, what: str, questions: list[Question]) -> np.ndarray:
         """ANSWERS[what] of all questions, on rank 0, which broadcasts them to the other ranks."""
-        self.group.broadcast((what, questions))
+        self.group.broadcast((what, list(map(astuple, questions))))
         return self._answer(what, questions)
 
     def _answer(self, what: str, questions: list[Question]) -> np.ndarray | None:
@@ -228,18 +233,22 @@ def last_word_of(doc: dict[str, str]) -> str:
 def lambada_task(data: str, cache: Path) -> dict[str, Any]:
     """lm-eval's stock lambada_openai as a complete inline task.
 
-    `data` is a hub data set or a local .jsonl of {"text": ...} lines.
+    `data` is a hub data set, or a local .jsonl or .jsonl.gz of {"text": ...} lines.
     """
     import lm_eval
     import yaml
 
-    path = Path(lm_eval.__file__).parent / "tasks/lambada/lambada_openai.yaml"
-    stock = yaml.safe_load(path.read_text())
+    source = Path(lm_eval.__file__).parent / "tasks/lambada/lambada_openai.yaml"
+    stock = yaml.safe_load(source.read_text())
     stock.pop("tag")
     stock |= {"doc_to_text": context_of, "doc_to_target": last_word_of}
-    if not data.endswith(".jsonl"):
+    path = items_file(data)
+    if path is None:
         return stock | {"dataset_path": data}
-    files = {"data_files": {"test": str(Path(data).resolve())}, "cache_dir": str(cache)}
+    copy = cache / "items.jsonl"  # as our reader reads the items, not as `datasets` would
+    with open(copy, "w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in read_items(path))
+    files = {"data_files": {"test": str(copy)}, "cache_dir": str(cache)}
     return stock | {
         "task": "lambada_local",
         "dataset_path": "json",
@@ -248,35 +257,45 @@ def lambada_task(data: str, cache: Path) -> dict[str, Any]:
     }
 
 
-def count_items(path: Path) -> int:
-    """Number of items in a local .jsonl; HalfstepError names the first bad line."""
-    if not path.is_file():
+def read_items(path: Path) -> Iterator[str]:
+    """The texts of a local .jsonl or .jsonl.gz, read as corpora are; blank lines do not count.
+
+    HalfstepError names the first line that is not an item.
+    """
+    if not path.exists():
         raise HalfstepError(
             f'lambada: no file {path}; expected one {{"text": ...}} per line, '
             "or a hub name such as EleutherAI/lambada_openai"
         )
+    check_regular(path, "lambada")
     count = 0
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not _is_item(line):
-                raise HalfstepError(
-                    f'lambada: {path}:{number} is not {{"text": "... word"}} with a word after the '
-                    "last space; correct the line"
-                )
-            count += 1
+    with reading(path) as file:
+        for number, line in read_lines(path, file):
+            if line.strip():
+                count += 1
+                yield _item(line, f"{path}:{number}")
     if not count:
         raise HalfstepError(
             f'lambada: {path} holds no items; expected one {{"text": ...}} per line'
         )
-    return count
 
 
-def _is_item(line: str) -> bool:
+def _item(line: str, where: str) -> str:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        return False
-    return isinstance(text, str) and bool(text.split(" ")[-1])
+        text = row_text(line, "text", where)
+    except HalfstepError:
+        text = ""
+    if not text or text != text.rstrip():
+        raise HalfstepError(
+            f'lambada: {where} is not {{"text": "... word"}} with a word after the last space; '
+            "correct the line"
+        )
+    return text
+
+
+def count_items(path: Path) -> int:
+    """Number of items in a local file; HalfstepError names the first bad line."""
+    return sum(1 for _ in read_items(path))
 
 
 def evaluate_lambada(
@@ -300,12 +319,14 @@ def evaluate_lambada(
     Rank 0 of the group evaluates; the other ranks answer their share of its questions and return
     None.
     """
-    local = data.endswith(".jsonl")
-    if local:
-        count = count_items(Path(data))
-        items = min(items or count, count)
+    path = items_file(data)
     first, *others = ACCURACY[model.kind]
     lm = HalfstepLM(model, first, micro_batch, device, seed, group)
+    if path is not None:
+        count = count_items(path)
+        items = min(items or count, count)
+        for text in islice(read_items(path), items):  # an item that is too long is found at once
+            lm.question(context_of({"text": text}), last_word_of({"text": text}))
     if not group.is_main:
         lm.serve()
         return None
@@ -320,7 +341,7 @@ def evaluate_lambada(
     group.broadcast(None)
     texts = "\0".join(sample["doc"]["text"] for sample in samples)
     digest = hashlib.sha256(texts.encode()).hexdigest()
-    name = Path(data).name if local else data
+    name = data if path is None else path.name
     return {
         "nll": nll,
         "hits": hits,
@@ -344,7 +365,7 @@ def _run_lm_eval(lm: HalfstepLM, data: str, items: int | None) -> tuple[list[dic
             tasks = list(manager.load([lambada_task(data, Path(cache))])["tasks"].values())
         except (OSError, ValueError) as error:
             remedy = "download it where there is a network, or name a .jsonl"
-            if data.endswith(".jsonl"):
+            if items_file(data):
                 remedy = "correct the file"
             raise HalfstepError(
                 f"lambada: cannot load {data!r} ({type(error).__name__}: {reason(error)}); {remedy}"

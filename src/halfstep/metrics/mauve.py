@@ -60,6 +60,11 @@ def judge_features(
 
     def of_rows(rows: slice) -> np.ndarray:
         texts = judge.retokenize(ids[rows], tokenizer, eos_id, L)
+        if not all(texts):
+            raise HalfstepError(
+                f"judge: text {rows.start + texts.index([])} has no token for {judge.name}, "
+                "so it has no features; look at samples.txt, or name another judge"
+            )
         features = []
         with Progress(label, len(texts), "text") as progress:
             for first in range(0, len(texts), micro_batch):

@@ -84,13 +84,30 @@ class Judge:
     ) -> list[list[int]]:
         """Texts ids[N, L] of `tokenizer` as tokens of the judge, at most `longest` of each text.
 
-        EOS becomes the judge's EOS, if it has one.
+        EOS becomes the judge's EOS, if it has one. Of what the judge's tokenizer would add, only a
+        BOS that is not its EOS is kept (Llama's).
         """
         texts = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
         if self.tokenizer.eos_token:
             eos = tokenizer.id_to_token(eos_id)
             texts = [text.replace(eos, self.tokenizer.eos_token) for text in texts]
-        return self.tokenizer(texts, truncation=True, max_length=longest)["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        own_bos = bos != self.tokenizer.eos_token_id and self.tokenizer("")["input_ids"][:1] == [
+            bos
+        ]
+        start = [bos] if own_bos else []
+        encoded = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=True,
+            max_length=longest - len(start),
+        )["input_ids"]
+        if any(texts) and not any(encoded):
+            raise HalfstepError(
+                f"judge: the tokenizer of {self.name} has no token for any text; "
+                "put the tokenizer.json of its network next to the weights"
+            )
+        return [start + ids for ids in encoded]
 
 
 def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
@@ -128,8 +145,16 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
         name = f"{model_name(folder)}@{weights_sha256(folder)[:12]}"
     elif commit := getattr(network.config, "_commit_hash", None):
         name = f"{where}@{commit[:12]}"
+    _stop_dropout(tokenizer)
     network = network.to(device).eval().requires_grad_(False)
     return Judge(name, network, tokenizer, torch.device(device))
+
+
+def _stop_dropout(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A BPE that leaves out merges at random would give another score at each call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and getattr(backend.model, "dropout", None):
+        backend.model.dropout = None
 
 
 def _remedy(where: str, local: bool, error: Exception) -> str:

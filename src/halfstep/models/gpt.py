@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from halfstep.files import write_atomic, write_tensors
 from halfstep.kernels.categorical import inverse_cdf
 from halfstep.kernels.linear import linear, matmul, mlp, pack_network, pack_weight
 from halfstep.models.layers import Block, Embedding, Head, LayerNorm, Rotary
@@ -247,11 +247,11 @@ def save_gpt_neox(gpt: GPT, folder: Path, length: int, eos_id: int, tokenizer: P
 
     The architecture is GPT-NeoX without parallel residual.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in _gpt_neox_state(gpt).items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(gpt_neox_config(gpt, length, eos_id), indent=1))
-    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    config = gpt_neox_config(gpt, length, eos_id)
+    write_atomic(folder / "config.json", json.dumps(config, indent=1))
+    write_atomic(folder / "tokenizer.json", tokenizer.read_bytes())
     eos = "<|endoftext|>"
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -259,7 +259,7 @@ def save_gpt_neox(gpt: GPT, folder: Path, length: int, eos_id: int, tokenizer: P
         "bos_token": eos,
         "model_max_length": length,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
+    write_atomic(folder / "tokenizer_config.json", json.dumps(about, indent=1))
 
 
 def _gpt_neox_state(gpt: GPT) -> dict[str, Tensor]:

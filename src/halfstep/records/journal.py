@@ -9,6 +9,7 @@ Jobs never talk to MLflow. Rank 0 writes two small files, without a server or a 
                    one line for each call of `log`
 
 A line is one os.write, so a killed writer leaves at most one torn last line, and readers drop it.
+Readers hold one line at a time, so a journal may have millions of them.
 The fingerprint is the sha256 of the params and the input digests. The same fingerprint continues
 the journal (a resumed job); another fingerprint starts a new one (another experiment).
 """
@@ -28,12 +29,16 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, sha256, write_atomic, write_json
+from halfstep.records.shapes import check_run
+from halfstep.sanitize import mask_secrets
 
 # The weights of a checkpoint. Their checksums decide which measurements belong to this training.
 HASHED_WEIGHTS = ("model", "ema", "best")
+LONGEST_LINE = 1 << 20  # bytes
 
 
 class Journal:
@@ -71,7 +76,7 @@ class Journal:
             self.run = {"fingerprint": stamp}
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        former = read_json(self.folder / "run.json") if (self.folder / "run.json").exists() else {}
+        former = read_run(self.folder) if (self.folder / "run.json").exists() else {}
         resumed = former.get("fingerprint") == stamp
         self.run = {
             "name": name,
@@ -112,15 +117,13 @@ class Journal:
         """
         if self._fd is None:
             return
-        points = list(_points(self._file))
-        kept = [point for point in points if point["step"] <= step]
-        if len(kept) == len(points):
+        if all(point["step"] <= step for point in read_points(self._file)):
             return
         os.close(self._fd)
         self._fd = None
-        write_atomic(self._file, "".join(json.dumps(point) + "\n" for point in kept))
+        write_atomic(self._file, lambda part: self._copy_points(part, step))
         self._open()
-        if not kept:
+        if self._file.stat().st_size == 0:
             self.run["started"] = time.time()
             self._write_run()
 
@@ -158,6 +161,13 @@ class Journal:
         else:
             self.close("failed" if issubclass(kind, Exception) else "killed")
 
+    def _copy_points(self, target: Path, last_step: int) -> None:
+        """Write the points up to a step to another file."""
+        with open(target, "w") as file:
+            for point in read_points(self._file):
+                if point["step"] <= last_step:
+                    file.write(json.dumps(point) + "\n")
+
     def _write_run(self) -> None:
         write_json(self.folder / "run.json", self.run)
 
@@ -165,30 +175,123 @@ class Journal:
         self._fd = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def _drop_torn_line(self) -> None:
-        content = self._file.read_bytes() if self._file.exists() else b""
-        if content and not content.endswith(b"\n"):
-            os.truncate(self._file, content.rfind(b"\n") + 1)
+        if self._file.exists():
+            os.truncate(self._file, complete_size(self._file))
+
+
+def read_run(folder: Path) -> dict:
+    """run.json of a journal, checked and without secrets."""
+    file = Path(folder) / "run.json"
+    return mask_secrets(check_run(read_json(file), file))
 
 
 def read_journal(folder: Path) -> tuple[dict, list[dict]]:
     """Read run.json, and the points of journal.jsonl in the order written.
 
-    A torn last line is dropped. Any other line that is not JSON is a HalfstepError.
+    A torn last line is dropped. Any other line that is not a point is a HalfstepError.
     """
-    return read_json(Path(folder) / "run.json"), list(_points(Path(folder) / "journal.jsonl"))
+    return read_run(folder), list(read_points(Path(folder) / "journal.jsonl"))
 
 
-def _points(file: Path) -> Iterator[dict]:
-    lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
-    complete = lines[:-1]  # text after the last newline is empty, or a torn line
-    for number, line in enumerate(complete, start=1):
-        try:
-            yield json.loads(line)
-        except ValueError:
-            raise HalfstepError(
-                f"{file}:{number}: not a line of JSON; delete the line, "
-                "or delete the file and run the job again"
-            ) from None
+def read_points(file: Path) -> Iterator[dict]:
+    """The points of a journal file, one after another; none if there is no file."""
+    if file.exists():
+        for _, point in points_between(file, 0, complete_size(file)):
+            yield point
+
+
+def points_between(file: Path, start: int, end: int) -> Iterator[tuple[int, dict]]:
+    """(byte after its line, point) of each line between two bytes, at which lines begin."""
+    place = start
+    with _open_regular(file) as lines:
+        lines.seek(start)
+        while place < end and (line := lines.readline(LONGEST_LINE)):
+            place += len(line)
+            yield place, _point(line, file, place)
+
+
+def complete_size(file: Path) -> int:
+    """Number of bytes up to the end of the last complete line."""
+    with _open_regular(file) as lines:
+        end = os.fstat(lines.fileno()).st_size
+        while end > 0:
+            start = max(0, end - LONGEST_LINE)
+            lines.seek(start)
+            found = lines.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+def mark(file: Path, end: int) -> str:
+    """Names the lines before the byte `end`: by their size and the digest of the last line.
+
+    Each line holds the time at which it was written. So two journals have the same mark only if the
+    longer one continues the other. Empty if no line ends there.
+    """
+    if end == 0 or not file.exists():
+        return ""
+    with _open_regular(file) as lines:
+        start = max(0, end - LONGEST_LINE - 1)
+        lines.seek(start)
+        last = lines.read(end - start)
+    if start + len(last) < end or not last.endswith(b"\n"):
+        return ""
+    line = last[last.rfind(b"\n", 0, -1) + 1 :]
+    return f"{end}-{hashlib.sha256(line).hexdigest()[:16]}"
+
+
+def _open_regular(file: Path) -> BinaryIO:
+    if not file.is_file():
+        raise HalfstepError(f"{file}: found a folder, a pipe or a device, expected a file; move it")
+    return open(file, "rb")
+
+
+def _point(line: bytes, file: Path, end: int) -> dict:
+    """The point of a line that ends at the byte `end`."""
+    try:
+        point = json.loads(line)
+        fault = _fault(point)
+    except (ValueError, RecursionError):
+        fault = "not a line of JSON"
+    if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+        fault = f"a line longer than {LONGEST_LINE:,} bytes"
+    if not fault:
+        return point
+    with _open_regular(file) as lines:
+        number = sum(1 for _ in _lines_before(lines, end))
+    raise HalfstepError(
+        f"{file}:{number}: {fault}; delete the line, or delete the file and run the job again"
+    )
+
+
+def _lines_before(lines: BinaryIO, end: int) -> Iterator[int]:
+    """The lengths of the lines that begin before the byte `end`."""
+    place = 0
+    while place < end and (line := lines.readline(LONGEST_LINE)):
+        place += len(line)
+        yield len(line)
+
+
+def _fault(point: Any) -> str:
+    """What is wrong with a point; "" if it is whole."""
+    if not isinstance(point, dict) or not {"step", "time", "metrics"} <= point.keys():
+        return "no point with step, time and metrics"
+    step, seconds, metrics = point["step"], point["time"], point["metrics"]
+    if type(step) is not int or not 0 <= step < 2**63:
+        return "step is not a whole number between 0 and 2^63"
+    if not _is_number(seconds) or not 0 <= seconds < 2**43:
+        return "time is not a number of seconds since 1970"
+    if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
+        return "metrics is not a table of numbers"
+    return ""
+
+
+def _is_number(value: object) -> bool:
+    """Is it a float, NaN and infinity included, or a whole number that a float can hold?"""
+    is_whole = type(value) is int and abs(value) < 2**1023
+    return is_whole or isinstance(value, float)
 
 
 def fingerprint(params: dict, datasets: Sequence[dict]) -> str:
@@ -203,7 +306,7 @@ def environment() -> dict[str, str]:
         "git_commit": commit(),
         "host": platform.node(),
         "python": platform.python_version(),
-        "command": " ".join(sys.argv),
+        "command": mask_secrets(" ".join(sys.argv)),
     }
     for package in ("halfstep", "torch", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):

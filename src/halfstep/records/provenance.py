@@ -25,6 +25,7 @@ from pathlib import Path
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, sha256, sha256_once, write_json
 from halfstep.records.journal import commit
+from halfstep.sanitize import mask_secrets
 
 FORMAT = 1
 NAME = "provenance.json"
@@ -85,11 +86,11 @@ def _files(path: Path) -> list[Path]:
 
 
 def read_record(file: Path, top: Path) -> dict:
-    """Read a record, with its paths made relative to the folder `top`.
+    """Read a record without secrets, with its paths made relative to the folder `top`.
 
     HalfstepError if the file is not a record.
     """
-    record = read_json(file)
+    record = mask_secrets(read_json(file))
     if not _is_valid(record):
         raise HalfstepError(
             f"{file}: not a record of format {FORMAT} with outputs and inputs; "

@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas
 from pandas import DataFrame
 
-from halfstep.errors import HalfstepError
-from halfstep.files import read_json
+from halfstep.errors import HalfstepError, reason
+from halfstep.files import open_file
+from halfstep.records.rows import metric_rows
 
 COLUMNS = (
     "teacher", "run", "round", "model", "metric", "protocol", "version", "steps",
@@ -19,8 +20,8 @@ COLUMNS = (
     "commit", "source",
 )  # fmt: skip
 INTEGERS = ("round", "version", "steps", "num_samples", "seed", "length", "batch_size", "params")
+FLOATS = {"value", "low", "high", "network_evaluations", "temperature", "tokens_per_s"}
 ORDER = ("round", "metric", "protocol", "length", "batch_size", "steps")  # within a teacher and run
-REQUIRED = {"metric", "model", "value"}
 LEVELS = ("baseline", "data")  # runs without sampling steps: levels to compare with
 BASELINES: dict[object, str] = {  # sampler of the speed table: name of the baseline
     "transformers": "baseline, transformers",
@@ -42,15 +43,7 @@ def read_rows(paths: Iterable[Path]) -> DataFrame:
     Raises:
         HalfstepError: a file is missing or holds no list of metric rows
     """
-    found = []
-    for file in row_files(paths):
-        content = read_json(file)
-        if not _is_list_of_rows(content):
-            raise HalfstepError(
-                f"{file}: expected a list of metric rows, each with metric, model and value; "
-                "give --metrics only such files"
-            )
-        found += content
+    found = [row for file in row_files(paths) for row in metric_rows(file)]
     return tidy(DataFrame(found))
 
 
@@ -62,13 +55,27 @@ def read_table(file: Path) -> DataFrame:
     """
     try:
         dtypes = {"seed": "Int64", "checkpoint": str, "commit": str}
-        return tidy(pandas.read_csv(file, dtype=dtypes))
+        with open_file(file) as opened:  # pandas would download what looks like a URL
+            table = pandas.read_csv(opened, dtype=dtypes)
+        return tidy(_with_numbers(table))
     except FileNotFoundError:
         raise HalfstepError(f"{file}: no such table; make it with halfstep tabulate") from None
-    except (ValueError, KeyError) as error:
+    except HalfstepError:
+        raise
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise HalfstepError(
-            f"{file}: not a table of halfstep tabulate ({error}); make it again"
+            f"{file}: not a table of halfstep tabulate ({reason(error)}); make it again"
         ) from None
+
+
+def _with_numbers(table: DataFrame) -> DataFrame:
+    """The table; ValueError if a column that it needs is missing or has no numbers in it."""
+    missing = {"metric", "model", "value", "teacher", "run", "protocol"} - set(table.columns)
+    if missing and len(table):
+        raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+    for column in FLOATS & set(table.columns):
+        table[column] = pandas.to_numeric(table[column])
+    return table
 
 
 def tidy(frame: DataFrame) -> DataFrame:
@@ -91,9 +98,3 @@ def sampled_rows(table: DataFrame) -> DataFrame:
 def baseline_name(sampler: object) -> str:
     """What a baseline of the speed table is called; ours has no suffix, also in older rows."""
     return BASELINES.get(sampler, "baseline")
-
-
-def _is_list_of_rows(content: object) -> bool:
-    if not isinstance(content, list):
-        return False
-    return all(isinstance(row, dict) and row.keys() >= REQUIRED for row in content)

@@ -87,10 +87,10 @@ def read_site(environment: Mapping[str, str]) -> Site:
 
 def _count(environment: Mapping[str, str], name: str, default: int) -> int:
     text = environment.get(name, str(default))
-    if text.isdecimal() and int(text) > 0:
+    if text.isdecimal() and len(text) < 10 and int(text) > 0:
         return int(text)
     raise ConfigError(
-        f"{name}: found {text!r}, expected a whole number above zero; change it, or unset it"
+        f"{name}: found {text[:40]!r}, expected a whole number above zero; change it, or unset it"
     )
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from halfstep.sanitize import one_line
+
 LAST_LINES = 8  # of a failed job's log
 
 
@@ -32,7 +34,8 @@ def typed(value: Any) -> Any:
 
 def banner(*lines: str) -> None:
     """Print these lines to stderr, marked as halfstep's own."""
-    print("", *(f"  halfstep | {line}" for line in lines), "", sep="\n", file=sys.stderr)
+    shown = (f"  halfstep | {one_line(line)}" for line in lines)
+    print("", *shown, "", sep="\n", file=sys.stderr)
 
 
 def only_looks(arguments: list[str]) -> bool:
@@ -59,7 +62,7 @@ def curves(environment: Mapping[str, str], store: Path = Path("results/mlflow.db
     uri = uri or f"sqlite:///{store}"
     if uri.startswith("http"):
         return [f"curves: {uri}"]
-    return [f"curves: mlflow ui --backend-store-uri {uri}"]
+    return [f"curves: mlflow ui --backend-store-uri {shlex.quote(uri)}"]
 
 
 def failures(log: Path) -> Iterator[str]:

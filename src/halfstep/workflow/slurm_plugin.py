@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from halfstep.sanitize import one_line
+
 WAIT_S = 10.0  # between two queries to a controller that does not answer
 LONGEST_POLL_S = 200  # longest time between two polls of the plugin
 
@@ -31,7 +33,7 @@ def ask(*words: str, timeout: float = 20) -> str | None:
 
 def say(line: str) -> None:
     """Print a line to stderr, marked as halfstep's own."""
-    print(f"  halfstep | {line}", file=sys.stderr, flush=True)
+    print(f"  halfstep | {one_line(line)}", file=sys.stderr, flush=True)
 
 
 def patient_query(query: Callable, known: set[str]) -> Callable:

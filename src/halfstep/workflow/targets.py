@@ -6,15 +6,17 @@ A model is named by its folder below results/models: {teacher}/teacher, {teacher
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from halfstep.config import Config, Distillation, Teacher
+from halfstep.config import Config, Distillation, Teacher, check_path
+from halfstep.data.files import find_files
+from halfstep.errors import ConfigError, HalfstepError
 from halfstep.report import catalogue
+from halfstep.texts import check_regular, items_file
 
 CHECKPOINT = [
     "model.safetensors",
@@ -56,6 +58,44 @@ def local_file(source: str) -> list[str]:
     return [source] if os.path.lexists(source) else []
 
 
+def check_sources(config: Config) -> None:
+    """Raise ConfigError, a line per fault, if a text, tokenizer or item file is not there."""
+    faults = []
+    for name, corpus in config.corpora.items():
+        try:
+            for path in find_files(corpus.files):
+                _check_name(path, "files")
+        except HalfstepError as error:
+            faults.append(f"corpora.{name}.{error}")
+        tokenizer = corpus.tokenizer
+        if tokenizer.startswith((".", "/", "~")) and not is_folder(tokenizer):
+            faults.append(
+                f"corpora.{name}.tokenizer: {tokenizer} is not a folder; "
+                "name a folder with vocab.json and merges.txt, a hub name, or bpe"
+            )
+    try:
+        if items := items_file(config.evaluation.lambada):
+            check_regular(items, "lambada")
+            _check_name(items, "lambada")
+    except HalfstepError as error:
+        faults.append(f"evaluation.{error}")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _check_name(path: Path, key: str) -> None:
+    """HalfstepError for a name that Snakemake would change or print raw."""
+    try:
+        check_path(str(path))
+    except ValueError as error:
+        raise HalfstepError(f"{key}: found {str(path)!r}: {error}") from None
+
+
+def is_folder(name: str) -> bool:
+    """Is this a folder of this machine, and not a name on the hub?"""
+    return os.path.isdir(os.path.expanduser(name))
+
+
 class Targets:
     """The models of a configuration, and what each of them needs."""
 
@@ -89,7 +129,7 @@ class Targets:
     def own_text(self, wildcards: Wildcards) -> list[str]:
         """The user's files of a corpus (kind: files): new text makes a new corpus."""
         patterns = self.config.corpora[wildcards.corpus].files
-        return sorted(file for pattern in patterns for file in glob.glob(pattern, recursive=True))
+        return sorted(map(str, find_files(patterns)))
 
     def round_options(self, wildcards: Wildcards) -> Distillation:
         """Options of one round. Later rounds are not among them, so that `rounds: 5 -> 7` trains
@@ -117,8 +157,8 @@ class Targets:
 
     def last_words(self) -> list[str]:
         """The user's file of last words, where LAMBADA is not a data set of the hub or corpus."""
-        name = self.config.evaluation.lambada
-        return [name] if name.endswith(".jsonl") else []
+        items = items_file(self.config.evaluation.lambada)
+        return [str(items)] if items else []
 
     def step_counts(self, model: str) -> list[int]:
         """Numbers of sampling steps at which a model is scored.
@@ -166,7 +206,7 @@ class Targets:
         """
         evaluation, found = self.config.evaluation, set()
         for corpus in self.config.corpora.values():
-            if corpus.tokenizer != "bpe" and not os.path.isdir(corpus.tokenizer):
+            if corpus.tokenizer != "bpe" and not is_folder(corpus.tokenizer):
                 found.add(f"model:{corpus.tokenizer}")
             if corpus.kind == "openwebtext":
                 found.add("dataset:Skylion007/openwebtext")

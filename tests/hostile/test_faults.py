@@ -1,0 +1,81 @@
+"""A disk that fills up, and a kill, at every single write of every command that writes."""
+
+import os
+import shutil
+from dataclasses import dataclass
+
+import pytest
+from faults import try_all
+from small import CORPUS, MACHINE, ROUND, TRAINING
+
+from halfstep.training import loop
+
+EVALUATION = f"--bootstrap 100 {MACHINE}"
+TRAIN = f"--size tiny {TRAINING} {MACHINE}"
+LINES = {
+    "prepare-corpus": f"{CORPUS} --workers 1",
+    "pretrain": f"--corpus {{corpus}} {TRAIN}",
+    "train-baseline": f"--corpus {{corpus}} {TRAIN}",
+    "distill-round": f"--teacher {{teacher}} --corpus {{corpus}} {ROUND}",
+    "generate": f"--checkpoint {{teacher}} --steps 4 --num-samples 2 {MACHINE}",
+    "score-samples": "--samples {samples} --corpus {corpus} --judge {baseline}/hf " + EVALUATION,
+    "score-corpus": "--corpus {corpus} --judge {baseline}/hf " + EVALUATION,
+    "export": "--checkpoint {teacher}",
+    "import": "--source {exported} --corpus {corpus}",
+    "tabulate": "--table steps --metrics {metrics}",
+    "plot": "--figure ppl_vs_steps --tables {results}/tables/steps.csv",
+    "merge-provenance": "",
+    "write-schema": "",
+}
+FILES = {  # outputs that are files in the folder
+    "score-samples": "rows.json",
+    "score-corpus": "rows.json",
+    "tabulate": "steps.csv",
+    "plot": "ppl_vs_steps.pdf",
+    "write-schema": "schema.json",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A command, and what happens at each of its writes."""
+
+    command: str
+    fault: str
+    kind: str = "failing disk"
+
+    @property
+    def name(self) -> str:
+        return f"{self.command}: {self.fault}"
+
+
+CASES = [
+    Fault(command, fault)
+    for command in LINES
+    for fault in ("no space left, at each write", "kill -9, before each write")
+]
+
+
+def save_always() -> None:
+    loop.SAVE_EVERY_S = 0
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads the names of open files")
+@pytest.mark.parametrize("command", LINES)
+def test_nothing_is_torn_and_the_next_run_is_right(pipeline, tmp_path, command):
+    """Every file is whole or absent, the disk's fault is one sentence, and no part is left."""
+    out = tmp_path / "t" / "out"
+    output = out / FILES[command] if command in FILES else out
+    places = vars(pipeline) | {"exported": tmp_path / "exported"}
+    line = f"{command} --output {output} {LINES[command].format_map(places)}"
+    if command == "import":
+        from small import done
+
+        done(f"export --checkpoint {pipeline.teacher} --output {tmp_path}/exported")
+    if command == "merge-provenance":
+        shutil.copytree(pipeline.metrics, out / "metrics")
+        line = f"{command} --results {out}"
+    writes, left, problems = try_all(line, out, tmp_path / "log", save_always)
+    print(f"{command}: {writes} writes, {left} different sets of files were left")
+    assert writes >= 5 and left >= 1
+    assert not problems, "\n".join(problems)

@@ -31,29 +31,20 @@ Share = Annotated[Float, Field(ge=0, lt=1)]
 
 def whole_number(value: Any) -> Any:
     """Take `1e6` and `1_000_000`, texts in YAML 1.1 or on a command line, for whole numbers."""
-    if isinstance(value, bool) or not isinstance(value, str | float):
-        return value
-    try:
-        return int(value) if isinstance(value, str) else _integral(value)
-    except ValueError:
-        pass
-    try:
-        return _integral(float(value))
-    except ValueError:
-        return value
-
-
-def _integral(value: float) -> float | int:
-    """The int equal to a float, where the float has an exact one."""
-    return int(value) if value.is_integer() and abs(value) <= 2**53 else value
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d[\d_]{,99}", value):
+        return int(value.replace("_", ""))
+    number = _number(value)
+    if isinstance(number, float) and number.is_integer() and abs(number) <= 2**53:
+        return int(number)
+    return value
 
 
 # Every number has an upper bound: nothing may count to 10**12 before it is refused.
 Whole = Annotated[int, pydantic.BeforeValidator(whole_number)]
-Count = Annotated[Whole, Field(ge=1, le=10**9)]
+Count = Annotated[Whole, Field(gt=0, le=10**9)]
 TokenCount = Annotated[Whole, Field(ge=1, le=2**20)]
-Processes = Annotated[Whole, Field(ge=1, le=2**16)]
-Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
+Threads = Annotated[Whole, Field(ge=1, le=2**16)]
+Seed = Annotated[Whole, Field(ge=0, le=2**63 - 1)]
 MOST_ROUNDS = 20
 MOST_STEPS = 2**MOST_ROUNDS
 Steps = Annotated[Whole, Field(ge=1, le=MOST_STEPS)]
@@ -420,7 +411,7 @@ class Benchmark(Section):
 
     lengths: Annotated[list[TokenCount], Field(min_length=1)] = [64, 128, 256, 512, 1024]
     """tokens per text"""
-    batch_sizes: Annotated[list[Processes], Field(min_length=1)] = [1, 8]
+    batch_sizes: Annotated[list[Threads], Field(min_length=1)] = [1, 8]
     """texts per batch"""
     benchmark_steps: Annotated[list[Steps], Field(min_length=1)] = [4, 8, 16, 32, 64]
     """sampling steps of the timed students"""
@@ -441,11 +432,11 @@ class Machine(Section):
 
     device: str = "auto"
     """auto: the first CUDA device, or the CPU if there is none; otherwise a torch device (cpu)"""
-    threads: Processes | None = None
+    threads: Threads | None = None
     """CPU threads of torch, shared by the processes on this machine; all cores by default"""
     micro_batch: Count = 32
     """windows per forward pass; training accumulates gradients up to batch_size"""
-    processes: Processes | None = None
+    processes: Annotated[Whole, Field(ge=1, le=9999)] | None = None
     """number of processes that share this job, one per GPU; they are started through torchrun,
     unless torchrun started this process (default: one, or as many as torchrun started)"""
     time_limit: Positive | None = None

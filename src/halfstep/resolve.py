@@ -44,7 +44,7 @@ def explain(error: pydantic.ValidationError, top: type[BaseModel] = Config) -> l
             hint = _nearest(fault["loc"][-1], known) or f"; known are {', '.join(known)}"
             message = f"unknown key{hint}"
         elif fault["type"].startswith("int_"):
-            message = "expected a whole number, as 1000000, 1_000_000 or 1e6"
+            message += ", as 1000000, 1_000_000 or 1e6"
         elif fault["type"] == "literal_error":
             expected = fault["ctx"]["expected"]
             names = [name.strip("'\"") for name in expected.replace(" or ", ", ").split(", ")]

@@ -33,9 +33,10 @@ def take_over(folder: Path = Path(".snakemake"), on_cluster: bool = False) -> st
     mark.seek(0)
     before = mark.read()
     said = _remove_locks(folder / "locks", before) if any(folder.glob("locks/*.lock")) else None
-    mark.truncate(0)
-    mark.write(f"cluster {socket.gethostname()}" if on_cluster else _this_host())
-    mark.flush()
+    if not any(folder.glob("locks/*.lock")):  # else the mark says whose locks they are
+        mark.truncate(0)
+        mark.write(f"cluster {socket.gethostname()}" if on_cluster else _this_host())
+        mark.flush()
     _share(mark)
     return said
 

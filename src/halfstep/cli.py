@@ -251,11 +251,19 @@ def _whole_numbers() -> Any:
 
 
 def _unboxed(printed: str) -> str:
-    """The faults in tyro's box in one line, without the paragraphs that repeat the help."""
-    lines = [line.strip("│ ") for line in printed.splitlines() if line.startswith("│")]
-    paragraphs = re.split(r" ─+ ", " ".join(lines))
-    said = [text for text in paragraphs if not re.match("Argument helptext|For full help", text)]
-    return "; ".join(text.removesuffix(".") for text in said)
+    """The faults in tyro's box in one line, without the paragraphs that repeat the help.
+
+    The box has a title, and lines of ─ or - between its paragraphs; on a terminal it has colors.
+    """
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed)
+    lines = [line.strip("│╰╯ ") for line in plain.splitlines()[1:]]
+    paragraphs = re.split(r"(?:^|\s+)[─-]{9,}(?:\s+|$)", " ".join(lines))
+    said = [
+        text.strip().removesuffix(".")
+        for text in paragraphs
+        if text.strip() and not re.match(" *(Argument helptext|For full help)", text)
+    ]
+    return "; ".join(said)
 
 
 def _short(line: str) -> str:

@@ -294,10 +294,29 @@ def subsection(section: Section, kind: type[Section]) -> Section:
 
 def schema() -> dict:
     """The JSON schema of config.yaml, for editors. No key is required: presets have the others."""
-    tree = Config.model_json_schema()
+    tree = _with_bounds(Config.model_json_schema())
     for model in [tree, *tree["$defs"].values()]:
         model.pop("required", None)
         for row in former_names(getattr(config, model["title"])):
             notice = f"former name of {row.new}"
             model["properties"][row.old] = {"deprecated": True, "description": notice}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}
+
+
+BOUNDS = {
+    "ge": "minimum",
+    "gt": "exclusiveMinimum",
+    "le": "maximum",
+    "lt": "exclusiveMaximum",
+}
+
+
+def _with_bounds(tree: Any) -> Any:
+    """A schema with JSON's words for bounds; pydantic keeps its own behind a BeforeValidator."""
+    if isinstance(tree, list):
+        return [_with_bounds(part) for part in tree]
+    if not isinstance(tree, dict):
+        return tree
+    is_number = tree.get("type") in ("integer", "number")
+    words = BOUNDS if is_number else {}
+    return {words.get(key, key): _with_bounds(value) for key, value in tree.items()}

@@ -88,8 +88,8 @@ def plan(
     jobs = printed_jobs(done.stdout)
     print("planned for the cluster" if on_cluster else "planned for this machine")
     print("\n".join(price_lines(jobs, results)))
-    if not on_cluster:
-        print(*slow_lines(jobs, results), sep="\n", file=sys.stderr)
+    for line in [] if on_cluster else slow_lines(jobs, results):
+        print(line, file=sys.stderr)
 
 
 def _fault_of(printed: str) -> str:
@@ -289,8 +289,9 @@ class Prices:
         lengths = set(self.lengths.values())
         length = lengths.pop() if len(lengths) == 1 else 1024
         length = self.lengths.get(self._corpus(command), length)
-        # With its KV cache the baseline reads every token once.
-        steps = 1 if "/baseline" in given["checkpoint"] else int(given["steps"])
+        # With its KV cache the baseline reads every token once. A step of a denoiser that reveals
+        # no token takes no pass.
+        steps = 1 if "/baseline" in given["checkpoint"] else min(int(given["steps"]), length)
         return forward * num_samples * length * steps
 
     def price(self, job: PlannedJob) -> Estimate:

@@ -11,7 +11,7 @@ from halfstep.commands import plan
 from halfstep.config import DrawOptions, GenerateOptions, Prompts
 from halfstep.report import catalogue
 from halfstep.errors import ConfigError
-from halfstep.resolve import flags, read_yaml, resolve, subsection
+from halfstep.resolve import check_size, flags, read_yaml, resolve, subsection
 from halfstep.workflow import locks, slurm_plugin
 from halfstep.workflow.machine import RESOURCES, SPREAD, demand_of, fewest_nodes, names_cluster
 from halfstep.workflow.machine import base_resources, read_site, spread_resources
@@ -40,6 +40,7 @@ configfile: "config.yaml"
 try:
     presets = Path(workflow.current_basedir).parent / "workflow" / "presets"
     quiet = not workflow.is_main_process  # a job of a cluster reads the configuration again
+    check_size("configuration", config)
     CONFIG, SITE = resolve(typed(config), presets, quiet), read_site(os.environ)
     if not quiet and "--unlock" not in sys.argv:
         check_sources(CONFIG)

@@ -35,7 +35,7 @@ MOST_LEVELS = 100  # of sections and lists in one another
 def explain(error: pydantic.ValidationError, top: type[BaseModel] = Config) -> list[str]:
     """One line per fault: where, what was found, what is allowed, the nearest known name."""
     lines = []
-    faults = error.errors()
+    faults = _without_inherited(error.errors())
     for fault in faults[:MOST_FAULTS]:
         path = ".".join(shorten(str(part)) for part in fault["loc"]) or "configuration"
         message, value = fault["msg"].removeprefix("Value error, "), fault["input"]
@@ -57,6 +57,21 @@ def explain(error: pydantic.ValidationError, top: type[BaseModel] = Config) -> l
     if len(faults) > MOST_FAULTS:
         lines.append(f"and {len(faults) - MOST_FAULTS} more faults")
     return list(dict.fromkeys(lines))
+
+
+def _without_inherited(faults: list[Any]) -> list[Any]:
+    """The faults without those that a run has from the section `distillation` of its teacher."""
+    known, own = set(), []
+    for fault in faults:
+        path = list(fault["loc"])
+        of_run = path[2:3] == ["runs"]
+        if of_run:
+            path[2:4] = ["distillation"]
+        about = (*path, fault["type"], fault["msg"])
+        if not (of_run and about in known):
+            own.append(fault)
+        known.add(about)
+    return own
 
 
 def shown(value: object) -> str:
@@ -115,7 +130,7 @@ def resolve(user: dict, presets: Path = PRESETS, quiet: bool = False) -> Config:
     A preset may name another preset. Unless `quiet`, one line of warning is printed for each
     renamed key. Raises ConfigError.
     """
-    _check_size("configuration", user)
+    check_size("configuration", user)
     default = Config.model_fields["preset"].default
     names, layers = [user.get("preset", default)], [("configuration", user)]
     while (name := names[-1]) is not None:
@@ -153,7 +168,7 @@ def read_yaml(file: Path) -> dict:
         loader = _OneKeyLoader(text)
         loader.name = str(file)
         tree = loader.get_single_node()
-        _check_size(str(file), tree)
+        check_size(str(file), tree)
         found = None if tree is None else loader.construct_document(tree)
     except RecursionError:
         raise ConfigError(_too_deep(str(file))) from None
@@ -211,6 +226,16 @@ class _OneKeyLoader(yaml.SafeLoader):
             lines[name] = line
         return node
 
+    def construct_short_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number, unless it has more digits than Python prints."""
+        if len(node.value) > 100:
+            problem = f"a number of {len(node.value)} digits"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return self.construct_yaml_int(node)
+
+
+_OneKeyLoader.add_constructor("tag:yaml.org,2002:int", _OneKeyLoader.construct_short_int)
+
 
 def _yaml_reason(error: Exception) -> str:
     """Line and problem of an error of the YAML parser."""
@@ -219,7 +244,7 @@ def _yaml_reason(error: Exception) -> str:
     return where + shorten(" ".join(str(problem or error).split()))
 
 
-def _check_size(name: str, tree: Any) -> None:
+def check_size(name: str, tree: Any) -> None:
     """Raise ConfigError if a tree of YAML nodes or of Python objects is too large or too deep."""
     sizes: dict[int, tuple[int, int]] = {}  # (values, levels) below each object, by its id
 

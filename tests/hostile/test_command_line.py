@@ -75,7 +75,7 @@ CASES = [
          "File name too long"),
     case("escape codes in a path", "generate --output out --steps 8 --checkpoint",
          r"\\x1b\[31m: not a finished", last=["\x1b[31m"]),
-    case("a device that does not exist", f"pretrain {CORPUS} --device nowhere", "nowhere"),
+    case("a device that does not exist", f"{WRITE} --steps 8 --device nowhere", "nowhere"),
     case("an unknown table", "tabulate --metrics gone --output out/a --table nonsense",
          "--table nonsense: no such table; known are steps"),
     case("an unknown figure of escape codes", "plot --tables gone --output out/a --figure",

@@ -439,8 +439,3 @@ def test_over_fitting_is_said_once(tmp_path, capsys, held_out, factor, warned):
     if warned:
         assert "since step 2 the held-out loss rose from 2 to 2.5" in said[0]
         assert "the training loss fell from 8.5 to 7" in said[0]
-
-
-def test_epochs_are_counted():
-    line = loop.epochs_line("pretrain x", training(num_steps=100, batch_size=12), 240)
-    assert line == "pretrain x: 100 steps of 12 windows are 5 epochs of 240 windows"

@@ -20,7 +20,7 @@ from halfstep.config import (
 )
 from halfstep.errors import ConfigError
 from halfstep.renamed import Renamed
-from halfstep.resolve import resolve, schema, validate
+from halfstep.resolve import read_yaml, resolve, schema, validate
 
 PRESETS = REPOSITORY / "workflow/presets"
 
@@ -345,7 +345,7 @@ def test_a_whole_number_may_be_written_as_a_float(tmp_path, written, number):
         f"benchmark: {{lengths: [1e1]}}\nteachers: {{stories-ci: {{pretraining: "
         f"{{num_steps: {written}}}}}}}\n"
     )
-    found = resolve(resolving.read_yaml(file), PRESETS)
+    found = resolve(read_yaml(file), PRESETS)
     assert found.sampling.num_samples == number and found.sampling.steps == [10]
     assert found.benchmark.lengths == [10]
     assert found.teachers["stories-ci"].pretraining.num_steps == number
@@ -357,7 +357,7 @@ def test_what_is_no_whole_number_is_explained(tmp_path, written):
     file.write_text(f"preset: ci\nsampling: {{num_samples: {written}}}\n")
     expected = r"sampling\.num_samples: found .*: input should be a valid integer.*, as 1000000, "
     with pytest.raises(ConfigError, match=expected):
-        resolve(resolving.read_yaml(file), PRESETS)
+        resolve(read_yaml(file), PRESETS)
 
 
 def numbers(tree):
@@ -380,16 +380,16 @@ def test_a_key_that_is_given_twice_is_refused(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("preset: ci\nsampling:\n  steps: [8]\n  num_samples: 4\n  steps: [16]\n")
     with pytest.raises(ConfigError) as caught:
-        resolving.read_yaml(file)
+        read_yaml(file)
     line = f"{file}: key steps is given on line 3 and again on line 5; remove one of them"
     assert str(caught.value) == line
     file.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {x: 1}\n")  # a merge is none
-    assert resolving.read_yaml(file)["b"] == {"x": 3, "y": 2}
+    assert read_yaml(file)["b"] == {"x": 3, "y": 2}
 
 
 def test_every_preset_is_read_as_yaml_reads_it():
     for file in PRESETS.glob("*.yaml"):
-        assert resolving.read_yaml(file) == yaml.safe_load(file.read_text())
+        assert read_yaml(file) == yaml.safe_load(file.read_text())
 
 
 def test_without_lambada_nothing_of_it_is_made(workflow):

@@ -22,7 +22,7 @@ from halfstep.models import flops
 from halfstep.models.gpt import GPT, save_gpt_neox
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
-from halfstep.training.loop import epochs_line, fit
+from halfstep.training.loop import fit
 from halfstep.training.state import Run, Start, TrainingState
 from halfstep.training.step import Batch, Objective, Tensors, micro_batches, step_generator
 

@@ -258,15 +258,6 @@ class Overfitting:
             )
 
 
-def epochs_line(label: str, training: Training, windows: int) -> str:
-    """How often a training reads each of its windows."""
-    seen = training.num_steps * training.batch_size
-    return (
-        f"{label}: {training.num_steps} steps of {training.batch_size} windows are "
-        f"{seen / windows:.3g} epochs of {windows} windows"
-    )
-
-
 def keep_best(state: TrainingState, figures: dict[str, float], group: Group) -> None:
     """Keep a copy of the averaged weights on rank 0 if the first figure is the lowest so far."""
     loss = next(iter(figures.values()))

@@ -158,8 +158,7 @@ class Targets:
 
     def last_words(self) -> list[str]:
         """The user's file of last words, where LAMBADA is not a data set of the hub or corpus."""
-        name = self.config.evaluation.lambada
-        items = items_file(name) if name else None
+        items = items_file(self.config.evaluation.lambada)
         return [str(items)] if items else []
 
     def step_counts(self, model: str) -> list[int]:

@@ -19,10 +19,7 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 
-configfile: "config.yaml"
-
-
-include: "rules/common.smk"  # configuration, versions, what a job asks of its machine
+include: "rules/common.smk"  # config.yaml, versions, what a job asks of its machine
 include: "rules/fetch.smk"  # fetch, where something comes from the hub
 include: "rules/data.smk"  # prepare_corpus
 include: "rules/pretrain.smk"  # pretrain, train_baseline
@@ -60,6 +57,8 @@ onstart:
     )
     if ON_CLUSTER:
         banner(*plan.price_lines(plan.graph_jobs(jobs), Path("results")))
+    elif slow := plan.slow_lines(plan.graph_jobs(jobs), Path("results")):
+        banner(*slow)
 
 
 onsuccess:

@@ -11,8 +11,8 @@ from halfstep.commands import plan
 from halfstep.config import DrawOptions, GenerateOptions, Prompts
 from halfstep.errors import ConfigError
 from halfstep.report import catalogue
-from halfstep.resolve import flags, resolve, subsection
-from halfstep.workflow import slurm_plugin
+from halfstep.resolve import check_size, flags, read_yaml, resolve, subsection
+from halfstep.workflow import locks, slurm_plugin
 from halfstep.workflow.machine import RESOURCES, SPREAD, demand_of, fewest_nodes, names_cluster
 from halfstep.workflow.machine import base_resources, read_site, spread_resources
 from halfstep.workflow.messages import banner, curves, failures, only_looks, resume_command
@@ -27,8 +27,20 @@ if "SLURM_JOB_ID" in os.environ:
 slurm_plugin.patch_plugin()
 
 try:
+    files = [] if workflow.modifier.skip_configfile else ["config.yaml", *workflow.configfiles]
+    for file in filter(os.path.lexists, files):
+        read_yaml(Path(file))  # refuses what Snakemake would wait for or accept in silence
+except ConfigError as error:
+    sys.exit(f"configuration: {error}")
+
+
+configfile: "config.yaml"
+
+
+try:
     presets = Path(workflow.current_basedir).parent / "workflow" / "presets"
     quiet = not workflow.is_main_process  # a job of a cluster reads the configuration again
+    check_size("configuration", config)
     CONFIG, SITE = resolve(typed(config), presets, quiet), read_site(os.environ)
     if not quiet and "--unlock" not in sys.argv:
         check_sources(CONFIG)
@@ -36,6 +48,9 @@ try:
 except ConfigError as error:
     sys.exit("\n".join(f"configuration: {line}" for line in str(error).splitlines()))
 ON_CLUSTER = names_cluster(sys.argv, os.environ)
+if workflow.is_main_process and not only_looks(sys.argv[1:]):
+    if said := locks.take_over(on_cluster=ON_CLUSTER):
+        banner(said)
 
 # The version of each stage. Raise it when a change of the code changes what the stage writes:
 # Snakemake then makes everything again from that stage on. The text of a rule, its threads and
@@ -62,7 +77,11 @@ STAGE = dict(
 MODELS = targets.models
 TABLES, FIGURES = targets.table_inputs(), targets.figure_inputs()
 HUB = targets.hub_repositories()
-FETCHED = ["results/hub.json"] if HUB else []
+
+
+def fetched(repositories):
+    """The file that says that these are fetched; a job that needs none of them waits for none."""
+    return ["results/hub.json"] if repositories else []
 
 
 wildcard_constraints:

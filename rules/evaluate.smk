@@ -9,7 +9,7 @@ Inputs:
 Outputs:
     results/metrics/{model}/samples.json         rows of a model's samples, one for each step count
     results/metrics/{teacher}/data.json          rows of held-out text
-    results/metrics/{model}/lambada.json         rows of last-word accuracy and perplexity
+    results/metrics/{model}/lambada.json         rows of last words; not with `lambada: null`
     and next to each its .provenance.json
 """
 
@@ -24,7 +24,7 @@ rule score_samples:
         ),
         corpus=targets.manifest,
         judge=targets.judge_file,
-        hub=FETCHED,
+        hub=fetched(targets.judges_of_hub()),
     output:
         rows="results/metrics/{model}/samples.json",
         record="results/metrics/{model}/samples.provenance.json",
@@ -61,7 +61,7 @@ rule score_corpus:
     input:
         corpus=targets.manifest,
         judge=targets.judge_file,
-        hub=FETCHED,
+        hub=fetched(targets.judges_of_hub()),
     output:
         rows="results/metrics/{teacher}/data.json",
         record="results/metrics/{teacher}/data.provenance.json",
@@ -91,39 +91,41 @@ rule score_corpus:
         """
 
 
-rule score_lambada:
-    """Let a model predict the last words of texts (LAMBADA)."""
-    input:
-        checkpoint="results/models/{model}/meta.json",
-        corpus=targets.manifest,
-        last_words=targets.last_words(),
-        hub=FETCHED,
-    output:
-        rows="results/metrics/{model}/lambada.json",
-        record="results/metrics/{model}/lambada.provenance.json",
-    log:
-        "results/logs/score_lambada/{model}.log",
-    benchmark:
-        "results/logs/score_lambada/{model}.tsv"
-    conda:
-        "../envs/gpu.yaml"
-    threads: threads_by_size
-    resources:
-        **machine("sample"),
-    params:
-        checkpoint=subpath(input.checkpoint, parent=True),
-        corpus=subpath(input.corpus, parent=True),
-        evaluation=flags(CONFIG.evaluation, "lambada", "lambada_items", "bootstrap"),
-        weights=CONFIG.sampling.weights,
-        code=STAGE["lambada"],
-    shell:
-        r"""
-        {resources.srun}halfstep score-lambada \
-            --checkpoint {params.checkpoint:q} \
-            --weights {params.weights} \
-            --corpus {params.corpus:q} \
-            --output {output.rows:q} \
-            {params.evaluation} \
-            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
-            2>&1 | tee {log:q}
-        """
+if CONFIG.evaluation.lambada:
+
+    rule score_lambada:
+        """Let a model predict the last words of texts (LAMBADA)."""
+        input:
+            checkpoint="results/models/{model}/meta.json",
+            corpus=targets.manifest,
+            last_words=targets.last_words(),
+            hub=fetched(targets.lambada_of_hub()),
+        output:
+            rows="results/metrics/{model}/lambada.json",
+            record="results/metrics/{model}/lambada.provenance.json",
+        log:
+            "results/logs/score_lambada/{model}.log",
+        benchmark:
+            "results/logs/score_lambada/{model}.tsv"
+        conda:
+            "../envs/gpu.yaml"
+        threads: threads_by_size
+        resources:
+            **machine("sample"),
+        params:
+            checkpoint=subpath(input.checkpoint, parent=True),
+            corpus=subpath(input.corpus, parent=True),
+            evaluation=flags(CONFIG.evaluation, "lambada", "lambada_items", "bootstrap"),
+            weights=CONFIG.sampling.weights,
+            code=STAGE["lambada"],
+        shell:
+            r"""
+            {resources.srun}halfstep score-lambada \
+                --checkpoint {params.checkpoint:q} \
+                --weights {params.weights} \
+                --corpus {params.corpus:q} \
+                --output {output.rows:q} \
+                {params.evaluation} \
+                --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
+                2>&1 | tee {log:q}
+            """

@@ -56,7 +56,7 @@ rule import_teacher:
     input:
         corpus=targets.manifest,
         source=lambda wildcards: local_file(targets.teacher(wildcards).source),
-        hub=FETCHED,
+        hub=lambda wildcards: fetched(targets.source_of_hub(wildcards.teacher)),
     output:
         multiext(
             "results/models/{teacher}/teacher/",

@@ -33,7 +33,7 @@ def test_names_and_defaults():
     assert defaults == {"path": inspect.Parameter.empty, "device": "auto", "weights": "ema"}
     by_name = [name for name, p in generate.items() if p.kind is p.KEYWORD_ONLY]
     assert by_name == ["sampler", "temperature", "top_p", "micro_batch"]
-    assert [p.default for p in generate.values()][1:5] == [8, 1, "", 1]
+    assert [p.default for p in generate.values()][1:5] == [None, 1, "", 1]
     assert all(p.kind is not p.VAR_KEYWORD for p in generate.values())
 
 
@@ -146,6 +146,8 @@ def test_what_a_diffusion_model_cannot_do(student, fault):
     ("arguments", "sentence"),
     [
         ({"steps": 16}, "^steps: found 16, but .* takes one step per token; leave it out"),
+        ({"steps": 8}, "^steps: found 8, but .* takes one step per token; leave it out"),
+        ({"sampler": "ancestral"}, "^sampler: found .ancestral., but an autoregressive model"),
         ({"sampler": "block"}, "^sampler: found 'block', but an autoregressive model has no"),
         ({"top_p": 0}, "top_p: found 0.*: input should be greater than 0"),
         ({"top_p": 1.5}, "top_p: found 1.5: input should be less than or equal to 1"),

@@ -4,10 +4,13 @@ import errno
 import importlib
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from small import MACHINE, call
 
+import halfstep
 from halfstep import cli, renamed
 from halfstep.config import GenerateOptions, Training
 from halfstep.distributed import launch
@@ -150,3 +153,106 @@ def test_words_without_a_function(monkeypatch, words, expected):
     assert " ".join(found) == expected
     notice = "--old-name is the former name of --new-name and works for one release only; "
     assert notices == [f"{notice}write --new-name"] * (words != expected)
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == cli.main(["-V"]) == 0
+    assert capsys.readouterr().out == f"halfstep {halfstep.__version__}\n" * 2
+
+
+def completed(script, *words):
+    """What bash offers for the last of these words of a command line."""
+    array = " ".join(f"'{word}'" for word in ("halfstep", *words))
+    call = f"COMP_WORDS=({array}); COMP_CWORD={len(words)}; _tyro_halfstep"
+    lines = f'{script}\n{call}\nprintf "%s\\n" "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True, timeout=60)
+    return {line.split("\t")[0] for line in done.stdout.splitlines()}
+
+
+def test_bash_completes_commands_and_flags(capsys):
+    assert cli.main(["--print-completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert completed(script, "") >= set(cli.COMMANDS)
+    assert completed(script, "score-s") == {"score-samples"}
+    assert {"--num-steps", "--batch-size", "--corpus"} <= completed(script, "pretrain", "--")
+    assert completed(script, "generate", "--sampler", "ancest") == {"ancestral", "ancestral_float32"}
+
+
+@pytest.mark.parametrize("words", [[], ["tcsh"], ["bash", "zsh"]])
+def test_completion_for_other_shells(capsys, words):
+    assert cli.main(["--print-completion", *words]) == 2
+    assert "name one of bash, zsh, fish" in capsys.readouterr().err
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Standard output is a pipe whose reader has left."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        yield
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", ["", *cli.COMMANDS])
+def test_a_reader_that_leaves_is_no_error(unread, capsys, name):
+    """As in `halfstep --help | head -1`."""
+    try:
+        code = cli.main([name, "--help"] if name else ["--help"])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code in (0, None)
+
+
+def test_a_command_ends_its_work_after_its_reader_has_left(unread, tmp_path):
+    assert cli.main(["write-schema", "--output", f"{tmp_path}/schema.json"]) == 0
+    assert json.loads((tmp_path / "schema.json").read_text())
+
+
+def test_head_reads_what_a_shell_pipes(tmp_path):
+    line = f"set -o pipefail; {sys.executable} -m halfstep.cli --help | head -1"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: halfstep")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux only")
+def test_a_full_disk_behind_standard_output_is_one_line(tmp_path):
+    line = f"{sys.executable} -m halfstep.cli write-schema --output {tmp_path}/a >/dev/full"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == f"halfstep write-schema: No space left on device; {cli.SPACE}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("1e3", 1000), ("1_000", 1000), ("1.0e3", 1000), ("1000.0", 1000)]
+)
+def test_whole_numbers_of_flags(text, number):
+    words = ["--num-samples", text, "--prompt", text]
+    found = cli.parse_arguments(function_of(GenerateOptions), "test", words)
+    assert found["options"].num_samples == number and found["prompt"] == text
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.5", "ten", "1e400", "nan", ""])
+def test_other_numbers_are_explained(capsys, text):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["summary", "--width", text])
+    assert stopped.value.code == 2
+    line = f"halfstep summary: Error parsing --width: found {text}, expected a whole number"
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_an_option_without_effect_is_said(pipeline, capsys, tmp_path):
+    write = f"generate --num-samples 2 {MACHINE}"
+    options = "--steps 4 --top-p 0.9"
+    assert call(f"{write} --checkpoint {pipeline.student} --output {tmp_path}/a {options}") == 0
+    assert "note: --top-p 0.9 has no effect on a diffusion model\n" in capsys.readouterr().err
+    options = "--steps 8 --sampler block"
+    assert call(f"{write} --checkpoint {pipeline.baseline} --output {tmp_path}/b {options}") == 0
+    printed = capsys.readouterr().err
+    assert "note: --steps 8 has no effect: this model takes one step per token\n" in printed
+    assert "note: --sampler block has no effect on an autoregressive model\n" in printed
+    options = "--steps 24 --top-p 0.9"
+    assert call(f"{write} --checkpoint {pipeline.baseline} --output {tmp_path}/c {options}") == 0
+    assert "note" not in capsys.readouterr().err

@@ -49,12 +49,12 @@ def load(
 
 def generate(  # noqa: PLR0913  the options of one draw, each by its name
     model: Model,
-    steps: int = 8,
+    steps: int | None = None,
     num_samples: int = 1,
     prompt: str = "",
     seed: int = 1,
     *,
-    sampler: str = "ancestral",
+    sampler: str | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     micro_batch: int = 32,
@@ -70,14 +70,14 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
 
     Args:
         model: a model from `load`
-        steps: sampling steps of a diffusion model; an autoregressive model takes one per token
+        steps: sampling steps of a diffusion model (8); an autoregressive model takes one per token
         num_samples: number of texts
         prompt: text that each text begins with; each <|mask|> in it is one token to fill in, which
             only a diffusion model can, and each <|endoftext|> ends a document; a blank before a
             <|mask|>, or at the end, is part of the token that is written there
         seed: seed of the draws
-        sampler: how a diffusion model reveals its tokens: ancestral, analytic, first_hitting, block
-            or ancestral_float32 (`halfstep generate --help` explains them)
+        sampler: how a diffusion model reveals its tokens: ancestral (by default), analytic,
+            first_hitting, block or ancestral_float32 (`halfstep generate --help` explains them)
         temperature: divisor of the logits before a draw
         top_p: nucleus of the draws of an autoregressive model
         micro_batch: texts per forward pass; affects only speed and memory
@@ -97,8 +97,8 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
     from halfstep.resolve import explain
 
     if model.denoiser is None:
-        for name, value, default in (("steps", steps, 8), ("sampler", sampler, "ancestral")):
-            if value != default:
+        for name, value in (("steps", steps), ("sampler", sampler)):
+            if value is not None:
                 raise HalfstepError(
                     f"{name}: found {value!r}, but an autoregressive model has no sampler and "
                     "takes one step per token; leave it out"
@@ -108,12 +108,13 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
             f"top_p: found {top_p!r}, but only an autoregressive model draws from a nucleus; "
             "leave it out"
         )
+    steps = 8 if steps is None else steps
     if not isinstance(steps, int) or steps < 1:
         raise HalfstepError(f"steps: found {steps!r}, expected a whole number above zero")
     chosen = {
         "num_samples": num_samples,
         "sampling_seed": seed,
-        "sampler": sampler,
+        "sampler": "ancestral" if sampler is None else sampler,
         "temperature": temperature,
         "top_p": top_p,
     }

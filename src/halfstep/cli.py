@@ -8,13 +8,17 @@ import difflib
 import errno
 import functools
 import importlib
+import inspect
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from halfstep.sanitize import guard_output, one_line, remember_secrets
+from halfstep import __version__
+from halfstep.sanitize import guard_output, remember_secrets, shorten
+from halfstep.streams import UnreadStream, reader_may_leave
 
 COMMANDS = {  # name: (module:function, what it does)
     "prepare-corpus": (
@@ -117,11 +121,36 @@ ADVICE = {  # error of the file system: what to do
 }
 
 
+SHELLS = ("bash", "zsh", "fish")
+
+
 def usage() -> str:
     """The text of `halfstep --help`."""
     head = "usage: halfstep <command> [--flags]     (halfstep <command> --help lists its flags)"
     rows = [f"  {name:19} {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join([head, "", *rows])
+    others = f"       halfstep --version | --print-completion {{{','.join(SHELLS)}}}"
+    return "\n".join([head, others, *rows])
+
+
+def load_command(name: str) -> Callable[..., None]:
+    """The function of a command."""
+    module, function = COMMANDS[name][0].split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def completion(shell: str) -> str:
+    """A script that completes all commands and flags in a shell."""
+    import tyro
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        tyro.extras.subcommand_cli_from_dict(
+            {name: load_command(name) for name in COMMANDS},
+            prog="halfstep",
+            args=["--tyro-print-completion", shell],
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    return printed.getvalue()
 
 
 def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -> dict[str, Any]:
@@ -142,17 +171,102 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
     collect = functools.wraps(command)(lambda **given: given)
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
-            flat = (tyro.conf.OmitArgPrefixes,)
-            return tyro.cli(collect, prog=f"halfstep {name}", args=words, config=flat)
+        out: Any = _HelpStream(sys.stdout)
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(out):
+            given = tyro.cli(
+                collect,
+                prog=f"halfstep {name}",
+                args=words,
+                config=(tyro.conf.OmitArgPrefixes,),
+                registry=_whole_numbers(),
+            )
+        return check_parameters(command, given)
     except SystemExit as error:
         cause = error.__context__
         while cause is not None:  # tyro draws a box around pydantic's message
             if isinstance(cause, ValidationError):
                 raise cause from None
             cause = cause.__context__
-        _print_once(printed.getvalue())
+        if text := _unboxed(printed.getvalue()):
+            _print_once(f"halfstep {name}: {shorten(text, 500)}; see halfstep {name} --help\n")
         raise
+
+
+def check_parameters(command: Callable[..., None], given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a command, each within the bounds that its annotation names.
+
+    Raises HalfstepError for a value that is not.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from halfstep.errors import HalfstepError
+
+    checked = dict(given)
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        bounds = getattr(parameter.annotation, "__metadata__", ())
+        if not any(type(bound).__module__.startswith("pydantic") for bound in bounds):
+            continue
+        try:
+            checked[name] = TypeAdapter(parameter.annotation).validate_python(given[name])
+        except ValidationError as error:
+            flag, message = name.replace("_", "-"), error.errors()[0]["msg"]
+            raise HalfstepError(
+                f"--{flag}: found {given[name]!r}: {message[0].lower() + message[1:]}"
+            ) from None
+    return checked
+
+
+class _HelpStream(UnreadStream):
+    """A stream for tyro's help that leaves out `(default: None)`, which says nothing."""
+
+    def write(self, text: str) -> int:
+        pattern = r"\(default:([\s│]+)None\)"
+        return super().write(re.sub(pattern, lambda found: f"{'':9}{found[1]}{'':5}", text))
+
+
+def _whole_numbers() -> Any:
+    """tyro's rules, and one by which `1e6` is a whole number, as it is in config.yaml."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    from halfstep.config import whole_number
+
+    def parse(words: list[str]) -> int:
+        value = whole_number(words[0])
+        if not isinstance(value, int):
+            raise ValueError(f"found {value}, expected a whole number, as 1000000 or 1e6")
+        return value
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(kind: Any) -> PrimitiveConstructorSpec | None:
+        if kind.type is not int:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="INT",
+            instance_from_str=parse,
+            is_instance=lambda value: type(value) is int,
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def _unboxed(printed: str) -> str:
+    """The faults in tyro's box in one line, without the paragraphs that repeat the help.
+
+    The box has a title, and lines of ─ or - between its paragraphs; on a terminal it has colors.
+    """
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed)
+    lines = [line.strip("│╰╯ ") for line in plain.splitlines()[1:]]
+    paragraphs = re.split(r"(?:^|\s+)[─-]{9,}(?:\s+|$)", " ".join(lines))
+    said = [
+        text.strip().removesuffix(".")
+        for text in paragraphs
+        if text.strip() and not re.match(" *(Argument helptext|For full help)", text)
+    ]
+    return "; ".join(said)
 
 
 def _print_once(text: str) -> None:
@@ -165,7 +279,7 @@ def _print_once(text: str) -> None:
 
 def _refuse(name: str, *faults: str) -> int:
     """Print the faults of a command, one line each; the exit code."""
-    _print_once("".join(f"halfstep {name}: {one_line(fault)}\n" for fault in faults))
+    _print_once("".join(f"halfstep {name}: {shorten(fault, 500)}\n" for fault in faults))
     return 1
 
 
@@ -174,22 +288,42 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     remember_secrets(argv)
     guard_output()
-    if not argv or argv[0] in ("-h", "--help"):
+    with reader_may_leave():
+        if not argv or argv[0] in COMMANDS:
+            return run_command(*argv) if argv else _describe("--help")
+        return _describe(*argv)
+
+
+def _describe(name: str, *words: str) -> int:
+    """Answer what is no command: --help, --version, --print-completion, or a wrong word."""
+    if name in ("-h", "--help"):
         print(usage())
         return 0
-    name, *words = argv
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1, 0.4)
-        hint = f"did you mean {near[0]}?" if near else "see halfstep --help"
-        print(f"halfstep: unknown command {name!r}; {hint}", file=sys.stderr)
+    if name in ("-V", "--version"):
+        print(f"halfstep {__version__}")
+        return 0
+    if name == "--print-completion":
+        if len(words) == 1 and words[0] in SHELLS:
+            print(completion(words[0]))
+            return 0
+        print(f"halfstep: --print-completion: name one of {', '.join(SHELLS)}", file=sys.stderr)
         return 2
+    near = difflib.get_close_matches(name[:80], COMMANDS, 1, 0.4)
+    hint = f"did you mean {near[0]}?" if near else "see halfstep --help"
+    print(f"halfstep: unknown command {shorten(repr(name))}; {hint}", file=sys.stderr)
+    return 2
+
+
+def run_command(*argv: str) -> int:
+    """Run `halfstep <argv>`; returns the exit code."""
+    name, *words = argv
     from halfstep.distributed import launch
     from halfstep.errors import HalfstepError
 
-    processes = launch.processes_requested(argv)
+    processes = launch.processes_requested(list(argv))
     if processes > 1:
         try:
-            return launch.launch(argv, processes)
+            return launch.launch(list(argv), processes)
         except HalfstepError as error:
             return _refuse(name, str(error))
     launch.die_with_launcher()
@@ -199,8 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     from halfstep.resolve import explain
 
     provenance.begin_record(["halfstep", *argv])
-    module, function = COMMANDS[name][0].split(":")
-    command = getattr(importlib.import_module(module), function)
+    command = load_command(name)
     try:
         given = parse_arguments(command, name, words)
         if "machine" in given:
@@ -208,6 +341,7 @@ def main(argv: list[str] | None = None) -> int:
 
             prepare_process(given["machine"])
         command(**given)
+        sys.stdout.flush()
     except pydantic.ValidationError as error:
         return _refuse(name, *explain(error))
     except HalfstepError as error:

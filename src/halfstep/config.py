@@ -10,7 +10,7 @@ import re
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from halfstep.sanitize import CONTROL, mask_secrets
@@ -29,6 +29,27 @@ def _number(value: Any) -> Any:
 Float = Annotated[float, pydantic.BeforeValidator(_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Float, Field(gt=0)]
 Share = Annotated[Float, Field(ge=0, lt=1)]
+
+
+def whole_number(value: Any) -> Any:
+    """Take `1e6` and `1_000_000`, texts in YAML 1.1 or on a command line, for whole numbers."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d[\d_]{,99}", value):
+        return int(value.replace("_", ""))
+    number = _number(value)
+    if isinstance(number, float) and number.is_integer() and abs(number) <= 2**53:
+        return int(number)
+    return value
+
+
+# Every number has an upper bound: nothing may count to 10**12 before it is refused.
+Whole = Annotated[int, pydantic.BeforeValidator(whole_number)]
+Count = Annotated[Whole, Field(gt=0, le=10**9)]
+TokenCount = Annotated[Whole, Field(ge=1, le=2**20)]
+Threads = Annotated[Whole, Field(ge=1, le=2**16)]
+Seed = Annotated[Whole, Field(ge=0, le=2**63 - 1)]
+MOST_ROUNDS = 20
+MOST_STEPS = 2**MOST_ROUNDS
+Steps = Annotated[Whole, Field(ge=1, le=MOST_STEPS)]
 
 
 def _list(value: Any) -> Any:
@@ -82,23 +103,23 @@ class Corpus(Section):
     kind: Literal["stories", "docs", "openwebtext", "files"]
     """stories: written by the built-in grammar; docs: docstrings of the installed Python packages;
     openwebtext: from the hub; files: your own text"""
-    length: Annotated[int, Field(ge=8)] = 1024
+    length: Annotated[TokenCount, Field(ge=8)] = 1024
     """tokens per window, BOS and EOS included"""
     tokenizer: Word = "bpe"
     """bpe: a byte-level BPE trained on the corpus; otherwise a hub name (gpt2) or a folder with
     vocab.json and merges.txt"""
-    vocab_size: Annotated[int, Field(ge=258)] = 8192
+    vocab_size: Annotated[Whole, Field(ge=258, le=2**24)] = 8192
     """vocabulary size of the trained BPE, EOS included (only with tokenizer: bpe)"""
     files: list[Word] = []
     """paths or globs of .txt, .jsonl, .jsonl.gz or .parquet files (only with kind: files)"""
     text_field: Word = "text"
     """field of .jsonl and .parquet files that holds the text (only with kind: files)"""
-    num_documents: PositiveInt | None = None
+    num_documents: Count | None = None
     """maximum number of documents to read; kind stories: number of stories to write"""
-    validation_documents: PositiveInt | None = None
+    validation_documents: Count | None = None
     """number of held-out documents (by default 1,000; openwebtext: 100,000): the last ones of the
     corpus, or stories with combinations that are never trained on"""
-    corpus_seed: Annotated[int, Field(ge=0)] = 1
+    corpus_seed: Seed = 1
     """seed of the grammar (only with kind: stories)"""
 
     @model_validator(mode="after")
@@ -210,15 +231,15 @@ class Network(Section):
 class Training(Section):
     """Training of the teacher or of the baseline. The defaults are those of MDLM on OpenWebText."""
 
-    num_steps: PositiveInt = 1_000_000
+    num_steps: Count = 1_000_000
     """optimizer steps"""
-    batch_size: PositiveInt = 512
+    batch_size: Count = 512
     """windows per optimizer step, over all devices and micro-batches"""
     lr: Positive = 3e-4
     """peak learning rate of AdamW"""
     lr_decay: Literal["constant", "linear", "cosine"] = "constant"
     """shape of the learning rate after the warm-up; linear and cosine end at lr / 50"""
-    warmup_steps: Annotated[int, Field(ge=0)] = 2500
+    warmup_steps: Annotated[Whole, Field(ge=0, le=10**9)] = 2500
     """steps of linear warm-up"""
     weight_decay: Annotated[Float, Field(ge=0)] = 0.0
     """decoupled weight decay of AdamW"""
@@ -234,7 +255,7 @@ class Training(Section):
     """autocast dtype of the network; divergences and losses are always float32"""
     min_t: Share = 1e-3
     """smallest training time (MDLM's sampling_eps)"""
-    validate_every: PositiveInt = 5000
+    validate_every: Count = 5000
     """optimizer steps between evaluations of the held-out loss"""
 
     @model_validator(mode="after")
@@ -249,24 +270,24 @@ class Training(Section):
 class Distillation(Training):
     """One run of Self-Distillation Through Time. The defaults are the paper's."""
 
-    num_steps: PositiveInt = 10_000
+    num_steps: Count = 10_000
     """optimizer steps in one round"""
-    batch_size: PositiveInt = 128
+    batch_size: Count = 128
     """windows per optimizer step, over all devices and micro-batches"""
     lr: Positive = 6e-5
     """peak learning rate of AdamW"""
-    warmup_steps: Annotated[int, Field(ge=0)] = 500
+    warmup_steps: Annotated[Whole, Field(ge=0, le=10**9)] = 500
     """steps of linear warm-up in the first round and after a reset of the optimizer"""
     min_t: Share = 1e-5
     """smallest training time"""
     divergence: Literal["kl_backward", "kl_forward", "mse", "tvd", "l1_log_p"] = "kl_backward"
     """divergence between student and teacher; kl_backward: KL(student || teacher), the paper's KLD;
     l1_log_p: what the released code calls tvd"""
-    teacher_steps: PositiveInt = 1024
+    teacher_steps: Steps = 1024
     """sampling steps of the first teacher"""
-    rounds: PositiveInt = 7
+    rounds: Annotated[Whole, Field(ge=1, le=MOST_ROUNDS)] = 7
     """number of rounds; each divides the sampling steps by `substeps`"""
-    substeps: Annotated[int, Field(ge=2)] = 2
+    substeps: Annotated[Steps, Field(ge=2)] = 2
     """teacher steps that one student step replaces (the paper's m/k)"""
     teacher_times: Literal["exact", "released"] = "exact"
     """times of the teacher's substeps: exact (Algorithm 1) or released (the released code)"""
@@ -282,10 +303,10 @@ class Distillation(Training):
 
     @model_validator(mode="after")
     def _check_rounds(self) -> Distillation:
-        if self.teacher_steps % self.substeps**self.rounds:
-            most = 0
-            while self.teacher_steps % self.substeps ** (most + 1) == 0:
-                most += 1
+        most = 0
+        while self.teacher_steps % self.substeps ** (most + 1) == 0:
+            most += 1
+        if self.rounds > most:
             raise ValueError(
                 f"{self.rounds} rounds of {self.substeps} substeps do not divide "
                 f"teacher_steps {self.teacher_steps}: at most {most} rounds do, "
@@ -309,27 +330,37 @@ class DrawOptions(Section):
     """divisor of the logits before a draw"""
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     """nucleus of the baseline's draws (the paper uses 0.95); a denoiser has none"""
-    sampling_seed: Annotated[int, Field(ge=0)] = 1
+    sampling_seed: Seed = 1
     """seed of the draws; sample i depends only on this seed and i"""
 
 
 class GenerateOptions(DrawOptions):
     """How one set of samples is drawn."""
 
-    num_samples: PositiveInt = 1024
+    num_samples: Count = 1024
     """number of texts per model and step count"""
 
 
 def _step_count(value: Any) -> int | str:
-    if value == "own" or (type(value) is int and value > 0):
-        return value
+    count = whole_number(value)
+    if value == "own" or (type(count) is int and 0 < count <= MOST_STEPS):
+        return count
+    if type(count) is int and count > MOST_STEPS:
+        raise ValueError(f"expected at most {MOST_STEPS} steps, or own")
     raise ValueError("expected a whole number above zero, or own")
 
 
 StepCount = Annotated[
     Any,
     pydantic.PlainValidator(_step_count),
-    pydantic.WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"const": "own"}]}),
+    pydantic.WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": MOST_STEPS},
+                {"const": "own"},
+            ]
+        }
+    ),
 ]
 
 
@@ -352,27 +383,27 @@ class Evaluation(Section):
     judge: Annotated[Names, Field(min_length=1)] = ["gpt2-large"]
     """one judge or a list; baseline: the autoregressive model of the corpus; otherwise a hub name
     or a folder for transformers (the paper's judges: gpt2-large, meta-llama/Meta-Llama-3-8B)"""
-    lambada: Word = "EleutherAI/lambada_openai"
+    lambada: Word | None = "EleutherAI/lambada_openai"
     """last_words: items from the held-out stories of the corpus; otherwise a hub name or a .jsonl
-    file of {"text": ...} lines"""
-    lambada_items: PositiveInt | None = None
+    file of {"text": ...} lines; null: no last-word task"""
+    lambada_items: Count | None = None
     """maximum number of items; all by default"""
-    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    bootstrap: Annotated[Whole, Field(ge=100, le=10**6)] = 1000
     """bootstrap resamples for each 95% interval"""
 
 
 class Prompts(Section):
     """Prompts from held-out documents, and their continuations. The defaults are the paper's."""
 
-    num_prompts: Annotated[int, Field(ge=2)] = 1024
+    num_prompts: Annotated[Count, Field(ge=2)] = 1024
     """number of prompts, from the first held-out documents that are long enough"""
-    per_prompt: Annotated[int, Field(ge=2)] = 5
+    per_prompt: Annotated[Count, Field(ge=2)] = 5
     """continuations per prompt"""
-    prompt_tokens: Annotated[int, Field(ge=2)] = 50
+    prompt_tokens: Annotated[TokenCount, Field(ge=2)] = 50
     """tokens per prompt, BOS included"""
-    continuation_tokens: Annotated[int, Field(ge=4)] = 50
+    continuation_tokens: Annotated[TokenCount, Field(ge=4)] = 50
     """tokens written after the prompt"""
-    document_tokens: PositiveInt = 1024
+    document_tokens: TokenCount = 1024
     """minimum length of a document in tokens, EOS not counted"""
 
     @model_validator(mode="after")
@@ -387,13 +418,13 @@ class Prompts(Section):
         return self
 
 
-RoundNumber = Annotated[int, Field(ge=0)]
+RoundNumber = Annotated[Whole, Field(ge=0, le=MOST_ROUNDS)]
 
 
 class Continuations(Prompts):
     """Continuations of held-out prompts, scored by MAUVE, self-BLEU and the judge's perplexity."""
 
-    continuation_steps: Annotated[list[PositiveInt], Field(min_length=1)] = [8, 16, 32, 64, 128]
+    continuation_steps: Annotated[list[Steps], Field(min_length=1)] = [8, 16, 32, 64, 128]
     """step counts at which prompts are continued"""
     continuation_rounds: Annotated[list[RoundNumber], Field(min_length=1)] | None = None
     """rounds that continue prompts (0 is the teacher); all by default. The baseline always does"""
@@ -405,11 +436,11 @@ Baseline = Literal["halfstep", "transformers", "vllm"]
 class Benchmark(Section):
     """What is timed: the students at each step count, and autoregressive baselines."""
 
-    lengths: Annotated[list[PositiveInt], Field(min_length=1)] = [64, 128, 256, 512, 1024]
+    lengths: Annotated[list[TokenCount], Field(min_length=1)] = [64, 128, 256, 512, 1024]
     """tokens per text"""
-    batch_sizes: Annotated[list[PositiveInt], Field(min_length=1)] = [1, 8]
+    batch_sizes: Annotated[list[Threads], Field(min_length=1)] = [1, 8]
     """texts per batch"""
-    benchmark_steps: Annotated[list[PositiveInt], Field(min_length=1)] = [4, 8, 16, 32, 64]
+    benchmark_steps: Annotated[list[Steps], Field(min_length=1)] = [4, 8, 16, 32, 64]
     """sampling steps of the timed students"""
     baselines: Annotated[list[Baseline], Field(min_length=1)] = ["halfstep", "transformers"]
     """autoregressive decoders; halfstep: ours (static KV cache, CUDA graphs); transformers: its
@@ -419,7 +450,7 @@ class Benchmark(Section):
     rows say so"""
     timed_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the transformer blocks of everything timed; readouts and draws are unaffected"""
-    repeats: Annotated[int, Field(ge=3)] = 10
+    repeats: Annotated[Count, Field(ge=3)] = 10
     """timed runs per case, after one warm-up; three if one run of all cases takes over a minute"""
 
 
@@ -428,11 +459,11 @@ class Machine(Section):
 
     device: str = "auto"
     """auto: the first CUDA device, or the CPU if there is none; otherwise a torch device (cpu)"""
-    threads: PositiveInt | None = None
+    threads: Threads | None = None
     """CPU threads of torch, shared by the processes on this machine; all cores by default"""
-    micro_batch: PositiveInt = 32
+    micro_batch: Count = 32
     """windows per forward pass; training accumulates gradients up to batch_size"""
-    processes: PositiveInt | None = None
+    processes: Annotated[Whole, Field(ge=1, le=9999)] | None = None
     """number of processes that share this job, one per GPU; they are started through torchrun,
     unless torchrun started this process (default: one, or as many as torchrun started)"""
     time_limit: Positive | None = None
@@ -459,16 +490,21 @@ class Teacher(Section):
     distillation: Distillation = Distillation()
     """options that all runs share"""
     runs: dict[Name, Distillation] = {"kl_backward": Distillation()}
-    """the runs by name, each with only the options that differ from `distillation`"""
+    """the runs by name, each with only the options that differ from `distillation`; when absent,
+    one run kl_backward with the options of `distillation`"""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_runs(cls, raw: Any) -> Any:
-        """Give every run the keys of `distillation` that it does not set."""
-        if not isinstance(raw, dict) or not isinstance(raw.get("runs"), dict):
+        """Give every run the keys of `distillation` that it does not set; null is the default."""
+        if not isinstance(raw, dict):
             return raw
-        shared = raw.get("distillation") or {}
-        if not isinstance(shared, dict):
+        raw = {key: value for key, value in raw.items() if value is not None}
+        raw.setdefault("runs", {"kl_backward": {}})
+        shared = raw.get("distillation", {})
+        if isinstance(shared, Distillation):
+            shared = shared.model_dump(exclude_unset=True)
+        if not isinstance(raw["runs"], dict) or not isinstance(shared, dict):
             return raw
         runs = {}
         for name, run in raw["runs"].items():
@@ -491,7 +527,7 @@ class Config(Section):
 
     preset: Word = "laptop"
     """file of workflow/presets that the other keys override"""
-    seed: Annotated[int, Field(ge=0)] = 1
+    seed: Seed = 1
     """seed of the weights, batches, masks and times"""
     corpora: Annotated[dict[Name, Corpus], Field(min_length=1)]
     """the corpora by name"""
@@ -530,7 +566,8 @@ class Config(Section):
         if self.evaluation.lambada == "last_words" and corpus.kind != "stories":
             raise ValueError(
                 f"evaluation.lambada is last_words, but the kind {of} is {corpus.kind}: "
-                "only stories have them; name a hub data set or a .jsonl file"
+                "only stories have them; name a hub data set or a .jsonl file, "
+                "or leave the task out with null"
             )
         runs = teacher.runs.values() or [teacher.distillation]
         own = max(run.teacher_steps for run in runs)

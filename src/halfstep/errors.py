@@ -2,7 +2,7 @@
 
 import reprlib
 
-from halfstep.sanitize import one_line
+from halfstep.sanitize import one_line, shorten
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
@@ -32,4 +32,7 @@ def reason(error: BaseException) -> str:
 
 def excerpt(value: object) -> str:
     """The repr of a value that came from a file, cut to a few words."""
-    return _SHORT.repr(value)
+    try:
+        return shorten(_SHORT.repr(value), 200)
+    except ValueError:  # a number of more than 4,300 digits
+        return f"a {type(value).__name__} that is too large to print"

@@ -7,8 +7,10 @@ nearest known name. Former names of keys (renamed.py) are replaced, with a warni
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import shlex
+import stat
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,21 +24,28 @@ from halfstep import config
 from halfstep.config import Config, Section, flag_name, negated_flag, section_type
 from halfstep.errors import ConfigError, HalfstepError, excerpt
 from halfstep.renamed import former_names, rename_keys
-from halfstep.sanitize import one_line
+from halfstep.sanitize import one_line, shorten
 
 PRESETS = Path("workflow/presets")  # relative to the repository root
+MOST_BYTES = 1_000_000  # of a configuration file
+MOST_VALUES = 100_000  # in a configuration, with each alias written out
+MOST_FAULTS = 20  # that are printed
+MOST_LEVELS = 100  # of sections and lists in one another
 
 
 def explain(error: pydantic.ValidationError, top: type[BaseModel] = Config) -> list[str]:
     """One line per fault: where, what was found, what is allowed, the nearest known name."""
     lines = []
-    for fault in error.errors():
-        path = ".".join(str(part) for part in fault["loc"]) or "configuration"
+    faults = _without_inherited(error.errors())
+    for fault in faults[:MOST_FAULTS]:
+        path = ".".join(shorten(str(part)) for part in fault["loc"]) or "configuration"
         message, value = fault["msg"].removeprefix("Value error, "), fault["input"]
         if fault["type"] == "extra_forbidden":
             known = _known_keys(top, fault["loc"][:-1])
             hint = _nearest(fault["loc"][-1], known) or f"; known are {', '.join(known)}"
             message = f"unknown key{hint}"
+        elif fault["type"].startswith("int_"):
+            message += ", as 1000000, 1_000_000 or 1e6"
         elif fault["type"] == "literal_error":
             expected = fault["ctx"]["expected"]
             names = [name.strip("'\"") for name in expected.replace(" or ", ", ").split(", ")]
@@ -44,7 +53,10 @@ def explain(error: pydantic.ValidationError, top: type[BaseModel] = Config) -> l
         if isinstance(value, dict | BaseModel):  # a fault of a whole section
             lines.append(f"{path}: {message}")
         else:
-            lines.append(f"{path}: found {value!r}: {message[0].lower() + message[1:]}")
+            message = message[0].lower() + message[1:]
+            lines.append(f"{path}: found {excerpt(value)}: {message}")
+    if len(faults) > MOST_FAULTS:
+        lines.append(f"and {len(faults) - MOST_FAULTS} more faults")
     return list(dict.fromkeys(map(one_line, lines)))
 
 
@@ -68,9 +80,24 @@ def check_fields(value: object, model: type[BaseModel], where: object, advice: s
     raise HalfstepError(f"{where}: {said}; {advice}")
 
 
+def _without_inherited(faults: list[Any]) -> list[Any]:
+    """The faults without those that a run has from the section `distillation` of its teacher."""
+    known, own = set(), []
+    for fault in faults:
+        path = list(fault["loc"])
+        of_run = path[2:3] == ["runs"]
+        if of_run:
+            path[2:4] = ["distillation"]
+        about = (*path, fault["type"], fault["msg"])
+        if not (of_run and about in known):
+            own.append(fault)
+        known.add(about)
+    return own
+
+
 def _nearest(name: object, known: Iterable[str]) -> str:
     """A hint at the known name most like `name`, or nothing."""
-    near = difflib.get_close_matches(str(name), list(known), 1, 0.5)
+    near = difflib.get_close_matches(str(name)[:80], list(known), 1, 0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -102,20 +129,21 @@ def resolve(user: dict, presets: Path = PRESETS, quiet: bool = False) -> Config:
     A preset may name another preset. Unless `quiet`, one line of warning is printed for each
     renamed key. Raises ConfigError.
     """
+    check_size("configuration", user)
     default = Config.model_fields["preset"].default
     names, layers = [user.get("preset", default)], [("configuration", user)]
     while (name := names[-1]) is not None:
-        file = presets / f"{name}.yaml"
-        if not file.is_file():
-            known = sorted(path.stem for path in presets.glob("*.yaml"))
+        known = sorted(path.stem for path in presets.glob("*.yaml"))
+        if name not in known:
             hint = _nearest(name, known) or f"; known are {', '.join(known)}"
-            raise ConfigError(f"preset: found {name!r}: no file {file}{hint}")
+            raise ConfigError(f"preset: found {excerpt(name)}: no such file in {presets}{hint}")
+        file = presets / f"{name}.yaml"
         if name in names[:-1]:
             raise ConfigError(
                 f"preset: {' -> '.join(names)} is a cycle; "
                 "remove the key `preset` from one of these files"
             )
-        preset = _read_yaml(file)
+        preset = read_yaml(file)
         layers.append((str(file), preset))
         names.append(preset.get("preset"))
     merged: dict = {}
@@ -128,12 +156,134 @@ def resolve(user: dict, presets: Path = PRESETS, quiet: bool = False) -> Config:
     return validate(merged | {"preset": names[0]})
 
 
-def _read_yaml(file: Path) -> dict:
+def read_yaml(file: Path) -> dict:
+    """The sections of a YAML or JSON file.
+
+    Raises ConfigError with one line if it is no regular file, too large, not UTF-8 or not YAML, if
+    a key is given twice, or if its aliases or its nesting are out of all proportion.
+    """
+    text = _read_text(file)
     try:
-        return yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"preset: {file} is not YAML: {reason}") from None
+        loader = _OneKeyLoader(text)
+        loader.name = str(file)
+        tree = loader.get_single_node()
+        check_size(str(file), tree)
+        found = None if tree is None else loader.construct_document(tree)
+    except RecursionError:
+        raise ConfigError(_too_deep(str(file))) from None
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that cannot be
+        raise ConfigError(f"{file}: is not YAML: {_yaml_reason(error)}; correct it") from None
+    if found is None:
+        raise ConfigError(f"{file}: holds no key; write for example `preset: laptop`")
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{file}: found {excerpt(found)}, expected lines such as `preset: laptop`; change it"
+        )
+    return found
+
+
+def _read_text(file: Path) -> str:
+    try:
+        mode, size = file.stat().st_mode, file.stat().st_size
+        if not stat.S_ISREG(mode):
+            raise ConfigError(f"{file}: is no regular file; name a YAML file")
+        if size > MOST_BYTES:
+            raise ConfigError(
+                f"{file}: has {size:,} bytes, expected at most {MOST_BYTES:,}; name a YAML file"
+            )
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; check the path") from None
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(f"{file}: is UTF-16; save the file as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"{file}: line {line} has a byte that is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+class _OneKeyLoader(yaml.SafeLoader):
+    """A loader that refuses a key which is given twice in a section; YAML would take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ConfigError(
+                    f"{self.name}: key {shorten(key.value)} is given on line {lines[name]} and "
+                    f"again on line {line}; remove one of them"
+                )
+            lines[name] = line
+        return node
+
+    def construct_short_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number, unless it has more digits than Python prints."""
+        if len(node.value) > 100:
+            problem = f"a number of {len(node.value)} digits"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return self.construct_yaml_int(node)
+
+
+_OneKeyLoader.add_constructor("tag:yaml.org,2002:int", _OneKeyLoader.construct_short_int)
+
+
+def _yaml_reason(error: Exception) -> str:
+    """Line and problem of an error of the YAML parser."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    where = f"line {mark.line + 1}: " if mark else ""
+    return where + shorten(" ".join(str(problem or error).split()))
+
+
+def check_size(name: str, tree: Any) -> None:
+    """Raise ConfigError if a tree of YAML nodes or of Python objects is too large or too deep."""
+    sizes: dict[int, tuple[int, int]] = {}  # (values, levels) below each object, by its id
+
+    def measure(part: Any) -> tuple[int, int]:
+        if id(part) in sizes:
+            return sizes[id(part)]
+        sizes[id(part)] = 0, MOST_LEVELS + 1  # found again below itself
+        below = [measure(child) for child in _children(part)]
+        found = 1 + sum(n for n, _ in below), 1 + max((level for _, level in below), default=0)
+        sizes[id(part)] = found
+        return found
+
+    try:
+        values, levels = measure(tree)
+    except RecursionError:
+        raise ConfigError(_too_deep(name)) from None
+    if levels > MOST_LEVELS:
+        raise ConfigError(_too_deep(name))
+    if values > MOST_VALUES:
+        raise ConfigError(
+            f"{name}: has {values:.3g} values with its aliases written out, expected at most "
+            f"{MOST_VALUES:,}; write fewer"
+        )
+
+
+def _too_deep(name: str) -> str:
+    return (
+        f"{name}: sections or lists are more than {MOST_LEVELS} levels deep, or an alias contains "
+        "itself; write fewer levels"
+    )
+
+
+def _children(part: Any) -> list:
+    if isinstance(part, yaml.MappingNode):
+        return [node for pair in part.value for node in pair]
+    if isinstance(part, yaml.SequenceNode):
+        return part.value
+    if isinstance(part, dict):
+        return list(part.values())
+    return part if isinstance(part, list) else []
 
 
 def validate(raw: dict) -> Config:
@@ -168,10 +318,29 @@ def subsection(section: Section, kind: type[Section]) -> Section:
 
 def schema() -> dict:
     """The JSON schema of config.yaml, for editors. No key is required: presets have the others."""
-    tree = Config.model_json_schema()
+    tree = _with_bounds(Config.model_json_schema())
     for model in [tree, *tree["$defs"].values()]:
         model.pop("required", None)
         for row in former_names(getattr(config, model["title"])):
             notice = f"former name of {row.new}"
             model["properties"][row.old] = {"deprecated": True, "description": notice}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}
+
+
+BOUNDS = {
+    "ge": "minimum",
+    "gt": "exclusiveMinimum",
+    "le": "maximum",
+    "lt": "exclusiveMaximum",
+}
+
+
+def _with_bounds(tree: Any) -> Any:
+    """A schema with JSON's words for bounds; pydantic keeps its own behind a BeforeValidator."""
+    if isinstance(tree, list):
+        return [_with_bounds(part) for part in tree]
+    if not isinstance(tree, dict):
+        return tree
+    is_number = tree.get("type") in ("integer", "number")
+    words = BOUNDS if is_number else {}
+    return {words.get(key, key): _with_bounds(value) for key, value in tree.items()}

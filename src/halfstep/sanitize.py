@@ -72,6 +72,12 @@ def one_line(text: str) -> str:
     return shown.replace("\n", "\\n").replace("\t", "\\t")
 
 
+def shorten(text: str, most: int = 80) -> str:
+    """The text on one line as in `one_line`; of a longer one than `most`, its beginning and end."""
+    text = one_line(text)
+    return text if len(text) <= most else f"{text[: most * 5 // 8]} ... {text[-most // 4 :]}"
+
+
 def guard_output() -> None:
     """From now on stdout and stderr of this process mask secrets and escape control characters."""
     for name in ("stdout", "stderr"):

@@ -184,8 +184,10 @@ def _names(row: dict[str, Any]) -> str:
     return ", ".join(names) + more if names else "no fields"
 
 
-def items_file(data: str) -> Path | None:
-    """The local file of LAMBADA items that `data` names; None for the name of a hub data set."""
+def items_file(data: str | None) -> Path | None:
+    """The local file of LAMBADA items that `data` names; None for a hub data set, or for none."""
+    if data is None:
+        return None
     path = Path(data).expanduser()
     if data.endswith(ITEM_SUFFIXES):
         return path

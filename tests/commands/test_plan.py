@@ -6,15 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 
+from halfstep.commands import plan as module
 from halfstep.commands.plan import (
+    CPU_SPEED,
     GPU_SPEED,
     PlannedJob,
     Prices,
+    clock,
     graph_jobs,
     longest_path,
     num_weights,
     price_lines,
     printed_jobs,
+    slow_lines,
 )
 from halfstep.files import read_json, write_json
 
@@ -167,3 +171,78 @@ def test_measured_cost_is_printed_next_to_the_estimate(tmp_path):
     assert last[0] == "pretrain" and last[-2:] == ["2.0", "h"]
     # The estimate of before is kept, not one that knows the end.
     assert price_lines([], results)[-1].split() == last
+
+
+PREPARED = """
+rule prepare_corpus:
+    output: results/data/c/manifest.json
+    resources: gpu=0, runtime=360
+Shell command:
+        halfstep prepare-corpus --output results/data/c --kind files --length 128 \\
+            --vocab-size 1000 2>&1 | tee log
+"""
+TRAINED = """
+rule distill_round:
+    input: results/data/c/manifest.json
+    output: results/models/t/kl_backward/round-1/provenance.json
+    resources: gpu=0, runtime=60
+Shell command:
+        halfstep distill-round --teacher results/models/t/teacher --corpus results/data/c \\
+            --output results/models/t/kl_backward/round-1 --num-steps {steps} --batch-size 64 \\
+            2>&1 | tee log
+
+rule pretrain:
+    output: results/models/t/teacher/provenance.json
+    resources: gpu=0, runtime=60
+Shell command:
+        halfstep pretrain --corpus results/data/c --output results/models/t/teacher \\
+            --size mini --num-steps 1 --batch-size 1 2>&1 | tee log
+"""
+
+
+def test_a_job_without_a_gpu_is_priced_as_by_hand(tmp_path):
+    """The corpus names the vocabulary and the window; a round has two passes of the teacher."""
+    jobs = printed_jobs(PREPARED + TRAINED.format(steps=1000))
+    prices = Prices(jobs, tmp_path)
+    weights = 6 * 12 * 384**2 + 384 * 1000
+    by_hand = 2 * weights * (3 + 2) * 1000 * 64 * 128 / CPU_SPEED
+    assert prices.price(jobs[1]) == (pytest.approx(by_hand), "assumed")
+
+
+def test_days_on_this_machine_are_said_before_they_begin(tmp_path):
+    short = printed_jobs(PREPARED + TRAINED.format(steps=100))
+    assert slow_lines(short, tmp_path) == []
+    (line,) = slow_lines(printed_jobs(PREPARED + TRAINED.format(steps=100_000)), tmp_path)
+    assert "on the CPU of this machine a job of distill_round takes about 52 days" in line
+
+
+def test_the_clock_takes_the_largest_unit():
+    seconds = [5, 90, 5400, 86_400 * 3, 86_400 * 30, 86_400 * 365 * 600]
+    assert [clock(s) for s in seconds] == [
+        "5 s",
+        "1.5 min",
+        "1.5 h",
+        "72.0 h",
+        "30 days",
+        "600 years",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--config", "preset=ci"]])
+def test_a_plan_is_for_this_machine_unless_slurm_answers(monkeypatch, capsys, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def snakemake(call, **_):
+        calls.append(call)
+        return SimpleNamespace(returncode=0, stdout=PREPARED, stderr="")
+
+    monkeypatch.setattr(module.subprocess, "run", snakemake)
+    for answer, where in (None, "this machine"), ("gpu up", "the cluster"):
+        monkeypatch.setattr(module, "ask", lambda *words, timeout, answer=answer: answer)
+        module.plan(arguments)
+        assert capsys.readouterr().out.startswith(f"planned for {where}")
+        assert ("--profile" in calls[-1]) == (answer is not None)
+        assert calls[-1][len(calls[-1]) - len(arguments) :] == arguments
+    module.plan(["--profile", "slurm"])
+    assert calls[-1].count("--profile") == 1

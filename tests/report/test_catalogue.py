@@ -21,6 +21,7 @@ from halfstep.report.catalogue import (
 )
 
 ROWS = {**TABLES, **FIGURES}
+EXAMINED = {"evaluation": SimpleNamespace(lambada="last_words")}
 NAMES = {
     "model": ["t/teacher", "t/baseline", "t/mse/round-1"],
     "teacher": ["t"],
@@ -73,7 +74,7 @@ def test_every_metric_is_in_one_table():
 def test_the_synthetic_results_hold_the_inputs_of_every_table(tmp_path):
     """So that the tests of tables and figures cover each row."""
     synthetic.write(tmp_path / "results", teacher="t", runs=("mse",), rounds=1, points=2)
-    inputs = table_inputs(SimpleNamespace(continuations=True), **NAMES)
+    inputs = table_inputs(SimpleNamespace(continuations=True, **EXAMINED), **NAMES)
     assert inputs.keys() == TABLES.keys()
     for files in inputs.values():
         assert files and all((tmp_path / file).is_file() for file in files)
@@ -86,8 +87,8 @@ def test_a_pattern_is_expanded_for_every_value_of_its_placeholder():
 
 
 def test_tables_of_a_section_and_their_figures_exist_with_the_section():
-    with_section = table_inputs(SimpleNamespace(continuations=True), **NAMES)
-    without = table_inputs(SimpleNamespace(continuations=None), **NAMES)
+    with_section = table_inputs(SimpleNamespace(continuations=True, **EXAMINED), **NAMES)
+    without = table_inputs(SimpleNamespace(continuations=None, **EXAMINED), **NAMES)
     of_section = {name for name, row in TABLES.items() if row.section == "continuations"}
     assert with_section.keys() - without.keys() == of_section != set()
     figures_with = figure_inputs(with_section, NAMES["model"])
@@ -98,7 +99,7 @@ def test_tables_of_a_section_and_their_figures_exist_with_the_section():
 
 
 def test_a_table_of_continuations_is_made_from_the_models_that_continue_prompts():
-    inputs = table_inputs(SimpleNamespace(continuations=True), **NAMES)
+    inputs = table_inputs(SimpleNamespace(continuations=True, **EXAMINED), **NAMES)
     assert inputs["continuations"] == [
         "results/metrics/t/teacher/continuations.json",
         "results/metrics/t/baseline/continuations.json",

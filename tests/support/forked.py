@@ -42,6 +42,8 @@ _context.set_forkserver_preload(
         "halfstep.metrics.lambada",
         "halfstep.commands.track",
         "mlflow.store.tracking.sqlalchemy_store",
+        "snakemake.cli",
+        "snakemake.workflow",
     ]
 )
 

@@ -404,3 +404,38 @@ def test_tf32_is_for_bfloat16_on_cuda_alone_and_ends_with_the_training():
             found[device, precision] = torch.get_float32_matmul_precision()
         assert torch.get_float32_matmul_precision() == before
     assert list(found.values()) == ["high", before, before]
+
+
+def held_out_losses(values):
+    """A validate function that returns these losses, one after another."""
+    left = iter(values)
+    return lambda network: lambda: {"val/loss": next(left)}
+
+
+FALLING = [3.0, 2.0, 1.0]
+RISING = [2.0, 2.5, 3.0]
+LEVEL = [2.0, 2.01, 2.02]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "factor", "warned"),
+    [(FALLING, -1, 0), (RISING, -1, 1), (RISING, 1, 0), (LEVEL, -1, 0)],
+)
+def test_over_fitting_is_said_once(tmp_path, capsys, held_out, factor, warned):
+    """The held-out loss rises by more than 2%, while the training loss falls."""
+    steps = iter(range(1, 10))
+
+    def loss(network):
+        def changing(part):
+            level = 10 + factor * next(steps)
+            return 12 * 4 * level + 0 * network(part["x"].float()).sum()
+
+        return changing
+
+    options = training(num_steps=6, validate_every=2)
+    run(tmp_path, options=options, loss=loss, validate=held_out_losses(held_out))
+    said = [line for line in capsys.readouterr().err.splitlines() if "over-fitting" in line]
+    assert len(said) == warned
+    if warned:
+        assert "since step 2 the held-out loss rose from 2 to 2.5" in said[0]
+        assert "the training loss fell from 8.5 to 7" in said[0]

@@ -9,10 +9,18 @@ from dryrun import REPOSITORY
 
 from halfstep import renamed
 from halfstep.commands.config import write_schema
-from halfstep.config import Config, Continuations, Section, Training
+from halfstep.config import (
+    Config,
+    Continuations,
+    Distillation,
+    Network,
+    Section,
+    Teacher,
+    Training,
+)
 from halfstep.errors import ConfigError
 from halfstep.renamed import Renamed
-from halfstep.resolve import resolve, schema, validate
+from halfstep.resolve import read_yaml, resolve, schema, validate
 
 PRESETS = REPOSITORY / "workflow/presets"
 
@@ -291,3 +299,108 @@ def test_prompts_are_not_continued_in_more_steps_than_a_sampler_can_use():
         resolve(config, REPOSITORY / "workflow" / "presets")
     config["sampling"]["sampler"] = "ancestral"
     assert resolve(config, REPOSITORY / "workflow" / "presets").continuations
+
+
+SHORT = {"num_steps": 5, "warmup_steps": 1}
+OWN = {
+    "corpora": {"mine": {"kind": "files", "files": ["a.txt"]}},
+    "evaluation": {"judge": "baseline", "lambada": None},
+}
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        {"distillation": {**SHORT, "rounds": 2}},
+        {"distillation": {**SHORT, "rounds": 2}, "runs": None},
+        {"distillation": {**SHORT, "rounds": 2}, "runs": {"kl_backward": None}},
+        {"distillation": SHORT, "runs": {"kl_backward": {"rounds": 2}}},
+    ],
+)
+def test_without_runs_one_run_has_the_options_of_distillation(teacher):
+    about = {"corpus": "mine", "network": {"size": "tiny"}, "pretraining": None, **teacher}
+    (found,) = validate({**OWN, "teachers": {"t": about}}).teachers.values()
+    assert found.runs == {"kl_backward": Distillation(**SHORT, rounds=2)}
+    assert found.pretraining == Training()
+
+
+def test_without_runs_and_distillation_the_run_is_the_papers():
+    teachers = {"t": {"corpus": "mine", "network": {}}}
+    (found,) = validate({**OWN, "teachers": teachers}).teachers.values()
+    assert found.runs == {"kl_backward": Distillation()}
+    assert Teacher(corpus="mine", network=Network(), distillation=Distillation(rounds=2)).runs == {
+        "kl_backward": Distillation(rounds=2)
+    }
+
+
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [("1e6", 10**6), ("1.0e6", 10**6), ("1_000_000", 10**6), ("2.5e3", 2500), ("1e+3", 1000)],
+)
+def test_a_whole_number_may_be_written_as_a_float(tmp_path, written, number):
+    """YAML 1.1 reads most of these as text."""
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        f"preset: ci\nsampling: {{num_samples: {written}, steps: [1e1]}}\n"
+        f"benchmark: {{lengths: [1e1]}}\nteachers: {{stories-ci: {{pretraining: "
+        f"{{num_steps: {written}}}}}}}\n"
+    )
+    found = resolve(read_yaml(file), PRESETS)
+    assert found.sampling.num_samples == number and found.sampling.steps == [10]
+    assert found.benchmark.lengths == [10]
+    assert found.teachers["stories-ci"].pretraining.num_steps == number
+
+
+@pytest.mark.parametrize("written", ["1.5", "1e-3", "1e400", ".nan", "true", "'ten'", "[1]"])
+def test_what_is_no_whole_number_is_explained(tmp_path, written):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"preset: ci\nsampling: {{num_samples: {written}}}\n")
+    expected = r"sampling\.num_samples: found .*: input should be a valid integer.*, as 1000000, "
+    with pytest.raises(ConfigError, match=expected):
+        resolve(read_yaml(file), PRESETS)
+
+
+def numbers(tree):
+    """Each schema of a whole number below this one."""
+    parts = tree if isinstance(tree, list) else tree.values() if isinstance(tree, dict) else []
+    if isinstance(tree, dict) and tree.get("type") == "integer":
+        yield tree
+    for part in parts:
+        yield from numbers(part)
+
+
+def test_every_whole_number_has_a_largest_value():
+    found = list(numbers(schema()))
+    assert len(found) > 30
+    assert all({"minimum", "exclusiveMinimum"} & number.keys() for number in found)
+    assert all("maximum" in number for number in found)
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("preset: ci\nsampling:\n  steps: [8]\n  num_samples: 4\n  steps: [16]\n")
+    with pytest.raises(ConfigError) as caught:
+        read_yaml(file)
+    line = f"{file}: key steps is given on line 3 and again on line 5; remove one of them"
+    assert str(caught.value) == line
+    file.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {x: 1}\n")  # a merge is none
+    assert read_yaml(file)["b"] == {"x": 3, "y": 2}
+
+
+def test_every_preset_is_read_as_yaml_reads_it():
+    for file in PRESETS.glob("*.yaml"):
+        assert read_yaml(file) == yaml.safe_load(file.read_text())
+
+
+def test_without_lambada_nothing_of_it_is_made(workflow):
+    plan = workflow.plan("--config", "preset=ci", 'evaluation={"lambada": null}')
+    assert "lambada" not in plan and "results/tables/steps.csv" in plan
+    assert "lambada" in workflow.plan("--config", "preset=ci")
+
+
+def test_local_text_does_not_wait_for_the_hub(workflow):
+    """The preset's LAMBADA is on the hub; the corpus and the training need nothing from there."""
+    target = "results/models/docs-mini/teacher/meta.json"
+    assert "fetch" not in workflow.plan(target, "--config", "preset=docs")
+    target = "results/metrics/docs-mini/teacher/lambada.json"
+    assert "fetch" in workflow.plan(target, "--config", "preset=docs")

@@ -152,6 +152,10 @@ def test_a_bad_number_of_the_site_is_one_sentence(name, text):
     (["--profile=slurm"], {}, True),
     (["-e", "slurm"], {}, True),
     (["--executor", "slurm"], {}, True),
+    (["--workflow-profile", "slurm"], {}, True),
+    (["--workflow-profile=slurm"], {}, True),
+    (["--workflow-profile", "none"], {}, False),
+    (["--executor", "local"], {}, False),
     (["all"], {"SNAKEMAKE_PROFILE": "slurm"}, True),
 ])  # fmt: skip
 def test_a_profile_or_an_executor_names_a_cluster(arguments, environment, expected):

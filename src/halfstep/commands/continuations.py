@@ -20,8 +20,8 @@ from halfstep.commands.evaluate import (
     sample_columns,
     sample_files,
 )
-from halfstep.commands.generate import draw_texts, note_idle_steps, save_samples, text_writer
-from halfstep.config import DrawOptions, Evaluation, Machine, Prompts
+from halfstep.commands.generate import draw_texts, note_unused_options, save_samples, text_writer
+from halfstep.config import DrawOptions, Evaluation, Machine, Prompts, Steps
 from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer, read_manifest
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
@@ -41,7 +41,7 @@ def continue_prompts(
     checkpoint: Path,
     corpus: Path,
     output: Path,
-    steps: int,
+    steps: Steps,
     prompts: Prompts,
     drawing: DrawOptions,
     machine: Machine,
@@ -78,7 +78,8 @@ def continue_prompts(
             "last of them EOS; lower one of them"
         )
     if group.is_main:
-        note_idle_steps(model, length, steps)
+        tokens = length if model.denoiser is not None else prompts.continuation_tokens
+        note_unused_options(model, tokens, steps, drawing)
     write = text_writer(model, length, steps, drawing, end=model.eos_id)
     given = texts[:, : prompts.prompt_tokens].repeat_interleave(prompts.per_prompt, 0)
     label = f"continue {name} at {steps} steps"

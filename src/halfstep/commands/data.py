@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from halfstep.config import Corpus
+from halfstep.config import Corpus, Threads
 from halfstep.data.corpora import CORPORA, read_corpus
 from halfstep.data.files import find_files
 from halfstep.data.pack import Spool, corpus_files, pack_windows, token_dtype
@@ -25,7 +25,7 @@ PROBED = 100  # first documents on which a tokenizer that was not trained here i
 VALIDATION_TEXTS = 2000  # held-out documents also kept as text, for metrics that compare with them
 
 
-def prepare_corpus(output: Path, corpus: Corpus, workers: int | None = None) -> None:
+def prepare_corpus(output: Path, corpus: Corpus, workers: Threads | None = None) -> None:
     """Write the windows, the tokenizer and the manifest of a corpus.
 
     Files: train.bin, validation.bin, tokenizer.json, validation.jsonl, manifest.json; stories also

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from halfstep import checkpoint
 from halfstep.commands.train import DiffusionObjective, HeldOut, TrainingJob
-from halfstep.config import Distillation, Machine
+from halfstep.config import Distillation, Machine, Seed
 from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer
 from halfstep.data.tokenizer import read_tokenizer
 from halfstep.diffusion.contracts import Denoiser, Draws
@@ -40,7 +40,7 @@ def distill_round(
     output: Path,
     run: Distillation,
     machine: Machine,
-    seed: int = 1,
+    seed: Seed = 1,
 ) -> None:
     """Teach a student to do in one step what its teacher does in `substeps` (SDTT Algorithm 2).
 

@@ -128,9 +128,13 @@ def score_lambada(
     """
     from halfstep.metrics.lambada import evaluate_lambada
 
+    items = evaluation.lambada
+    if items is None:
+        raise HalfstepError(
+            "--lambada: found None, expected last_words, a hub name or a .jsonl file"
+        )
     group, device = join_group(machine), str(find_device(machine))
     model = load_checkpoint(checkpoint, weights, device)
-    items = evaluation.lambada
     if items == "last_words":
         items = str(corpus / "last_words.jsonl")
     found = evaluate_lambada(

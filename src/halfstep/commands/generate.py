@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
-from halfstep.config import DrawOptions, GenerateOptions, Machine
+from halfstep.config import MOST_STEPS, DrawOptions, GenerateOptions, Machine, Steps
 from halfstep.data.tokenizer import EOS, encode_texts, vocabulary_sha256
 from halfstep.diffusion.contracts import Draws, Samples
 from halfstep.diffusion.samplers import SAMPLERS, sample
@@ -41,7 +41,7 @@ Writer = Callable[[Tensor, int], Samples]
 def generate(
     checkpoint: Path,
     output: Path,
-    steps: int,
+    steps: Steps,
     sampling: GenerateOptions,
     machine: Machine,
     prompt: str = "",
@@ -63,7 +63,7 @@ def generate(
     write = text_writer(model, model.length, steps, sampling)
     prompts = encode_prompt(model, prompt).expand(sampling.num_samples, -1)
     if group.is_main:
-        note_idle_steps(model, model.length, steps)
+        note_unused_options(model, model.length, steps, sampling)
     label = f"generate {model_name(checkpoint)} at {steps} steps"
     texts = draw_texts(write, prompts, machine.micro_batch, label, group)
     if texts is None:
@@ -112,6 +112,8 @@ def text_writer(
     A denoiser can be given a token `end` to the right of each text, which the result leaves out.
     Raises HalfstepError if there are more steps than the sampler can use.
     """
+    if not 1 <= steps <= MOST_STEPS:
+        raise HalfstepError(f"steps: found {steps}, expected 1 to {MOST_STEPS}; change it")
     if model.denoiser is None:
         return _AutoregressiveWriter(model, length, options)
     SAMPLERS[options.sampler].check_steps(options.sampler, steps, length)
@@ -170,14 +172,24 @@ class _AutoregressiveWriter:
         return Samples(ids.cpu(), torch.full((count,), evaluations))
 
 
-def note_idle_steps(model: Model, length: int, steps: int) -> None:
-    """Tell the user if there are more steps than a text of a diffusion model has tokens."""
-    if model.denoiser is not None and steps > length:
-        print(
-            f"note: {steps} steps for texts of {length} tokens: at most {length} steps reveal "
-            "a token, and the others take no pass",
-            file=sys.stderr,
-        )
+def note_unused_options(model: Model, length: int, steps: int, options: DrawOptions) -> None:
+    """Tell the user about options that have no effect on this kind of model."""
+    notes = []
+    if model.denoiser is not None:
+        if steps > length:
+            notes.append(
+                f"{steps} steps for texts of {length} tokens: at most {length} steps reveal "
+                "a token, and the others take no pass"
+            )
+        if options.top_p != 1:
+            notes.append(f"--top-p {options.top_p} has no effect on a diffusion model")
+    else:
+        if steps != length:
+            notes.append(f"--steps {steps} has no effect: this model takes one step per token")
+        if options.sampler != "ancestral":
+            notes.append(f"--sampler {options.sampler} has no effect on an autoregressive model")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def draw_texts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -29,11 +30,15 @@ from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_json
 from halfstep.records import provenance
 from halfstep.resolve import check_fields
+from halfstep.sanitize import shorten
+from halfstep.workflow.machine import names_cluster
+from halfstep.workflow.slurm_plugin import ask
 
 GPU_SPEED = 100e12  # assumed FLOP/s of each GPU, until a job of the same kind has finished
 CPU_SPEED = 20e9  # the same of a job without a GPU
 SOURCES = ("measured", "assumed", "limit")
 """Of an estimate: finished jobs of the same kind, the assumed speed, or the job's time limit."""
+A_DAY = 86400.0  # seconds
 LOCAL = {"fetch", "tabulate", "plot", "track", "merge_provenance"}
 """Rules that run where snakemake runs and cost no job."""
 
@@ -62,21 +67,38 @@ def plan(
     arguments: Annotated[list[str], tyro.conf.Positional] = [],  # noqa: B006
     results: Path = Path("results"),
 ) -> None:
-    """Price the graph of `snakemake --profile slurm all <arguments>`; nothing is submitted.
+    """Price the graph of `snakemake all <arguments>`; nothing is started or submitted.
+
+    It is planned for this machine and the GPU found here; with `--profile slurm` among the
+    arguments, or where Slurm answers, for the cluster.
 
     Args:
         arguments: more arguments of snakemake, after `--`:
-            halfstep plan -- --config preset=owt-scaling
+            halfstep plan -- --profile slurm --config preset=owt-scaling
         results: folder with the records of finished jobs; their speed is the best estimate
     """
-    call = [sys.executable, "-m", "snakemake", "-np", "--profile", "slurm", "all", *arguments]
-    done = subprocess.run(call, capture_output=True, text=True)
+    on_cluster, profile = names_cluster(arguments, os.environ), []
+    if not on_cluster and ask("sinfo", "--noheader", timeout=5) is not None:
+        on_cluster, profile = True, ["--profile", "slurm"]
+    call = [sys.executable, "-m", "snakemake", "-np", *profile, "all", *arguments]
+    done = subprocess.run(call, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        last_line = (done.stdout + done.stderr).strip().splitlines()[-1][:300]
         raise HalfstepError(
-            f"snakemake cannot plan this graph: {last_line}; correct it, and call again"
+            f"snakemake cannot plan this graph: {_fault_of(done.stdout + done.stderr)}; "
+            "correct it, and call again"
         )
-    print("\n".join(price_lines(printed_jobs(done.stdout), results)))
+    jobs = printed_jobs(done.stdout)
+    print("planned for the cluster" if on_cluster else "planned for this machine")
+    print("\n".join(price_lines(jobs, results)))
+    for line in [] if on_cluster else slow_lines(jobs, results):
+        print(line, file=sys.stderr)
+
+
+def _fault_of(printed: str) -> str:
+    """The line of Snakemake's output that says what is wrong: ours, or the last one."""
+    lines = printed.strip().splitlines() or ["it printed nothing"]
+    ours = [line for line in lines if line.startswith("configuration: ")]
+    return shorten((ours or lines[-1:])[0], 300)
 
 
 def printed_jobs(text: str) -> list[PlannedJob]:
@@ -142,7 +164,10 @@ def num_processes(command: Sequence[str]) -> int:
     return int(flag_values(command).get("processes", 1))
 
 
-def num_weights(size: str, vocabulary: int = 50_258) -> int:
+VOCABULARY = 50_258  # GPT-2's tokens and the mask
+
+
+def num_weights(size: str, vocabulary: int = VOCABULARY) -> int:
     """Weights that every token is multiplied with: those of the blocks and of the output layer."""
     blocks, width, *_ = shape_of_size(size)
     return blocks * 12 * width**2 + width * vocabulary
@@ -175,6 +200,8 @@ class Prices:
     def __init__(self, jobs: list[PlannedJob], results: Path):
         self.sizes: dict[str, str] = {}  # of networks, by teacher
         self.lengths: dict[str, int] = {}  # tokens in a window, by corpus
+        self.vocabularies: dict[str, int] = {}  # sizes of trained tokenizers, by corpus
+        self.corpora: dict[str, str] = {}  # by teacher
         self.took: dict[str, float] = {}  # seconds of finished jobs, by record
         self.speed: dict[tuple, list[float]] = defaultdict(list)  # FLOP/s per process, by kind
         self.seconds: dict[tuple, list[float]] = defaultdict(list)  # of one process, by kind
@@ -216,7 +243,13 @@ class Prices:
             self.sizes[Path(given["output"]).parent.name] = size
         if command[1] == "prepare-corpus":
             length = given.get("length", Corpus.model_fields["length"].default)
-            self.lengths[Path(given["output"]).name] = int(length)
+            name = Path(given["output"]).name
+            self.lengths[name] = int(length)
+            if given.get("tokenizer", "bpe") == "bpe":
+                size = given.get("vocab_size", Corpus.model_fields["vocab_size"].default)
+                self.vocabularies[name] = int(size)
+        elif "corpus" in given and (teacher := self._teacher(command)):
+            self.corpora[teacher] = Path(given["corpus"]).name
 
     def _note_models(self, results: Path) -> None:
         """Note size and length from finished models, where no command has them."""
@@ -230,8 +263,22 @@ class Prices:
 
     def size(self, command: Sequence[str]) -> str | None:
         """Network size of the models in a command's paths; None if there is none."""
+        return self.sizes.get(self._teacher(command))
+
+    def num_weights(self, command: Sequence[str]) -> int | None:
+        """Weights of the network in a command's paths; None if its size is unknown."""
+        size = self.size(command)
+        vocabulary = self.vocabularies.get(self._corpus(command), VOCABULARY)
+        return num_weights(size, vocabulary) if size else None
+
+    def _teacher(self, command: Sequence[str]) -> str:
+        """The teacher in a command's paths; "" if there is none."""
         found = re.search(r"\b(?:models|samples)/([^/\s]+)", " ".join(command))
-        return self.sizes.get(found[1]) if found else None
+        return found[1] if found else ""
+
+    def _corpus(self, command: Sequence[str]) -> str:
+        """The corpus of the models in a command's paths; "" if it is unknown."""
+        return self.corpora.get(self._teacher(command), "")
 
     def kind(self, command: Sequence[str]) -> tuple[str, str | None]:
         """Name and network size of a command: jobs that agree in both run at the same speed."""
@@ -239,10 +286,10 @@ class Prices:
 
     def work(self, command: Sequence[str]) -> float | None:
         """Floating-point operations of a command; None if its time depends on something else."""
-        size = self.size(command)
-        if size is None:
+        weights = self.num_weights(command)
+        if weights is None:
             return None
-        forward = 2.0 * num_weights(size)  # per token
+        forward = 2.0 * weights  # per token
         if command[1] in ("pretrain", "train-baseline", "distill-round"):
             return self._training_work(command, forward)
         if command[1] == "generate":
@@ -266,8 +313,10 @@ class Prices:
         num_samples = int(given.get("num_samples", default))
         lengths = set(self.lengths.values())
         length = lengths.pop() if len(lengths) == 1 else 1024
-        # With its KV cache the baseline reads every token once.
-        steps = 1 if "/baseline" in given["checkpoint"] else int(given["steps"])
+        length = self.lengths.get(self._corpus(command), length)
+        # With its KV cache the baseline reads every token once. A step of a denoiser that reveals
+        # no token takes no pass.
+        steps = 1 if "/baseline" in given["checkpoint"] else min(int(given["steps"]), length)
         return forward * num_samples * length * steps
 
     def price(self, job: PlannedJob) -> Estimate:
@@ -287,12 +336,12 @@ class Prices:
 
         Each file holds one set of weights, optimizer.safetensors two (AdamW's moments).
         """
-        size = self.size(job.command)
-        if size is None:
+        num_weights = self.num_weights(job.command)
+        if num_weights is None:
             return 0.0
         weights = [path for path in job.output if path.endswith(".safetensors")]
         doubles = [path for path in weights if path.endswith("optimizer.safetensors")]
-        return 4.0 * num_weights(size) * (len(weights) + len(doubles))
+        return 4.0 * num_weights * (len(weights) + len(doubles))
 
 
 def longest_path(jobs: list[PlannedJob], seconds: list[float]) -> tuple[float, list[int]]:
@@ -314,7 +363,11 @@ def longest_path(jobs: list[PlannedJob], seconds: list[float]) -> tuple[float, l
 
 
 def clock(seconds: float) -> str:
-    """Seconds as text, in hours, minutes or seconds."""
+    """Seconds as text, in years, days, hours, minutes or seconds."""
+    if seconds >= 2 * 365 * A_DAY:
+        return f"{seconds / (365 * A_DAY):,.0f} years"
+    if seconds >= 4 * A_DAY:
+        return f"{seconds / A_DAY:,.0f} days"
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} h"
     if seconds >= 60:
@@ -358,6 +411,27 @@ def price_lines(jobs: list[PlannedJob], results: Path) -> list[str]:
     ]
     planned = keep_estimates(jobs, estimates, prices, results)
     return lines + finished_lines(planned, prices, results)
+
+
+def slow_lines(jobs: list[PlannedJob], results: Path) -> list[str]:
+    """A warning for each rule whose longest job would take more than a day on this machine."""
+    jobs = [job for job in jobs if job.rule not in LOCAL]
+    prices = Prices(jobs, results)
+    longest: dict[str, float] = {}
+    for job in jobs:
+        if prices.work(job.command):
+            seconds = prices.price(job).seconds
+            longest[job.rule] = max(seconds, longest.get(job.rule, 0.0))
+    lines = []
+    for rule, seconds in longest.items():
+        if seconds > A_DAY:
+            device = "GPU" if any(job.gpu for job in jobs if job.rule == rule) else "CPU"
+            lines.append(
+                f"warning: on the {device} of this machine a job of {rule} takes about "
+                f"{clock(seconds)}; lower num_steps, batch_size or the network's size, or use a "
+                "cluster (docs/cluster.md)"
+            )
+    return lines
 
 
 def keep_estimates(

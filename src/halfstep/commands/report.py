@@ -10,12 +10,17 @@ import sys
 import textwrap
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from pydantic import Field
+
+from halfstep.config import Whole
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_atomic
 from halfstep.records import provenance
 from halfstep.report.catalogue import FIGURES, JOURNALS, TABLES
+
+Width = Annotated[Whole, Field(ge=20, le=1000)]
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -160,21 +165,43 @@ def _complete_help() -> None:
 _complete_help()
 
 
-def summary(results: Path = Path("results"), width: int = 100) -> None:
+def summary(results: Path = Path("results"), width: Width = 100) -> None:
     """Print the tables, two texts, and the places of figure, report and runs.
+
+    What is not there (yet) is left out.
 
     Args:
         results: the folder with tables, samples and figures
         width: of the texts, in characters
     """
+    tables = results / "tables"
+    texts = [tables / f"{name}.md" for name in ("lambada", "speed")]
+    if not any(file.is_file() for file in [tables / "steps.csv", *texts]):
+        raise HalfstepError(f"{tables}: holds no tables; run snakemake, or name another --results")
+    if (tables / "steps.csv").is_file():
+        _print_steps(tables / "steps.csv", texts, results, width)
+    else:
+        _print_files(texts)
+    print()
+    _print_places(results)
+
+
+def _print_files(files: list[Path]) -> None:
+    """Print the texts of these files, where they exist."""
+    for file in files:
+        if file.is_file():
+            print(file.read_text(errors="replace"))
+
+
+def _print_steps(file: Path, others: list[Path], results: Path, width: int) -> None:
+    """Print the table of steps, other tables, and for each teacher what the table says."""
     from halfstep.report.published import without_published
     from halfstep.report.rows import read_table
     from halfstep.report.tables import steps_markdown
 
-    table = without_published(read_table(results / "tables" / "steps.csv"))
+    table = without_published(read_table(file))
     print(steps_markdown(table, ("generative_perplexity", "entropy")))
-    for name in ("lambada", "speed"):
-        print((results / "tables" / f"{name}.md").read_text())
+    _print_files(others)
     for _, mine in table.groupby("teacher", sort=False):
         perplexity = mine[mine["metric"] == "generative_perplexity"]
         entropy = mine[mine["metric"] == "entropy"]
@@ -187,8 +214,6 @@ def summary(results: Path = Path("results"), width: int = 100) -> None:
         ]
         print(*lines, sep="\n")
         _print_samples(perplexity, results, width)
-    print()
-    _print_places(results)
 
 
 def _print_samples(perplexity: DataFrame, results: Path, width: int) -> None:
@@ -266,7 +291,8 @@ def own_steps(perplexity: DataFrame, results: Path) -> list[str]:
 
 def _made_for(folder: Path) -> int | None:
     """The step count that the model in a folder was made for, if its meta.json says so."""
-    about = read_json(folder / "meta.json")
+    meta = folder / "meta.json"
+    about = read_json(meta) if meta.is_file() else None
     steps = about.get("student_steps") if isinstance(about, dict) else None
     return steps if isinstance(steps, int) else None
 
@@ -338,7 +364,7 @@ def first_sample(file: Path, characters: int = 900) -> str | None:
     """The first text of samples.txt, in which a line `=== i` (or `=== sample i`) precedes each."""
     if not file.exists():
         return None
-    parts = re.split(r"^=== .*\n", file.read_text(), flags=re.MULTILINE)
+    parts = re.split(r"^=== .*\n", file.read_text(errors="replace"), flags=re.MULTILINE)
     text = (parts[1] if len(parts) > 1 else parts[0]).strip()
     if len(text) <= characters:
         return text

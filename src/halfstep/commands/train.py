@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from halfstep import checkpoint
-from halfstep.config import Machine, Network, Training
+from halfstep.config import Machine, Network, Seed, Training
 from halfstep.data.batches import batch_indices, describe_epochs
 from halfstep.data.pack import Windows, corpus_files
 from halfstep.diffusion.contracts import Denoiser
@@ -35,7 +35,7 @@ def pretrain(
     network: Network,
     training: Training,
     machine: Machine,
-    seed: int = 1,
+    seed: Seed = 1,
 ) -> None:
     """Train a masked diffusion language model by MDLM's NELBO (arXiv 2406.07524, eq. 10).
 
@@ -56,7 +56,7 @@ def train_baseline(
     network: Network,
     training: Training,
     machine: Machine,
-    seed: int = 1,
+    seed: Seed = 1,
 ) -> None:
     """Train the autoregressive baseline by next-token cross-entropy.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Table:
             every teacher and every model that continues prompts
         select: "module:function", from all metric rows to the rows of this table
         markdown: "module:function", from the rows of this table to its Markdown
-        section: the section of config.yaml without which the table does not exist, if any
+        section: the section or key of config.yaml without which the table does not exist, if any
     """
 
     title: str
@@ -90,6 +91,7 @@ TABLES: dict[str, Table] = {
         inputs=("results/metrics/{model}/lambada.json",),
         select="halfstep.report.tables:select_lambada",
         markdown="halfstep.report.tables:lambada_markdown",
+        section="evaluation.lambada",
     ),
     "speed": Table(
         title="time to write: students at every step count, and autoregressive baselines",
@@ -193,7 +195,7 @@ def table_inputs(config: Config, **names: Iterable[str]) -> dict[str, list[str]]
     return {
         name: expand_paths(table.inputs, **names)
         for name, table in TABLES.items()
-        if table.section is None or getattr(config, table.section)
+        if table.section is None or attrgetter(table.section)(config)
     }
 
 

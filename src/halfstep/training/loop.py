@@ -1,6 +1,7 @@
 """The training loop: update, log, validate, and save or stop, on one process or many."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -31,6 +32,7 @@ SAVE_EVERY_S = 300.0
 AGREE_EVERY_S = 1.0  # about how often the ranks agree whether to save or to stop
 EXPLODED = 20  # a loss above this multiple of the median of earlier ones has exploded
 RECENT = 50  # number of logged losses behind that median
+OVERFITTED = 1.02  # a held-out loss above this multiple of its lowest has risen
 
 
 def fit(
@@ -57,6 +59,7 @@ def fit(
         return local_batch(objective, batches(step), step_generator(start.seed, step), run)
 
     state = begin(network, training, start, run)
+    overfitting = None if start.from_zero else Overfitting(run.label)
     gradient = GlobalGradient(network, objective, training, run.group)
     log_every = max(1, training.num_steps // 200)
     network.train()
@@ -78,6 +81,8 @@ def fit(
                 throughput.restart()
             if state.step % training.validate_every == 0 or last:
                 validate_average(state, objective, run)
+                if overfitting and run.group.is_main:
+                    overfitting.check(state)
                 throughput.restart()
             if state.step == agreement.next_step and not last:
                 save, exit_code = agreement.agree()
@@ -218,6 +223,39 @@ def validate_average(state: TrainingState, objective: Objective, run: Run) -> No
     state.ema.swap()
     run.journal.log(figures, state.step)
     keep_best(state, figures, run.group)
+
+
+@dataclass
+class Overfitting:
+    """Warns once when the held-out loss rises while the training loss falls.
+
+    label: first words of the warning
+    at_best: the training loss at the step of the lowest held-out loss
+    """
+
+    label: str
+    at_best: float = math.nan
+    warned: bool = False
+
+    def check(self, state: TrainingState) -> None:
+        """Compare the losses after a validation."""
+        if not state.logged:
+            return
+        loss = median(state.logged[-5:])
+        figures = dict(state.validation)
+        best = figures.pop("best")
+        held_out = next(iter(figures.values()))
+        if state.best_step == state.step or math.isnan(self.at_best):
+            self.at_best = loss
+        elif held_out > OVERFITTED * best and loss < self.at_best and not self.warned:
+            self.warned = True
+            print(
+                f"{self.label}: warning: over-fitting: since step {state.best_step} the held-out "
+                f"loss rose from {best:.4g} to {held_out:.4g}, and the training loss fell from "
+                f"{self.at_best:.4g} to {loss:.4g}; use more text, fewer steps or more dropout, or "
+                f"the weights of step {state.best_step} (best.safetensors)",
+                file=sys.stderr,
+            )
 
 
 def keep_best(state: TrainingState, figures: dict[str, float], group: Group) -> None:

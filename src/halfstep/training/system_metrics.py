@@ -1,7 +1,6 @@
 """Memory, power and use of the machine during training, for the journal."""
 
-import os
-
+import psutil
 import torch
 
 # Dense bfloat16 FLOP/s by a part of the device's name; the first match counts. Data sheets give
@@ -31,9 +30,7 @@ def system_metrics(device: torch.device) -> dict[str, float]:
 
     The GPU's memory in GB is what torch holds there now, and the most that it has allocated.
     """
-    with open("/proc/self/statm") as file:
-        pages = int(file.read().split()[1])
-    found = {"system/memory_gb": pages * os.sysconf("SC_PAGE_SIZE") / 1e9}
+    found = {"system/memory_gb": psutil.Process().memory_info().rss / 1e9}
     if device.type != "cuda":
         return found
     found["system/gpu_memory_gb"] = torch.cuda.memory_reserved(device) / 1e9

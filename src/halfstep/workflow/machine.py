@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from halfstep.config import SIZES, shape_of_size
@@ -95,10 +96,15 @@ def _count(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def names_cluster(arguments: list[str], environment: Mapping[str, str]) -> bool:
-    """Do these command-line arguments of snakemake name a profile or an executor?"""
+    """Do these command-line arguments of snakemake name a profile, or an executor elsewhere?"""
     if "SNAKEMAKE_PROFILE" in environment:
         return True
-    return any(word == "-e" or word.startswith(("--profile", "--executor")) for word in arguments)
+    names = ("--profile", "--workflow-profile", "--executor", "-e")
+    for word, following in pairwise([*arguments, ""]):
+        name, equals, value = word.partition("=")
+        if name in names and (value if equals else following) not in ("none", "local"):
+            return True
+    return False
 
 
 def base_resources(size: str, kind: str, attempt: int, site: Site) -> Resources:

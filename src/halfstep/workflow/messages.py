@@ -28,7 +28,7 @@ def typed(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # text, and what only looks like JSON
         return value
 
 

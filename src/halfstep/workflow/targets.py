@@ -204,21 +204,36 @@ class Targets:
 
         It is fetched once, where snakemake runs, because compute nodes have no internet.
         """
-        evaluation, found = self.config.evaluation, set()
-        for corpus in self.config.corpora.values():
-            if corpus.tokenizer != "bpe" and not is_folder(corpus.tokenizer):
-                found.add(f"model:{corpus.tokenizer}")
-            if corpus.kind == "openwebtext":
-                found.add("dataset:Skylion007/openwebtext")
-        for name in evaluation.judge:
-            if name != "baseline" and not os.path.isdir(name):
-                found.add(f"model:{name}")
-        if evaluation.lambada != "last_words" and not self.last_words():
-            found.add(f"dataset:{evaluation.lambada}")
-        for teacher in self.config.teachers.values():
-            if teacher.source and not local_file(teacher.source):
-                found.add(f"model:{teacher.source}")
+        found = {*self.judges_of_hub(), *self.lambada_of_hub()}
+        for name in self.config.corpora:
+            found.update(self.corpus_of_hub(name))
+        for name in self.config.teachers:
+            found.update(self.source_of_hub(name))
         return sorted(found)
+
+    def corpus_of_hub(self, name: str) -> list[str]:
+        """What a corpus needs from the hub; own text with an own tokenizer needs nothing."""
+        corpus, found = self.config.corpora[name], []
+        if corpus.tokenizer != "bpe" and not is_folder(corpus.tokenizer):
+            found.append(f"model:{corpus.tokenizer}")
+        if corpus.kind == "openwebtext":
+            found.append("dataset:Skylion007/openwebtext")
+        return found
+
+    def judges_of_hub(self) -> list[str]:
+        """The judges that come from the hub."""
+        names = self.config.evaluation.judge
+        return [f"model:{name}" for name in names if name != "baseline" and not os.path.isdir(name)]
+
+    def lambada_of_hub(self) -> list[str]:
+        """The data set of last words, where it comes from the hub."""
+        name = self.config.evaluation.lambada
+        return [] if name in (None, "last_words") or self.last_words() else [f"dataset:{name}"]
+
+    def source_of_hub(self, name: str) -> list[str]:
+        """The published weights of a teacher, where they come from the hub."""
+        source = self.config.teachers[name].source
+        return [f"model:{source}"] if source and not local_file(source) else []
 
     def table_inputs(self) -> dict[str, list[str]]:
         """For each table the files of metric rows that it gathers."""

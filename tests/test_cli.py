@@ -175,7 +175,10 @@ def test_bash_completes_commands_and_flags(capsys):
     assert completed(script, "") >= set(cli.COMMANDS)
     assert completed(script, "score-s") == {"score-samples"}
     assert {"--num-steps", "--batch-size", "--corpus"} <= completed(script, "pretrain", "--")
-    assert completed(script, "generate", "--sampler", "ancest") == {"ancestral", "ancestral_float32"}
+    assert completed(script, "generate", "--sampler", "ancest") == {
+        "ancestral",
+        "ancestral_float32",
+    }
 
 
 @pytest.mark.parametrize("words", [[], ["tcsh"], ["bash", "zsh"]])

@@ -61,7 +61,10 @@ def check_path(path: str) -> str:
     if CONTROL.search(path) or "\n" in path or "\t" in path:
         raise ValueError("has a control character; rename the file or folder")
     if "{" in path or "}" in path:
-        raise ValueError("braces are a wildcard of Snakemake; rename the file or folder")
+        raise ValueError(
+            "braces are not expanded: Snakemake takes them for a wildcard; "
+            "give each file its own entry, or rename it"
+        )
     return path
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from halfstep.errors import HalfstepError, excerpt, reason
-from halfstep.sanitize import mask_secrets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,8 +148,8 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON, atomically and without secrets; NaN and infinity are errors."""
-    write_atomic(path, json.dumps(mask_secrets(value), indent=1, allow_nan=False) + "\n")
+    """Write a value as JSON, atomically; NaN and infinity are errors."""
+    write_atomic(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
@@ -186,8 +185,8 @@ def open_file(path: Path) -> BinaryIO:
     return open(descriptor, "rb")
 
 
-def read_json(path: Path) -> Any:
-    """Parsed JSON. Raises HalfstepError if the file is missing or broken."""
+def read_json(path: Path, advice: str = MAKE_AGAIN) -> Any:
+    """Parsed JSON. Raises HalfstepError, which ends with `advice`, if the file is broken."""
     try:
         with open_file(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -198,10 +197,10 @@ def read_json(path: Path) -> Any:
         ) from None
     if size > LARGEST_JSON:
         raise HalfstepError(
-            f"{path}: found {size:,} bytes, but a JSON file of halfstep has at most "
-            f"{LARGEST_JSON:,}; check the path, or {MAKE_AGAIN}"
+            f"{path}: found {size:,} bytes, expected a JSON file of at most {LARGEST_JSON:,}; "
+            f"{advice}"
         )
-    return parse_json(content, str(path), MAKE_AGAIN)
+    return parse_json(content, str(path), advice)
 
 
 def parse_json(content: bytes, where: str, advice: str) -> Any:

@@ -74,7 +74,7 @@ def check_fields(value: object, model: type[BaseModel], where: object, advice: s
             kind = model.model_fields[path].annotation if path in model.model_fields else None
             said = f"{path}: found nothing, expected {getattr(kind, '__name__', 'a value')}"
         else:
-            said = explain(error, model)[0]
+            said = explain(error, model)[0].removeprefix("configuration: ")
     else:
         return
     raise HalfstepError(f"{where}: {said}; {advice}")

@@ -1,7 +1,7 @@
 """Text that may be printed and stored: secrets masked, control characters escaped.
 
 Everything that a command prints goes through `guard_output`, every sentence of an error through
-`one_line`, and every JSON file and every tag of MLflow through `mask_secrets`.
+`one_line`, and every record of a command (journals, provenance, MLflow) through `mask_secrets`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _escaped(letter: str) -> str:
 
 def _mask(value: Any, known: list[str]) -> Any:
     if isinstance(value, dict):
-        return {_mask(key, known): _mask(item, known) for key, item in value.items()}
+        return {_mask(key, []): _mask(item, known) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_mask(item, known) for item in value]
     if not isinstance(value, str):

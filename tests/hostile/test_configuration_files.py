@@ -177,7 +177,9 @@ CASES = [
     *(Configuration(name, content, None) for name, content in PLANNED.items()),
     *(Configuration(name, make, line) for name, (make, line) in OTHERS.items()),
     *(
-        Configuration(name, b"preset: ci\n", line, [TARGET, "--config", *words], "snakemake --config")
+        Configuration(
+            name, b"preset: ci\n", line, [TARGET, "--config", *words], "snakemake --config"
+        )
         for name, (words, line) in FLAGS.items()
     ),
 ]

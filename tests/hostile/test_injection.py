@@ -57,7 +57,7 @@ class Injected:
         return f"{self.kind}: {self.name}".encode("ascii", "backslashreplace").decode()
 
 
-FLAG, BRACES = "a command would read it as a flag; write ./-", "braces are a wildcard"
+FLAG, BRACES = "a command would read it as a flag; write ./-", "braces are not expanded"
 SOURCE = "teachers.stories-ci.from"
 INJECTED = [
     Injected("a file that is a flag", "files", ["a.txt", "--output=elsewhere"], FLAG),

@@ -263,7 +263,7 @@ def test_items_may_be_packed_and_a_lone_surrogate_is_a_question_mark(tmp_path):
 
 def test_bytes_that_are_no_text_are_a_fault_and_no_item(tmp_path):
     path = tmp_path / "items.jsonl"
-    path.write_bytes(b'{"text": "a caf\xe9"}\n')
+    path.write_bytes(b'{"text": "an \xe9clair"}\n')
     with pytest.raises(HalfstepError, match="line 1: byte 0xe9 .*not UTF-8"):
         count_items(path)
     for text in ("a cat\n", "a cat ", " ", ""):

@@ -216,7 +216,9 @@ def test_the_rule_and_the_reader_expand_patterns_alike(texts):
 
 
 def test_a_pattern_with_braces_is_a_fault_of_the_configuration(texts):
-    with pytest.raises(ConfigError, match="corpora.stories-ci.files.0: found .* reads braces"):
+    with pytest.raises(
+        ConfigError, match="corpora.stories-ci.files.0: found .*braces are not expanded"
+    ):
         targets(**own_text_config(files=["{a,b}.txt"]))
 
 

@@ -22,7 +22,7 @@ from halfstep.files import read_json, sha256
 from halfstep.metrics.diversity import distinct, unigram_entropy
 from halfstep.metrics.perplexity import Judge, ids_nll, load_judge, retokenized_nll
 from halfstep.metrics.rows import mean_row, model_name, name_parts, share_row, write_rows
-from halfstep.records.rows import MODEL_NAME
+from halfstep.records.shapes import MODEL_NAME
 from halfstep.resolve import check_fields
 
 LAMBADA_SEED = 0  # of the masks drawn for an item

@@ -33,7 +33,7 @@ from halfstep.metrics.rows import model_name
 from halfstep.models import hub
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
-from halfstep.records.rows import metric_rows
+from halfstep.records.shapes import metric_rows
 from halfstep.resolve import explain
 from halfstep.sanitize import mask_secrets
 

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, write_atomic
@@ -165,7 +164,6 @@ def sync_once(results: Path, uri: str, experiment: str) -> Synced:
     Parallel syncs of one folder take turns. A sync makes at most len(WAITS_S) passes and takes at
     most PATIENCE_S seconds. Raises MlflowUnreachable for a fault that may pass by itself.
     """
-    _check_port(uri)
     jobs = gather_jobs(results)
     artifacts = _tables_and_figures(results)
     deadline = time.monotonic() + PATIENCE_S
@@ -193,17 +191,6 @@ def sync_once(results: Path, uri: str, experiment: str) -> Synced:
         f"MLflow at {uri} does not take the data ({cause}); nothing is lost: "
         "repair it, or name another place with --uri, and call again"
     ) from fault
-
-
-def _check_port(uri: str) -> None:
-    """Refuse a URI that libraries would cut in its password, and then quote in their messages."""
-    try:
-        _ = urlsplit(uri).port
-    except ValueError:
-        raise HalfstepError(
-            f"MLflow at {uri}: not a URI; write / : @ and % of a user or password as "
-            "%2F %3A %40 and %25, and a port as a number"
-        ) from None
 
 
 def _passing_fault(error: Exception, uri: str) -> Exception:

@@ -36,7 +36,7 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
 
     The workflow and the reader of a corpus both ask this function. A path that exists is taken as
     it is written. Otherwise *, ?, [...] and ** are those of Python's glob, and ~ is the home
-    folder; braces have no meaning.
+    folder.
     """
     found: dict[str, Path] = {}
     for pattern in patterns:
@@ -56,10 +56,10 @@ def _matches(pattern: str) -> list[Path]:
     names = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)
     if names:
         return [Path(name) for name in sorted(names)]
-    advice = f"check the path (relative ones start at {Path.cwd()})"
-    if "{" in pattern:
-        advice = "braces are not expanded: give each pattern its own entry"
-    raise HalfstepError(f"files: {pattern[:200]!r} matches nothing; {advice}")
+    raise HalfstepError(
+        f"files: {pattern[:200]!r} matches nothing; check the path (relative ones start at "
+        f"{Path.cwd()})"
+    )
 
 
 def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, int]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from halfstep.errors import HalfstepError
 from halfstep.models.pickled import Inert, RefusedError
-from halfstep.models.weight_files import INDEX, read_small_json, read_weights
+from halfstep.models.weight_files import DOWNLOAD_AGAIN, INDEX, read_object, read_weights
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -73,12 +73,10 @@ def read_published(path: Path) -> Published:
         content, files = read_weights(file)
         config = _configuration(content)
         if path.is_dir() and (path / "config.json").is_file():
-            config = read_small_json(path / "config.json")
+            config = read_object(path / "config.json")
         raw, ema = _weight_sets(content)
     except RefusedError as error:
-        raise HalfstepError(
-            f"--source {file}: {error}; download it again, or name other weights"
-        ) from None
+        raise HalfstepError(f"--source {file}: {error}; {DOWNLOAD_AGAIN}") from None
     _add_frequencies(raw, config)
     if ema is None:
         ema = _listed_average(content.get("ema"), raw, file)

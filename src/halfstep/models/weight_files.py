@@ -7,23 +7,23 @@ are checked before torch sees the file; torch then reads it with `weights_only`,
 
 from __future__ import annotations
 
-import json
 import zipfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from halfstep.errors import reason
+from halfstep.errors import HalfstepError, reason
+from halfstep.files import read_json
 from halfstep.models.pickled import RefusedError, check_pickle, stand_in
 
 INDEX = ".index.json"
 MAX_MEMBERS = 20_000  # files in an archive, or tensors in a file
 MAX_DIRECTORY = 2**22  # bytes of the list of an archive's members
 MAX_PICKLE = 2**26  # bytes of an archive's pickle: all but the tensors
-MAX_HEADER = 2**24  # bytes of the header of a safetensors file, or of a JSON file
+MAX_HEADER = 2**24  # bytes of the header of a safetensors file
+DOWNLOAD_AGAIN = "download it again, or name other weights"
 STARTS = {  # first bytes of files that are often taken for weights: what they are
     b"\x80": "PyTorch's format from before 2020, or a plain pickle",
     b"\x1f\x8b": "a gzip archive",
@@ -41,38 +41,25 @@ def read_weights(file: Path) -> tuple[dict[Any, Any], list[Path]]:
         if file.name.endswith(INDEX):
             return _read_index(file)
         return _read_file(file), [file]
-    except RefusedError:
+    except (RefusedError, HalfstepError):
         raise
     except Exception as error:  # safetensors, zipfile, pickle and torch raise different types
         raise RefusedError(f"cannot be read ({type(error).__name__}: {reason(error)})") from None
 
 
-def read_small_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of at most MAX_HEADER bytes that gives no key twice.
-
-    RefusedError if it is none.
-    """
-    if file.stat().st_size > MAX_HEADER:
-        raise RefusedError(f"{file.name} has more than {MAX_HEADER:,} bytes")
-    try:
-        value = json.loads(file.read_text("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(f"{file.name} is not valid JSON ({reason(error)})") from None
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; HalfstepError if it holds none."""
+    value = read_json(file, DOWNLOAD_AGAIN)
     if not isinstance(value, dict):
-        raise RefusedError(f"{file.name} holds a {type(value).__name__}, expected an object")
+        raise HalfstepError(
+            f"{file}: holds a {type(value).__name__}, expected an object; {DOWNLOAD_AGAIN}"
+        )
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
-    if twice:
-        raise ValueError(f"the key {twice[0][:80]!r} is given twice")
-    return dict(pairs)
 
 
 def _read_index(index: Path) -> tuple[dict[Any, Any], list[Path]]:
     """The tensors of several files in the folder of their index, {"weight_map": {name: file}}."""
-    places = read_small_json(index).get("weight_map")
+    places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise RefusedError("has no weight_map, the files of the tensors")
     for name in places.values():

@@ -169,7 +169,7 @@ class Journal:
                     file.write(json.dumps(point) + "\n")
 
     def _write_run(self) -> None:
-        write_json(self.folder / "run.json", self.run)
+        write_json(self.folder / "run.json", mask_secrets(self.run))
 
     def _open(self) -> None:
         self._fd = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

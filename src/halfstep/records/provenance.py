@@ -76,7 +76,7 @@ def write_record(file: Path, outputs: Iterable[Path], inputs: Iterable[Path]) ->
         "started": _call["started"],
         "ended": _now(),
     }
-    write_json(file, record)
+    write_json(file, mask_secrets(record))
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,16 +1,25 @@
-"""The fields of run.json and of a metric row that `halfstep track` reads, checked before use."""
+"""The fields of run.json and of a metric row, checked before tables, cards and MLflow use them."""
 
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from halfstep.errors import HalfstepError
+from halfstep.files import MAKE_AGAIN, read_json
+from halfstep.resolve import check_fields
+
+# teacher/run/round-3, teacher/baseline, data; a round has a number.
+MODEL_NAME = r"^[^/]+(/[^/]+)*$"
+MEASURE_AGAIN = "give --metrics only files of metric rows, or measure again"
 
 Seconds = Annotated[float, Field(ge=0, lt=2**43, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+Natural = Annotated[int, Field(ge=0, lt=2**63)]
+Integer = Annotated[int, Field(gt=-(1 << 63), lt=1 << 63)] | None
+Real = float | None
+Text = str | None
 
 
 def _stays_inside(name: str) -> str:
@@ -20,19 +29,23 @@ def _stays_inside(name: str) -> str:
     return name
 
 
-class _Dataset(BaseModel):
+class _Shape(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Dataset(_Shape):
     name: str
     digest: str
     source: str | None = None
     context: str = "training"
 
 
-class _Checkpoint(BaseModel):
+class _Checkpoint(_Shape):
     folder: str
     sha256: dict[str, str]
 
 
-class RunRecord(BaseModel):
+class RunRecord(_Shape):
     """run.json, as a Journal writes it."""
 
     name: str
@@ -48,21 +61,21 @@ class RunRecord(BaseModel):
     ended: Seconds | None = None
 
 
-class MetricRow(BaseModel):
+class MetricRow(_Shape):
     """A row of scores, or of seconds."""
 
     metric: str
     model: str
     value: float | None
     teacher: str | None = None
-    steps: Count | None = None
+    steps: Natural | None = None
     protocol: str | None = None
     judge: str | None = None
     checkpoint: str | None = None
     weights: str | None = None
     tokens_per_s: float | None = None
-    length: Count | None = None
-    batch_size: Count | None = None
+    length: Natural | None = None
+    batch_size: Natural | None = None
 
 
 class _ScoreRow(MetricRow):
@@ -71,38 +84,70 @@ class _ScoreRow(MetricRow):
 
 class _TimingRow(MetricRow):
     teacher: str
-    length: Count
-    batch_size: Count
+    length: Natural
+    batch_size: Natural
 
 
-def check_run(found: object, file: Path) -> dict:
+def check_run(found: Any, file: Path) -> dict[str, Any]:
     """The content of run.json, which is returned unchanged."""
-    return _check(RunRecord, found, f"{file}")
+    check_fields(found, RunRecord, file, MAKE_AGAIN)
+    return found
 
 
-def check_row(found: object, file: Path, number: int) -> dict:
+def check_row(found: Any, file: Path, number: int) -> dict[str, Any]:
     """Row `number` of a file, which is returned unchanged."""
     where = f"{file}: row {number}"
-    row = _check(MetricRow, found, where)
-    if row["metric"] == "latency_s":
-        return _check(_TimingRow, row, where)
-    if "/" not in row["model"] and not row.get("teacher"):
-        raise HalfstepError(f"{where}: teacher: found nothing, expected a name; {_CURE}")
-    return _check(_ScoreRow, row, where)
-
-
-_CURE = "delete the file and run the step that makes it again"
-
-
-def _check(shape: type[BaseModel], found: Any, where: str) -> Any:
-    try:
-        shape.model_validate(found, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        place = f"{where}: {key}" if key else where
-        given = "nothing" if first["type"] == "missing" else ascii(first["input"])[:60]
-        expected = first["msg"].replace("Input should be ", "").replace("Field required", "a value")
-        message = f"{place}: found {given}, expected {expected}; {_CURE}"
-        raise HalfstepError(message) from None
+    check_fields(found, MetricRow, where, MAKE_AGAIN)
+    if found["metric"] == "latency_s":
+        check_fields(found, _TimingRow, where, MAKE_AGAIN)
+        return found
+    if "/" not in found["model"] and not found.get("teacher"):
+        raise HalfstepError(f"{where}: teacher: found nothing, expected a name; {MAKE_AGAIN}")
+    check_fields(found, _ScoreRow, where, MAKE_AGAIN)
     return found
+
+
+class TableRow(MetricRow):
+    """All columns of a metric row whose type matters in a table."""
+
+    model: Annotated[str, Field(pattern=MODEL_NAME)]
+    run: Text = None
+    round: Integer = None
+    version: Integer = None
+    num_samples: Integer = None
+    seed: Integer = None
+    params: Integer = None
+    low: Real = None
+    high: Real = None
+    network_evaluations: Real = None
+    temperature: Real = None
+    top_p: Real = None
+    tokens_per_forward: Real = None
+    energy_j: Real = None
+    judge_dtype: Text = None
+    data: Text = None
+    sampler: Text = None
+    draw_dtype: Text = None
+    device: Text = None
+    dtype: Text = None
+    commit: Text = None
+
+
+def metric_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON file; HalfstepError if it is not a list of metric rows."""
+    return check_table(read_json(file), file)
+
+
+def check_table(rows: Any, file: Path) -> list[dict[str, Any]]:
+    """`rows`, the content of a file; HalfstepError if it is not a list of metric rows."""
+    required = {"metric", "model", "value"}
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and row.keys() >= required for row in rows
+    ):
+        raise HalfstepError(
+            f"{file}: expected a list of metric rows, each with metric, model and value; "
+            "give --metrics only such files"
+        )
+    for number, row in enumerate(rows, start=1):
+        check_fields(row, TableRow, f"{file}: row {number}", MEASURE_AGAIN)
+    return rows

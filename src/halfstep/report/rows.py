@@ -10,7 +10,7 @@ from pandas import DataFrame
 
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import open_file
-from halfstep.records.rows import metric_rows
+from halfstep.records.shapes import metric_rows
 
 COLUMNS = (
     "teacher", "run", "round", "model", "metric", "protocol", "version", "steps",

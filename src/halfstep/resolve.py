@@ -31,6 +31,7 @@ MOST_BYTES = 1_000_000  # of a configuration file
 MOST_VALUES = 100_000  # in a configuration, with each alias written out
 MOST_FAULTS = 20  # that are printed
 MOST_LEVELS = 100  # of sections and lists in one another
+KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text", dict: "an object"}
 
 
 def explain(error: pydantic.ValidationError, top: type[BaseModel] = Config) -> list[str]:
@@ -70,11 +71,13 @@ def check_fields(value: object, model: type[BaseModel], where: object, advice: s
     except pydantic.ValidationError as error:
         fault = error.errors()[0]
         path = ".".join(excerpt(part).strip("'") for part in fault["loc"])
-        if fault["type"] == "missing":
+        if not path:
+            said = f"found {excerpt(value)}, expected an object"
+        elif fault["type"] == "missing":
             kind = model.model_fields[path].annotation if path in model.model_fields else None
-            said = f"{path}: found nothing, expected {getattr(kind, '__name__', 'a value')}"
+            said = f"{path}: found nothing, expected {KINDS.get(kind, 'a value')}"
         else:
-            said = explain(error, model)[0].removeprefix("configuration: ")
+            said = explain(error, model)[0]
     else:
         return
     raise HalfstepError(f"{where}: {said}; {advice}")

@@ -148,7 +148,7 @@ CHECKPOINTS = {  # fault: (function that spoils the folder, pattern of the messa
         write("meta.json", "[1]"),
         r"meta.json: format \[1\], but this halfstep reads format 1",
     ),
-    "meta lacks a key": (meta(length=None), "meta.json: length: found nothing, expected int"),
+    "meta lacks a key": (meta(length=None), "length: found nothing, expected a whole number"),
     "meta of no kind": (
         meta(kind="flow"),
         "meta.json: kind: found 'flow', allowed are diffusion, autoregressive",

@@ -203,7 +203,7 @@ def test_distinct_counts_all_texts_of_a_group():
         ({"document-tokens": 500}, r"found 0 held-out documents of document_tokens \(500\)"),
         ({"document-tokens": 20}, r"document_tokens \(20\) must be at least 21"),
         ({"prompt-tokens": 120, "document-tokens": 131}, r"found 0 held-out documents"),
-        ({"steps": 0}, "steps: found 0, expected a number above zero"),
+        ({"steps": 0}, "steps: found 0: input should be greater than or equal to 1"),
     ],
 )
 def test_an_error_is_one_line(world, tmp_path, capsys, changed, message):

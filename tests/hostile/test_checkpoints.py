@@ -190,7 +190,7 @@ CHECKPOINTS = {  # name: ((make, command), words of the answer)
         content("meta.json", '{"format": 1}'.encode("utf-16")),
         "meta.json: not valid JSON",
     ),
-    "meta.json of a terabyte": (replaced("meta.json", huge), "a JSON file of halfstep has at most"),
+    "meta.json of a terabyte": (replaced("meta.json", huge), "expected a JSON file of at most"),
     "meta.json a folder": (replaced("meta.json", Path.mkdir), "meta.json: found a folder"),
     "meta.json a pipe": (replaced("meta.json", os.mkfifo), "meta.json: found a pipe"),
     "meta.json a loop of links": (
@@ -487,7 +487,7 @@ SAMPLES = {
     "texts of one dimension": (array_of(np.zeros(24, np.int32)), r"an array of shape \[24\]"),
     "no prompts": (facts(CONTINUED), "samples without prompts"),
     "prompts a list": (facts(CONTINUED, prompts=[4, 4]), "prompts: "),
-    "prompts as text": (facts(CONTINUED, prompts=PROMPTS | {"per_prompt": "2"}), "per_prompt"),
+    "prompts as text": (facts(CONTINUED, prompts=PROMPTS | {"per_prompt": "two"}), "per_prompt"),
     "an unknown key of prompts": (facts(CONTINUED, prompts=PROMPTS | {"x": 1}), "unknown key"),
     "a billion prompts": (
         facts(CONTINUED, prompts=PROMPTS | {"num_prompts": 10**9}),

@@ -117,7 +117,7 @@ WRITTEN = {  # name: (content of config.yaml, pattern of the line)
     ),
     "an infinite learning rate": (of_run("lr: .inf"), "lr: found inf: input should be a finite"),
     "a learning rate of 1e400": (of_run("lr: 1e400"), "lr: found inf: input should be a finite"),
-    "a preset of 5,000 letters": (f"preset: {'p' * 5000}\n", r"found 'ppp.* \.\.\. ppp.*: no such"),
+    "a preset of 5,000 letters": (f"preset: {'p' * 5000}\n", r"found 'ppp.*\.\.\.ppp.*: no such"),
     "a preset elsewhere": ("preset: ../presets/ci\n", "found '../presets/ci': no such file"),
     "a list of presets": ("preset: [ci]\n", r"preset: found \['ci'\]: no such file"),
     "a NUL in a preset": ('preset: "ci\\0"\n', r"preset: found 'ci\\x00': no such file"),

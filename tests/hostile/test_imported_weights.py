@@ -517,7 +517,7 @@ CASES += [
     published("a length that is true", {"model_length": True}, "does not say how many tokens"),
     published("a length of zero", {"model_length": 0}, "does not say how many tokens"),
     published("a length below zero", {"model_length": -16}, "does not say how many tokens"),
-    published("a length of 10**30", {"model_length": 10**30}, "does not say how many tokens"),
+    published("a length of 10**30", {"model_length": 10**30}, "a whole number above 2.64"),
     published("a model that is a list", {"model_length": None, "model": [1]}, "does not say how"),
     published("time_conditioning: 'no'", {"time_conditioning": "no"}, "time_conditioning: found"),
     published("an unknown schedule", {"schedule": "geometric"}, "schedule: found 'geometric'"),

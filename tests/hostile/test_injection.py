@@ -130,6 +130,7 @@ def test_a_file_of_text_that_snakemake_would_rename_is_refused(tmp_path, monkeyp
     """The pattern is harmless; a file that it matches is not."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
+    (tmp_path / "words.jsonl").write_text('{"text": "one word"}\n')
     config = resolve(configuration("files", ["text/*.txt"]), PRESETS)
     for name, fault in (("{x}.txt", "braces"), (f"{ESCAPE}.txt", "control character")):
         (tmp_path / "text" / name).write_text("one")

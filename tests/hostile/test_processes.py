@@ -96,7 +96,7 @@ CASES = [
     ),
     process("an empty folder of printed messages", "none", {"HALFSTEP_PRINTED": ""}),
     process("a folder of printed messages that is not there", "none", {"HALFSTEP_PRINTED": "gone"}),
-    launcher("no process", "processes: found '?0'?: input should be greater than 0", "0", {}),
+    launcher("no process", "processes: found '?0'?: input should be greater than", "0", {}),
     launcher("processes below 0", "processes: found '?-1'?: input should be greater", "-1", {}),
     launcher("a word", "processes", "all", {}),
     launcher("a fraction", "processes", "2.5", {}),

@@ -336,7 +336,7 @@ def test_snakemake_stores_and_prints_no_secret(tmp_path):
     )
     workflow.edit("rules/report.smk", lambda text: re.sub(inputs, "", text, flags=re.DOTALL))
     options = ["--config", "preset=ci", "--cores", "1"]
-    secret = {"MLFLOW_TRACKING_URI": f"mysql+nothing://{URI}/mlflow", "HF_TOKEN": TOKEN}
+    secret = {"MLFLOW_TRACKING_URI": POSTGRES, "HF_TOKEN": TOKEN}
     done = workflow.run("results/mlflow.synced", "-p", *options, **secret)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said

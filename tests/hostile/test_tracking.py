@@ -203,7 +203,7 @@ def without(key: str) -> dict:
 
 TIMING = {"metric": "latency_s", "model": "t/teacher", "teacher": "t", "value": 1.0}
 ROWS = [
-    rows("no metric", [without("metric")], "row 1: metric: found nothing, expected a value"),
+    rows("no metric", [without("metric")], "row 1: metric: found nothing, expected text"),
     rows("no model", [ROW, without("model")], "row 2: model: found nothing"),
     rows("no value", [without("value")], "row 1: value: found nothing"),
     rows("no protocol", [without("protocol")], "row 1: protocol: found nothing"),
@@ -322,11 +322,11 @@ DATABASES = [
     address("a device", "sqlite:////dev/null", "found a pipe or a device"),
     address("below a file", "sqlite:///out/mlflow.db/x.db", "cannot be created"),
     address("a server without a name", "http://", "no host"),
-    address("half an IPv6 address", "http://[::1", "Invalid IPv6"),
-    address("a port that is no number", "http://127.0.0.1:x", "MLflow at http"),
+    address("half an IPv6 address", "http://[::1", "write / : @ and % of a password"),
+    address("a port that is no number", "http://127.0.0.1:x", "a port as a number"),
     address("no server", "http://127.0.0.1:9", "no server answers.*nothing is lost"),
     address("no PostgreSQL", "postgresql://u@127.0.0.1:9/x", "Connection refused.*nothing is lost"),
-    address("a PostgreSQL port of text", "postgresql://u@127.0.0.1:x/y", UNUSABLE),
+    address("a PostgreSQL port of text", "postgresql://u@127.0.0.1:x/y", "a port as a number"),
     address("an unknown driver", "postgresql+frob://127.0.0.1/x", UNUSABLE),
     address("a driver that is not installed", "mysql+asyncmy://127.0.0.1/x", UNUSABLE),
     kept("own runs: text", "x", "track.json: not valid JSON"),

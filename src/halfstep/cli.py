@@ -34,11 +34,11 @@ COMMANDS = {  # name: (module:function, what it does)
         "train the autoregressive baseline, which is also the judge at laptop scale",
     ),
     "import": (
-        "halfstep.commands.publish:import_checkpoint",
+        "halfstep.commands.import_weights:import_checkpoint",
         "make a checkpoint of published weights (MDLM, SDTT), from a file or the hub",
     ),
     "export": (
-        "halfstep.commands.publish:export_checkpoint",
+        "halfstep.commands.export_model:export_checkpoint",
         "write a folder for transformers, with a model card, and push it to the hub",
     ),
     "distill-round": (

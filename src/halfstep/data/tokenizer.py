@@ -276,7 +276,7 @@ def _reset_strip(about: dict) -> bool:
     for token in tokens if isinstance(tokens, list) else []:
         if isinstance(token, dict) and (token.get("lstrip") or token.get("rstrip")):
             token.update(lstrip=False, rstrip=False)
-            found = True
+            found |= "mask" not in str(token.get("content")).lower()  # no text has a mask token
     return found
 
 

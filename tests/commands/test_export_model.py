@@ -12,8 +12,11 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -23,8 +26,9 @@ from torch import nn
 
 import halfstep
 from halfstep.checkpoint import build_network, save_checkpoint
-from halfstep.commands import publish
-from halfstep.commands.publish import TOLERANCE, with_mask_token, without_mask_token
+from halfstep.commands import export_model
+from halfstep.commands.export_model import TOLERANCE, with_mask_token
+from halfstep.commands.import_weights import without_mask_token
 from halfstep.data.tokenizer import train_bpe
 from halfstep.files import read_json
 
@@ -215,7 +219,7 @@ def test_prompts_of_several_lengths_are_filled_in_together(export):
 # The time
 
 
-@pytest.mark.parametrize("schedule", publish.EXPORTED_SCHEDULES)
+@pytest.mark.parametrize("schedule", export_model.EXPORTED_SCHEDULES)
 def test_a_time_conditioned_network(schedule, pipeline, tmp_path):
     """With t it is ours; without, t is the time with the row's share of masked tokens."""
     from halfstep.exported.modeling_halfstep import HalfstepForMaskedLM
@@ -603,3 +607,140 @@ def test_a_disk_that_is_full_for_safetensors(export, tmp_path, monkeypatch, caps
     assert message.count("\n") == 1
     assert "model.safetensors: No space left on device; free some space" in message
     assert not (tmp_path / "out/config.json").exists()
+
+
+METRICS = ("| generative", "| entropy", "| distinct", "| accepted", "| consistent")
+
+
+def test_the_card_names_every_number(pipeline, tmp_path):
+    """Rows of this model only, each with protocol, version and interval."""
+    samples = pipeline.metrics / "teacher/samples.json"
+    done(
+        f"export --checkpoint {pipeline.teacher} --output {tmp_path / 'card'} "
+        f"--metrics {samples} {pipeline.metrics}/data.json"
+    )
+    card = (tmp_path / "card/README.md").read_text()
+    rows = json.loads(samples.read_text())
+    lines = [line for line in card.splitlines() if line.startswith(METRICS)]
+    assert len(lines) == len(rows)
+    for row in rows:
+        values = (f"{row['value']:.4g}", f"{row['high']:.4g}")
+        cells = [f"| {part} |" for part in (row["metric"], row["protocol"], *values)]
+        assert any(all(cell in line for cell in cells) for line in lines)
+    assert "stories" in card
+    assert "model.sample" in card
+
+
+def test_the_card_leaves_out_rows_of_other_weights(pipeline, tmp_path, capsys):
+    samples = pipeline.metrics / "teacher/samples.json"  # of the average
+    done(
+        f"export --checkpoint {pipeline.teacher} --output {tmp_path} --weights raw "
+        f"--metrics {samples}"
+    )
+    assert "No metric was measured with these weights" in (tmp_path / "README.md").read_text()
+    assert "are not on the card" in capsys.readouterr().err
+    inputs = json.loads((tmp_path / "provenance.json").read_text())["inputs"]
+    names = {Path(path).name for path in inputs}
+    assert {"model.safetensors", "tokenizer.json", "meta.json"} <= names
+
+
+def test_the_card_of_a_student(pipeline, tmp_path):
+    done(f"export --checkpoint {pipeline.student} --output {tmp_path}")
+    card = (tmp_path / "README.md").read_text()
+    assert "meant for **8 sampling steps**" in card
+    assert "No metric was measured" in card
+    assert "kl_backward" in card
+
+
+class Api:
+    """The hub's client, which records its calls."""
+
+    calls: ClassVar[list[tuple[str, str]]] = []
+
+    def create_repo(self, name, **options):
+        self.calls.append(("repo", name))
+
+    def create_branch(self, name, branch, **options):
+        self.calls.append(("branch", branch))
+
+    def upload_folder(self, repo_id, folder_path, revision, **options):
+        assert (Path(folder_path) / "modeling_halfstep.py").is_file()
+        self.calls.append(("upload", revision))
+
+
+def test_one_revision_per_round(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(Api, "calls", [])
+    done(f"export --checkpoint {pipeline.student} --output {tmp_path / 's'} --push me/mine")
+    done(f"export --checkpoint {pipeline.teacher} --output {tmp_path / 't'} --push me/mine")
+    assert Api.calls == [
+        ("repo", "me/mine"),
+        ("branch", "kl_backward-round-1"),
+        ("upload", "kl_backward-round-1"),
+        ("repo", "me/mine"),
+        ("upload", "main"),
+    ]
+
+
+def test_a_failed_upload_is_one_sentence(pipeline, tmp_path, monkeypatch, capsys):
+    def refuse(self, *_, **__):
+        raise OSError("401 unauthorized")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(Api, "create_repo", refuse)
+    line = f"export --checkpoint {pipeline.teacher} --output {tmp_path / 'u'} --push me/mine"
+    assert call(line) == 1
+    expected = "--push me/mine: the upload failed (OSError: 401 unauthorized)"
+    assert expected in capsys.readouterr().err
+
+
+def test_the_baseline_is_not_exported(pipeline, tmp_path):
+    assert call(f"export --checkpoint {pipeline.baseline} --output {tmp_path / 'v'}") == 1
+
+
+def test_the_exported_file_has_the_noise_schedules_of_the_package():
+    """(1 - eps) times its share of masked tokens is 1 - alpha(t)."""
+    from halfstep.diffusion.schedules import SCHEDULES
+    from halfstep.exported import modeling_halfstep as exported
+
+    assert tuple(exported.SHARES) == export_model.EXPORTED_SCHEDULES
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    for name, share in exported.SHARES.items():
+        masked = (1 - exported.EPS) * share(t)
+        assert torch.allclose(masked, 1 - SCHEDULES[name]().alpha(t), atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", export_model.EXPORTED_SCHEDULES)
+def test_an_exported_model_samples_with_its_own_schedule(schedule):
+    """After the first of two steps alpha(1/2) of the positions are revealed, eps apart."""
+    from halfstep.diffusion.schedules import SCHEDULES
+    from halfstep.exported.modeling_halfstep import HalfstepConfig, HalfstepForMaskedLM
+
+    shape = {"hidden_dim": 8, "n_blocks": 1, "n_heads": 2, "model_length": 500, "vocab_size": 5}
+    model = HalfstepForMaskedLM(HalfstepConfig(**shape, schedule=schedule))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    visible = []
+    forward = model.forward
+
+    def spy(input_ids, **options):
+        visible.append((input_ids != 4).double().mean().item())
+        return forward(input_ids, **options)
+
+    model.forward = spy
+    model.sample(num_samples=8, steps=2, generator=torch.Generator().manual_seed(0))
+    expected = SCHEDULES[schedule]().alpha(torch.tensor(0.5)).item()
+    assert visible == [0, pytest.approx(expected, abs=0.03)]
+
+
+def test_an_export_names_its_schedule_or_refuses(pipeline, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "models" / "x" / "teacher"
+    shutil.copytree(pipeline.teacher, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["network"]["schedule"] = "cosine"
+    (folder / "meta.json").write_text(json.dumps(meta))
+    done(f"export --checkpoint {folder} --output {tmp_path / 'cosine'}")
+    assert json.loads((tmp_path / "cosine/config.json").read_text())["schedule"] == "cosine"
+    monkeypatch.setattr(export_model, "EXPORTED_SCHEDULES", ("loglinear",))
+    assert call(f"export --checkpoint {folder} --output {tmp_path / 'refused'}") == 1
+    assert "network.schedule: found 'cosine'" in capsys.readouterr().err

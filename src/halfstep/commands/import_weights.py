@@ -1,0 +1,266 @@
+"""`halfstep import`: a checkpoint from published weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from halfstep.checkpoint import FILES, build_network, check_weights, save_checkpoint
+from halfstep.config import Network, Training, size_of_shape
+from halfstep.data.pack import corpus_tokenizer, read_manifest
+from halfstep.data.tokenizer import EOS, load_bpe, vocabulary_size
+from halfstep.errors import HalfstepError, reason
+from halfstep.files import sha256, write_atomic
+from halfstep.models import hub
+from halfstep.records import provenance
+from halfstep.records.journal import Journal
+from halfstep.resolve import explain
+
+DIVERGENCES = {"kld": "kl_backward", "mse": "mse", "tvd": "l1_log_p"}  # SDTT's names on the hub
+DOWNLOADED = ["*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer.json"]
+MAX_LENGTH = 2**20  # tokens of a text, as a published configuration may give them
+
+
+def import_checkpoint(
+    source: str,
+    output: Path,
+    corpus: Path | None = None,
+    tokenizer: str | None = None,
+    weights: Literal["ema", "raw"] = "ema",
+    size: str | None = None,
+) -> None:
+    """Write a checkpoint from published weights.
+
+    It can be the teacher of a first round, or a student of the paper to measure. A source is a
+    .ckpt of MDLM or SDTT, a folder as on the hub, or a hub name such as kuleshov-group/mdlm-owt or
+    jdeschena/sdtt@baselines_kld_step_70000. With --weights ema the average is kept as well as the
+    raw weights, if the source has one. With --weights raw the raw weights are used as both, as the
+    released code does.
+
+    Args:
+        source: file, folder or hub name
+        output: folder of the checkpoint
+        corpus: folder of `halfstep prepare-corpus` to use it with; gives tokenizer and length
+        tokenizer: hub name (gpt2) or folder, for an import without a corpus; without it, that of
+            the source
+        weights: ema or raw
+        size: refuse weights of another size (small, medium, large ...)
+    """
+    _, _, revision = source.partition("@")
+    path = _find_source(source)
+    published = hub.read_published(path)
+    vocabulary, *shape = hub.shape_of(published.raw, published.file)
+    network = _network(published, shape)
+    if size and network.size != size:
+        raise HalfstepError(
+            f"--source {published.file}: found size {network.size}, expected {size}; "
+            f"set network.size: {network.size}, or name other weights"
+        )
+    tokens, length = _tokenizer_and_length(path, corpus, tokenizer, published.config)
+    mask_id = published.config.get("mask_token_id", published.config.get("mask_index"))
+    tokens = without_mask_token(tokens, mask_id if isinstance(mask_id, int) else vocabulary)
+    raw = {key: value.float() for key, value in published.raw.items()}
+    states = {"raw": raw, "ema": raw}
+    if weights == "ema" and published.ema:
+        states["ema"] = raw | {key: value.float() for key, value in published.ema.items()}
+    if vocabulary_size(tokens) != vocabulary:
+        vocabulary = _cut_vocabulary(states, published, vocabulary_size(tokens))
+    meta = {
+        "kind": "diffusion",
+        "network": network.model_dump(),
+        "vocab_size": vocabulary,
+        "eos_id": tokens.token_to_id(EOS),
+        "length": length,
+        "corpus": corpus.name if corpus else None,
+        "training": {"min_t": Training().min_t},
+        **lineage(revision),
+        "ema_updates": 0,
+        "imported": {
+            "source": source,
+            "revision": revision or None,
+            "file": published.file.name,
+            "sha256": sha256(published.file),
+            "weights": _imported_weights(published, weights),
+        },
+    }
+    _check_states(states, meta, published.file)
+    _write_imported(output, states, meta, tokens, weights)
+    read = [*published.files, published.file.parent / "config.json"]
+    if corpus:
+        read += [corpus / "manifest.json", corpus / "tokenizer.json"]
+    provenance.write_record(
+        output / provenance.NAME, [output], [file for file in read if file.is_file()]
+    )
+
+
+def _find_source(source: str) -> Path:
+    """The file or folder that `source` names; a name on the hub is downloaded."""
+    name, _, revision = source.partition("@")
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(".ckpt")
+    if Path(source).exists() or not is_hub_name:
+        return Path(source)
+    return fetch_from_hub(name, revision)
+
+
+def fetch_from_hub(name: str, revision: str) -> Path:
+    """The folder of a hub repository's revision, downloaded or from the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=DOWNLOADED)
+    except Exception as error:  # the client, requests and the file system raise different types
+        full_name = f"{name}@{revision}" if revision else name
+        raise HalfstepError(
+            f"--source {full_name}: the download failed ({type(error).__name__}: {reason(error)}); "
+            "check name, revision and network, or download it elsewhere and name the folder"
+        ) from None
+    return Path(folder)
+
+
+def _network(published: hub.Published, shape: list[int]) -> Network:
+    """The network that fits the weights and their configuration."""
+    config = published.config
+    noise = config.get("noise")
+    kind = noise.get("type") if isinstance(noise, dict) else None
+    if kind not in (None, "loglinear"):
+        raise HalfstepError(
+            f"--source {published.file}: its configuration has noise.type {str(kind)[:80]!r}, "
+            "expected loglinear; name other weights"
+        )
+    cond_width = published.raw["sigma_map.mlp.0.weight"].shape[0]
+    try:
+        return Network(
+            size=size_of_shape(*shape, cond_width),
+            time_conditioning=config.get("time_conditioning") or False,
+            schedule=config.get("schedule", "loglinear"),
+        )
+    except pydantic.ValidationError as error:
+        raise HalfstepError(
+            f"--source {published.file}: its configuration: {explain(error, Network)[0]}"
+        ) from None
+
+
+def _cut_vocabulary(
+    states: dict[str, dict[str, Tensor]], published: hub.Published, tokens: int
+) -> int:
+    """Cut the rows of a padded vocabulary in each state; the number of tokens that remain.
+
+    HalfstepError if the vocabulary is not a padded one of `tokens` tokens and the mask.
+    """
+    rows = len(published.raw[hub.EMBEDDING])
+    mask = published.config.get("mask_token_id", published.config.get("mask_index", tokens))
+    if mask != tokens or not hub.is_padded(published.raw, tokens):
+        raise HalfstepError(
+            f"--source {published.file}: its vocabulary is {rows - 1} tokens and the mask, "
+            f"the tokenizer has {tokens}; "
+            "name the corpus or the tokenizer that it was trained with"
+        )
+    for name, state in states.items():
+        states[name] = hub.without_padding(state, tokens)
+    print(
+        f"halfstep import: --source {published.file}: its vocabulary is padded; of {rows} rows, "
+        f"those of the {tokens} tokens and the mask are kept",
+        file=sys.stderr,
+    )
+    return tokens
+
+
+def _tokenizer_and_length(
+    path: Path, corpus: Path | None, name: str | None, config: dict
+) -> tuple[Tokenizer, int]:
+    """Tokenizer, and tokens per text, from the corpus or else from the source and --tokenizer."""
+    if corpus:
+        return corpus_tokenizer(corpus), read_manifest(corpus)["length"]
+    model = config.get("model")
+    length = config.get("model_length")
+    if not length and isinstance(model, dict):
+        length = model.get("length")
+    if type(length) is not int or not 8 <= length <= MAX_LENGTH:
+        raise HalfstepError(
+            f"--source {path}: does not say how many tokens a text has (8 to {MAX_LENGTH:,}); "
+            "give --corpus, the folder of halfstep prepare-corpus"
+        )
+    if name:
+        return load_bpe(name), length
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        return load_bpe(str(path)), length
+    raise HalfstepError(
+        f"--source {path}: comes without a tokenizer; "
+        "give --corpus, or --tokenizer gpt2 for the published models"
+    )
+
+
+def without_mask_token(tokenizer: Tokenizer, mask_id: int) -> Tokenizer:
+    """The tokenizer of an export as halfstep uses it; any other tokenizer as it is."""
+    about = json.loads(tokenizer.to_str())
+    added = {token["id"]: token["content"] for token in about["added_tokens"]}
+    content = added.get(mask_id, "")
+    if "mask" not in content.lower():
+        return tokenizer
+    about["added_tokens"] = [token for token in about["added_tokens"] if token["id"] != mask_id]
+    if isinstance(about["model"]["vocab"], dict):
+        about["model"]["vocab"].pop(content, None)
+    return Tokenizer.from_str(json.dumps(about))
+
+
+def lineage(revision: str) -> dict:
+    """Round, divergence and steps, from the name of a revision of jdeschena/sdtt.
+
+    Any other revision is a teacher (round 0).
+    """
+    match = re.fullmatch(r"(?:baselines_(\w+)|scaling_400k_\w+?)_step_(\d)0000", revision)
+    if not match:
+        return {"round": 0}
+    divergence, round = match[1] or "kld", int(match[2])
+    return {
+        "round": round,
+        "run": {"divergence": DIVERGENCES.get(divergence, match[1])},
+        "dt": 2 ** (round - 1) / 1024,
+        "student_steps": 1024 // 2**round,
+    }
+
+
+def _imported_weights(published: hub.Published, weights: str) -> str:
+    if published.ema and weights == "ema":
+        return "raw and ema"
+    return "raw" if published.ema or weights == "raw" else "the one set it has"
+
+
+def _check_states(states: dict[str, dict[str, Tensor]], meta: dict, file: Path) -> None:
+    """HalfstepError unless every set of weights fits the network that meta describes."""
+    with torch.device("meta"):
+        network = build_network(meta)
+    for state in states.values():
+        check_weights(network, state, file)
+
+
+def _write_imported(
+    output: Path,
+    states: dict[str, dict[str, Tensor]],
+    meta: dict,
+    tokens: Tokenizer,
+    weights: str,
+) -> None:
+    """Write the checkpoint, and a journal without points."""
+    imported = meta["imported"]
+    teacher = output.parent.name
+    with Journal(
+        output,
+        name="teacher",
+        node=f"import/{teacher}",
+        params={"source": imported["source"], "weights": weights, **meta["network"]},
+        tags={"teacher": teacher, "round": meta["round"], "imported": imported["source"]},
+        datasets=[{"name": "source", "digest": imported["sha256"], "source": imported["source"]}],
+    ) as journal:
+        write_atomic(output / "tokenizer.json", tokens.to_str(pretty=False))
+        tensors = {FILES[name]: state for name, state in states.items()}
+        save_checkpoint(output, tensors, meta, output / "tokenizer.json")
+        journal.close(checkpoint=output)

@@ -91,41 +91,41 @@ rule score_corpus:
         """
 
 
-if CONFIG.evaluation.lambada:
-
-    rule score_lambada:
-        """Let a model predict the last words of texts (LAMBADA)."""
-        input:
-            checkpoint="results/models/{model}/meta.json",
-            corpus=targets.manifest,
-            last_words=targets.last_words(),
-            hub=fetched(targets.lambada_of_hub()),
-        output:
-            rows="results/metrics/{model}/lambada.json",
-            record="results/metrics/{model}/lambada.provenance.json",
-        log:
-            "results/logs/score_lambada/{model}.log",
-        benchmark:
-            "results/logs/score_lambada/{model}.tsv"
-        conda:
-            "../envs/gpu.yaml"
-        threads: threads_by_size
-        resources:
-            **machine("sample"),
-        params:
-            checkpoint=subpath(input.checkpoint, parent=True),
-            corpus=subpath(input.corpus, parent=True),
-            evaluation=flags(CONFIG.evaluation, "lambada", "lambada_items", "bootstrap"),
-            weights=CONFIG.sampling.weights,
-            code=STAGE["lambada"],
-        shell:
-            r"""
-            {resources.srun}halfstep score-lambada \
-                --checkpoint {params.checkpoint:q} \
-                --weights {params.weights} \
-                --corpus {params.corpus:q} \
-                --output {output.rows:q} \
-                {params.evaluation} \
-                --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
-                2>&1 | tee {log:q}
-            """
+rule score_lambada:
+    """Let a model predict the last words of texts (LAMBADA)."""
+    input:
+        checkpoint="results/models/{model}/meta.json",
+        corpus=targets.manifest,
+        last_words=targets.last_words(),
+        hub=fetched(targets.lambada_of_hub()),
+    output:
+        rows="results/metrics/{model}/lambada.json",
+        record="results/metrics/{model}/lambada.provenance.json",
+    wildcard_constraints:
+        model=one_of(MODELS if CONFIG.evaluation.lambada else []),
+    log:
+        "results/logs/score_lambada/{model}.log",
+    benchmark:
+        "results/logs/score_lambada/{model}.tsv"
+    conda:
+        "../envs/gpu.yaml"
+    threads: threads_by_size
+    resources:
+        **machine("sample"),
+    params:
+        checkpoint=subpath(input.checkpoint, parent=True),
+        corpus=subpath(input.corpus, parent=True),
+        evaluation=flags(CONFIG.evaluation, "lambada", "lambada_items", "bootstrap"),
+        weights=CONFIG.sampling.weights,
+        code=STAGE["lambada"],
+    shell:
+        r"""
+        {resources.srun}halfstep score-lambada \
+            --checkpoint {params.checkpoint:q} \
+            --weights {params.weights} \
+            --corpus {params.corpus:q} \
+            --output {output.rows:q} \
+            {params.evaluation} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
+            2>&1 | tee {log:q}
+        """

@@ -235,7 +235,7 @@ def _plain(text: str, where: str) -> tuple[Tokenizer, list[str]]:
         )
     unused = [name for name, remove in UNUSED.items() if remove(about)]
     with _quiet(f"{where} cannot be read"):
-        tokenizer = Tokenizer.from_str(json.dumps(about) if unused else text)
+        tokenizer = Tokenizer.from_str(json.dumps(about))
     return _checked(tokenizer, where), unused
 
 

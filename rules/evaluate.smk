@@ -101,12 +101,12 @@ rule score_lambada:
     output:
         rows="results/metrics/{model}/lambada.json",
         record="results/metrics/{model}/lambada.provenance.json",
-    wildcard_constraints:
-        model=one_of(MODELS if CONFIG.evaluation.lambada else []),
     log:
         "results/logs/score_lambada/{model}.log",
     benchmark:
         "results/logs/score_lambada/{model}.tsv"
+    wildcard_constraints:
+        model=one_of(MODELS if CONFIG.evaluation.lambada else []),
     conda:
         "../envs/gpu.yaml"
     threads: threads_by_size

@@ -352,6 +352,11 @@ def run_command(*argv: str) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         advice = ADVICE.get(error.errno, "check the path")
         return _refuse(name, f"{where}{error.strerror}; {advice}")
+    except RuntimeError as error:
+        group = sys.modules.get("halfstep.distributed.group")
+        if group is None or not group.peer_is_gone(error):
+            raise
+        return _refuse(name, "another process of this run ended early; see its message above")
     # Only after success, because destroy_process_group needs every rank.
     if group := sys.modules.get("halfstep.distributed.group"):
         group.leave_group()

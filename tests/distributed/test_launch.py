@@ -3,6 +3,7 @@
 import errno
 import ipaddress
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -117,6 +118,7 @@ def test_a_signal_reaches_the_processes_and_their_state_is_kept(
             os.kill(one, number)
         _, err = process.communicate(timeout=120)
         assert process.returncode == code, err
+        assert "Traceback" not in err
         while left := [worker for worker in workers if Path(f"/proc/{worker}").exists()]:
             assert time.monotonic() < until, left
             time.sleep(0.05)
@@ -124,7 +126,9 @@ def test_a_signal_reaches_the_processes_and_their_state_is_kept(
         for one in (*workers, process.pid):
             with suppress(ProcessLookupError):
                 os.kill(one, signal.SIGKILL)
-    if target != "worker":
+    if target == "worker":
+        assert re.search("the process of rank 1 was ended by SIGKILL", err), err
+    else:
         # The workers get SIGTERM when their launcher is killed.
         name = "SIGINT" if number == signal.SIGINT else "SIGTERM"
         assert err.count(f"received {name}; {STOPPED}") == 1, err

@@ -13,6 +13,7 @@ import faulthandler
 import io
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -243,6 +244,14 @@ def _stay_on_loopback() -> None:
     loopback = "lo" if "lo" in names else "lo0"  # Linux, macOS
     os.environ["GLOO_SOCKET_IFNAME"] = loopback
     os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+
+
+def peer_is_gone(error: BaseException) -> bool:
+    """Does the error say that another process of the group has ended?"""
+    if not (dist.is_initialized() and isinstance(error, RuntimeError)):
+        return False
+    closed = re.search("Connection (closed|reset) by peer|Broken pipe", str(error))
+    return isinstance(error, dist.DistBackendError) or closed is not None
 
 
 def leave_group() -> None:

@@ -50,6 +50,13 @@ Seed = Annotated[Whole, Field(ge=0, le=2**63 - 1)]
 MOST_ROUNDS = 20
 MOST_STEPS = 2**MOST_ROUNDS
 Steps = Annotated[Whole, Field(ge=1, le=MOST_STEPS)]
+TeacherSteps = Annotated[
+    Steps,
+    pydantic.WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1, "maximum": MOST_STEPS}, {"const": "length"}]}
+    ),
+]
+FEWEST_TOKENS = 0.3  # that a step of a round's teacher should reveal on average
 
 
 def _list(value: Any) -> Any:
@@ -286,8 +293,9 @@ class Distillation(Training):
     divergence: Literal["kl_backward", "kl_forward", "mse", "tvd", "l1_log_p"] = "kl_backward"
     """divergence between student and teacher; kl_backward: KL(student || teacher), the paper's KLD;
     l1_log_p: what the released code calls tvd"""
-    teacher_steps: Steps = 1024
-    """sampling steps of the first teacher"""
+    teacher_steps: TeacherSteps = 1024
+    """sampling steps of the first teacher; in config.yaml also `length`: as many as a window of the
+    corpus has tokens"""
     rounds: Annotated[Whole, Field(ge=1, le=MOST_ROUNDS)] = 7
     """number of rounds; each divides the sampling steps by `substeps`"""
     substeps: Annotated[Steps, Field(ge=2)] = 2
@@ -546,6 +554,38 @@ class Config(Section):
     experiment: Name | None = None
     """experiment of MLflow; null: $MLFLOW_EXPERIMENT_NAME, else halfstep"""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_teacher_steps(cls, raw: Any) -> Any:
+        """Put the length of a teacher's corpus in place of `teacher_steps: length`."""
+        teachers = raw.get("teachers") if isinstance(raw, dict) else None
+        if not isinstance(teachers, dict):
+            return raw
+        filled = {}
+        for name, teacher in teachers.items():
+            corpus = _part(raw, "corpora", _part(teacher, "corpus"))
+            length = _part(corpus, "length") or Corpus.model_fields["length"].default
+            filled[name] = _with_teacher_steps(teacher, length)
+        return raw | {"teachers": filled}
+
+    def warnings(self) -> list[str]:
+        """What is allowed and will disappoint, one line each, with its key and the reason."""
+        found = []
+        for name, teacher in self.teachers.items():
+            length = self.corpora[teacher.corpus].length
+            for key, run in teacher.runs.items():
+                tokens = [length * run.substeps**n / run.teacher_steps for n in range(run.rounds)]
+                few = sum(number < FEWEST_TOKENS for number in tokens)
+                if few:
+                    found.append(
+                        f"teachers.{name}.runs.{key}.teacher_steps: found {run.teacher_steps} for "
+                        f"windows of {length} tokens: in {few} of {run.rounds} rounds a step of "
+                        f"the teacher reveals less than {FEWEST_TOKENS} of a token on average (in "
+                        f"the first {tokens[0]:.2g}), and such a round learns more noise than it "
+                        "learns from the teacher; set teacher_steps: length"
+                    )
+        return found
+
     @model_validator(mode="after")
     def _check_teachers(self) -> Config:
         for name, teacher in self.teachers.items():
@@ -597,6 +637,25 @@ class Config(Section):
             SAMPLERS[self.sampling.sampler].check_steps(self.sampling.sampler, steps, length)
         except HalfstepError as error:
             raise ValueError(f"{str(error).replace('steps', key, 1)} ({of})") from None
+
+
+def _part(tree: Any, *keys: Any) -> Any:
+    """What is at these keys of nested dicts, as far as they are dicts; else None."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) and isinstance(key, str) else None
+    return tree
+
+
+def _with_teacher_steps(part: Any, length: object) -> Any:
+    """The part of a teacher with `length` in place of the word in each `teacher_steps`."""
+    if not isinstance(part, dict):
+        return part
+    return {
+        key: length
+        if (key, value) == ("teacher_steps", "length")
+        else _with_teacher_steps(value, length)
+        for key, value in part.items()
+    }
 
 
 def section_type(annotation: Any) -> type[Section] | None:

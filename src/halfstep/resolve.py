@@ -129,8 +129,8 @@ def merge_sections(base: dict, over: dict) -> dict:
 def resolve(user: dict, presets: Path = PRESETS, quiet: bool = False) -> Config:
     """Lay the user's config.yaml over the preset that it names, and validate the result.
 
-    A preset may name another preset. Unless `quiet`, one line of warning is printed for each
-    renamed key. Raises ConfigError.
+    A preset may name another preset. Unless `quiet`, one line is printed for each renamed key, and
+    for each value that is allowed and will disappoint. Raises ConfigError.
     """
     check_size("configuration", user)
     default = Config.model_fields["preset"].default
@@ -156,7 +156,11 @@ def resolve(user: dict, presets: Path = PRESETS, quiet: bool = False) -> Config:
             for notice in notices:
                 print(one_line(f"{source}: {notice}"), file=sys.stderr)
         merged = merge_sections(merged, layer)
-    return validate(merged | {"preset": names[0]})
+    found = validate(merged | {"preset": names[0]})
+    if not quiet:
+        for warning in found.warnings():
+            print(f"configuration: warning: {warning}", file=sys.stderr)
+    return found
 
 
 def read_yaml(file: Path) -> dict:

@@ -404,3 +404,46 @@ def test_local_text_does_not_wait_for_the_hub(workflow):
     assert "fetch" not in workflow.plan(target, "--config", "preset=docs")
     target = "results/metrics/docs-mini/teacher/lambada.json"
     assert "fetch" in workflow.plan(target, "--config", "preset=docs")
+
+
+def with_teacher_steps(**distillation) -> dict:
+    return {"preset": "laptop", "teachers": {"stories-tiny": {"distillation": distillation}}}
+
+
+@pytest.mark.parametrize(("length", "steps"), [(64, 64), (256, 256)])
+def test_the_teacher_takes_one_step_for_each_token(length, steps, capsys):
+    """The rounds and the command line know the number; a run may have another one."""
+    raw = with_teacher_steps(teacher_steps="length", rounds=5)
+    raw["corpora"] = {"stories": {"length": length}}
+    raw["teachers"]["stories-tiny"]["runs"] = {"own": {"teacher_steps": 32}, "shared": None}
+    teacher = resolve(raw).teachers["stories-tiny"]
+    assert teacher.distillation.teacher_steps == teacher.runs["shared"].teacher_steps == steps
+    assert teacher.runs["own"].teacher_steps == 32
+    assert capsys.readouterr().err == ""
+
+
+def test_a_corpus_without_a_length_has_the_papers():
+    about = {"corpus": "mine", "network": {}, "distillation": {"teacher_steps": "length"}}
+    (found,) = validate({**OWN, "teachers": {"t": about}}).teachers.values()
+    assert found.runs["kl_backward"].teacher_steps == 1024
+
+
+@pytest.mark.parametrize(
+    ("steps", "few", "first"),
+    [(1024, 3, "0.062"), (256, 1, "0.25"), (128, 0, "0.5"), (64, 0, "1")],
+)
+def test_rounds_of_less_than_a_token_are_named(steps, few, first, capsys):
+    """A step of the teacher of round r reveals 64 * 2^(r-1) / steps tokens on average."""
+    config = resolve(with_teacher_steps(teacher_steps=steps, rounds=5))
+    assert few == sum(64 * 2**r / steps < 0.3 for r in range(5))
+    error = capsys.readouterr().err
+    assert error.count("\n") == len(config.warnings()) == (few > 0)
+    if few:
+        assert f"in {few} of 5 rounds" in error and f"(in the first {first})" in error
+    resolve(with_teacher_steps(teacher_steps=steps, rounds=5), quiet=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_papers_presets_reveal_a_token_in_each_step():
+    for preset in ("owt-small", "owt-scaling"):
+        assert resolve({"preset": preset}).warnings() == []

@@ -107,11 +107,13 @@ class Perfect:
         log_p = log_p.log_softmax(-1).nan_to_num(nan=0.0, neginf=-torch.inf)
         return log_p if where is None else log_p[where]
 
-    def features_and_kv(self, xt: Tensor, t: Tensor, start: int = 0, kv: list | None = None):
+    def features_and_kv(
+        self, xt: Tensor, t: Tensor, part: slice = slice(None), kv: list | None = None
+    ):
         """Keys and values that are always up to date: the whole text itself."""
         kv = kv or [xt.clone()]
-        kv[0][:, start : start + xt.shape[1]] = xt
-        return self.features(kv[0], t)[:, start : start + xt.shape[1]], kv
+        kv[0][:, part] = xt[:, part]
+        return self.features(kv[0], t)[:, part], kv
 
     def log_p(self, h: Tensor) -> Tensor:
         return h.log_softmax(-1)

@@ -148,7 +148,7 @@ def build_denoiser(network: nn.Module, meta: dict) -> SubsDenoiser:
 
     about = Network.model_validate(meta["network"])
     schedule = SCHEDULES[about.schedule]()
-    return SubsDenoiser(cast("DiT", network), schedule, about.time_conditioning)
+    return SubsDenoiser(cast("DiT", network), schedule, about.time_conditioning, about.shifted)
 
 
 def save_checkpoint(

@@ -218,6 +218,9 @@ class Network(Section):
     shape as blocks x width x heads: 6x256x4"""
     time_conditioning: bool = False
     """feed the time t to adaLN (the paper feeds zero)"""
+    shifted: bool = False
+    """predict each token from the output at the position before it, as the teachers do that are
+    adapted from autoregressive models (DiffuGPT)"""
     schedule: Literal["loglinear", "cosine"] = "loglinear"
     """noise schedule alpha(t): loglinear (MDLM and the paper), or cosine (MaskGIT, MD4)"""
 

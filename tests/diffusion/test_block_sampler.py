@@ -70,7 +70,7 @@ def test_kept_keys_are_exact_where_nothing_outside_of_the_block_changed():
     denoiser.network.blocks = denoiser.network.blocks[:1]
     _, kept = denoiser.features_and_kv(x, torch.zeros(3))
     x[:, 8:24] = (x[:, 8:24] + 1) % 12
-    found, _ = denoiser.features_and_kv(x[:, 8:24], torch.zeros(3), 8, kept)
+    found, _ = denoiser.features_and_kv(x, torch.zeros(3), slice(8, 24), kept)
     assert torch.allclose(found, denoiser.features(x, torch.zeros(3))[:, 8:24], atol=1e-5)
 
 

@@ -54,10 +54,10 @@ def block(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int, keep_kv: bool
                 continue
             t = torch.full((N,), 1 - (first_step + step) / steps, device=x.device)
             if kv is None or not keep_kv:
-                h, kv = denoiser.features_and_kv(x, t)
-                h, evaluations = h[:, part], evaluations + 1
+                h, kv = denoiser.features_and_kv(x, t, part)
+                evaluations += 1
             else:
-                h, kv = denoiser.features_and_kv(x[:, part], t, start, kv)
+                h, kv = denoiser.features_and_kv(x, t, part, kv)
                 evaluations += (end - start) / L
             new = x[:, part].clone()
             new[reveal] = draw_tokens(

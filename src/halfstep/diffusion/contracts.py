@@ -100,9 +100,13 @@ class KVDenoiser(Denoiser, Protocol):
     """A denoiser that can keep the keys and values of a pass; the sampler `block` needs one."""
 
     def features_and_kv(
-        self, xt: Tensor, t: Tensor, start: int = 0, kv: list[Any] | None = None
+        self, xt: Tensor, t: Tensor, part: slice = slice(None), kv: list[Any] | None = None
     ) -> tuple[Tensor, list[Any]]:
-        """`features` of xt[B, l], the tokens from `start` on, and the blocks' keys and values."""
+        """`features` of a part of xt[B, L], and the blocks' keys and values.
+
+        The first call computes the whole text. With its `kv`, a later call computes the tokens of
+        the part alone, which read the keys and values of the other positions from there.
+        """
         ...
 
 

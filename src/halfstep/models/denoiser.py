@@ -21,11 +21,19 @@ class SubsDenoiser:
     The mask token has no probability; the caller carries visible tokens over.
 
     A time-conditioned network is given the noise level sigma(t) of the schedule; any other network
-    ignores time.
+    ignores time. With `shifted`, the network's output at position i - 1 predicts the token at i, as
+    in an autoregressive model (DiffuGPT, arXiv 2410.17891); the output at the last position
+    predicts the first token.
     """
 
-    def __init__(self, network: DiT, schedule: Schedule, time_conditioning: bool = False):
-        self.network, self.schedule = network, schedule
+    def __init__(
+        self,
+        network: DiT,
+        schedule: Schedule,
+        time_conditioning: bool = False,
+        shifted: bool = False,
+    ):
+        self.network, self.schedule, self.shifted = network, schedule, shifted
         self.ignores_time = not time_conditioning
         self._pass: DiT | GraphedNetwork = network
         self._packed: dict[tuple[int, int], Tensor] = {}  # (first, last token) -> slice of W
@@ -48,17 +56,30 @@ class SubsDenoiser:
         `where` is a mask [B, L] or its nonzero(as_tuple=True). With indices that were computed on
         the host, the host does not wait for the device.
         """
-        return self._pass(xt, self._sigma(t), where)
+        if not self.shifted:
+            return self._pass(xt, self._sigma(t), where)
+        if where is None:
+            return self._pass(xt, self._sigma(t), None).roll(1, 1)
+        texts, places = where if isinstance(where, tuple) else where.nonzero(as_tuple=True)
+        return self._pass(xt, self._sigma(t), (texts, (places - 1) % xt.shape[1]))
 
     def features_and_kv(
-        self, xt: Tensor, t: Tensor, start: int = 0, kv: list[BlockKV] | None = None
+        self, xt: Tensor, t: Tensor, part: slice = slice(None), kv: list[BlockKV] | None = None
     ) -> tuple[Tensor, list[BlockKV]]:
-        """`features`, and the keys and values of every block.
+        """`features` of a part of xt[B, L], and the keys and values of every block.
 
-        With `kv` given back, xt[B, l] are the tokens from `start` on.
+        With `kv` given back, only the tokens of the part are computed; with `shifted` also the
+        token before it.
         """
-        kv = kv or [BlockKV() for _ in self.network.blocks]
-        return self.network(xt, self._sigma(t), start=start, kept=kv), kv
+        sigma, L = self._sigma(t), xt.shape[1]
+        if kv is None:
+            kv = [BlockKV() for _ in self.network.blocks]
+            h = self.network(xt, sigma, kept=kv)
+            return (h.roll(1, 1) if self.shifted else h)[:, part], kv
+        start, end, _ = part.indices(L)
+        positions = torch.arange(start - self.shifted, end, device=xt.device) % L
+        h = self.network(xt[:, positions], sigma, positions=positions, kept=kv)
+        return h[:, : end - start], kv
 
     @cached_property
     def inference_copy(self) -> SubsDenoiser:
@@ -69,7 +90,7 @@ class SubsDenoiser:
         It shares the weights, which must not change from now on.
         """
         copy = SubsDenoiser(
-            pack_network(self.network), self.schedule, time_conditioning=not self.ignores_time
+            pack_network(self.network), self.schedule, not self.ignores_time, self.shifted
         )
         copy._pass = GraphedNetwork(copy.network)
         weight, bias = self.readout

@@ -39,11 +39,11 @@ class BlockKV:
 
     def __init__(self) -> None:
         self.kv: tuple[Tensor, Tensor] | None = None
-        self.start = 0
+        self.positions: Tensor | None = None
 
-    def at(self, start: int) -> BlockKV:
-        """The next `append` writes from position `start` on."""
-        self.start = start
+    def at(self, positions: Tensor | None) -> BlockKV:
+        """The next `append` writes at these positions [l]; at all of them if None."""
+        self.positions = positions
         return self
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,10 +51,13 @@ class BlockKV:
 
         The first call must cover the whole text.
         """
-        if self.kv is None:
-            self.kv = k.clone(), v.clone()
-        for old, new in zip(self.kv, (k, v), strict=True):
-            old[:, :, self.start : self.start + new.shape[2]] = new
+        if self.positions is None:
+            self.kv = k, v
+        elif self.kv is None:
+            raise ValueError("the first pass must compute the whole text")
+        else:
+            for old, new in zip(self.kv, (k, v), strict=True):
+                old[:, :, self.positions] = new
         return self.kv
 
 
@@ -86,7 +89,7 @@ class DiT(nn.Module):
         x: Tensor,
         sigma: Tensor | None = None,
         where: Where = None,
-        start: int = 0,
+        positions: Tensor | None = None,
         kept: list[BlockKV] | None = None,
     ) -> Tensor:
         """Token ids x[B, L] and noise levels sigma[B] -> features h[B, L, D].
@@ -95,8 +98,8 @@ class DiT(nn.Module):
 
         With `where` (a mask [B, L], or its nonzero(as_tuple=True)) only the features of these
         positions, in row order, h[N, D]: the last block's attention reads all positions, its output
-        layer and MLP compute these. With `kept`, x are the tokens from position `start` on, which
-        read the keys and values of all other positions from there.
+        layer and MLP compute these. With `kept` and `positions`[L], x are the tokens there, which
+        read the keys and values of all other positions from `kept`.
         """
         rows, N = None, len(x)
         if where is not None:
@@ -104,10 +107,11 @@ class DiT(nn.Module):
             N = len(rows)
             rows = F.pad(rows, (0, max(0, FEWEST - N)))
         cond = self.sigma_map(torch.zeros(1, device=x.device) if sigma is None else sigma)
-        angles = self.rotary_emb(torch.arange(start, start + x.shape[1], device=x.device))
+        everywhere = torch.arange(x.shape[1], device=x.device)
+        angles = self.rotary_emb(everywhere if positions is None else positions)
         h = self.vocab_embed(x)
         for i, block in enumerate(self.blocks):
-            cache = kept[i].at(start) if kept else None
+            cache = kept[i].at(positions) if kept else None
             h = block(h, angles, cond, cache, rows if block is self.blocks[-1] else None)
         return self.output_layer(h, cond, rows, x.shape[1])[:N]
 

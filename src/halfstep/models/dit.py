@@ -82,7 +82,7 @@ class DiT(nn.Module):
         self.rotary_emb = Rotary(width // heads)
         self.blocks = nn.ModuleList(Block(width, heads, dropout, cond_width) for _ in range(blocks))
         self.output_layer = Head(width, vocabulary + 1, cond_width)
-        self.vocabulary = vocabulary
+        self.vocabulary, self.heads = vocabulary, heads
 
     def forward(
         self,

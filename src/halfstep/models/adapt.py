@@ -1,0 +1,44 @@
+"""Weights of a denoiser from an autoregressive network: DiffuGPT's start (arXiv 2410.17891)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from halfstep.models.dit import DiT
+from halfstep.models.gpt import GPT
+
+GATES = [2, 5]  # of adaLN's six parts: those of the attention and of the MLP
+
+
+@torch.no_grad()
+def adapt(gpt: GPT, dit: DiT) -> None:
+    """Copy the weights of a causal network into a denoiser's network of the same shape.
+
+    The blocks compute what they computed, because their gates are one and their shifts and scales
+    zero; only attention sees the whole text from now on. The mask token's embedding is the mean of
+    the table. The outputs predict the next token, so the denoiser must be shifted (SubsDenoiser).
+
+    Raises ValueError if the networks differ in vocabulary, width, blocks or heads.
+    """
+    table, V = gpt.vocab_embed.embedding, gpt.vocabulary
+    ours = dit.vocabulary, dit.vocab_embed.embedding.shape[1], len(dit.blocks)
+    theirs = V, table.shape[1], len(gpt.blocks)
+    if (*ours, dit.heads) != (*theirs, gpt.heads):
+        raise ValueError(
+            f"vocabulary, width, blocks and heads are {(*theirs, gpt.heads)}, "
+            f"but the denoiser has {(*ours, dit.heads)}"
+        )
+    own, given = dit.state_dict(), gpt.state_dict()
+    for name, value in given.items():
+        if own[name].shape == value.shape:
+            own[name].copy_(value)
+    dit.vocab_embed.embedding[:V] = table
+    dit.vocab_embed.embedding[V] = table.mean(0)
+    dit.output_layer.linear.weight[:V] = gpt.output_layer.linear.weight
+    dit.output_layer.linear.weight[V] = 0
+    for block in dit.blocks:
+        gates = cast(nn.Linear, block.adaLN_modulation).bias.view(6, -1)
+        gates[GATES] = 1  # the rest is zero from the start

@@ -354,7 +354,7 @@ def run_command(*argv: str) -> int:
         return _refuse(name, f"{where}{error.strerror}; {advice}")
     except RuntimeError as error:
         group = sys.modules.get("halfstep.distributed.group")
-        if group is None or not group.peer_is_gone(error):
+        if group is None or not group.other_rank_ended(error):
             raise
         return _refuse(name, "another process of this run ended early; see its message above")
     # Only after success, because destroy_process_group needs every rank.

@@ -1,7 +1,9 @@
 """Every preset resolves to a graph under both profiles, from the literal commands of the README."""
 
+import re
+
 import pytest
-from dryrun import REPOSITORY, counts
+from dryrun import REPOSITORY, copy, counts
 
 GRAPHS = {  # preset: runs, rounds over all runs
     "laptop": (1, 7),
@@ -87,3 +89,24 @@ def test_slurm_runs_another_preset_where_it_is_named(workflow):
 def test_other_settings_keep_the_preset_of_the_cluster(workflow):
     target = "results/models/owt-small/teacher/meta.json"
     assert target in workflow.plan("--profile", "slurm", target, "--config", "seed=2")
+
+
+def test_the_own_text_of_the_readme_is_a_graph(tmp_path):
+    """Its YAML alone, with a folder of text: nothing of the preset's stories or of the hub."""
+    workflow = copy(tmp_path)
+    readme = (REPOSITORY / "README.md").read_text()
+    blocks = re.findall(r"^```yaml\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    (block,) = [text for text in blocks if "corpora:" in text]
+    (workflow.folder / "config.yaml").write_text(block)
+    letters = workflow.folder / "letters"
+    letters.mkdir()
+    for number in range(30):
+        (letters / f"{number}.txt").write_text("Dear reader, this is one letter.\n")
+    done = workflow.run("-np")
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = counts(done.stdout)
+    assert (jobs["distill_round"], jobs["pretrain"], jobs["prepare_corpus"]) == (7, 1, 1)
+    assert not {"score_lambada", "fetch"} & jobs.keys()
+    assert "stories" not in done.stdout
+    assert done.stdout.count("--num-steps 150") == 7
+    assert "warning" not in done.stderr

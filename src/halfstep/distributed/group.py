@@ -246,7 +246,7 @@ def _stay_on_loopback() -> None:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
 
 
-def peer_is_gone(error: BaseException) -> bool:
+def other_rank_ended(error: BaseException) -> bool:
     """Does the error say that another process of the group has ended?"""
     if not (dist.is_initialized() and isinstance(error, RuntimeError)):
         return False

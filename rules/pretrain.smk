@@ -15,6 +15,7 @@ rule pretrain:
     """Train a teacher, a masked diffusion language model."""
     input:
         corpus=targets.manifest,
+        adapt=targets.adapted_from,
     output:
         multiext("results/models/{teacher}/teacher/", *CHECKPOINT),
         meta="results/models/{teacher}/teacher/meta.json",
@@ -35,6 +36,9 @@ rule pretrain:
         output=subpath(output.meta, parent=True),
         network=lambda wildcards: flags(targets.teacher(wildcards).network),
         training=lambda wildcards: flags(targets.teacher(wildcards).pretraining),
+        adapt=lambda wildcards, input: [
+            word for meta in input.adapt for word in ("--adapt", os.path.dirname(meta))
+        ],
         seed=CONFIG.seed,
         code=STAGE["pretrain"],
     shell:
@@ -44,6 +48,7 @@ rule pretrain:
             --output {params.output:q} \
             {params.network} \
             {params.training} \
+            {params.adapt:q} \
             --seed {params.seed} \
             --threads {threads} --micro-batch {resources.micro_batch} \
             {resources.processes} {resources.limit} \

@@ -494,6 +494,9 @@ class Teacher(Section):
     source: Word | None = Field(None, alias="from")
     """published weights instead of pretraining: a .ckpt file, a folder, or a hub name
     (kuleshov-group/mdlm-owt, jdeschena/sdtt@teacher_1M_sm)"""
+    adapt: Word | None = None
+    """pretraining starts from these autoregressive weights (DiffuGPT): baseline, the one of this
+    teacher; or the folder of a checkpoint of `halfstep train-baseline`"""
     from_weights: Literal["ema", "raw"] = "ema"
     """weights of `from` that become the teacher; ema: the moving average if the file has one;
     raw: the raw weights, as the released code takes them"""
@@ -596,6 +599,11 @@ class Config(Section):
                 raise ValueError(
                     f"teachers.{name}.corpus is {teacher.corpus!r}, "
                     f"which is not a key of corpora: {', '.join(self.corpora)}"
+                )
+            if teacher.source and teacher.adapt:
+                raise ValueError(
+                    f"teachers.{name}: found `from` and `adapt`, but published weights are not "
+                    "trained here; leave one of them out"
                 )
             if teacher.source and self.sampling.weights == "best":
                 raise ValueError(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from halfstep.diffusion.schedules import LogLinear
-from halfstep.models.adapt import adapt
+from halfstep.models.adapt import adapt_weights
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
 from halfstep.models.gpt import GPT
@@ -22,7 +22,7 @@ def causal(blocks: int) -> GPT:
 
 def adapted(gpt: GPT) -> SubsDenoiser:
     dit = DiT(V, WIDTH, len(gpt.blocks), HEADS).eval()
-    adapt(gpt, dit)
+    adapt_weights(gpt, dit)
     return SubsDenoiser(dit, LogLinear(), shifted=True)
 
 
@@ -59,4 +59,4 @@ def test_all_weights_are_kept_and_the_mask_is_the_mean_token():
 )
 def test_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match="vocabulary, width, blocks and heads are"):
-        adapt(causal(2), DiT(*shape))
+        adapt_weights(causal(2), DiT(*shape))

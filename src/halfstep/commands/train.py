@@ -11,14 +11,17 @@ from torch import Tensor
 from halfstep import checkpoint
 from halfstep.config import Machine, Network, Seed, Training
 from halfstep.data.batches import batch_indices, describe_epochs
-from halfstep.data.pack import Windows, corpus_files
+from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer
 from halfstep.diffusion.contracts import Denoiser
 from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.readout import cross_entropy
 from halfstep.diffusion.schedules import masked_share
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
+from halfstep.errors import HalfstepError
 from halfstep.models import flops
+from halfstep.models.adapt import adapt_weights
+from halfstep.models.dit import DiT
 from halfstep.models.gpt import GPT, save_gpt_neox
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
@@ -36,18 +39,26 @@ def pretrain(
     training: Training,
     machine: Machine,
     seed: Seed = 1,
+    adapt: Path | None = None,
 ) -> None:
     """Train a masked diffusion language model by MDLM's NELBO (arXiv 2406.07524, eq. 10).
+
+    With --adapt it starts from the weights of an autoregressive model, with full attention and
+    logits shifted by one (DiffuGPT, arXiv 2410.17891), and needs far fewer steps.
 
     Args:
         corpus: folder of `halfstep prepare-corpus`
         output: folder of the checkpoint
         seed: of weights, batches, masks and times
+        adapt: checkpoint of `halfstep train-baseline` to start from, of the same size and corpus
     """
-    if not _train("diffusion", corpus, output, network, training, machine, seed):
-        return
     read = corpus_files(corpus, "train", "validation")
-    provenance.write_record(output / provenance.NAME, [output], read)
+    if adapt:
+        network = network.model_copy(update={"shifted": True})
+        read += checkpoint.checkpoint_files(adapt, "ema")
+    job = TrainingJob.begin(f"pretrain/{output.parent.name}", corpus, output, machine)
+    if _train(job, "diffusion", network, training, seed, adapt):
+        provenance.write_record(output / provenance.NAME, [output], read)
 
 
 def train_baseline(
@@ -67,7 +78,8 @@ def train_baseline(
         output: folder of the checkpoint
         seed: of weights and batches
     """
-    if not _train("autoregressive", corpus, output, network, training, machine, seed):
+    job = TrainingJob.begin(f"train-baseline/{output.parent.name}", corpus, output, machine)
+    if not _train(job, "autoregressive", network, training, seed):
         return
     model, hf = checkpoint.load_checkpoint(output), output / "hf"
     save_gpt_neox(model.network, hf, model.length, model.eos_id, output / "tokenizer.json")
@@ -244,26 +256,22 @@ class NextTokenObjective:
         return {"val/nll": self.held_out.mean_loss(self)}
 
 
-NAMES = {  # kind of model: its command, and its name in the journal
-    "diffusion": ("pretrain", "teacher"),
-    "autoregressive": ("train-baseline", "baseline"),
-}
+NAMES = {"diffusion": "teacher", "autoregressive": "baseline"}  # in the journal, by kind
 
 
 def _train(
+    job: TrainingJob,
     kind: str,
-    corpus: Path,
-    output: Path,
     network: Network,
     training: Training,
-    machine: Machine,
     seed: int,
+    source: Path | None = None,
 ) -> bool:
-    """Train a network from random weights; True on the rank that wrote the checkpoint."""
-    command, name = NAMES[kind]
-    teacher = output.parent.name
-    job = TrainingJob.begin(f"{command}/{teacher}", corpus, output, machine)
-    windows = job.windows
+    """Train a network, from random weights or from those of the autoregressive model `source`.
+
+    True on the rank that wrote the checkpoint.
+    """
+    windows, teacher = job.windows, job.output.parent.name
     meta = {
         "kind": kind,
         "network": network.model_dump(),
@@ -276,9 +284,15 @@ def _train(
         "round": 0,
     }
     torch.manual_seed(seed)
-    net = checkpoint.build_network(meta, training.dropout).to(job.device)
+    net = checkpoint.build_network(meta, training.dropout)
+    datasets = []
+    if source:
+        digest = _adapt(net, source, job.corpus)
+        meta["adapted"] = {"from": str(source), "sha256": digest}
+        datasets = [{"name": "adapted from", "digest": digest, "source": str(source)}]
+    net.to(job.device)
     job.group.shard(net)
-    held_out = HeldOut.read(corpus, job.device, machine, job.group)
+    held_out = HeldOut.read(job.corpus, job.device, job.machine, job.group)
     texts, length = training.batch_size, windows.length
     objective: Objective
     if kind == "diffusion":
@@ -292,8 +306,34 @@ def _train(
     step_flops = flops.training_flops(net, texts, length, texts * logits_per_text, noise_levels)
 
     params = {"seed": seed, **network.model_dump(), **training.model_dump()}
-    with job.journal(name, params, {"teacher": teacher, "round": 0}) as journal:
+    tags = {"teacher": teacher, "round": 0}
+    with job.journal(NAMES[kind], params, tags, datasets) as journal:
         run = job.run(journal, step_flops / (texts * length))
         state = fit(net, objective, job.batches(training, seed), training, Start(seed), run)
         job.finish(state, meta, journal)
     return job.group.is_main
+
+
+def _adapt(network: DiT, source: Path, corpus: Path) -> str:
+    """Fill the network with the averaged weights of an autoregressive checkpoint; their checksum.
+
+    HalfstepError if the checkpoint is a denoiser, or of another size or vocabulary.
+    """
+    model = checkpoint.load_checkpoint(source)
+    if model.denoiser is not None:
+        raise HalfstepError(
+            f"--adapt {source}: is a denoiser; name a checkpoint of halfstep train-baseline"
+        )
+    tokens = corpus_tokenizer(corpus).get_vocab()
+    if model.tokenizer.get_vocab() != tokens:
+        raise HalfstepError(
+            f"--adapt {source}: its tokenizer has other tokens than that of corpus "
+            f"{corpus}; name a model that was trained on this corpus"
+        )
+    try:
+        adapt_weights(model.network, network)
+    except ValueError as error:
+        raise HalfstepError(
+            f"--adapt {source}: {error}; set network.size to that of the model"
+        ) from None
+    return model.sha256

@@ -14,7 +14,7 @@ GATES = [2, 5]  # of adaLN's six parts: those of the attention and of the MLP
 
 
 @torch.no_grad()
-def adapt(gpt: GPT, dit: DiT) -> None:
+def adapt_weights(gpt: GPT, dit: DiT) -> None:
     """Copy the weights of a causal network into a denoiser's network of the same shape.
 
     The blocks compute what they computed, because their gates are one and their shifts and scales

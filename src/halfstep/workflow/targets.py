@@ -122,6 +122,14 @@ class Targets:
         """The size of the networks that a job trains, samples from or scores."""
         return self.teacher(wildcards).network.size
 
+    def adapted_from(self, wildcards: Wildcards) -> list[str]:
+        """The checkpoint that pretraining starts from, if it does not start at random weights."""
+        source = self.teacher(wildcards).adapt
+        if source is None:
+            return []
+        folder = f"results/models/{teacher_name(wildcards)}/baseline"
+        return [f"{folder if source == 'baseline' else source}/meta.json"]
+
     def manifest(self, wildcards: Wildcards) -> str:
         """The file that stands for the job's corpus."""
         return f"results/data/{self.teacher(wildcards).corpus}/manifest.json"

@@ -117,6 +117,11 @@ def _config_for_transformers(model: Model) -> dict:
             "id; copy the whole folder again"
         )
     network = Network.model_validate(model.meta["network"])
+    if network.shifted:
+        raise HalfstepError(
+            "network.shifted: found true, but an exported model cannot shift its logits yet; "
+            "add it to exported/modeling_halfstep.py"
+        )
     if network.schedule not in EXPORTED_SCHEDULES:
         raise HalfstepError(
             f"network.schedule: found {network.schedule!r}, but an exported model samples with "

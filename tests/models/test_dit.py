@@ -1,6 +1,8 @@
 """The network: sizes and parameter names of published checkpoints, members of a Denoiser."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,3 +189,13 @@ def test_asked_for_some_positions_it_says_there_what_it_says_of_all(conditioned)
         assert (one is None) == (other is None) and (
             one is None or torch.allclose(one, other, atol=1e-4, rtol=1e-4)
         ), name
+
+
+def test_a_network_on_the_meta_device_imports_no_compiler():
+    """Checkpoints are checked against one each time that they are read; the import takes 1 s."""
+    code = (
+        "import sys, torch\nfrom halfstep.models.dit import DiT\nfrom halfstep.models.gpt import GPT"
+        "\nwith torch.device('meta'): DiT(30, 16, 1, 2); GPT(30, 16, 1, 2)"
+        "\nassert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -140,18 +140,18 @@ def launch(argv: list[str], processes: int) -> int:
         try:
             run.run(run.parse_args(words))
         except ChildFailedError as error:
-            # One that a signal ended comes first: the others fail because they miss it.
-            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            killed = [rank for rank, code in codes.items() if code < 0]
+            # One that was killed comes first: the others fail because they miss it.
+            failures = sorted(error.failures.items())
+            killed = [rank for rank, one in failures if one.exitcode == -signal.SIGKILL]
             if not killed:
-                return error.get_first_failure()[1].exitcode
-            name = signal.Signals(-codes[killed[0]]).name
+                code = error.get_first_failure()[1].exitcode
+                return code if code >= 0 else 128 - code
             print(
-                f"halfstep {argv[0]}: the process of rank {killed[0]} was ended by {name} (as "
-                "the system does with SIGKILL when memory runs out); give the same command again",
+                f"halfstep {argv[0]}: the process of rank {killed[0]} was ended by SIGKILL, as the "
+                "system does when memory runs out; give the same command again",
                 file=sys.stderr,
             )
-            return 128 - codes[killed[0]]
+            return 128 + signal.SIGKILL
         # The port is taken, or the first node cannot be reached.
         except (OSError, RuntimeError, RendezvousError) as error:
             raise HalfstepError(

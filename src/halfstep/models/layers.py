@@ -69,9 +69,9 @@ class Rotary(nn.Module):
 
     def __init__(self, head_width: int):
         super().__init__()
-        self.register_buffer(
-            "inv_freq", 1e4 ** -(torch.arange(0, head_width, 2).float() / head_width)
-        )
+        # On the CPU: on the meta device torch would import its compiler for these few numbers.
+        exponents = torch.arange(0, head_width, 2, device="cpu").float() / head_width
+        self.register_buffer("inv_freq", 1e4**-exponents)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos, sin [L, head_width] of integer positions [L]."""

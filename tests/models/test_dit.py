@@ -194,7 +194,9 @@ def test_asked_for_some_positions_it_says_there_what_it_says_of_all(conditioned)
 def test_a_network_on_the_meta_device_imports_no_compiler():
     """Checkpoints are checked against one each time that they are read; the import takes 1 s."""
     code = (
-        "import sys, torch\nfrom halfstep.models.dit import DiT\nfrom halfstep.models.gpt import GPT"
+        "import sys, torch"
+        "\nfrom halfstep.models.dit import DiT"
+        "\nfrom halfstep.models.gpt import GPT"
         "\nwith torch.device('meta'): DiT(30, 16, 1, 2); GPT(30, 16, 1, 2)"
         "\nassert 'torch._dynamo' not in sys.modules"
     )

@@ -20,6 +20,8 @@ LINES = {
     "generate": f"--checkpoint {{teacher}} --steps 4 --num-samples 2 {MACHINE}",
     "score-samples": "--samples {samples} --corpus {corpus} --judge {baseline}/hf " + EVALUATION,
     "score-corpus": "--corpus {corpus} --judge {baseline}/hf " + EVALUATION,
+    "score-lambada": "--checkpoint {teacher} --corpus {corpus} --lambada last_words "
+    f"--lambada-items 2 {EVALUATION}",
     "export": "--checkpoint {teacher}",
     "import": "--source {exported} --corpus {corpus}",
     "tabulate": "--table steps --metrics {metrics}",
@@ -30,6 +32,7 @@ LINES = {
 FILES = {  # outputs that are files in the folder
     "score-samples": "rows.json",
     "score-corpus": "rows.json",
+    "score-lambada": "rows.json",
     "tabulate": "steps.csv",
     "plot": "ppl_vs_steps.pdf",
     "write-schema": "schema.json",

@@ -22,6 +22,8 @@ LINES = {
     "score-corpus": "--corpus {corpus} --judge {baseline}/hf " + EVALUATION,
     "score-lambada": "--checkpoint {teacher} --corpus {corpus} --lambada last_words "
     f"--lambada-items 2 {EVALUATION}",
+    "continue-prompts": "--checkpoint {teacher} --corpus {corpus} --steps 4 --num-prompts 2 "
+    "--per-prompt 2 --prompt-tokens 6 --continuation-tokens 8 --document-tokens 14 " + MACHINE,
     "export": "--checkpoint {teacher}",
     "import": "--source {exported} --corpus {corpus}",
     "tabulate": "--table steps --metrics {metrics}",

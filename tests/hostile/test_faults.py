@@ -20,6 +20,10 @@ LINES = {
     "generate": f"--checkpoint {{teacher}} --steps 4 --num-samples 2 {MACHINE}",
     "score-samples": "--samples {samples} --corpus {corpus} --judge {baseline}/hf " + EVALUATION,
     "score-corpus": "--corpus {corpus} --judge {baseline}/hf " + EVALUATION,
+    "score-lambada": "--checkpoint {teacher} --corpus {corpus} --lambada last_words "
+    f"--lambada-items 2 {EVALUATION}",
+    "continue-prompts": "--checkpoint {teacher} --corpus {corpus} --steps 4 --num-prompts 2 "
+    "--per-prompt 2 --prompt-tokens 6 --continuation-tokens 8 --document-tokens 14 " + MACHINE,
     "export": "--checkpoint {teacher}",
     "import": "--source {exported} --corpus {corpus}",
     "tabulate": "--table steps --metrics {metrics}",
@@ -30,6 +34,7 @@ LINES = {
 FILES = {  # outputs that are files in the folder
     "score-samples": "rows.json",
     "score-corpus": "rows.json",
+    "score-lambada": "rows.json",
     "tabulate": "steps.csv",
     "plot": "ppl_vs_steps.pdf",
     "write-schema": "schema.json",

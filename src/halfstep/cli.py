@@ -354,9 +354,10 @@ def run_command(*argv: str) -> int:
         return _refuse(name, f"{where}{error.strerror}; {advice}")
     except RuntimeError as error:
         group = sys.modules.get("halfstep.distributed.group")
-        if group is None or not group.other_rank_ended(error):
+        said = group.lost_rank(error) if group else ""
+        if not said:
             raise
-        return _refuse(name, "another process of this run ended early; see its message above")
+        return _refuse(name, said)
     # Only after success, because destroy_process_group needs every rank.
     if group := sys.modules.get("halfstep.distributed.group"):
         group.leave_group()

@@ -187,7 +187,7 @@ def test_checkpoints(pipeline, copy, refused, tmp_path, fault):
         (lambda folder: cut(folder / "train.bin"), "train.bin: found .* bytes, expected"),
         (remove("tokenizer.json"), "tokenizer.json: missing, though the manifest lists it"),
         (write("manifest.json", "[]"), r"manifest.json: format is \[\], expected 1"),
-        (write("manifest.json", '{"format": 1}'), "manifest.json: has no dtype, eos_id, length"),
+        (write("manifest.json", '{"format": 1}'), "length: found nothing, expected a whole num"),
     ],
     ids=["flipped bit", "cut", "no tokenizer", "manifest is a list", "manifest lacks keys"],
 )
@@ -238,7 +238,7 @@ def leave_a_mask(folder):
         (write("samples.json", "{"), "samples.json: not valid JSON"),
         (
             write("samples.json", '{"sha256": "0"}'),
-            "samples.json: has no .*run halfstep generate again",
+            "samples.json: model: found nothing, expected text; run halfstep generate again",
         ),
         (leave_a_mask, "token ids from .* to 300, the corpus stories has 0 to 299"),
     ],

@@ -128,7 +128,7 @@ def one(name: str, value: torch.Tensor):
 
 
 def header(text: str, data: int = 0) -> bytes:
-    """A safetensors file with this header and so many bytes of zeros."""
+    """A safetensors file with this header, and zeros after it."""
     return len(text).to_bytes(8, "little") + text.encode() + bytes(data)
 
 

@@ -3,11 +3,13 @@
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from faults import try_all
-from small import CORPUS, MACHINE, ROUND, TRAINING
+from small import CORPUS, MACHINE, ROUND, TRAINING, done
 
+from halfstep.commands import fetch
 from halfstep.training import loop
 
 EVALUATION = f"--bootstrap 100 {MACHINE}"
@@ -24,6 +26,11 @@ LINES = {
     f"--lambada-items 2 {EVALUATION}",
     "continue-prompts": "--checkpoint {teacher} --corpus {corpus} --steps 4 --num-prompts 2 "
     "--per-prompt 2 --prompt-tokens 6 --continuation-tokens 8 --document-tokens 14 " + MACHINE,
+    "score-continuations": "--samples {continued} --corpus {corpus} --judge {baseline}/hf "
+    + EVALUATION,
+    "latency": "--checkpoint {teacher} --baseline {baseline} --lengths 8 --batch-sizes 1 "
+    f"--benchmark-steps 2 --baselines halfstep --repeats 3 {MACHINE}",
+    "fetch": "--repositories model:a/b",
     "export": "--checkpoint {teacher}",
     "import": "--source {exported} --corpus {corpus}",
     "tabulate": "--table steps --metrics {metrics}",
@@ -35,6 +42,9 @@ FILES = {  # outputs that are files in the folder
     "score-samples": "rows.json",
     "score-corpus": "rows.json",
     "score-lambada": "rows.json",
+    "score-continuations": "rows.json",
+    "latency": "seconds.json",
+    "fetch": "hub.json",
     "tabulate": "steps.csv",
     "plot": "ppl_vs_steps.pdf",
     "write-schema": "schema.json",
@@ -62,7 +72,9 @@ CASES = [
 
 
 def save_always() -> None:
+    """Before a command: every step saves its state, and the hub holds one file."""
     loop.SAVE_EVERY_S = 0
+    fetch._download = lambda repository: ("1", Path(__file__).parent)
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads the names of open files")
@@ -71,12 +83,14 @@ def test_nothing_is_torn_and_the_next_run_is_right(pipeline, tmp_path, command):
     """Every file is whole or absent, the disk's fault is one sentence, and no part is left."""
     out = tmp_path / "t" / "out"
     output = out / FILES[command] if command in FILES else out
-    places = vars(pipeline) | {"exported": tmp_path / "exported"}
+    inputs = {name: tmp_path / name for name in ("exported", "continued")}
+    places = vars(pipeline) | inputs
     line = f"{command} --output {output} {LINES[command].format_map(places)}"
     if command == "import":
-        from small import done
-
         done(f"export --checkpoint {pipeline.teacher} --output {tmp_path}/exported")
+    if command == "score-continuations":
+        first = LINES["continue-prompts"].format_map(places)
+        done(f"continue-prompts --output {places['continued']} {first}")
     if command == "merge-provenance":
         shutil.copytree(pipeline.metrics, out / "metrics")
         line = f"{command} --results {out}"

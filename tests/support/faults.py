@@ -18,7 +18,7 @@ import safetensors.torch
 
 from halfstep.files import PART
 
-VOLATILE = {"run.json", "samples.json", "provenance.json"}  # they hold times
+VOLATILE = {"run.json", "samples.json", "provenance.json", "seconds.json"}  # they hold times
 SECONDS = 30  # for the end of a command whose write fails
 
 

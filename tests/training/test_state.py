@@ -41,7 +41,7 @@ def test_one_flipped_bit_anywhere_is_found(folder):
 
 @pytest.mark.parametrize("at", ["the fingerprint", "a tensor"])
 def test_a_training_does_not_continue_from_it(folder, at):
-    """Nor does it start again in silence, as it does beside the state of another run."""
+    """It is an error. Only the state of another training is passed over, without a message."""
     file = folder / "state" / STATE
     content = bytearray(file.read_bytes())
     place = content.index(b'"fingerprint":"') + 20 if at == "the fingerprint" else len(content) - 9

@@ -186,10 +186,6 @@ def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """ids[N, L] and samples.json of one folder, after the checksum is verified."""
     about, path = folder / "samples.json", folder / "samples.npy"
     facts = read_json(about)
-    required = {name for name, field in SamplesFacts.model_fields.items() if field.is_required()}
-    keys = facts.keys() if isinstance(facts, dict) else set()
-    if missing := sorted(required - keys):
-        raise HalfstepError(f"{about}: has no {', '.join(missing)}; {GENERATE_AGAIN}")
     check_fields(facts, SamplesFacts, about, GENERATE_AGAIN)
     if not path.exists():
         raise HalfstepError(f"{path}: no such file, though samples.json exists; {GENERATE_AGAIN}")

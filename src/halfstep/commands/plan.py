@@ -69,8 +69,8 @@ def plan(
 ) -> None:
     """Price the graph of `snakemake all <arguments>`; nothing is started or submitted.
 
-    It is planned for this machine and the GPU found here; with `--profile slurm` among the
-    arguments, or where Slurm answers, for the cluster.
+    It is planned for this machine; with `--profile slurm` among the arguments, or where Slurm
+    answers, for the cluster. Until a job of its kind has finished, a GPU counts as 100 TFLOP/s.
 
     Args:
         arguments: more arguments of snakemake, after `--`:

@@ -155,7 +155,8 @@ def how_to_look(uri: str, experiment_id: str = "1") -> str:
     hint = "  (open a teacher's row with +, tick runs, press Compare)"
     if uri.startswith("http"):
         return f"{uri.rstrip('/')}/{page}\n{hint}"
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}\n  then http://localhost:5000/{page}\n{hint}"
+    command = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    return f"{command}\n  then http://localhost:5000/{page}\n{hint}"
 
 
 def sync_once(results: Path, uri: str, experiment: str) -> Synced:
@@ -255,23 +256,17 @@ def gather_jobs(results: Path) -> list[Job]:
         # If the job starts anew meanwhile, a few new points reach its old run. That does no harm:
         # the next sync replaces the old run.
         model = file.parent.relative_to(results / "models").as_posix()
-        jobs[model] = Job(model, check_run(mask_secrets(_read_regular(file)), file), file.parent)
+        jobs[model] = Job(model, check_run(mask_secrets(read_json(file)), file), file.parent)
     measurements = [
         *(results / "metrics").rglob("*.json"),
         *(results / "benchmarks").rglob("*.json"),
     ]
     for file in sorted(measurements):
-        rows = _read_regular(file)
+        rows = read_json(file)
         for number, row in enumerate(rows if isinstance(rows, list) else [], start=1):
             _add_row(jobs, check_row(row, file, number), file)
     order = sorted(jobs, key=lambda model: (model.split("/")[0], "round-" in model, model))
     return [jobs[model] for model in order]
-
-
-def _read_regular(file: Path) -> dict | list:
-    if not file.is_file():
-        raise HalfstepError(f"{file}: found a folder, a pipe or a device, expected a file; move it")
-    return read_json(file)
 
 
 def _add_row(jobs: dict[str, Job], row: dict, file: Path) -> None:

@@ -305,9 +305,6 @@ def read_manifest(corpus: Path) -> dict:
     found = manifest.get("format") if isinstance(manifest, dict) else manifest
     if found != 1:
         raise HalfstepError(f"{path}: format is {excerpt(found)}, expected 1; {PREPARE_AGAIN}")
-    required = {name for name, field in Manifest.model_fields.items() if field.is_required()}
-    if missing := sorted(required - manifest.keys()):
-        raise HalfstepError(f"{path}: has no {', '.join(missing)}; {PREPARE_AGAIN}")
     check_fields(manifest, Manifest, path, PREPARE_AGAIN)
     if manifest["eos_id"] >= manifest["vocab_size"]:
         raise HalfstepError(

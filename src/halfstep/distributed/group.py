@@ -89,10 +89,9 @@ class Group:
         if self.size == 1:
             return value
         text = json.dumps(value).encode() if self.is_main else b""
-        with _exchange():
-            (length,) = self.all_max(len(text))
-            content = _as_tensor(text, int(length))
-            dist.broadcast(content, src=0)
+        (length,) = self.all_max(len(text))
+        content = _as_tensor(text, int(length))
+        dist.broadcast(content, src=0)
         return value if self.is_main else json.loads(content.numpy().tobytes())
 
     def gather_rows(self, rows: np.ndarray | None) -> np.ndarray | None:
@@ -105,11 +104,10 @@ class Group:
         file = io.BytesIO()
         if rows is not None:
             np.save(file, rows, allow_pickle=False)
-        with _exchange():
-            (length,) = self.all_max(len(file.getvalue()))
-            content = _as_tensor(file.getvalue(), int(length))
-            every = [torch.empty_like(content) for _ in range(self.size)]
-            dist.gather(content, every if self.is_main else None)
+        (length,) = self.all_max(len(file.getvalue()))
+        content = _as_tensor(file.getvalue(), int(length))
+        every = [torch.empty_like(content) for _ in range(self.size)]
+        dist.gather(content, every if self.is_main else None)
         if not self.is_main:
             return None
         # np.load ignores the zeros after an array; only zeros stand for no rows.
@@ -160,18 +158,6 @@ ALONE = Group()
 def _as_tensor(content: bytes, length: int) -> Tensor:
     """The bytes as a tensor [length] uint8, with zeros at its end."""
     return torch.frombuffer(bytearray(content.ljust(length, b"\0")), dtype=torch.uint8)
-
-
-@contextmanager
-def _exchange() -> Iterator[None]:
-    """Turn gloo's error about a rank that is gone into a HalfstepError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise HalfstepError(
-            "another process of this job has ended, or was silent for "
-            f"{TIMEOUT.seconds // 60} minutes; its own message says why"
-        ) from error
 
 
 def join_group(machine: Machine) -> Group:
@@ -246,12 +232,15 @@ def _stay_on_loopback() -> None:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
 
 
-def other_rank_ended(error: BaseException) -> bool:
-    """Does the error say that another process of the group has ended?"""
-    if not (dist.is_initialized() and isinstance(error, RuntimeError)):
-        return False
-    closed = re.search("Connection (closed|reset) by peer|Broken pipe", str(error))
-    return isinstance(error, dist.DistBackendError) or closed is not None
+def lost_rank(error: RuntimeError) -> str:
+    """The sentence for an error of the network that another process causes; "" for any other."""
+    lost = re.search("Connection (closed|reset)|Broken pipe|[Tt]imed? ?out", str(error))
+    if not dist.is_initialized() or not (lost or isinstance(error, dist.DistBackendError)):
+        return ""
+    return (
+        "another process of this job has ended, or was silent for "
+        f"{TIMEOUT.seconds // 60} minutes; its own message says why"
+    )
 
 
 def leave_group() -> None:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from halfstep.errors import HalfstepError
-from halfstep.files import read_json, sha256, write_atomic, write_json
+from halfstep.files import open_file, read_json, sha256, write_atomic, write_json
 from halfstep.records.shapes import check_run
 from halfstep.sanitize import mask_secrets
 
@@ -203,7 +203,7 @@ def read_points(file: Path) -> Iterator[dict]:
 def points_between(file: Path, start: int, end: int) -> Iterator[tuple[int, dict]]:
     """(byte after its line, point) of each line between two bytes, at which lines begin."""
     place = start
-    with _open_regular(file) as lines:
+    with open_file(file) as lines:
         lines.seek(start)
         while place < end and (line := lines.readline(LONGEST_LINE)):
             place += len(line)
@@ -212,7 +212,7 @@ def points_between(file: Path, start: int, end: int) -> Iterator[tuple[int, dict
 
 def complete_size(file: Path) -> int:
     """Number of bytes up to the end of the last complete line."""
-    with _open_regular(file) as lines:
+    with open_file(file) as lines:
         end = os.fstat(lines.fileno()).st_size
         while end > 0:
             start = max(0, end - LONGEST_LINE)
@@ -232,7 +232,7 @@ def mark(file: Path, end: int) -> str:
     """
     if end == 0 or not file.exists():
         return ""
-    with _open_regular(file) as lines:
+    with open_file(file) as lines:
         start = max(0, end - LONGEST_LINE - 1)
         lines.seek(start)
         last = lines.read(end - start)
@@ -240,12 +240,6 @@ def mark(file: Path, end: int) -> str:
         return ""
     line = last[last.rfind(b"\n", 0, -1) + 1 :]
     return f"{end}-{hashlib.sha256(line).hexdigest()[:16]}"
-
-
-def _open_regular(file: Path) -> BinaryIO:
-    if not file.is_file():
-        raise HalfstepError(f"{file}: found a folder, a pipe or a device, expected a file; move it")
-    return open(file, "rb")
 
 
 def _point(line: bytes, file: Path, end: int) -> dict:
@@ -259,7 +253,7 @@ def _point(line: bytes, file: Path, end: int) -> dict:
         fault = f"a line longer than {LONGEST_LINE:,} bytes"
     if not fault:
         return point
-    with _open_regular(file) as lines:
+    with open_file(file) as lines:
         number = sum(1 for _ in _lines_before(lines, end))
     raise HalfstepError(
         f"{file}:{number}: {fault}; delete the line, or delete the file and run the job again"

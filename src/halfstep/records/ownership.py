@@ -33,7 +33,7 @@ class OwnRuns:
         if not _is_valid(found):
             raise HalfstepError(
                 f"{self._file}: found other content than an id and a table of runs; "
-                "delete the file: then all models get new runs, beside the old ones"
+                "delete the file; all models then get new runs, and the old runs stay"
             )
         self.folder_id: str = found["id"]
         self._runs: dict[str, str] = found["runs"]

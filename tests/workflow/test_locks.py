@@ -1,4 +1,4 @@
-"""A Snakemake that was killed (kill -9): the same command continues, if nothing of it is alive."""
+"""Two runs of Snakemake in one folder: the first is alive, or was killed (kill -9)."""
 
 import os
 import signal
@@ -16,28 +16,52 @@ TARGET = "results/data/stories-ci/manifest.json"
 OPTIONS = [TARGET, "--config", "preset=ci", "--cores", "1"]
 
 
-def killed_run(folder):
-    """A copy of the workflow whose Snakemake was killed during a job; the job is alive."""
+def held_run(folder):
+    """A copy of the workflow, a Snakemake whose job waits, and the file that lets it go on."""
     workflow = copy(folder)
     hold, go = folder / "hold", folder / "go"
     wait = f"touch {hold}; while [ ! -e {go} ]; do sleep 0.1; done; halfstep prepare"
     workflow.edit("rules/data.smk", lambda text: text.replace("halfstep prepare", wait, 1))
-    run = subprocess.Popen(
-        [sys.executable, "-m", "snakemake", *OPTIONS],
-        cwd=folder,
-        env=clean_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with open(folder / "printed", "w") as printed:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "snakemake", *OPTIONS],
+            cwd=folder,
+            env=clean_environment(),
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+        )
     deadline = time.monotonic() + 90
     while not hold.exists() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert hold.exists()
+    assert hold.exists(), (folder / "printed").read_text()
+    return workflow, run, go
+
+
+def killed_run(folder):
+    """The same, but its Snakemake was killed; the processes of its job are alive."""
+    workflow, run, go = held_run(folder)
     job = psutil.Process(run.pid).children(recursive=True)
     run.kill()
     assert run.wait() == -signal.SIGKILL
     assert list(folder.glob(".snakemake/locks/*.lock"))
     return workflow, job, go
+
+
+def test_a_second_snakemake_on_the_same_results_refuses(tmp_path):
+    """Then the first one succeeds, and nothing is left to do."""
+    workflow, first, go = held_run(tmp_path)
+    try:
+        second = workflow.run(*OPTIONS)
+        said = " ".join((second.stdout + second.stderr).split())
+        assert second.returncode != 0 and "cannot be locked" in said
+        assert first.poll() is None and not (tmp_path / TARGET).exists()
+        go.touch()
+        assert first.wait(timeout=90) == 0, (tmp_path / "printed").read_text()
+    finally:
+        go.touch()
+        first.kill()
+    assert (tmp_path / TARGET).is_file()
+    assert "Nothing to be done" in workflow.run(*OPTIONS).stderr
 
 
 def test_the_same_command_continues_after_a_kill(tmp_path):

@@ -329,3 +329,14 @@ def test_the_first_sample_is_cut_at_its_end(tmp_path):
     assert first_sample(file) == "one\ntwo" and first_sample(tmp_path / "none") is None
     file.write_text("=== 0\n" + "word " * 500)
     assert len(first_sample(file)) <= 902 and first_sample(file).endswith("word …")
+
+
+def test_figures_over_steps_show_the_tokens_per_step_along_the_top(results):
+    figure, points = draw("ppl_vs_steps", frames(results, "ppl_vs_steps"))
+    lines = points[points["kind"] == "line"]
+    assert (lines["tokens"] * lines["x"] == 1024).all()  # tokens of a synthetic text
+    (top,) = figure.axes[0].child_axes
+    assert [tick.get_text() for tick in top.get_xticklabels()] == ["128", "64", "32"]
+    assert top.get_xticks().tolist() == [8, 16, 32]
+    other, _ = draw("latency_vs_length", frames(results, "latency_vs_length"))
+    assert not other.axes[0].child_axes

@@ -72,7 +72,7 @@ def test_markdown_reads_as_a_grid_with_conditions_below(results):
     make_tables(results)
     text = (results / "tables" / "steps.md").read_text()
     rows = [cells_of(line) for line in text.splitlines() if line.startswith("|")]
-    assert rows[0] == ["sampling steps", "8", "16"]
+    assert rows[0] == ["sampling steps (tokens per step)", "8 (128)", "16 (64)"]
     assert [row[0] for row in rows[2:7]] == [
         "teacher",
         "kl_backward round 1",

@@ -128,6 +128,7 @@ def common(teacher, run, r, model, steps, sha) -> dict:
         "run": run,
         "round": r,
         "steps": steps,
+        "tokens_per_step": steps and 1024 / steps,
         "sampler": "ancestral",
         "network_evaluations": steps,
         "num_samples": 512,

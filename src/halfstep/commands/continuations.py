@@ -185,7 +185,8 @@ def _read_continuations(
         f"{corpus_name(corpus)}, {prompts.num_prompts} prompts of {P} tokens, "
         f"documents of {prompts.document_tokens}"
     )
-    return _Continued(ids, prompts, sample_columns(facts) | {"data": data, "length": ids.shape[1]})
+    columns = sample_columns(facts, prompts.continuation_tokens)
+    return _Continued(ids, prompts, columns | {"data": data, "length": ids.shape[1]})
 
 
 def _judge_continuations(

@@ -78,7 +78,7 @@ def score_samples(
                 f"{folder}: its samples use another vocabulary than the corpus {corpus}; "
                 "name the corpus on which their model was trained"
             )
-        texts.append((ids, sample_columns(facts)))
+        texts.append((ids, sample_columns(facts, ids.shape[1])))
     rows = score_texts(texts, corpus, evaluation, machine, group)
     if group.is_main:
         inputs = [*sample_files(samples), *corpus_files(corpus), *evaluation.judge]
@@ -174,12 +174,14 @@ def sample_files(samples: list[Path]) -> list[Path]:
     return [folder / name for folder in samples for name in ("samples.json", "samples.npy")]
 
 
-def sample_columns(facts: dict[str, Any]) -> dict[str, Any]:
-    """The contents of samples.json as columns of a row."""
+def sample_columns(facts: dict[str, Any], written: int) -> dict[str, Any]:
+    """The contents of samples.json as columns of a row; the model wrote `written` tokens a text."""
     columns = {key: facts.get(key) for key in (*DRAWN, "temperature", "top_p")}
     columns |= name_parts(facts["model"])
     steps = None if facts.get("kind") == "autoregressive" else facts["steps"]
-    return columns | {"checkpoint": facts["checkpoint"][:16], "steps": steps}
+    tokens = written / steps if steps else None
+    about = {"checkpoint": facts["checkpoint"][:16], "steps": steps, "tokens_per_step": tokens}
+    return columns | about
 
 
 def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:

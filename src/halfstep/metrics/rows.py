@@ -17,9 +17,9 @@ from halfstep.records import provenance
 from halfstep.records.journal import commit
 
 COLUMNS = (
-    "model", "teacher", "run", "round", "steps", "sampler", "network_evaluations", "num_samples",
-    "seed", "weights", "draw_dtype", "temperature", "top_p", "judge", "judge_dtype", "data",
-    "checkpoint",
+    "model", "teacher", "run", "round", "steps", "tokens_per_step", "sampler",
+    "network_evaluations", "num_samples", "seed", "weights", "draw_dtype", "temperature", "top_p",
+    "judge", "judge_dtype", "data", "checkpoint",
 )  # fmt: skip
 # Only timings and continuations have these.
 MORE_COLUMNS = (

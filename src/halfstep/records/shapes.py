@@ -73,6 +73,7 @@ class MetricRow(_Shape):
     judge: str | None = None
     checkpoint: str | None = None
     weights: str | None = None
+    tokens_per_step: float | None = None
     tokens_per_s: float | None = None
     length: Natural | None = None
     batch_size: Natural | None = None

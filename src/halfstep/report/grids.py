@@ -44,22 +44,36 @@ def make_grid(
     Args:
         table: the rows, one for each cell
         across: the column of `table` whose values are the columns of the grid. Step counts ascend,
-            others keep the order of the table
+            with the tokens per step in brackets; others keep the order of the table
         corner: the text of the upper left corner
         cell: the text of a row's cell
         down: the line of the grid that a row belongs to
     """
     columns: list[Any] = list(dict.fromkeys(table[across].dropna()))
+    names = list(map(str, columns))
     if across == "steps":
         columns.sort()
+        names, corner = _with_tokens(table, columns, corner)
     lines: dict[str, dict[Hashable, str]] = {}
     for row in table.itertuples():
         line = lines.setdefault(down(row), {})
         line[getattr(row, across)] = cell(row)
     body = [[name, *(line.get(column, "") for column in columns)] for name, line in lines.items()]
-    headers = [corner, *map(str, columns)]
+    headers = [corner, *names]
     align = ["left", *("right" for _ in columns)]
     return tabulate(body, headers, "github", disable_numparse=True, colalign=align)
+
+
+def _with_tokens(table: DataFrame, steps: list[int], corner: str) -> tuple[list[str], str]:
+    """Titles of the columns of step counts, and of the corner: 8 (32), steps (tokens per step).
+
+    They stay the counts alone where texts of several lengths share a column, or none is known.
+    """
+    tokens = table.drop_duplicates(["steps", "tokens_per_step"]).set_index("steps")
+    tokens = tokens["tokens_per_step"].dropna()
+    if sorted(tokens.index) != steps:
+        return list(map(str, steps)), corner
+    return [f"{count} ({tokens[count]:.3g})" for count in steps], f"{corner} (tokens per step)"
 
 
 def round_number(value: float, digits: int = 3) -> str:

@@ -35,7 +35,10 @@ def make_points(
         unit: factor from the unit of the rows to that of the figure
         columns: other columns of style.POINTS (kind: line, round: that of the row)
     """
+    tokens: object = numpy.nan
     if isinstance(x, Series):
+        if x.name == "steps":
+            tokens = rows["tokens_per_step"].to_numpy(float)
         x = x.to_numpy(float)
     frame = {
         "panel": panel,
@@ -46,6 +49,7 @@ def make_points(
         "y": unit * rows["value"].to_numpy(float),
         "low": unit * rows["low"].to_numpy(float),
         "high": unit * rows["high"].to_numpy(float),
+        "tokens": tokens,
     }
     points = DataFrame(frame, columns=POINTS, index=range(len(rows)))
     return points.assign(**columns)

@@ -13,14 +13,17 @@ from halfstep.files import open_file
 from halfstep.records.shapes import metric_rows
 
 COLUMNS = (
-    "teacher", "run", "round", "model", "metric", "protocol", "version", "steps",
+    "teacher", "run", "round", "model", "metric", "protocol", "version", "steps", "tokens_per_step",
     "network_evaluations", "value", "low", "high", "judge", "judge_dtype", "data", "sampler",
     "num_samples", "seed", "weights", "draw_dtype", "temperature", "top_p", "length", "batch_size",
     "tokens_per_s", "tokens_per_forward", "energy_j", "device", "dtype", "params", "checkpoint",
     "commit", "source",
 )  # fmt: skip
 INTEGERS = ("round", "version", "steps", "num_samples", "seed", "length", "batch_size", "params")
-FLOATS = {"value", "low", "high", "network_evaluations", "temperature", "tokens_per_s"}
+FLOATS = {
+    "value", "low", "high", "tokens_per_step", "network_evaluations", "temperature",
+    "tokens_per_s",
+}  # fmt: skip
 ORDER = ("round", "metric", "protocol", "length", "batch_size", "steps")  # within a teacher and run
 LEVELS = ("baseline", "data")  # runs without sampling steps: levels to compare with
 BASELINES: dict[object, str] = {  # sampler of the speed table: name of the baseline

@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from pandas import DataFrame, Series
 
-# kind: line, level (a horizontal line), point or published. text: annotation of the point
-POINTS = ("panel", "series", "kind", "round", "x", "y", "low", "high", "text")
+# kind: line, level (a horizontal line), point or published. text: annotation of the point.
+# tokens: per step, where x are sampling steps
+POINTS = ("panel", "series", "kind", "round", "x", "y", "low", "high", "text", "tokens")
 RC = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
@@ -66,6 +67,7 @@ PLAIN = FuncFormatter(lambda value, _: f"{value:.6g}")
 GAP = 9.5  # points between two labels
 LETTER = 0.056  # width of a letter of a label, in inches
 LEFT, ABOVE, BELOW = 0.64, 0.4, 0.5  # inches around the axes of a panel
+TOKENS = 0.3  # inches of the axis of tokens per step, above the panel
 
 
 class Label(NamedTuple):
@@ -150,16 +152,17 @@ def draw_panels(  # noqa: PLR0913 - the look of a figure, in keywords with defau
         columns = min(columns, len(panels))
         rows = -(-len(panels) // columns)
         wide, high = (4.4, 2.9) if len(panels) == 1 else (3.0, 2.4)  # inches
+        above = ABOVE + (TOKENS if points["tokens"].notna().any() else 0)
         right = _room_at_right(points, labels)
         line_length = int(columns * (wide + LEFT + right) * 19)
         lines = textwrap.wrap(note, line_length, break_on_hyphens=False)
         width = columns * (wide + LEFT + right)
-        height = rows * (high + ABOVE + BELOW) + 0.12 + 0.13 * len(lines)
+        height = rows * (high + above + BELOW) + 0.12 + 0.13 * len(lines)
         figure = Figure(figsize=(width, height))
         for i, panel in enumerate(panels):
             row, column = divmod(i, columns)
             x = column * (wide + LEFT + right) + LEFT
-            y = height - row * (high + ABOVE + BELOW) - ABOVE - high
+            y = height - row * (high + above + BELOW) - above - high
             place = (x / width, y / height, wide / width, high / height)
             axes = figure.add_axes(place, label=panel)
             mine = points[points["panel"] == panel]
@@ -169,6 +172,7 @@ def draw_panels(  # noqa: PLR0913 - the look of a figure, in keywords with defau
                 axes.set_ylabel(ylabel if isinstance(ylabel, str) else ylabel[panel])
             room = _room_at_left(mine) / wide if labels == "left" else 0
             _set_x_axis(axes, mine["x"].dropna(), x_scale, room)
+            _add_tokens_axis(axes, mine.dropna(subset="tokens"))
             _set_y_axis(axes, points if share_y else mine, log_y)
             if before:
                 before(axes, mine)
@@ -220,6 +224,19 @@ def _set_x_axis(axes: Axes, x: Series, scale: str, room: float) -> None:
         else:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter(PLAIN)
+
+
+def _add_tokens_axis(axes: Axes, points: DataFrame) -> None:
+    """Tokens per step along the top, at the ticks of the steps."""
+    if points.empty:
+        return
+    tokens = points.drop_duplicates("x")
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(tokens["x"], [f"{value:.3g}" for value in tokens["tokens"]])
+    top.xaxis.set_minor_locator(NullLocator())
+    top.tick_params(length=0, labelcolor="#777", labelsize=6.5, pad=1)
+    top.spines["top"].set_visible(False)
+    top.set_xlabel("tokens per step", color="#777", fontsize=6.5, labelpad=2)
 
 
 def _set_y_axis(axes: Axes, points: DataFrame, log: bool) -> None:

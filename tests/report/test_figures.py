@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from halfstep.cli import main
-from halfstep.commands.report import first_sample, plot, summary, tabulate
+from halfstep.commands.report import plot, summary, tabulate
 from halfstep.errors import HalfstepError
 from halfstep.report import style
 from halfstep.report.catalogue import FIGURES, JOURNALS, TABLES
@@ -311,24 +311,20 @@ def test_summary_prints_tables_texts_and_places(results, capsys):
         "milliseconds to write",
         "At 8 steps teacher wrote",
         "At 8 steps kl_backward/round-7 wrote",
+        "At 32 steps teacher wrote",
+        "stories-tiny: kl_backward round 7 with 8 steps (128 tokens each) has perplexity",
+        "as good with 1/4 of the steps (intervals overlap)",
+        "  8 steps (128 tokens each): 150 [144, 156] -> ",
         "times lower",
         "kl_backward: every round at its own step count, its teacher -> the round:\n"
         "  32: 21.4 [20.5, 22.3] -> 19.2 [18.4, 19.9] (better)\n  16: 29.6",
-        "8 steps, consistent stories: teacher 52.5% [50.5%, 54.5%], "
+        "8 steps (128 tokens each), consistent stories: teacher 52.5% [50.5%, 54.5%], "
         "kl_backward round 7 73.5% [71.5%, 75.5%] (more)",
         "ppl_vs_steps.pdf",
         f"mlflow ui --backend-store-uri sqlite:///{results}/mlflow.db",
     ):
         assert words in out, words
     assert "Another text" not in out and "Share of consistent" not in out
-
-
-def test_the_first_sample_is_cut_at_its_end(tmp_path):
-    file = tmp_path / "samples.txt"
-    file.write_text("=== sample 0\none\ntwo\n=== sample 1\nthree\n")
-    assert first_sample(file) == "one\ntwo" and first_sample(tmp_path / "none") is None
-    file.write_text("=== 0\n" + "word " * 500)
-    assert len(first_sample(file)) <= 902 and first_sample(file).endswith("word …")
 
 
 def test_figures_over_steps_show_the_tokens_per_step_along_the_top(results):

@@ -41,7 +41,7 @@ def write(
             text = f"At {n} steps {name} wrote that Mira found a red kite.\nShe kept it."
             file = results / "samples" / model / f"steps-{n}" / "samples.txt"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(f"=== 0\n{text}\n=== 1\nAnother text.\n")
+            file.write_text(f"=== 0\nAnother text.\n=== 1\n{text}\n")
         dump(metrics / "samples.json", samples)
         dump(metrics / "continuations.json", continuations)
         dump(metrics / "lambada.json", last_words(teacher, run, r, model, sha))
@@ -147,7 +147,7 @@ def quality(base, perplexity, entropy, consistent) -> list[dict]:
     """The rows of samples at one step count."""
     spread = 0.04 * perplexity
     return [
-        base | row("generative_perplexity", "ids", perplexity, spread),
+        base | row("generative_perplexity", "ids", perplexity, spread) | {"median_text": 1},
         base | row("generative_perplexity", "retokenized", 1.1 * perplexity, spread),
         base | row("entropy", "unigram", entropy, 0.01) | NO_JUDGE,
         base | row("distinct_2", "bigrams", 0.31, 0.01) | NO_JUDGE,

@@ -227,10 +227,11 @@ def score_texts(
     if not group.is_main:
         return None
     resamples = evaluation.bootstrap
-    rows = [
-        mean_row("generative_perplexity", protocol, values, columns, resamples, statistic)
-        for protocol, values, columns, statistic in judged
-    ]
+    rows = []
+    for protocol, values, columns, statistic in judged:
+        median = columns | {"median_text": _median_text(values)}
+        row = mean_row("generative_perplexity", protocol, values, median, resamples, statistic)
+        rows.append(row)
     for ids, columns in texts:
         rows.append(mean_row("entropy", "unigram", unigram_entropy(ids), columns, resamples))
         rows.append(mean_row("distinct_2", "bigrams", distinct(ids, 2), columns, resamples))
@@ -256,6 +257,12 @@ def _judge_texts(
         label = f"{label}, retokenized"
         sums = retokenized_nll(judge, ids, tokenizer, eos_id, batch, label, group)
         yield "retokenized", sums, columns, _exp_ratio
+
+
+def _median_text(values: np.ndarray) -> int:
+    """Number of the text with the median of values[N] or, if [N, 2], of their ratios."""
+    of_texts = values if values.ndim == 1 else values[:, 0] / np.maximum(values[:, 1], 1)
+    return int(np.argsort(of_texts, kind="stable")[(len(of_texts) - 1) // 2])
 
 
 def _exp_ratio(total: float, number: float) -> float:

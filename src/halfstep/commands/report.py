@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import pkgutil
-import re
 import sys
 import textwrap
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,14 +15,16 @@ from pydantic import Field
 
 from halfstep.config import Whole
 from halfstep.errors import HalfstepError
-from halfstep.files import read_json, write_atomic
+from halfstep.files import write_atomic
 from halfstep.records import provenance
 from halfstep.report.catalogue import FIGURES, JOURNALS, TABLES
 
 Width = Annotated[Whole, Field(ge=20, le=1000)]
 
 if TYPE_CHECKING:
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
+
+    from halfstep.report.sentences import Headline
 
 
 def tabulate(table: str, metrics: list[Path], output: Path, published: bool = False) -> None:
@@ -166,7 +167,7 @@ _complete_help()
 
 
 def summary(results: Path = Path("results"), width: Width = 100) -> None:
-    """Print the tables, two texts, and the places of figure, report and runs.
+    """Print the tables, three texts, and the places of figure, report and runs.
 
     What is not there (yet) is left out.
 
@@ -195,6 +196,7 @@ def _print_files(files: list[Path]) -> None:
 
 def _print_steps(file: Path, others: list[Path], results: Path, width: int) -> None:
     """Print the table of steps, other tables, and for each teacher what the table says."""
+    from halfstep.report import sentences
     from halfstep.report.published import without_published
     from halfstep.report.rows import read_table
     from halfstep.report.tables import steps_markdown
@@ -205,31 +207,33 @@ def _print_steps(file: Path, others: list[Path], results: Path, width: int) -> N
     for _, mine in table.groupby("teacher", sort=False):
         perplexity = mine[mine["metric"] == "generative_perplexity"]
         entropy = mine[mine["metric"] == "entropy"]
-        if perplexity.empty:
-            continue
+        found = sentences.headlines(perplexity)
         lines = [
-            *verdicts(perplexity, entropy),
-            *own_steps(perplexity, results),
-            *story_shares(mine),
+            *map(sentences.headline_sentence, found),
+            *sentences.gains(perplexity, entropy),
+            *sentences.own_steps(perplexity, results),
+            *sentences.story_shares(mine),
         ]
         print(*lines, sep="\n")
-        _print_samples(perplexity, results, width)
+        for headline in found[:1]:
+            _print_samples(headline, results, width)
 
 
-def _print_samples(perplexity: DataFrame, results: Path, width: int) -> None:
-    """The first samples of the teacher and of the last round, at the fewest steps."""
-    from halfstep.report.rows import sampled_rows
+def _print_samples(headline: Headline, results: Path, width: int) -> None:
+    """The median text by the judge of each of the three: teacher, student, teacher at its best."""
+    import pandas
 
-    models = sampled_rows(perplexity)
-    few = models["steps"].min()
-    teacher = models.loc[models["run"] == "teacher", "model"].head(1)
-    last = models.loc[models["round"] == models["round"].max(), "model"].head(1)
-    for model in (*teacher, *last):
-        text = first_sample(results / "samples" / model / f"steps-{few}" / "samples.txt")
+    from halfstep.report.sentences import sample_text
+
+    for row in (headline.same_steps, headline.student, headline.best):
+        model, steps = row["model"], row["steps"]
+        file = results / "samples" / model / f"steps-{steps}" / "samples.txt"
+        number = row.get("median_text")
+        text = None if pandas.isna(number) else sample_text(file, int(number))
         if not text:
             continue
         lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width) or [""]]
-        print(f"\n{model}, {few} steps, first sample:")
+        print(f"\n{model}, {steps} steps, the median text by perplexity:")
         print(textwrap.indent("\n".join(lines), "  "))
 
 
@@ -246,126 +250,3 @@ def _print_places(results: Path) -> None:
             print(f"{name}  {path}")
     if (results / "mlflow.db").exists():
         print(f"runs    {how_to_look(f'sqlite:///{results}/mlflow.db')}")
-
-
-def verdicts(perplexity: DataFrame, entropy: DataFrame) -> list[str]:
-    """For each run: the last round against the teacher at the fewest steps, and its entropy."""
-    lines = []
-    for few, teacher, run, last in _last_rounds(perplexity):
-        text = (
-            f"{last['teacher']}, {few} steps: teacher {_span(teacher)}, "
-            f"{run} round {last['round']} {_span(last)}"
-        )
-        if last["high"] < teacher["low"]:
-            text += f" ({teacher['value'] / last['value']:.2g} times lower)"
-        else:
-            text += " (no clear gain)"
-        mine = entropy[(entropy["model"] == last["model"]) & (entropy["steps"] == few)]
-        if "vs_data_percent" in mine and mine["vs_data_percent"].notna().any():
-            difference = mine["vs_data_percent"].iloc[0]
-            text += f"; entropy {difference:+.1f}% against held-out text"
-        lines.append(text)
-    return lines
-
-
-def own_steps(perplexity: DataFrame, results: Path) -> list[str]:
-    """For each run: every round against its own teacher at the step count that it was made for."""
-    rows = _first_protocol(perplexity)
-    at = {(row["model"], row["steps"]): row for _, row in rows.iterrows()}
-    lines = []
-    for (base, run), group in rows[rows["round"] > 0].groupby(["teacher", "run"], sort=False):
-        found = []
-        models = group.drop_duplicates("model").sort_values("round")
-        for model, round_ in zip(models["model"], models["round"], strict=True):
-            made_for = _made_for(results / "models" / model)
-            before = f"{base}/{run}/round-{round_ - 1}" if round_ > 1 else f"{base}/teacher"
-            teacher, student = at.get((before, made_for)), at.get((model, made_for))
-            if teacher is not None and student is not None:
-                word = _compare(student, teacher, "better", "worse")
-                found.append(f"{made_for}: {_span(teacher)} -> {_span(student)} ({word})")
-        if found:
-            title = f"{base}, {run}: every round at its own step count, its teacher -> the round:"
-            lines.append("\n  ".join([title, *found]))
-    return lines
-
-
-def _made_for(folder: Path) -> int | None:
-    """The step count that the model in a folder was made for, if its meta.json says so."""
-    meta = folder / "meta.json"
-    about = read_json(meta) if meta.is_file() else None
-    steps = about.get("student_steps") if isinstance(about, dict) else None
-    return steps if isinstance(steps, int) else None
-
-
-def story_shares(table: DataFrame) -> list[str]:
-    """The verdicts of a corpus of stories: accepted and consistent stories of the last rounds.
-
-    The grammar accepts a whole story; it is consistent where all references agree, too.
-    """
-    shares = {
-        "accepted_share": "stories that the grammar accepts",
-        "consistent_share": "consistent stories",
-    }
-    lines = []
-    for metric, what in shares.items():
-        for few, teacher, run, last in _last_rounds(table[table["metric"] == metric]):
-            word = _compare(last, teacher, "fewer", "more")
-            lines.append(
-                f"{last['teacher']}, {few} steps, {what}: teacher {_span(teacher, percent=True)}, "
-                f"{run} round {last['round']} {_span(last, percent=True)} ({word})"
-            )
-    return lines
-
-
-def _last_rounds(rows: DataFrame) -> Iterator[tuple[int, Series, str, Series]]:
-    """(fewest steps, the teacher's row, run, the row of its last round) of each run.
-
-    The rows are those of the first protocol and judge.
-    """
-    if rows.empty:
-        return
-    rows = _first_protocol(rows)
-    few = rows.loc[rows["run"] == "teacher", "steps"].min()
-    at = rows[rows["steps"] == few]
-    teachers = at[at["run"] == "teacher"]
-    for run, group in at[at["round"] > 0].groupby("run", sort=False):
-        last = group["round"].astype(int).idxmax()
-        yield few, teachers.iloc[0], run, group.loc[last]
-
-
-def _first_protocol(rows: DataFrame) -> DataFrame:
-    """The rows of the first protocol and judge among them."""
-    key = rows["protocol"] + " " + rows["judge"].astype(object).fillna("")
-    return rows[key == key.iloc[0]]
-
-
-def _compare(row: Series, other: Series, lower: str, higher: str) -> str:
-    """How the interval of a row compares with another: one of the words, or that they overlap."""
-    if row["high"] < other["low"]:
-        return lower
-    if row["low"] > other["high"]:
-        return higher
-    return "intervals overlap"
-
-
-def _span(row: Series, percent: bool = False) -> str:
-    """The value and its interval: 21.4 [20.5, 22.3]"""
-    from halfstep.report.grids import round_number
-
-    numbers = [row["value"], row["low"], row["high"]]
-    if percent:
-        value, low, high = (f"{round_number(100 * number)}%" for number in numbers)
-    else:
-        value, low, high = (round_number(number) for number in numbers)
-    return f"{value} [{low}, {high}]"
-
-
-def first_sample(file: Path, characters: int = 900) -> str | None:
-    """The first text of samples.txt, in which a line `=== i` (or `=== sample i`) precedes each."""
-    if not file.exists():
-        return None
-    parts = re.split(r"^=== .*\n", file.read_text(errors="replace"), flags=re.MULTILINE)
-    text = (parts[1] if len(parts) > 1 else parts[0]).strip()
-    if len(text) <= characters:
-        return text
-    return text[:characters].rsplit(" ", 1)[0] + " …"

@@ -21,10 +21,10 @@ COLUMNS = (
     "network_evaluations", "num_samples", "seed", "weights", "draw_dtype", "temperature", "top_p",
     "judge", "judge_dtype", "data", "checkpoint",
 )  # fmt: skip
-# Only timings and continuations have these.
+# Only some rows have these: timings, continuations and perplexities.
 MORE_COLUMNS = (
-    "length", "batch_size", "tokens_per_s", "tokens_per_forward", "energy_j", "device", "dtype",
-    "params",
+    "median_text", "length", "batch_size", "tokens_per_s", "tokens_per_forward", "energy_j",
+    "device", "dtype", "params",
 )  # fmt: skip
 
 

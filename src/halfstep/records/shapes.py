@@ -74,6 +74,7 @@ class MetricRow(_Shape):
     checkpoint: str | None = None
     weights: str | None = None
     tokens_per_step: float | None = None
+    median_text: Natural | None = None
     tokens_per_s: float | None = None
     length: Natural | None = None
     batch_size: Natural | None = None

@@ -1,0 +1,226 @@
+"""Sentences of `halfstep summary`: what a table of steps says of each run, and which texts show it.
+
+All numbers are of the first protocol and judge in the table, and stand with their 95% intervals.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from pandas import DataFrame, Series
+
+from halfstep.files import read_json
+from halfstep.report.grids import round_number
+
+SHARES = {
+    "accepted_share": "stories that the grammar accepts",
+    "consistent_share": "consistent stories",
+}
+
+
+class Pair(NamedTuple):
+    """A run's last round and its teacher at the same number of sampling steps."""
+
+    run: str
+    steps: int
+    teacher: Series
+    student: Series
+
+
+class Headline(NamedTuple):
+    """A run's last round at the steps that make up for its teacher's best."""
+
+    student: Series
+    same_steps: Series
+    """the teacher at the steps of the student"""
+    best: Series
+    """the teacher at the steps where its perplexity is lowest"""
+
+
+def headlines(perplexity: DataFrame) -> list[Headline]:
+    """For each run its last round at the fewest steps with at most the teacher's lowest perplexity.
+
+    Where the round never gets there, it is taken at the steps where it is best.
+    """
+    found = []
+    for pairs in _by_run(perplexity):
+        best = _best(perplexity, pairs[0].teacher)
+        reached = [pair for pair in pairs if pair.student["value"] <= best["value"]]
+        chosen = reached[0] if reached else min(pairs, key=lambda pair: pair.student["value"])
+        found.append(Headline(chosen.student, chosen.teacher, best))
+    return found
+
+
+def _best(perplexity: DataFrame, teacher: Series) -> Series:
+    """The row of this teacher with the lowest value."""
+    rows = first_protocol(perplexity)
+    mine = rows[rows["model"] == teacher["model"]]
+    return mine.loc[mine["value"].idxmin()]
+
+
+def headline_sentence(headline: Headline) -> str:
+    """What a headline says: the student's few steps against its teacher's many."""
+    student, best = headline.student, headline.best
+    text = (
+        f"{student['teacher']}: {_label(student)} with {_steps(student)} has perplexity "
+        f"{_span(student)}, its teacher at its best, with {_steps(best)}, {_span(best)}"
+    )
+    if student["high"] < best["low"]:
+        return f"{text}: better with {_part(student, best)} of the steps"
+    if student["value"] <= best["value"]:
+        return f"{text}: as good with {_part(student, best)} of the steps (intervals overlap)"
+    return f"{text}: not reached"
+
+
+def _part(student: Series, best: Series) -> str:
+    return f"1/{best['steps'] / student['steps']:.3g}"
+
+
+def gains(perplexity: DataFrame, entropy: DataFrame) -> list[str]:
+    """For each run: the last round against the teacher at every step count, with its entropy."""
+    lines = []
+    for pairs in _by_run(perplexity):
+        title = pairs[0].student
+        parts = [f"{title['teacher']}, {_label(title)} against its teacher:"]
+        for _, steps, teacher, student in pairs:
+            text = f"{_steps(student)}: {_span(teacher)} -> {_span(student)}"
+            if student["high"] < teacher["low"]:
+                text += f" ({teacher['value'] / student['value']:.2g} times lower)"
+            elif student["low"] > teacher["high"]:
+                text += " (higher)"
+            else:
+                text += " (intervals overlap)"
+            parts.append(text + _entropy(entropy, student["model"], steps))
+        lines.append("\n  ".join(parts))
+    return lines
+
+
+def _entropy(entropy: DataFrame, model: str, steps: int) -> str:
+    """The entropy of a model at a step count, against held-out text where that is known."""
+    mine = entropy[(entropy["model"] == model) & (entropy["steps"] == steps)]
+    if "vs_data_percent" not in mine or mine["vs_data_percent"].isna().all():
+        return ""
+    return f"; entropy {mine['vs_data_percent'].iloc[0]:+.1f}% against held-out text"
+
+
+def own_steps(perplexity: DataFrame, results: Path) -> list[str]:
+    """For each run: every round against its own teacher at the step count that it was made for."""
+    rows = first_protocol(perplexity)
+    at = {(row["model"], row["steps"]): row for _, row in rows.iterrows()}
+    lines = []
+    for (base, run), group in rows[rows["round"] > 0].groupby(["teacher", "run"], sort=False):
+        found = []
+        models = group.drop_duplicates("model").sort_values("round")
+        for model, round_ in zip(models["model"], models["round"], strict=True):
+            made_for = _made_for(results / "models" / model)
+            before = f"{base}/{run}/round-{round_ - 1}" if round_ > 1 else f"{base}/teacher"
+            teacher, student = at.get((before, made_for)), at.get((model, made_for))
+            if teacher is not None and student is not None:
+                word = _compare(student, teacher, "better", "worse")
+                found.append(f"{made_for}: {_span(teacher)} -> {_span(student)} ({word})")
+        if found:
+            title = f"{base}, {run}: every round at its own step count, its teacher -> the round:"
+            lines.append("\n  ".join([title, *found]))
+    return lines
+
+
+def _made_for(folder: Path) -> int | None:
+    """The step count that the model in a folder was made for, if its meta.json says so."""
+    meta = folder / "meta.json"
+    about = read_json(meta) if meta.is_file() else None
+    steps = about.get("student_steps") if isinstance(about, dict) else None
+    return steps if isinstance(steps, int) else None
+
+
+def story_shares(table: DataFrame) -> list[str]:
+    """The verdicts of a corpus of stories: accepted and consistent stories of the last rounds.
+
+    The grammar accepts a whole story; it is consistent where all references agree, too. They are
+    compared at the step count where the teacher's perplexity and the round's are.
+    """
+    at = {
+        (headline.student["run"]): headline.student["steps"]
+        for headline in headlines(table[table["metric"] == "generative_perplexity"])
+    }
+    lines = []
+    for metric, what in SHARES.items():
+        for pairs in _by_run(table[table["metric"] == metric]):
+            for run, steps, teacher, student in pairs:
+                if at.get(run) == steps:
+                    word = _compare(student, teacher, "fewer", "more")
+                    lines.append(
+                        f"{student['teacher']}, {_steps(student)}, {what}: "
+                        f"teacher {_span(teacher, percent=True)}, "
+                        f"{_label(student)} {_span(student, percent=True)} ({word})"
+                    )
+    return lines
+
+
+def _by_run(rows: DataFrame) -> Iterator[list[Pair]]:
+    """For each run of a teacher: its last round and the teacher at all common step counts."""
+    if rows.empty:
+        return
+    rows = first_protocol(rows)
+    teachers = {row["steps"]: row for _, row in rows[rows["run"] == "teacher"].iterrows()}
+    for run, group in rows[rows["round"] > 0].groupby("run", sort=False):
+        last = group[group["round"] == group["round"].max()].sort_values("steps")
+        pairs = [
+            Pair(run, row["steps"], teachers[row["steps"]], row)
+            for _, row in last.iterrows()
+            if row["steps"] in teachers
+        ]
+        if pairs:
+            yield pairs
+
+
+def first_protocol(rows: DataFrame) -> DataFrame:
+    """The rows of the first protocol and judge among them."""
+    key = rows["protocol"] + " " + rows["judge"].astype(object).fillna("")
+    return rows[key == key.iloc[0]] if len(rows) else rows
+
+
+def _compare(row: Series, other: Series, lower: str, higher: str) -> str:
+    """How the interval of a row compares with another: one of the words, or that they overlap."""
+    if row["high"] < other["low"]:
+        return lower
+    if row["low"] > other["high"]:
+        return higher
+    return "intervals overlap"
+
+
+def _label(student: Series) -> str:
+    return f"{student['run']} round {student['round']}"
+
+
+def _steps(row: Series) -> str:
+    """The steps of a row, with the tokens that each of them reveals: 64 steps (4 tokens each)."""
+    tokens = row["tokens_per_step"]
+    if tokens != tokens:  # not known
+        return f"{row['steps']} steps"
+    return f"{row['steps']} steps ({tokens:.3g} token{'' if tokens == 1 else 's'} each)"
+
+
+def _span(row: Series, percent: bool = False) -> str:
+    """The value and its interval: 21.4 [20.5, 22.3]"""
+    numbers = [row["value"], row["low"], row["high"]]
+    if percent:
+        value, low, high = (f"{round_number(100 * number)}%" for number in numbers)
+    else:
+        value, low, high = (round_number(number) for number in numbers)
+    return f"{value} [{low}, {high}]"
+
+
+def sample_text(file: Path, number: int, characters: int = 900) -> str | None:
+    """Text `number` of samples.txt, in which a line `=== i` precedes each; None without it."""
+    if not file.exists():
+        return None
+    parts = re.split(r"^=== .*\n", file.read_text(errors="replace"), flags=re.MULTILINE)[1:]
+    if number >= len(parts):
+        return None
+    text = parts[number].strip()
+    if len(text) <= characters:
+        return text
+    return text[:characters].rsplit(" ", 1)[0] + " …"

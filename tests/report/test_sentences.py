@@ -1,0 +1,87 @@
+"""Sentences of the summary: chosen by rule, with intervals, and never better than the table."""
+
+import pandas
+import pytest
+
+from halfstep.report import sentences
+from halfstep.report.rows import tidy
+
+
+def row(run, round_, steps, value, half, metric="generative_perplexity"):
+    model = f"a/{run}/round-{round_}" if round_ else f"a/{run}"
+    return {
+        "teacher": "a",
+        "run": run,
+        "round": round_,
+        "model": model,
+        "metric": metric,
+        "protocol": "ids",
+        "judge": "j",
+        "steps": steps,
+        "tokens_per_step": 256 / steps,
+        "value": value,
+        "low": value - half,
+        "high": value + half,
+    }
+
+
+TEACHER = [row("teacher", 0, 16, 24, 2), row("teacher", 0, 64, 9, 1), row("teacher", 0, 256, 7, 1)]
+
+
+def sentence(*students):
+    table = tidy(pandas.DataFrame([*TEACHER, *students]))
+    (headline,) = sentences.headlines(table)
+    return headline, sentences.headline_sentence(headline)
+
+
+def test_the_headline_is_the_fewest_steps_that_reach_the_teachers_best():
+    students = [row("kl", 7, 16, 15, 2), row("kl", 7, 64, 5, 0.5), row("kl", 7, 256, 4, 0.5)]
+    headline, text = sentence(*students)
+    assert (headline.student["steps"], headline.same_steps["value"]) == (64, 9)
+    assert headline.best["steps"] == 256
+    assert text == (
+        "a: kl round 7 with 64 steps (4 tokens each) has perplexity 5.00 [4.50, 5.50], its teacher "
+        "at its best, with 256 steps (1 token each), 7.00 [6.00, 8.00]: "
+        "better with 1/4 of the steps"
+    )
+
+
+def test_the_headline_takes_the_last_round_alone_and_says_where_intervals_overlap():
+    _, text = sentence(row("kl", 6, 16, 1, 0.1), row("kl", 7, 64, 6.5, 1))
+    assert text.endswith("as good with 1/4 of the steps (intervals overlap)")
+    headline, text = sentence(row("kl", 7, 16, 30, 1), row("kl", 7, 256, 8, 1))
+    assert text.endswith("not reached") and headline.student["steps"] == 256
+
+
+def test_gains_compare_intervals_at_every_common_step_count():
+    entropy = row("kl", 7, 16, 3.7, 0.1, "entropy") | {"vs_data_percent": -1.26}
+    students = [row("kl", 7, 16, 15, 2), row("kl", 7, 64, 9.5, 1), row("kl", 7, 256, 20, 1)]
+    table = tidy(pandas.DataFrame([*TEACHER, *students]))
+    (text,) = sentences.gains(table, tidy(pandas.DataFrame([entropy])))
+    assert text.splitlines() == [
+        "a, kl round 7 against its teacher:",
+        "  16 steps (16 tokens each): 24.0 [22.0, 26.0] -> 15.0 [13.0, 17.0] (1.6 times lower); "
+        "entropy -1.3% against held-out text",
+        "  64 steps (4 tokens each): 9.00 [8.00, 10.0] -> 9.50 [8.50, 10.5] (intervals overlap)",
+        "  256 steps (1 token each): 7.00 [6.00, 8.00] -> 20.0 [19.0, 21.0] (higher)",
+    ]
+
+
+def test_a_table_without_students_says_nothing():
+    table = tidy(pandas.DataFrame(TEACHER))
+    assert sentences.headlines(table) == [] and sentences.gains(table, table[:0]) == []
+    assert sentences.story_shares(table) == []
+
+
+@pytest.mark.parametrize(("number", "found"), [(0, "one\ntwo"), (1, "three"), (2, None)])
+def test_a_sample_is_found_by_its_number(tmp_path, number, found):
+    file = tmp_path / "samples.txt"
+    file.write_text("=== 0\none\ntwo\n=== 1\nthree\n")
+    assert sentences.sample_text(file, number) == found
+    assert sentences.sample_text(tmp_path / "none", number) is None
+
+
+def test_a_long_sample_is_cut_at_a_word(tmp_path):
+    (tmp_path / "samples.txt").write_text("=== 0\n" + "word " * 500)
+    text = sentences.sample_text(tmp_path / "samples.txt", 0)
+    assert len(text) <= 902 and text.endswith("word …")

@@ -43,10 +43,10 @@ def test_own_step_counts_are_where_a_round_meets_its_teacher(workflow):
     expected = {
         f"generate stories-tiny/{model} {steps}"
         for at, model in enumerate(line)
-        for steps in (1024 // 2**at, 1024 // 2 ** min(at + 1, 7), 8)
+        for steps in (256 // 2**at, 256 // 2 ** min(at + 1, 7), 8)
     }
     assert {job for job in jobs if job.startswith("generate")} == expected | {
-        "generate stories-tiny/baseline 64"
+        "generate stories-tiny/baseline 256"
     }
 
 

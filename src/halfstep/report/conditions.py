@@ -135,7 +135,7 @@ def _trainings(table: DataFrame) -> str:
         return ""
     return (
         f" Mean and 95% t-interval over {join_values(sorted(counts))} trainings, each with its own "
-        "training and sampling seed; for perplexities of their logarithms."
+        "training and sampling seed; perplexities have the geometric mean."
     )
 
 

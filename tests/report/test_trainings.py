@@ -126,7 +126,7 @@ def test_a_grid_has_one_line_for_all_trainings_and_both_intervals(results):
     logs = numpy.log([150, 180, 142.5])
     high = numpy.exp(logs.mean() + scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(logs))
     assert f"| {mean:.0f} ±{high - mean:.0f} [texts ±6] " in lines[2]
-    assert "t-interval over 3 trainings, each with its own training and sampling seed" in grid
+    assert "Models with 3 trainings: mean and 95% t-interval over trainings, each with" in grid
     assert "In brackets: the interval over the texts of one training" in grid
     assert "Without sampling steps: baseline: 9.40 ±0.38; data: 7.20 ±0.29." in grid
     for name in ("lambada", "continuations"):
@@ -145,7 +145,7 @@ def test_a_figure_has_one_line_for_all_trainings_and_a_band_over_them(results, n
     assert len(lines) >= 6 and not lines.duplicated(["panel", "series", "x"]).any()
     for point in lines[["y", "low", "high"]].to_numpy(float):
         assert numpy.isclose(known, point).all(1).any(), point
-    assert "over 3 trainings" in describe_conditions(pooled)
+    assert "Models with 3 trainings" in describe_conditions(pooled)
 
 
 def test_loss_curves_are_means_with_the_range_of_all_trainings(results):

@@ -125,4 +125,4 @@ def test_two_trainings_differ_and_share_a_cell(pipeline, tmp_path):
     (cell,) = pool_trainings(table).query("run == 'teacher' and metric == 'entropy'")["value"]
     assert cell == pytest.approx(entropy["value"].mean())
     text = (results / "tables/steps.md").read_text()
-    assert "| teacher | " in re.sub(" +", " ", text) and "over 2 trainings" in text
+    assert "| teacher | " in re.sub(" +", " ", text) and "Models with 2 trainings" in text

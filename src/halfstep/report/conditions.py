@@ -134,8 +134,9 @@ def _trainings(table: DataFrame) -> str:
     if counts.empty:
         return ""
     return (
-        f" Mean and 95% t-interval over {join_values(sorted(counts))} trainings, each with its own "
-        "training and sampling seed; perplexities have the geometric mean."
+        f" Models with {join_values(sorted(counts))} trainings: mean and 95% t-interval over "
+        "trainings, each with its own training and sampling seed; perplexities have the geometric "
+        "mean."
     )
 
 

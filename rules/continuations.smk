@@ -39,7 +39,7 @@ rule continue_prompts:
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.about, parent=True),
         prompts=lambda wildcards: flags(subsection(CONFIG.continuations, Prompts)),
-        drawing=flags(subsection(CONFIG.sampling, DrawOptions)),
+        drawing=lambda wildcards: flags(subsection(targets.sampling(wildcards), DrawOptions)),
         code=STAGE["continue_prompts"],
     shell:
         r"""

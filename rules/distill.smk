@@ -20,6 +20,8 @@ rule distill_round:
         "results/logs/distill_round/{teacher}/{run}/round-{round}.log",
     benchmark:
         "results/logs/distill_round/{teacher}/{run}/round-{round}.tsv"
+    wildcard_constraints:
+        teacher=one_of(targets.with_repeats),
     priority: 10  # the rounds are the longest path; samples and scores fill the other cores
     conda:
         "../envs/gpu.yaml"
@@ -31,7 +33,7 @@ rule distill_round:
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
         options=lambda wildcards: flags(targets.round_options(wildcards)),
-        seed=CONFIG.seed,
+        seed=targets.training_seed,
         code=STAGE["distill"],
     shell:
         r"""

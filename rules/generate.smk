@@ -31,7 +31,7 @@ rule generate:
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         output=subpath(output.about, parent=True),
-        writing=flags(subsection(CONFIG.sampling, GenerateOptions)),
+        writing=lambda wildcards: flags(subsection(targets.sampling(wildcards), GenerateOptions)),
         code=STAGE["generate"],
     shell:
         r"""

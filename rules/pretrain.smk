@@ -39,7 +39,7 @@ rule pretrain:
         adapt=lambda wildcards, input: [
             word for meta in input.adapt for word in ("--adapt", os.path.dirname(meta))
         ],
-        seed=CONFIG.seed,
+        seed=targets.training_seed,
         code=STAGE["pretrain"],
     shell:
         r"""

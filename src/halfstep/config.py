@@ -7,6 +7,7 @@ the key `lr:` are the same field. resolve.py turns the user's YAML into a `Confi
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, get_args
 
 import pydantic
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from halfstep.sanitize import CONTROL, mask_secrets
+from halfstep.seeds import REPEAT
 
 
 def _number(value: Any) -> Any:
@@ -47,6 +49,20 @@ Count = Annotated[Whole, Field(gt=0, le=10**9)]
 TokenCount = Annotated[Whole, Field(ge=1, le=2**20)]
 Threads = Annotated[Whole, Field(ge=1, le=2**16)]
 Seed = Annotated[Whole, Field(ge=0, le=2**63 - 1)]
+
+
+def _each_once(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("expected every seed once; remove the others")
+    return seeds
+
+
+Seeds = Annotated[
+    list[Annotated[Whole, Field(ge=1, le=10**9)]],
+    Field(min_length=1),
+    pydantic.AfterValidator(_each_once),
+]
+"""Seeds of a training and of its repeats"""
 MOST_ROUNDS = 20
 MOST_STEPS = 2**MOST_ROUNDS
 Steps = Annotated[Whole, Field(ge=1, le=MOST_STEPS)]
@@ -329,6 +345,14 @@ class Distillation(Training):
         return self
 
 
+class RunOptions(Distillation):
+    """A run of the configuration: the options of its rounds, and how often they are trained."""
+
+    seeds: Seeds | None = None
+    """training seeds: the rounds are trained, sampled and scored once with each of them
+    (default: the seed of the teacher)"""
+
+
 class DrawOptions(Section):
     """How texts are drawn."""
 
@@ -506,7 +530,10 @@ class Teacher(Section):
     """training of the autoregressive baseline"""
     distillation: Distillation = Distillation()
     """options that all runs share"""
-    runs: dict[Name, Distillation] = {"kl_backward": Distillation()}
+    seeds: Seeds | None = None
+    """training seeds: the teacher and its runs are trained, sampled and scored once with each of
+    them (default: `seed`); all have the corpus, the baseline and the judges of the first"""
+    runs: dict[Name, RunOptions] = {"kl_backward": RunOptions()}
     """the runs by name, each with only the options that differ from `distillation`; when absent,
     one run kl_backward with the options of `distillation`"""
 
@@ -530,12 +557,13 @@ class Teacher(Section):
 
     @field_validator("runs")
     @classmethod
-    def _check_names(cls, runs: dict[str, Distillation]) -> dict[str, Distillation]:
+    def _check_names(cls, runs: dict[str, RunOptions]) -> dict[str, RunOptions]:
         for name in {"teacher", "baseline"} & runs.keys():
             raise ValueError(
                 f"a run cannot be called {name}: results/models/<teacher>/{name} is taken; "
                 "choose another name"
             )
+        _check_endings("run", runs)
         return runs
 
 
@@ -610,7 +638,9 @@ class Config(Section):
                     f"sampling.weights is best, but teachers.{name}.from has no best weights, "
                     "because halfstep did not validate it; choose ema or raw"
                 )
+            _check_seeds(name, teacher)
             self._check_corpus(teacher)
+        _check_endings("teacher", self.teachers)
         return self
 
     def _check_corpus(self, teacher: Teacher) -> None:
@@ -648,6 +678,33 @@ class Config(Section):
             SAMPLERS[self.sampling.sampler].check_steps(self.sampling.sampler, steps, length)
         except HalfstepError as error:
             raise ValueError(f"{str(error).replace('steps', key, 1)} ({of})") from None
+
+
+def _check_endings(kind: str, names: Iterable[str]) -> None:
+    """ValueError if a teacher or a run is called as a repeat of a training is."""
+    for name in names:
+        if REPEAT.search(name):
+            raise ValueError(
+                f"a {kind} cannot be called {name}: repeats of a training end in -seed and a "
+                "number; choose another name, or set seeds"
+            )
+
+
+def _check_seeds(name: str, teacher: Teacher) -> None:
+    """ValueError if there is nothing to repeat, or if teacher and runs both have seeds."""
+    if teacher.seeds and teacher.source:
+        raise ValueError(
+            f"teachers.{name}: found `from` and `seeds`, but published weights are not trained "
+            "here; give the seeds to its runs"
+        )
+    if teacher.seeds is None or len(teacher.seeds) == 1:
+        return
+    for key, run in teacher.runs.items():
+        if run.seeds:
+            raise ValueError(
+                f"teachers.{name}.runs.{key}.seeds: found {run.seeds}, but the seeds "
+                f"{teacher.seeds} of the teacher repeat its runs too; leave one of them out"
+            )
 
 
 def _part(tree: Any, *keys: Any) -> Any:

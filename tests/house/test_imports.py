@@ -23,6 +23,7 @@ BELOW = {
     "checkpoint",
     "timing",
     "progress",
+    "seeds",
     "texts",
 }  # what a leaf may import
 CONTRACTS = "halfstep.diffusion.contracts."  # types, which every leaf may import

@@ -14,6 +14,7 @@ from halfstep.config import (
     Continuations,
     Distillation,
     Network,
+    RunOptions,
     Section,
     Teacher,
     Training,
@@ -320,16 +321,16 @@ OWN = {
 def test_without_runs_one_run_has_the_options_of_distillation(teacher):
     about = {"corpus": "mine", "network": {"size": "tiny"}, "pretraining": None, **teacher}
     (found,) = validate({**OWN, "teachers": {"t": about}}).teachers.values()
-    assert found.runs == {"kl_backward": Distillation(**SHORT, rounds=2)}
+    assert found.runs == {"kl_backward": RunOptions(**SHORT, rounds=2)}
     assert found.pretraining == Training()
 
 
 def test_without_runs_and_distillation_the_run_is_the_papers():
     teachers = {"t": {"corpus": "mine", "network": {}}}
     (found,) = validate({**OWN, "teachers": teachers}).teachers.values()
-    assert found.runs == {"kl_backward": Distillation()}
+    assert found.runs == {"kl_backward": RunOptions()}
     assert Teacher(corpus="mine", network=Network(), distillation=Distillation(rounds=2)).runs == {
-        "kl_backward": Distillation(rounds=2)
+        "kl_backward": RunOptions(rounds=2)
     }
 
 

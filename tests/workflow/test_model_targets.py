@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from dryrun import REPOSITORY
 
+from halfstep.config import Distillation
 from halfstep.data.files import find_files
 from halfstep.errors import ConfigError
 from halfstep.resolve import resolve
@@ -255,3 +256,88 @@ def test_so_is_a_file_of_last_words(texts, name, sentence):
     config = own_text_config(files=["a1.txt"]) | {"evaluation": {"lambada": name}}
     with pytest.raises(ConfigError, match=sentence):
         check_sources(targets(**config).config)
+
+
+def test_a_repeat_of_a_teacher_is_a_model_with_its_own_seeds():
+    """Trained with a seed of the list; the corpus, the judge and the origin are the first's."""
+    found = of_teacher(**TWO_RUNS, seeds=[5, 2], adapt="baseline")
+    first = ["teacher", "a/round-1", "a/round-2", "b/round-1"]
+    names = ("stories-ci", "stories-ci-seed-2")
+    assert sorted(found.denoisers) == sorted(f"{name}/{m}" for name in names for m in first)
+    assert found.models == ["stories-ci/baseline", *found.denoisers]
+    assert (found.teachers, found.trained) == (["stories-ci"], list(names))
+    folder = "results/models/stories-ci/baseline"
+    for name, seed, draws in zip(names, (5, 2), (1, 3), strict=True):
+        wildcards = SimpleNamespace(teacher=name, run="a", round="2", model=f"{name}/a/round-2")
+        assert found.training_seed(SimpleNamespace(teacher=name)) == seed
+        assert found.training_seed(wildcards) == seed
+        assert found.sampling(wildcards).sampling_seed == draws
+        assert found.previous_round(wildcards) == f"results/models/{name}/a/round-1/meta.json"
+        assert found.manifest(wildcards) == "results/data/stories-ci/manifest.json"
+        assert found.adapted_from(wildcards) == [f"{folder}/meta.json"]
+        assert found.judges(wildcards) == [f"{folder}/hf"]
+
+
+def test_a_repeat_of_a_run_is_trained_from_the_same_teacher():
+    runs = {"a": {"seeds": [1, 4]}, "b": {}, "kl_backward": None}
+    found = of_teacher(distillation={"rounds": 1}, runs=runs)
+    rounds = [f"stories-ci/{run}/round-1" for run in ("a", "a-seed-4", "b")]
+    assert found.denoisers == ["stories-ci/teacher", *rounds]
+    for run, seed in (("a", 1), ("a-seed-4", 4), ("b", 1)):
+        wildcards = SimpleNamespace(teacher="stories-ci", run=run, round="1")
+        assert found.training_seed(wildcards) == seed
+        assert found.previous_round(wildcards) == "results/models/stories-ci/teacher/meta.json"
+        assert type(found.round_options(wildcards)) is Distillation  # without `seeds`
+
+
+def test_repeats_are_scored_at_the_same_steps_and_continued():
+    sampling = {"steps": ["own", 5]}
+    changes = {"sampling": sampling, "continuations": {"continuation_rounds": [0, 2]}}
+    of_run = {**TWO_RUNS, "runs": {"a": {"seeds": [1, 2]}, "kl_backward": None}}
+    found = targets(**changes, teachers={"stories-ci": of_run})
+    assert found.step_counts("stories-ci/a-seed-2/round-1") == [5, 16, 32]
+    of_teacher = targets(**changes, teachers={"stories-ci": {**TWO_RUNS, "seeds": [1, 2]}})
+    assert of_teacher.step_counts("stories-ci-seed-2/teacher") == [5, 32, 64]
+    continued = {f"stories-ci-seed-2/{name}" for name in ("teacher", "a/round-2")}
+    assert continued == {name for name in of_teacher.continued_models() if "seed" in name}
+
+
+def test_without_seeds_the_top_level_seed_trains_everything():
+    found = of_teacher(**TWO_RUNS)
+    wildcards = SimpleNamespace(
+        teacher="stories-ci", run="a", round="1", model="stories-ci/teacher"
+    )
+    assert (
+        found.training_seed(wildcards) == 1 and found.sampling(wildcards) == found.config.sampling
+    )
+    nine = targets(seed=9, teachers={"stories-ci": TWO_RUNS})
+    assert nine.training_seed(wildcards) == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"seeds": [1, 1]}, "seeds: found .*: expected every seed once; remove the others"),
+        ({"seeds": []}, "seeds: found .*at least 1 item"),
+        ({"seeds": [0]}, "seeds.0: found 0: .*greater than or equal to 1"),
+        ({"seeds": 3}, "seeds: found 3: .*valid list"),
+        ({"runs": {"a-seed-2": {}}}, "a run cannot be called a-seed-2: .*choose another name, or"),
+        (
+            {"seeds": [1, 2], "from": "kuleshov-group/mdlm-owt"},
+            "teachers.stories-ci: found `from` and `seeds`.* give the seeds to its runs",
+        ),
+        (
+            {"seeds": [1, 2], "runs": {"kl_backward": {"seeds": [3]}}},
+            r"runs.kl_backward.seeds: found \[3\], but .*repeat its runs too; leave one",
+        ),
+    ],
+)
+def test_seeds_that_repeat_nothing_are_refused(changes, sentence):
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        of_teacher(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_is_not_called_as_a_repeat():
+    with pytest.raises(ConfigError, match="a teacher cannot be called mine-seed-2: repeats of"):
+        targets(teachers={"mine-seed-2": {"corpus": "stories-ci", "network": {"size": "tiny"}}})

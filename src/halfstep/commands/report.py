@@ -123,13 +123,14 @@ def _read_inputs(figure: str, inputs: dict[str, list[Path]]) -> dict[str, DataFr
     from halfstep.report.curves import read_curves
     from halfstep.report.published import without_published
     from halfstep.report.rows import read_table
+    from halfstep.report.trainings import pool_trainings
 
     frames = {}
     for name, files in inputs.items():
         if name == JOURNALS:
             frames[name] = read_curves(files)
         else:
-            frames[name] = without_published(read_table(files[0]))
+            frames[name] = pool_trainings(without_published(read_table(files[0])))
     empty = [name for name, frame in frames.items() if frame.empty]
     if empty:
         raise HalfstepError(f"{figure}: no rows in {', '.join(empty)}; measure something first")
@@ -200,8 +201,9 @@ def _print_steps(file: Path, others: list[Path], results: Path, width: int) -> N
     from halfstep.report.published import without_published
     from halfstep.report.rows import read_table
     from halfstep.report.tables import steps_markdown
+    from halfstep.report.trainings import pool_trainings
 
-    table = without_published(read_table(file))
+    table = pool_trainings(without_published(read_table(file)))
     print(steps_markdown(table, ("generative_perplexity", "entropy")))
     _print_files(others)
     for _, mine in table.groupby("teacher", sort=False):

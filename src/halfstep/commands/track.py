@@ -22,6 +22,7 @@ from halfstep.records.exclusive import exclusive
 from halfstep.records.mlflow import Job, Tracker
 from halfstep.records.shapes import check_row, check_run
 from halfstep.sanitize import mask_secrets, one_line
+from halfstep.seeds import first_training, repeat_seed
 
 # Seconds before each pass of a sync. A pass can be repeated safely; one request to MLflow cannot.
 WAITS_S = (0, 1, 4)
@@ -256,7 +257,8 @@ def gather_jobs(results: Path) -> list[Job]:
         # If the job starts anew meanwhile, a few new points reach its old run. That does no harm:
         # the next sync replaces the old run.
         model = file.parent.relative_to(results / "models").as_posix()
-        jobs[model] = Job(model, check_run(mask_secrets(read_json(file)), file), file.parent)
+        run = check_run(mask_secrets(read_json(file)), file)
+        jobs[model] = Job(model, _with_seed(run, model), file.parent)
     measurements = [
         *(results / "metrics").rglob("*.json"),
         *(results / "benchmarks").rglob("*.json"),
@@ -267,6 +269,15 @@ def gather_jobs(results: Path) -> list[Job]:
             _add_row(jobs, check_row(row, file, number), file)
     order = sorted(jobs, key=lambda model: (model.split("/")[0], "round-" in model, model))
     return [jobs[model] for model in order]
+
+
+def _with_seed(run: dict, model: str) -> dict:
+    """run.json of a repeat with its seed in the name and in the tags; others stay the same."""
+    seed = repeat_seed(model)
+    if seed is None:
+        return run
+    name = f"{first_training(run['name'])} seed {seed}"
+    return run | {"name": name, "tags": run.get("tags", {}) | {"training_seed": seed}}
 
 
 def _add_row(jobs: dict[str, Job], row: dict, file: Path) -> None:

@@ -15,15 +15,17 @@ from halfstep.metrics.intervals import bootstrap, wilson
 from halfstep.metrics.protocols import PROTOCOLS
 from halfstep.records import provenance
 from halfstep.records.journal import commit
+from halfstep.seeds import first_training, repeat_seed
 
 COLUMNS = (
     "model", "teacher", "run", "round", "steps", "tokens_per_step", "sampler",
     "network_evaluations", "num_samples", "seed", "weights", "draw_dtype", "temperature", "top_p",
     "judge", "judge_dtype", "data", "checkpoint",
 )  # fmt: skip
-# Only some rows have these: timings, continuations and perplexities.
+# Only some rows have these: timings, continuations, perplexities and repeats of a training.
 MORE_COLUMNS = (
-    "median_text", "length", "batch_size", "tokens_per_s", "tokens_per_forward", "energy_j",
+    "training_seed", "median_text", "length", "batch_size", "tokens_per_s", "tokens_per_forward",
+    "energy_j", "device", "dtype", "params",
     "device", "dtype", "params",
 )  # fmt: skip
 
@@ -97,12 +99,15 @@ def write_rows(path: Path, rows: list[dict], inputs: Iterable[Path | str]) -> No
 def name_parts(model: str) -> dict[str, str | int | None]:
     """Columns model, teacher, run and round of a name such as `stories-tiny/kl_backward/round-3`.
 
-    The round of teacher and baseline is 0.
+    The round of teacher and baseline is 0. A repeat of a training also has training_seed; its
+    teacher and run are those of the first training.
     """
-    teacher, _, rest = model.partition("/")
+    teacher, _, rest = first_training(model).partition("/")
     run, _, last = rest.partition("/")
     number = int(last.removeprefix("round-")) if last.startswith("round-") else 0
-    return {"model": model, "teacher": teacher, "run": run or None, "round": number}
+    found = {"model": model, "teacher": teacher, "run": run or None, "round": number}
+    seed = repeat_seed(model)
+    return found if seed is None else found | {"training_seed": seed}
 
 
 def model_name(folder: Path) -> str:

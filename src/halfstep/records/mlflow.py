@@ -33,6 +33,7 @@ from halfstep.errors import HalfstepError
 from halfstep.records import database
 from halfstep.records.journal import complete_size, mark, points_between, read_points
 from halfstep.records.ownership import FOLDER_TAG, KEY_TAG, OwnRuns
+from halfstep.seeds import first_training
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, LoggedModel, Metric, Run
@@ -70,7 +71,7 @@ class Job:
 
     @property
     def teacher(self) -> str:
-        return self.model.split("/")[0]
+        return first_training(self.model).split("/")[0]
 
     @property
     def status(self) -> str:

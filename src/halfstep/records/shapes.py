@@ -115,6 +115,7 @@ class TableRow(MetricRow):
     version: Integer = None
     num_samples: Integer = None
     seed: Integer = None
+    training_seed: Integer = None
     params: Integer = None
     low: Real = None
     high: Real = None

@@ -10,6 +10,9 @@ from pandas import DataFrame, Series
 from halfstep.errors import HalfstepError
 from halfstep.report.rows import sampled_rows
 
+MEASURE = ("metric", "protocol", "judge", "steps", "length", "batch_size")
+"""The columns that say what was measured of a model."""
+
 
 def check_comparable(
     table: DataFrame, conditions: Sequence[str], same_protocols: bool = True
@@ -38,7 +41,7 @@ def check_comparable(
 
 def check_unique(table: DataFrame) -> None:
     """HalfstepError if two rows would be one cell: the same measure of a model, taken twice."""
-    key = ["model", "teacher", "metric", "protocol", "judge", "steps", "length", "batch_size"]
+    key = ["model", "teacher", *MEASURE]
     repeated = table[table.duplicated(key, keep=False)]
     if repeated.empty:
         return
@@ -122,7 +125,19 @@ def describe_conditions(table: DataFrame) -> str:
     }
     listed = {name: join_values(values) for name, values in named.items()}
     text = "; ".join(f"{name} {values}" for name, values in listed.items() if values) + "."
-    return text[0].upper() + text[1:]
+    return text[0].upper() + text[1:] + _trainings(table)
+
+
+def _trainings(table: DataFrame) -> str:
+    """A sentence on the rows of several trainings, if there are any."""
+    counts = table.get("trainings", Series(dtype=float)).dropna().astype(int)
+    if counts.empty:
+        return ""
+    return (
+        f" Models with {join_values(sorted(counts))} trainings: mean and 95% t-interval over "
+        "trainings, each with its own training and sampling seed; perplexities have the geometric "
+        "mean."
+    )
 
 
 def _judges(table: DataFrame) -> list[str]:

@@ -9,9 +9,10 @@ import numpy
 from pandas import DataFrame
 
 from halfstep.records.journal import read_journal
+from halfstep.seeds import first_training, repeat_seed
 
 CURVE_POINTS = 120  # at most, of a curve in a figure
-COLUMNS = ("teacher", "group", "series", "round", "commit", "key", "step", "value")
+COLUMNS = ("teacher", "group", "series", "round", "training", "commit", "key", "step", "value")
 
 
 def journal_files(paths: Iterable[Path]) -> list[Path]:
@@ -26,6 +27,7 @@ def read_curves(paths: Iterable[Path]) -> DataFrame:
     """The curves of these journal files and of those in these folders, one row for each value.
 
     `group` is the run of a round, or `pretraining`, which comes first, with the baseline last.
+    `training` tells repeats of a training apart: their seed, or 0 for the first training.
     """
     found = []
     for file in journal_files(paths):
@@ -40,19 +42,22 @@ def read_curves(paths: Iterable[Path]) -> DataFrame:
         is_round=table["group"] != "pretraining",
         is_baseline=table["series"] == "baseline",
     )
-    order = ["teacher", "is_round", "group", "is_baseline", "round"]
+    order = ["teacher", "is_round", "group", "is_baseline", "round", "training"]
     ranked = ranked.sort_values(order, kind="stable", ignore_index=True)
     return ranked[list(COLUMNS)]
 
 
 def _model_of(folder: Path) -> dict:
-    """Teacher, group, series and round of a model's folder."""
+    """Teacher, group, series, round and training of a model's folder."""
+    training = repeat_seed("/".join(folder.parts[-3:])) or 0
+    folder = Path(*map(first_training, folder.parts))
     if not folder.name.startswith("round-"):
         teacher, group, series, round_ = folder.parent.name, "pretraining", folder.name, 0
     else:
         teacher, group = folder.parent.parent.name, folder.parent.name
         series, round_ = folder.name.replace("-", " "), int(folder.name.removeprefix("round-"))
-    return {"teacher": teacher, "group": group, "series": series, "round": round_}
+    found = {"teacher": teacher, "group": group, "series": series, "round": round_}
+    return found | {"training": training}
 
 
 def thin_curve(values: numpy.ndarray) -> numpy.ndarray:
@@ -64,3 +69,18 @@ def thin_curve(values: numpy.ndarray) -> numpy.ndarray:
     starts = range(0, len(values), length)
     counts = numpy.diff([*starts, len(values)])
     return numpy.add.reduceat(values, starts) / counts
+
+
+def thin_curves(curve: DataFrame) -> dict[str, numpy.ndarray]:
+    """x and y of a curve with fewer points; of several trainings their mean, lowest and highest.
+
+    Only steps that all trainings have are kept, because one of them may have stopped early.
+    """
+    number = curve["training"].nunique()
+    if number == 1:
+        x, y = (thin_curve(curve[column].to_numpy(float)) for column in ("step", "value"))
+        return {"x": x, "y": y}
+    by_step = curve.pivot_table(index="step", columns="training", values="value").dropna()
+    values = numpy.stack([thin_curve(by_step[training].to_numpy()) for training in by_step])
+    x = thin_curve(by_step.index.to_numpy(float))
+    return {"x": x, "y": values.mean(0), "low": values.min(0), "high": values.max(0)}

@@ -19,7 +19,7 @@ from pandas import DataFrame
 from halfstep.errors import HalfstepError
 from halfstep.report import style
 from halfstep.report.conditions import describe_conditions, join_values
-from halfstep.report.curves import CURVE_POINTS, thin_curve
+from halfstep.report.curves import CURVE_POINTS, thin_curves
 from halfstep.report.points import (
     add_published,
     join_points,
@@ -328,8 +328,7 @@ def loss_curves(tables: Tables) -> Drawn:
                     "series": series,
                     "kind": "line",
                     "round": curve["round"].iloc[0],
-                    "x": thin_curve(curve["step"].to_numpy(float)),
-                    "y": thin_curve(curve["value"].to_numpy(float)),
+                    **thin_curves(curve),
                 }
                 parts.append(DataFrame(part))
     if not parts:
@@ -339,9 +338,11 @@ def loss_curves(tables: Tables) -> Drawn:
         )
     points = join_points(parts).reindex(columns=style.POINTS)
     groups = table.drop_duplicates(["teacher", "group"])
+    repeated = "Of several trainings: the mean, with a band from the lowest to the highest. "
     figure = style.draw_panels(
         points,
         note=f"Means over equal stretches of steps, at most {CURVE_POINTS} a curve. "
+        f"{repeated if table['training'].any() else ''}"
         f"Journals of {join_values(table['teacher'])}; commit {join_values(table['commit'])}.",
         xlabel="optimizer steps",
         ylabel=ylabels,

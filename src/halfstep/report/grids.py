@@ -16,8 +16,13 @@ def model_label(row: Any) -> str:
 
 
 def value_cell(row: Any) -> str:
-    """The value with its interval; for entropy also the difference from held-out text."""
+    """The value with its interval; for entropy also the difference from held-out text.
+
+    Of several trainings the interval is over trainings, and that over texts is in brackets.
+    """
     text = _interval(row)
+    if not pandas.isna(half := getattr(row, "texts_half", None)):
+        text += f" [texts ±{half:.{_decimals(text)}f}]"
     difference = getattr(row, "vs_data_percent", None)
     if row.metric == "entropy" and row.run != "data" and not pandas.isna(difference):
         return f"{text} ({difference:+.1f}%)"
@@ -89,5 +94,9 @@ def _interval(row: Any, unit: float = 1) -> str:
     if pandas.isna(row.low) or pandas.isna(row.high):
         return text
     half = unit * max(row.high - row.value, row.value - row.low)
-    decimals = len(text.partition(".")[2])
-    return f"{text} ±{half:.{decimals}f}"
+    return f"{text} ±{half:.{_decimals(text)}f}"
+
+
+def _decimals(text: str) -> int:
+    """Number of decimals of the first number in a text."""
+    return len(text.partition(" ")[0].partition(".")[2])

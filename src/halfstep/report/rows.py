@@ -13,15 +13,15 @@ from halfstep.files import open_file
 from halfstep.records.shapes import metric_rows
 
 COLUMNS = (
-    "teacher", "run", "round", "model", "metric", "protocol", "version", "steps", "tokens_per_step",
-    "network_evaluations", "value", "low", "high", "median_text", "judge", "judge_dtype", "data",
-    "sampler", "num_samples", "seed", "weights", "draw_dtype", "temperature", "top_p", "length",
-    "batch_size", "tokens_per_s", "tokens_per_forward", "energy_j", "device", "dtype", "params",
-    "checkpoint", "commit", "source",
+    "teacher", "run", "round", "training_seed", "model", "metric", "protocol", "version", "steps",
+    "tokens_per_step", "network_evaluations", "value", "low", "high", "median_text", "judge",
+    "judge_dtype", "data", "sampler", "num_samples", "seed", "weights", "draw_dtype", "temperature",
+    "top_p", "length", "batch_size", "tokens_per_s", "tokens_per_forward", "energy_j", "device",
+    "dtype", "params", "checkpoint", "commit", "source",
 )  # fmt: skip
 INTEGERS = (
-    "round", "version", "steps", "median_text", "num_samples", "seed", "length", "batch_size",
-    "params",
+    "round", "training_seed", "version", "steps", "median_text", "num_samples", "seed", "length",
+    "batch_size", "params",
 )  # fmt: skip
 FLOATS = {
     "value", "low", "high", "tokens_per_step", "network_evaluations", "temperature",

@@ -3,7 +3,7 @@
 Numbers taken under different conditions never share a column: `select_*` raises HalfstepError and
 names the two models that differ. Published values (published.py) have rows and grids apart.
 The rows of a table are complete and go to CSV. Markdown is for people and ends with the
-conditions of measurement.
+conditions of measurement; trainings of one model share a cell (trainings.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from halfstep.report.catalogue import TABLES
 from halfstep.report.conditions import check_comparable, describe_conditions, join_values
 from halfstep.report.grids import latency_cell, make_grid, round_number, value_cell
 from halfstep.report.rows import LEVELS, baseline_name, sampled_rows
+from halfstep.report.trainings import pool_trainings
 
 SAMPLES = TABLES["steps"].metrics
 SHARES = ("consistent_share", "accepted_share")  # of stories, whose number differs between models
@@ -32,7 +33,9 @@ def select_steps(table: DataFrame) -> DataFrame:
     table = _of_table("steps", table)
     students = sampled_rows(table)
     check_comparable(table, ("data",))
-    check_comparable(students, (*STUDENTS_SHARE, "seed"))
+    check_comparable(students, STUDENTS_SHARE)
+    for _, same in students.groupby("training_seed", dropna=False, sort=False):
+        check_comparable(same, ("seed",))
     check_comparable(students[~students["metric"].isin(SHARES)], ("num_samples",))
     key = ["teacher", "metric", "protocol", "judge"]
     known = table.assign(judge=table["judge"].astype(object).fillna(""))
@@ -84,14 +87,14 @@ def select_continuations(table: DataFrame) -> DataFrame:
 def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) -> str:
     """One grid for each teacher and metric: models down, step counts across."""
     parts = []
-    for teacher, mine in table.groupby("teacher", sort=False):
+    for teacher, mine in pool_trainings(table).groupby("teacher", sort=False):
         parts.append(f"## {teacher}: samples")
         for metric, protocol, judge, group in _by_metric(mine, metrics):
             title = f"### {SAMPLES[metric]} (protocol {protocol})"
             parts.append(f"{title}{judge}, ± 95% interval")
             parts.append(make_grid(sampled_rows(group), "steps", "sampling steps"))
             parts += _levels(group)
-            parts.append(describe_conditions(group))
+            parts += _conditions(group)
         parts += _network_calls(sampled_rows(mine[mine["metric"] == metrics[0]]))
     return "\n\n".join(parts) + "\n"
 
@@ -100,12 +103,12 @@ def lambada_markdown(table: DataFrame) -> str:
     """One grid for each teacher: models down, metrics and protocols across."""
     names = TABLES["lambada"].metrics
     parts = []
-    for teacher, mine in table.groupby("teacher", sort=False):
+    for teacher, mine in pool_trainings(table).groupby("teacher", sort=False):
         cases = zip(mine["metric"], mine["protocol"], strict=True)
         columns = [f"{names[metric]}, {protocol}" for metric, protocol in cases]
         parts.append(f"## {teacher}: last words (LAMBADA), ± 95% interval")
         parts.append(make_grid(mine.assign(case=columns), "case", "model"))
-        parts.append(describe_conditions(mine))
+        parts += _conditions(mine)
     return "\n\n".join(parts) + "\n"
 
 
@@ -139,7 +142,7 @@ def continuations_markdown(table: DataFrame) -> str:
     """One grid for each teacher and metric: models down, step counts across."""
     titles = TABLES["continuations"].metrics
     parts = []
-    for teacher, mine in table.groupby("teacher", sort=False):
+    for teacher, mine in pool_trainings(table).groupby("teacher", sort=False):
         length = mine["length"].iloc[0]
         parts.append(
             f"## {teacher}: continuations of held-out prompts, "
@@ -152,7 +155,7 @@ def continuations_markdown(table: DataFrame) -> str:
             if len(students):
                 parts.append(make_grid(students, "steps", "sampling steps"))
             parts += _levels(group)
-        parts.append(describe_conditions(mine))
+        parts += _conditions(mine)
     return "\n\n".join(parts) + "\n"
 
 
@@ -192,6 +195,14 @@ def _levels(group: DataFrame) -> list[str]:
     return [f"Without sampling steps: {'; '.join(values)}."] if values else []
 
 
+def _conditions(group: DataFrame) -> list[str]:
+    """The conditions of a grid's numbers, and what its brackets say, if there are any."""
+    text = describe_conditions(group)
+    if "texts_half" in group and group["texts_half"].notna().any():
+        text += " In brackets: the interval over the texts of one training, the median."
+    return [text]
+
+
 def _network_calls(rows: DataFrame) -> list[str]:
     """How often the network is called per sample: a grid, or a sentence if once per step."""
     rows = rows.dropna(subset="network_evaluations")
@@ -199,5 +210,6 @@ def _network_calls(rows: DataFrame) -> list[str]:
         return []
     if (rows["network_evaluations"] == rows["steps"]).all():
         return ["The network is called once per sampling step."]
-    calls = rows.assign(value=rows["network_evaluations"], low=None, high=None, metric="calls")
+    blank = {"low": None, "high": None, "texts_half": None}
+    calls = rows.assign(value=rows["network_evaluations"], metric="calls", **blank)
     return ["### Calls of the network per sample", make_grid(calls, "steps", "sampling steps")]

@@ -2,6 +2,11 @@
 
 A model is named by its folder below results/models: {teacher}/teacher, {teacher}/baseline or
 {teacher}/{run}/round-{round}. Methods that take `wildcards` are input functions of the rules.
+
+`seeds` of a teacher or of a run repeats its training. A repeat is a model with its own folder: its
+teacher or run is called by the name in the configuration and the ending -seed-2. Repeats have the
+corpus, the judges and the baseline of the first training, because the measuring instrument must be
+the same for all. So a repeat of a teacher has no baseline, no held-out text and no timings.
 """
 
 from __future__ import annotations
@@ -12,10 +17,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from halfstep.config import Config, Distillation, Teacher, check_path
+from halfstep.config import Config, Distillation, RunOptions, Sampling, Teacher, check_path
 from halfstep.data.files import find_files
 from halfstep.errors import ConfigError, HalfstepError
 from halfstep.report import catalogue
+from halfstep.resolve import subsection
+from halfstep.seeds import first_training, repeat_names, repeat_seed
 from halfstep.texts import check_regular, items_file
 
 CHECKPOINT = [
@@ -45,7 +52,8 @@ class Wildcards(Protocol):
 
 def teacher_name(wildcards: Wildcards) -> str:
     """The key of `teachers` that a job belongs to."""
-    return getattr(wildcards, "teacher", None) or wildcards.model.split("/")[0]
+    name = getattr(wildcards, "teacher", None) or wildcards.model.split("/")[0]
+    return first_training(name)
 
 
 def one_of(names: Iterable[str]) -> str:
@@ -104,19 +112,48 @@ class Targets:
         self.teachers = list(config.teachers)
         self.imported = [name for name in self.teachers if config.teachers[name].source]
         """teachers whose weights are published, and not trained here"""
-        self.trained = [name for name in self.teachers if name not in self.imported]
+        repeats = {
+            name: repeat_names(name, teacher.seeds) for name, teacher in config.teachers.items()
+        }
+        self.with_repeats = [repeat for names in repeats.values() for repeat in names]
+        """all teachers, with the repeats of their trainings"""
+        self.trained = [name for name in self.with_repeats if name not in self.imported]
         rounds = [
-            f"{name}/{run}/round-{number}"
+            f"{repeat}/{run}/round-{number}"
             for name, teacher in config.teachers.items()
-            for run, options in teacher.runs.items()
+            for repeat in repeats[name]
+            for key, options in teacher.runs.items()
+            for run in repeat_names(key, options.seeds)
             for number in range(1, options.rounds + 1)
         ]
-        self.denoisers = [f"{name}/teacher" for name in self.teachers] + rounds
+        self.denoisers = [f"{name}/teacher" for name in self.with_repeats] + rounds
         self.models = [f"{name}/baseline" for name in self.teachers] + self.denoisers
 
     def teacher(self, wildcards: Wildcards) -> Teacher:
         """The section of `teachers` that a job belongs to."""
         return self.config.teachers[teacher_name(wildcards)]
+
+    def run(self, wildcards: Wildcards) -> RunOptions:
+        """The section of `runs` that a round belongs to."""
+        return self.teacher(wildcards).runs[first_training(wildcards.run)]
+
+    def training_seed(self, wildcards: Wildcards) -> int:
+        """The seed of a teacher's training or of a round: of a repeat, the one in its name."""
+        run = getattr(wildcards, "run", None)
+        if found := repeat_seed(wildcards.teacher) or repeat_seed(run or ""):
+            return found
+        of_run = self.run(wildcards).seeds if run else None
+        seeds = of_run or self.teacher(wildcards).seeds or [self.config.seed]
+        return seeds[0]
+
+    def sampling(self, wildcards: Wildcards) -> Sampling:
+        """How a model's samples are drawn: each repeat draws with another seed.
+
+        It is sampling_seed + the training seed; the first training has sampling_seed.
+        """
+        options, repeat = self.config.sampling, repeat_seed(wildcards.model) or 0
+        seed = (options.sampling_seed + repeat) % 2**63
+        return options.model_copy(update={"sampling_seed": seed})
 
     def network_size(self, wildcards: Wildcards) -> str:
         """The size of the networks that a job trains, samples from or scores."""
@@ -142,8 +179,8 @@ class Targets:
     def round_options(self, wildcards: Wildcards) -> Distillation:
         """Options of one round. Later rounds are not among them, so that `rounds: 5 -> 7` trains
         two rounds and not seven."""
-        run = self.teacher(wildcards).runs[wildcards.run]
-        return run.model_copy(update={"rounds": int(wildcards.round)})
+        options = subsection(self.run(wildcards), Distillation)
+        return options.model_copy(update={"rounds": int(wildcards.round)})
 
     def previous_round(self, wildcards: Wildcards) -> str:
         """The teacher of round r: the student of round r-1; in round 1 the pretrained teacher."""
@@ -175,7 +212,7 @@ class Targets:
         model was made for and its student's count, where the two are compared. The baseline
         writes one token at a time.
         """
-        name, kind = model.split("/", 1)
+        name, kind = first_training(model).split("/", 1)
         teacher, steps = self.config.teachers[name], set(self.config.sampling.steps)
         if kind == "baseline":
             return [self.config.corpora[teacher.corpus].length]

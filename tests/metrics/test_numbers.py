@@ -66,8 +66,8 @@ def test_rows_have_all_columns_and_no_others():
     about = {"model": "m", "steps": 8, "temperature": 1.0, "top_p": 0.95}
     found = row("entropy", "unigram", 3.0, (2.9, 3.1), **about)
     columns = (
-        "metric protocol version value low high model teacher run round steps sampler "
-        "network_evaluations num_samples seed weights draw_dtype temperature top_p judge "
+        "metric protocol version value low high model teacher run round steps tokens_per_step "
+        "sampler network_evaluations num_samples seed weights draw_dtype temperature top_p judge "
         "judge_dtype data checkpoint commit"
     )
     assert list(found) == columns.split()

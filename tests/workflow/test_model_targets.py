@@ -96,7 +96,7 @@ def test_own_step_counts_are_where_a_round_meets_its_teacher():
 
 def test_a_baseline_takes_one_step_for_each_token():
     found = targets()
-    assert found.step_counts("stories-ci/baseline") == [64]
+    assert found.step_counts("stories-ci/baseline") == [128]
     assert found.continuation_steps("stories-ci/baseline") == [16]
     assert found.continuation_steps("stories-ci/teacher") == [8]
 

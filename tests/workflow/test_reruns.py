@@ -131,4 +131,4 @@ def test_other_threads_and_resources_make_nothing_again(finished):
         jobs = finished.jobs()
     finally:
         common.write_text(kept)
-    assert "generate stories-ci/baseline 64" in jobs and trained(jobs) == set()
+    assert "generate stories-ci/baseline 128" in jobs and trained(jobs) == set()

@@ -21,7 +21,7 @@ SHARES = {
 }
 
 
-class Pair(NamedTuple):
+class AtSteps(NamedTuple):
     """A run's last round and its teacher at the same number of sampling steps."""
 
     run: str
@@ -159,7 +159,7 @@ def story_shares(table: DataFrame) -> list[str]:
     return lines
 
 
-def _by_run(rows: DataFrame) -> Iterator[list[Pair]]:
+def _by_run(rows: DataFrame) -> Iterator[list[AtSteps]]:
     """For each run of a teacher: its last round and the teacher at all common step counts."""
     if rows.empty:
         return
@@ -168,7 +168,7 @@ def _by_run(rows: DataFrame) -> Iterator[list[Pair]]:
     for run, group in rows[rows["round"] > 0].groupby("run", sort=False):
         last = group[group["round"] == group["round"].max()].sort_values("steps")
         pairs = [
-            Pair(run, row["steps"], teachers[row["steps"]], row)
+            AtSteps(run, row["steps"], teachers[row["steps"]], row)
             for _, row in last.iterrows()
             if row["steps"] in teachers
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from halfstep.kernels.linear import matmul, pack_network, pack_weight
 from halfstep.kernels.logits import logits, vocab_chunks
 from halfstep.models.cuda_graphs import GraphedNetwork
 from halfstep.models.dit import BlockKV, DiT
+from halfstep.models.gpt2 import GPT2
 
 
 class SubsDenoiser:
@@ -28,14 +29,14 @@ class SubsDenoiser:
 
     def __init__(
         self,
-        network: DiT,
+        network: DiT | GPT2,
         schedule: Schedule,
         time_conditioning: bool = False,
         shifted: bool = False,
     ):
         self.network, self.schedule, self.shifted = network, schedule, shifted
         self.ignores_time = not time_conditioning
-        self._pass: DiT | GraphedNetwork = network
+        self._pass: DiT | GPT2 | GraphedNetwork | partial[Tensor] = network
         self._packed: dict[tuple[int, int], Tensor] = {}  # (first, last token) -> slice of W
 
     @property
@@ -81,6 +82,15 @@ class SubsDenoiser:
         h = self.network(xt[:, positions], sigma, positions=positions, kept=kv)
         return h[:, : end - start], kv
 
+    def reading(self, pairs: Tensor) -> SubsDenoiser:
+        """The same denoiser, in which position i reads the positions j with pairs[i, j].
+
+        pairs[L, L] bool; `features_and_kv` reads all positions as before.
+        """
+        copy = SubsDenoiser(self.network, self.schedule, not self.ignores_time, self.shifted)
+        copy._pass = partial(self.network, pairs=pairs)
+        return copy
+
     @cached_property
     def inference_copy(self) -> SubsDenoiser:
         """The same denoiser with frozen weights, for sampling.
@@ -101,12 +111,8 @@ class SubsDenoiser:
 
     @property
     def readout(self) -> Readout:
-        """Weight [V + 1, D], whose last row is the mask token's, and bias [V].
-
-        The row stays: the backward pass of a slice would allocate a second [V + 1, D] tensor.
-        """
-        linear = self.network.output_layer.linear
-        return linear.weight, linear.bias[:-1]
+        """Weight [V + 1, D], whose last row is the mask token's, and bias [V]."""
+        return self.network.readout
 
     def logits(self, h: Tensor, chunk: slice = slice(None)) -> Tensor:
         """log p(x0 = v | xt) up to one constant per row: h[N, D] -> [N, V] float32.

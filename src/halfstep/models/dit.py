@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halfstep.diffusion.contracts import Where
+from halfstep.diffusion.contracts import Readout, Where
 from halfstep.models.layers import Block, Embedding, Head, Rotary
 
 FEWEST = 16  # rows of a product from which on its last bits do not depend on their number (MKL)
@@ -91,6 +91,7 @@ class DiT(nn.Module):
         where: Where = None,
         positions: Tensor | None = None,
         kept: list[BlockKV] | None = None,
+        pairs: Tensor | None = None,
     ) -> Tensor:
         """Token ids x[B, L] and noise levels sigma[B] -> features h[B, L, D].
 
@@ -99,21 +100,39 @@ class DiT(nn.Module):
         With `where` (a mask [B, L], or its nonzero(as_tuple=True)) only the features of these
         positions, in row order, h[N, D]: the last block's attention reads all positions, its output
         layer and MLP compute these. With `kept` and `positions`[L], x are the tokens there, which
-        read the keys and values of all other positions from `kept`.
+        read the keys and values of all other positions from `kept`. With pairs[L, L] bool, position
+        i reads the positions j of which pairs[i, j] is true (all by default).
         """
-        rows, N = None, len(x)
-        if where is not None:
-            rows = _flat_indices(where, x.shape[1])
-            N = len(rows)
-            rows = F.pad(rows, (0, max(0, FEWEST - N)))
+        rows, N = wanted_rows(where, x)
         cond = self.sigma_map(torch.zeros(1, device=x.device) if sigma is None else sigma)
         everywhere = torch.arange(x.shape[1], device=x.device)
         angles = self.rotary_emb(everywhere if positions is None else positions)
         h = self.vocab_embed(x)
         for i, block in enumerate(self.blocks):
             cache = kept[i].at(positions) if kept else None
-            h = block(h, angles, cond, cache, rows if block is self.blocks[-1] else None)
+            h = block(h, angles, cond, cache, rows if block is self.blocks[-1] else None, pairs)
         return self.output_layer(h, cond, rows, x.shape[1])[:N]
+
+    @property
+    def readout(self) -> Readout:
+        """Weight [V + 1, D], whose last row is the mask token's, and bias [V].
+
+        The row stays: the backward pass of a slice would allocate a second [V + 1, D] tensor.
+        """
+        linear = self.output_layer.linear
+        return linear.weight, linear.bias[:-1]
+
+
+def wanted_rows(where: Where, x: Tensor) -> tuple[Tensor | None, int]:
+    """The wanted positions as indices into the B L of x[B, L], and their number.
+
+    There are FEWEST rows or more; surplus ones are of no interest. All positions are (None, B).
+    """
+    if where is None:
+        return None, len(x)
+    rows = _flat_indices(where, x.shape[1])
+    N = len(rows)
+    return F.pad(rows, (0, max(0, FEWEST - N))), N
 
 
 def _flat_indices(where: Tensor | tuple[Tensor, ...], L: int) -> Tensor:

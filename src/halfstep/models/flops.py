@@ -9,10 +9,11 @@ positions, causal or not.
 
 from halfstep.models.dit import DiT
 from halfstep.models.gpt import GPT
+from halfstep.models.gpt2 import GPT2
 
 
 def forward_flops(
-    network: DiT | GPT,
+    network: DiT | GPT | GPT2,
     texts: float,
     length: int,
     rows: float,
@@ -28,13 +29,15 @@ def forward_flops(
     if it ignores time, else texts. `wanted` is the number of positions whose features are needed
     (default: rows): besides keys, values and queries, the last block computes only these.
     """
-    vocabulary, width = network.output_layer.linear.weight.shape
+    causal = isinstance(network, GPT)
+    matrix = network.output_layer.linear.weight if causal else network.readout[0]
+    vocabulary, width = matrix.shape
     tokens, pairs = texts * length, texts * length**2
     block = (
         tokens * 12 * width**2 + 2 * pairs * width
     )  # q, k, v: 3, out: 1, MLP: 4 + 4; then q k' and p v
     condition, spared = 0, 0.0
-    if isinstance(network, DiT):
+    if not causal:
         vocabulary -= 1  # the mask token is not read out
         spared = (tokens - (rows if wanted is None else wanted)) * 9 * width**2  # out and MLP
         condition = sum(
@@ -47,7 +50,7 @@ def forward_flops(
 
 
 def training_flops(
-    network: DiT | GPT, texts: int, length: int, rows: float, conditions: float = 1
+    network: DiT | GPT | GPT2, texts: int, length: int, rows: float, conditions: float = 1
 ) -> float:
     """FLOPs of one update, forward and backward; divide by texts * length for FLOPs per token.
 

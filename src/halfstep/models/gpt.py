@@ -42,7 +42,9 @@ class GPT(nn.Module):
         super().__init__()
         self.vocab_embed = Embedding(vocabulary, width)
         self.rotary_emb = Rotary(width // heads)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, dropout, causal=True) for _ in range(blocks)
+        )
         self.output_layer = Head(width, vocabulary, bias=False)
         self.vocabulary, self.width, self.heads = vocabulary, width, heads
 

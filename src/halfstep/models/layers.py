@@ -23,18 +23,22 @@ class KV(Protocol):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm in float32 (eps 1e-5) with a weight, no bias, and adaLN's shift and scale."""
+    """LayerNorm in float32 (eps 1e-5) with a weight, and adaLN's shift and scale.
 
-    def __init__(self, width: int):
+    With `bias` it has one, as in GPT-2.
+    """
+
+    def __init__(self, width: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(
         self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None
     ) -> Tensor:
         """norm(x) (1 + scale) + shift, or norm(x) without them: x[..., D] -> [..., D] float32."""
         if shift is None or scale is None:
-            return F.layer_norm(x.float(), x.shape[-1:], self.weight, eps=1e-5)
+            return F.layer_norm(x.float(), x.shape[-1:], self.weight, self.bias, eps=1e-5)
         if shift.numel() == len(self.weight):  # the same for all positions
             weight = self.weight * (1 + scale.flatten())
             return F.layer_norm(x.float(), x.shape[-1:], weight, shift.flatten(), eps=1e-5)
@@ -111,38 +115,50 @@ class MLP(nn.Sequential):
 class Block(nn.Module):
     """Pre-norm transformer block.
 
-    With `cond_width` its residual branches are shifted, scaled and gated (adaLN-zero, DiT).
+    With `cond_width` its residual branches are shifted, scaled and gated (adaLN-zero, DiT). With
+    `bias` its norms and its attention have biases, as in GPT-2.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float, cond_width: int | None = None):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dropout: float,
+        cond_width: int | None = None,
+        causal: bool = False,
+        bias: bool = False,
+    ):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.norm1 = LayerNorm(width)
-        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attn_out = nn.Linear(width, width, bias=False)
-        self.norm2 = LayerNorm(width)
+        self.heads, self.dropout, self.causal = heads, dropout, causal
+        self.norm1 = LayerNorm(width, bias)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.attn_out = nn.Linear(width, width, bias=bias)
+        self.norm2 = LayerNorm(width, bias)
         self.mlp = MLP(width)
         self.adaLN_modulation = None if cond_width is None else zero_linear(cond_width, 6 * width)
 
     def forward(
         self,
         x: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: tuple[Tensor, Tensor] | None,
         cond: Tensor | None = None,
         cache: KV | None = None,
         rows: Tensor | None = None,
+        pairs: Tensor | None = None,
     ) -> Tensor:
-        """x[B, L, D] -> [B, L, D], bidirectional with `cond[B or 1, cond_width]`, else causal.
+        """x[B, L, D] -> [B, L, D], with adaLN's input `cond[B or 1, cond_width]` if it has adaLN.
 
-        `cache` holds the keys and values of other positions. With rows[N], indices into the B L
-        positions, attention reads all positions, while its output layer and the MLP are computed
-        for these rows only -> [N, D].
+        `angles` rotate queries and keys; None where positions are embedded. `cache` holds the keys
+        and values of other positions. With rows[N], indices into the B L positions, attention reads
+        all positions, while its output layer and the MLP are computed for these rows only ->
+        [N, D]. With pairs[L, L] bool, position i reads the positions j of which pairs[i, j] is
+        true.
         """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self._modulation(
             cond, rows, x.shape[1]
         )
         h, again = self.norm1.with_recompute(x, shift_a, scale_a)
-        out = self.attend(h, again, angles, causal=cond is None, cache=cache)
+        out = self.attend(h, again, angles, cache, pairs)
         if rows is not None:
             x, out = x.flatten(0, 1)[rows], out.flatten(0, 1)[rows]
         out = F.dropout(linear(out, self.attn_out), self.dropout, self.training)
@@ -169,25 +185,25 @@ class Block(nn.Module):
         self,
         h: Tensor,
         again: Recompute,
-        angles: tuple[Tensor, Tensor],
-        causal: bool,
+        angles: tuple[Tensor, Tensor] | None,
         cache: KV | None,
+        pairs: Tensor | None,
     ) -> Tensor:
         """Attention of h[B, L, D] without its output layer, heads concatenated: [B, L, D]."""
         B, L, D = h.shape
         qkv = linear(h, self.attn_qkv, again).view(B, L, 3, self.heads, D // self.heads)
         qkv = qkv.permute(2, 0, 3, 1, 4)
-        q, k = rotate(qkv[:2], *angles)
+        q, k = qkv[:2] if angles is None else rotate(qkv[:2], *angles)
         v = qkv[2].contiguous()  # a view would keep q and k before their rotation alive, too
-        mask = None
+        mask = pairs
         if cache is not None:
             k, v = cache.append(k, v)
             past = k.shape[2] - L
             if (
-                causal and past and L > 1
+                self.causal and past and L > 1
             ):  # is_causal would align the first query with the first key
                 mask = torch.ones(L, past + L, dtype=torch.bool, device=h.device).tril(past)
-        is_causal = causal and L > 1 and mask is None
+        is_causal = self.causal and L > 1 and mask is None
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)
         return out.transpose(1, 2).reshape(B, L, D)
 

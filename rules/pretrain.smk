@@ -16,6 +16,7 @@ rule pretrain:
     input:
         corpus=targets.manifest,
         adapt=targets.adapted_from,
+        hub=lambda wildcards: fetched(targets.source_of_hub(wildcards.teacher)),
     output:
         multiext("results/models/{teacher}/teacher/", *CHECKPOINT),
         meta="results/models/{teacher}/teacher/meta.json",
@@ -36,8 +37,8 @@ rule pretrain:
         output=subpath(output.meta, parent=True),
         network=lambda wildcards: flags(targets.teacher(wildcards).network),
         training=lambda wildcards: flags(targets.teacher(wildcards).pretraining),
-        adapt=lambda wildcards, input: [
-            word for meta in input.adapt for word in ("--adapt", os.path.dirname(meta))
+        adapt=lambda wildcards: [
+            word for source in targets.adapt_source(wildcards) for word in ("--adapt", source)
         ],
         seed=targets.training_seed,
         code=STAGE["pretrain"],

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from halfstep.models.denoiser import SubsDenoiser
     from halfstep.models.dit import DiT
+    from halfstep.models.gpt2 import GPT2
 
 FORMAT = 1
 KINDS = ("diffusion", "autoregressive")
@@ -132,13 +133,21 @@ class Model:
 
 
 def build_network(meta: dict, dropout: float = 0.0) -> nn.Module:
-    """A new network of the shape in meta.json (the keys `kind`, `vocab_size` and `network`)."""
+    """A new network of the shape in meta.json.
+
+    It reads the keys `kind`, `vocab_size` and `network`; for GPT-2's architecture also `length`.
+    """
     from halfstep.models.dit import DiT
     from halfstep.models.gpt import GPT
+    from halfstep.models.gpt2 import GPT2
 
     network = Network.model_validate(meta["network"])
     shape = (meta["vocab_size"], network.width, network.blocks, network.heads, dropout)
-    return DiT(*shape, network.cond_width) if meta["kind"] == "diffusion" else GPT(*shape)
+    if meta["kind"] != "diffusion":
+        return GPT(*shape)
+    if network.architecture == "gpt2":
+        return GPT2(*shape, meta["length"])
+    return DiT(*shape, network.cond_width)
 
 
 def build_denoiser(network: nn.Module, meta: dict) -> SubsDenoiser:
@@ -148,7 +157,9 @@ def build_denoiser(network: nn.Module, meta: dict) -> SubsDenoiser:
 
     about = Network.model_validate(meta["network"])
     schedule = SCHEDULES[about.schedule]()
-    return SubsDenoiser(cast("DiT", network), schedule, about.time_conditioning, about.shifted)
+    return SubsDenoiser(
+        cast("DiT | GPT2", network), schedule, about.time_conditioning, about.shifted
+    )
 
 
 def save_checkpoint(

@@ -237,8 +237,20 @@ class Network(Section):
     shifted: bool = False
     """predict each token from the output at the position before it, as the teachers do that are
     adapted from autoregressive models (DiffuGPT)"""
+    architecture: Literal["dit", "gpt2"] = "dit"
+    """of the denoiser; dit: the paper's, with RoPE and adaLN; gpt2: that of teachers which are
+    adapted from GPT-2, and of no others"""
     schedule: Literal["loglinear", "cosine"] = "loglinear"
     """noise schedule alpha(t): loglinear (MDLM and the paper), or cosine (MaskGIT, MD4)"""
+
+    @model_validator(mode="after")
+    def _check_time(self) -> Network:
+        if self.time_conditioning and self.architecture == "gpt2":
+            raise ValueError(
+                "found time_conditioning, but the architecture gpt2 has no input for the time; "
+                "leave it out"
+            )
+        return self
 
     @property
     def blocks(self) -> int:
@@ -258,7 +270,7 @@ class Network(Section):
 
 
 class Training(Section):
-    """Training of the teacher or of the baseline. The defaults are those of MDLM on OpenWebText."""
+    """Training of a network. The defaults are those of MDLM on OpenWebText."""
 
     num_steps: Count = 1_000_000
     """optimizer steps"""
@@ -292,6 +304,23 @@ class Training(Section):
         if self.warmup_steps >= self.num_steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must be below num_steps ({self.num_steps})"
+            )
+        return self
+
+
+class Pretraining(Training):
+    """Training of the teacher. The defaults are those of MDLM on OpenWebText."""
+
+    anneal_attention: Annotated[Whole, Field(ge=0, le=10**9)] = 0
+    """only with `adapt`: optimizer steps in which attention grows from causal to full, with more
+    pairs of positions in every step (DiffuGPT); 0: full at once"""
+
+    @model_validator(mode="after")
+    def _check_annealing(self) -> Pretraining:
+        if self.anneal_attention > self.num_steps:
+            raise ValueError(
+                f"anneal_attention ({self.anneal_attention}) must be at most num_steps "
+                f"({self.num_steps}), because a denoiser is used with full attention"
             )
         return self
 
@@ -520,11 +549,12 @@ class Teacher(Section):
     (kuleshov-group/mdlm-owt, jdeschena/sdtt@teacher_1M_sm)"""
     adapt: Word | None = None
     """pretraining starts from these autoregressive weights (DiffuGPT): baseline, the one of this
-    teacher; or the folder of a checkpoint of `halfstep train-baseline`"""
+    teacher; the folder of a checkpoint of `halfstep train-baseline`; or a GPT-2 model of
+    transformers: a hub name (gpt2) or a folder"""
     from_weights: Literal["ema", "raw"] = "ema"
     """weights of `from` that become the teacher; ema: the moving average if the file has one;
     raw: the raw weights, as the released code takes them"""
-    pretraining: Training = Training()
+    pretraining: Pretraining = Pretraining()
     """training of the teacher"""
     baseline: Training = Training()
     """training of the autoregressive baseline"""
@@ -632,6 +662,17 @@ class Config(Section):
                 raise ValueError(
                     f"teachers.{name}: found `from` and `adapt`, but published weights are not "
                     "trained here; leave one of them out"
+                )
+            if teacher.pretraining.anneal_attention and not teacher.adapt:
+                raise ValueError(
+                    f"teachers.{name}.pretraining.anneal_attention: found "
+                    f"{teacher.pretraining.anneal_attention} without `adapt`, but only adapted "
+                    "weights know causal attention; leave it out"
+                )
+            if teacher.network.architecture == "gpt2":
+                raise ValueError(
+                    f"teachers.{name}.network.architecture: found gpt2, which follows from "
+                    "`adapt: gpt2` and from nothing else; leave it out"
                 )
             if teacher.source and self.sampling.weights == "best":
                 raise ValueError(

@@ -16,7 +16,7 @@ from halfstep.commands.data import prepare_corpus
 from halfstep.commands.distill import DistillationObjective, distill_round, watch_entropy
 from halfstep.commands.generate import draw_texts, encode_prompt, generate, text_writer
 from halfstep.commands.train import DiffusionObjective, HeldOut, pretrain, train_baseline
-from halfstep.config import Corpus, Distillation, GenerateOptions, Machine, Network, Training
+from halfstep.config import Corpus, Distillation, GenerateOptions, Machine, Network, Pretraining
 from halfstep.data.pack import Windows
 from halfstep.distill.rounds import Round
 from halfstep.distributed.group import ALONE
@@ -48,8 +48,8 @@ DISTILLATION = {
 }
 
 
-def training(**changes) -> Training:
-    return Training(**{**OPTIONS, "num_steps": 40, **changes})
+def training(**changes) -> Pretraining:
+    return Pretraining(**{**OPTIONS, "num_steps": 40, **changes})
 
 
 def distillation(**changes) -> Distillation:

@@ -63,7 +63,7 @@ class Regression:
         self.loss = self.loss or self.squares
         self.validate = self.validate or self.measure
 
-    def corrupt(self, x0, generator):
+    def corrupt(self, x0, generator, step=None):
         noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
         return Batch({"x": x0 + noise, "y": x0.sum(1)}, x0.numel())
 

@@ -14,6 +14,7 @@ from halfstep.config import (
     Continuations,
     Distillation,
     Network,
+    Pretraining,
     RunOptions,
     Section,
     Teacher,
@@ -322,7 +323,7 @@ def test_without_runs_one_run_has_the_options_of_distillation(teacher):
     about = {"corpus": "mine", "network": {"size": "tiny"}, "pretraining": None, **teacher}
     (found,) = validate({**OWN, "teachers": {"t": about}}).teachers.values()
     assert found.runs == {"kl_backward": RunOptions(**SHORT, rounds=2)}
-    assert found.pretraining == Training()
+    assert found.pretraining == Pretraining()
 
 
 def test_without_runs_and_distillation_the_run_is_the_papers():

@@ -71,6 +71,7 @@ def distill_round(
         "dt": plan.dt,
         "student_steps": plan.student_steps,
         "teacher_sha256": source["sha256"],
+        **{key: source[key] for key in ("adapted",) if key in source},
         "training": source["training"],
     }
     digest = source["sha256"][checkpoint.FILES[begin_with]]
@@ -145,7 +146,7 @@ class DistillationObjective:
     validation: DiffusionObjective
     seed: int
 
-    def corrupt(self, x0: Tensor, generator: torch.Generator) -> Batch:
+    def corrupt(self, x0: Tensor, generator: torch.Generator, step: int | None = None) -> Batch:
         """Draw t, stratified over [min_t, 1), xt ~ q(xt | x0), and the teacher's uniforms."""
         B, L = x0.shape
         u_time = torch.rand(B, generator=generator, dtype=torch.float64)

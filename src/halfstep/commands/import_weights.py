@@ -107,19 +107,22 @@ def _find_source(source: str) -> Path:
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(".ckpt")
     if Path(source).exists() or not is_hub_name:
         return Path(source)
-    return fetch_from_hub(name, revision)
+    return fetch_from_hub("--source", name, revision, DOWNLOADED)
 
 
-def fetch_from_hub(name: str, revision: str) -> Path:
-    """The folder of a hub repository's revision, downloaded or from the hub's cache."""
+def fetch_from_hub(flag: str, name: str, revision: str, patterns: list[str]) -> Path:
+    """The folder of a hub repository's revision, downloaded or from the hub's cache.
+
+    Only files that fit a pattern are downloaded. `flag` begins the message of the HalfstepError.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=DOWNLOADED)
+        folder = snapshot_download(name, revision=revision or None, allow_patterns=patterns)
     except Exception as error:  # the client, requests and the file system raise different types
         full_name = f"{name}@{revision}" if revision else name
         raise HalfstepError(
-            f"--source {full_name}: the download failed ({type(error).__name__}: {reason(error)}); "
+            f"{flag} {full_name}: the download failed ({type(error).__name__}: {reason(error)}); "
             "check name, revision and network, or download it elsewhere and name the folder"
         ) from None
     return Path(folder)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from halfstep import checkpoint
-from halfstep.config import Machine, Network, Seed, Training
+from halfstep.commands.origins import Origin, read_origin
+from halfstep.config import Machine, Network, Pretraining, Seed, Training
 from halfstep.data.batches import batch_indices, describe_epochs
-from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer
-from halfstep.diffusion.contracts import Denoiser
+from halfstep.data.pack import Windows, corpus_files
 from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.readout import cross_entropy
 from halfstep.diffusion.schedules import masked_share
@@ -20,8 +20,8 @@ from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError
 from halfstep.models import flops
-from halfstep.models.adapt import adapt_weights
-from halfstep.models.dit import DiT
+from halfstep.models.adapt import annealed_pairs
+from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.gpt import GPT, save_gpt_neox
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
@@ -36,28 +36,37 @@ def pretrain(
     corpus: Path,
     output: Path,
     network: Network,
-    training: Training,
+    training: Pretraining,
     machine: Machine,
     seed: Seed = 1,
-    adapt: Path | None = None,
+    adapt: str | None = None,
 ) -> None:
     """Train a masked diffusion language model by MDLM's NELBO (arXiv 2406.07524, eq. 10).
 
     With --adapt it starts from the weights of an autoregressive model, with full attention and
-    logits shifted by one (DiffuGPT, arXiv 2410.17891), and needs far fewer steps.
+    logits shifted by one (DiffuGPT, arXiv 2410.17891), and needs far fewer steps. These are a
+    checkpoint of `halfstep train-baseline` or a GPT-2 model of transformers, with the size and the
+    tokenizer of this training.
 
     Args:
         corpus: folder of `halfstep prepare-corpus`
         output: folder of the checkpoint
         seed: of weights, batches, masks and times
-        adapt: checkpoint of `halfstep train-baseline` to start from, of the same size and corpus
+        adapt: folder of the weights to start from, or hub name (gpt2)
     """
-    read = corpus_files(corpus, "train", "validation")
+    _check_architecture(network)
+    read, origin = corpus_files(corpus, "train", "validation"), None
     if adapt:
-        network = network.model_copy(update={"shifted": True})
-        read += checkpoint.checkpoint_files(adapt, "ema")
+        origin = read_origin(adapt, corpus, network.size)
+        network = network.model_copy(update={"shifted": True, "architecture": origin.architecture})
+        read += origin.files
+    elif training.anneal_attention:
+        raise HalfstepError(
+            f"--anneal-attention: found {training.anneal_attention} without --adapt, but only "
+            "adapted weights know causal attention; leave it out"
+        )
     job = TrainingJob.begin(f"pretrain/{output.parent.name}", corpus, output, machine)
-    if _train(job, "diffusion", network, training, seed, adapt):
+    if _train(job, "diffusion", network, training, seed, origin):
         provenance.write_record(output / provenance.NAME, [output], read)
 
 
@@ -78,6 +87,7 @@ def train_baseline(
         output: folder of the checkpoint
         seed: of weights and batches
     """
+    _check_architecture(network)
     job = TrainingJob.begin(f"train-baseline/{output.parent.name}", corpus, output, machine)
     if not _train(job, "autoregressive", network, training, seed):
         return
@@ -85,6 +95,15 @@ def train_baseline(
     save_gpt_neox(model.network, hf, model.length, model.eos_id, output / "tokenizer.json")
     read = corpus_files(corpus, "train", "validation")
     provenance.write_record(output / provenance.NAME, [output, hf], read)
+
+
+def _check_architecture(network: Network) -> None:
+    """Raise HalfstepError if the user, and not --adapt, chose GPT-2's architecture."""
+    if network.architecture == "gpt2":
+        raise HalfstepError(
+            "--architecture: found gpt2, which follows from --adapt gpt2 and from nothing else; "
+            "leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -209,22 +228,40 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class DiffusionObjective:
-    """MDLM's NELBO at stratified times (arXiv 2406.07524, eq. 10), in nats per token."""
+    """MDLM's NELBO at stratified times (arXiv 2406.07524, eq. 10), in nats per token.
 
-    denoiser: Denoiser
+    In the first `anneal_attention` steps attention reads only some pairs of positions, the same in
+    all texts of a step.
+    """
+
+    denoiser: SubsDenoiser
     min_t: float
     held_out: HeldOut
+    anneal_attention: int = 0
 
-    def corrupt(self, x0: Tensor, generator: torch.Generator) -> Batch:
-        """Draw a time for each text and a masking uniform for each token."""
+    def corrupt(self, x0: Tensor, generator: torch.Generator, step: int | None = None) -> Batch:
+        """Draw a time for each text and a masking uniform for each token.
+
+        While attention is annealed, also a seed of its pairs, next to the share of later positions
+        that are read: 1 / anneal_attention in the first step, all in the last.
+        """
         B, L = x0.shape
         u_time = torch.rand(B, generator=generator, dtype=torch.float64)
         u = torch.rand(B, L, generator=generator, dtype=torch.float64)
-        return Batch({"x0": x0, "t": stratified_times(u_time, self.min_t), "u": u}, B * L)
+        tensors = {"x0": x0, "t": stratified_times(u_time, self.min_t), "u": u}
+        if step is not None and step + 1 < self.anneal_attention:
+            seed = torch.randint(2**62, (1,), generator=generator)
+            share = torch.tensor((step + 1) / self.anneal_attention, dtype=torch.float64)
+            tensors |= {"pair_seed": seed.repeat(B), "pair_share": share.repeat(B)}
+        return Batch(tensors, B * L)
 
     def loss(self, part: Tensors) -> Tensor:
         """The NELBO, summed."""
-        return nelbo(self.denoiser, part["x0"], part["t"].float(), part["u"])
+        x0, denoiser = part["x0"], self.denoiser
+        if "pair_seed" in part:
+            share, seed = part["pair_share"][0].item(), int(part["pair_seed"][0])
+            denoiser = denoiser.reading(annealed_pairs(x0.shape[1], share, seed).to(x0.device))
+        return nelbo(denoiser, x0, part["t"].float(), part["u"])
 
     def validate(self) -> dict[str, float]:
         """Held-out NELBO in nats per token."""
@@ -238,7 +275,7 @@ class NextTokenObjective:
     network: GPT
     held_out: HeldOut
 
-    def corrupt(self, x0: Tensor, generator: torch.Generator) -> Batch:
+    def corrupt(self, x0: Tensor, generator: torch.Generator, step: int | None = None) -> Batch:
         """The texts as they are; every token but the first is predicted."""
         return Batch({"x0": x0}, x0.numel() - len(x0))
 
@@ -265,9 +302,9 @@ def _train(
     network: Network,
     training: Training,
     seed: int,
-    source: Path | None = None,
+    origin: Origin | None = None,
 ) -> bool:
-    """Train a network, from random weights or from those of the autoregressive model `source`.
+    """Train a network, from random weights or from those of an autoregressive model.
 
     True on the rank that wrote the checkpoint.
     """
@@ -286,10 +323,10 @@ def _train(
     torch.manual_seed(seed)
     net = checkpoint.build_network(meta, training.dropout)
     datasets = []
-    if source:
-        digest = _adapt(net, source, job.corpus)
-        meta["adapted"] = {"from": str(source), "sha256": digest}
-        datasets = [{"name": "adapted from", "digest": digest, "source": str(source)}]
+    if origin:
+        origin.fill(net)
+        meta["adapted"] = {"from": origin.name, "sha256": origin.sha256}
+        datasets = [{"name": "adapted from", "digest": origin.sha256, "source": origin.name}]
     net.to(job.device)
     job.group.shard(net)
     held_out = HeldOut.read(job.corpus, job.device, job.machine, job.group)
@@ -297,7 +334,8 @@ def _train(
     objective: Objective
     if kind == "diffusion":
         denoiser = checkpoint.build_denoiser(net, meta)
-        objective = DiffusionObjective(denoiser, training.min_t, held_out)
+        annealed = training.anneal_attention if isinstance(training, Pretraining) else 0
+        objective = DiffusionObjective(denoiser, training.min_t, held_out, annealed)
         logits_per_text = length * masked_share(denoiser.schedule)
     else:
         objective = NextTokenObjective(net, held_out)
@@ -312,28 +350,3 @@ def _train(
         state = fit(net, objective, job.batches(training, seed), training, Start(seed), run)
         job.finish(state, meta, journal)
     return job.group.is_main
-
-
-def _adapt(network: DiT, source: Path, corpus: Path) -> str:
-    """Fill the network with the averaged weights of an autoregressive checkpoint; their checksum.
-
-    HalfstepError if the checkpoint is a denoiser, or of another size or vocabulary.
-    """
-    model = checkpoint.load_checkpoint(source)
-    if model.denoiser is not None:
-        raise HalfstepError(
-            f"--adapt {source}: is a denoiser; name a checkpoint of halfstep train-baseline"
-        )
-    tokens = corpus_tokenizer(corpus).get_vocab()
-    if model.tokenizer.get_vocab() != tokens:
-        raise HalfstepError(
-            f"--adapt {source}: its tokenizer has other tokens than that of corpus "
-            f"{corpus}; name a model that was trained on this corpus"
-        )
-    try:
-        adapt_weights(model.network, network)
-    except ValueError as error:
-        raise HalfstepError(
-            f"--adapt {source}: {error}; set network.size to that of the model"
-        ) from None
-    return model.sha256

@@ -1,11 +1,11 @@
-"""Weights of a denoiser from an autoregressive network: DiffuGPT's start (arXiv 2410.17891)."""
+"""From an autoregressive network to a denoiser: DiffuGPT's start (arXiv 2410.17891)."""
 
 from __future__ import annotations
 
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfstep.models.dit import DiT
 from halfstep.models.gpt import GPT
@@ -42,3 +42,14 @@ def adapt_weights(gpt: GPT, dit: DiT) -> None:
     for block in dit.blocks:
         gates = cast(nn.Linear, block.adaLN_modulation).bias.view(6, -1)
         gates[GATES] = 1  # the rest is zero from the start
+
+
+def annealed_pairs(length: int, share: float, seed: int) -> Tensor:
+    """Pairs of positions for attention that is no longer causal and not yet full: [L, L] bool.
+
+    Position i reads all positions up to i, and each later one with probability `share` (section
+    3.3 of the paper).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    later = torch.rand(length, length, generator=generator) < share
+    return later | torch.ones(length, length, dtype=torch.bool).tril()

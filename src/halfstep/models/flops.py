@@ -29,15 +29,17 @@ def forward_flops(
     if it ignores time, else texts. `wanted` is the number of positions whose features are needed
     (default: rows): besides keys, values and queries, the last block computes only these.
     """
-    causal = isinstance(network, GPT)
-    matrix = network.output_layer.linear.weight if causal else network.readout[0]
+    if isinstance(network, GPT):
+        matrix = network.output_layer.linear.weight
+    else:
+        matrix, _ = network.readout
     vocabulary, width = matrix.shape
     tokens, pairs = texts * length, texts * length**2
     block = (
         tokens * 12 * width**2 + 2 * pairs * width
     )  # q, k, v: 3, out: 1, MLP: 4 + 4; then q k' and p v
     condition, spared = 0, 0.0
-    if not causal:
+    if not isinstance(network, GPT):
         vocabulary -= 1  # the mask token is not read out
         spared = (tokens - (rows if wanted is None else wanted)) * 9 * width**2  # out and MLP
         condition = sum(

@@ -56,7 +56,7 @@ def fit(
     """
 
     def prepare(step: int) -> LocalBatch:
-        return local_batch(objective, batches(step), step_generator(start.seed, step), run)
+        return local_batch(objective, batches(step), step_generator(start.seed, step), run, step)
 
     state = begin(network, training, start, run)
     overfitting = None if start.from_zero else Overfitting(run.label)

@@ -36,8 +36,11 @@ class Batch:
 class Objective(Protocol):
     """What a training minimizes, and what it measures on held-out text."""
 
-    def corrupt(self, x0: Tensor, generator: torch.Generator) -> Batch:
-        """The batch of x0[B, L] int64; all random numbers come from `generator`."""
+    def corrupt(self, x0: Tensor, generator: torch.Generator, step: int | None = None) -> Batch:
+        """The batch of x0[B, L] int64; all random numbers come from `generator`.
+
+        `step` is the number of finished optimizer steps; None for held-out text.
+        """
         ...
 
     def loss(self, part: Tensors) -> Tensor:
@@ -66,14 +69,14 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def local_batch(
-    objective: Objective, x0: Tensor, generator: torch.Generator, run: Run
+    objective: Objective, x0: Tensor, generator: torch.Generator, run: Run, step: int
 ) -> LocalBatch:
-    """Corrupt the global batch x0[B, L] and keep this rank's rows of it.
+    """Corrupt the global batch x0[B, L] of a step and keep this rank's rows of it.
 
     Every rank draws the noise of the whole batch, so the noise does not depend on the number of
     ranks.
     """
-    batch = objective.corrupt(x0, generator)
+    batch = objective.corrupt(x0, generator, step)
     rows = run.group.local_slice(len(x0))
     tensors = {name: value[rows] for name, value in batch.tensors.items()}
     if run.device.type == "cuda":

@@ -40,6 +40,9 @@ outputs, because Snakemake would delete them before it starts a job again.
 """
 
 
+HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?"
+
+
 class Wildcards(Protocol):
     """Snakemake's wildcards of a job: attributes by name, of which a rule has some."""
 
@@ -104,6 +107,15 @@ def is_folder(name: str) -> bool:
     return os.path.isdir(os.path.expanduser(name))
 
 
+def is_hub_name(name: str) -> bool:
+    """Is this the name of a model on the hub, such as gpt2, and nothing on this machine?
+
+    A path of two folders that does not exist counts as such a name.
+    """
+    known = os.path.lexists(os.path.expanduser(name))
+    return not known and re.fullmatch(HUB_NAME, name) is not None
+
+
 class Targets:
     """The models of a configuration, and what each of them needs."""
 
@@ -159,13 +171,23 @@ class Targets:
         """The size of the networks that a job trains, samples from or scores."""
         return self.teacher(wildcards).network.size
 
-    def adapted_from(self, wildcards: Wildcards) -> list[str]:
-        """The checkpoint that pretraining starts from, if it does not start at random weights."""
+    def adapt_source(self, wildcards: Wildcards) -> list[str]:
+        """The folder or hub name of the weights that pretraining starts from; random if empty."""
         source = self.teacher(wildcards).adapt
-        if source is None:
-            return []
-        folder = f"results/models/{teacher_name(wildcards)}/baseline"
-        return [f"{folder if source == 'baseline' else source}/meta.json"]
+        if source == "baseline":
+            return [f"results/models/{teacher_name(wildcards)}/baseline"]
+        return [source] if source else []
+
+    def adapted_from(self, wildcards: Wildcards) -> list[str]:
+        """The file that stands for these weights, unless they come from the hub."""
+        found = []
+        for source in self.adapt_source(wildcards):
+            config = f"{source}/config.json"  # of transformers
+            if os.path.isfile(config) and not os.path.lexists(f"{source}/meta.json"):
+                found.append(config)
+            elif not is_hub_name(source):
+                found.append(f"{source}/meta.json")
+        return found
 
     def manifest(self, wildcards: Wildcards) -> str:
         """The file that stands for the job's corpus."""
@@ -276,8 +298,10 @@ class Targets:
         return [] if name in (None, "last_words") or self.last_words() else [f"dataset:{name}"]
 
     def source_of_hub(self, name: str) -> list[str]:
-        """The published weights of a teacher, where they come from the hub."""
-        source = self.config.teachers[name].source
+        """The weights that a teacher has or starts from, where they come from the hub."""
+        source, adapt = self.config.teachers[name].source, self.config.teachers[name].adapt
+        if adapt and adapt != "baseline" and is_hub_name(adapt):
+            return [f"model:{adapt}"]
         return [f"model:{source}"] if source and not local_file(source) else []
 
     def table_inputs(self) -> dict[str, list[str]]:

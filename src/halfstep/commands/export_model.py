@@ -117,11 +117,6 @@ def _config_for_transformers(model: Model) -> dict:
             "id; copy the whole folder again"
         )
     network = Network.model_validate(model.meta["network"])
-    if network.shifted:
-        raise HalfstepError(
-            "network.shifted: found true, but an exported model cannot shift its logits yet; "
-            "add it to exported/modeling_halfstep.py"
-        )
     if network.schedule not in EXPORTED_SCHEDULES:
         raise HalfstepError(
             f"network.schedule: found {network.schedule!r}, but an exported model samples with "
@@ -144,6 +139,8 @@ def _config_for_transformers(model: Model) -> dict:
         "time_conditioning": network.time_conditioning,
         "schedule": network.schedule,
         "steps": model.meta.get("student_steps", 1024),
+        "shifted": network.shifted,
+        "architecture": network.architecture,
         "bos_token_id": model.eos_id,
         "eos_token_id": model.eos_id,
         "pad_token_id": model.eos_id,  # attention_mask says which of them are padding
@@ -256,6 +253,7 @@ def _card_facts(meta: dict, digest: str, weights: str) -> dict[str, object]:
         "divergence": run.get("divergence"),
         "time grid of the teacher": run.get("teacher_times"),
         "training": "; ".join(f"{key} {value}" for key, value in options.items()),
+        "adapted from": meta.get("adapted", {}).get("from"),
         "imported from": meta.get("imported", {}).get("source"),
         "weights": f"{weights}, sha256 {digest[:16]}",
         "written by": f"halfstep {__version__}",

@@ -57,7 +57,9 @@ def import_checkpoint(
     _, _, revision = source.partition("@")
     path = _find_source(source)
     published = hub.read_published(path)
-    vocabulary, *shape = hub.shape_of(published.raw, published.file)
+    vocabulary, *shape = hub.shape_of(
+        published.raw, published.file, published.config.get("n_heads")
+    )
     network = _network(published, shape)
     if size and network.size != size:
         raise HalfstepError(
@@ -138,12 +140,16 @@ def _network(published: hub.Published, shape: list[int]) -> Network:
             f"--source {published.file}: its configuration has noise.type {str(kind)[:80]!r}, "
             "expected loglinear; name other weights"
         )
-    cond_width = published.raw["sigma_map.mlp.0.weight"].shape[0]
+    is_gpt2 = hub.POSITIONS in published.raw
+    if not is_gpt2:
+        shape = [*shape, published.raw["sigma_map.mlp.0.weight"].shape[0]]
     try:
         return Network(
-            size=size_of_shape(*shape, cond_width),
+            size=size_of_shape(*shape),
             time_conditioning=config.get("time_conditioning") or False,
             schedule=config.get("schedule", "loglinear"),
+            shifted=config.get("shifted", False),
+            architecture="gpt2" if is_gpt2 else "dit",
         )
     except pydantic.ValidationError as error:
         raise HalfstepError(

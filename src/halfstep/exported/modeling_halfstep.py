@@ -50,6 +50,8 @@ class HalfstepConfig(PretrainedConfig):
         time_conditioning: bool = False,
         schedule: str = "loglinear",
         steps: int = 1024,
+        shifted: bool = False,  # the output at position i - 1 predicts the token at i
+        architecture: str = "dit",  # or gpt2
         **more,
     ):
         mask = more.pop("mask_token_id", None)
@@ -63,6 +65,8 @@ class HalfstepConfig(PretrainedConfig):
         self.time_conditioning = time_conditioning
         self.schedule = schedule
         self.steps = steps
+        self.shifted = shifted
+        self.architecture = architecture
         self.tie_word_embeddings = False
         for name in ("vocab_size", "hidden_dim", "n_blocks", "n_heads", "cond_dim", "model_length"):
             value = getattr(self, name)
@@ -80,6 +84,11 @@ class HalfstepConfig(PretrainedConfig):
             )
         if schedule not in SHARES:
             raise ValueError(f"schedule: found {schedule!r}, expected one of {', '.join(SHARES)}")
+        if architecture not in ("dit", "gpt2") or (architecture == "gpt2" and time_conditioning):
+            raise ValueError(
+                f"architecture: found {architecture!r} with time_conditioning {time_conditioning}, "
+                "expected dit, or gpt2 without it"
+            )
 
 
 class ZeroLinear(nn.Linear):
@@ -92,18 +101,22 @@ class ZeroLinear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """LayerNorm with a weight, then adaLN's scale and shift; float32 inside."""
+    """LayerNorm with a weight (gpt2: and a bias), then adaLN's scale and shift; float32 inside."""
 
-    def __init__(self, width):
+    def __init__(self, width, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self):
         nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
-    def forward(self, x, shift, scale):
-        h = F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), eps=1e-5)
+    def forward(self, x, shift=0, scale=0):
+        bias = None if self.bias is None else self.bias.float()
+        h = F.layer_norm(x.float(), x.shape[-1:], self.weight.float(), bias, eps=1e-5)
         return (h * (1 + scale) + shift).to(x.dtype)
 
 
@@ -190,24 +203,28 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        width = config.hidden_dim
-        self.norm1, self.norm2 = Norm(width), Norm(width)
-        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attn_out = nn.Linear(width, width, bias=False)
+        width, is_gpt2 = config.hidden_dim, config.architecture == "gpt2"
+        self.norm1, self.norm2 = Norm(width, is_gpt2), Norm(width, is_gpt2)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=is_gpt2)
+        self.attn_out = nn.Linear(width, width, bias=is_gpt2)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
         )
-        self.adaLN_modulation = ZeroLinear(config.cond_dim, 6 * width)
+        self.adaLN_modulation = None if is_gpt2 else ZeroLinear(config.cond_dim, 6 * width)
 
     def forward(self, x, cos, sin, cond, keys):
-        modulation = self.adaLN_modulation(cond)[:, None]
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, -1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = 0, 0, 1, 0, 0, 1
+        if self.adaLN_modulation is not None:
+            modulation = self.adaLN_modulation(cond)[:, None]
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, -1)
         B, L, D = x.shape
         heads = self.config.n_heads
         qkv = self.attn_qkv(self.norm1(x, shift_a, scale_a))
         q, k, v = qkv.view(B, L, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
         attend = ATTENTION[self.config._attn_implementation]
-        h = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, keys)
+        if cos is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        h = attend(q, k, v, keys)
         x = x + gate_a * self.attn_out(h.transpose(1, 2).reshape(B, L, D))
         return x + gate_m * self.mlp(self.norm2(x, shift_m, scale_m))
 
@@ -283,6 +300,21 @@ def checked_keys(attention_mask: Tensor | None, ids: Tensor) -> Tensor | None:
     return keys[:, None, None]
 
 
+def shifted_features(h: Tensor, keys: Tensor | None) -> Tensor:
+    """For each token of h[B, L, D] the features of the token before it; the last for the first.
+
+    Tokens are the positions that attention reads, keys[B, 1, 1, L] or all; others are padding.
+    """
+    if keys is None:
+        return h.roll(1, 1)
+    real = keys[:, 0, 0]
+    places = torch.arange(h.shape[1], device=h.device)
+    last = torch.where(real, places, -1).cummax(1).values  # the last token up to each position
+    before = last.roll(1, 1)
+    before = torch.where(before < 0, last[:, -1:], before)
+    return h.gather(1, before[..., None].expand_as(h))
+
+
 class HalfstepPreTrainedModel(PreTrainedModel):
     config_class = HalfstepConfig
     base_model_prefix = "backbone"
@@ -335,10 +367,16 @@ class HalfstepModel(HalfstepPreTrainedModel):
     def __init__(self, config: HalfstepConfig):
         super().__init__(config)
         self.vocab_embed = Embedding(config.vocab_size, config.hidden_dim)
-        self.sigma_map = TimeEmbedding(config.cond_dim)
-        self.rotary_emb = Rotary(config.hidden_dim // config.n_heads)
+        if config.architecture == "gpt2":
+            self.position_embed = Embedding(config.model_length, config.hidden_dim)
+        else:
+            self.sigma_map = TimeEmbedding(config.cond_dim)
+            self.rotary_emb = Rotary(config.hidden_dim // config.n_heads)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
-        self.output_layer = Head(config)
+        if config.architecture == "gpt2":
+            self.norm_final = Norm(config.hidden_dim, bias=True)
+        else:
+            self.output_layer = Head(config)
         self.post_init()
 
     def forward(
@@ -349,7 +387,7 @@ class HalfstepModel(HalfstepPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple:
-        """Features after the final norm, [B, L, D].
+        """Features after the final norm, [B, L, D]; those at position i predict the token at i.
 
         Args:
             input_ids: [B, L], with mask_token_id where a token is wanted
@@ -361,14 +399,20 @@ class HalfstepModel(HalfstepPreTrainedModel):
         """
         ids = checked_ids(input_ids, self.config.vocab_size)
         keys = checked_keys(attention_mask, ids)
-        cond = self.sigma_map(self._sigma(t, ids, keys))
-        cos, sin = self.rotary_emb(ids.shape[1])
         h = self.vocab_embed(ids)
+        cond = cos = sin = None
+        if self.config.architecture == "gpt2":
+            h = h + self.position_embed(self._positions(ids, keys))
+        else:
+            cond = self.sigma_map(self._sigma(t, ids, keys))
+            cos, sin = self.rotary_emb(ids.shape[1])
         states = []
         for block in self.blocks:
             states.append(h)
             h = block(h, cos, sin, cond, keys)
-        h = self.output_layer(h, cond)
+        h = self.norm_final(h) if cond is None else self.output_layer(h, cond)
+        if self.config.shifted:
+            h = shifted_features(h, keys)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         output = BaseModelOutput(
@@ -377,6 +421,23 @@ class HalfstepModel(HalfstepPreTrainedModel):
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
+
+    def _positions(self, ids: Tensor, keys: Tensor | None) -> Tensor:
+        """Position of each token [B or 1, L], counted from the first one that is no padding."""
+        if ids.shape[1] > self.config.model_length:
+            raise ValueError(
+                f"input_ids: found {ids.shape[1]} tokens, expected at most "
+                f"{self.config.model_length}, the positions of this model"
+            )
+        if keys is None:
+            return torch.arange(ids.shape[1], device=ids.device)[None]
+        return (keys[:, 0, 0].long().cumsum(-1) - 1).clamp(min=0)
+
+    def read_out(self, h: Tensor) -> Tensor:
+        """Logits [B, L, V + 1] of features h[B, L, D], that of the mask token among them."""
+        if self.config.architecture == "gpt2":
+            return F.linear(h, self.vocab_embed.weight)
+        return self.output_layer.linear(h)
 
     def _sigma(self, t: Tensor | None, ids: Tensor, keys: Tensor | None) -> Tensor:
         """Noise level -log alpha(t), [B]; 0 for a network that ignores the time."""
@@ -409,11 +470,16 @@ class HalfstepForMaskedLM(HalfstepPreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self):
+        if self.config.architecture == "gpt2":
+            return self.backbone.vocab_embed
         return self.backbone.output_layer.linear
 
     def set_output_embeddings(self, value):
         self._check_rows(value)
-        self.backbone.output_layer.linear = value
+        if self.config.architecture == "gpt2":
+            self.set_input_embeddings(value)
+        else:
+            self.backbone.output_layer.linear = value
 
     def forward(
         self,
@@ -445,7 +511,7 @@ class HalfstepForMaskedLM(HalfstepPreTrainedModel):
 
     def _log_p(self, h: Tensor, ids: Tensor) -> Tensor:
         mask = self.config.mask_token_id
-        logits = self.backbone.output_layer.linear(h).float()
+        logits = self.backbone.read_out(h).float()
         logits[..., mask] = -torch.inf
         log_p = logits.log_softmax(-1)
         ids = ids.to(log_p.device)[..., None]

@@ -29,6 +29,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     f"pytorch_model.bin{INDEX}",
 )
+POSITIONS = "position_embed.embedding"  # only in GPT-2's architecture, which has no INV_FREQ
 EMBEDDING = "vocab_embed.embedding"  # in every denoiser, so it tells which dict holds the weights
 INV_FREQ = "rotary_emb.inv_freq"  # the one buffer; all other tensors are parameters
 ROWS = (EMBEDDING, "output_layer.linear.weight", "output_layer.linear.bias")  # one row per token
@@ -203,7 +204,13 @@ def _add_frequencies(raw: dict[str, Tensor], config: dict[str, Any]) -> None:
     model = config.get("model")
     heads = config.get("n_heads", model.get("n_heads") if isinstance(model, dict) else None)
     width = raw[EMBEDDING].shape[-1] if raw[EMBEDDING].ndim else 0
-    if INV_FREQ not in raw and type(heads) is int and heads > 0 and width >= 2 * heads:
+    if (
+        INV_FREQ not in raw
+        and POSITIONS not in raw
+        and type(heads) is int
+        and heads > 0
+        and width >= 2 * heads
+    ):
         head_width = width // heads
         raw[INV_FREQ] = 1e4 ** -(torch.arange(0, head_width, 2).float() / head_width)
 
@@ -238,12 +245,16 @@ def _listed_average(ema: Any, raw: dict[str, Tensor], file: Path) -> dict[str, T
     )
 
 
-def shape_of(raw: dict[str, Tensor], file: Path) -> tuple[int, int, int, int]:
+def shape_of(raw: dict[str, Tensor], file: Path, heads: object = None) -> tuple[int, int, int, int]:
     """(vocabulary without the mask, blocks, width, heads), from the shapes of a denoiser's tensors.
 
-    HalfstepError if the tensors are not those of MDLM's denoiser.
+    `heads` is the number in the configuration, which the tensors of GPT-2's architecture do not
+    tell. HalfstepError if the tensors are not those of a denoiser.
     """
-    needed = (EMBEDDING, "sigma_map.mlp.0.weight", INV_FREQ, "blocks.0.attn_qkv.weight")
+    needed = [EMBEDDING, "sigma_map.mlp.0.weight", INV_FREQ, "blocks.0.attn_qkv.weight"]
+    dimensions = [2, 2, 1, 2]
+    if POSITIONS in raw:
+        needed, dimensions = [EMBEDDING, POSITIONS, "blocks.0.attn_qkv.weight"], [2, 2, 2]
     missing = [key for key in needed if key not in raw]
     if missing:
         other = "another network"
@@ -253,7 +264,7 @@ def shape_of(raw: dict[str, Tensor], file: Path) -> tuple[int, int, int, int]:
             f"--source {file}: has no {missing[0]}, so it holds {other}, "
             f"expected MDLM's denoiser (first key: {next(iter(raw))})"
         )
-    for key, ndim in zip(needed, (2, 2, 1, 2), strict=True):
+    for key, ndim in zip(needed, dimensions, strict=True):
         if raw[key].ndim != ndim or raw[key].numel() == 0:
             raise HalfstepError(
                 f"--source {file}: {key} has shape {list(raw[key].shape)}, "
@@ -262,7 +273,7 @@ def shape_of(raw: dict[str, Tensor], file: Path) -> tuple[int, int, int, int]:
     rows, width = raw[EMBEDDING].shape
     numbers = {key.split(".")[1] for key in raw if key.startswith("blocks.")}
     blocks = len(numbers)
-    head_width = 2 * len(raw[INV_FREQ])
+    head_width = 2 * len(raw[INV_FREQ]) if POSITIONS not in raw else _head_width(width, heads)
     if numbers != set(map(str, range(blocks))) or len(raw) < TENSORS_PER_BLOCK * blocks:
         raise HalfstepError(
             f"--source {file}: lacks tensors of some of its {blocks} blocks; "
@@ -274,6 +285,13 @@ def shape_of(raw: dict[str, Tensor], file: Path) -> tuple[int, int, int, int]:
             "fit no denoiser; download it again, or name other weights"
         )
     return rows - 1, blocks, width, width // head_width
+
+
+def _head_width(width: int, heads: object) -> int:
+    """The width of each of `heads` heads; a number that divides nothing if there are none."""
+    if isinstance(heads, int) and 0 < heads <= width and width % heads == 0:
+        return width // heads
+    return width + 1
 
 
 def is_padded(raw: dict[str, Tensor], tokens: int) -> bool:

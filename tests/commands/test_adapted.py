@@ -1,16 +1,20 @@
-"""A teacher that starts from the autoregressive baseline, through the whole chain."""
+"""A teacher that starts from autoregressive weights, through the whole chain."""
 
+import hashlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from published import save_gpt2
 from safetensors.torch import load_file
 from small import MACHINE, TRAINING, call, done
 
 import halfstep
 from halfstep.models.adapt import adapt_weights
 from halfstep.models.dit import DiT
+from halfstep.models.gpt2 import GPT2
 from halfstep.records import provenance
 from halfstep.records.journal import read_journal
 
@@ -63,7 +67,10 @@ def test_a_round_samples_and_scores_follow(adapted, pipeline, tmp_path):
         f"--lambada-items 4 --output {tmp_path}/rows.json {MACHINE}"
     )
     assert json.loads((tmp_path / "rows.json").read_text())
-    assert call(f"export --checkpoint {student} --output {tmp_path}/exported") == 1
+    done(f"export --checkpoint {student} --output {tmp_path}/exported")
+    assert (
+        f"| adapted from | {pipeline.baseline} |" in (tmp_path / "exported/README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,3 +102,73 @@ def test_a_baseline_of_another_corpus_is_refused(pipeline, tmp_path, capsys):
     line = f"pretrain --corpus {corpus} --output {tmp_path}/t/out --size tiny {TRAINING} {MACHINE}"
     assert call(f"{line} --adapt {pipeline.baseline}") == 1
     assert "its tokenizer has other tokens than that of corpus" in capsys.readouterr().err
+
+
+# GPT-2
+
+
+@pytest.fixture(scope="module")
+def gpt2(pipeline, tmp_path_factory):
+    """A folder of transformers' GPT-2 with the tokenizer of the corpus."""
+    folder = tmp_path_factory.mktemp("published") / "gpt2"
+    vocabulary = json.loads((pipeline.corpus / "manifest.json").read_text())["vocab_size"]
+    save_gpt2(folder, vocabulary, 32, pipeline.corpus / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def from_gpt2(gpt2, pipeline, tmp_path_factory):
+    """A teacher adapted from GPT-2, with attention annealed over the first of four steps."""
+    folder = tmp_path_factory.mktemp("adapted") / "models/stories-gpt2/teacher"
+    place = f"--corpus {pipeline.corpus} --output {folder} --size 2x32x2 --adapt {gpt2}"
+    done(f"pretrain {place} {TRAINING} {MACHINE} --num-steps 4 --anneal-attention 3")
+    return folder
+
+
+def test_gpt2_is_recorded(from_gpt2, gpt2):
+    meta = json.loads((from_gpt2 / "meta.json").read_text())
+    digest = hashlib.sha256((gpt2 / "model.safetensors").read_bytes()).hexdigest()
+    assert meta["adapted"] == {"from": str(gpt2), "sha256": digest}
+    assert meta["network"]["shifted"] and meta["network"]["architecture"] == "gpt2"
+    record = provenance.read_record(from_gpt2 / provenance.NAME, from_gpt2)
+    assert {"config.json", "model.safetensors"} <= {Path(name).name for name in record["inputs"]}
+
+
+def test_before_training_the_teacher_is_gpt2_without_causality(gpt2, pipeline, tmp_path):
+    """Visible tokens in, transformers' prediction of the next token out, at every position."""
+    from transformers import GPT2LMHeadModel
+
+    still = f"{TRAINING} --lr 1e-30 {MACHINE} --size 2x32x2 --adapt {gpt2}"
+    done(f"pretrain --corpus {pipeline.corpus} --output {tmp_path}/t/teacher {still}")
+    denoiser = halfstep.load(tmp_path / "t/teacher", "cpu").denoiser
+    theirs = GPT2LMHeadModel.from_pretrained(gpt2, attn_implementation="eager").eval()
+    x = torch.randint(0, denoiser.vocab_size, (3, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = theirs(x, attention_mask=torch.zeros(3, 1, 24, 24)).logits
+        found = denoiser.log_p(denoiser.features(x, torch.zeros(3)))
+    assert torch.allclose(found, logits.log_softmax(-1).roll(1, 1), atol=1e-4)
+
+
+def test_a_round_from_gpt2_and_all_that_reads_it(from_gpt2, pipeline, tmp_path):
+    """Student, samples, last words, likelihood, continuations, latency, export."""
+    student = tmp_path / "models/stories-gpt2/own/round-1"
+    options = f"--round 1 --rounds 2 --teacher-steps 16 {TRAINING} {MACHINE}"
+    corpus = f"--corpus {pipeline.corpus}"
+    done(f"distill-round --teacher {from_gpt2} {corpus} --output {student} {options}")
+    model = halfstep.load(student, "cpu")
+    assert model.meta["adapted"] == halfstep.load(from_gpt2, "cpu").meta["adapted"]
+    assert type(model.network) is GPT2 and model.denoiser.shifted
+    for sampler in ("ancestral", "first_hitting", "block"):
+        (text,) = halfstep.generate(model, steps=4, prompt="Once", sampler=sampler)
+        assert text.startswith("Once")
+    out = f"--output {tmp_path}/rows.json {MACHINE}"
+    for line in (
+        f"score-lambada --checkpoint {student} {corpus} --lambada last_words --lambada-items 4",
+        f"latency --checkpoint {student} --baseline {pipeline.baseline} --lengths 8 "
+        "--batch-sizes 1 --benchmark-steps 4 --baselines halfstep --repeats 3",
+    ):
+        done(f"{line} {out}")
+        assert json.loads((tmp_path / "rows.json").read_text())
+    done(f"export --checkpoint {student} --output {tmp_path}/exported")
+    card = (tmp_path / "exported/README.md").read_text()
+    assert f"| adapted from | {model.meta['adapted']['from']} |" in card

@@ -744,3 +744,97 @@ def test_an_export_names_its_schedule_or_refuses(pipeline, tmp_path, capsys, mon
     monkeypatch.setattr(export_model, "EXPORTED_SCHEDULES", ("loglinear",))
     assert call(f"export --checkpoint {folder} --output {tmp_path / 'refused'}") == 1
     assert "network.schedule: found 'cosine'" in capsys.readouterr().err
+
+
+# Adapted from autoregressive models
+
+
+ADAPTED = [
+    {"shifted": True},
+    {"shifted": True, "architecture": "gpt2"},
+    {"shifted": False, "architecture": "gpt2"},
+]
+
+
+@pytest.fixture(scope="module", params=ADAPTED, ids=lambda options: " ".join(options))
+def adapted(request, pipeline, tmp_path_factory):
+    """An exported denoiser as it is adapted: ours, its folder, and theirs."""
+    from halfstep.exported.modeling_halfstep import HalfstepForMaskedLM
+
+    root = tmp_path_factory.mktemp("adapted")
+    checkpoint = write_checkpoint(pipeline.teacher, root / "m/teacher", normal, **request.param)
+    done(f"export --checkpoint {checkpoint} --output {root / 'exported'}")
+    model = HalfstepForMaskedLM.from_pretrained(root / "exported").eval()
+    return SimpleNamespace(
+        checkpoint=checkpoint, folder=root / "exported", ours=halfstep.load(checkpoint), model=model
+    )
+
+
+@torch.no_grad()
+def test_an_adapted_denoiser_is_that_of_halfstep(adapted):
+    denoiser, x = adapted.ours.denoiser, texts(adapted.model, 8, 24)
+    masked = x == denoiser.mask_id
+    expected = denoiser.log_p(denoiser.features(x, torch.full((8,), 0.5))[masked])
+    assert_same(adapted.model(x).logits[masked][:, :-1], expected)
+    eager = type(adapted.model).from_pretrained(adapted.folder, attn_implementation="eager").eval()
+    assert_same(eager(x).logits, adapted.model(x).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_of_an_adapted_denoiser(adapted, side):
+    """The first token is predicted from the last real one; positions are counted without padding.
+
+    An embedding of positions knows only those of a whole window.
+    """
+    rows = [texts(adapted.model, 1, length)[0] for length in (5, 9, 16)]
+    x = torch.full((4, 16), adapted.model.config.pad_token_id)
+    mask = torch.zeros_like(x)
+    for i, row in enumerate(rows):
+        free = 16 - len(row)
+        first = {"left": free, "right": 0, "both": free // 2}[side]
+        x[i, first : first + len(row)], mask[i, first : first + len(row)] = row, 1
+    padded = adapted.model(x, attention_mask=mask).logits
+    assert not padded.isnan().any()  # the last row is padding only
+    for i, row in enumerate(rows):
+        assert_same(padded[i][mask[i] == 1], adapted.model(row[None]).logits[0])
+
+
+def test_an_adapted_denoiser_samples_trains_and_compiles(adapted, tmp_path):
+    model = copy.deepcopy(adapted.model)
+    ids = model.sample(num_samples=2, steps=3, generator=torch.Generator().manual_seed(1))
+    assert ids.shape == (2, 24) and ids.max() < model.config.mask_token_id
+    x = texts(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert_same(compiled(x).logits, model(x).logits)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    with torch.no_grad():
+        assert not model.to(torch.bfloat16)(x).logits.isnan().any()
+    again(x, labels=clean(again, x)).loss.backward()
+    trained = {name for name, p in again.named_parameters() if p.grad is not None}
+    assert trained == dict(again.named_parameters()).keys()
+
+
+def test_an_adapted_denoiser_comes_back(adapted, tmp_path):
+    """import of an export keeps the bits, the shift and the architecture."""
+    done(f"import --source {adapted.folder} --output {tmp_path / 'm/teacher'}")
+    found = halfstep.load(tmp_path / "m/teacher")
+    assert found.meta["network"] == adapted.ours.meta["network"]
+    for name, value in adapted.ours.network.state_dict().items():
+        assert torch.equal(found.network.state_dict()[name], value)
+
+
+def test_an_export_of_gpt2_without_its_heads_is_refused(pipeline, tmp_path, capsys):
+    checkpoint = write_checkpoint(
+        pipeline.teacher, tmp_path / "m/teacher", normal, architecture="gpt2"
+    )
+    done(f"export --checkpoint {checkpoint} --output {tmp_path / 'e'}")
+    config = json.loads((tmp_path / "e/config.json").read_text())
+    for heads in (None, 0, 3, "two"):
+        (tmp_path / "e/config.json").write_text(json.dumps(config | {"n_heads": heads}))
+        assert call(f"import --source {tmp_path / 'e'} --output {tmp_path / 'x/teacher'}") == 1
+        assert "fit no denoiser" in capsys.readouterr().err

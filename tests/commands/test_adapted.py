@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from published import save_gpt2
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from small import MACHINE, TRAINING, call, done
 
 import halfstep
+from halfstep.distributed.group import OUT_OF_TIME
 from halfstep.models.adapt import adapt_weights
 from halfstep.models.dit import DiT
 from halfstep.models.gpt2 import GPT2
@@ -172,3 +174,93 @@ def test_a_round_from_gpt2_and_all_that_reads_it(from_gpt2, pipeline, tmp_path):
     done(f"export --checkpoint {student} --output {tmp_path}/exported")
     card = (tmp_path / "exported/README.md").read_text()
     assert f"| adapted from | {model.meta['adapted']['from']} |" in card
+    line = f"latency --checkpoint {student} --baseline {pipeline.baseline} --lengths 32"
+    assert call(f"{line} {out}") == 1  # the window has 24 tokens
+
+
+def test_prompts_are_continued(from_gpt2, pipeline, tmp_path):
+    options = "--num-prompts 2 --per-prompt 2 --prompt-tokens 4 --continuation-tokens 4"
+    place = f"--checkpoint {from_gpt2} --corpus {pipeline.corpus} --output {tmp_path}/texts"
+    done(f"continue-prompts {place} --steps 4 {options} --document-tokens 8 {MACHINE}")
+    assert (tmp_path / "texts/samples.json").exists()
+
+
+ANNEALED = f"--num-steps 7 {TRAINING.replace('--num-steps 2', '')} --anneal-attention 5"
+
+
+def weights_after(folder, line):
+    done(line)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("adapt", ["gpt2", "baseline"])
+def test_annealing_resumes_to_the_same_bits(adapt, gpt2, pipeline, tmp_path):
+    """Stopped after every step, in and after annealing; another micro-batch; not annealed."""
+    size = {"gpt2": f"--size 2x32x2 --adapt {gpt2}", "baseline": "--size tiny --adapt "}[adapt]
+    size += str(pipeline.baseline) if adapt == "baseline" else ""
+    line = f"pretrain --corpus {pipeline.corpus} {size} {ANNEALED} --dropout 0.1 {MACHINE} --output"
+    folders = {name: tmp_path / name / "teacher" for name in ("whole", "parts", "small", "full")}
+    whole = weights_after(folders["whole"], f"{line} {folders['whole']}")
+    stops = 0
+    while not (folders["parts"] / "meta.json").exists():
+        try:
+            done(f"{line} {folders['parts']} --time-limit 1e-9")
+        except SystemExit as stop:
+            assert stop.code == OUT_OF_TIME
+            stops += 1
+    assert stops == 6
+    parts = load_file(folders["parts"] / "model.safetensors")
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    still = line.replace("--dropout 0.1", "--dropout 0")
+    one, other = (
+        weights_after(folder, f"{still} {folder} {option}")
+        for folder, option in (
+            (folders["small"], ""),
+            (folders["small"].with_name("other"), "--micro-batch 3"),
+        )
+    )
+    full = weights_after(folders["full"], f"{still} {folders['full']} --anneal-attention 0")
+    name = "vocab_embed.embedding"
+    assert torch.allclose(one[name], other[name], atol=1e-5)
+    assert not torch.allclose(one[name], full[name], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--size 2x64x2 --adapt {gpt2}", "found size 2x32x2, expected 2x64x2; set network.size"),
+        ("--size tiny --anneal-attention 1", "--anneal-attention: found 1 without --adapt"),
+        ("--size tiny --architecture gpt2", "--architecture: found gpt2, which follows from"),
+        ("--size 2x32x2 --adapt {short}", "its n_positions is 16, but the length of corpus .* 24"),
+        ("--size 2x32x2 --adapt {large}", "its vocab_size is 301, but the vocab_size of corpus"),
+        ("--size 2x32x2 --adapt {other}", "its tokenizer has other tokens than that of corpus"),
+        ("--size 2x32x2 --adapt {bare}", "tokenizer"),
+        ("--size small --adapt gpt2", "--adapt gpt2: the download failed .*no route to host"),
+    ],
+)
+def test_refusals_of_gpt2_are_one_line(
+    gpt2, pipeline, tmp_path, capsys, monkeypatch, options, sentence
+):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    tokenizer, places = pipeline.corpus / "tokenizer.json", {"gpt2": gpt2}
+    for name, vocabulary, length in (("short", 300, 16), ("large", 301, 24), ("bare", 300, 24)):
+        places[name] = tmp_path / name
+        if f"{{{name}}}" in options:
+            save_gpt2(tmp_path / name, vocabulary, length, None if name == "bare" else tokenizer)
+    if "{other}" in options:
+        places["other"] = tmp_path / "other"
+        save_gpt2(places["other"], 300, 24, tokenizer)
+        about = json.loads(tokenizer.read_text())
+        tokens = about["model"]["vocab"]
+        first, second = list(tokens)[100:102]
+        tokens[first], tokens[second] = tokens[second], tokens[first]
+        (places["other"] / "tokenizer.json").write_text(json.dumps(about))
+    line = f"pretrain --corpus {pipeline.corpus} --output {tmp_path}/t/out {TRAINING} {MACHINE}"
+    capsys.readouterr()
+    assert call(f"{line} {options.format_map(places)}") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(sentence, error), error
+    assert not (tmp_path / "t").exists()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from halfstep.diffusion.schedules import LogLinear
-from halfstep.models.adapt import adapt_weights
+from halfstep.models.adapt import adapt_weights, annealed_pairs
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
 from halfstep.models.gpt import GPT
@@ -60,3 +60,31 @@ def test_all_weights_are_kept_and_the_mask_is_the_mean_token():
 def test_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match="vocabulary, width, blocks and heads are"):
         adapt_weights(causal(2), DiT(*shape))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_annealed_attention_is_causal_and_a_share_of_the_rest(share):
+    """Every earlier position and a random share of the later ones; a function of the seed."""
+    n = 200
+    pairs, past = annealed_pairs(n, share, 7), torch.ones(n, n, dtype=torch.bool).tril()
+    assert pairs[past].all()
+    assert pairs[~past].double().mean() == pytest.approx(share, abs=0.02)
+    assert torch.equal(pairs, annealed_pairs(n, share, 7))
+    assert share in (0, 1) or not torch.equal(pairs, annealed_pairs(n, share, 8))
+
+
+@torch.no_grad()
+def test_a_denoiser_that_reads_the_past_is_the_causal_network():
+    """Before the first pair is added, outputs are those of the autoregressive network, shifted."""
+    gpt = causal(3)
+    denoiser, x = adapted(gpt), torch.randint(0, V, (4, 9))
+    reading = denoiser.reading(annealed_pairs(9, 0.0, 1))
+    expected = gpt.log_p(gpt(x)).roll(1, 1)
+    assert torch.allclose(reading.log_p(reading.features(x, torch.zeros(4))), expected, atol=1e-5)
+    where = torch.tensor([0, 3, 3]), torch.tensor([4, 0, 8])
+    found = reading.log_p(reading.features(x, torch.zeros(4), where))
+    assert torch.allclose(found, expected[where], atol=1e-5)
+    whole = denoiser.features(x, torch.zeros(4))
+    assert torch.allclose(
+        denoiser.reading(annealed_pairs(9, 1.0, 1)).features(x, torch.zeros(4)), whole, atol=1e-5
+    )

@@ -451,3 +451,29 @@ def test_rounds_of_less_than_a_token_are_named(steps, few, first, capsys):
 def test_the_papers_presets_reveal_a_token_in_each_step():
     for preset in ("owt-small", "owt-scaling"):
         assert resolve({"preset": preset}).warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ({"pretraining": {"anneal_attention": 5}}, "anneal_attention: found 5 without `adapt`"),
+        (
+            {"adapt": "gpt2", "pretraining": {**SHORT, "anneal_attention": 6}},
+            r"anneal_attention \(6\) must be at most num_steps \(5\)",
+        ),
+        ({"baseline": {"anneal_attention": 5}}, "baseline.anneal_attention: .*unknown key"),
+        ({"distillation": {"anneal_attention": 5}}, "anneal_attention: .*unknown key"),
+        (
+            {"adapt": "gpt2", "network": {"architecture": "gpt2"}},
+            "network.architecture: found gpt2, which follows from `adapt: gpt2`",
+        ),
+        (
+            {"network": {"architecture": "gpt2", "time_conditioning": True}},
+            "the architecture gpt2 has no input for the time",
+        ),
+    ],
+)
+def test_what_adaptation_rules_out(teacher, message):
+    about = {"corpus": "mine", "network": {"size": "tiny"}, **teacher}
+    with pytest.raises(ConfigError, match=message):
+        validate({**OWN, "teachers": {"t": about}})

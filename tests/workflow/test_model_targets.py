@@ -162,6 +162,28 @@ def test_what_the_hub_must_provide(tmp_path, monkeypatch):
     assert local_file("teacher[1].ckpt") == ["teacher[1].ckpt"] and local_file("absent") == []
 
 
+def test_where_adapted_weights_come_from(tmp_path, monkeypatch):
+    """The baseline of the graph, a checkpoint, a folder of transformers, or the hub."""
+    monkeypatch.chdir(tmp_path)
+    own = "results/models/stories-ci/baseline"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text("{}")
+    wildcards = SimpleNamespace(teacher="stories-ci")
+    for adapt, source, files, hub in (
+        ("baseline", [own], [f"{own}/meta.json"], []),
+        ("results/models/b/baseline", None, ["results/models/b/baseline/meta.json"], []),
+        ("./gpt2", None, ["./gpt2/meta.json"], []),
+        ("mine", None, ["mine/config.json"], []),
+        ("gpt2", None, [], ["model:gpt2"]),
+        ("distilbert/distilgpt2@main", None, [], ["model:distilbert/distilgpt2@main"]),
+        (None, [], [], []),
+    ):
+        found = of_teacher(adapt=adapt)
+        assert found.adapt_source(wildcards) == ([adapt] if source is None else source)
+        assert found.adapted_from(wildcards) == files
+        assert found.hub_repositories() == hub
+
+
 def test_tables_gather_the_rows_of_all_models():
     found = targets()
     tables, models = found.table_inputs(), found.models

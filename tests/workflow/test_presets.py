@@ -11,6 +11,7 @@ GRAPHS = {  # preset: runs, rounds over all runs
     "ci": (1, 7),
     "docs": (1, 7),
     "owt-scaling": (3, 21),
+    "owt-adapted": (1, 7),
 }
 
 
@@ -58,6 +59,16 @@ def test_a_teacher_can_come_from_elsewhere(workflow):
     assert jobs["import_teacher"] == jobs["train_baseline"] == 1 and jobs["distill_round"] == 7
     assert "pretrain" not in jobs
     assert "--source jdeschena/sdtt@teacher_1M_sm" in plan
+
+
+def test_an_adapted_teacher_starts_from_the_hub(workflow):
+    """GPT-2 is fetched once, where snakemake runs, before the teacher is trained."""
+    target = "results/models/owt-adapted/teacher/meta.json"
+    plan = workflow.plan("-p", target, "--config", "preset=owt-adapted")
+    job = plan.split("rule pretrain:")[1].split("\n[")[0]
+    assert "--adapt gpt2" in job and "--anneal-attention 10000" in job
+    assert "results/hub.json" in job and "model:gpt2 " in plan
+    assert "train_baseline" not in counts(plan)
 
 
 def test_one_figure_needs_no_flag(workflow):

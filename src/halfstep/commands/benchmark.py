@@ -36,6 +36,7 @@ from halfstep.metrics.rows import model_name, name_parts, row, write_rows
 from halfstep.models import gpt
 from halfstep.models.cuda_graphs import cast_matrices
 from halfstep.models.denoiser import SubsDenoiser
+from halfstep.models.gpt2 import GPT2
 from halfstep.progress import Progress
 
 SEED = 1
@@ -124,6 +125,12 @@ def _pairs(
 def _trained_pair(folder: Path, baseline: Path, benchmark: Benchmark, device: torch.device) -> Pair:
     student = _load_kind(folder, "diffusion", device)
     autoregressive = _load_kind(baseline, "autoregressive", device)
+    network = student.network
+    if isinstance(network, GPT2) and max(benchmark.lengths) > network.length:
+        raise HalfstepError(
+            f"lengths: found {max(benchmark.lengths)}, but {folder} has the positions of "
+            f"{network.length} tokens; lower benchmark.lengths"
+        )
     dtype = getattr(torch, benchmark.timed_dtype)
     sides = [
         Side(model_name(path), cast_matrices(model.network, dtype), model.sha256[:16])
@@ -133,8 +140,9 @@ def _trained_pair(folder: Path, baseline: Path, benchmark: Benchmark, device: to
 
 
 def _untrained_pair(size: str, meta: dict, benchmark: Benchmark, device: torch.device) -> Pair:
-    """Networks of another size, with the checkpoint's vocabulary."""
-    meta = meta | {"network": Network(size=size).model_dump()}
+    """Networks of another size, with the checkpoint's vocabulary and architecture."""
+    architecture = meta["network"].get("architecture", "dit")
+    meta = meta | {"network": Network(size=size, architecture=architecture).model_dump()}
     dtype = getattr(torch, benchmark.timed_dtype)
     sides = []
     for kind, name in zip(KINDS, ("teacher", "baseline"), strict=True):

@@ -75,6 +75,7 @@ class Meta(BaseModel):
     training: Trained = Trained()
     run: dict[str, Any] = {}
     imported: dict[str, Any] = {}
+    adapted: dict[str, Any] = {}
     corpus: str | None = None
 
 

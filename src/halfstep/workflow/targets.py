@@ -299,7 +299,8 @@ class Targets:
 
     def source_of_hub(self, name: str) -> list[str]:
         """The weights that a teacher has or starts from, where they come from the hub."""
-        source, adapt = self.config.teachers[name].source, self.config.teachers[name].adapt
+        teacher = self.config.teachers[first_training(name)]
+        source, adapt = teacher.source, teacher.adapt
         if adapt and adapt != "baseline" and is_hub_name(adapt):
             return [f"model:{adapt}"]
         return [f"model:{source}"] if source and not local_file(source) else []

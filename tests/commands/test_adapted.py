@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from forked import launch, note_batches
 from published import save_gpt2
 from safetensors.torch import load_file
 from small import MACHINE, TRAINING, call, done
@@ -223,6 +224,21 @@ def test_annealing_resumes_to_the_same_bits(adapt, gpt2, pipeline, tmp_path):
     name = "vocab_embed.embedding"
     assert torch.allclose(one[name], other[name], atol=1e-5)
     assert not torch.allclose(one[name], full[name], atol=1e-5)
+
+
+def test_two_ranks_that_shard_a_tied_table_train_as_one_process(gpt2, pipeline, tmp_path):
+    """Its embedding and its readout add up their gradients, also while attention is annealed."""
+    place = f"pretrain --corpus {pipeline.corpus} --size 2x32x2 --adapt {gpt2}"
+    line = f"{place} {ANNEALED} --dropout 0 {MACHINE} --output"
+    alone = weights_after(tmp_path / "a/teacher", f"{line} {tmp_path}/a/teacher")
+    both = tmp_path / "b/teacher"
+    found = launch(f"{line} {both}", 2, tmp_path / "log", note_batches, tmp_path, True)
+    assert [code for code, _ in found] == [0, 0], found
+    for name, value in load_file(both / "model.safetensors").items():
+        expected = alone[name]
+        if name.endswith("attn_qkv.bias"):  # the softmax cancels that of the keys: no gradient
+            value, expected = (bias.view(3, -1)[[0, 2]] for bias in (value, expected))
+        assert torch.allclose(value, expected, atol=1e-5), name
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,12 @@ def frontier_points(rows: DataFrame, held_out: DataFrame) -> DataFrame:
         baseline = mine[mine["run"] == "baseline"]
         data = held_out[held_out["teacher"] == teacher]
         for steps in _chosen(sorted(students["steps"].unique())):
-            panel = panel_title(rows, teacher, f"{steps} steps")
             at_steps = students[students["steps"] == steps]
+            tokens = at_steps["tokens_per_step"].iloc[0]
+            title = (
+                f"{steps} steps" if pandas.isna(tokens) else f"{steps} steps of {tokens:.3g} tokens"
+            )
+            panel = panel_title(rows, teacher, title)
             for _, curve in at_steps.groupby("model", sort=False):
                 parts.append(_curve(curve, panel))
             if len(baseline):

@@ -70,8 +70,10 @@ rule generate_frontier:
         checkpoint=subpath(input.checkpoint, parent=True),
         steps=lambda wildcards: targets.frontier_steps(wildcards.model),
         temperatures=CONFIG.sampling.other_temperatures,
-        writing=flags(
-            subsection(CONFIG.sampling, GenerateOptions).model_copy(update={"temperature": 1.0})
+        writing=lambda wildcards: flags(
+            subsection(targets.sampling(wildcards), GenerateOptions).model_copy(
+                update={"temperature": 1.0}
+            )
         ),
         code=STAGE["generate"],
     shell:

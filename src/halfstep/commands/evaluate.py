@@ -89,7 +89,7 @@ def read_texts(samples: list[Path], corpus: Path) -> list[Texts]:
                 f"{folder}: its samples use another vocabulary than the corpus {corpus}; "
                 "name the corpus on which their model was trained"
             )
-        texts.append((ids, sample_columns(facts, ids.shape[1])))
+        texts.append((ids, sample_columns(facts, ids.shape[-1])))
     return texts
 
 

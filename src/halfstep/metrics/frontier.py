@@ -63,15 +63,22 @@ def perplexity_at(curve: np.ndarray, target: float, resamples: int) -> Reading:
     return _reading(_read(values, target), _read(drawn, target), target, entropies(values))
 
 
-def ratio_at(student: np.ndarray, teacher: np.ndarray, resamples: int) -> Reading:
+def ratio_at(
+    student: np.ndarray, teacher: np.ndarray, resamples: int, paired: bool = True
+) -> Reading:
     """A student's perplexity divided by its teacher's at the student's entropy.
 
     Args:
         student: values [N, 3] of the student's texts at one temperature, see `perplexity_at`
         teacher: the teacher's curve [T, N, 3]
         resamples: bootstrap resamples
+        paired: whether text i has the same random numbers in both; if not, each has its resamples
     """
-    values, drawn = _with_resamples(np.concatenate([student[None], teacher]), resamples)
+    if paired:
+        values, drawn = _with_resamples(np.concatenate([student[None], teacher]), resamples)
+    else:
+        both = [_with_resamples(student[None], resamples, 1), _with_resamples(teacher, resamples)]
+        values, drawn = (np.concatenate(parts, -2) for parts in zip(*both, strict=True))
 
     def log_ratio(means: np.ndarray) -> np.ndarray:
         target = entropies(means)[..., 0]
@@ -92,15 +99,17 @@ def log_perplexities(means: np.ndarray) -> np.ndarray:
     return means[..., 0] / means[..., 1]
 
 
-def _with_resamples(curve: np.ndarray, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+def _with_resamples(
+    curve: np.ndarray, resamples: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Means over texts [T, 3], and over texts that are drawn with replacement [resamples, T, 3].
 
-    A resample takes the same texts at every temperature and of both models, because text i has
-    the same random numbers in all of them.
+    A resample takes the same texts at every temperature, because text i has the same random
+    numbers at all of them.
     """
     temperatures, texts, columns = curve.shape
     rows = curve.transpose(1, 0, 2).reshape(texts, -1)
-    drawn = np.array(list(resampled_means(rows, resamples)))
+    drawn = np.array(list(resampled_means(rows, resamples, seed)))
     return curve.mean(1), drawn.reshape(resamples, temperatures, columns)
 
 

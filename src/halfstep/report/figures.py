@@ -32,6 +32,7 @@ from halfstep.report.points import (
     run_names,
 )
 from halfstep.report.rows import baseline_name, sampled_rows
+from halfstep.report.trainings import pool_trainings
 
 Tables = Mapping[str, DataFrame]
 Drawn = tuple[Figure, DataFrame]
@@ -108,7 +109,8 @@ def frontier(tables: Tables) -> Drawn:
     A panel for each step count. The baseline's curve and held-out text are in all of them. Of
     several judges it is the first.
     """
-    rows = one_metric(with_entropy(tables["temperatures"]), "frontier_perplexity")
+    points = pool_trainings(with_entropy(tables["temperatures"]))
+    rows = one_metric(points, "frontier_perplexity")
     points = frontier_points(rows, held_out_points(tables["steps"]))
     figure = style.draw_panels(
         points,

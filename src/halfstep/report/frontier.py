@@ -34,7 +34,8 @@ def point_cell(row: Any) -> str:
 def reading_cell(row: Any) -> str:
     """A value read off a curve, with its interval: 41.4 [38.0, 45.1], or `not reached`."""
     if pandas.isna(row.value):
-        return f"not reached{row.reached.removeprefix('no')}"
+        where = row.reached.removeprefix("no")
+        return f"not reached{where}" if where != row.reached else "not reached by all trainings"
     low, high = ("open" if pandas.isna(x) else round_number(x) for x in (row.low, row.high))
     return f"{round_number(row.value)} [{low}, {high}]"
 

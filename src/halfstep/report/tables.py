@@ -30,7 +30,7 @@ SAMPLES = TABLES["steps"].metrics
 SHARES = ("consistent_share", "accepted_share")  # of stories, whose number differs between models
 OVER_TEMPERATURES = ("temperature", "temperature of the model")  # columns of a grid, its corner
 LATENCY = "milliseconds to write, median ± quartile (times faster than the fastest baseline)"
-FRONTIER_SHARES = ("sampler", "weights", "draw_dtype", "seed")  # the same for all students
+FRONTIER_SHARES = ("sampler", "weights", "draw_dtype")  # the same for all students
 STUDENTS_SHARE = ("sampler", "weights", "draw_dtype", "temperature")
 
 
@@ -61,7 +61,10 @@ def select_temperatures(table: DataFrame) -> DataFrame:
     """Perplexity and entropy over temperatures, and perplexities at equal entropy."""
     table = _of_table("temperatures", table)
     check_comparable(table, ("data",))
-    check_comparable(sampled_rows(table), (*FRONTIER_SHARES, "num_samples"))
+    students = sampled_rows(table)
+    check_comparable(students, (*FRONTIER_SHARES, "num_samples"))
+    for _, same in students.groupby("training_seed", dropna=False, sort=False):
+        check_comparable(same, ("seed",))
     check_comparable(table[table["metric"] == "perplexity_at_data_entropy"], ("at_entropy",))
     return table
 
@@ -124,7 +127,7 @@ def temperatures_markdown(table: DataFrame) -> str:
     titles = TABLES["temperatures"].metrics
     at_data, ratio = "perplexity_at_data_entropy", "perplexity_ratio_at_equal_entropy"
     parts = []
-    for teacher, mine in with_entropy(table).groupby("teacher", sort=False):
+    for teacher, mine in pool_trainings(with_entropy(table)).groupby("teacher", sort=False):
         parts.append(f"## {teacher}: the generative frontier")
         for metric, protocol, judge, group in _by_metric(mine, (at_data,)):
             about = f"(protocol {protocol}){judge}, [95% interval]"
@@ -140,7 +143,7 @@ def temperatures_markdown(table: DataFrame) -> str:
         for _, protocol, judge, group in _by_metric(mine, ("frontier_perplexity",)):
             parts.append(f"### Entropy in nats: perplexity (protocol {protocol}){judge}")
             parts.append(make_grid(group, *OVER_TEMPERATURES, point_cell, label_with_steps))
-            parts.append(describe_conditions(group))
+            parts += _conditions(group)
     return "\n\n".join(parts) + "\n"
 
 

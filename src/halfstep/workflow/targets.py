@@ -235,7 +235,9 @@ class Targets:
             for name, teacher in self.config.teachers.items()
             for run, options in teacher.runs.items()
         }
-        return [model for model in self.models if not _round_of(model) or model in last]
+        return [
+            model for model in self.models if not _round_of(model) or first_training(model) in last
+        ]
 
     def frontier_steps(self, model: str) -> list[int]:
         """Numbers of sampling steps at which a model is on the frontier."""

@@ -2,6 +2,7 @@
 
 Inputs:
     results/samples/{model}/steps-{steps}/samples.json
+    results/samples/{model}/frontier             only where temperatures are set
     results/models/{model}/meta.json             for LAMBADA
     results/models/{teacher}/baseline/hf/        only where the baseline is a judge
     results/data/{corpus}/manifest.json
@@ -9,6 +10,8 @@ Inputs:
 Outputs:
     results/metrics/{model}/samples.json         rows of a model's samples, one for each step count
     results/metrics/{teacher}/data.json          rows of held-out text
+    results/metrics/{model}/frontier.json        rows of the frontier; not without temperatures
+    results/metrics/{model}/frontier.npy         values of its single texts
     results/metrics/{model}/lambada.json         rows of last words; not with `lambada: null`
     and next to each its .provenance.json
 """
@@ -84,6 +87,57 @@ rule score_corpus:
         {resources.srun}halfstep score-corpus \
             --corpus {params.corpus:q} \
             --judge {params.judge:q} \
+            --output {output.rows:q} \
+            {params.evaluation} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule score_frontier:
+    """Score a model's samples at several temperatures: perplexity against entropy."""
+    input:
+        samples=lambda wildcards: expand(
+            "results/samples/{model}/steps-{steps}/samples.json",
+            model=wildcards.model,
+            steps=targets.frontier_steps(wildcards.model),
+        ),
+        frontier="results/samples/{model}/frontier",
+        held_out=targets.held_out_rows,
+        teacher=lambda wildcards: targets.frontier_of_teacher(wildcards.model),
+        corpus=targets.manifest,
+        judge=targets.judge_file,
+        hub=fetched(targets.judges_of_hub()),
+    output:
+        rows="results/metrics/{model}/frontier.json",
+        values="results/metrics/{model}/frontier.npy",
+        record="results/metrics/{model}/frontier.provenance.json",
+    log:
+        "results/logs/score_frontier/{model}.log",
+    benchmark:
+        "results/logs/score_frontier/{model}.tsv"
+    wildcard_constraints:
+        model=one_of(targets.frontier_models()),
+    conda:
+        "../envs/gpu.yaml"
+    threads: threads_by_size
+    resources:
+        **machine("sample"),
+    params:
+        samples=lambda wildcards: targets.frontier_samples(wildcards.model),
+        corpus=subpath(input.corpus, parent=True),
+        teacher=lambda wildcards, input: ["--teacher", *input.teacher] if input.teacher else [],
+        judge=targets.judges,
+        evaluation=flags(CONFIG.evaluation, "bootstrap"),
+        code=STAGE["score"],
+    shell:
+        r"""
+        {resources.srun}halfstep score-frontier \
+            --samples {params.samples:q} \
+            --held-out {input.held_out:q} \
+            {params.teacher} \
+            --judge {params.judge:q} \
+            --corpus {params.corpus:q} \
             --output {output.rows:q} \
             {params.evaluation} \
             --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \

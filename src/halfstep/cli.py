@@ -49,6 +49,10 @@ COMMANDS = {  # name: (module:function, what it does)
         "halfstep.commands.generate:generate",
         "draw samples from a checkpoint at one step count",
     ),
+    "generate-frontier": (
+        "halfstep.commands.generate:generate_frontier",
+        "draw samples at several step counts and temperatures",
+    ),
     "score-samples": (
         "halfstep.commands.evaluate:score_samples",
         "measure generative perplexity, entropy and consistency of samples",
@@ -56,6 +60,10 @@ COMMANDS = {  # name: (module:function, what it does)
     "score-corpus": (
         "halfstep.commands.evaluate:score_corpus",
         "measure the same for held-out text",
+    ),
+    "score-frontier": (
+        "halfstep.commands.frontier:score_frontier",
+        "measure perplexity against entropy over temperatures",
     ),
     "score-lambada": (
         "halfstep.commands.evaluate:score_lambada",

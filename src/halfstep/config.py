@@ -66,6 +66,7 @@ Seeds = Annotated[
 MOST_ROUNDS = 20
 MOST_STEPS = 2**MOST_ROUNDS
 Steps = Annotated[Whole, Field(ge=1, le=MOST_STEPS)]
+RoundNumber = Annotated[Whole, Field(ge=0, le=MOST_ROUNDS)]
 TeacherSteps = Annotated[
     Steps,
     pydantic.WithJsonSchema(
@@ -437,11 +438,50 @@ class Sampling(GenerateOptions):
     steps: Annotated[list[StepCount], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
     """step counts at which every denoiser is sampled; own: the count that a model was made for, and
     that of its student"""
+    temperatures: list[Positive] = []
+    """temperatures of the generative frontier, perplexity against entropy; `temperature` is always
+    among them. Without any, there is no frontier"""
+    frontier_steps: Annotated[list[Steps], Field(min_length=1)] | None = None
+    """step counts of the frontier, which must be among `steps`; by default all of them but own"""
+    frontier_rounds: Annotated[list[RoundNumber], Field(min_length=1)] | None = None
+    """rounds on the frontier (0 is the teacher); by default the teacher and the last round of each
+    run. The baseline always is"""
 
     @field_validator("steps")
     @classmethod
     def _sorted(cls, steps: list[int | str]) -> list[int | str]:
         return sorted(set(steps), key=lambda count: (count == "own", count))
+
+    @field_validator("temperatures", "frontier_steps", "frontier_rounds")
+    @classmethod
+    def _ascending(cls, values: list[Any] | None) -> list[Any] | None:
+        return values if values is None else sorted(set(values))
+
+    @model_validator(mode="after")
+    def _check_frontier(self) -> Sampling:
+        for key in ("frontier_steps", "frontier_rounds"):
+            if getattr(self, key) and not self.temperatures:
+                raise ValueError(
+                    f"{key} is used only with temperatures; set temperatures, or leave it out"
+                )
+        if self.temperatures and not self.other_temperatures:
+            raise ValueError(
+                f"temperatures: found only {self.temperature:g}, which is `temperature` too, but "
+                "a frontier needs two at least; add one, or leave temperatures out"
+            )
+        numbers = [count for count in self.steps if count != "own"]
+        wanted = numbers if self.frontier_steps is None else self.frontier_steps
+        if self.temperatures and not (wanted and set(wanted) <= set(numbers)):
+            raise ValueError(
+                f"frontier_steps: found {wanted}, expected some of the numbers in steps, "
+                f"{numbers}; add them there"
+            )
+        return self
+
+    @property
+    def other_temperatures(self) -> list[float]:
+        """The temperatures of the frontier that are not the temperature of all other tables."""
+        return [value for value in self.temperatures if value != self.temperature]
 
 
 class Evaluation(Section):
@@ -483,9 +523,6 @@ class Prompts(Section):
                 f"({self.prompt_tokens} + {self.continuation_tokens} - 1)"
             )
         return self
-
-
-RoundNumber = Annotated[Whole, Field(ge=0, le=MOST_ROUNDS)]
 
 
 class Continuations(Prompts):

@@ -1,6 +1,7 @@
 """`halfstep track`, counted in MLflow: each point once, one run per job, old runs superseded."""
 
 import json
+import re
 import shutil
 import time
 
@@ -85,9 +86,16 @@ def test_runs_are_children_of_their_teacher_with_the_same_keys(world):
     assert {run.data.tags["mlflow.parentRunId"] for run in children.values()} == {parent}
     figures = [file.path for file in client.list_artifacts(parent, "figures")]
     assert figures == ["figures/ppl_vs_steps.svg"]
-    rounds = [run for model, run in children.items() if "round-" in model]
+    rounds = {m: frozenset(run.data.metrics) for m, run in children.items() if "round-" in m}
     assert len(rounds) == 4
-    assert len({frozenset(run.data.metrics) for run in rounds}) == 1
+    first, last = (
+        {rounds[f"stories-tiny/{name}/round-{n}"] for name in ("kl_backward", "mse")}
+        for n in (1, 2)
+    )
+    assert len(first) == len(last) == 1  # the frontier has the last rounds alone
+    added = last.pop() - first.pop()
+    assert "eval/frontier_perplexity_ids_temperature_0.7" in added
+    assert all(re.search("frontier|equal_entropy|at_data_entropy", key) for key in added)
 
     data = children["stories-tiny/data"].data.metrics
     assert data["eval/generative_perplexity_ids"] == 7.2

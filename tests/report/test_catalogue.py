@@ -21,11 +21,15 @@ from halfstep.report.catalogue import (
 )
 
 ROWS = {**TABLES, **FIGURES}
-EXAMINED = {"evaluation": SimpleNamespace(lambada="last_words")}
+EXAMINED = {
+    "evaluation": SimpleNamespace(lambada="last_words"),
+    "sampling": SimpleNamespace(temperatures=[0.8]),
+}
 NAMES = {
     "model": ["t/teacher", "t/baseline", "t/mse/round-1"],
     "teacher": ["t"],
     "continued": ["t/teacher", "t/baseline"],
+    "swept": ["t/teacher", "t/baseline"],
 }
 
 
@@ -96,6 +100,17 @@ def test_tables_of_a_section_and_their_figures_exist_with_the_section():
     drawn_from_them = {name for name, row in FIGURES.items() if of_section & set(row.needs)}
     assert figures_with.keys() == FIGURES.keys()
     assert figures_with.keys() - figures_without.keys() == drawn_from_them != set()
+
+
+def test_the_frontier_is_made_where_temperatures_are_set():
+    of_models = table_inputs(SimpleNamespace(continuations=None, **EXAMINED), **NAMES)[
+        "temperatures"
+    ]
+    assert of_models == [f"results/metrics/{name}/frontier.json" for name in NAMES["swept"]]
+    cold = EXAMINED | {"sampling": SimpleNamespace(temperatures=[])}
+    without = table_inputs(SimpleNamespace(continuations=None, **cold), **NAMES)
+    assert "temperatures" not in without
+    assert "frontier" not in figure_inputs(without, NAMES["model"])
 
 
 def test_a_table_of_continuations_is_made_from_the_models_that_continue_prompts():

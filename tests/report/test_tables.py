@@ -16,6 +16,8 @@ from halfstep.report.catalogue import TABLES
 from halfstep.report.grids import round_number
 from halfstep.report.rows import read_rows, read_table
 
+QUALITY = ("steps", "temperatures", "lambada", "continuations")
+
 
 @pytest.fixture
 def results(tmp_path):
@@ -43,8 +45,9 @@ def test_csv_holds_every_row_with_its_interval_and_origin(results):
     found = make_tables(results)
     files = results.rglob("metrics/**/*.json")
     rows = [row for file in files for row in json.loads(file.read_text())]
-    assert sum(len(found[name]) for name in ("steps", "lambada", "continuations")) == len(rows)
+    assert sum(len(found[name]) for name in QUALITY) == len(rows)
     case = {"model": "stories-tiny/mse/round-2", "steps": 16, "protocol": "ids"}
+    case |= {"metric": "generative_perplexity"}
     query = "model == @case['model'] and steps == @case['steps'] and protocol == @case['protocol']"
     row = found["steps"].query(query).iloc[0]
     source = next(row for row in rows if case.items() <= row.items())

@@ -14,6 +14,7 @@ from halfstep.records.journal import Journal
 STEPS = [8, 16, 32, 64, 128, 256, 512, 1024]
 ITEMS = "last_words.jsonl[2000]@66778899aabb"
 NO_JUDGE = {"judge": None, "judge_dtype": None}
+TEMPERATURES = (0.7, 0.85, 1.0, 1.15)
 LOSSES = ("kl_backward", "mse", "tvd")
 SCALE = {"kl_backward": 1.0, "mse": 3.0, "tvd": 0.3}  # of the training loss
 
@@ -43,6 +44,8 @@ def write(
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"=== 0\nAnother text.\n=== 1\n{text}\n")
         dump(metrics / "samples.json", samples)
+        if r in (0, rounds):
+            dump(metrics / "frontier.json", swept(samples))
         dump(metrics / "continuations.json", continuations)
         dump(metrics / "lambada.json", last_words(teacher, run, r, model, sha))
     write_baseline(results, teacher, points)
@@ -65,6 +68,7 @@ def write_baseline(results: Path, teacher: str, points: int) -> None:
     accuracy = row("lambada_accuracy", "ar", 0.58, 0.02)
     perplexity = row("lambada_perplexity", "ar", 4.1, 0.3)
     dump(metrics / "samples.json", quality(base, 9.4, 3.91, 0.97))
+    dump(metrics / "frontier.json", swept(quality(base, 9.4, 3.91, 0.97)))
     dump(metrics / "lambada.json", [words | accuracy, words | perplexity])
     dump(metrics / "continuations.json", continued(base, 0.93))
 
@@ -164,6 +168,42 @@ def sampled(teacher, run, r, model, steps, sha) -> list[dict]:
     entropy = 3.97 + 0.09 * few - 0.012 * r
     consistent = min(0.99, 0.9 - 3 / steps + 0.03 * r)
     return quality(common(teacher, run, r, model, steps, sha), perplexity, entropy, consistent)
+
+
+def swept(samples) -> list[dict]:
+    """The rows of the frontier of a model with these rows of samples at temperature 1."""
+    entropy = {row["steps"]: row["value"] for row in samples if row["metric"] == "entropy"}
+    rows = []
+    for one in samples:
+        new = f"frontier_{one['metric'].removeprefix('generative_')}"
+        if new not in PROTOCOLS:
+            continue
+        for temperature in TEMPERATURES:
+            at = {"temperature": None if temperature == 1 else temperature}
+            cold = (1 - temperature) * (0.15 + 0.002 * (one["steps"] or 64))
+            value = one["value"] - cold if "entropy" in new else one["value"] * (1 - 2.5 * cold)
+            spread = 0.01 if "entropy" in new else 0.04 * value
+            rows.append(one | at | row(new, one["protocol"], value, spread))
+        if new == "frontier_perplexity":
+            rows += readings(one, entropy[one["steps"]])
+    return rows
+
+
+def readings(one, entropy) -> list[dict]:
+    """What is read off the curve of a row of samples, reached or not."""
+    protocol, found = one["protocol"], []
+    names = {"perplexity_at_data_entropy": 3.95, "perplexity_ratio_at_equal_entropy": entropy}
+    for name, at in names.items():
+        if "ratio" in name and not one["round"]:
+            continue
+        reached = {"at_entropy": at, "reached": "yes"} | row(name, protocol, one["value"] / 9, 0.1)
+        if one["steps"] == 8 and "ratio" not in name:
+            gone = {"value": None, "low": None, "high": None, "reached": "no: below the curve"}
+            reached |= gone
+        elif one["steps"] == 16:
+            reached |= {"high": None}
+        found.append(one | reached)
+    return found
 
 
 def continued(base, mauve) -> list[dict]:

@@ -113,6 +113,54 @@ def test_chosen_rounds_continue_prompts(rounds, continued):
     assert found.continued_models() == [f"stories-ci/{name}" for name in continued]
 
 
+SWEEP = {"steps": [4, 8, "own"], "temperature": 0.9, "temperatures": [1.1, 0.9, 0.7]}
+
+
+@pytest.mark.parametrize("rounds, swept", [
+    (None, ["baseline", "teacher", "a/round-2", "b/round-1"]),
+    ([1], ["baseline", "a/round-1", "b/round-1"]),
+])  # fmt: skip
+def test_models_and_samples_of_the_frontier(rounds, swept):
+    """The samples at `temperature` are those of all other tables, and are not drawn again."""
+    changes = {"teachers": {"stories-ci": TWO_RUNS}}
+    found = targets(sampling=SWEEP | {"frontier_rounds": rounds}, **changes)
+    assert found.frontier_models() == [f"stories-ci/{name}" for name in swept]
+    inputs = [f"results/metrics/stories-ci/{name}/frontier.json" for name in swept]
+    assert found.table_inputs()["temperatures"] == inputs
+    assert found.config.sampling.other_temperatures == [0.7, 1.1]
+    folder, at = "results/samples/stories-ci/a/round-2", "temperature"
+    assert found.frontier_samples("stories-ci/a/round-2") == [
+        *(f"{folder}/steps-4", f"{folder}/frontier/steps-4/{at}-0.7"),
+        *(f"{folder}/frontier/steps-4/{at}-1.1", f"{folder}/steps-8"),
+        *(f"{folder}/frontier/steps-8/{at}-0.7", f"{folder}/frontier/steps-8/{at}-1.1"),
+    ]
+    assert found.frontier_steps("stories-ci/baseline") == found.step_counts("stories-ci/baseline")
+    of_teacher = ["results/metrics/stories-ci/teacher/frontier.json"] if rounds is None else []
+    assert found.frontier_of_teacher("stories-ci/b/round-1") == of_teacher
+    assert found.frontier_of_teacher("stories-ci/teacher") == []
+    assert found.frontier_of_teacher("stories-ci/baseline") == []
+
+
+def test_without_temperatures_there_is_no_frontier():
+    found = targets(sampling={"temperatures": []})
+    assert found.frontier_models() == []
+    assert "temperatures" not in found.table_inputs()
+    assert "frontier" not in found.figure_inputs()
+
+
+@pytest.mark.parametrize("keys, words", [
+    ({"temperatures": [1]}, "found only 1, which is `temperature` too"),
+    ({"temperatures": [0]}, "should be greater than 0"),
+    ({"temperatures": [], "frontier_steps": [8]}, "frontier_steps is used only with temp"),
+    ({"temperatures": [], "frontier_rounds": [1]}, "frontier_rounds is used only with temp"),
+    ({"temperatures": [0.7], "frontier_steps": [4]}, r"found \[4\], expected some of .* \[8\]"),
+    ({"temperatures": [0.7], "steps": ["own"]}, r"found \[\], expected some of the numbers"),
+])  # fmt: skip
+def test_a_frontier_that_cannot_be_is_a_fault_of_the_configuration(keys, words):
+    with pytest.raises(ConfigError, match=f"sampling.*{words}"):
+        targets(sampling=keys)
+
+
 def test_without_continuations_there_are_none():
     found = targets(continuations=None)
     assert found.continued_models() == []

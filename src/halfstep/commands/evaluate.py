@@ -34,6 +34,8 @@ GENERATE_AGAIN = "run halfstep generate again"
 
 Texts = tuple[np.ndarray, dict[str, Any]]
 """Token ids[N, L] of texts, and the columns of a metric row that describe them."""
+Judged = tuple[str, np.ndarray | None, dict[str, Any], Callable[..., float]]
+"""Protocol, values of each text, columns, and statistic of a perplexity; on rank 0 the values"""
 
 
 class SamplesFacts(BaseModel):
@@ -69,7 +71,16 @@ def score_samples(
         corpus: folder of `halfstep prepare-corpus` on which the model was trained
         output: JSON file of the rows
     """
-    group, vocabulary = join_group(machine), vocabulary_sha256(corpus_tokenizer(corpus))
+    group = join_group(machine)
+    rows = score_texts(read_texts(samples, corpus), corpus, evaluation, machine, group)
+    if group.is_main:
+        inputs = [*sample_files(samples), *corpus_files(corpus), *evaluation.judge]
+        write_rows(output, rows, inputs)
+
+
+def read_texts(samples: list[Path], corpus: Path) -> list[Texts]:
+    """The texts of folders of samples; HalfstepError if they are not in the corpus's vocabulary."""
+    vocabulary = vocabulary_sha256(corpus_tokenizer(corpus))
     texts = []
     for folder in samples:
         ids, facts = read_samples(folder)
@@ -78,11 +89,8 @@ def score_samples(
                 f"{folder}: its samples use another vocabulary than the corpus {corpus}; "
                 "name the corpus on which their model was trained"
             )
-        texts.append((ids, sample_columns(facts, ids.shape[1])))
-    rows = score_texts(texts, corpus, evaluation, machine, group)
-    if group.is_main:
-        inputs = [*sample_files(samples), *corpus_files(corpus), *evaluation.judge]
-        write_rows(output, rows, inputs)
+        texts.append((ids, sample_columns(facts, ids.shape[-1])))
+    return texts
 
 
 def score_corpus(corpus: Path, output: Path, evaluation: Evaluation, machine: Machine) -> None:
@@ -210,20 +218,13 @@ def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
 def score_texts(
     texts: list[Texts], corpus: Path, evaluation: Evaluation, machine: Machine, group: Group
 ) -> list[dict] | None:
-    """All rows of sets of texts of a corpus; only one judge is in memory at a time.
+    """All rows of sets of texts of a corpus.
 
-    Protocol `ids` needs a judge with the corpus's tokenizer and is left out for other judges.
     The ranks share what the judges read; all but rank 0 return None.
     """
     manifest, tokenizer = read_manifest(corpus), corpus_tokenizer(corpus)
-    data = {"data": corpus_name(corpus)}
-    texts = [(ids, columns | data) for ids, columns in texts]
-    for ids, columns in texts:
-        _check_ids(ids, _label(columns), corpus, manifest["vocab_size"])
-    judged = []
-    for judge in load_judges(evaluation, machine):
-        judged += _judge_texts(judge, texts, tokenizer, manifest["eos_id"], machine, group)
-        del judge  # before the next one is loaded
+    texts = [(ids, columns | {"data": corpus_name(corpus)}) for ids, columns in texts]
+    judged = judge_texts(texts, corpus, evaluation, machine, group)
     if not group.is_main:
         return None
     resamples = evaluation.bootstrap
@@ -240,15 +241,32 @@ def score_texts(
     return rows
 
 
-def _judge_texts(
+def judge_texts(
+    texts: list[Texts], corpus: Path, evaluation: Evaluation, machine: Machine, group: Group
+) -> list[Judged]:
+    """Every perplexity of sets of texts of a corpus; only one judge is in memory at a time.
+
+    Protocol `ids` needs a judge with the corpus's tokenizer and is left out for other judges.
+    """
+    manifest, tokenizer = read_manifest(corpus), corpus_tokenizer(corpus)
+    for ids, columns in texts:
+        _check_ids(ids, _label(columns), corpus, manifest["vocab_size"])
+    judged: list[Judged] = []
+    for judge in load_judges(evaluation, machine):
+        judged += _judge_by_one(judge, texts, tokenizer, manifest["eos_id"], machine, group)
+        del judge  # before the next one is loaded
+    return judged
+
+
+def _judge_by_one(
     judge: Judge,
     texts: list[Texts],
     tokenizer: Tokenizer,
     eos_id: int,
     machine: Machine,
     group: Group,
-) -> Iterator[tuple[str, np.ndarray | None, dict[str, Any], Callable[..., float]]]:
-    """Protocol, values per text, columns and statistic of each perplexity of the texts."""
+) -> Iterator[Judged]:
+    """Every perplexity of the texts under one judge."""
     batch = machine.micro_batch
     for ids, columns in texts:
         label, columns = f"{_label(columns)}: judge", columns | judge.columns
@@ -256,7 +274,7 @@ def _judge_texts(
             yield "ids", ids_nll(judge, ids, batch, f"{label}, ids", group), columns, np.exp
         label = f"{label}, retokenized"
         sums = retokenized_nll(judge, ids, tokenizer, eos_id, batch, label, group)
-        yield "retokenized", sums, columns, _exp_ratio
+        yield "retokenized", sums, columns, exp_ratio
 
 
 def _median_text(values: np.ndarray) -> int:
@@ -265,7 +283,8 @@ def _median_text(values: np.ndarray) -> int:
     return int(np.argsort(of_texts, kind="stable")[(len(of_texts) - 1) // 2])
 
 
-def _exp_ratio(total: float, number: float) -> float:
+def exp_ratio(total: float, number: float) -> float:
+    """The perplexity of a mean sum of -log p and a mean number of tokens."""
     return np.exp(total / number)
 
 
@@ -289,8 +308,9 @@ def corpus_name(corpus: Path) -> str:
 
 def _label(columns: dict[str, Any]) -> str:
     """The name of a set of texts in log lines and errors."""
-    steps = columns.get("steps")
-    return columns["model"] if steps is None else f"{columns['model']} {steps} steps"
+    steps, temperature = columns.get("steps"), columns.get("temperature", 1)
+    label = columns["model"] if steps is None else f"{columns['model']} {steps} steps"
+    return label if temperature == 1 else f"{label} temperature {temperature}"
 
 
 def _check_ids(ids: np.ndarray, label: str, corpus: Path, vocab_size: int) -> None:

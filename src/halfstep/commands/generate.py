@@ -1,4 +1,7 @@
-"""`halfstep generate`: draw samples from a checkpoint at one step count."""
+"""`halfstep generate` and `generate-frontier`: draw samples from a checkpoint.
+
+`generate` draws at one step count and temperature, `generate-frontier` at several of both.
+"""
 
 import io
 import re
@@ -8,14 +11,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
-from halfstep.config import MOST_STEPS, DrawOptions, GenerateOptions, Machine, Steps
+from halfstep.config import MOST_STEPS, DrawOptions, GenerateOptions, Machine, Positive, Steps
 from halfstep.data.tokenizer import EOS, encode_texts, vocabulary_sha256
 from halfstep.diffusion.contracts import Draws, Samples
 from halfstep.diffusion.samplers import SAMPLERS, sample
@@ -72,6 +76,54 @@ def generate(
     save_samples(checkpoint, output, model, steps, texts, sampling, **how)
     files = checkpoint_files(checkpoint, sampling.weights)
     provenance.write_record(output / provenance.NAME, output.glob("samples.*"), files)
+
+
+def generate_frontier(
+    checkpoint: Path,
+    output: Path,
+    steps: Annotated[list[Steps], Field(min_length=1)],
+    temperatures: Annotated[list[Positive], Field(min_length=1)],
+    sampling: GenerateOptions,
+    machine: Machine,
+) -> None:
+    """Draw samples at every step count and temperature; the checkpoint is loaded only once.
+
+    Each set is in {output}/steps-{steps}/temperature-{temperature}, with the files of
+    `halfstep generate`. Text i has the same random numbers at every temperature.
+
+    Args:
+        checkpoint: checkpoint folder
+        output: folder of the sets of samples
+        steps: numbers of sampling steps
+        temperatures: divisors of the logits, used in place of --temperature
+    """
+    if sampling.temperature != 1:
+        raise HalfstepError(
+            f"temperature: found {sampling.temperature:g}, expected only --temperatures, which "
+            "name all; leave it out"
+        )
+    group, device = join_group(machine), find_device(machine)
+    model = load_checkpoint(checkpoint, sampling.weights, str(device))
+    prompts = encode_prompt(model, "").expand(sampling.num_samples, -1)
+    files: list[Path] = []
+    for count in steps:
+        if group.is_main:
+            note_unused_options(model, model.length, count, sampling)
+        for temperature in temperatures:
+            started = time.monotonic()
+            options = sampling.model_copy(update={"temperature": temperature})
+            write = text_writer(model, model.length, count, options)
+            label = f"generate {model_name(checkpoint)} at {count} steps, temperature {temperature}"
+            texts = draw_texts(write, prompts, machine.micro_batch, label, group)
+            if texts is None:
+                continue
+            folder = output / f"steps-{count}" / f"temperature-{temperature}"
+            how = {"prompt": "", "elapsed_s": time.monotonic() - started}
+            save_samples(checkpoint, folder, model, count, texts, options, **how)
+            files += folder.glob("samples.*")
+    if group.is_main:
+        record = output.with_name(f"{output.name}.{provenance.NAME}")
+        provenance.write_record(record, files, checkpoint_files(checkpoint, sampling.weights))
 
 
 def encode_prompt(model: Model, prompt: str) -> Tensor:

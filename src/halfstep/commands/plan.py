@@ -39,6 +39,8 @@ CPU_SPEED = 20e9  # the same of a job without a GPU
 SOURCES = ("measured", "assumed", "limit")
 """Of an estimate: finished jobs of the same kind, the assumed speed, or the job's time limit."""
 A_DAY = 86400.0  # seconds
+SAME_WORK = {"generate-frontier": "generate"}
+"""Commands whose jobs run at the speed of those of another"""
 LOCAL = {"fetch", "tabulate", "plot", "track", "merge_provenance"}
 """Rules that run where snakemake runs and cost no job."""
 
@@ -157,6 +159,18 @@ def flag_values(command: Sequence[str]) -> dict[str, str]:
         for flag, value in pairs
         if flag.startswith("--") and not value.startswith("--")
     }
+
+
+def flag_lists(command: Sequence[str]) -> dict[str, list[str]]:
+    """The flags of a command with all their values."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in command:
+        if word.startswith("--"):
+            values = found.setdefault(word.removeprefix("--").replace("-", "_"), [])
+        else:
+            values.append(word)
+    return found
 
 
 def num_processes(command: Sequence[str]) -> int:
@@ -281,8 +295,8 @@ class Prices:
         return self.corpora.get(self._teacher(command), "")
 
     def kind(self, command: Sequence[str]) -> tuple[str, str | None]:
-        """Name and network size of a command: jobs that agree in both run at the same speed."""
-        return command[1], self.size(command)
+        """Work and network size of a command: jobs that agree in both run at the same speed."""
+        return SAME_WORK.get(command[1], command[1]), self.size(command)
 
     def work(self, command: Sequence[str]) -> float | None:
         """Floating-point operations of a command; None if its time depends on something else."""
@@ -292,7 +306,7 @@ class Prices:
         forward = 2.0 * weights  # per token
         if command[1] in ("pretrain", "train-baseline", "distill-round"):
             return self._training_work(command, forward)
-        if command[1] == "generate":
+        if command[1] in ("generate", "generate-frontier"):
             return self._sampling_work(command, forward)
         return None
 
@@ -316,8 +330,12 @@ class Prices:
         length = self.lengths.get(self._corpus(command), length)
         # With its KV cache the baseline reads every token once. A step of a denoiser that reveals
         # no token takes no pass.
-        steps = 1 if "/baseline" in given["checkpoint"] else min(int(given["steps"]), length)
-        return forward * num_samples * length * steps
+        values = flag_lists(command)
+        steps = [min(int(count), length) for count in values["steps"]]
+        if "/baseline" in given["checkpoint"]:
+            steps = [1 for _ in steps]
+        sets = len(values.get("temperatures", [""]))
+        return forward * num_samples * length * sum(steps) * sets
 
     def price(self, job: PlannedJob) -> Estimate:
         """Seconds of a job: from measured speed, else assumed speed, else its time limit."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -32,11 +32,15 @@ def bootstrap(
     The rows are drawn with replacement, `resamples` times. A row is one text or item, the unit that
     varies; `statistic` takes the k column means and returns a float.
     """
-    table = np.asarray(values, np.float64).reshape(len(values), -1)
-    rng = np.random.default_rng(seed)
-    drawn = []
-    for _ in range(resamples):
-        rows = rng.integers(0, len(table), len(table))
-        drawn.append(statistic(*table[rows].mean(0)))
+    drawn = [statistic(*means) for means in resampled_means(values, resamples, seed)]
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(low), float(high)
+
+
+def resampled_means(values: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Column means [k] of values[N] or [N, k], the rows drawn with replacement each time."""
+    table = np.asarray(values, np.float64).reshape(len(values), -1)
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        rows = rng.integers(0, len(table), len(table))
+        yield table[rows].mean(0)

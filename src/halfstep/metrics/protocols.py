@@ -8,6 +8,7 @@ Definitions: perplexity.py (ids, retokenized), lambada.py (parallel, confidence,
 elbo-mc, ar), diversity.py (unigram, bigrams), mauve.py and commands/continuations.py
 (continuations), commands/benchmark.py (interleaved). `grammar` is `judge_window` of
 data/stories.py, a share of the whole stories in the texts; its num_samples counts those stories.
+The metrics of frontier.py are read off perplexities, and have the protocols of those.
 """
 
 PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}
@@ -16,6 +17,10 @@ PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}
     "distinct_2": {"bigrams": 1},
     "accepted_share": {"grammar": 1},
     "consistent_share": {"grammar": 1},
+    "frontier_perplexity": {"ids": 1, "retokenized": 1},
+    "frontier_entropy": {"unigram": 1},
+    "perplexity_at_data_entropy": {"ids": 1, "retokenized": 1},
+    "perplexity_ratio_at_equal_entropy": {"ids": 1, "retokenized": 1},
     "lambada_accuracy": {"parallel": 1, "confidence": 1, "ar": 1},
     "lambada_perplexity": {"elbo-exact": 1, "elbo-mc": 1, "ar": 1},
     "self_bleu": {"continuations": 1},

@@ -22,18 +22,21 @@ COLUMNS = (
     "network_evaluations", "num_samples", "seed", "weights", "draw_dtype", "temperature", "top_p",
     "judge", "judge_dtype", "data", "checkpoint",
 )  # fmt: skip
-# Only some rows have these: timings, continuations, perplexities and repeats of a training.
+# Only some rows have these: timings, continuations, perplexities, repeats of a training, frontier.
 MORE_COLUMNS = (
     "training_seed", "median_text", "length", "batch_size", "tokens_per_s", "tokens_per_forward",
-    "energy_j", "device", "dtype", "params",
-    "device", "dtype", "params",
+    "energy_j", "device", "dtype", "params", "at_entropy", "reached",
 )  # fmt: skip
 
 
 def row(
-    metric: str, protocol: str, value: float, interval: tuple[float, float], **columns: Any
+    metric: str,
+    protocol: str,
+    value: float | None,
+    interval: tuple[float | None, float | None],
+    **columns: Any,
 ) -> dict:
-    """One row of the tables; a column that does not apply is null.
+    """One row of the tables; a column that does not apply, or a value that is unknown, is null.
 
     Its keys are metric, protocol, version, value, low, high, model, ..., commit. The protocol must
     be one of the metric's in PROTOCOLS, which gives its version. Column `data` names what was
@@ -51,7 +54,8 @@ def row(
             f"row: unknown columns {sorted(unknown)}; known are {', '.join(COLUMNS + MORE_COLUMNS)}"
         )
     low, high = interval
-    if not all(map(math.isfinite, (value, low, high))):
+    numbers = {"value": value, "low": low, "high": high}
+    if not all(number is None or math.isfinite(number) for number in numbers.values()):
         raise HalfstepError(
             f"{metric} of {columns.get('model')} is {value} [{low}, {high}], not a finite number: "
             "the weights or the judge hold NaN; check the training's journal, or name another judge"
@@ -61,9 +65,7 @@ def row(
         "metric": metric,
         "protocol": protocol,
         "version": known[protocol],
-        "value": float(value),
-        "low": float(low),
-        "high": float(high),
+        **{name: None if number is None else float(number) for name, number in numbers.items()},
         **{key: columns.get(key) for key in COLUMNS},
         **{key: columns[key] for key in MORE_COLUMNS if key in columns},
         "commit": commit(),
@@ -90,10 +92,12 @@ def share_row(metric: str, protocol: str, hits: int, trials: int, columns: dict[
     return row(metric, protocol, hits / max(trials, 1), interval, **columns)
 
 
-def write_rows(path: Path, rows: list[dict], inputs: Iterable[Path | str]) -> None:
-    """Write rows as JSON, and the provenance record of the file, which lists `inputs`."""
+def write_rows(
+    path: Path, rows: list[dict], inputs: Iterable[Path | str], others: Iterable[Path] = ()
+) -> None:
+    """Write rows as JSON, and the provenance record of this and other files, with `inputs`."""
     write_json(path, rows)
-    provenance.write_record(path.with_suffix(f".{provenance.NAME}"), [path], inputs)
+    provenance.write_record(path.with_suffix(f".{provenance.NAME}"), [path, *others], inputs)
 
 
 def name_parts(model: str) -> dict[str, str | int | None]:

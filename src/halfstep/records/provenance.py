@@ -30,6 +30,7 @@ from halfstep.sanitize import mask_secrets
 FORMAT = 1
 NAME = "provenance.json"
 COPIES = "mlflow-artifacts"  # MLflow's copies of figures and tables, and of their records
+OF_SNAKEMAKE = ".snakemake_timestamp"  # Snakemake's own file in a folder that a rule declares
 PACKAGES = (  # a record holds the version of each that was imported
     *("halfstep", "torch", "numpy", "tokenizers", "safetensors", "transformers", "lm_eval"),
     *("datasets", "pandas", "matplotlib", "mauve", "faiss", "sklearn", "nltk"),
@@ -130,7 +131,7 @@ def find_records(results: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _walk(top: Path) -> Iterator[Path]:
-    """All files below a folder but MLflow's copies; links are followed, each folder once."""
+    """All files below a folder but MLflow's copies and Snakemake's; links are followed once."""
     seen = set()
     for folder, folders, names in os.walk(top, followlinks=True):
         if os.path.realpath(folder) in seen:
@@ -138,7 +139,7 @@ def _walk(top: Path) -> Iterator[Path]:
             continue
         seen.add(os.path.realpath(folder))
         folders[:] = sorted(set(folders) - {COPIES})
-        yield from (Path(folder) / name for name in names)
+        yield from (Path(folder) / name for name in names if name != OF_SNAKEMAKE)
 
 
 def _is_of_one_job(file: Path) -> bool:

@@ -73,6 +73,7 @@ class MetricRow(_Shape):
     judge: str | None = None
     checkpoint: str | None = None
     weights: str | None = None
+    temperature: float | None = None
     tokens_per_step: float | None = None
     median_text: Natural | None = None
     tokens_per_s: float | None = None
@@ -120,10 +121,11 @@ class TableRow(MetricRow):
     low: Real = None
     high: Real = None
     network_evaluations: Real = None
-    temperature: Real = None
     top_p: Real = None
     tokens_per_forward: Real = None
     energy_j: Real = None
+    at_entropy: Real = None
+    reached: Text = None
     judge_dtype: Text = None
     data: Text = None
     sampler: Text = None

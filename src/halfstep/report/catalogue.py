@@ -28,8 +28,9 @@ class Table:
         title: what the table holds, for `halfstep tabulate --help`
         caption: the text of the table in the Snakemake report
         metrics: the metrics in the table and their titles, in the order of its Markdown
-        inputs: files of metric rows. {model}, {teacher} and {continued} stand for every model,
-            every teacher and every model that continues prompts
+        inputs: files of metric rows. {model}, {teacher}, {continued} and {swept} stand for every
+            model, every teacher, every model that continues prompts, and every model on the
+            frontier
         select: "module:function", from all metric rows to the rows of this table
         markdown: "module:function", from the rows of this table to its Markdown
         section: the section or key of config.yaml without which the table does not exist, if any
@@ -82,6 +83,23 @@ TABLES: dict[str, Table] = {
         ),
         select="halfstep.report.tables:select_steps",
         markdown="halfstep.report.tables:steps_markdown",
+    ),
+    "temperatures": Table(
+        title="the generative frontier: perplexity at equal entropy, over temperatures",
+        caption="The generative frontier: perplexity and entropy of every model at each step count "
+        "and temperature, and perplexities at equal entropy, log-linear between temperatures. A "
+        "curve is not extrapolated: the column ``reached`` says where it has no such entropy.",
+        metrics={
+            "frontier_perplexity": "Generative perplexity at each temperature",
+            "frontier_entropy": "Unigram entropy of a sample in nats at each temperature",
+            "perplexity_at_data_entropy": "Perplexity at the entropy of held-out text",
+            "perplexity_ratio_at_equal_entropy": "A student's perplexity divided by its teacher's "
+            "at equal entropy and steps: below 1 the student is better",
+        },
+        inputs=("results/metrics/{swept}/frontier.json",),
+        select="halfstep.report.tables:select_temperatures",
+        markdown="halfstep.report.tables:temperatures_markdown",
+        section="sampling.temperatures",
     ),
     "lambada": Table(
         title="last words (LAMBADA): accuracy and perplexity of every model",
@@ -136,6 +154,14 @@ FIGURES: dict[str, Figure] = {
         needs=("steps",),
         draw="halfstep.report.figures:entropy_vs_steps",
         published=True,
+    ),
+    "frontier": Figure(
+        title="generative perplexity against entropy over temperatures",
+        caption="The generative frontier: perplexity against entropy, a curve over temperatures "
+        "for each model. Lower is better at equal entropy. Held-out text is a star, and the "
+        "autoregressive baseline a curve of its own.",
+        needs=("temperatures", "steps"),
+        draw="halfstep.report.figures:frontier",
     ),
     "ppl_vs_latency": Figure(
         title="generative perplexity against the time to write one text",

@@ -10,7 +10,7 @@ from pandas import DataFrame, Series
 from halfstep.errors import HalfstepError
 from halfstep.report.rows import sampled_rows
 
-MEASURE = ("metric", "protocol", "judge", "steps", "length", "batch_size")
+MEASURE = ("metric", "protocol", "judge", "steps", "temperature", "length", "batch_size")
 """The columns that say what was measured of a model."""
 
 
@@ -28,8 +28,8 @@ def check_comparable(
     Raises:
         HalfstepError: two models differ, or one measure of a model is there twice
     """
-    check_unique(table)
     table = table.assign(temperature=table["temperature"].astype(float).fillna(1.0))
+    check_unique(table)
     for (teacher, metric), group in table.groupby(["teacher", "metric"], sort=False):
         for condition in conditions:
             _check_constant(group, metric, condition, condition)

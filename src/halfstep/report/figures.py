@@ -2,7 +2,7 @@
 
     function(tables: dict[str, DataFrame]) -> (Figure, points)
 
-Tables are those of `halfstep tabulate` by name (steps, lambada, speed, continuations). `journals`
+Tables are those of `halfstep tabulate` by name (steps, lambada, ...). `journals`
 are the curves of all trainings, and `published` the values of others, if --published is given.
 To add a figure, write a function here that selects points and gives them to `style.draw_panels`,
 and a row in catalogue.FIGURES. Each public function of this file is a figure.
@@ -20,6 +20,7 @@ from halfstep.errors import HalfstepError
 from halfstep.report import style
 from halfstep.report.conditions import describe_conditions, join_values
 from halfstep.report.curves import CURVE_POINTS, thin_curves
+from halfstep.report.frontier import frontier_points, held_out_points, with_entropy
 from halfstep.report.points import (
     add_published,
     join_points,
@@ -31,6 +32,7 @@ from halfstep.report.points import (
     run_names,
 )
 from halfstep.report.rows import baseline_name, sampled_rows
+from halfstep.report.trainings import pool_trainings
 
 Tables = Mapping[str, DataFrame]
 Drawn = tuple[Figure, DataFrame]
@@ -99,6 +101,36 @@ def _band_around_data(axes: Axes, points: DataFrame) -> None:
     low, high = 0.95 * entropy, 1.05 * entropy
     axes.axhspan(low, high, color="#999", alpha=0.12, linewidth=0, zorder=0)
     axes.set_ylim(min(bottom, 0.94 * entropy), max(top, 1.06 * entropy))
+
+
+def frontier(tables: Tables) -> Drawn:
+    """Generative perplexity against entropy: a curve over temperatures for each model.
+
+    A panel for each step count. The baseline's curve and held-out text are in all of them. Of
+    several judges it is the first.
+    """
+    points = pool_trainings(with_entropy(tables["temperatures"]))
+    rows = one_metric(points, "frontier_perplexity")
+    points = frontier_points(rows, held_out_points(tables["steps"]))
+    figure = style.draw_panels(
+        points,
+        note="Generative perplexity and unigram entropy, means over texts; bars: 95% intervals of "
+        "the perplexity; T: temperature at the ends of the teacher's curve, and in the same order "
+        f"on all others; star: held-out text. {describe_conditions(rows)}",
+        xlabel="entropy (nats)",
+        ylabel="generative perplexity",
+        x_scale="real",
+        log_y=True,
+        share_y=False,
+        before=_line_at_data,
+    )
+    return figure, points
+
+
+def _line_at_data(axes: Axes, points: DataFrame) -> None:
+    for x in points.loc[points["series"] == "data", "x"]:
+        color, dashes = style.LEVELS["data"]
+        axes.axvline(x, color=color, linestyle=dashes, linewidth=0.8, zorder=0)
 
 
 def ppl_vs_latency(tables: Tables) -> Drawn:

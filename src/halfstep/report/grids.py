@@ -49,12 +49,15 @@ def make_grid(
     Args:
         table: the rows, one for each cell
         across: the column of `table` whose values are the columns of the grid. Step counts ascend,
-            with the tokens per step in brackets; others keep the order of the table
+            with the tokens per step in brackets, and so do temperatures; others keep the order of
+            the table
         corner: the text of the upper left corner
         cell: the text of a row's cell
         down: the line of the grid that a row belongs to
     """
     columns: list[Any] = list(dict.fromkeys(table[across].dropna()))
+    if across == "temperature":
+        columns.sort()
     names = list(map(str, columns))
     if across == "steps":
         columns.sort()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import open_file
@@ -17,7 +17,7 @@ COLUMNS = (
     "tokens_per_step", "network_evaluations", "value", "low", "high", "median_text", "judge",
     "judge_dtype", "data", "sampler", "num_samples", "seed", "weights", "draw_dtype", "temperature",
     "top_p", "length", "batch_size", "tokens_per_s", "tokens_per_forward", "energy_j", "device",
-    "dtype", "params", "checkpoint", "commit", "source",
+    "dtype", "params", "at_entropy", "reached", "checkpoint", "commit", "source",
 )  # fmt: skip
 INTEGERS = (
     "round", "training_seed", "version", "steps", "median_text", "num_samples", "seed", "length",
@@ -25,9 +25,10 @@ INTEGERS = (
 )  # fmt: skip
 FLOATS = {
     "value", "low", "high", "tokens_per_step", "network_evaluations", "temperature",
-    "tokens_per_s",
+    "tokens_per_s", "at_entropy",
 }  # fmt: skip
-ORDER = ("round", "metric", "protocol", "length", "batch_size", "steps")  # within a teacher and run
+# within a teacher and run
+ORDER = ("round", "metric", "protocol", "length", "batch_size", "steps", "temperature")
 LEVELS = ("baseline", "data")  # runs without sampling steps: levels to compare with
 BASELINES: dict[object, str] = {  # sampler of the speed table: name of the baseline
     "transformers": "baseline, transformers",
@@ -93,7 +94,13 @@ def tidy(frame: DataFrame) -> DataFrame:
     frame["round"] = frame["round"].fillna(0)
     frame["rank"] = frame["run"].map({"teacher": 0, "baseline": 2, "data": 3}).fillna(1)
     order = ["teacher", "rank", "run", *ORDER]
-    return frame.sort_values(order, kind="stable", ignore_index=True).drop(columns="rank")
+    frame = frame.sort_values(order, kind="stable", ignore_index=True, key=_filled_temperature)
+    return frame.drop(columns="rank")
+
+
+def _filled_temperature(column: Series) -> Series:
+    """The column; 1 for a temperature that is missing."""
+    return column.astype(float).fillna(1.0) if column.name == "temperature" else column
 
 
 def sampled_rows(table: DataFrame) -> DataFrame:

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from pandas import DataFrame, Series
 
-# kind: line, level (a horizontal line), point or published. text: annotation of the point.
-# tokens: per step, where x are sampling steps
+# kind: line, curve (a line with bars at its points), level (a horizontal line), point or published.
+# text: annotation of the point. tokens: per step, where x are sampling steps
 POINTS = ("panel", "series", "kind", "round", "x", "y", "low", "high", "text", "tokens")
 RC = {
     "font.family": "DejaVu Sans",
@@ -99,6 +99,8 @@ def series_style(series: str, round_: int, rounds: int, order: int) -> dict:
             "linewidth": 1.5,
             "linestyle": "-",
         }
+    if series == "data":
+        return {"color": LEVELS["data"][0], "marker": "*", "linestyle": ""}
     if series.startswith("baseline"):
         other = series in ("baseline, transformers", "baseline, vLLM")
         return {
@@ -140,7 +142,8 @@ def draw_panels(  # noqa: PLR0913 - the look of a figure, in keywords with defau
         note: the conditions of measurement
         xlabel: text below the x axis
         ylabel: text at the y axis, one for all or one for each panel
-        x_scale: linear, log, or steps (powers of two, with a tick at every x)
+        x_scale: linear (with ticks at whole numbers), real (linear, with any ticks), log, or steps
+            (powers of two, with a tick at every x)
         log_y: whether y is logarithmic
         labels: the end of the lines where their names are written: right or left
         share_y: whether all panels have the same y limits
@@ -210,10 +213,11 @@ def _room_at_left(points: DataFrame) -> float:
 def _set_x_axis(axes: Axes, x: Series, scale: str, room: float) -> None:
     """Limits and ticks; a share `room` of the width stays free at the left for labels."""
     low, high = x.min(), x.max()
-    if scale == "linear":
-        space = 0.03 * (high - low or 1)
+    if scale in ("linear", "real"):
+        space = (0.03 if scale == "linear" else 0.07) * (high - low or 1)
         axes.set_xlim(low - space - room / (1 - room) * (high - low), high + space)
-        axes.xaxis.set_major_locator(MaxNLocator(9, integer=True))
+        whole = scale == "linear"
+        axes.xaxis.set_major_locator(MaxNLocator(9 if whole else 6, integer=whole))
     else:
         axes.set_xscale("log", base=2 if scale == "steps" else 10)
         span = (high / low if high > low else 4) ** (room / (1 - room))
@@ -275,7 +279,7 @@ def _draw_series(axes: Axes, mine: DataFrame, points: DataFrame, labels: str) ->
             if first["kind"] == "point":
                 look |= {"linestyle": "", "markersize": 6}
             _draw_line(axes, name, group, look)
-            if first["kind"] == "line":
+            if first["kind"] in ("line", "curve"):
                 end = group["x"].idxmin() if labels == "left" else group["x"].idxmax()
                 x, y = group.loc[end, ["x", "y"]]
                 at_lines.append(Label(x, y, name, look["color"]))
@@ -305,16 +309,27 @@ def _draw_line(axes: Axes, name: str, group: DataFrame, look: dict) -> None:
     axes.plot(x, y, label=name, gid=name, zorder=3, **look)
     if group["low"].notna().any():
         low, high = group["low"].to_numpy(float), group["high"].to_numpy(float)
-        if group["kind"].iloc[0] == "point":
+        if group["kind"].iloc[0] in ("point", "curve"):
             axes.vlines(x, low, high, color=look["color"], linewidth=1)
         else:
             axes.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0, zorder=1)
-    for point in group.dropna(subset="text").itertuples():
+    texts = group.dropna(subset="text")
+    if group["kind"].iloc[0] != "curve":
+        _annotate(axes, texts, (5, 3), "left")
+    elif name == "teacher":  # the others have the same texts in the same order
+        _annotate(axes, texts.head(1), (0, -10), "center")
+        _annotate(axes, texts.tail(1), (0, 5), "center")
+
+
+def _annotate(axes: Axes, points: DataFrame, offset: tuple[int, int], align: str) -> None:
+    """Write the texts of points next to them."""
+    for point in points.itertuples():
         axes.annotate(
             point.text,
             (point.x, point.y),
-            (5, 3),
+            offset,
             textcoords="offset points",
+            ha=align,
             fontsize=6.5,
             color="#444",
             bbox=PLATE,

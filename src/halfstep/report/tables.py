@@ -15,14 +15,23 @@ from pandas import DataFrame
 
 from halfstep.report.catalogue import TABLES
 from halfstep.report.conditions import check_comparable, describe_conditions, join_values
+from halfstep.report.frontier import (
+    explain_readings,
+    label_with_steps,
+    point_cell,
+    reading_cell,
+    with_entropy,
+)
 from halfstep.report.grids import latency_cell, make_grid, round_number, value_cell
 from halfstep.report.rows import LEVELS, baseline_name, sampled_rows
 from halfstep.report.trainings import pool_trainings
 
 SAMPLES = TABLES["steps"].metrics
 SHARES = ("consistent_share", "accepted_share")  # of stories, whose number differs between models
+OVER_TEMPERATURES = ("temperature", "temperature of the model")  # columns of a grid, its corner
 LATENCY = "milliseconds to write, median ± quartile (times faster than the fastest baseline)"
-STUDENTS_SHARE = ("sampler", "weights", "draw_dtype", "temperature")  # the same for all students
+FRONTIER_SHARES = ("sampler", "weights", "draw_dtype")  # the same for all students
+STUDENTS_SHARE = ("sampler", "weights", "draw_dtype", "temperature")
 
 
 def select_steps(table: DataFrame) -> DataFrame:
@@ -37,6 +46,7 @@ def select_steps(table: DataFrame) -> DataFrame:
     for _, same in students.groupby("training_seed", dropna=False, sort=False):
         check_comparable(same, ("seed",))
     check_comparable(students[~students["metric"].isin(SHARES)], ("num_samples",))
+    check_comparable(table[table["run"] == "baseline"], ("temperature",))
     key = ["teacher", "metric", "protocol", "judge"]
     known = table.assign(judge=table["judge"].astype(object).fillna(""))
     data = known[known["run"] == "data"].set_index(key)["value"]
@@ -45,6 +55,18 @@ def select_steps(table: DataFrame) -> DataFrame:
         reference = data.get(tuple(case))
         difference.append(100 * (value / reference - 1) if reference else None)
     return table.assign(vs_data_percent=difference)
+
+
+def select_temperatures(table: DataFrame) -> DataFrame:
+    """Perplexity and entropy over temperatures, and perplexities at equal entropy."""
+    table = _of_table("temperatures", table)
+    check_comparable(table, ("data",))
+    students = sampled_rows(table)
+    check_comparable(students, (*FRONTIER_SHARES, "num_samples"))
+    for _, same in students.groupby("training_seed", dropna=False, sort=False):
+        check_comparable(same, ("seed",))
+    check_comparable(table[table["metric"] == "perplexity_at_data_entropy"], ("at_entropy",))
+    return table
 
 
 def select_lambada(table: DataFrame) -> DataFrame:
@@ -81,6 +103,7 @@ def select_continuations(table: DataFrame) -> DataFrame:
     table = _of_table("continuations", table)
     check_comparable(table, ("data", "num_samples", "length"))
     check_comparable(sampled_rows(table), STUDENTS_SHARE)
+    check_comparable(table[table["run"] == "baseline"], ("temperature",))
     return table
 
 
@@ -96,6 +119,31 @@ def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) ->
             parts += _levels(group)
             parts += _conditions(group)
         parts += _network_calls(sampled_rows(mine[mine["metric"] == metrics[0]]))
+    return "\n\n".join(parts) + "\n"
+
+
+def temperatures_markdown(table: DataFrame) -> str:
+    """For each teacher: points over temperatures, values at held-out entropy, and ratios."""
+    titles = TABLES["temperatures"].metrics
+    at_data, ratio = "perplexity_at_data_entropy", "perplexity_ratio_at_equal_entropy"
+    parts = []
+    for teacher, mine in pool_trainings(with_entropy(table)).groupby("teacher", sort=False):
+        parts.append(f"## {teacher}: the generative frontier")
+        for metric, protocol, judge, group in _by_metric(mine, (at_data,)):
+            about = f"(protocol {protocol}){judge}, [95% interval]"
+            entropy = f"{group['at_entropy'].iloc[0]:.3f} nats"
+            parts.append(f"### {titles[metric]}, {entropy} {about}")
+            parts.append(make_grid(sampled_rows(group), "steps", "sampling steps", reading_cell))
+            parts += [*_levels(group, reading_cell), *explain_readings(group)]
+        for metric, protocol, judge, group in _by_metric(mine, (ratio,)):
+            about = f"(protocol {protocol}){judge}, [95% interval]"
+            parts.append(f"### {titles[metric]} {about}")
+            parts.append(make_grid(group, *OVER_TEMPERATURES, reading_cell, label_with_steps))
+            parts += explain_readings(group)
+        for _, protocol, judge, group in _by_metric(mine, ("frontier_perplexity",)):
+            parts.append(f"### Entropy in nats: perplexity (protocol {protocol}){judge}")
+            parts.append(make_grid(group, *OVER_TEMPERATURES, point_cell, label_with_steps))
+            parts += _conditions(group)
     return "\n\n".join(parts) + "\n"
 
 
@@ -188,10 +236,10 @@ def _by_metric(
             yield metric, protocol, f", judge {judge}" if named else "", group
 
 
-def _levels(group: DataFrame) -> list[str]:
+def _levels(group: DataFrame, cell: Callable[[Any], str] = value_cell) -> list[str]:
     """A line with the values of the models that have no sampling steps, if there are any."""
     levels = group[group["run"].isin(LEVELS)]
-    values = [f"{row.run}: {value_cell(row)}" for row in levels.itertuples()]
+    values = [f"{row.run}: {cell(row)}" for row in levels.itertuples()]
     return [f"Without sampling steps: {'; '.join(values)}."] if values else []
 
 

@@ -10,7 +10,11 @@ from scipy.special import stdtrit
 from halfstep.report.conditions import MEASURE, join_values
 
 CELL = ("teacher", "run", "round", *MEASURE)  # what the trainings of a model have in common
-MEANS = ("network_evaluations", "vs_data_percent")  # other columns of which the mean is shown
+MEANS = (
+    "network_evaluations",
+    "vs_data_percent",
+    "entropy",
+)  # other columns of which the mean is shown
 
 
 def mean_interval(values: numpy.ndarray) -> tuple[float, float, float]:
@@ -49,7 +53,7 @@ def pool_trainings(table: DataFrame) -> DataFrame:
 def _over_trainings(rows: DataFrame) -> dict[str, object]:
     """The columns that change when the trainings of one cell become one row."""
     values = rows["value"].to_numpy(float)
-    if rows["metric"].iloc[0].endswith("perplexity"):
+    if "perplexity" in rows["metric"].iloc[0]:
         mean, low, high = numpy.exp(mean_interval(numpy.log(values)))
     else:
         mean, low, high = mean_interval(values)

@@ -244,6 +244,53 @@ class Targets:
                 steps |= _own_steps(run, options, kind)
         return sorted(steps)
 
+    def frontier_models(self) -> list[str]:
+        """The models on the generative frontier: baselines, and denoisers of the chosen rounds."""
+        sampling = self.config.sampling
+        if not sampling.temperatures:
+            return []
+        rounds = sampling.frontier_rounds
+        if rounds is not None:
+            return [model for model in self.models if _round_of(model) in [None, *rounds]]
+        last = {
+            f"{name}/{run}/round-{options.rounds}"
+            for name, teacher in self.config.teachers.items()
+            for run, options in teacher.runs.items()
+        }
+        return [
+            model for model in self.models if not _round_of(model) or first_training(model) in last
+        ]
+
+    def frontier_steps(self, model: str) -> list[int]:
+        """Numbers of sampling steps at which a model is on the frontier."""
+        sampling = self.config.sampling
+        if model.endswith("/baseline"):
+            return self.step_counts(model)
+        return sampling.frontier_steps or [n for n in sampling.steps if n != "own"]
+
+    def frontier_samples(self, model: str) -> list[str]:
+        """Folders of samples at all temperatures. Those of `temperature` are all other tables'."""
+        folder = f"results/samples/{model}"
+        folders = []
+        for steps in self.frontier_steps(model):
+            folders.append(f"{folder}/steps-{steps}")
+            folders += [
+                f"{folder}/frontier/steps-{steps}/temperature-{temperature}"
+                for temperature in self.config.sampling.other_temperatures
+            ]
+        return folders
+
+    def frontier_of_teacher(self, model: str) -> list[str]:
+        """The scores of a student's first teacher on the frontier, to which it is compared."""
+        teacher = f"{model.split('/')[0]}/teacher"
+        if not _round_of(model) or teacher not in self.frontier_models():
+            return []
+        return [f"results/metrics/{teacher}/frontier.json"]
+
+    def held_out_rows(self, wildcards: Wildcards) -> str:
+        """The scores of held-out text by the judges of the job's teacher."""
+        return f"results/metrics/{teacher_name(wildcards)}/data.json"
+
     def continuation_steps(self, model: str) -> list[int]:
         """Numbers of sampling steps at which a model continues prompts.
 
@@ -312,6 +359,7 @@ class Targets:
             model=self.models,
             teacher=self.teachers,
             continued=self.continued_models(),
+            swept=self.frontier_models(),
         )
 
     def figure_inputs(self) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas
 from pandas import DataFrame
 
+from halfstep.config import NAIVE
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import open_file
 from halfstep.records.shapes import metric_rows
@@ -29,6 +30,7 @@ FLOATS = {
 }  # fmt: skip
 ORDER = ("round", "metric", "protocol", "length", "batch_size", "steps")  # within a teacher and run
 LEVELS = ("baseline", "data")  # runs without sampling steps: levels to compare with
+WITHOUT_STEPS = (*LEVELS, *NAIVE)  # all runs without sampling steps
 BASELINES: dict[object, str] = {  # sampler of the speed table: name of the baseline
     "transformers": "baseline, transformers",
     "vllm": "baseline, vLLM",
@@ -91,14 +93,15 @@ def tidy(frame: DataFrame) -> DataFrame:
     for column in INTEGERS:
         frame[column] = frame[column].astype("Int64")
     frame["round"] = frame["round"].fillna(0)
-    frame["rank"] = frame["run"].map({"teacher": 0, "baseline": 2, "data": 3}).fillna(1)
+    ranks = {"teacher": 0, **{run: 2 + i for i, run in enumerate(WITHOUT_STEPS)}}
+    frame["rank"] = frame["run"].map(ranks).fillna(1)
     order = ["teacher", "rank", "run", *ORDER]
     return frame.sort_values(order, kind="stable", ignore_index=True).drop(columns="rank")
 
 
 def sampled_rows(table: DataFrame) -> DataFrame:
-    """The rows of models that write in sampling steps: neither baselines nor held-out text."""
-    return table[~table["run"].isin(LEVELS)]
+    """The rows of models that write in sampling steps: no baselines and no naive samplers."""
+    return table[~table["run"].isin(WITHOUT_STEPS)]
 
 
 def baseline_name(sampler: object) -> str:

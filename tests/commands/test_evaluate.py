@@ -81,7 +81,7 @@ def test_samples_of_all_step_counts_under_one_judge(world, tmp_path, monkeypatch
         assert row["value"] == pytest.approx(value, rel=1e-5)
     assert rows["entropy", "unigram", 16]["value"] == pytest.approx(unigram_entropy(ids).mean())
     assert all(row["low"] <= row["value"] <= row["high"] for row in rows.values())
-    numbers = {"value": 0, "low": 0, "high": 0, "commit": ""}
+    numbers = {"value": 0, "low": 0, "high": 0, "median_text": 0, "commit": ""}
     assert rows["generative_perplexity", "ids", 16] | numbers == {
         "metric": "generative_perplexity",
         "protocol": "ids",
@@ -91,6 +91,7 @@ def test_samples_of_all_step_counts_under_one_judge(world, tmp_path, monkeypatch
         "run": "teacher",
         "round": 0,
         "steps": 16,
+        "tokens_per_step": 8.0,
         "sampler": "ancestral",
         "network_evaluations": 16.0,
         "num_samples": 12,

@@ -25,6 +25,7 @@ include: "rules/data.smk"  # prepare_corpus
 include: "rules/pretrain.smk"  # pretrain, train_baseline
 include: "rules/distill.smk"  # distill_round
 include: "rules/generate.smk"  # generate
+include: "rules/naive.smk"  # draw_naive
 include: "rules/evaluate.smk"  # score_samples, score_corpus, score_lambada
 include: "rules/benchmark.smk"  # latency
 include: "rules/report.smk"  # tabulate, plot, track, merge_provenance

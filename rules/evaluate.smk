@@ -3,6 +3,7 @@
 Inputs:
     results/samples/{model}/steps-{steps}/samples.json
     results/samples/{model}/frontier             only where temperatures are set
+    results/samples/{teacher}/naive/{sampler}/samples.json
     results/models/{model}/meta.json             for LAMBADA
     results/models/{teacher}/baseline/hf/        only where the baseline is a judge
     results/data/{corpus}/manifest.json
@@ -18,13 +19,9 @@ Outputs:
 
 
 rule score_samples:
-    """Score a model's samples: generative perplexity and unigram entropy."""
+    """Score samples of a model or of the naive samplers: perplexity, entropy, MAUVE, variety."""
     input:
-        samples=lambda wildcards: expand(
-            "results/samples/{model}/steps-{steps}/samples.json",
-            model=wildcards.model,
-            steps=targets.step_counts(wildcards.model),
-        ),
+        samples=targets.samples,
         corpus=targets.manifest,
         judge=targets.judge_file,
         hub=fetched(targets.judges_of_hub()),
@@ -35,6 +32,8 @@ rule score_samples:
         "results/logs/score_samples/{model}.log",
     benchmark:
         "results/logs/score_samples/{model}.tsv"
+    wildcard_constraints:
+        model=one_of(targets.scored),
     conda:
         "../envs/gpu.yaml"
     threads: threads_by_size
@@ -81,6 +80,7 @@ rule score_corpus:
         corpus=subpath(input.corpus, parent=True),
         judge=targets.judges,
         evaluation=flags(CONFIG.evaluation, "bootstrap"),
+        num_samples=flags(CONFIG.sampling, "num_samples"),
         code=STAGE["score"],
     shell:
         r"""
@@ -89,6 +89,7 @@ rule score_corpus:
             --judge {params.judge:q} \
             --output {output.rows:q} \
             {params.evaluation} \
+            {params.num_samples} \
             --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}
         """

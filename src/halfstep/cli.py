@@ -53,6 +53,10 @@ COMMANDS = {  # name: (module:function, what it does)
         "halfstep.commands.generate:generate_frontier",
         "draw samples at several step counts and temperatures",
     ),
+    "draw-naive": (
+        "halfstep.commands.draw_naive:draw_naive",
+        "draw texts of naive samplers without a network, which metrics should rank last",
+    ),
     "score-samples": (
         "halfstep.commands.evaluate:score_samples",
         "measure generative perplexity, entropy and consistency of samples",

@@ -383,6 +383,10 @@ class RunOptions(Distillation):
     (default: the seed of the teacher)"""
 
 
+NAIVE = ("unigram", "bigram", "cut_and_paste")
+"""samplers without a network (data/naive.py), rows of every table of quality"""
+
+
 class DrawOptions(Section):
     """How texts are drawn."""
 
@@ -625,10 +629,10 @@ class Teacher(Section):
     @field_validator("runs")
     @classmethod
     def _check_names(cls, runs: dict[str, RunOptions]) -> dict[str, RunOptions]:
-        for name in {"teacher", "baseline"} & runs.keys():
+        for name in sorted({"teacher", "baseline", "naive", "data", *NAIVE} & runs.keys()):
             raise ValueError(
-                f"a run cannot be called {name}: results/models/<teacher>/{name} is taken; "
-                "choose another name"
+                f"a run cannot be called {name}: folders and tables use this name for something "
+                "else; choose another name"
             )
         _check_endings("run", runs)
         return runs

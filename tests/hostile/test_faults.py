@@ -20,6 +20,7 @@ LINES = {
     "train-baseline": f"--corpus {{corpus}} {TRAIN}",
     "distill-round": f"--teacher {{teacher}} --corpus {{corpus}} {ROUND}",
     "generate": f"--checkpoint {{teacher}} --steps 4 --num-samples 2 {MACHINE}",
+    "draw-naive": "--corpus {corpus} --num-samples 2",
     "score-samples": "--samples {samples} --corpus {corpus} --judge {baseline}/hf " + EVALUATION,
     "score-corpus": "--corpus {corpus} --judge {baseline}/hf " + EVALUATION,
     "score-lambada": "--checkpoint {teacher} --corpus {corpus} --lambada last_words "

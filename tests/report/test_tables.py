@@ -10,8 +10,9 @@ import pytest
 import synthetic
 
 from halfstep.commands.report import tabulate
+from halfstep.config import NAIVE
 from halfstep.errors import HalfstepError
-from halfstep.report import published
+from halfstep.report import figures, published
 from halfstep.report.catalogue import TABLES
 from halfstep.report.grids import round_number
 from halfstep.report.rows import read_rows, read_table
@@ -320,3 +321,50 @@ def test_an_unknown_table_is_one_sentence(tmp_path):
     ) as error:
         tabulate("step", [tmp_path], tmp_path / "step")
     assert f"known are {', '.join(TABLES)}" in str(error.value)
+
+
+def naive_sentences(results, metric, **values):
+    """The sentences on naive samplers under each grid of a metric, which get these values."""
+    file = results / "metrics" / "stories-tiny" / "naive" / "samples.json"
+    for run, value in values.items():
+        rewrite(file, changed("value", value, metric=metric, run=run))
+    make_tables(results)
+    text = (results / "tables" / "steps.md").read_text()
+    return [line for line in text.splitlines() if " above the teacher" in line]
+
+
+@pytest.mark.parametrize(
+    ("metric", "worse", "better"),
+    [("generative_perplexity", 1e4, 0.5), ("consistent_share", -0.1, 1.1), ("distinct_2", 0, 0.9)],
+)
+def test_a_metric_that_ranks_a_naive_sampler_above_the_teacher_is_marked(
+    results, metric, worse, better
+):
+    values = {"unigram": better, "bigram": worse, "cut_and_paste": worse}
+    lines = naive_sentences(results, metric, **values)
+    grids = 2 if metric == "generative_perplexity" else 1
+    marked = "**unigram ranks above the teacher: this metric alone is no evidence of quality.**"
+    assert [line for line in lines if marked == line] == [marked] * grids
+    values["unigram"] = worse
+    assert marked not in naive_sentences(results, metric, **values)
+
+
+def test_the_steps_at_which_a_naive_sampler_ranks_above_the_teacher_are_named(results):
+    """The teacher has 150 at 8 steps and 70 at 16; entropy has no better direction."""
+    lines = naive_sentences(
+        results, "generative_perplexity", unigram=140.0, bigram=140.0, cut_and_paste=1e4
+    )
+    first = "unigram ranks above the teacher at 8 steps. bigram ranks above the teacher at 8 steps."
+    assert lines[:1] == [first]
+    lines = naive_sentences(results, "entropy", unigram=9.0, bigram=0.1)
+    assert lines[:1] == [first]
+
+
+def test_naive_samplers_have_a_line_in_tables_and_none_in_figures_over_steps(results):
+    table = make_tables(results)["steps"]
+    text = (results / "tables" / "steps.md").read_text()
+    assert "Naive samplers: unigram: 180 ±7; bigram: 180 ±7; cut_and_paste: 180 ±7." in text
+    assert set(NAIVE) <= set(table["run"])
+    for draw in (figures.ppl_vs_steps, figures.entropy_vs_steps):
+        _, points = draw({"steps": table})
+        assert not set(NAIVE) & set(points["series"])

@@ -14,7 +14,7 @@ from halfstep.errors import HalfstepError
 from halfstep.report.catalogue import FIGURES, TABLES
 from halfstep.report.conditions import describe_conditions
 from halfstep.report.curves import read_curves
-from halfstep.report.rows import read_rows, read_table
+from halfstep.report.rows import WITHOUT_STEPS, read_rows, read_table
 from halfstep.report.tables import select_steps
 from halfstep.report.trainings import mean_interval, pool_trainings
 
@@ -40,7 +40,8 @@ def repeat(results, seed: int, of_run: str | None = None) -> None:
     parts = (of_run or "**",)
     for file in sorted((results / "metrics" / FIRST).glob("/".join([*parts, "**/*.json"]))):
         model = file.parent.relative_to(results / "metrics").as_posix()
-        if file.name not in SCORES or "baseline" in model or "-seed-" in model:
+        skipped = any(part in model for part in ("baseline", "naive", "-seed-"))
+        if file.name not in SCORES or skipped:
             continue
         target = results / "metrics" / renamed(model, seed, of_run)
         rows = [scaled(row, seed, of_run) for row in json.loads(file.read_text())]
@@ -102,7 +103,7 @@ def test_every_cell_is_the_mean_over_its_trainings(results, name):
     assert len(pooled) == len(models) and pooled["model"].tolist() == models["model"].tolist()
     factors = numpy.array([*FACTORS.values()])
     for (_, row), (_, first) in zip(pooled.iterrows(), models.iterrows(), strict=True):
-        if row["run"] in ("baseline", "data"):
+        if row["run"] in WITHOUT_STEPS:
             assert numpy.isnan(row["trainings"]) and row["low"] == first["low"]
             continue
         log = "perplexity" in row["metric"]

@@ -8,6 +8,7 @@ import math
 import random
 from pathlib import Path
 
+from halfstep.config import NAIVE
 from halfstep.metrics.protocols import PROTOCOLS
 from halfstep.records.journal import Journal
 
@@ -51,6 +52,12 @@ def write(
     write_baseline(results, teacher, points)
     data = common(teacher, "data", 0, "data", None, None) | {"sampler": None, "weights": None}
     dump(results / "metrics" / teacher / "data.json", quality(data, 7.2, 3.95, 1.0))
+    naive = [
+        common(teacher, run, 0, f"{teacher}/{run}", None, None) | {"sampler": run, "weights": None}
+        for run in NAIVE
+    ]
+    rows = [row for base in naive for row in quality(base, 180.0, 3.9, 0.0)]
+    dump(results / "metrics" / teacher / "naive" / "samples.json", rows)
     if benchmark:
         rows = timings(teacher, runs[0] if runs else "teacher", rounds)
         dump(results / "benchmarks" / teacher / "latency.json", rows)

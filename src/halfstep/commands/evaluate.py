@@ -11,29 +11,37 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from tokenizers import Tokenizer
 
 from halfstep.checkpoint import checkpoint_files, load_checkpoint
-from halfstep.config import Evaluation, Machine, Weights
-from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer, read_manifest
-from halfstep.data.stories import judge_window
+from halfstep.commands.variety import (
+    Features,
+    Texts,
+    compare_texts,
+    grammar_rows,
+    held_out_texts,
+    reference_split,
+    reference_texts,
+    text_label,
+    variety_rows,
+)
+from halfstep.config import Count, Evaluation, Machine, Weights
+from halfstep.data.pack import corpus_files, corpus_tokenizer, read_manifest
 from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, sha256
-from halfstep.metrics.diversity import distinct, unigram_entropy
+from halfstep.metrics.diversity import unigram_entropy
+from halfstep.metrics.mauve import mauve
 from halfstep.metrics.perplexity import Judge, ids_nll, load_judge, retokenized_nll
-from halfstep.metrics.rows import mean_row, model_name, name_parts, share_row, write_rows
+from halfstep.metrics.rows import mean_row, model_name, name_parts, row, share_row, write_rows
 from halfstep.records.shapes import MODEL_NAME
 from halfstep.resolve import check_fields
 
 LAMBADA_SEED = 0  # of the masks drawn for an item
-DATA_WINDOWS = 500  # held-out windows behind the "data" rows, or all of them if there are fewer
 
 # Keys of samples.json that are columns of a row.
 DRAWN = ("sampler", "network_evaluations", "num_samples", "seed", "weights", "draw_dtype")
 GENERATE_AGAIN = "run halfstep generate again"
 
-Texts = tuple[np.ndarray, dict[str, Any]]
-"""Token ids[N, L] of texts, and the columns of a metric row that describe them."""
 Judged = tuple[str, np.ndarray | None, dict[str, Any], Callable[..., float]]
 """Protocol, values of each text, columns, and statistic of a perplexity; on rank 0 the values"""
 
@@ -45,7 +53,7 @@ class SamplesFacts(BaseModel):
 
     model: Annotated[str, Field(pattern=MODEL_NAME)]
     checkpoint: str
-    steps: PositiveInt
+    steps: PositiveInt | None
     sha256: str
     sampler: str
     network_evaluations: Annotated[float, Field(ge=0)]
@@ -62,20 +70,24 @@ class SamplesFacts(BaseModel):
 def score_samples(
     samples: list[Path], corpus: Path, output: Path, evaluation: Evaluation, machine: Machine
 ) -> None:
-    """Score the samples of one model: generative perplexity, entropy and distinct bigrams.
+    """Score the samples of one model: generative perplexity, entropy, MAUVE and variety.
 
-    Samples of stories also get the shares that the grammar accepts.
+    Samples of stories also get the shares that the grammar accepts, and their variety: how many
+    accepted stories are different, and how far their facts are from the grammar's own law.
+    MAUVE compares with held-out windows (of stories with training windows, because held-out stories
+    follow another law). It has a row where there are at least 50 of either.
 
     Args:
-        samples: folders of `halfstep generate`, one per step count; each judge is loaded only once
+        samples: folders of `halfstep generate` or `draw-naive`, one per step count or sampler; each
+            judge is loaded only once
         corpus: folder of `halfstep prepare-corpus` on which the model was trained
         output: JSON file of the rows
     """
     group = join_group(machine)
     rows = score_texts(read_texts(samples, corpus), corpus, evaluation, machine, group)
     if group.is_main:
-        inputs = [*sample_files(samples), *corpus_files(corpus), *evaluation.judge]
-        write_rows(output, rows, inputs)
+        read = corpus_files(corpus, reference_split(corpus))
+        write_rows(output, rows, [*sample_files(samples), *read, *evaluation.judge])
 
 
 def read_texts(samples: list[Path], corpus: Path) -> list[Texts]:
@@ -93,27 +105,36 @@ def read_texts(samples: list[Path], corpus: Path) -> list[Texts]:
     return texts
 
 
-def score_corpus(corpus: Path, output: Path, evaluation: Evaluation, machine: Machine) -> None:
+def score_corpus(
+    corpus: Path,
+    output: Path,
+    evaluation: Evaluation,
+    machine: Machine,
+    num_samples: Count = 1024,
+) -> None:
     """Score held-out text by the measures of samples, as the reference for models.
+
+    MAUVE compares one half of the windows with the other.
 
     Args:
         corpus: folder of `halfstep prepare-corpus`
         output: JSON file of the rows, in a folder named after the teacher
+        num_samples: number of texts of each model, for MAUVE as many windows at most
     """
-    group, windows = join_group(machine), Windows(corpus, "validation")
-    count = min(DATA_WINDOWS, len(windows))
-    chosen = np.unique(np.linspace(0, len(windows) - 1, count).astype(int))
+    group, ids = join_group(machine), held_out_texts(corpus)
     columns = {
         "model": "data",
         "teacher": output.parent.name,
         "run": "data",
         "round": 0,
-        "num_samples": len(chosen),
+        "num_samples": len(ids),
     }
-    texts = [(windows[chosen].numpy(), columns)]
-    rows = score_texts(texts, corpus, evaluation, machine, group)
+    half = reference_texts(corpus, num_samples, offset=1)
+    compared = [(half, columns | {"num_samples": len(half)})]
+    rows = score_texts([(ids, columns)], corpus, evaluation, machine, group, compared)
     if group.is_main:
-        write_rows(output, rows, [*corpus_files(corpus, "validation"), *evaluation.judge])
+        read = corpus_files(corpus, *sorted({"validation", reference_split(corpus)}))
+        write_rows(output, rows, [*read, *evaluation.judge])
 
 
 def score_lambada(
@@ -187,6 +208,8 @@ def sample_columns(facts: dict[str, Any], written: int) -> dict[str, Any]:
     columns = {key: facts.get(key) for key in (*DRAWN, "temperature", "top_p")}
     columns |= name_parts(facts["model"])
     steps = None if facts.get("kind") == "autoregressive" else facts["steps"]
+    if facts.get("kind") == "naive":
+        columns["weights"] = None
     tokens = written / steps if steps else None
     about = {"checkpoint": facts["checkpoint"][:16], "steps": steps, "tokens_per_step": tokens}
     return columns | about
@@ -216,46 +239,64 @@ def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def score_texts(
-    texts: list[Texts], corpus: Path, evaluation: Evaluation, machine: Machine, group: Group
+    texts: list[Texts],
+    corpus: Path,
+    evaluation: Evaluation,
+    machine: Machine,
+    group: Group,
+    compared: list[Texts] | None = None,
 ) -> list[dict] | None:
     """All rows of sets of texts of a corpus.
 
-    The ranks share what the judges read; all but rank 0 return None.
+    MAUVE is that of the texts `compared` (the same). The ranks share what the judges read; all but
+    rank 0 return None.
     """
     manifest, tokenizer = read_manifest(corpus), corpus_tokenizer(corpus)
-    texts = [(ids, columns | {"data": corpus_name(corpus)}) for ids, columns in texts]
-    judged = judge_texts(texts, corpus, evaluation, machine, group)
+    data = {"data": corpus_name(corpus)}
+    texts = [(ids, columns | data) for ids, columns in texts]
+    compared = [(ids, columns | data) for ids, columns in compared or texts]
+    judged, features = judge_texts(texts, corpus, evaluation, machine, group, compared)
     if not group.is_main:
         return None
     resamples = evaluation.bootstrap
     rows = []
     for protocol, values, columns, statistic in judged:
         median = columns | {"median_text": _median_text(values)}
-        row = mean_row("generative_perplexity", protocol, values, median, resamples, statistic)
-        rows.append(row)
+        metric = "generative_perplexity"
+        rows.append(mean_row(metric, protocol, values, median, resamples, statistic))
+    for reference, written, columns in features:
+        rows.append(row("sample_mauve", "windows", *mauve(reference, written), **columns))
     for ids, columns in texts:
         rows.append(mean_row("entropy", "unigram", unigram_entropy(ids), columns, resamples))
-        rows.append(mean_row("distinct_2", "bigrams", distinct(ids, 2), columns, resamples))
+        rows += variety_rows(ids, columns, resamples)
         if manifest.get("corpus", {}).get("kind") == "stories":
-            rows += _grammar_rows(ids, columns, tokenizer)
+            rows += grammar_rows(ids, columns, tokenizer, resamples)
     return rows
 
 
 def judge_texts(
-    texts: list[Texts], corpus: Path, evaluation: Evaluation, machine: Machine, group: Group
-) -> list[Judged]:
-    """Every perplexity of sets of texts of a corpus; only one judge is in memory at a time.
+    texts: list[Texts],
+    corpus: Path,
+    evaluation: Evaluation,
+    machine: Machine,
+    group: Group,
+    compared: list[Texts] | None = None,
+) -> tuple[list[Judged], list[Features]]:
+    """Every perplexity of sets of texts of a corpus, and the judges' features of those `compared`.
 
-    Protocol `ids` needs a judge with the corpus's tokenizer and is left out for other judges.
+    Only one judge is in memory at a time. Protocol `ids` needs a judge with the corpus's tokenizer
+    and is left out for other judges.
     """
     manifest, tokenizer = read_manifest(corpus), corpus_tokenizer(corpus)
     for ids, columns in texts:
-        _check_ids(ids, _label(columns), corpus, manifest["vocab_size"])
+        _check_ids(ids, text_label(columns), corpus, manifest["vocab_size"])
     judged: list[Judged] = []
+    features: list[Features] = []
     for judge in load_judges(evaluation, machine):
         judged += _judge_by_one(judge, texts, tokenizer, manifest["eos_id"], machine, group)
+        features += compare_texts(judge, compared or [], corpus, machine, group)
         del judge  # before the next one is loaded
-    return judged
+    return judged, features
 
 
 def _judge_by_one(
@@ -269,7 +310,7 @@ def _judge_by_one(
     """Every perplexity of the texts under one judge."""
     batch = machine.micro_batch
     for ids, columns in texts:
-        label, columns = f"{_label(columns)}: judge", columns | judge.columns
+        label, columns = f"{text_label(columns)}: judge", columns | judge.columns
         if judge.shares(tokenizer):
             yield "ids", ids_nll(judge, ids, batch, f"{label}, ids", group), columns, np.exp
         label = f"{label}, retokenized"
@@ -288,29 +329,9 @@ def exp_ratio(total: float, number: float) -> float:
     return np.exp(total / number)
 
 
-def _grammar_rows(ids: np.ndarray, columns: dict[str, Any], tokenizer: Tokenizer) -> list[dict]:
-    """The shares of the texts' whole stories that the grammar finds accepted and consistent."""
-    texts = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
-    counts = [judge_window(text) for text in texts]
-    stories = sum(count.stories for count in counts)
-    accepted = sum(count.accepted for count in counts)
-    consistent = sum(count.consistent for count in counts)
-    return [
-        share_row("accepted_share", "grammar", accepted, stories, columns),
-        share_row("consistent_share", "grammar", consistent, stories, columns),
-    ]
-
-
 def corpus_name(corpus: Path) -> str:
     """The corpus in a row: its folder's name, and the checksum of its held-out tokens."""
     return f"{corpus.name}@{read_manifest(corpus)['splits']['validation']['sha256'][:12]}"
-
-
-def _label(columns: dict[str, Any]) -> str:
-    """The name of a set of texts in log lines and errors."""
-    steps, temperature = columns.get("steps"), columns.get("temperature", 1)
-    label = columns["model"] if steps is None else f"{columns['model']} {steps} steps"
-    return label if temperature == 1 else f"{label} temperature {temperature}"
 
 
 def _check_ids(ids: np.ndarray, label: str, corpus: Path, vocab_size: int) -> None:

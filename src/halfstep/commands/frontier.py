@@ -83,7 +83,7 @@ def score_frontier(
     target, teachers = held_out_entropy(held_out, corpus), read_curves_of(teacher)
     data = {"data": corpus_name(corpus)}
     texts = [(ids, columns | data) for ids, columns in read_texts(samples, corpus)]
-    judged = judge_texts(texts, corpus, evaluation, machine, group)
+    judged, _ = judge_texts(texts, corpus, evaluation, machine, group)
     if not group.is_main:
         return
     resamples = evaluation.bootstrap

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 from pydantic import Field
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
@@ -302,17 +303,7 @@ def save_samples(
     options: DrawOptions,
     **how: object,
 ) -> None:
-    """Write samples.npy (ids), samples.txt (text) and, last, samples.json (how they were made).
-
-    `how` are further entries of samples.json.
-    """
-    ids = texts.ids.numpy()
-    buffer = io.BytesIO()
-    np.save(buffer, ids.astype(np.int32))
-    write_atomic(output / "samples.npy", buffer.getvalue())
-    decoded = model.tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
-    lines = [f"=== {i}\n{text}\n" for i, text in enumerate(decoded)]
-    write_atomic(output / "samples.txt", "".join(lines))
+    """Write the samples of a model; `how` are further entries of samples.json."""
     sampler: str = "autoregressive"
     draw_dtype, top_p = "float64", options.top_p
     if model.denoiser is not None:
@@ -325,16 +316,39 @@ def save_samples(
         "sampler": sampler,
         "steps": steps,
         "network_evaluations": float(np.mean(texts.network_evaluations.numpy())),
-        "num_samples": len(ids),
+        "num_samples": len(texts.ids),
         "seed": options.sampling_seed,
         "weights": options.weights,
         "draw_dtype": draw_dtype,
         "temperature": options.temperature,
         "top_p": top_p,
         **how,
-        "vocabulary": vocabulary_sha256(model.tokenizer),
+    }
+    write_texts(output, texts.ids.numpy(), model.tokenizer, about, model.meta)
+
+
+def write_texts(
+    output: Path,
+    ids: np.ndarray,
+    tokenizer: Tokenizer,
+    about: dict[str, Any],
+    meta: dict[str, Any] | None = None,
+) -> None:
+    """Write samples.npy (ids), samples.txt (text) and, last, samples.json (how they were made).
+
+    samples.json holds `about`, checksums, and the meta.json of the model, if there is one.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, ids.astype(np.int32))
+    write_atomic(output / "samples.npy", buffer.getvalue())
+    decoded = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
+    lines = [f"=== {i}\n{text}\n" for i, text in enumerate(decoded)]
+    write_atomic(output / "samples.txt", "".join(lines))
+    written = {
+        **about,
+        "vocabulary": vocabulary_sha256(tokenizer),
         "sha256": sha256(output / "samples.npy"),
         "commit": commit(),
-        "meta": model.meta,
+        "meta": meta or {},
     }
-    write_json(output / "samples.json", about)
+    write_json(output / "samples.json", written)

@@ -97,6 +97,8 @@ PATTERNS: dict[str, tuple[str, Patterns]] = {
     }),
 }  # fmt: skip
 
+LAW_STORIES = 10_000  # drawn for the chances of each fact
+
 # The class of each slot and of each word; a pronoun's class is its slot.
 SLOT_CLASS = {name.lower(): name for name in WORDS} | {"friend": "NAME"}
 SLOT_CLASS |= {slot: slot for slot in PRONOUNS}
@@ -221,11 +223,37 @@ def _with_pronouns(facts: dict[str, str]) -> dict[str, str]:
     return {**facts, **{slot: forms[gender] for slot, forms in PRONOUNS.items()}}
 
 
-def write_story(rng: random.Random) -> tuple[str, dict[str, str]]:
-    """One story and its facts."""
+def _draw_facts(rng: random.Random) -> dict[str, str]:
     facts: dict[str, str] = {}
     for fact in FACTS:
         facts[fact] = _choice_among(facts, fact).draw(rng)
+    return facts
+
+
+@cache
+def fact_law(split: str = "train") -> dict[str, dict[str, float]]:
+    """P(option) of each fact among the stories of a split, from LAW_STORIES stories.
+
+    Half a story is added to each option.
+    """
+    rng = random.Random(f"law/{split}")
+    counts = {fact: dict.fromkeys(options, 0.5) for fact, (options, _, _) in FACTS.items()}
+    drawn = 0
+    while drawn < LAW_STORIES:
+        facts = _draw_facts(rng)
+        if split_of(facts) == split:
+            drawn += 1
+            for fact, option in facts.items():
+                counts[fact][option] += 1
+    laws = {}
+    for fact, found in counts.items():
+        laws[fact] = {option: count / sum(found.values()) for option, count in found.items()}
+    return laws
+
+
+def write_story(rng: random.Random) -> tuple[str, dict[str, str]]:
+    """One story and its facts."""
+    facts = _draw_facts(rng)
     patterns = [
         pattern_choice(part, facts[given]).draw(rng) for part, (given, _) in PATTERNS.items()
     ]
@@ -273,16 +301,23 @@ def _parse(text: str) -> dict[str, tuple[str, list[str]]] | None:
 
 def _facts_of(parse: dict[str, tuple[str, list[str]]]) -> dict[str, str] | None:
     """The facts of a parsed story, or None if two mentions disagree."""
+    facts = _first_mentions(parse)
+    expected = _with_pronouns(facts)
+    for pattern, words in parse.values():
+        if any(words[i] != expected.get(slot) for i, slot in SLOTS[pattern]):
+            return None
+    return facts
+
+
+def _first_mentions(parse: dict[str, tuple[str, list[str]]]) -> dict[str, str]:
+    """The facts of a parsed story, each by its first mention."""
     mentions: dict[str, str] = {}
     for pattern, words in parse.values():
         for i, slot in SLOTS[pattern]:
-            if mentions.setdefault(slot, words[i]) != words[i]:
-                return None
+            mentions.setdefault(slot, words[i])
     # The patterns of a parse mention every fact but the event, which the event's pattern implies.
     event = next(iter(PATTERNS["event"][1][parse["event"][0]] or ()))
-    facts = {fact: mentions.get(fact, event) for fact in FACTS}
-    expected = _with_pronouns(facts)
-    return facts if all(expected.get(slot) == word for slot, word in mentions.items()) else None
+    return {fact: mentions.get(fact, event) for fact in FACTS}
 
 
 def log_likelihood(text: str, split: str | None = None) -> float | None:
@@ -308,7 +343,7 @@ def log_likelihood(text: str, split: str | None = None) -> float | None:
 
 def judge(text: str) -> Verdict:
     """Is this a story of the grammar, and do its references agree?"""
-    accepted = _parse(text) is not None
+    accepted = is_accepted(text)
     return Verdict(accepted, accepted and log_likelihood(text) is not None)
 
 
@@ -320,8 +355,19 @@ class Counts(NamedTuple):
     consistent: int
 
 
-def judge_window(window: str | Sequence[str]) -> Counts:
-    """Counts over the whole stories of a window: a text with EOS between stories, or its pieces.
+def is_accepted(text: str) -> bool:
+    """Has every sentence the shape of a pattern, at its place in the story?"""
+    return _parse(text) is not None
+
+
+def story_facts(text: str) -> dict[str, str] | None:
+    """The facts of a story, each by its first mention; None if the story is not accepted."""
+    parse = _parse(text)
+    return _first_mentions(parse) if parse else None
+
+
+def whole_stories(window: str | Sequence[str]) -> list[str]:
+    """The whole stories of a window: a text with EOS between stories, or its pieces.
 
     A window is BOS + stream + EOS, cut anywhere. So its first and last pieces are fragments, which
     are left out. An empty piece between two EOS counts as a story that is not accepted: a model
@@ -329,7 +375,12 @@ def judge_window(window: str | Sequence[str]) -> Counts:
     """
     if isinstance(window, str):
         window = window.removeprefix(EOS).removesuffix(EOS).split(EOS)
-    verdicts = [judge(piece) for piece in window[1:-1]]
+    return list(window[1:-1])
+
+
+def judge_window(window: str | Sequence[str]) -> Counts:
+    """Counts over the whole stories of a window."""
+    verdicts = [judge(story) for story in whole_stories(window)]
     accepted = sum(verdict.accepted for verdict in verdicts)
     consistent = sum(verdict.consistent for verdict in verdicts)
     return Counts(len(verdicts), accepted, consistent)

@@ -1,10 +1,13 @@
-"""Diversity of token ids, one number per text; without it, a low perplexity means little."""
+"""Diversity of texts and of their token ids; without it, a low perplexity means little."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
+
+from halfstep.metrics.intervals import bootstrap
 
 
 def unigram_entropy(ids: np.ndarray) -> np.ndarray:
@@ -32,6 +35,59 @@ def distinct(ids: np.ndarray, n: int) -> np.ndarray:
     """
     grams = np.lib.stride_tricks.sliding_window_view(ids, n, axis=-1).reshape(len(ids), -1, n)
     return np.array([len(np.unique(text, axis=0)) / len(text) for text in grams])
+
+
+def repetition(ids: np.ndarray, n: int = 4) -> np.ndarray:
+    """Share of the n-grams of each text ids[N, L] that occurred before in the same text: [N]."""
+    return 1 - distinct(ids, n)
+
+
+def distinct_in_groups(texts: Sequence[str], size: int) -> tuple[int, int]:
+    """Numbers of different texts and of all texts, counted in groups of `size` texts in order.
+
+    Equal texts count once in their group. Texts after the last full group are left out. So the
+    share does not fall with the number of texts.
+    """
+    groups = [texts[i : i + size] for i in range(0, len(texts) - size + 1, size)]
+    return sum(len(set(group)) for group in groups), size * len(groups)
+
+
+def divergence_from_laws(
+    counts: Sequence[np.ndarray], laws: Sequence[np.ndarray], resamples: int
+) -> tuple[float, tuple[float, float]]:
+    """Mean over facts of KL(found || law) in nats, and its 95% bootstrap interval over texts.
+
+        KL = sum_k q_k log(q_k / p_k),   q = n / sum n,   n = sum of counts over the texts
+
+    By chance q differs from p also where the law holds: KL is (K - 1) / (2 sum n) on average
+    (Miller, 1955). This is subtracted, from the resampled values twice, because these differ once
+    more by chance. Values below 0 become 0.
+
+    Args:
+        counts: for each fact [N, K], how often each text has each option
+        laws: for each fact P(option) [K]
+        resamples: number of bootstrap resamples
+    """
+    sizes = np.cumsum([len(law) for law in laws])[:-1]
+    stories = [max(found.sum(), 1) for found in counts]
+    chance = np.mean([(len(p) - 1) / 2 / n for n, p in zip(stories, laws, strict=True)])
+
+    def plug_in(*means: float) -> float:
+        found = np.split(np.array(means), sizes)
+        return float(np.mean([_kl(n, p) for n, p in zip(found, laws, strict=True)]))
+
+    table = np.concatenate(counts, 1)
+    value = plug_in(*table.mean(0)) - chance
+    low, high = (end - 2 * chance for end in bootstrap(table, plug_in, resamples))
+    low, high = min(low, value), max(high, value)
+    return max(value, 0.0), (max(low, 0.0), max(high, 0.0))
+
+
+def _kl(counts: np.ndarray, law: np.ndarray) -> float:
+    """KL(counts / sum || law); 0 for no counts at all."""
+    found = counts > 0
+    q = counts[found] / counts.sum()
+    return float((q * np.log(q / law[found])).sum())
 
 
 def self_bleu(ids: np.ndarray) -> np.ndarray:

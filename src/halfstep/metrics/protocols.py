@@ -5,9 +5,10 @@ share a column. The version of a protocol goes up when the same model and the sa
 another number.
 
 Definitions: perplexity.py (ids, retokenized), lambada.py (parallel, confidence, elbo-exact,
-elbo-mc, ar), diversity.py (unigram, bigrams), mauve.py and commands/continuations.py
-(continuations), commands/benchmark.py (interleaved). `grammar` is `judge_window` of
-data/stories.py, a share of the whole stories in the texts; its num_samples counts those stories.
+elbo-mc, ar), diversity.py (unigram, bigrams, fourgrams), mauve.py and commands/continuations.py
+(continuations), commands/variety.py (groups-of-5, windows), commands/benchmark.py (interleaved).
+`grammar` is `judge_window` of data/stories.py, a share of the whole stories in the texts; its
+num_samples counts those stories, or the accepted ones for distinct_stories and fact_divergence.
 The metrics of frontier.py are read off perplexities, and have the protocols of those.
 """
 
@@ -15,12 +16,17 @@ PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}
     "generative_perplexity": {"ids": 1, "retokenized": 1},
     "entropy": {"unigram": 1},
     "distinct_2": {"bigrams": 1},
+    "repetition": {"fourgrams": 1},
+    "sample_self_bleu": {"groups-of-5": 1},
+    "sample_mauve": {"windows": 1},
     "accepted_share": {"grammar": 1},
     "consistent_share": {"grammar": 1},
     "frontier_perplexity": {"ids": 1, "retokenized": 1},
     "frontier_entropy": {"unigram": 1},
     "perplexity_at_data_entropy": {"ids": 1, "retokenized": 1},
     "perplexity_ratio_at_equal_entropy": {"ids": 1, "retokenized": 1},
+    "distinct_stories": {"grammar": 1},
+    "fact_divergence": {"grammar": 1},
     "lambada_accuracy": {"parallel": 1, "confidence": 1, "ar": 1},
     "lambada_perplexity": {"elbo-exact": 1, "elbo-mc": 1, "ar": 1},
     "self_bleu": {"continuations": 1},

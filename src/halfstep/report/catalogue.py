@@ -67,18 +67,27 @@ class Figure:
 
 TABLES: dict[str, Table] = {
     "steps": Table(
-        title="quality of samples: every model at every step count, and held-out text",
+        title="quality of samples: every model at every step count, naive samplers, held-out text",
         caption="Quality of samples: one row per metric, model and step count, with 95% intervals "
-        "in the columns ``low`` and ``high``. Held-out text is measured in the same way.",
+        "in the columns ``low`` and ``high``. Held-out text and naive samplers (unigram, bigram, "
+        "cut_and_paste: no network) are measured in the same way.",
         metrics={
             "generative_perplexity": "Generative perplexity, lower is better",
             "entropy": "Unigram entropy of a sample in nats, and its difference from held-out text",
             "consistent_share": "Share of consistent stories",
             "accepted_share": "Share of stories that the grammar accepts",
-            "distinct_2": "Share of distinct bigrams",
+            "distinct_stories": "Share of different stories among 20 accepted ones, higher is more "
+            "varied",
+            "fact_divergence": "Divergence of the facts in accepted stories from the grammar's law "
+            "in nats, 0 is the law",
+            "sample_mauve": "MAUVE against windows of the corpus, higher is better",
+            "sample_self_bleu": "Self-BLEU between five samples, 0 to 100: low is varied",
+            "distinct_2": "Share of distinct bigrams in a sample",
+            "repetition": "Share of a sample's 4-grams that occurred before in it",
         },
         inputs=(
             "results/metrics/{model}/samples.json",
+            "results/metrics/{teacher}/naive/samples.json",
             "results/metrics/{teacher}/data.json",
         ),
         select="halfstep.report.tables:select_steps",

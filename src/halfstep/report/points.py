@@ -13,7 +13,7 @@ from pandas import DataFrame, Series
 
 from halfstep.errors import HalfstepError
 from halfstep.report.published import PROTOCOL
-from halfstep.report.rows import LEVELS
+from halfstep.report.rows import LEVELS, WITHOUT_STEPS
 from halfstep.report.style import POINTS
 
 
@@ -92,7 +92,8 @@ def points_by_run(rows: DataFrame, x: str) -> DataFrame:
 
 def run_names(rows: DataFrame) -> list[str]:
     """The runs of students among these rows, or the teacher alone where there are none."""
-    return [run for run in rows["run"].unique() if run not in ("teacher", *LEVELS)] or ["teacher"]
+    known = ("teacher", *WITHOUT_STEPS)
+    return [run for run in rows["run"].unique() if run not in known] or ["teacher"]
 
 
 def one_metric(table: DataFrame, metric: str, all_judges: bool = False) -> DataFrame:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas
 from pandas import DataFrame, Series
 
+from halfstep.config import NAIVE
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import open_file
 from halfstep.records.shapes import metric_rows
@@ -30,6 +31,7 @@ FLOATS = {
 # within a teacher and run
 ORDER = ("round", "metric", "protocol", "length", "batch_size", "steps", "temperature")
 LEVELS = ("baseline", "data")  # runs without sampling steps: levels to compare with
+WITHOUT_STEPS = (*LEVELS, *NAIVE)  # all runs without sampling steps
 BASELINES: dict[object, str] = {  # sampler of the speed table: name of the baseline
     "transformers": "baseline, transformers",
     "vllm": "baseline, vLLM",
@@ -92,7 +94,8 @@ def tidy(frame: DataFrame) -> DataFrame:
     for column in INTEGERS:
         frame[column] = frame[column].astype("Int64")
     frame["round"] = frame["round"].fillna(0)
-    frame["rank"] = frame["run"].map({"teacher": 0, "baseline": 2, "data": 3}).fillna(1)
+    ranks = {"teacher": 0, **{run: 2 + i for i, run in enumerate(WITHOUT_STEPS)}}
+    frame["rank"] = frame["run"].map(ranks).fillna(1)
     order = ["teacher", "rank", "run", *ORDER]
     frame = frame.sort_values(order, kind="stable", ignore_index=True, key=_filled_temperature)
     return frame.drop(columns="rank")
@@ -104,8 +107,8 @@ def _filled_temperature(column: Series) -> Series:
 
 
 def sampled_rows(table: DataFrame) -> DataFrame:
-    """The rows of models that write in sampling steps: neither baselines nor held-out text."""
-    return table[~table["run"].isin(LEVELS)]
+    """The rows of models that write in sampling steps: no baselines and no naive samplers."""
+    return table[~table["run"].isin(WITHOUT_STEPS)]
 
 
 def baseline_name(sampler: object) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pandas import DataFrame
 
+from halfstep.config import NAIVE
 from halfstep.report.catalogue import TABLES
 from halfstep.report.conditions import check_comparable, describe_conditions, join_values
 from halfstep.report.frontier import (
@@ -27,8 +28,22 @@ from halfstep.report.rows import LEVELS, baseline_name, sampled_rows
 from halfstep.report.trainings import pool_trainings
 
 SAMPLES = TABLES["steps"].metrics
-SHARES = ("consistent_share", "accepted_share")  # of stories, whose number differs between models
 OVER_TEMPERATURES = ("temperature", "temperature of the model")  # columns of a grid, its corner
+# Of stories, whose number differs between models, or of fewer texts.
+OF_OTHER_NUMBERS = (
+    "consistent_share", "accepted_share", "distinct_stories", "fact_divergence",
+)  # fmt: skip
+BETTER = {
+    "generative_perplexity": "lower",
+    "sample_mauve": "higher",
+    "consistent_share": "higher",
+    "accepted_share": "higher",
+    "distinct_stories": "higher",
+    "fact_divergence": "lower",
+    "distinct_2": "higher",
+    "repetition": "lower",
+    "sample_self_bleu": "lower",
+}
 LATENCY = "milliseconds to write, median ± quartile (times faster than the fastest baseline)"
 FRONTIER_SHARES = ("sampler", "weights", "draw_dtype")  # the same for all students
 STUDENTS_SHARE = ("sampler", "weights", "draw_dtype", "temperature")
@@ -45,7 +60,7 @@ def select_steps(table: DataFrame) -> DataFrame:
     check_comparable(students, STUDENTS_SHARE)
     for _, same in students.groupby("training_seed", dropna=False, sort=False):
         check_comparable(same, ("seed",))
-    check_comparable(students[~students["metric"].isin(SHARES)], ("num_samples",))
+    check_comparable(students[~students["metric"].isin(OF_OTHER_NUMBERS)], ("num_samples",))
     check_comparable(table[table["run"] == "baseline"], ("temperature",))
     key = ["teacher", "metric", "protocol", "judge"]
     known = table.assign(judge=table["judge"].astype(object).fillna(""))
@@ -114,9 +129,11 @@ def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) ->
         parts.append(f"## {teacher}: samples")
         for metric, protocol, judge, group in _by_metric(mine, metrics):
             title = f"### {SAMPLES[metric]} (protocol {protocol})"
-            parts.append(f"{title}{judge}, ± 95% interval")
+            interval = " (the k-means' alone)" if metric == "sample_mauve" else ""
+            parts.append(f"{title}{judge}, ± 95% interval{interval}")
             parts.append(make_grid(sampled_rows(group), "steps", "sampling steps"))
             parts += _levels(group)
+            parts += _naive_warnings(group)
             parts += _conditions(group)
         parts += _network_calls(sampled_rows(mine[mine["metric"] == metrics[0]]))
     return "\n\n".join(parts) + "\n"
@@ -237,10 +254,37 @@ def _by_metric(
 
 
 def _levels(group: DataFrame, cell: Callable[[Any], str] = value_cell) -> list[str]:
-    """A line with the values of the models that have no sampling steps, if there are any."""
-    levels = group[group["run"].isin(LEVELS)]
-    values = [f"{row.run}: {cell(row)}" for row in levels.itertuples()]
-    return [f"Without sampling steps: {'; '.join(values)}."] if values else []
+    """Lines with the values of models without sampling steps and of naive samplers, if any."""
+    lines = []
+    for title, runs in (("Without sampling steps", LEVELS), ("Naive samplers", NAIVE)):
+        levels = group[group["run"].isin(runs)]
+        values = [f"{row.run}: {cell(row)}" for row in levels.itertuples()]
+        if values:
+            lines.append(f"{title}: {'; '.join(values)}.")
+    return lines
+
+
+def _naive_warnings(group: DataFrame) -> list[str]:
+    """A sentence for each naive sampler that ranks above the teacher, at some steps or at all.
+
+    A metric of which no direction is better, such as the entropy, has none.
+    """
+    better = BETTER.get(group["metric"].iloc[0])
+    teacher = group[group["run"] == "teacher"].sort_values("steps")
+    lines = []
+    for row in group[group["run"].isin(NAIVE)].itertuples():
+        worse = teacher["value"] > row.value if better == "lower" else teacher["value"] < row.value
+        below = teacher.loc[worse, "steps"]
+        if better is None or below.empty:
+            continue
+        if len(below) == len(teacher):
+            lines.append(
+                f"**{row.run} ranks above the teacher: this metric alone is no evidence of "
+                "quality.**"
+            )
+        else:
+            lines.append(f"{row.run} ranks above the teacher at {join_values(below)} steps.")
+    return [" ".join(lines)] if lines else []
 
 
 def _conditions(group: DataFrame) -> list[str]:

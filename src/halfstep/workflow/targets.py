@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from halfstep.config import Config, Distillation, RunOptions, Sampling, Teacher, check_path
+from halfstep.config import NAIVE, Config, Distillation, RunOptions, Sampling, Teacher, check_path
 from halfstep.data.files import find_files
 from halfstep.errors import ConfigError, HalfstepError
 from halfstep.report import catalogue
@@ -140,6 +140,8 @@ class Targets:
         ]
         self.denoisers = [f"{name}/teacher" for name in self.with_repeats] + rounds
         self.models = [f"{name}/baseline" for name in self.teachers] + self.denoisers
+        self.scored = self.models + [f"{name}/naive" for name in self.teachers]
+        """models whose samples are scored, and the naive samplers of each teacher's corpus"""
 
     def teacher(self, wildcards: Wildcards) -> Teacher:
         """The section of `teachers` that a job belongs to."""
@@ -243,6 +245,15 @@ class Targets:
             for run, options in teacher.runs.items():
                 steps |= _own_steps(run, options, kind)
         return sorted(steps)
+
+    def samples(self, wildcards: Wildcards) -> list[str]:
+        """The files that stand for all samples of a model, or of the naive samplers."""
+        model = wildcards.model
+        if model.endswith("/naive"):
+            folders = list(NAIVE)
+        else:
+            folders = [f"steps-{steps}" for steps in self.step_counts(model)]
+        return [f"results/samples/{model}/{folder}/samples.json" for folder in folders]
 
     def frontier_models(self) -> list[str]:
         """The models on the generative frontier: baselines, and denoisers of the chosen rounds."""

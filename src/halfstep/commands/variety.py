@@ -1,0 +1,169 @@
+"""Variety of texts and their nearness to held-out text: rows of `halfstep score-samples`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from halfstep.config import Machine
+from halfstep.data.pack import Windows, corpus_tokenizer, read_manifest
+from halfstep.data.stories import (
+    fact_law,
+    is_accepted,
+    judge_window,
+    story_facts,
+    whole_stories,
+)
+from halfstep.distributed.group import Group
+from halfstep.metrics.diversity import (
+    distinct,
+    distinct_in_groups,
+    divergence_from_laws,
+    repetition,
+    self_bleu,
+)
+from halfstep.metrics.mauve import judge_features
+from halfstep.metrics.perplexity import Judge
+from halfstep.metrics.rows import mean_row, row, share_row
+
+DATA_WINDOWS = 500  # held-out windows behind the "data" rows, or all of them if there are fewer
+MAUVE_TEXTS = 50  # fewest texts of either kind: five bins
+BLEU_GROUP, BLEU_GROUPS = 5, 20  # texts that are compared with one another, and groups of them
+STORY_GROUP = 20  # accepted stories among which repetitions are counted; fewer give no row
+
+Texts = tuple[np.ndarray, dict[str, Any]]
+"""Token ids[N, L] of texts, and the columns of a metric row that describe them."""
+Features = tuple[np.ndarray | None, np.ndarray | None, dict[str, Any]]
+"""A judge's features [n, D] of the reference and of texts (None but on rank 0), and columns."""
+
+
+def held_out_texts(corpus: Path) -> np.ndarray:
+    """Held-out windows, evenly spaced, at most DATA_WINDOWS: ids[N, L]."""
+    windows = Windows(corpus, "validation")
+    count = min(DATA_WINDOWS, len(windows))
+    return windows[np.unique(np.linspace(0, len(windows) - 1, count).astype(int))].numpy()
+
+
+def reference_split(corpus: Path) -> str:
+    """The split with MAUVE's reference: held-out text, but training text for stories.
+
+    Held-out stories combine names and things that training stories never combine. So they follow
+    another law than the stories that a model learns to write.
+    """
+    kind = read_manifest(corpus).get("corpus", {}).get("kind")
+    return "train" if kind == "stories" else "validation"
+
+
+def reference_texts(corpus: Path, count: int, offset: int = 0) -> np.ndarray:
+    """At most `count` of every other window, evenly spaced, from `offset` on: ids[N, L].
+
+    The windows of offset 0 are MAUVE's reference, those of offset 1 are compared with them.
+    """
+    windows = Windows(corpus, reference_split(corpus))
+    half = np.arange(offset, len(windows), 2)
+    chosen = np.unique(np.linspace(0, len(half) - 1, min(count, len(half))).astype(int))
+    return windows[half[chosen]].numpy()
+
+
+def text_label(columns: dict[str, Any]) -> str:
+    """The name of a set of texts in log lines and errors."""
+    steps, temperature = columns.get("steps"), columns.get("temperature", 1)
+    label = columns["model"] if steps is None else f"{columns['model']} {steps} steps"
+    return label if temperature == 1 else f"{label} temperature {temperature}"
+
+
+def compare_texts(
+    judge: Judge, texts: list[Texts], corpus: Path, machine: Machine, group: Group
+) -> Iterator[Features]:
+    """The judge's features of texts, and of as many reference windows, which are read only once.
+
+    Sets of fewer than MAUVE_TEXTS are left out.
+    """
+    tokenizer, eos_id = corpus_tokenizer(corpus), read_manifest(corpus)["eos_id"]
+
+    def features_of(ids: np.ndarray, label: str) -> np.ndarray | None:
+        label = f"{label}: judge, features"
+        return judge_features(judge, ids, tokenizer, eos_id, machine.micro_batch, label, group)
+
+    known: dict[int, np.ndarray | None] = {}
+    for ids, columns in texts:
+        reference = reference_texts(corpus, len(ids))
+        if min(len(ids), len(reference)) < MAUVE_TEXTS:
+            continue
+        if len(reference) not in known:
+            known[len(reference)] = features_of(reference, "reference")
+        found = features_of(ids, text_label(columns))
+        yield known[len(reference)], found, columns | judge.columns
+
+
+def variety_rows(ids: np.ndarray, columns: dict[str, Any], resamples: int) -> list[dict]:
+    """Distinct bigrams and repetition within the texts, and self-BLEU between them."""
+    rows = [
+        mean_row("distinct_2", "bigrams", distinct(ids, 2), columns, resamples),
+        mean_row("repetition", "fourgrams", repetition(ids), columns, resamples),
+    ]
+    groups = min(len(ids) // BLEU_GROUP, BLEU_GROUPS)
+    if groups:
+        values = self_bleu(ids[: groups * BLEU_GROUP].reshape(groups, BLEU_GROUP, -1))
+        read = columns | {"num_samples": groups * BLEU_GROUP}
+        rows.append(mean_row("sample_self_bleu", "groups-of-5", values, read, resamples))
+    return rows
+
+
+def grammar_rows(
+    ids: np.ndarray, columns: dict[str, Any], tokenizer: Tokenizer, resamples: int
+) -> list[dict]:
+    """The shares of the texts' whole stories that the grammar finds accepted and consistent.
+
+    The variety of the accepted ones has rows where there are at least STORY_GROUP.
+    """
+    texts = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
+    counts = [judge_window(text) for text in texts]
+    stories = sum(count.stories for count in counts)
+    accepted = sum(count.accepted for count in counts)
+    consistent = sum(count.consistent for count in counts)
+    return [
+        share_row("accepted_share", "grammar", accepted, stories, columns),
+        share_row("consistent_share", "grammar", consistent, stories, columns),
+        *story_rows(texts, columns, resamples),
+    ]
+
+
+def story_rows(texts: list[str], columns: dict[str, Any], resamples: int) -> list[dict]:
+    """How many of the texts' accepted stories are different, and how far their facts are from the
+    law of the grammar. A fact is taken from its first mention.
+
+    Held-out text is compared with held-out stories, models with training stories.
+    """
+    windows = [list(filter(is_accepted, whole_stories(text))) for text in texts]
+    rows = []
+    different, counted = distinct_in_groups(list(chain(*windows)), STORY_GROUP)
+    if counted:
+        rows.append(share_row("distinct_stories", "grammar", different, counted, columns))
+    facts = [[known for story in window if (known := story_facts(story))] for window in windows]
+    stories = sum(map(len, facts))
+    if stories >= STORY_GROUP:
+        laws = fact_law("validation" if columns["run"] == "data" else "train")
+        counts = [_count_options(facts, fact, list(law)) for fact, law in laws.items()]
+        chances = [np.array(list(law.values())) for law in laws.values()]
+        found = divergence_from_laws(counts, chances, resamples)
+        of_stories = columns | {"num_samples": stories}
+        rows.append(row("fact_divergence", "grammar", *found, **of_stories))
+    return rows
+
+
+def _count_options(
+    windows: list[list[dict[str, str]]], fact: str, options: list[str]
+) -> np.ndarray:
+    """How often the stories of each window have each option of a fact: [N, K]."""
+    counts = np.zeros((len(windows), len(options)))
+    for i, stories in enumerate(windows):
+        for facts in stories:
+            if facts[fact] in options:
+                counts[i, options.index(facts[fact])] += 1
+    return counts

@@ -58,12 +58,14 @@ def test_the_shares_of_the_splits_are_exact():
 @pytest.fixture
 def reduced(monkeypatch):
     """A grammar with few words per class and few patterns per part: small enough to enumerate."""
-    few = {"kind": 1, "name": 3, "place": 1, "thing": 2, "colour": 2, "friend": 3}
+    few = {"event": None, "name": 3, "thing": 2, "friend": 3, "feeling": 2, "weather": 2}
     facts = {
-        fact: (options[: few.get(fact)], *rest) for fact, (options, *rest) in stories.FACTS.items()
+        fact: (options[: few.get(fact, 1)], *rest)
+        for fact, (options, *rest) in stories.FACTS.items()
     }
+    all_of = ("event", "ending")
     patterns = {
-        part: (given, dict(list(rows.items())[: {"opening": 2, "meeting": 1}.get(part)]))
+        part: (given, dict(list(rows.items())[: None if part in all_of else 2]))
         for part, (given, rows) in stories.PATTERNS.items()
     }
     held_out = ("Tom", "kite")
@@ -90,12 +92,12 @@ def enumerate_texts():
             allowed = [p for p, values in rows.items() if values is None or facts[given] in values]
             parts.append(allowed)
         for chosen in product(*parts):
-            yield " ".join(pattern.replace(" .", ".") for pattern in chosen).format_map(words)
+            yield " ".join(filter(None, chosen)).format_map(words)
 
 
 def test_the_probabilities_of_all_stories_sum_to_one(reduced):
-    texts = list(enumerate_texts())
-    assert len(texts) == len(set(texts)) > 5000  # no two derivations write the same text
+    texts = set(enumerate_texts())  # facts that a text does not mention make no other text
+    assert len(texts) > 5000
     log_p = {text: log_likelihood(text) for text in texts}
     assert math.fsum(map(math.exp, log_p.values())) == pytest.approx(1, abs=1e-9)
     for split in ("train", "validation"):
@@ -105,7 +107,7 @@ def test_the_probabilities_of_all_stories_sum_to_one(reduced):
     rng, draws = random.Random(5), 20_000
     counts = Counter(stories.write_story(rng)[0] for _ in range(draws))
     assert counts.keys() <= log_p.keys()
-    for text in sorted(texts, key=log_p.get)[-40:]:  # the likeliest
+    for text in sorted(texts, key=lambda text: (log_p[text], text))[-40:]:  # the likeliest
         p = math.exp(log_p[text])
         assert abs(counts[text] - draws * p) < 5 * math.sqrt(draws * p)
 
@@ -116,22 +118,26 @@ def test_choices_are_skewed_and_depend_on_each_other():
     # Uniform choices would have a chance of 0.17; independent ones would share one favorite.
     assert min(max(choice.chances) for choice in choices) > 0.3 and len(favorites) >= 3
     nats = -sum(log_likelihood(story, "train") for story in TRAIN) / len(TRAIN)
-    assert 10 < nats < 14
+    assert 20 < nats < 25
     print(f"{nats:.2f} nats per story")
 
 
 def test_each_word_has_one_class_and_the_english_is_right():
     vocabulary = [word for group in stories.WORDS.values() for word in group]
     assert len(vocabulary) == len(set(vocabulary))
-    literals = {word for pattern in stories.SLOTS for word in pattern.split() if word[0] != "{"}
+    literals = {
+        word for pattern in stories.SLOTS for word in stories._words(pattern) if word[0] != "{"
+    }
     assert not literals & set(stories.WORD_CLASS)
-    assert len(stories.SHAPES) == sum(len(patterns) for _, patterns in stories.PATTERNS.values())
+    patterns = [pattern for _, rows in stories.PATTERNS.values() for pattern in rows if pattern]
+    assert len(stories.SHAPES) == len(patterns)
     assert not [story for story in TRAIN if re.search(r"\ba [aeiou]", story)]
-    assert 60 <= len(set().union(*map(words_of, TRAIN))) <= 100
+    assert 100 <= len(set().union(*map(words_of, TRAIN))) <= 160
 
 
 STORY = (
-    "A cat named Lily had a red kite. She met Tom at the park. They played with the kite. "
+    "A brave cat named Lily had a red kite. She met Tom at the park. They played softly with the "
+    "kite. "
     "Lily was happy and took home the kite."
 )
 
@@ -141,14 +147,17 @@ STORY = (
     [
         ("Lily was", "Mia was"),  # another name
         ("She met", "He met"),  # pronouns
-        ("They played with the kite.", "She let Ben keep the kite."),  # another friend
-        ("They played with the kite.", "He let Tom keep the kite."),
-        ("played with the kite", "played with the ball"),  # things
+        ("They played softly with the kite.", "She let Ben keep the big kite."),  # another friend
+        ("They played softly with the kite.", "He let Tom keep the big kite."),
+        ("softly with the kite", "softly with the ball"),  # things
         ("home the kite", "home the doll"),
         ("met Tom", "met Lily"),  # hero and friend are the same
-        ("They played with the kite.", "Tom wanted the blue kite."),  # colors
-        ("and took home the kite", "and went back to the farm"),  # places
-        ("They played with the kite.", "The wind took the kite."),  # so it cannot be taken home
+        ("They played softly with the kite.", "Tom wanted the blue kite."),  # colors
+        ("and took home the kite", "and went slowly back to the farm"),  # places
+        (
+            "They played softly with the kite.",
+            "The warm wind took the kite.",
+        ),  # so it cannot be taken home
     ],
 )
 def test_a_broken_reference_is_accepted_but_inconsistent(old, new):
@@ -163,7 +172,7 @@ def test_a_broken_reference_is_accepted_but_inconsistent(old, new):
         ".",
         STORY[:-1],
         STORY + " ",
-        STORY + " They played with the kite.",
+        STORY + " They played softly with the kite.",
         STORY.replace("kite", "kites"),
         STORY.replace("Lily", "happy"),
         STORY.replace("met Tom", "met her"),
@@ -206,8 +215,8 @@ def test_last_words_follow_from_the_story():
     classes = Counter()
     for item in items:
         context, word = item["text"].rsplit(" ", 1)
-        first_two = ". ".join(context.split(". ")[:2])  # of four sentences
-        assert word.isalpha() and word in re.findall(r"\w+", first_two)
+        told = context.rpartition(". ")[0]  # all sentences before the last
+        assert word.isalpha() and word in re.findall(r"\w+", told)
         classes[stories.WORD_CLASS[word]] += 1
     assert len(classes) >= 3 and max(classes.values()) < 0.8 * len(items), classes
 

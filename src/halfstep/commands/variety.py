@@ -136,7 +136,7 @@ def grammar_rows(
 
 def story_rows(texts: list[str], columns: dict[str, Any], resamples: int) -> list[dict]:
     """How many of the texts' accepted stories are different, and how far their facts are from the
-    law of the grammar. A fact is taken from its first mention.
+    law of the grammar. A fact is taken from its first mention, if there is one.
 
     Held-out text is compared with held-out stories, models with training stories.
     """
@@ -164,6 +164,6 @@ def _count_options(
     counts = np.zeros((len(windows), len(options)))
     for i, stories in enumerate(windows):
         for facts in stories:
-            if facts[fact] in options:
+            if facts.get(fact) in options:
                 counts[i, options.index(facts[fact])] += 1
     return counts

@@ -1,13 +1,16 @@
 """Corpus kind `stories`: a seeded grammar that writes and judges short English children's stories.
 
 A story is drawn in two steps. First come its facts, each given an earlier one (`FACTS`: places that
-kinds prefer, colors that things prefer, ...). Chances fall like Zipf's law: P(option | parent) ~ 1
-/ (rank in general ** 0.8 * rank for this parent ** 2). Then comes one sentence pattern per part
-(`PATTERNS`), which mentions facts. No two patterns have the same shape once words are replaced by
-their classes. So a text has at most one parse, and its probability is the product of the choices
-along it:
+kinds prefer, colors that things prefer, ...). Chances fall like Zipf's law: P(option) ~ 1 / rank **
+0.8; where an option depends on another fact, that is divided by (rank for this parent) ** 2. Then
+comes one sentence pattern per part, or none (`PATTERNS`), which mentions facts. No two patterns
+have the same shape once words are replaced by their classes. So a text has at most one parse, and
+its probability is the product of the choices along it:
 
     log P(story) = sum_facts log P(fact | parent) + sum_parts log P(pattern | parent)        [nats]
+
+The first sum is over the facts that the text mentions: no other fact depends on the rest, so their
+chances sum to one.
 
 The judge uses the same tables. A text is *accepted* if every sentence has a known shape at its
 place. It is *consistent* if, in addition, all mentions of a fact agree and no rule is broken, which
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import zlib
 from bisect import bisect
 from collections.abc import Iterator, Sequence
@@ -41,6 +45,12 @@ WORDS = {
     "THING": "kite ball hat book drum boat bell doll".split(),
     "COLOUR": "red blue green yellow pink".split(),
     "FEELING": "happy glad proud tired calm".split(),
+    "TRAIT": "little brave clever gentle funny shy lazy hungry".split(),
+    "LOOK": "big shiny new round pretty soft tiny wooden".split(),
+    "WEATHER": "sunny warm windy cold cloudy rainy foggy snowy".split(),
+    "TIME": "day morning evening afternoon".split(),
+    "MANNER": "quickly happily slowly softly gently quietly bravely proudly".split(),
+    "PRAISE": "nice lovely wonderful great perfect beautiful".split(),
 }
 PRONOUNS = {  # slot: (form for a girl, form for a boy)
     "She": ("She", "He"),
@@ -61,46 +71,67 @@ FACTS: dict[str, tuple[list[str], str | None, str | None]] = {
     "friend": (WORDS["NAME"], "name", "name"),
     "event": (EVENTS, "thing", None),
     "feeling": (WORDS["FEELING"], "event", None),
+    "trait": (WORDS["TRAIT"], None, None),
+    "look": (WORDS["LOOK"], None, None),
+    "weather": (WORDS["WEATHER"], None, None),
+    "time": (WORDS["TIME"], None, None),
+    "pace": (WORDS["MANNER"], None, None),
+    "manner": (WORDS["MANNER"], None, None),
+    "praise": (WORDS["PRAISE"], None, None),
 }
 
 # part: (the fact its pattern depends on, {pattern: values of that fact that allow it, None for
-# all}), the most frequent first; she, her and him are the hero
+# all}), the most frequent first; she, her and him are the hero. "" is no sentence.
 Patterns = dict[str, tuple[str, ...] | None]
 PATTERNS: dict[str, tuple[str, Patterns]] = {
     "opening": ("kind", {
-        "{name} the {kind} had a {colour} {thing} .": None,
-        "One day {name} the {kind} found a {colour} {thing} .": None,
-        "A {kind} named {name} had a {colour} {thing} .": None,
+        "One {weather} {time} {name} the {kind} found a {look} {colour} {thing}.": None,
+        "{name} the {trait} {kind} had a {look} {colour} {thing}.": None,
+        "A {trait} {kind} named {name} had a {colour} {thing}.": None,
+        "One {time} {name} the {trait} {kind} found a {look} {thing}.": None,
+    }),
+    "setting": ("place", {
+        "": None,
+        "It was a {weather} {time}.": None,
+        "The {time} was {weather}.": None,
     }),
     "meeting": ("place", {
-        "{She} met {friend} at the {place} .": None,
-        "At the {place} {she} saw {friend} .": None,
-        "{friend} came to the {place} with {him} .": None,
+        "{She} met {friend} at the {place}.": None,
+        "{She} walked {pace} to the {place} and met {friend}.": None,
+        "At the {place} {she} saw {friend}.": None,
+        "{friend} came {pace} to the {place} with {him}.": None,
+    }),
+    "talk": ("friend", {
+        '"What a {praise} {thing}!" said {friend}.': None,
+        "": None,
+        '"Your {thing} is {look} and {praise}," said {friend}.': None,
+        '"Let us play," said {name}.': None,
     }),
     "event": ("event", {
-        "They played with the {thing} .": ("play",),
-        "They played at the {place} until dark .": ("play",),
-        "{name} gave {friend} the {thing} .": ("gift",),
-        "{She} let {friend} keep the {thing} .": ("gift",),
-        "The {thing} broke but {friend} was kind .": ("lose",),
-        "The wind took the {thing} .": ("lose",),
-        "The {thing} fell but {friend} saved it .": ("save",),
-        "{friend} found the lost {thing} .": ("save",),
-        "{friend} wanted the {colour} {thing} .": ("wish",),
+        "They played {manner} with the {thing}.": ("play",),
+        "They played at the {place} until dark.": ("play",),
+        "{name} {manner} gave {friend} the {thing}.": ("gift",),
+        "{She} let {friend} keep the {look} {thing}.": ("gift",),
+        "The {thing} broke but {friend} laughed {manner}.": ("lose",),
+        "The {weather} wind took the {thing}.": ("lose",),
+        "The {thing} fell but {friend} {manner} saved it.": ("save",),
+        "{friend} looked {manner} and found the lost {thing}.": ("save",),
+        "{friend} wanted the {colour} {thing}.": ("wish",),
     }),
     "ending": ("event", {
-        "{name} was {feeling} and took home the {thing} .": ("play", "save"),
-        "{name} was {feeling} because {she} had a friend {friend} .": ("gift", "lose", "wish"),
-        "{friend} was {feeling} because the {thing} was {colour} .": ("gift", "wish"),
-        "{name} was {feeling} and went back to the {place} .": ("play", "lose", "save"),
-        "{name} felt {feeling} and thanked {friend} .": None,
+        "{name} was {feeling} and took home the {thing}.": ("play", "save"),
+        "{name} was {feeling} because {she} had a friend {friend}.": ("gift", "lose", "wish"),
+        "{friend} was {feeling} because the {thing} was {colour}.": ("gift", "wish"),
+        "{name} was {feeling} and went {pace} back to the {place}.": ("play", "lose", "save"),
+        "{name} felt {feeling} and {manner} thanked {friend}.": ("save",),
     }),
 }  # fmt: skip
 
 LAW_STORIES = 10_000  # drawn for the chances of each fact
 
 # The class of each slot and of each word; a pronoun's class is its slot.
-SLOT_CLASS = {name.lower(): name for name in WORDS} | {"friend": "NAME"}
+SLOT_CLASS = {name.lower(): name for name in WORDS}
+SLOT_CLASS |= {"friend": "NAME", "pace": "MANNER"}
 SLOT_CLASS |= {slot: slot for slot in PRONOUNS}
 WORD_CLASS = {word: name for name, words in (WORDS | PRONOUNS).items() for word in words}
 
@@ -115,18 +146,23 @@ def _shape(words: Sequence[str], classes: dict[str, str]) -> Shape:
     return tuple((classes[word],) if word in classes else word for word in words)
 
 
+def _words(text: str) -> list[str]:
+    """The words, slots and punctuation marks of a text."""
+    return re.findall(r"{\w+}|\w+|[^\w\s]", text)
+
+
 def _slots(pattern: str) -> list[tuple[int, str]]:
-    return [(i, word[1:-1]) for i, word in enumerate(pattern.split()) if word[0] == "{"]
+    return [(i, word[1:-1]) for i, word in enumerate(_words(pattern)) if word[0] == "{"]
 
 
 _FIELD_CLASS = {f"{{{slot}}}": name for slot, name in SLOT_CLASS.items()}
 SHAPES = {  # shape of a sentence: its part and pattern
-    _shape(pattern.split(), _FIELD_CLASS): (part, pattern)
+    _shape(_words(pattern), _FIELD_CLASS): (part, pattern)
     for part, (_, patterns) in PATTERNS.items()
     for pattern in patterns
+    if pattern
 }
 SLOTS = {pattern: _slots(pattern) for _, patterns in PATTERNS.values() for pattern in patterns}
-TEXTS = {pattern: pattern.replace(" .", ".") for pattern in SLOTS}
 
 
 class Choice(NamedTuple):
@@ -148,10 +184,18 @@ class Choice(NamedTuple):
         return math.log(self.chances[self.options.index(option)])
 
 
-def _choice(options: list[str], label: str) -> Choice:
-    """P(option) ~ 1 / (rank in the list ** 0.8 * rank in this label's own order ** 2)."""
-    own = sorted(options, key=lambda option: zlib.crc32(f"{label}/{option}".encode()))
-    weights = [(i + 1) ** -0.8 * (own.index(option) + 1) ** -2 for i, option in enumerate(options)]
+def _choice(options: list[str], label: str | None) -> Choice:
+    """P(option) ~ 1 / (rank in the list ** 0.8 * rank in this label's own order ** 2).
+
+    Without a label there is no order but that of the list.
+    """
+    weights = [(i + 1) ** -0.8 for i in range(len(options))]
+    if label is not None:
+        own = sorted(options, key=lambda option: zlib.crc32(f"{label}/{option}".encode()))
+        weights = [
+            weight * (own.index(option) + 1) ** -2
+            for weight, option in zip(weights, options, strict=True)
+        ]
     chances = [weight / sum(weights) for weight in weights]
     return Choice(options, chances, list(accumulate(chances)))
 
@@ -160,7 +204,7 @@ def _choice(options: list[str], label: str) -> Choice:
 def fact_choice(fact: str, parent: str | None, taken: str | None) -> Choice:
     """P(fact | the fact it depends on, the fact it must differ from)."""
     options = [option for option in FACTS[fact][0] if option != taken]
-    return _choice(options, f"{fact} given {parent}")
+    return _choice(options, f"{fact} given {parent}" if parent else None)
 
 
 def _choice_among(facts: dict[str, str], fact: str) -> Choice:
@@ -257,7 +301,7 @@ def write_story(rng: random.Random) -> tuple[str, dict[str, str]]:
     patterns = [
         pattern_choice(part, facts[given]).draw(rng) for part, (given, _) in PATTERNS.items()
     ]
-    text = " ".join(TEXTS[pattern] for pattern in patterns)
+    text = " ".join(pattern for pattern in patterns if pattern)
     return text.format_map(_with_pronouns(facts)), facts
 
 
@@ -285,22 +329,31 @@ class Verdict(NamedTuple):
     """in addition, all mentions agree: the story has a probability"""
 
 
-def _parse(text: str) -> dict[str, tuple[str, list[str]]] | None:
-    """part -> (pattern, words), or None if the text is not accepted."""
-    if not text.endswith("."):
-        return None
-    found: dict[str, tuple[str, list[str]]] = {}
-    for sentence in text[:-1].split(". "):
-        words = [*sentence.split(" "), "."]
+def _parse(text: str) -> dict[str, tuple[str, dict[int, str]]] | None:
+    """part -> (pattern, slot words by their place in it), or None if the text is not accepted."""
+    found: dict[str, tuple[str, dict[int, str]]] = {}
+    sentences = text.removesuffix(".").split(". ")
+    for sentence in sentences:
+        words = _words(sentence + ".")
         part, pattern = SHAPES.get(_shape(words, WORD_CLASS), (None, ""))
         if part is None or part in found:
             return None
-        found[part] = (pattern, words)
-    return found if list(found) == list(PATTERNS) else None
+        found[part] = (pattern, {i: words[i] for i, _ in SLOTS[pattern]})
+    needed = [
+        part for part, (_, patterns) in PATTERNS.items() if part in found or "" not in patterns
+    ]
+    written = " ".join(_written(pattern, words) for pattern, words in found.values())
+    return found if list(found) == needed and written == text else None
 
 
-def _facts_of(parse: dict[str, tuple[str, list[str]]]) -> dict[str, str] | None:
-    """The facts of a parsed story, or None if two mentions disagree."""
+def _written(pattern: str, words: dict[int, str]) -> str:
+    """The sentence of a pattern with these words in its slots."""
+    remaining = iter(words.values())
+    return re.sub(r"{\w+}", lambda _: next(remaining), pattern)
+
+
+def _facts_of(parse: dict[str, tuple[str, dict[int, str]]]) -> dict[str, str] | None:
+    """The facts that a parsed story mentions, or None if two mentions disagree."""
     facts = _first_mentions(parse)
     expected = _with_pronouns(facts)
     for pattern, words in parse.values():
@@ -309,15 +362,14 @@ def _facts_of(parse: dict[str, tuple[str, list[str]]]) -> dict[str, str] | None:
     return facts
 
 
-def _first_mentions(parse: dict[str, tuple[str, list[str]]]) -> dict[str, str]:
-    """The facts of a parsed story, each by its first mention."""
-    mentions: dict[str, str] = {}
+def _first_mentions(parse: dict[str, tuple[str, dict[int, str]]]) -> dict[str, str]:
+    """The facts that a parsed story mentions, each by its first mention."""
+    # The event's pattern implies the event.
+    mentions = {"event": next(iter(PATTERNS["event"][1][parse["event"][0]] or ()))}
     for pattern, words in parse.values():
         for i, slot in SLOTS[pattern]:
             mentions.setdefault(slot, words[i])
-    # The patterns of a parse mention every fact but the event, which the event's pattern implies.
-    event = next(iter(PATTERNS["event"][1][parse["event"][0]] or ()))
-    return {fact: mentions.get(fact, event) for fact in FACTS}
+    return {fact: mentions[fact] for fact in FACTS if fact in mentions}
 
 
 def log_likelihood(text: str, split: str | None = None) -> float | None:
@@ -330,10 +382,10 @@ def log_likelihood(text: str, split: str | None = None) -> float | None:
     facts = _facts_of(parse) if parse else None
     if parse is None or facts is None:
         return None
-    terms = [_choice_among(facts, fact).log_p(facts[fact]) for fact in FACTS]
-    for part, (pattern, _) in parse.items():
-        given = facts[PATTERNS[part][0]]
-        terms.append(pattern_choice(part, given).log_p(pattern))
+    terms = [_choice_among(facts, fact).log_p(facts[fact]) for fact in facts]
+    for part, (given, _) in PATTERNS.items():
+        pattern, _ = parse.get(part, ("", {}))
+        terms.append(pattern_choice(part, facts[given]).log_p(pattern))
     if -math.inf in terms or split not in (None, split_of(facts)):
         return None
     if split is not None:

@@ -442,6 +442,8 @@ class Sampling(GenerateOptions):
     steps: Annotated[list[StepCount], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
     """step counts at which every denoiser is sampled; own: the count that a model was made for, and
     that of its student"""
+    rounds: Annotated[list[RoundNumber], Field(min_length=1)] | None = None
+    """rounds that are sampled (0 is the teacher); all by default. The baseline always is"""
     temperatures: list[Positive] = []
     """temperatures of the generative frontier, perplexity against entropy; `temperature` is always
     among them. Without any, there is no frontier"""
@@ -456,7 +458,7 @@ class Sampling(GenerateOptions):
     def _sorted(cls, steps: list[int | str]) -> list[int | str]:
         return sorted(set(steps), key=lambda count: (count == "own", count))
 
-    @field_validator("temperatures", "frontier_steps", "frontier_rounds")
+    @field_validator("rounds", "temperatures", "frontier_steps", "frontier_rounds")
     @classmethod
     def _ascending(cls, values: list[Any] | None) -> list[Any] | None:
         return values if values is None else sorted(set(values))

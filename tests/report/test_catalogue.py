@@ -28,6 +28,7 @@ EXAMINED = {
 NAMES = {
     "model": ["t/teacher", "t/baseline", "t/mse/round-1"],
     "teacher": ["t"],
+    "sampled": ["t/teacher", "t/baseline"],
     "continued": ["t/teacher", "t/baseline"],
     "swept": ["t/teacher", "t/baseline"],
 }

@@ -28,9 +28,9 @@ class Table:
         title: what the table holds, for `halfstep tabulate --help`
         caption: the text of the table in the Snakemake report
         metrics: the metrics in the table and their titles, in the order of its Markdown
-        inputs: files of metric rows. {model}, {teacher}, {continued} and {swept} stand for every
-            model, every teacher, every model that continues prompts, and every model on the
-            frontier
+        inputs: files of metric rows. {model}, {teacher}, {sampled}, {continued} and {swept} stand for
+            every model, every teacher, and every model that is sampled, that continues prompts, or
+            that is on the frontier
         select: "module:function", from all metric rows to the rows of this table
         markdown: "module:function", from the rows of this table to its Markdown
         section: the section or key of config.yaml without which the table does not exist, if any
@@ -86,7 +86,7 @@ TABLES: dict[str, Table] = {
             "repetition": "Share of a sample's 4-grams that occurred before in it",
         },
         inputs=(
-            "results/metrics/{model}/samples.json",
+            "results/metrics/{sampled}/samples.json",
             "results/metrics/{teacher}/naive/samples.json",
             "results/metrics/{teacher}/data.json",
         ),

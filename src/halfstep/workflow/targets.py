@@ -255,6 +255,16 @@ class Targets:
             folders = [f"steps-{steps}" for steps in self.step_counts(model)]
         return [f"results/samples/{model}/{folder}/samples.json" for folder in folders]
 
+    def sampled_models(self) -> list[str]:
+        """The models whose samples are scored: baselines, and denoisers of the chosen rounds."""
+        return self._of_rounds(self.config.sampling.rounds)
+
+    def _of_rounds(self, rounds: list[int] | None) -> list[str]:
+        """Baselines, and the denoisers of these rounds (0 is the teacher); None for all of them."""
+        return [
+            model for model in self.models if rounds is None or _round_of(model) in [None, *rounds]
+        ]
+
     def frontier_models(self) -> list[str]:
         """The models on the generative frontier: baselines, and denoisers of the chosen rounds."""
         sampling = self.config.sampling
@@ -262,7 +272,7 @@ class Targets:
             return []
         rounds = sampling.frontier_rounds
         if rounds is not None:
-            return [model for model in self.models if _round_of(model) in [None, *rounds]]
+            return self._of_rounds(rounds)
         last = {
             f"{name}/{run}/round-{options.rounds}"
             for name, teacher in self.config.teachers.items()
@@ -319,10 +329,7 @@ class Targets:
         options = self.config.continuations
         if options is None:
             return []
-        rounds = options.continuation_rounds
-        return [
-            model for model in self.models if rounds is None or _round_of(model) in [None, *rounds]
-        ]
+        return self._of_rounds(options.continuation_rounds)
 
     def hub_repositories(self) -> list[str]:
         """What the hub must provide, as `model:name` or `dataset:name`.
@@ -370,6 +377,7 @@ class Targets:
             model=self.models,
             teacher=self.teachers,
             continued=self.continued_models(),
+            sampled=self.sampled_models(),
             swept=self.frontier_models(),
         )
 

@@ -67,6 +67,29 @@ def test_gains_compare_intervals_at_every_common_step_count():
     ]
 
 
+def test_gains_at_equal_entropy_are_those_of_the_main_temperature():
+    """A ratio whose interval reaches 1 is no gain, and an entropy out of reach is said to be so."""
+    name = "perplexity_ratio_at_equal_entropy"
+    ratios = [
+        row("kl", 7, 16, 0.5, 0.1, name),
+        row("kl", 7, 16, 0.4, 0.1, name) | {"temperature": 0.8},
+        row("kl", 7, 64, 0.95, 0.1, name),
+        row("kl", 7, 128, float("nan"), 0, name),
+        row("kl", 6, 16, 0.7, 0.1, name),
+    ]
+    (text,) = sentences.equal_entropy(tidy(pandas.DataFrame(ratios)), 1)
+    assert text.splitlines() == [
+        "a, kl round 7: part of its teacher's perplexity at equal entropy:",
+        "  16 steps (16 tokens each): 0.50 [0.40, 0.60] (a gain)",
+        "  64 steps (4 tokens each): 0.95 [0.85, 1.05] "
+        "(no clear gain: the teacher at a lower temperature writes as well)",
+        "  128 steps (2 tokens each): the teacher does not reach this entropy",
+    ]
+    (text,) = sentences.equal_entropy(tidy(pandas.DataFrame(ratios)), 0.8)
+    assert text.splitlines()[1:] == ["  16 steps (16 tokens each): 0.40 [0.30, 0.50] (a gain)"]
+    assert sentences.equal_entropy(tidy(pandas.DataFrame(TEACHER)), 1) == []
+
+
 def test_a_table_without_students_says_nothing():
     table = tidy(pandas.DataFrame(TEACHER))
     assert sentences.headlines(table) == [] and sentences.gains(table, table[:0]) == []

@@ -211,6 +211,7 @@ def _print_steps(file: Path, others: list[Path], results: Path, width: int) -> N
         entropy = mine[mine["metric"] == "entropy"]
         found = sentences.headlines(perplexity)
         lines = [
+            *_equal_entropy(file.with_name("temperatures.csv"), perplexity),
             *map(sentences.headline_sentence, found),
             *sentences.gains(perplexity, entropy),
             *sentences.own_steps(perplexity, results),
@@ -219,6 +220,20 @@ def _print_steps(file: Path, others: list[Path], results: Path, width: int) -> N
         print(*lines, sep="\n")
         for headline in found[:1]:
             _print_samples(headline, results, width)
+
+
+def _equal_entropy(file: Path, perplexity: DataFrame) -> list[str]:
+    """What the table `temperatures` says of a teacher's runs, where there is such a table."""
+    from halfstep.report.published import without_published
+    from halfstep.report.rows import read_table, sampled_rows
+    from halfstep.report.sentences import equal_entropy
+    from halfstep.report.trainings import pool_trainings
+
+    if not file.is_file() or perplexity.empty:
+        return []
+    table = pool_trainings(without_published(read_table(file)))
+    mine = table[table["teacher"] == perplexity["teacher"].iloc[0]]
+    return equal_entropy(mine, sampled_rows(perplexity)["temperature"].fillna(1).iloc[0])
 
 
 def _print_samples(headline: Headline, results: Path, width: int) -> None:

@@ -28,8 +28,8 @@ class Table:
         title: what the table holds, for `halfstep tabulate --help`
         caption: the text of the table in the Snakemake report
         metrics: the metrics in the table and their titles, in the order of its Markdown
-        inputs: files of metric rows. {model}, {teacher}, {sampled}, {continued} and {swept} stand for
-            every model, every teacher, and every model that is sampled, that continues prompts, or
+        inputs: files of metric rows. {model} and {teacher} stand for every one; {sampled},
+            {continued} and {swept} for every model that is sampled, that continues prompts, or
             that is on the frontier
         select: "module:function", from all metric rows to the rows of this table
         markdown: "module:function", from the rows of this table to its Markdown

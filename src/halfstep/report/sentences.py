@@ -79,6 +79,41 @@ def _part(student: Series, best: Series) -> str:
     return f"1/{best['steps'] / student['steps']:.3g}"
 
 
+def equal_entropy(frontier: DataFrame, temperature: float) -> list[str]:
+    """For each run: the last round's perplexity as a part of its teacher's at the same entropy.
+
+    The entropy is the student's at the temperature of the other tables. A ratio near 1 says that
+    the teacher at a lower temperature writes as well.
+
+    Args:
+        frontier: the rows of the table `temperatures`
+        temperature: that of the other tables
+    """
+    ratios = frontier[frontier["metric"] == "perplexity_ratio_at_equal_entropy"]
+    if ratios.empty:
+        return []
+    ratios = first_protocol(ratios)
+    ratios = ratios[ratios["temperature"].fillna(1) == temperature]
+    lines = []
+    for _, group in ratios[ratios["round"] > 0].groupby("run", sort=False):
+        last = group[group["round"] == group["round"].max()].sort_values("steps")
+        found = [f"{_steps(row)}: {_ratio(row)}" for _, row in last.iterrows()]
+        title = f"{last['teacher'].iloc[0]}, {_label(last.iloc[0])}: part of its teacher's"
+        lines.append("\n  ".join([f"{title} perplexity at equal entropy:", *found]))
+    return lines
+
+
+def _ratio(row: Series) -> str:
+    """A ratio and what it means: 0.54 [0.47, 0.62] (a gain)"""
+    if row["value"] != row["value"]:
+        return "the teacher does not reach this entropy"
+    low, high = ("open" if x != x else f"{x:.2f}" for x in (row["low"], row["high"]))
+    text = f"{row['value']:.2f} [{low}, {high}]"
+    if row["high"] < 1:
+        return f"{text} (a gain)"
+    return f"{text} (no clear gain: the teacher at a lower temperature writes as well)"
+
+
 def gains(perplexity: DataFrame, entropy: DataFrame) -> list[str]:
     """For each run: the last round against the teacher at every step count, with its entropy."""
     lines = []

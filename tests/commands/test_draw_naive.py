@@ -6,7 +6,7 @@ import pytest
 from halfstep.commands.data import prepare_corpus
 from halfstep.commands.draw_naive import draw_naive
 from halfstep.commands.evaluate import read_samples, score_samples
-from halfstep.commands.variety import held_out_texts
+from halfstep.commands.variety import data_texts
 from halfstep.config import NAIVE, Corpus, Evaluation, Machine
 from halfstep.data.pack import corpus_tokenizer
 from halfstep.data.tokenizer import EOS
@@ -34,11 +34,11 @@ def drawn(corpus):
 @pytest.mark.parametrize("name", ["unigram", "bigram"])
 def test_entropies_are_those_of_held_out_text_within_the_standard_error(corpus, drawn, name):
     ids, facts = read_samples(drawn / name)
-    found, wanted = unigram_entropy(ids), unigram_entropy(held_out_texts(corpus))
+    found, wanted = unigram_entropy(ids), unigram_entropy(data_texts(corpus))
     error = np.hypot(found.std() / len(found) ** 0.5, wanted.std() / len(wanted) ** 0.5)
     assert abs(found.mean() - wanted.mean()) < error
     assert facts["entropy"] == pytest.approx(found.mean())
-    assert facts["held_out_entropy"] == pytest.approx(wanted.mean())
+    assert facts["data_entropy"] == pytest.approx(wanted.mean())
     assert 0.2 < facts["fitted_temperature"] < 5
 
 

@@ -33,7 +33,7 @@ def test_features_are_the_last_hidden_state_of_the_last_token(world, judge, toke
     letters = tokenizer.decode(world.held_out[0].tolist()).replace(" ", "Ġ")[:40]
     ids[0] = [tokenizer.token_to_id(letter) for letter in letters]
     found = judge_features(judge, ids, tokenizer, eos, 3)
-    lengths = set()
+    lengths, means = set(), []
     texts = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
     for text, mine in zip(texts, found, strict=True):
         again = torch.tensor([judge.tokenizer(text)["input_ids"][:40]])
@@ -41,8 +41,10 @@ def test_features_are_the_last_hidden_state_of_the_last_token(world, judge, toke
         with torch.no_grad():
             states = judge.network(input_ids=again, output_hidden_states=True).hidden_states[-1]
         assert np.allclose(mine, states[0, -1].numpy(), atol=1e-4)
+        means.append(states[0].mean(0).numpy())
     assert len(lengths) > 1 and found.shape == (7, 128) and found.dtype == np.float32
     assert np.allclose(found, judge_features(judge, ids, tokenizer, eos, 7), atol=1e-4)
+    assert np.allclose(means, judge_features(judge, ids, tokenizer, eos, 3, mean=True), atol=1e-4)
 
 
 def test_a_judge_that_reads_less_than_a_text_is_an_error(world, tokenizer):

@@ -12,7 +12,7 @@ from halfstep.commands.track import _metrics, gather_jobs, sync_once, track
 from halfstep.errors import HalfstepError
 from halfstep.records import mlflow as mlflow_records
 from halfstep.records.journal import Journal, read_journal
-from halfstep.records.mlflow import Tracker
+from halfstep.records.mlflow import Tracker, run_color
 
 mlflow = pytest.importorskip("mlflow")
 DELETED, ACTIVE = mlflow.entities.ViewType.DELETED_ONLY, mlflow.entities.ViewType.ACTIVE_ONLY
@@ -313,3 +313,11 @@ def test_every_judge_and_protocol_has_its_own_curve(judge, suffix, protocol):
         "judge": judge,
     }
     assert list(_metrics(row)) == [f"eval/generative_perplexity_{protocol}{suffix}"]
+
+
+def test_colors_tell_rounds_apart_and_leave_all_else_gray():
+    rounds = [run_color(f"a/kl_backward/round-{number}") for number in range(1, 8)]
+    assert len(set(rounds)) == 7
+    grays = [run_color(f"a/{name}") for name in ("teacher", "baseline", "bigram", "cut_and_paste")]
+    assert all(color[1:3] == color[3:5] == color[5:7] for color in grays)
+    assert not any(color[1:3] == color[3:5] == color[5:7] for color in rounds)

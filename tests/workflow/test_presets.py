@@ -1,5 +1,6 @@
 """Every preset resolves to a graph under both profiles, from the literal commands of the README."""
 
+import json
 import re
 
 import pytest
@@ -13,6 +14,8 @@ GRAPHS = {  # preset: runs, rounds over all runs
     "owt-scaling": (3, 21),
     "owt-adapted": (1, 7),
 }
+SAMPLED = {"laptop": 3, "laptop-losses": 10}  # denoisers of the rounds that are sampled
+FRONTIER = {"laptop": 3, "laptop-losses": 5, "ci": 3}  # models at several temperatures
 
 
 def test_every_preset_has_a_test_here():
@@ -29,18 +32,23 @@ def test_preset_resolves(workflow, preset):
     assert jobs["train_baseline"] == jobs["latency"] == jobs["score_corpus"] == teachers
     assert jobs["distill_round"] == rounds
     assert jobs["score_lambada"] == rounds + 2 * teachers
-    assert jobs["score_samples"] == rounds + 3 * teachers and jobs["draw_naive"] == teachers
-    if preset != "laptop":  # equally often for every denoiser, and once for every baseline
+    scored = SAMPLED.get(preset, rounds + teachers)
+    assert jobs["score_samples"] == scored + 2 * teachers and jobs["draw_naive"] == teachers
+    if preset not in SAMPLED:  # equally often for every denoiser, and once for every baseline
         assert jobs["generate"] % (rounds + teachers) == teachers
     prompts = preset != "laptop"  # whether held-out prompts are continued
-    assert (jobs["plot"], jobs["tabulate"], jobs["track"]) == (7 + prompts, 3 + prompts, 1)
+    frontier = preset in FRONTIER
+    assert jobs.get("generate_frontier", 0) == frontier * FRONTIER.get(preset, 0)
+    assert (jobs["plot"], jobs["tabulate"]) == (7 + prompts + frontier, 3 + prompts + frontier)
+    assert jobs["track"] == 1
     assert jobs.get("score_continuations", 0) == prompts * (
         2 if preset == "ci" else rounds + 2 * teachers
     )
 
 
 def test_own_step_counts_are_where_a_round_meets_its_teacher(workflow):
-    jobs = workflow.jobs("--config", "preset=laptop", 'sampling={"steps": ["own", 8]}')
+    sampling = {"steps": ["own", 8], "rounds": None, "temperatures": [], "frontier_steps": None}
+    jobs = workflow.jobs("--config", "preset=laptop", f"sampling={json.dumps(sampling)}")
     line = ["teacher", *(f"kl_backward/round-{round}" for round in range(1, 8))]
     expected = {
         f"generate stories-tiny/{model} {steps}"

@@ -16,7 +16,7 @@ from halfstep.commands.variety import (
     Texts,
     compare_texts,
     grammar_rows,
-    held_out_texts,
+    data_texts,
     reference_split,
     reference_texts,
     text_label,
@@ -112,16 +112,16 @@ def score_corpus(
     machine: Machine,
     num_samples: Count = 1024,
 ) -> None:
-    """Score held-out text by the measures of samples, as the reference for models.
+    """Score the corpus's own text by the measures of samples, as the reference for models.
 
-    MAUVE compares one half of the windows with the other.
+    It is held-out text, or, for stories, text of the training split (see `reference_split`). MAUVE compares one half of the windows with the other.
 
     Args:
         corpus: folder of `halfstep prepare-corpus`
         output: JSON file of the rows, in a folder named after the teacher
         num_samples: number of texts of each model, for MAUVE as many windows at most
     """
-    group, ids = join_group(machine), held_out_texts(corpus)
+    group, ids = join_group(machine), data_texts(corpus)
     columns = {
         "model": "data",
         "teacher": output.parent.name,

@@ -31,7 +31,7 @@ from halfstep.metrics.mauve import judge_features
 from halfstep.metrics.perplexity import Judge
 from halfstep.metrics.rows import mean_row, row, share_row
 
-DATA_WINDOWS = 500  # held-out windows behind the "data" rows, or all of them if there are fewer
+DATA_WINDOWS = 500  # windows behind the "data" rows, or all of them if there are fewer
 MAUVE_TEXTS = 50  # fewest texts of either kind: five bins
 BLEU_GROUP, BLEU_GROUPS = 5, 20  # texts that are compared with one another, and groups of them
 STORY_GROUP = 20  # accepted stories among which repetitions are counted; fewer give no row
@@ -42,18 +42,11 @@ Features = tuple[np.ndarray | None, np.ndarray | None, dict[str, Any]]
 """A judge's features [n, D] of the reference and of texts (None but on rank 0), and columns."""
 
 
-def held_out_texts(corpus: Path) -> np.ndarray:
-    """Held-out windows, evenly spaced, at most DATA_WINDOWS: ids[N, L]."""
-    windows = Windows(corpus, "validation")
-    count = min(DATA_WINDOWS, len(windows))
-    return windows[np.unique(np.linspace(0, len(windows) - 1, count).astype(int))].numpy()
-
-
 def reference_split(corpus: Path) -> str:
-    """The split with MAUVE's reference: held-out text, but training text for stories.
+    """The split that samples are compared with: held-out text, but training text for stories.
 
     Held-out stories combine names and things that training stories never combine. So they follow
-    another law than the stories that a model learns to write.
+    another law than the stories that a model learns to write: their entropy is 2% lower.
     """
     kind = read_manifest(corpus).get("corpus", {}).get("kind")
     return "train" if kind == "stories" else "validation"
@@ -68,6 +61,13 @@ def reference_texts(corpus: Path, count: int, offset: int = 0) -> np.ndarray:
     half = np.arange(offset, len(windows), 2)
     chosen = np.unique(np.linspace(0, len(half) - 1, min(count, len(half))).astype(int))
     return windows[half[chosen]].numpy()
+
+
+def data_texts(corpus: Path) -> np.ndarray:
+    """The windows behind the rows `data`, evenly spaced, at most DATA_WINDOWS: ids[N, L]."""
+    windows = Windows(corpus, reference_split(corpus))
+    count = min(DATA_WINDOWS, len(windows))
+    return windows[np.unique(np.linspace(0, len(windows) - 1, count).astype(int))].numpy()
 
 
 def text_label(columns: dict[str, Any]) -> str:
@@ -88,7 +88,9 @@ def compare_texts(
 
     def features_of(ids: np.ndarray, label: str) -> np.ndarray | None:
         label = f"{label}: judge, features"
-        return judge_features(judge, ids, tokenizer, eos_id, machine.micro_batch, label, group)
+        return judge_features(
+            judge, ids, tokenizer, eos_id, machine.micro_batch, label, group, mean=True
+        )
 
     known: dict[int, np.ndarray | None] = {}
     for ids, columns in texts:
@@ -138,7 +140,6 @@ def story_rows(texts: list[str], columns: dict[str, Any], resamples: int) -> lis
     """How many of the texts' accepted stories are different, and how far their facts are from the
     law of the grammar. A fact is taken from its first mention, if there is one.
 
-    Held-out text is compared with held-out stories, models with training stories.
     """
     windows = [list(filter(is_accepted, whole_stories(text))) for text in texts]
     rows = []
@@ -148,7 +149,7 @@ def story_rows(texts: list[str], columns: dict[str, Any], resamples: int) -> lis
     facts = [[known for story in window if (known := story_facts(story))] for window in windows]
     stories = sum(map(len, facts))
     if stories >= STORY_GROUP:
-        laws = fact_law("validation" if columns["run"] == "data" else "train")
+        laws = fact_law()
         counts = [_count_options(facts, fact, list(law)) for fact, law in laws.items()]
         chances = [np.array(list(law.values())) for law in laws.values()]
         found = divergence_from_laws(counts, chances, resamples)

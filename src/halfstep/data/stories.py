@@ -93,7 +93,7 @@ PATTERNS: dict[str, tuple[str, Patterns]] = {
     "setting": ("place", {
         "": None,
         "It was a {weather} {time}.": None,
-        "The {time} was {weather}.": None,
+        "The {time} was {weather} and {name} felt {trait}.": None,
     }),
     "meeting": ("place", {
         "{She} met {friend} at the {place}.": None,
@@ -123,11 +123,9 @@ PATTERNS: dict[str, tuple[str, Patterns]] = {
         "{name} was {feeling} because {she} had a friend {friend}.": ("gift", "lose", "wish"),
         "{friend} was {feeling} because the {thing} was {colour}.": ("gift", "wish"),
         "{name} was {feeling} and went {pace} back to the {place}.": ("play", "lose", "save"),
-        "{name} felt {feeling} and {manner} thanked {friend}.": ("save",),
+        "{name} felt {feeling} and {manner} thanked {friend}.": None,
     }),
 }  # fmt: skip
-
-LAW_STORIES = 10_000  # drawn for the chances of each fact
 
 # The class of each slot and of each word; a pronoun's class is its slot.
 SLOT_CLASS = {name.lower(): name for name in WORDS}

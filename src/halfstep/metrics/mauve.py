@@ -1,8 +1,8 @@
 """MAUVE (arXiv 2102.01454): how close the distribution of written texts is to human text, 0 to 1.
 
-Texts of both kinds become features of the judge: the last hidden state of their last token. k-means
-puts the features in num / 10 bins. Let p and q be the two histograms over these bins. MAUVE is the
-area under the curve over the mixtures r, c = 5:
+Texts of both kinds become features of the judge: the last hidden state of their last token, or the
+mean over their tokens. k-means puts the features in num / 10 bins. Let p and q be the two
+histograms over these bins. MAUVE is the area under the curve over the mixtures r, c = 5:
 
     (exp(-c KL(q|r)), exp(-c KL(p|r))),   r = w p + (1 - w) q
 
@@ -46,10 +46,12 @@ def judge_features(
     micro_batch: int,
     label: str = "judge, features",
     group: Group = ALONE,
+    mean: bool = False,
 ) -> np.ndarray | None:
     """The judge's last hidden state at the last token of each text ids[N, L]: [N, D] float32.
 
-    It is taken after the last norm; `tokenizer` is that of the ids. As `mauve-text` does, texts are
+    With `mean` it is the mean over all tokens of a text: the last token of a window, which is cut
+    anywhere, says little more than where the cut fell. It is taken after the last norm; `tokenizer` is that of the ids. As `mauve-text` does, texts are
     decoded and tokenized again by the judge's tokenizer, of which the first L tokens are read. The
     ranks of the group share the texts; all but rank 0 get None.
     """
@@ -74,8 +76,12 @@ def judge_features(
                 x, attend = pad_texts(batch, judge.device)
                 network = judge.network.base_model
                 h = network(input_ids=x, attention_mask=attend, use_cache=False).last_hidden_state
-                index = torch.arange(len(batch), device=judge.device)
-                features.append(h[index, attend.sum(1) - 1].float().cpu())
+                if mean:
+                    found = (h.float() * attend[..., None]).sum(1) / attend.sum(1, keepdim=True)
+                else:
+                    index = torch.arange(len(batch), device=judge.device)
+                    found = h[index, attend.sum(1) - 1].float()
+                features.append(found.cpu())
                 progress.update(len(batch))
         return torch.cat(features).numpy()
 

@@ -15,8 +15,8 @@ from halfstep.commands.variety import (
     Features,
     Texts,
     compare_texts,
-    grammar_rows,
     data_texts,
+    grammar_rows,
     reference_split,
     reference_texts,
     text_label,
@@ -114,7 +114,8 @@ def score_corpus(
 ) -> None:
     """Score the corpus's own text by the measures of samples, as the reference for models.
 
-    It is held-out text, or, for stories, text of the training split (see `reference_split`). MAUVE compares one half of the windows with the other.
+    It is held-out text or, for stories, text of the training split (see `reference_split`). MAUVE
+    compares one half of the windows with the other.
 
     Args:
         corpus: folder of `halfstep prepare-corpus`

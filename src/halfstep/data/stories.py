@@ -127,6 +127,8 @@ PATTERNS: dict[str, tuple[str, Patterns]] = {
     }),
 }  # fmt: skip
 
+LAW_STORIES = 10_000  # drawn for the chances of each fact
+
 # The class of each slot and of each word; a pronoun's class is its slot.
 SLOT_CLASS = {name.lower(): name for name in WORDS}
 SLOT_CLASS |= {"friend": "NAME", "pace": "MANNER"}

@@ -51,9 +51,10 @@ def judge_features(
     """The judge's last hidden state at the last token of each text ids[N, L]: [N, D] float32.
 
     With `mean` it is the mean over all tokens of a text: the last token of a window, which is cut
-    anywhere, says little more than where the cut fell. It is taken after the last norm; `tokenizer` is that of the ids. As `mauve-text` does, texts are
-    decoded and tokenized again by the judge's tokenizer, of which the first L tokens are read. The
-    ranks of the group share the texts; all but rank 0 get None.
+    anywhere, says little more than where the cut fell. It is taken after the last norm;
+    `tokenizer` is that of the ids. As `mauve-text` does, texts are decoded and tokenized again by
+    the judge's tokenizer, of which the first L tokens are read. The ranks of the group share the
+    texts; all but rank 0 get None.
     """
     L = ids.shape[1]
     if judge.context is not None and judge.context < L:

@@ -49,7 +49,7 @@ def test_a_sampler_that_prefers_the_most_frequent_facts_diverges(lawful):
 
     def matches(story):
         facts = story_facts(story)
-        return sum(facts[fact] == favorite for fact, favorite in favorites.items())
+        return sum(facts.get(fact) == favorite for fact, favorite in favorites.items())
 
     many = list(sample_stories(2000, 6))
     narrow = sorted(dict.fromkeys(many), key=matches, reverse=True)[:400]
@@ -64,10 +64,12 @@ def test_few_stories_have_no_variety(lawful):
     assert rows_of(["No story."] * 400) == {}
 
 
-def test_held_out_text_is_compared_with_held_out_stories():
+def test_held_out_stories_follow_another_law():
+    """So the data rows of stories are of training text, which is what a model learns to write."""
     held_out = list(sample_stories(300, 5, "validation"))
-    assert rows_of(held_out, run="data")["fact_divergence"]["low"] < 0.01
     assert rows_of(held_out)["fact_divergence"]["low"] > 0.05
+    typical = list(sample_stories(300, 5, "train"))
+    assert rows_of(typical, run="data")["fact_divergence"]["low"] < 0.01
 
 
 def test_mauve_is_near_one_for_the_corpus_itself_and_lower_for_unigrams(world, tmp_path):

@@ -38,7 +38,7 @@ T = 2.7764451051977987
 
 
 @torch.no_grad()
-def judge_features(
+def judge_features(  # noqa: PLR0913 - what is read, how, and who shares the work
     judge: Judge,
     ids: np.ndarray,
     tokenizer: Tokenizer,

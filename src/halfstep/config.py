@@ -671,7 +671,7 @@ class Config(Section):
         filled = {}
         for name, teacher in teachers.items():
             corpus = _part(raw, "corpora", _part(teacher, "corpus"))
-            length = _part(corpus, "length") or Corpus.model_fields["length"].default
+            length = _valid_length(_part(corpus, "length"))
             filled[name] = _with_teacher_steps(teacher, length)
         return raw | {"teachers": filled}
 
@@ -796,6 +796,14 @@ def _part(tree: Any, *keys: Any) -> Any:
     for key in keys:
         tree = tree.get(key) if isinstance(tree, dict) and isinstance(key, str) else None
     return tree
+
+
+def _valid_length(length: object) -> object:
+    """The length of a corpus, or the default where there is none, or one that is refused anyway."""
+    try:
+        return pydantic.TypeAdapter(TokenCount).validate_python(length)
+    except pydantic.ValidationError:
+        return Corpus.model_fields["length"].default
 
 
 def _with_teacher_steps(part: Any, length: object) -> Any:

@@ -99,7 +99,7 @@ WRITTEN = {  # name: (content of config.yaml, pattern of the line)
     "150 levels": (nested(150, "[", "]"), "more than 100 levels deep"),
     "10^11 rounds": (of_run("rounds: 100000000000"), "rounds: found 100000000000: .*equal to 20"),
     "1e11 rounds": (of_run("rounds: 1e11"), "rounds: found 1000000.*equal to 20"),
-    "15 rounds of 1,024 steps": (of_run("rounds: 15"), "at most 10 rounds do"),
+    "15 rounds of 1,024 steps": (of_run("rounds: 15, teacher_steps: 1024"), "at most 10 rounds do"),
     "10^12 sampling steps": (of_sampling("steps: [1000000000000]"), "at most 1048576 steps"),
     "1e12 sampling steps": (of_sampling("steps: [1e12]"), "found 1000000.*: expected at most 1048"),
     "minus one step": (of_sampling("steps: [-1]"), r"steps\.0: found -1: expected a whole number"),

@@ -20,9 +20,13 @@ LINES = {
     "train-baseline": f"--corpus {{corpus}} {TRAIN}",
     "distill-round": f"--teacher {{teacher}} --corpus {{corpus}} {ROUND}",
     "generate": f"--checkpoint {{teacher}} --steps 4 --num-samples 2 {MACHINE}",
+    "generate-frontier": "--checkpoint {teacher} --steps 4 --temperatures 0.7 --num-samples 2 "
+    + MACHINE,
     "draw-naive": "--corpus {corpus} --num-samples 2",
     "score-samples": "--samples {samples} --corpus {corpus} --judge {baseline}/hf " + EVALUATION,
     "score-corpus": "--corpus {corpus} --judge {baseline}/hf " + EVALUATION,
+    "score-frontier": "--samples {samples} {cold} --held-out {metrics}/data.json "
+    "--corpus {corpus} --judge {baseline}/hf " + EVALUATION,
     "score-lambada": "--checkpoint {teacher} --corpus {corpus} --lambada last_words "
     f"--lambada-items 2 {EVALUATION}",
     "continue-prompts": "--checkpoint {teacher} --corpus {corpus} --steps 4 --num-prompts 2 "
@@ -42,6 +46,7 @@ LINES = {
 FILES = {  # outputs that are files in the folder
     "score-samples": "rows.json",
     "score-corpus": "rows.json",
+    "score-frontier": "rows.json",
     "score-lambada": "rows.json",
     "score-continuations": "rows.json",
     "latency": "seconds.json",
@@ -84,7 +89,7 @@ def test_nothing_is_torn_and_the_next_run_is_right(pipeline, tmp_path, command):
     """Every file is whole or absent, the disk's fault is one sentence, and no part is left."""
     out = tmp_path / "t" / "out"
     output = out / FILES[command] if command in FILES else out
-    inputs = {name: tmp_path / name for name in ("exported", "continued")}
+    inputs = {name: tmp_path / name for name in ("exported", "continued", "cold")}
     places = vars(pipeline) | inputs
     line = f"{command} --output {output} {LINES[command].format_map(places)}"
     if command == "import":
@@ -92,6 +97,9 @@ def test_nothing_is_torn_and_the_next_run_is_right(pipeline, tmp_path, command):
     if command == "score-continuations":
         first = LINES["continue-prompts"].format_map(places)
         done(f"continue-prompts --output {places['continued']} {first}")
+    if command == "score-frontier":
+        write = f"--steps 8 --temperature 0.7 --num-samples 4 {MACHINE}"
+        done(f"generate --checkpoint {pipeline.teacher} --output {places['cold']} {write}")
     if command == "merge-provenance":
         shutil.copytree(pipeline.metrics, out / "metrics")
         line = f"{command} --results {out}"

@@ -309,17 +309,17 @@ def test_summary_prints_tables_texts_and_places(results, capsys):
         "Unigram entropy",
         "last words",
         "milliseconds to write",
-        "At 8 steps teacher wrote",
-        "At 8 steps kl_backward/round-7 wrote",
+        "At 16 steps teacher wrote",
+        "At 16 steps kl_backward/round-7 wrote",
         "At 32 steps teacher wrote",
-        "stories-tiny: kl_backward round 7 with 8 steps (128 tokens each) has perplexity",
-        "as good with 1/4 of the steps (intervals overlap)",
+        "stories-tiny: kl_backward round 7 with 16 steps (64 tokens each) has perplexity",
+        "better with 1/2 of the steps",
         "  8 steps (128 tokens each): 150 [144, 156] -> ",
         "times lower",
         "kl_backward: every round at its own step count, its teacher -> the round:\n"
         "  32: 21.4 [20.5, 22.3] -> 19.2 [18.4, 19.9] (better)\n  16: 29.6",
-        "8 steps (128 tokens each), consistent stories: teacher 52.5% [50.5%, 54.5%], "
-        "kl_backward round 7 73.5% [71.5%, 75.5%] (more)",
+        "16 steps (64 tokens each), consistent stories: teacher 71.2% [69.2%, 73.2%], "
+        "kl_backward round 7 92.2% [90.2%, 94.2%] (more)",
         "ppl_vs_steps.pdf",
         f"mlflow ui --backend-store-uri sqlite:///{results}/mlflow.db",
     ):

@@ -46,6 +46,11 @@ def test_the_headline_is_the_fewest_steps_that_reach_the_teachers_best():
     )
 
 
+def test_a_clear_gain_comes_before_an_equal_at_fewer_steps():
+    headline, text = sentence(row("kl", 7, 16, 6.9, 1), row("kl", 7, 64, 5, 0.5))
+    assert headline.student["steps"] == 64 and text.endswith("better with 1/4 of the steps")
+
+
 def test_the_headline_takes_the_last_round_alone_and_says_where_intervals_overlap():
     _, text = sentence(row("kl", 6, 16, 1, 0.1), row("kl", 7, 64, 6.5, 1))
     assert text.endswith("as good with 1/4 of the steps (intervals overlap)")
@@ -75,6 +80,7 @@ def test_gains_at_equal_entropy_are_those_of_the_main_temperature():
         row("kl", 7, 16, 0.4, 0.1, name) | {"temperature": 0.8},
         row("kl", 7, 64, 0.95, 0.1, name),
         row("kl", 7, 128, float("nan"), 0, name),
+        row("kl", 7, 256, 0.8, 0.1, name) | {"high": float("nan")},
         row("kl", 6, 16, 0.7, 0.1, name),
     ]
     (text,) = sentences.equal_entropy(tidy(pandas.DataFrame(ratios)), 1)
@@ -84,6 +90,8 @@ def test_gains_at_equal_entropy_are_those_of_the_main_temperature():
         "  64 steps (4 tokens each): 0.95 [0.85, 1.05] "
         "(no clear gain: the teacher at a lower temperature writes as well)",
         "  128 steps (2 tokens each): the teacher does not reach this entropy",
+        "  256 steps (1 token each): 0.80 [0.70, open] "
+        "(the teacher's curve ends too near for an interval)",
     ]
     (text,) = sentences.equal_entropy(tidy(pandas.DataFrame(ratios)), 0.8)
     assert text.splitlines()[1:] == ["  16 steps (16 tokens each): 0.40 [0.30, 0.50] (a gain)"]

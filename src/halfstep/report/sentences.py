@@ -41,15 +41,18 @@ class Headline(NamedTuple):
 
 
 def headlines(perplexity: DataFrame) -> list[Headline]:
-    """For each run its last round at the fewest steps with at most the teacher's lowest perplexity.
+    """For each run its last round at the fewest steps where it beats the teacher's best, clearly.
 
-    Where the round never gets there, it is taken at the steps where it is best.
+    Clearly is with intervals apart; else it is the fewest steps with a perplexity that is not
+    higher; else the steps where the round is best.
     """
     found = []
     for pairs in _by_run(perplexity):
         best = _best(perplexity, pairs[0].teacher)
-        reached = [pair for pair in pairs if pair.student["value"] <= best["value"]]
-        chosen = reached[0] if reached else min(pairs, key=lambda pair: pair.student["value"])
+        clear = [pair for pair in pairs if pair.student["high"] < best["low"]]
+        equal = [pair for pair in pairs if pair.student["value"] <= best["value"]]
+        at_best = min(pairs, key=lambda pair: pair.student["value"])
+        chosen = [*clear, *equal, at_best][0]
         found.append(Headline(chosen.student, chosen.teacher, best))
     return found
 
@@ -111,6 +114,8 @@ def _ratio(row: Series) -> str:
     text = f"{row['value']:.2f} [{low}, {high}]"
     if row["high"] < 1:
         return f"{text} (a gain)"
+    if row["high"] != row["high"]:
+        return f"{text} (the teacher's curve ends too near for an interval)"
     return f"{text} (no clear gain: the teacher at a lower temperature writes as well)"
 
 

@@ -315,11 +315,11 @@ def test_more_steps_than_tokens_with_first_hitting(pipeline, refused, tmp_path):
     )
     assert not (tmp_path / "d").exists()
     pattern = (
-        r"sampling\.steps: found 128, but sampler first_hitting takes at most 64 steps to write "
-        "texts of 64 tokens"
+        r"sampling\.steps: found 256, but sampler first_hitting takes at most 128 steps to write "
+        "texts of 128 tokens"
     )
     with pytest.raises(ConfigError, match=pattern):
-        resolve(yaml.safe_load("{preset: ci, sampling: {sampler: first_hitting, steps: [8, 128]}}"))
+        resolve(yaml.safe_load("{preset: ci, sampling: {sampler: first_hitting, steps: [8, 256]}}"))
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])

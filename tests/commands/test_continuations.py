@@ -73,9 +73,9 @@ def test_documents_are_joined_from_their_windows(world, monkeypatch):
     *whole, last = (document.tolist() for document in documents)
     assert len(whole) > 40 and whole == expected[: len(whole)]
     assert last == expected[len(whole)][: len(last)]
-    long = [text for text in whole if len(text) >= 32]
+    long = [text for text in whole if len(text) >= 45]
     assert 5 <= len(long) < len(whole)
-    few = Prompts(num_prompts=5, prompt_tokens=4, continuation_tokens=4, document_tokens=32)
+    few = Prompts(num_prompts=5, prompt_tokens=4, continuation_tokens=4, document_tokens=45)
     found = references(world.corpus, few)
     assert found.tolist() == [[world.facts["eos_id"], *text[:7]] for text in long[:5]]
 

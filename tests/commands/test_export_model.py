@@ -609,7 +609,7 @@ def test_a_disk_that_is_full_for_safetensors(export, tmp_path, monkeypatch, caps
     assert not (tmp_path / "out/config.json").exists()
 
 
-METRICS = ("| generative", "| entropy", "| distinct", "| accepted", "| consistent")
+METRICS = ("| generative", "| entropy", "| distinct", "| repetition", "| accepted", "| consistent")
 
 
 def test_the_card_names_every_number(pipeline, tmp_path):

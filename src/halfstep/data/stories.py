@@ -93,7 +93,7 @@ PATTERNS: dict[str, tuple[str, Patterns]] = {
     "setting": ("place", {
         "": None,
         "It was a {weather} {time}.": None,
-        "The {time} was {weather} and {name} felt {trait}.": None,
+        "The {time} was {weather}.": None,
     }),
     "meeting": ("place", {
         "{She} met {friend} at the {place}.": None,
@@ -123,7 +123,7 @@ PATTERNS: dict[str, tuple[str, Patterns]] = {
         "{name} was {feeling} because {she} had a friend {friend}.": ("gift", "lose", "wish"),
         "{friend} was {feeling} because the {thing} was {colour}.": ("gift", "wish"),
         "{name} was {feeling} and went {pace} back to the {place}.": ("play", "lose", "save"),
-        "{name} felt {feeling} and {manner} thanked {friend}.": None,
+        "{name} felt {feeling} and {manner} thanked {friend}.": ("save",),
     }),
 }  # fmt: skip
 

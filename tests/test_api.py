@@ -84,8 +84,8 @@ def test_texts_are_those_of_the_command(pipeline, kind, tmp_path):
     ids=str,
 )
 def test_an_option_changes_the_texts(student, change):
-    assert halfstep.generate(student, num_samples=4) != halfstep.generate(
-        student, num_samples=4, **change
+    assert halfstep.generate(student, num_samples=16) != halfstep.generate(
+        student, num_samples=16, **change
     )
 
 

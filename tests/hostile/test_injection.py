@@ -157,7 +157,7 @@ def test_snakemake_takes_odd_names_as_they_are(tmp_path):
 
     def snakemake(files: list[str], *options: str) -> subprocess.CompletedProcess:
         config = configuration("files", files)
-        config["corpora"]["stories-ci"] |= {"length": 32, "validation_documents": 40}
+        config["corpora"]["stories-ci"] |= {"length": 128, "validation_documents": 40}
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         return workflow.run(target, "--cores", "1", "-p", *options)
 
@@ -293,7 +293,9 @@ def hostile_sample(folder: Path) -> None:
     """A results folder with escapes in a sample, in a table and in a name."""
     results = synthetic.write(folder / "results", rounds=1, runs=("kl_backward",), steps=[8])
     sample = results / "samples/stories-tiny/teacher/steps-8/samples.txt"
-    sample.write_text(f"=== 0\nMira {ESCAPE}found{TITLE} a {OVERRIDE}kite{CSI}.\r\n")
+    sample.write_text(
+        f"=== 0\nAnother.\n=== 1\nMira {ESCAPE}found{TITLE} a {OVERRIDE}kite{CSI}.\r\n"
+    )
     tables = results / "tables"
     tables.mkdir()
     for name in ("lambada", "speed"):

@@ -318,6 +318,6 @@ def test_every_judge_and_protocol_has_its_own_curve(judge, suffix, protocol):
 def test_colors_tell_rounds_apart_and_leave_all_else_gray():
     rounds = [run_color(f"a/kl_backward/round-{number}") for number in range(1, 8)]
     assert len(set(rounds)) == 7
-    grays = [run_color(f"a/{name}") for name in ("teacher", "baseline", "bigram", "cut_and_paste")]
+    grays = [run_color(f"a/{name}") for name in ("teacher", "baseline", "data", "benchmark")]
     assert all(color[1:3] == color[3:5] == color[5:7] for color in grays)
     assert not any(color[1:3] == color[3:5] == color[5:7] for color in rounds)

@@ -11,6 +11,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 PARTS = ["Snakefile", "rules", "workflow", "envs", "config.yaml", "slurm", "profiles"]
+TOUCH = (  # in place of a command; one output is a folder
+    "for path in {output}; do "
+    "case $path in */frontier) mkdir $path;; *) touch $path;; esac; done; : "
+)
 
 
 def clean_environment() -> dict[str, str]:

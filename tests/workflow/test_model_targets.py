@@ -236,7 +236,8 @@ def test_tables_gather_the_rows_of_all_models():
     found = targets()
     tables, models = found.table_inputs(), found.models
     rows = [f"results/metrics/{model}/samples.json" for model in models]
-    assert tables["steps"] == [*rows, "results/metrics/stories-ci/data.json"]
+    of_corpus = [f"results/metrics/stories-ci/{name}.json" for name in ("naive/samples", "data")]
+    assert tables["steps"] == [*rows, *of_corpus]
     assert tables["lambada"] == [f"results/metrics/{model}/lambada.json" for model in models]
     assert tables["speed"] == ["results/benchmarks/stories-ci/latency.json"]
     continued = [f"stories-ci/{name}" for name in ("baseline", "kl_backward/round-7")]

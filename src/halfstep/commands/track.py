@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from halfstep.config import NAIVE
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import read_json, write_atomic
 from halfstep.records.database import check_uri, lasting_fault
@@ -251,7 +252,10 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 
 def gather_jobs(results: Path) -> list[Job]:
-    """Every model with a journal or a measurement; of each teacher, the rounds come last."""
+    """Every model with a journal or a measurement; of each teacher, the rounds come last.
+
+    Naive samplers are no models: only the tables have them.
+    """
     jobs: dict[str, Job] = {}
     for file in sorted((results / "models").rglob("run.json")):
         # If the job starts anew meanwhile, a few new points reach its old run. That does no harm:
@@ -266,7 +270,9 @@ def gather_jobs(results: Path) -> list[Job]:
     for file in sorted(measurements):
         rows = read_json(file)
         for number, row in enumerate(rows if isinstance(rows, list) else [], start=1):
-            _add_row(jobs, check_row(row, file, number), file)
+            checked = check_row(row, file, number)
+            if checked.get("run") not in NAIVE:
+                _add_row(jobs, checked, file)
     order = sorted(jobs, key=lambda model: (model.split("/")[0], "round-" in model, model))
     return [jobs[model] for model in order]
 

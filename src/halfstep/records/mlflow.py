@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halfstep.config import NAIVE
 from halfstep.errors import HalfstepError
 from halfstep.records import database
 from halfstep.records.journal import complete_size, mark, points_between, read_points
@@ -423,7 +422,6 @@ def run_color(model: str) -> str:
     """
     run = model.split("/")[1] if "/" in model else ""
     grays = {"": 0.3, "teacher": 0.0, "baseline": 0.45, "data": 0.65, "benchmark": 0.3}
-    grays |= dict.fromkeys(NAIVE, 0.8)
     if run in grays:
         return _hex((grays[run],) * 3)
     hues = {"kl_backward": 0.58, "mse": 0.06, "tvd": 0.38, "kl_forward": 0.86}

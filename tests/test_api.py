@@ -77,15 +77,14 @@ def test_texts_are_those_of_the_command(pipeline, kind, tmp_path):
         {"prompt": "Tom was"},
         {"prompt": "Tom<|mask|><|mask|> was"},
         {"seed": 2},
-        {"sampler": "block"},
         {"sampler": "ancestral_float32"},
         {"temperature": 0.5},
     ],
     ids=str,
 )
 def test_an_option_changes_the_texts(student, change):
-    assert halfstep.generate(student, num_samples=16) != halfstep.generate(
-        student, num_samples=16, **change
+    assert halfstep.generate(student, num_samples=4) != halfstep.generate(
+        student, num_samples=4, **change
     )
 
 

@@ -110,9 +110,12 @@ def test_one_more_step_count_trains_nothing(finished):
     rounds = [f"{run}/round-{number}" for run in ("kl_backward", "mse") for number in (1, 2)]
     models = [f"stories-ci/{name}" for name in ("teacher", *rounds)]
     generated = {job for job in jobs if job.startswith("generate")}
-    assert generated == {f"generate {model} 16" for model in models}
+    last = [model for model in models if not model.endswith("round-1")]  # on the frontier
+    drawn = {f"generate_frontier {model}" for model in last}
+    assert generated == {f"generate {model} 16" for model in models} | drawn
     scored = {job for job in jobs if job.startswith("score")}
-    assert scored == {f"score_samples {model}" for model in models}
+    read = {f"score_frontier {model}" for model in (*last, "stories-ci/baseline")}
+    assert scored - read == {f"score_samples {model}" for model in models}
     assert trained(jobs) == set() and REPORT <= jobs
 
 

@@ -56,7 +56,7 @@ if workflow.is_main_process and not only_looks(sys.argv[1:]):
 # Snakemake then makes everything again from that stage on. The text of a rule, its threads and
 # its resources never make a finished file stale.
 STAGE = dict(
-    corpus=1,
+    corpus=2,
     pretrain=3,
     baseline=3,
     import_teacher=1,
@@ -64,12 +64,12 @@ STAGE = dict(
     generate=3,
     draw_naive=1,
     continue_prompts=3,
-    score_continuations=3,
+    score_continuations=4,
     score=5,
-    lambada=4,
+    lambada=5,
     latency=5,
     tabulate=4,
-    plot=3,
+    plot=4,
     track=1,
     merge_provenance=1,
     fetch=1,

@@ -497,8 +497,8 @@ class Evaluation(Section):
     """one judge or a list; baseline: the autoregressive model of the corpus; otherwise a hub name
     or a folder for transformers (the paper's judges: gpt2-large, meta-llama/Meta-Llama-3-8B)"""
     lambada: Word | None = "EleutherAI/lambada_openai"
-    """last_words: items from the held-out stories of the corpus; otherwise a hub name or a .jsonl
-    file of {"text": ...} lines; null: no last-word task"""
+    """last_words: items of the corpus's stories; otherwise a hub name or a .jsonl file of
+    {"text": ...} lines; null: no last-word task"""
     lambada_items: Count | None = None
     """maximum number of items; all by default"""
     bootstrap: Annotated[Whole, Field(ge=100, le=10**6)] = 1000

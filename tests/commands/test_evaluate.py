@@ -16,7 +16,7 @@ from halfstep.cli import main
 from halfstep.commands import evaluate
 from halfstep.commands.evaluate import score_corpus, score_lambada, score_samples
 from halfstep.commands.report import tabulate
-from halfstep.commands.variety import data_texts
+from halfstep.commands.variety import DATA_WINDOWS, held_out_texts
 from halfstep.config import Evaluation, Machine
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, sha256, write_json
@@ -109,14 +109,14 @@ def test_samples_of_all_step_counts_under_one_judge(world, tmp_path, monkeypatch
     }
 
 
-def test_the_corpus_has_its_own_rows_and_the_grammar_accepts_it(world, tmp_path):
+def test_held_out_text_has_its_own_rows_and_the_grammar_accepts_it(world, tmp_path):
     output = tmp_path / "stories-tiny" / "data.json"
     score_corpus(world.corpus, output, scoring(world), MACHINE)
     rows = by_name(read_json(output))
     accepted = rows["accepted_share", "grammar", None]
     consistent = rows["consistent_share", "grammar", None]
     assert consistent["value"] == accepted["value"] == 1 and 0.5 < accepted["low"] < 1
-    windows = data_texts(world.corpus)  # of training text: held-out stories follow another law
+    windows = held_out_texts(world.corpus, DATA_WINDOWS)
     whole = sum(max(0, (window[1:-1] == window[0]).sum() - 1) for window in windows)
     assert accepted["num_samples"] == consistent["num_samples"] == whole  # between two EOS
     # Variety is measured on other numbers of texts, which its rows name.

@@ -7,7 +7,7 @@ import pytest
 
 from halfstep.commands.data import prepare_corpus
 from halfstep.commands.evaluate import score_corpus, score_texts
-from halfstep.commands.variety import reference_split, reference_texts, story_rows
+from halfstep.commands.variety import held_out_texts, story_rows
 from halfstep.config import Corpus, Evaluation, Machine
 from halfstep.data.stories import fact_law, sample_stories, story_facts
 from halfstep.data.tokenizer import EOS
@@ -64,22 +64,19 @@ def test_few_stories_have_no_variety(lawful):
     assert rows_of(["No story."] * 400) == {}
 
 
-def test_held_out_stories_follow_another_law():
-    """So the data rows of stories are of training text, which is what a model learns to write."""
-    held_out = list(sample_stories(300, 5, "validation"))
-    assert rows_of(held_out)["fact_divergence"]["low"] > 0.05
-    typical = list(sample_stories(300, 5, "train"))
-    assert rows_of(typical, run="data")["fact_divergence"]["low"] < 0.01
+def test_held_out_stories_follow_the_law_and_those_of_last_words_another():
+    held_out, others = (list(sample_stories(300, 5, name)) for name in ("validation", "last_words"))
+    assert rows_of(held_out, run="data")["fact_divergence"]["low"] < 0.01
+    assert rows_of(others)["fact_divergence"]["low"] > 0.05
 
 
 def test_mauve_is_near_one_for_the_corpus_itself_and_lower_for_unigrams(world, tmp_path):
     """Windows of one half against the other; unigrams keep all counts and lose the order."""
     corpus = tmp_path / "stories"
-    sizes = {"num_documents": 300, "validation_documents": 20}
+    sizes = {"num_documents": 50, "validation_documents": 300}
     prepare_corpus(corpus, Corpus(kind="stories", length=48, vocab_size=500, **sizes), workers=1)
     evaluation = Evaluation(judge=str(world.models / "baseline" / "hf"), bootstrap=100)
-    assert reference_split(corpus) == "train"
-    reference, other = (reference_texts(corpus, 90, offset) for offset in (0, 1))
+    reference, other = (held_out_texts(corpus, 90, first, 2) for first in (0, 1))
     assert len(reference) == len(other) == 90 and not np.array_equal(reference, other)
     score_corpus(corpus, tmp_path / "t" / "data.json", evaluation, MACHINE, num_samples=90)
     data = [row for row in read_json(tmp_path / "t" / "data.json") if row["metric"].endswith("uve")]

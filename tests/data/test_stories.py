@@ -12,7 +12,8 @@ from halfstep.data import stories
 from halfstep.data.stories import EOS, is_held_out, judge, judge_window, log_likelihood
 
 TRAIN = list(stories.sample_stories(4000, seed=3))
-HELD_OUT = list(stories.sample_stories(1000, seed=3, split="validation"))
+LAST_WORDS = list(stories.sample_stories(1000, seed=3, split="last_words"))
+VALIDATION = list(stories.sample_stories(1000, seed=3, split="validation"))
 
 
 def words_of(story):
@@ -24,7 +25,7 @@ def facts_of(story):
 
 
 def test_the_grammar_accepts_everything_that_it_writes():
-    assert all(judge(story) == (True, True) for story in TRAIN + HELD_OUT)
+    assert all(judge(story) == (True, True) for story in TRAIN + VALIDATION + LAST_WORDS)
 
 
 def test_a_longer_run_begins_with_the_shorter_and_seeds_differ():
@@ -32,18 +33,36 @@ def test_a_longer_run_begins_with_the_shorter_and_seeds_differ():
     assert list(stories.sample_stories(50, seed=4)) != TRAIN[:50]
 
 
-def test_held_out_pairs_never_occur_in_training():
+def test_the_pairs_of_last_words_occur_neither_in_training_nor_in_validation():
     in_train = set()
-    for words in map(words_of, TRAIN):
+    for words in map(words_of, TRAIN + VALIDATION):
         names, things = (words & set(stories.WORDS[kind]) for kind in ("NAME", "THING"))
         in_train |= set(product(names, things))
     assert len(in_train) > 50 and not any(is_held_out(*pair) for pair in in_train)
-    heroes = {(facts["name"], facts["thing"]) for facts in map(facts_of, HELD_OUT)}
+    heroes = {(facts["name"], facts["thing"]) for facts in map(facts_of, LAST_WORDS)}
     assert len(heroes) > 2 and all(is_held_out(*pair) for pair in heroes)
     pairs = [is_held_out(n, t) for n in stories.WORDS["NAME"] for t in stories.WORDS["THING"]]
     assert 0.05 < sum(pairs) / len(pairs) < 0.15
     # The combinations are new, but no word is.
-    assert set().union(*map(words_of, HELD_OUT)) <= set().union(*map(words_of, TRAIN))
+    assert set().union(*map(words_of, LAST_WORDS)) <= set().union(*map(words_of, TRAIN))
+
+
+def test_no_story_of_validation_is_in_training_and_both_follow_one_law():
+    """Each fact's commonest value is as frequent in both, and in last words it is not."""
+    assert not set(TRAIN) & set(VALIDATION)
+
+    def differences(others):
+        found = []
+        for fact in ("name", "thing", "place", "friend", "colour"):
+            mine, theirs = (
+                Counter(facts_of(text).get(fact) for text in texts) for texts in (TRAIN, others)
+            )
+            value, count = mine.most_common(1)[0]
+            p, q = count / len(TRAIN), theirs[value] / len(others)
+            found.append(abs(p - q) / math.sqrt(p * (1 - p) * (1 / len(TRAIN) + 1 / len(others))))
+        return found
+
+    assert max(differences(VALIDATION)) < 4 < max(differences(LAST_WORDS))
 
 
 def test_the_shares_of_the_splits_are_exact():
@@ -100,7 +119,7 @@ def test_the_probabilities_of_all_stories_sum_to_one(reduced):
     assert len(texts) > 5000
     log_p = {text: log_likelihood(text) for text in texts}
     assert math.fsum(map(math.exp, log_p.values())) == pytest.approx(1, abs=1e-9)
-    for split in ("train", "validation"):
+    for split in ("train", "last_words"):
         inside = [p for text in texts if (p := log_likelihood(text, split)) is not None]
         assert 100 < len(inside) < len(texts)
         assert math.fsum(map(math.exp, inside)) == pytest.approx(1, abs=1e-9)
@@ -211,7 +230,7 @@ def test_pronouns_follow_the_name():
 
 def test_last_words_follow_from_the_story():
     items = stories.last_words(500, seed=3)
-    assert [item["text"] + "." for item in items] == HELD_OUT[:500]
+    assert [item["text"] + "." for item in items] == LAST_WORDS[:500]
     classes = Counter()
     for item in items:
         context, word = item["text"].rsplit(" ", 1)

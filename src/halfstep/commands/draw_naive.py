@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from halfstep.commands.generate import write_texts
-from halfstep.commands.variety import data_texts
+from halfstep.commands.variety import DATA_WINDOWS, held_out_texts
 from halfstep.config import NAIVE, Count, Seed
 from halfstep.data.naive import (
     bigram_texts,
@@ -33,7 +33,7 @@ def draw_naive(
     """Draw texts without a network: by unigrams, by bigrams, and by pasting training sentences.
 
     Unigrams and bigrams are sharpened or flattened by a temperature, which is chosen so that the
-    mean unigram entropy of the texts is that of the rows `data`. Each sampler has a folder with
+    mean unigram entropy of the texts is that of held-out text. Each sampler has a folder with
     samples.npy, samples.txt and samples.json, as `halfstep generate` writes them.
 
     Args:
@@ -43,7 +43,7 @@ def draw_naive(
         sampling_seed: seed of the draws
     """
     manifest, tokenizer = read_manifest(corpus), corpus_tokenizer(corpus)
-    wanted = unigram_entropy(data_texts(corpus))
+    wanted = unigram_entropy(held_out_texts(corpus, DATA_WINDOWS))
     checkpoint = manifest["splits"]["train"]["sha256"]
     drawn = _draw_all(corpus, num_samples, sampling_seed, wanted.mean())
     for name, (ids, temperature) in zip(NAIVE, drawn, strict=True):
@@ -61,7 +61,7 @@ def draw_naive(
             "draw_dtype": "float64",
             "fitted_temperature": temperature,
             "entropy": float(found.mean()),
-            "data_entropy": float(wanted.mean()),
+            "held_out_entropy": float(wanted.mean()),
         }
         write_texts(output / name, ids, tokenizer, about)
         _print_entropy(name, temperature, found, wanted)

@@ -12,13 +12,12 @@ from tokenizers import Tokenizer
 
 from halfstep.checkpoint import checkpoint_files, load_checkpoint
 from halfstep.commands.variety import (
+    DATA_WINDOWS,
     Features,
     Texts,
     compare_texts,
-    data_texts,
     grammar_rows,
-    reference_split,
-    reference_texts,
+    held_out_texts,
     text_label,
     variety_rows,
 )
@@ -74,8 +73,7 @@ def score_samples(
 
     Samples of stories also get the shares that the grammar accepts, and their variety: how many
     accepted stories are different, and how far their facts are from the grammar's own law.
-    MAUVE compares with held-out windows (of stories with training windows, because held-out stories
-    follow another law). It has a row where there are at least 50 of either.
+    MAUVE compares with held-out windows. It has a row where there are at least 50 of either.
 
     Args:
         samples: folders of `halfstep generate` or `draw-naive`, one per step count or sampler; each
@@ -86,7 +84,7 @@ def score_samples(
     group = join_group(machine)
     rows = score_texts(read_texts(samples, corpus), corpus, evaluation, machine, group)
     if group.is_main:
-        read = corpus_files(corpus, reference_split(corpus))
+        read = corpus_files(corpus, "validation")
         write_rows(output, rows, [*sample_files(samples), *read, *evaluation.judge])
 
 
@@ -112,17 +110,16 @@ def score_corpus(
     machine: Machine,
     num_samples: Count = 1024,
 ) -> None:
-    """Score the corpus's own text by the measures of samples, as the reference for models.
+    """Score held-out text by the measures of samples, as the reference for models.
 
-    It is held-out text or, for stories, text of the training split (see `reference_split`). MAUVE
-    compares one half of the windows with the other.
+    MAUVE compares one half of the windows with the other.
 
     Args:
         corpus: folder of `halfstep prepare-corpus`
         output: JSON file of the rows, in a folder named after the teacher
         num_samples: number of texts of each model, for MAUVE as many windows at most
     """
-    group, ids = join_group(machine), data_texts(corpus)
+    group, ids = join_group(machine), held_out_texts(corpus, DATA_WINDOWS)
     columns = {
         "model": "data",
         "teacher": output.parent.name,
@@ -130,12 +127,11 @@ def score_corpus(
         "round": 0,
         "num_samples": len(ids),
     }
-    half = reference_texts(corpus, num_samples, offset=1)
+    half = held_out_texts(corpus, num_samples, first=1, every=2)
     compared = [(half, columns | {"num_samples": len(half)})]
     rows = score_texts([(ids, columns)], corpus, evaluation, machine, group, compared)
     if group.is_main:
-        read = corpus_files(corpus, *sorted({"validation", reference_split(corpus)}))
-        write_rows(output, rows, [*read, *evaluation.judge])
+        write_rows(output, rows, [*corpus_files(corpus, "validation"), *evaluation.judge])
 
 
 def score_lambada(

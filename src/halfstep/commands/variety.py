@@ -42,32 +42,16 @@ Features = tuple[np.ndarray | None, np.ndarray | None, dict[str, Any]]
 """A judge's features [n, D] of the reference and of texts (None but on rank 0), and columns."""
 
 
-def reference_split(corpus: Path) -> str:
-    """The split that samples are compared with: held-out text, but training text for stories.
+def held_out_texts(corpus: Path, count: int, first: int = 0, every: int = 1) -> np.ndarray:
+    """At most `count` of the held-out windows first, first + every, ..., evenly spaced: ids[N, L].
 
-    Held-out stories combine names and things that training stories never combine. So they follow
-    another law than the stories that a model learns to write: their entropy is 2% lower.
+    Of every other window those from 0 on are MAUVE's reference, and those from 1 on are compared
+    with them.
     """
-    kind = read_manifest(corpus).get("corpus", {}).get("kind")
-    return "train" if kind == "stories" else "validation"
-
-
-def reference_texts(corpus: Path, count: int, offset: int = 0) -> np.ndarray:
-    """At most `count` of every other window, evenly spaced, from `offset` on: ids[N, L].
-
-    The windows of offset 0 are MAUVE's reference, those of offset 1 are compared with them.
-    """
-    windows = Windows(corpus, reference_split(corpus))
-    half = np.arange(offset, len(windows), 2)
-    chosen = np.unique(np.linspace(0, len(half) - 1, min(count, len(half))).astype(int))
-    return windows[half[chosen]].numpy()
-
-
-def data_texts(corpus: Path) -> np.ndarray:
-    """The windows behind the rows `data`, evenly spaced, at most DATA_WINDOWS: ids[N, L]."""
-    windows = Windows(corpus, reference_split(corpus))
-    count = min(DATA_WINDOWS, len(windows))
-    return windows[np.unique(np.linspace(0, len(windows) - 1, count).astype(int))].numpy()
+    windows = Windows(corpus, "validation")
+    known = np.arange(first, len(windows), every)
+    chosen = np.linspace(0, len(known) - 1, min(count, len(known))).astype(int)
+    return windows[known[np.unique(chosen)]].numpy()
 
 
 def text_label(columns: dict[str, Any]) -> str:
@@ -94,7 +78,7 @@ def compare_texts(
 
     known: dict[int, np.ndarray | None] = {}
     for ids, columns in texts:
-        reference = reference_texts(corpus, len(ids))
+        reference = held_out_texts(corpus, len(ids), every=2)
         if min(len(ids), len(reference)) < MAUVE_TEXTS:
             continue
         if len(reference) not in known:

@@ -14,7 +14,7 @@ OPENWEBTEXT = "Skylion007/openwebtext"
 
 
 def stories(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
-    """Stories of the embedded grammar; training never pairs name and thing as held-out ones do."""
+    """Stories of the embedded grammar; no held-out story is among those for training."""
     from halfstep.data.stories import sample_stories
 
     yield from sample_stories(corpus.num_documents, corpus.corpus_seed)

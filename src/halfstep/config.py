@@ -448,7 +448,7 @@ class Sampling(GenerateOptions):
     """temperatures of the generative frontier, perplexity against entropy; `temperature` is always
     among them. Without any, there is no frontier"""
     frontier_steps: Annotated[list[Steps], Field(min_length=1)] | None = None
-    """step counts of the frontier, which must be among `steps`; by default all of them but own"""
+    """step counts of the frontier; by default those of `steps` but own"""
     frontier_rounds: Annotated[list[RoundNumber], Field(min_length=1)] | None = None
     """rounds on the frontier (0 is the teacher); by default the teacher and the last round of each
     run. The baseline always is"""
@@ -475,14 +475,16 @@ class Sampling(GenerateOptions):
                 f"temperatures: found only {self.temperature:g}, which is `temperature` too, but "
                 "a frontier needs two at least; add one, or leave temperatures out"
             )
-        numbers = [count for count in self.steps if count != "own"]
-        wanted = numbers if self.frontier_steps is None else self.frontier_steps
-        if self.temperatures and not (wanted and set(wanted) <= set(numbers)):
+        if self.temperatures and not self.frontier_counts:
             raise ValueError(
-                f"frontier_steps: found {wanted}, expected some of the numbers in steps, "
-                f"{numbers}; add them there"
+                "frontier_steps: found none, and steps has no number; add one to either"
             )
         return self
+
+    @property
+    def frontier_counts(self) -> list[int]:
+        """The step counts of the frontier."""
+        return self.frontier_steps or [count for count in self.steps if count != "own"]
 
     @property
     def other_temperatures(self) -> list[float]:

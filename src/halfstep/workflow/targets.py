@@ -284,10 +284,9 @@ class Targets:
 
     def frontier_steps(self, model: str) -> list[int]:
         """Numbers of sampling steps at which a model is on the frontier."""
-        sampling = self.config.sampling
         if model.endswith("/baseline"):
             return self.step_counts(model)
-        return sampling.frontier_steps or [n for n in sampling.steps if n != "own"]
+        return self.config.sampling.frontier_counts
 
     def frontier_samples(self, model: str) -> list[str]:
         """Folders of samples at all temperatures. Those of `temperature` are all other tables'."""

@@ -21,6 +21,17 @@ def student(pipeline):
 
 
 @pytest.fixture(scope="module")
+def attentive(pipeline):
+    """A student whose predictions depend on the whole text, which two training steps do not do."""
+    model, generator = halfstep.load(pipeline.student, device="cpu"), torch.Generator()
+    with torch.no_grad():
+        for block in model.network.blocks:
+            block.adaLN_modulation.bias.fill_(1)
+        model.network.output_layer.linear.weight.normal_(generator=generator.manual_seed(0))
+    return model
+
+
+@pytest.fixture(scope="module")
 def baseline(pipeline):
     return halfstep.load(pipeline.baseline, device="cpu")
 
@@ -77,14 +88,16 @@ def test_texts_are_those_of_the_command(pipeline, kind, tmp_path):
         {"prompt": "Tom was"},
         {"prompt": "Tom<|mask|><|mask|> was"},
         {"seed": 2},
+        {"sampler": "block"},
+        {"sampler": "first_hitting"},
         {"sampler": "ancestral_float32"},
         {"temperature": 0.5},
     ],
     ids=str,
 )
-def test_an_option_changes_the_texts(student, change):
-    assert halfstep.generate(student, num_samples=4) != halfstep.generate(
-        student, num_samples=4, **change
+def test_an_option_changes_the_texts(attentive, change):
+    assert halfstep.generate(attentive, num_samples=4) != halfstep.generate(
+        attentive, num_samples=4, **change
     )
 
 

@@ -167,8 +167,8 @@ FIGURES: dict[str, Figure] = {
     "frontier": Figure(
         title="generative perplexity against entropy over temperatures",
         caption="The generative frontier: perplexity against entropy, a curve over temperatures "
-        "for each model. Lower is better at equal entropy. Held-out text is a star, and the "
-        "autoregressive baseline a curve of its own.",
+        "for each model. Lower is better at equal entropy. The star is held-out text, the dashed "
+        "curve the autoregressive baseline.",
         needs=("temperatures", "steps"),
         draw="halfstep.report.figures:frontier",
     ),

@@ -336,3 +336,13 @@ def test_figures_over_steps_show_the_tokens_per_step_along_the_top(results):
     assert top.get_xticks().tolist() == [8, 16, 32]
     other, _ = draw("latency_vs_length", frames(results, "latency_vs_length"))
     assert not other.axes[0].child_axes
+
+
+def test_a_curve_of_one_point_has_one_tick(results):
+    tables = frames(results, "loss_curves")
+    table = tables["journals"]
+    last = table.groupby(["teacher", "group", "series", "key"])["step"].transform("max")
+    is_kept = table["key"].str.startswith("train") | (table["step"] == last)
+    figure, _ = draw("loss_curves", {"journals": table[is_kept]})
+    held_out = [axes for axes in figure.axes if "mse: held-out" in axes.get_label()]
+    assert [len(axes.get_xticks()) for axes in held_out] == [1]

@@ -218,6 +218,8 @@ def _set_x_axis(axes: Axes, x: Series, scale: str, room: float) -> None:
         axes.set_xlim(low - space - room / (1 - room) * (high - low), high + space)
         whole = scale == "linear"
         axes.xaxis.set_major_locator(MaxNLocator(9 if whole else 6, integer=whole))
+        if low == high:  # a curve of one point
+            axes.set_xticks([low])
     else:
         axes.set_xscale("log", base=2 if scale == "steps" else 10)
         span = (high / low if high > low else 4) ** (room / (1 - room))

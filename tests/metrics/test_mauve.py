@@ -95,3 +95,12 @@ def test_a_text_without_tokens_is_an_error(judge, tokenizer, monkeypatch):
     monkeypatch.setattr(type(judge), "retokenize", lambda *_: texts)
     with pytest.raises(HalfstepError, match="text 1 has no token for .*so it has no features"):
         judge_features(judge, np.ones((3, 8), int), tokenizer, 0, 2)
+
+
+def test_copies_of_the_reference_have_mauve_one():
+    """Whatever their number and the bins: two halves of equal size are the hard case."""
+    rng = np.random.default_rng(0)
+    for texts in (20, 40):
+        features = rng.normal(size=(texts, 8)).astype(np.float32)
+        features[: texts // 2] += 20
+        assert mauve(features, features.repeat(3, 0)) == (1, (1, 1))

@@ -110,7 +110,7 @@ COMMANDS = {  # name: (module:function, what it does)
     ),
     "summary": (
         "halfstep.commands.report:summary",
-        "print the tables, two texts and the places of the results",
+        "print the tables, three texts and the places of the results",
     ),
     "write-schema": (
         "halfstep.commands.config:write_schema",

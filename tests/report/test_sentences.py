@@ -53,18 +53,32 @@ def test_a_clear_gain_comes_before_an_equal_at_fewer_steps():
 
 def test_the_headline_takes_the_last_round_alone_and_says_where_intervals_overlap():
     _, text = sentence(row("kl", 6, 16, 1, 0.1), row("kl", 7, 64, 6.5, 1))
-    assert text.endswith("as good with 1/4 of the steps (intervals overlap)")
-    headline, text = sentence(row("kl", 7, 16, 30, 1), row("kl", 7, 256, 8, 1))
+    assert text.endswith("intervals overlap with 1/4 of the steps")
+    _, text = sentence(row("kl", 7, 64, 7.5, 1))  # above the best, and as near to it as 6.5
+    assert text.endswith("intervals overlap with 1/4 of the steps")
+    headline, text = sentence(row("kl", 7, 16, 30, 1), row("kl", 7, 256, 10, 1))
     assert text.endswith("not reached") and headline.student["steps"] == 256
+
+
+def test_the_headline_names_the_calls_of_the_network_where_they_are_known():
+    calls = {16: 16.0, 64: 62.9, 256: 163.0}
+    rows = [*TEACHER, row("kl", 7, 64, 5, 0.5)]
+    rows = [one | {"network_evaluations": calls[one["steps"]]} for one in rows]
+    (headline,) = sentences.headlines(tidy(pandas.DataFrame(rows)))
+    assert sentences.headline_sentence(headline).endswith(
+        "better with 1/4 of the steps (62.9 calls of the network against 163)"
+    )
 
 
 def test_gains_compare_intervals_at_every_common_step_count():
     entropy = row("kl", 7, 16, 3.7, 0.1, "entropy") | {"vs_data_percent": -1.26}
     students = [row("kl", 7, 16, 15, 2), row("kl", 7, 64, 9.5, 1), row("kl", 7, 256, 20, 1)]
+    students.append(row("kl", 7, 2, 1800, 100))  # the step count that the round is made for
     table = tidy(pandas.DataFrame([*TEACHER, *students]))
     (text,) = sentences.gains(table, tidy(pandas.DataFrame([entropy])))
     assert text.splitlines() == [
         "a, kl round 7 against its teacher:",
+        "  2 steps (128 tokens each): 1,800 [1,700, 1,900], not sampled from the teacher",
         "  16 steps (16 tokens each): 24.0 [22.0, 26.0] -> 15.0 [13.0, 17.0] (1.6 times lower); "
         "entropy -1.3% against held-out text",
         "  64 steps (4 tokens each): 9.00 [8.00, 10.0] -> 9.50 [8.50, 10.5] (intervals overlap)",
@@ -79,16 +93,18 @@ def test_gains_at_equal_entropy_are_those_of_the_main_temperature():
         row("kl", 7, 16, 0.5, 0.1, name),
         row("kl", 7, 16, 0.4, 0.1, name) | {"temperature": 0.8},
         row("kl", 7, 64, 0.95, 0.1, name),
+        row("kl", 7, 80, 1.3, 0.1, name),
         row("kl", 7, 128, float("nan"), 0, name),
         row("kl", 7, 256, 0.8, 0.1, name) | {"high": float("nan")},
         row("kl", 6, 16, 0.7, 0.1, name),
     ]
     (text,) = sentences.equal_entropy(tidy(pandas.DataFrame(ratios)), 1)
     assert text.splitlines() == [
-        "a, kl round 7: part of its teacher's perplexity at equal entropy:",
+        "a, kl round 7 at temperature 1: perplexity / teacher's at equal entropy:",
         "  16 steps (16 tokens each): 0.50 [0.40, 0.60] (a gain)",
-        "  64 steps (4 tokens each): 0.95 [0.85, 1.05] "
-        "(no clear gain: the teacher at a lower temperature writes as well)",
+        "  64 steps (4 tokens each): 0.95 [0.85, 1.05] (no clear gain: the interval holds 1)",
+        "  80 steps (3.2 tokens each): 1.30 [1.20, 1.40] "
+        "(a loss: the teacher at a lower temperature writes better)",
         "  128 steps (2 tokens each): the teacher does not reach this entropy",
         "  256 steps (1 token each): 0.80 [0.70, open] "
         "(the teacher's curve ends too near for an interval)",
@@ -96,6 +112,26 @@ def test_gains_at_equal_entropy_are_those_of_the_main_temperature():
     (text,) = sentences.equal_entropy(tidy(pandas.DataFrame(ratios)), 0.8)
     assert text.splitlines()[1:] == ["  16 steps (16 tokens each): 0.40 [0.30, 0.50] (a gain)"]
     assert sentences.equal_entropy(tidy(pandas.DataFrame(TEACHER)), 1) == []
+
+
+def test_last_words_of_the_last_round_are_compared_with_the_teachers():
+    rows = [
+        row("teacher", 0, 1, 0.9, 0.05, "lambada_accuracy"),
+        row("kl", 6, 1, 0.5, 0.05, "lambada_accuracy"),
+        row("kl", 7, 1, 0.88, 0.05, "lambada_accuracy"),
+        row("mse", 7, 1, 0.7, 0.05, "lambada_accuracy"),
+        row("baseline", 0, 1, 0.99, 0.01, "lambada_accuracy") | {"protocol": "ar"},
+        row("teacher", 0, 1, 1.3, 0.1, "lambada_perplexity"),
+        row("kl", 7, 1, 1.7, 0.1, "lambada_perplexity"),
+    ]
+    assert sentences.last_words(tidy(pandas.DataFrame(rows))) == [
+        "a, accuracy of last words: teacher 0.900 [0.850, 0.950], kl round 7 0.880 [0.830, 0.930] "
+        "(intervals overlap)",
+        "a, accuracy of last words: teacher 0.900 [0.850, 0.950], mse round 7 0.700 [0.650, 0.750] "
+        "(lower)",
+        "a, perplexity of last words: teacher 1.30 [1.20, 1.40], kl round 7 1.70 [1.60, 1.80] "
+        "(higher)",
+    ]
 
 
 def test_a_table_without_students_says_nothing():

@@ -198,42 +198,60 @@ def _print_files(files: list[Path]) -> None:
 def _print_steps(file: Path, others: list[Path], results: Path, width: int) -> None:
     """Print the table of steps, other tables, and for each teacher what the table says."""
     from halfstep.report import sentences
-    from halfstep.report.published import without_published
-    from halfstep.report.rows import read_table
     from halfstep.report.tables import steps_markdown
-    from halfstep.report.trainings import pool_trainings
 
-    table = pool_trainings(without_published(read_table(file)))
+    table = _read_pooled(file)
     print(steps_markdown(table, ("generative_perplexity", "entropy")))
     _print_files(others)
-    for _, mine in table.groupby("teacher", sort=False):
+    for teacher, mine in table.groupby("teacher", sort=False):
         perplexity = mine[mine["metric"] == "generative_perplexity"]
         entropy = mine[mine["metric"] == "entropy"]
         found = sentences.headlines(perplexity)
+        trainings = mine["trainings"].max() if "trainings" in mine else 1
+        over = "trainings" if trainings > 1 else "texts"
         lines = [
+            f"Number of trainings: {trainings:g}; 95% intervals over {over}.",
             *_equal_entropy(file.with_name("temperatures.csv"), perplexity),
             *map(sentences.headline_sentence, found),
             *sentences.gains(perplexity, entropy),
             *sentences.own_steps(perplexity, results),
             *sentences.story_shares(mine),
+            *_last_words(file.with_name("lambada.csv"), str(teacher)),
         ]
         print(*lines, sep="\n")
         for headline in found[:1]:
             _print_samples(headline, results, width)
 
 
+def _read_pooled(file: Path) -> DataFrame:
+    """Our own rows of a table, with one row for all trainings of a model."""
+    from halfstep.report.published import without_published
+    from halfstep.report.rows import read_table
+    from halfstep.report.trainings import pool_trainings
+
+    return pool_trainings(without_published(read_table(file)))
+
+
 def _equal_entropy(file: Path, perplexity: DataFrame) -> list[str]:
     """What the table `temperatures` says of a teacher's runs, where there is such a table."""
-    from halfstep.report.published import without_published
-    from halfstep.report.rows import read_table, sampled_rows
+    from halfstep.report.rows import sampled_rows
     from halfstep.report.sentences import equal_entropy
-    from halfstep.report.trainings import pool_trainings
 
     if not file.is_file() or perplexity.empty:
         return []
-    table = pool_trainings(without_published(read_table(file)))
+    table = _read_pooled(file)
     mine = table[table["teacher"] == perplexity["teacher"].iloc[0]]
     return equal_entropy(mine, sampled_rows(perplexity)["temperature"].fillna(1).iloc[0])
+
+
+def _last_words(file: Path, teacher: str) -> list[str]:
+    """What the table `lambada` says of a teacher's runs, where there is such a table."""
+    from halfstep.report.sentences import last_words
+
+    if not file.is_file():
+        return []
+    table = _read_pooled(file)
+    return last_words(table[table["teacher"] == teacher])
 
 
 def _print_samples(headline: Headline, results: Path, width: int) -> None:

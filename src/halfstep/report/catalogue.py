@@ -212,7 +212,7 @@ FIGURES: dict[str, Figure] = {
     "mauve_vs_steps": Figure(
         title="MAUVE of continuations against sampling steps",
         caption="MAUVE of continuations of held-out prompts against sampling steps: the teacher "
-        "and every round as curves, the autoregressive baseline as a line. 1 means that the texts "
+        "and its rounds as curves, the autoregressive baseline as a line. 1 means that the texts "
         "cannot be told apart from the documents' own continuations.",
         needs=("continuations",),
         draw="halfstep.report.figures:mauve_vs_steps",

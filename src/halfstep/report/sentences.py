@@ -15,6 +15,10 @@ from pandas import DataFrame, Series
 from halfstep.files import read_json
 from halfstep.report.grids import round_number
 
+LAST_WORDS = {
+    "lambada_accuracy": "accuracy of last words",
+    "lambada_perplexity": "perplexity of last words",
+}
 SHARES = {
     "accepted_share": "stories that the grammar accepts",
     "consistent_share": "consistent stories",
@@ -71,19 +75,24 @@ def headline_sentence(headline: Headline) -> str:
         f"{student['teacher']}: {_label(student)} with {_steps(student)} has perplexity "
         f"{_span(student)}, its teacher at its best, with {_steps(best)}, {_span(best)}"
     )
-    if student["high"] < best["low"]:
-        return f"{text}: better with {_part(student, best)} of the steps"
-    if student["value"] <= best["value"]:
-        return f"{text}: as good with {_part(student, best)} of the steps (intervals overlap)"
-    return f"{text}: not reached"
+    word = _compare(student, best, "better", "not reached")
+    if word == "not reached":
+        return f"{text}: {word}"
+    return f"{text}: {word} with 1/{best['steps'] / student['steps']:.3g} of the steps" + _calls(
+        student, best
+    )
 
 
-def _part(student: Series, best: Series) -> str:
-    return f"1/{best['steps'] / student['steps']:.3g}"
+def _calls(student: Series, best: Series) -> str:
+    """How often the network is called, where that is known: (62.9 calls of the network, not 163)"""
+    mine, other = (row.get("network_evaluations") for row in (student, best))
+    if mine is None or mine != mine:
+        return ""
+    return f" ({round_number(mine)} calls of the network against {round_number(other)})"
 
 
 def equal_entropy(frontier: DataFrame, temperature: float) -> list[str]:
-    """For each run: the last round's perplexity as a part of its teacher's at the same entropy.
+    """For each run: the last round's perplexity divided by its teacher's at the same entropy.
 
     The entropy is the student's at the temperature of the other tables. A ratio near 1 says that
     the teacher at a lower temperature writes as well.
@@ -101,8 +110,8 @@ def equal_entropy(frontier: DataFrame, temperature: float) -> list[str]:
     for _, group in ratios[ratios["round"] > 0].groupby("run", sort=False):
         last = group[group["round"] == group["round"].max()].sort_values("steps")
         found = [f"{_steps(row)}: {_ratio(row)}" for _, row in last.iterrows()]
-        title = f"{last['teacher'].iloc[0]}, {_label(last.iloc[0])}: part of its teacher's"
-        lines.append("\n  ".join([f"{title} perplexity at equal entropy:", *found]))
+        title = f"{last['teacher'].iloc[0]}, {_label(last.iloc[0])} at temperature {temperature:g}"
+        lines.append("\n  ".join([f"{title}: perplexity / teacher's at equal entropy:", *found]))
     return lines
 
 
@@ -116,15 +125,25 @@ def _ratio(row: Series) -> str:
         return f"{text} (a gain)"
     if row["high"] != row["high"]:
         return f"{text} (the teacher's curve ends too near for an interval)"
-    return f"{text} (no clear gain: the teacher at a lower temperature writes as well)"
+    if row["low"] > 1:
+        return f"{text} (a loss: the teacher at a lower temperature writes better)"
+    return f"{text} (no clear gain: the interval holds 1)"
 
 
 def gains(perplexity: DataFrame, entropy: DataFrame) -> list[str]:
-    """For each run: the last round against the teacher at every step count, with its entropy."""
+    """For each run: the last round against the teacher at every step count, with its entropy.
+
+    Step counts at which the teacher has no samples come first, as the round's own.
+    """
     lines = []
     for pairs in _by_run(perplexity):
         title = pairs[0].student
         parts = [f"{title['teacher']}, {_label(title)} against its teacher:"]
+        rows = first_protocol(perplexity)
+        alone = rows[rows["model"] == title["model"]].sort_values("steps")
+        for _, row in alone[~alone["steps"].isin([pair.steps for pair in pairs])].iterrows():
+            text = f"{_steps(row)}: {_span(row)}, not sampled from the teacher"
+            parts.append(text + _entropy(entropy, row["model"], row["steps"]))
         for _, steps, teacher, student in pairs:
             text = f"{_steps(student)}: {_span(teacher)} -> {_span(student)}"
             if student["high"] < teacher["low"]:
@@ -196,6 +215,24 @@ def story_shares(table: DataFrame) -> list[str]:
                         f"teacher {_span(teacher, percent=True)}, "
                         f"{_label(student)} {_span(student, percent=True)} ({word})"
                     )
+    return lines
+
+
+def last_words(lambada: DataFrame) -> list[str]:
+    """For each run: last words of the last round and of its teacher, by the first protocol."""
+    lines = []
+    for metric, what in LAST_WORDS.items():
+        rows = lambada[(lambada["metric"] == metric) & (lambada["run"] != "baseline")]
+        rows = rows[rows["protocol"] == rows["protocol"].iloc[0]] if len(rows) else rows
+        for _, teacher in rows[rows["run"] == "teacher"].iterrows():
+            mine = rows[(rows["teacher"] == teacher["teacher"]) & (rows["round"] > 0)]
+            for _, group in mine.groupby("run", sort=False):
+                student = group.loc[group["round"].idxmax()]
+                word = _compare(student, teacher, "lower", "higher")
+                lines.append(
+                    f"{teacher['teacher']}, {what}: teacher {_span(teacher)}, "
+                    f"{_label(student)} {_span(student)} ({word})"
+                )
     return lines
 
 

@@ -23,7 +23,7 @@ from halfstep.report.frontier import (
     reading_cell,
     with_entropy,
 )
-from halfstep.report.grids import latency_cell, make_grid, round_number, value_cell
+from halfstep.report.grids import latency_cell, make_grid, model_label, round_number, value_cell
 from halfstep.report.rows import LEVELS, baseline_name, sampled_rows
 from halfstep.report.trainings import pool_trainings
 
@@ -265,25 +265,32 @@ def _levels(group: DataFrame, cell: Callable[[Any], str] = value_cell) -> list[s
 
 
 def _naive_warnings(group: DataFrame) -> list[str]:
-    """A sentence for each naive sampler that ranks above the teacher, at some steps or at all.
+    """Sentences on the naive samplers that rank above a model, at some steps or at all.
 
-    A metric of which no direction is better, such as the entropy, has none.
+    That is where they are better and the intervals are apart. The models are the teacher and the
+    last round of each run. A metric of which no direction is better, such as the entropy, has none.
     """
     better = BETTER.get(group["metric"].iloc[0])
-    teacher = group[group["run"] == "teacher"].sort_values("steps")
+    if better is None:
+        return []
+    is_last = group["round"] == group.groupby("run")["round"].transform("max")
+    models = sampled_rows(group[is_last]).sort_values("steps")
     lines = []
     for row in group[group["run"].isin(NAIVE)].itertuples():
-        worse = teacher["value"] > row.value if better == "lower" else teacher["value"] < row.value
-        below = teacher.loc[worse, "steps"]
-        if better is None or below.empty:
-            continue
-        if len(below) == len(teacher):
+        above = models["low"] > row.high if better == "lower" else models["high"] < row.low
+        if above[models["run"] == "teacher"].all():
             lines.append(
                 f"**{row.run} ranks above the teacher: this metric alone is no evidence of "
                 "quality.**"
             )
-        else:
-            lines.append(f"{row.run} ranks above the teacher at {join_values(below)} steps.")
+            above &= models["run"] != "teacher"
+        where = [
+            f"{'the ' if run == 'teacher' else ''}{model_label(next(rows.itertuples()))} at "
+            f"{join_values(rows['steps'])} steps"
+            for run, rows in models[above].groupby("run", sort=False)
+        ]
+        if where:
+            lines.append(f"{row.run} ranks above {', and above '.join(where)}.")
     return [" ".join(lines)] if lines else []
 
 

@@ -124,7 +124,7 @@ def test_last_words_of_the_last_round_are_compared_with_the_teachers():
         row("teacher", 0, 1, 1.3, 0.1, "lambada_perplexity"),
         row("kl", 7, 1, 1.7, 0.1, "lambada_perplexity"),
     ]
-    assert sentences.last_words(tidy(pandas.DataFrame(rows))) == [
+    assert sentences.last_word_verdicts(tidy(pandas.DataFrame(rows))) == [
         "a, accuracy of last words: teacher 0.900 [0.850, 0.950], kl round 7 0.880 [0.830, 0.930] "
         "(intervals overlap)",
         "a, accuracy of last words: teacher 0.900 [0.850, 0.950], mse round 7 0.700 [0.650, 0.750] "

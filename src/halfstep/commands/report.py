@@ -246,12 +246,12 @@ def _equal_entropy(file: Path, perplexity: DataFrame) -> list[str]:
 
 def _last_words(file: Path, teacher: str) -> list[str]:
     """What the table `lambada` says of a teacher's runs, where there is such a table."""
-    from halfstep.report.sentences import last_words
+    from halfstep.report.sentences import last_word_verdicts
 
     if not file.is_file():
         return []
     table = _read_pooled(file)
-    return last_words(table[table["teacher"] == teacher])
+    return last_word_verdicts(table[table["teacher"] == teacher])
 
 
 def _print_samples(headline: Headline, results: Path, width: int) -> None:

@@ -218,7 +218,7 @@ def story_shares(table: DataFrame) -> list[str]:
     return lines
 
 
-def last_words(lambada: DataFrame) -> list[str]:
+def last_word_verdicts(lambada: DataFrame) -> list[str]:
     """For each run: last words of the last round and of its teacher, by the first protocol."""
     lines = []
     for metric, what in LAST_WORDS.items():

@@ -16,8 +16,9 @@ from halfstep.report.catalogue import FIGURES, TABLES
 from halfstep.report.conditions import describe_conditions
 from halfstep.report.curves import read_curves
 from halfstep.report.rows import WITHOUT_STEPS, read_rows, read_table
+from halfstep.report.sentences import gains, headline_sentence, headlines
 from halfstep.report.tables import select_steps
-from halfstep.report.trainings import mean_interval, pool_trainings
+from halfstep.report.trainings import mean_interval, paired_change, pool_trainings
 
 FACTORS = {None: 1.0, 2: 1.2, 3: 0.95}  # of all values of a training, by the seed in its name
 SCORES = ("samples.json", "continuations.json", "lambada.json", "frontier.json")
@@ -119,6 +120,44 @@ def test_every_cell_is_the_mean_over_its_trainings(results, name):
         assert [row["low"], row["high"]] == near([back(bound) for bound in expected])
         half = max(first["high"] - first["value"], first["value"] - first["low"])
         assert row["texts_half"] == near(half)  # the median factor is 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "scale"), [("generative_perplexity", numpy.log), ("entropy", numpy.asarray)]
+)
+def test_models_of_the_same_trainings_are_compared_in_pairs(metric, scale):
+    """Scipy's paired t-test, on logarithms of perplexities."""
+    values = numpy.random.default_rng(1).uniform(1, 9, (2, 4))
+
+    def row(by_training):
+        return pandas.Series({"metric": metric, "by_training": by_training})
+
+    student, teacher = (row(dict(enumerate(each))) for each in values)
+    expected = scipy.stats.ttest_rel(*scale(values)).confidence_interval(0.95)
+    assert paired_change(student, teacher)[1:] == pytest.approx(tuple(expected))
+    assert paired_change(student, row({0: 1.0, 1: 2.0})) is None
+    assert paired_change(student, row(None)) is None
+
+
+def test_sentences_compare_trainings_in_pairs(results):
+    """The synthetic trainings differ by a factor, which a pair does not see."""
+    rows = pool_trainings(read_table(results / "tables/steps.csv")).query("protocol == 'ids'")
+    (text,) = gains(rows, rows[:0])
+    times = teacher_of(rows) / student_of(rows)
+    assert f"({times:.3g} [{times:.3g}, {times:.3g}] times lower)" in text.splitlines()[1]
+    (headline,) = headlines(rows)
+    ratio = headline.student["value"] / headline.best["value"]
+    assert f", a ratio of {ratio:.2f} [{ratio:.2f}, {ratio:.2f}]: " in headline_sentence(headline)
+
+
+def teacher_of(rows):
+    """The first training's perplexity of the teacher with 8 steps."""
+    return rows.query("run == 'teacher' and steps == 8")["by_training"].iloc[0][0]
+
+
+def student_of(rows):
+    """The first training's perplexity of the last round with 8 steps."""
+    return rows.query("round == 2 and steps == 8")["by_training"].iloc[0][0]
 
 
 def test_a_grid_has_one_line_for_all_trainings_and_both_intervals(results):

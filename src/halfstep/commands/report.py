@@ -208,7 +208,7 @@ def _print_steps(file: Path, others: list[Path], results: Path, width: int) -> N
         entropy = mine[mine["metric"] == "entropy"]
         found = sentences.headlines(perplexity)
         trainings = mine["trainings"].max() if "trainings" in mine else 1
-        over = "trainings" if trainings > 1 else "texts"
+        over = "trainings, comparisons in pairs of one training" if trainings > 1 else "texts"
         lines = [
             f"Number of trainings: {trainings:g}; 95% intervals over {over}.",
             *_equal_entropy(file.with_name("temperatures.csv"), perplexity),

@@ -1,10 +1,12 @@
 """Sentences of `halfstep summary`: what a table of steps says of each run, and which texts show it.
 
 All numbers are of the first protocol and judge in the table, and stand with their 95% intervals.
+Of several trainings, a student is compared with the teacher of the same training.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from pandas import DataFrame, Series
 
 from halfstep.files import read_json
 from halfstep.report.grids import round_number
+from halfstep.report.trainings import paired_change
 
 LAST_WORDS = {
     "lambada_accuracy": "accuracy of last words",
@@ -47,13 +50,13 @@ class Headline(NamedTuple):
 def headlines(perplexity: DataFrame) -> list[Headline]:
     """For each run its last round at the fewest steps where it beats the teacher's best, clearly.
 
-    Clearly is with intervals apart; else it is the fewest steps with a perplexity that is not
-    higher; else the steps where the round is best.
+    Clearly is with intervals apart, or in pairs of the same training. Else it is the fewest steps
+    with a perplexity that is not higher, else the steps where the round is best.
     """
     found = []
     for pairs in _by_run(perplexity):
         best = _best(perplexity, pairs[0].teacher)
-        clear = [pair for pair in pairs if pair.student["high"] < best["low"]]
+        clear = [pair for pair in pairs if _compare(pair.student, best, "lower", "") == "lower"]
         equal = [pair for pair in pairs if pair.student["value"] <= best["value"]]
         at_best = min(pairs, key=lambda pair: pair.student["value"])
         chosen = [*clear, *equal, at_best][0]
@@ -78,9 +81,18 @@ def headline_sentence(headline: Headline) -> str:
     word = _compare(student, best, "better", "not reached")
     if word == "not reached":
         return f"{text}: {word}"
-    return f"{text}: {word} with 1/{best['steps'] / student['steps']:.3g} of the steps" + _calls(
-        student, best
-    )
+    part = f"1/{best['steps'] / student['steps']:.3g} of the steps"
+    ratio = _ratio_of_trainings(student, best)
+    return f"{text}{ratio}: {word} with {part}{_calls(student, best)}"
+
+
+def _ratio_of_trainings(student: Series, best: Series) -> str:
+    """The mean ratio over pairs of the same training, where there are several."""
+    change = paired_change(student, best)
+    if change is None:
+        return ""
+    ratio, low, high = (f"{math.exp(x):.2f}" for x in change)
+    return f", a ratio of {ratio} [{low}, {high}]"
 
 
 def _calls(student: Series, best: Series) -> str:
@@ -146,15 +158,25 @@ def gains(perplexity: DataFrame, entropy: DataFrame) -> list[str]:
             parts.append(text + _entropy(entropy, row["model"], row["steps"]))
         for _, steps, teacher, student in pairs:
             text = f"{_steps(student)}: {_span(teacher)} -> {_span(student)}"
-            if student["high"] < teacher["low"]:
-                text += f" ({teacher['value'] / student['value']:.2g} times lower)"
-            elif student["low"] > teacher["high"]:
-                text += " (higher)"
-            else:
-                text += " (intervals overlap)"
-            parts.append(text + _entropy(entropy, student["model"], steps))
+            verdict = _times_lower(student, teacher)
+            parts.append(f"{text} ({verdict}){_entropy(entropy, student['model'], steps)}")
         lines.append("\n  ".join(parts))
     return lines
+
+
+def _times_lower(student: Series, teacher: Series) -> str:
+    """How many times lower the student's value is, or that it is not.
+
+    Of several trainings with the interval of that number over pairs of the same training.
+    """
+    word = _compare(student, teacher, "lower", "higher")
+    change = paired_change(student, teacher)
+    if change is None:
+        times = f"{teacher['value'] / student['value']:.2g} times "
+        return times + word if word == "lower" else word
+    mean, low, high = change
+    times = f"{math.exp(-mean):.3g} [{math.exp(-high):.3g}, {math.exp(-low):.3g}] times lower"
+    return times if word == "lower" else f"{times}: {word}"
 
 
 def _entropy(entropy: DataFrame, model: str, steps: int) -> str:
@@ -260,7 +282,13 @@ def first_protocol(rows: DataFrame) -> DataFrame:
 
 
 def _compare(row: Series, other: Series, lower: str, higher: str) -> str:
-    """How the interval of a row compares with another: one of the words, or that they overlap."""
+    """How the interval of a row compares with another: one of the words, or that they overlap.
+
+    Of several trainings, how their paired difference compares with zero.
+    """
+    if (change := paired_change(row, other)) is not None:
+        _, low, high = change
+        return lower if high < 0 else higher if low > 0 else "no clear difference"
     if row["high"] < other["low"]:
         return lower
     if row["low"] > other["high"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy
 import pandas
-from pandas import DataFrame
+from pandas import DataFrame, Series
 from scipy.special import stdtrit
 
 from halfstep.report.conditions import MEASURE, join_values
@@ -33,21 +33,38 @@ def pool_trainings(table: DataFrame) -> DataFrame:
 
     Such a row holds the mean over trainings and its t-interval, computed from logarithms where the
     metric is a perplexity. `trainings` is their number, and `texts_half` the half-width of the
-    interval over texts: the median over trainings. Other columns are those of the first training.
-    A model with one training keeps its interval over texts.
+    interval over texts: the median over trainings. `by_training` holds the value of each training
+    by its seed (0: the first), so that models of the same trainings can be compared in pairs. Other
+    columns are those of the first training. A model with one training keeps its interval over
+    texts.
     """
     if table["training_seed"].isna().all():
         return table
     is_first = ~table.duplicated(list(CELL))
     pooled = table[is_first].assign(
-        training_seed=pandas.NA, trainings=numpy.nan, texts_half=numpy.nan
+        training_seed=pandas.NA, trainings=numpy.nan, texts_half=numpy.nan, by_training=None
     )
     cells = table.groupby(list(CELL), dropna=False, sort=False)
     for place, (_, rows) in zip(pooled.index, cells, strict=True):
         if len(rows) > 1:
             for column, value in _over_trainings(rows).items():
-                pooled.loc[place, column] = value
+                pooled.at[place, column] = value
     return pooled.reset_index(drop=True)
+
+
+def paired_change(row: Series, other: Series) -> tuple[float, float, float] | None:
+    """How a pooled row differs from another, paired by training: mean, low, high of a t-interval.
+
+    The difference is that of logarithms where the metric is a perplexity. None if the two do not
+    have the same trainings, or only one.
+    """
+    mine, theirs = row.get("by_training"), other.get("by_training")
+    if not isinstance(mine, dict) or not isinstance(theirs, dict) or mine.keys() != theirs.keys():
+        return None
+    values = numpy.array([(mine[seed], theirs[seed]) for seed in mine])
+    if "perplexity" in row["metric"]:
+        values = numpy.log(values)
+    return mean_interval(values[:, 0] - values[:, 1])
 
 
 def _over_trainings(rows: DataFrame) -> dict[str, object]:
@@ -64,6 +81,7 @@ def _over_trainings(rows: DataFrame) -> dict[str, object]:
         "low": low,
         "high": high,
         "trainings": len(rows),
+        "by_training": dict(zip(rows["training_seed"].fillna(0), values, strict=True)),
         "texts_half": halves.median(),
         "commit": join_values(rows["commit"]),
     }

@@ -116,7 +116,7 @@ def frontier(tables: Tables) -> Drawn:
         points,
         note="Generative perplexity and unigram entropy, means over texts; bars: 95% intervals of "
         "the perplexity; T: temperature at the ends of the teacher's curve, and in the same order "
-        f"on all others; star: held-out text. {describe_conditions(rows)}",
+        f"on all others; star and dotted line: held-out text. {describe_conditions(rows)}",
         xlabel="entropy (nats)",
         ylabel="generative perplexity",
         x_scale="real",

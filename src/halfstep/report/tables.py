@@ -275,15 +275,16 @@ def _naive_warnings(group: DataFrame) -> list[str]:
         return []
     is_last = group["round"] == group.groupby("run")["round"].transform("max")
     models = sampled_rows(group[is_last]).sort_values("steps")
+    is_teacher = models["run"] == "teacher"
     lines = []
     for row in group[group["run"].isin(NAIVE)].itertuples():
         above = models["low"] > row.high if better == "lower" else models["high"] < row.low
-        if above[models["run"] == "teacher"].all():
+        if is_teacher.any() and above[is_teacher].all():
             lines.append(
                 f"**{row.run} ranks above the teacher: this metric alone is no evidence of "
                 "quality.**"
             )
-            above &= models["run"] != "teacher"
+            above &= ~is_teacher
         where = [
             f"{'the ' if run == 'teacher' else ''}{model_label(next(rows.itertuples()))} at "
             f"{join_values(rows['steps'])} steps"

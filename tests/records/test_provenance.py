@@ -48,7 +48,7 @@ def verify(capsys, results) -> list[str]:
         assert "recorded files are unchanged" in lines[0]
         return []
     assert lines
-    assert f"{len(lines)} problems (listed above);" in err
+    assert f"problems: {len(lines)} (listed above);" in err
     return lines
 
 

@@ -53,7 +53,7 @@ def verify(
     others = len(check.unrecorded)
     if faults:
         raise HalfstepError(
-            f"{len(faults)} problems (listed above); {check.recorded} files have records, "
+            f"problems: {len(faults)} (listed above); {check.recorded} files have records, "
             f"{others} do not"
         )
     print(

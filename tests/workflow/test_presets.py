@@ -14,7 +14,7 @@ GRAPHS = {  # preset: runs, rounds over all runs
     "owt-scaling": (3, 21),
     "owt-adapted": (1, 7),
 }
-SAMPLED = {"laptop": 3, "laptop-losses": 10}  # denoisers of the rounds that are sampled
+SAMPLED = {"laptop": 2, "laptop-losses": 10}  # denoisers of the rounds that are sampled
 FRONTIER = {"laptop": 3, "laptop-losses": 5, "ci": 3}  # models at several temperatures
 
 

@@ -302,10 +302,11 @@ def _label(student: Series) -> str:
 
 def _steps(row: Series) -> str:
     """The steps of a row, with the tokens that each of them reveals: 64 steps (4 tokens each)."""
-    tokens = row["tokens_per_step"]
+    steps, tokens = row["steps"], row["tokens_per_step"]
+    text = f"{steps} step{'' if steps == 1 else 's'}"
     if tokens != tokens:  # not known
-        return f"{row['steps']} steps"
-    return f"{row['steps']} steps ({tokens:.3g} token{'' if tokens == 1 else 's'} each)"
+        return text
+    return f"{text} ({tokens:.3g} token{'' if tokens == 1 else 's'} each)"
 
 
 def _span(row: Series, percent: bool = False) -> str:

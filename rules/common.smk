@@ -101,11 +101,6 @@ def threads_by_size(wildcards):
     return demand_of(targets.network_size(wildcards)).threads
 
 
-def threads_of_pretraining(wildcards):
-    """At least two: all other jobs of a teacher wait for its pretraining and its baseline's."""
-    return max(2, threads_by_size(wildcards))
-
-
 def all_cores(wildcards):
     """All cores of this machine, or the threads of a Slurm job, where Snakemake knows no cores."""
     cores = None if "SLURM_JOB_ID" in os.environ else workflow.resource_settings.cores

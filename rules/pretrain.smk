@@ -29,7 +29,7 @@ rule pretrain:
     priority: 10  # everything waits for the teacher
     conda:
         "../envs/gpu.yaml"
-    threads: threads_of_pretraining
+    threads: threads_by_size
     resources:
         **machine("pretrain"),
     params:
@@ -116,7 +116,7 @@ rule train_baseline:
         "results/logs/train_baseline/{teacher}.tsv"
     conda:
         "../envs/gpu.yaml"
-    threads: threads_of_pretraining
+    threads: threads_by_size
     resources:
         **machine("pretrain"),
     params:

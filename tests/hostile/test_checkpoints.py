@@ -530,8 +530,8 @@ SAMPLES = {
     ),
     "run.json cut": (journal('{"name": "t'), "run.json: not valid JSON"),
     "a journal with a broken line": (journal(RUN, '{"step": 1\n{}\n'), "journal.jsonl:1: not a"),
-    "a record with a number as checksum": (record({"x": 5}), "problems: 1 .listed above."),
-    "a record that is a list of files": (record(["x"]), "problems: 1 .listed above."),
+    "a record with a number as checksum": (record({"x": 5}), "1 problem .listed above."),
+    "a record that is a list of files": (record(["x"]), "1 problem .listed above."),
     "a table without columns": (table(b"a,b\n1,2\n"), "steps.csv: not a table of halfstep"),
     "a table of bytes": (table(b"\xff\xfe\x00" * 99), "steps.csv: not a table of halfstep"),
     "a table with words as values": (

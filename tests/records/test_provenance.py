@@ -48,7 +48,7 @@ def verify(capsys, results) -> list[str]:
         assert "recorded files are unchanged" in lines[0]
         return []
     assert lines
-    assert f"problems: {len(lines)} (listed above);" in err
+    assert f"{len(lines)} problem{'' if len(lines) == 1 else 's'} (listed above);" in err
     return lines
 
 

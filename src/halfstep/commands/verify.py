@@ -53,7 +53,7 @@ def verify(
     others = len(check.unrecorded)
     if faults:
         raise HalfstepError(
-            f"problems: {len(faults)} (listed above); {check.recorded} files have records, "
+            f"{len(faults)} problem{'' if len(faults) == 1 else 's'} (listed above); {check.recorded} files have records, "
             f"{others} do not"
         )
     print(

@@ -1,7 +1,7 @@
 """Sentences of `halfstep summary`: what a table of steps says of each run, and which texts show it.
 
 All numbers are of the first protocol and judge in the table, and stand with their 95% intervals.
-Of several trainings, a student is compared with the teacher of the same training.
+With several trainings, each student is compared with the teacher of its training.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Headline(NamedTuple):
 def headlines(perplexity: DataFrame) -> list[Headline]:
     """For each run its last round at the fewest steps where it beats the teacher's best, clearly.
 
-    Clearly is with intervals apart, or in pairs of the same training. Else it is the fewest steps
-    with a perplexity that is not higher, else the steps where the round is best.
+    Clearly means that their intervals do not overlap, or the paired interval excludes zero. Else it
+    is the fewest steps with a perplexity that is not higher, else the steps where the round is best.
     """
     found = []
     for pairs in _by_run(perplexity):
@@ -145,7 +145,7 @@ def _ratio(row: Series) -> str:
 def gains(perplexity: DataFrame, entropy: DataFrame) -> list[str]:
     """For each run: the last round against the teacher at every step count, with its entropy.
 
-    Step counts at which the teacher has no samples come first, as the round's own.
+    Step counts without samples of the teacher come first; the round's own is one of them.
     """
     lines = []
     for pairs in _by_run(perplexity):
@@ -241,15 +241,17 @@ def story_shares(table: DataFrame) -> list[str]:
 
 
 def last_word_verdicts(lambada: DataFrame) -> list[str]:
-    """For each run: last words of the last round and of its teacher, by the first protocol."""
+    """For each run of a teacher: last words of the last round and of the teacher.
+
+    They are by the first protocol. lambada: the rows of one teacher in the table `lambada`.
+    """
     lines = []
     for metric, what in LAST_WORDS.items():
         rows = lambada[(lambada["metric"] == metric) & (lambada["run"] != "baseline")]
         rows = rows[rows["protocol"] == rows["protocol"].iloc[0]] if len(rows) else rows
         for _, teacher in rows[rows["run"] == "teacher"].iterrows():
-            mine = rows[(rows["teacher"] == teacher["teacher"]) & (rows["round"] > 0)]
-            for _, group in mine.groupby("run", sort=False):
-                student = group.loc[group["round"].idxmax()]
+            for _, rounds in rows[rows["round"] > 0].groupby("run", sort=False):
+                student = rounds.loc[rounds["round"].idxmax()]
                 word = _compare(student, teacher, "lower", "higher")
                 lines.append(
                     f"{teacher['teacher']}, {what}: teacher {_span(teacher)}, "

@@ -52,8 +52,9 @@ def verify(
         print(fault)
     others = len(check.unrecorded)
     if faults:
+        plural = "" if len(faults) == 1 else "s"
         raise HalfstepError(
-            f"{len(faults)} problem{'' if len(faults) == 1 else 's'} (listed above); {check.recorded} files have records, "
+            f"{len(faults)} problem{plural} (listed above); {check.recorded} files have records, "
             f"{others} do not"
         )
     print(

@@ -51,7 +51,7 @@ def headlines(perplexity: DataFrame) -> list[Headline]:
     """For each run its last round at the fewest steps where it beats the teacher's best, clearly.
 
     Clearly means that their intervals do not overlap, or that the paired interval excludes zero.
-    Else it is the fewest steps with a perplexity that is not higher, else those of the round's best.
+    Else it is the fewest steps with a perplexity that is not higher, else the round's best steps.
     """
     found = []
     for pairs in _by_run(perplexity):

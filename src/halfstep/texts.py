@@ -18,6 +18,7 @@ LONGEST_LINE = 64 << 20  # bytes; a file with longer lines is not text and would
 MOST_UNPACKED = 200  # times its packed size; no text is packed so densely
 BOMB = 2 << 20  # bytes of unpacked text after which MOST_UNPACKED is asked for
 ITEM_SUFFIXES = (".jsonl", ".jsonl.gz")
+TASK_SUFFIXES = (".yaml", ".yml")
 
 BYTE_ORDER_MARKS = [  # UTF-32 first, because its mark begins with that of UTF-16
     (b"\xff\xfe\0\0", "utf-32"),
@@ -197,3 +198,8 @@ def items_file(data: str | None) -> Path | None:
             "with one item per line, or the name of a hub data set"
         )
     return None
+
+
+def is_task_file(name: str) -> bool:
+    """Is this the path of an lm-eval task's YAML file, and not the name of a task?"""
+    return name.endswith(TASK_SUFFIXES)

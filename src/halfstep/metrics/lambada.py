@@ -96,10 +96,7 @@ class HalfstepLM(LM):
 
     def question(self, context: str, continuation: str) -> Question:
         """The window BOS + context + continuation + EOS, in which the continuation is asked for."""
-        encoded = self.model.tokenizer.encode_batch(
-            [context, continuation], add_special_tokens=False
-        )
-        left, right = (text.ids for text in encoded)
+        left, right = self.token_ids(context, continuation)
         room = self.model.length - 2 - len(right)
         if room < 0 or not right:
             raise HalfstepError(
@@ -110,6 +107,11 @@ class HalfstepLM(LM):
         left = left[max(0, len(left) - room) :]
         eos = self.model.eos_id
         return Question((eos, *left, *right, eos), 1 + len(left), 1 + len(left) + len(right))
+
+    def token_ids(self, *texts: str) -> list[list[int]]:
+        """The tokens of each text, without BOS and EOS."""
+        encoded = self.model.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [text.ids for text in encoded]
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether the model would write it."""
@@ -175,20 +177,32 @@ class HalfstepLM(LM):
         """On the other ranks: answer what rank 0 broadcasts, until it broadcasts None."""
         while asked := self.group.broadcast():
             what, windows = asked
-            questions = [Question(tuple(ids), start, end) for ids, start, end in windows]
-            self._answer(what, questions)
+            self._answer(what, [Question(tuple(ids), *others) for ids, *others in windows])
 
     def _ask(self, what: str, questions: list[Question]) -> np.ndarray:
-        """ANSWERS[what] of all questions, on rank 0, which broadcasts them to the other ranks."""
+        """answers[what] of all questions, on rank 0, which broadcasts them to the other ranks."""
         self.group.broadcast((what, list(map(astuple, questions))))
         return self._answer(what, questions)
 
     def _answer(self, what: str, questions: list[Question]) -> np.ndarray | None:
         def of_rows(rows: slice) -> np.ndarray:
             with Progress(what, rows.stop - rows.start, "item") as progress:
-                return ANSWERS[what](self, questions[rows], rows.start, progress.update)
+                return self.answers[what](questions[rows], rows.start, progress.update)
 
         return self.group.map_rows(len(questions), of_rows)
+
+    @property
+    def answers(self) -> dict[str, Callable[[list[Question], int, Tick], np.ndarray]]:
+        """What can be asked of the network, which is also the label of the progress.
+
+        Each gives the answers to questions first, first + 1, ... [Q]; those to `likelihood` are
+        [Q, 2]: nats, and whether the model would write it.
+        """
+        return {
+            "likelihood": self._likelihood,
+            "confidence": self._confidence,
+            "elbo-mc": self._monte_carlo,
+        }
 
     def _likelihood(self, questions: list[Question], first: int, tick: Tick) -> np.ndarray:
         model, batch, device = self.model, self.micro_batch, self._device
@@ -205,16 +219,6 @@ class HalfstepLM(LM):
         return monte_carlo_nll(
             self.model.denoiser, questions, self.micro_batch, self.seed, self._device, tick, first
         )
-
-
-# What can be asked of the network, which is also the label of the progress: the answers to
-# questions first, first + 1, ... [Q]; those to `likelihood` are [Q, 2]: nats, and whether the model
-# would write it.
-ANSWERS: dict[str, Callable[[HalfstepLM, list[Question], int, Tick], np.ndarray]] = {
-    "likelihood": HalfstepLM._likelihood,
-    "confidence": HalfstepLM._confidence,
-    "elbo-mc": HalfstepLM._monte_carlo,
-}
 
 
 def context_of(doc: dict[str, str]) -> str:

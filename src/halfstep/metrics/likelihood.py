@@ -43,11 +43,15 @@ class AutoregressiveNetwork(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """A window of token ids: ids[start:end] is asked for, the rest (context, EOS) is given."""
+    """A window of token ids: ids[start:end] is asked for, the rest (context, EOS) is given.
+
+    `number` is that of its random masks (elbo.py): windows with one number share them.
+    """
 
     ids: tuple[int, ...]
     start: int
     end: int
+    number: int = 0
 
 
 def suffix_masks(n: int, u: Tensor | None) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ include: "rules/distill.smk"  # distill_round
 include: "rules/generate.smk"  # generate
 include: "rules/naive.smk"  # draw_naive
 include: "rules/evaluate.smk"  # score_samples, score_corpus, score_lambada
+include: "rules/tasks.smk"  # score_tasks, score_perplexity
 include: "rules/benchmark.smk"  # latency
 include: "rules/report.smk"  # tabulate, plot, track, merge_provenance
 

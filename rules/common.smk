@@ -12,7 +12,7 @@ from halfstep.config import DrawOptions, GenerateOptions, Prompts
 from halfstep.errors import ConfigError
 from halfstep.report import catalogue
 from halfstep.resolve import check_size, flags, read_yaml, resolve, subsection
-from halfstep.workflow import locks, slurm_plugin
+from halfstep.workflow import locks, slurm_plugin, task_sources
 from halfstep.workflow.machine import RESOURCES, SPREAD, demand_of, fewest_nodes, names_cluster
 from halfstep.workflow.machine import base_resources, read_site, spread_resources
 from halfstep.workflow.messages import banner, curves, failures, only_looks, resume_command
@@ -67,6 +67,8 @@ STAGE = dict(
     score_continuations=4,
     score=5,
     lambada=5,
+    tasks=1,
+    zero_shot=1,
     latency=5,
     tabulate=5,
     plot=5,

@@ -73,6 +73,14 @@ COMMANDS = {  # name: (module:function, what it does)
         "halfstep.commands.evaluate:score_lambada",
         "measure last-word accuracy and perplexity through lm-eval",
     ),
+    "score-tasks": (
+        "halfstep.commands.zero_shot:score_tasks",
+        "answer tasks of lm-eval, such as ARC and HellaSwag",
+    ),
+    "score-perplexity": (
+        "halfstep.commands.zero_shot:score_perplexity",
+        "measure zero-shot perplexity of texts",
+    ),
     "continue-prompts": (
         "halfstep.commands.continuations:continue_prompts",
         "continue the beginnings of held-out documents",

@@ -493,7 +493,7 @@ class Sampling(GenerateOptions):
 
 
 class Evaluation(Section):
-    """The judges of the samples, and the last-word task (LAMBADA)."""
+    """The judges of the samples, the last-word task (LAMBADA), other tasks, and zero-shot texts."""
 
     judge: Annotated[Names, Field(min_length=1)] = ["gpt2-large"]
     """one judge or a list; baseline: the autoregressive model of the corpus; otherwise a hub name
@@ -503,6 +503,22 @@ class Evaluation(Section):
     {"text": ...} lines; null: no last-word task"""
     lambada_items: Count | None = None
     """maximum number of items; all by default"""
+    tasks: Names = []
+    """tasks of lm-eval by name, or paths of .yaml files that define one: multiple choice, answered
+    by the ELBO of the whole text, and others that ask for likelihoods. The baseline, the teacher
+    and the last round of each run answer them (the paper's table 1: arc_easy, arc_challenge,
+    hellaswag, mathqa, piqa, winogrande)"""
+    task_draws: Count = 128
+    """masks of each text by which its ELBO is estimated; the released harness draws 1,024"""
+    perplexity: Names = []
+    """texts whose perplexity per token is measured, by the same models: ptb, wikitext, lm1b,
+    lambada, ag_news, pubmed, arxiv (MDLM's table 3); or data sets of the hub as
+    owner/name[:configuration[/split]], .txt, .jsonl and .parquet files, and tasks of lm-eval of
+    type loglikelihood_rolling"""
+    perplexity_draws: Count = 8
+    """masks of each window by which its ELBO is estimated; MDLM draws one"""
+    task_items: Count | None = None
+    """maximum number of questions of each task, and of windows of each text; all by default"""
     bootstrap: Annotated[Whole, Field(ge=100, le=10**6)] = 1000
     """bootstrap resamples for each 95% interval"""
 

@@ -55,8 +55,8 @@ the tokenizer without the model.
 {measured}
 """
 CARD_COLUMNS = (
-    *("metric", "protocol", "version", "steps", "value", "low", "high", "num_samples", "seed"),
-    *("sampler", "draw_dtype", "temperature", "judge", "data", "commit"),
+    *("metric", "task", "measure", "protocol", "version", "steps", "value", "low", "high"),
+    *("num_samples", "seed", "sampler", "draw_dtype", "temperature", "judge", "data", "commit"),
 )
 
 
@@ -273,15 +273,17 @@ def _card_table(rows: list[dict]) -> str:
     if not rows:
         return "No metric was measured with these weights before this card was written."
 
+    has_tasks = any(row.get("task") for row in rows)
+    columns = [name for name in CARD_COLUMNS if has_tasks or name not in ("task", "measure")]
     lines = [
         "The interval [low, high] covers 95%. For MAUVE it covers the clustering alone, "
         "over the same texts.",
         "",
-        f"| {' | '.join(CARD_COLUMNS)} |",
-        "|" + "---|" * len(CARD_COLUMNS),
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
     ]
     for row in rows:
-        lines.append(f"| {' | '.join(_cell(row.get(column)) for column in CARD_COLUMNS)} |")
+        lines.append(f"| {' | '.join(_cell(row.get(column)) for column in columns)} |")
     return "\n".join(lines)
 
 

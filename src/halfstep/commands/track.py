@@ -333,7 +333,7 @@ def _metrics(row: dict) -> dict[str, float | None]:
     """The values of a row by MLflow's keys; their step is the number of sampling steps.
 
     The keys are the same for every model, so that MLflow can compare runs. Each judge has its own
-    curve, and so has each temperature but 1.
+    curve, and so have each task and each temperature but 1.
     """
     if _is_timing(row):
         name = row["model"].split("/", 1)[-1].replace("/", "-")
@@ -344,6 +344,8 @@ def _metrics(row: dict) -> dict[str, float | None]:
         }
     judge = (row.get("judge") or "").partition("@")[0]
     suffix = f"_{judge.rpartition('/')[2]}" if judge and "/baseline" not in judge else ""
+    if task := row.get("task"):
+        suffix += f"_{task}" + (f"_{row['measure']}" if row.get("measure") else "")
     if temperature := row.get("temperature"):
         suffix += f"_temperature_{temperature:g}"
     return {f"eval/{row['metric']}_{row['protocol']}{suffix}": row["value"]}

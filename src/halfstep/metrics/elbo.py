@@ -29,6 +29,7 @@ from halfstep.progress import Progress
 if TYPE_CHECKING:
     from halfstep.checkpoint import Model
 
+SEED = 0  # of the masks
 AT_ONCE = 1024  # windows that are Python objects at a time
 
 
@@ -117,7 +118,6 @@ def window_nll(
     windows: np.ndarray,
     draws: int,
     micro_batch: int,
-    seed: int,
     device: str,
     group: Group,
     label: str,
@@ -127,26 +127,26 @@ def window_nll(
     A denoiser's are the NELBO of all L tokens, EOS at both ends included, as MDLM counts them; an
     autoregressive model's are -log p of the L - 1 tokens after the first one, which is given.
     """
+    diffusion = model.kind == "diffusion"
+    start = 0 if diffusion else 1
 
     def of_rows(rows: slice) -> np.ndarray:
         found = []
         with Progress(label, rows.stop - rows.start, "window") as progress:
             for first in range(rows.start, rows.stop, AT_ONCE):
-                numbers = range(first, min(first + AT_ONCE, rows.stop))
-                ids = windows[first : numbers.stop].tolist()
-                start = 0 if model.kind == "diffusion" else 1
+                ids = windows[first : min(first + AT_ONCE, rows.stop)].tolist()
                 asked = [
-                    Question(tuple(window), start, len(window), number)
-                    for window, number in zip(ids, numbers, strict=True)
+                    Question(tuple(window), start, len(window), first + i)
+                    for i, window in enumerate(ids)
                 ]
-                tick = progress.update
-                if model.kind == "diffusion":
-                    tokens = micro_batch * model.length
-                    nats = text_nelbo(model.denoiser, asked, draws, tokens, seed, device, tick)
+                if diffusion:
+                    tokens, tick = micro_batch * model.length, progress.update
+                    nats = text_nelbo(model.denoiser, asked, draws, tokens, SEED, device, tick)
                 else:
-                    nats = autoregressive_nll(model.network, asked, micro_batch, device, tick)[0]
-                counts = np.full(len(nats), windows.shape[1] - start, float)
-                found.append(np.column_stack([nats, counts]))
+                    nats, _ = autoregressive_nll(
+                        model.network, asked, micro_batch, device, progress.update
+                    )
+                found.append(np.column_stack([nats, np.full(len(ids), len(ids[0]) - start)]))
         return np.concatenate(found)
 
     return group.map_rows(len(windows), of_rows)

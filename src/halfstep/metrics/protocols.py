@@ -5,8 +5,10 @@ share a column. The version of a protocol goes up when the same model and the sa
 another number.
 
 Definitions: perplexity.py (ids, retokenized), lambada.py (parallel, confidence, elbo-exact,
-elbo-mc, ar), diversity.py (unigram, bigrams, fourgrams), mauve.py and commands/continuations.py
-(continuations), commands/variety.py (groups-of-5, windows), commands/benchmark.py (interleaved).
+elbo-mc, ar), tasks.py (elbo, elbo-per-token, ar), `window_nll` of elbo.py (elbo and ar of
+zero_shot_perplexity), diversity.py (unigram, bigrams, fourgrams), mauve.py and
+commands/continuations.py (continuations), commands/variety.py (groups-of-5, windows),
+commands/benchmark.py (interleaved).
 `grammar` is `judge_window` of data/stories.py, a share of the whole stories in the texts; its
 num_samples counts those stories, or the accepted ones for distinct_stories and fact_divergence.
 The metrics of frontier.py are read off perplexities, and have the protocols of those.
@@ -29,6 +31,8 @@ PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}
     "fact_divergence": {"grammar": 1},
     "lambada_accuracy": {"parallel": 1, "confidence": 1, "ar": 1},
     "lambada_perplexity": {"elbo-exact": 1, "elbo-mc": 1, "ar": 1},
+    "task_score": {"elbo": 1, "elbo-per-token": 1, "ar": 1},
+    "zero_shot_perplexity": {"elbo": 1, "ar": 1},
     "self_bleu": {"continuations": 1},
     "mauve": {"continuations": 1},
     "continuation_perplexity": {"continuations": 1},

@@ -22,10 +22,10 @@ COLUMNS = (
     "network_evaluations", "num_samples", "seed", "weights", "draw_dtype", "temperature", "top_p",
     "judge", "judge_dtype", "data", "checkpoint",
 )  # fmt: skip
-# Only some rows have these: timings, continuations, perplexities, repeats of a training, frontier.
+# Only some rows have these: timings, continuations, perplexities, repeats, frontier, tasks.
 MORE_COLUMNS = (
-    "training_seed", "median_text", "length", "batch_size", "tokens_per_s", "tokens_per_forward",
-    "energy_j", "device", "dtype", "params", "at_entropy", "reached",
+    "task", "measure", "training_seed", "median_text", "length", "batch_size", "tokens_per_s",
+    "tokens_per_forward", "energy_j", "device", "dtype", "params", "at_entropy", "reached",
 )  # fmt: skip
 
 

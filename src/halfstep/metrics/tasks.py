@@ -25,6 +25,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from halfstep.texts import check_regular, is_task_file
 if TYPE_CHECKING:
     from lm_eval.api.group import Group as TaskGroup
     from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
 
     from halfstep.checkpoint import Model
 
@@ -204,11 +206,10 @@ def load_tasks(names: Sequence[str]) -> tuple[dict[str, Task], dict[str, TaskGro
     HalfstepError for an unknown name, a task that asks for written text, or absent data.
     """
     from datasets import disable_progress_bars
-    from lm_eval.tasks import TaskManager
 
     disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_defaults=not all(map(is_task_file, names)))
+    manager = _task_manager(include_defaults=not all(map(is_task_file, names)))
     for name in names:
         _check_known(name, manager.all_tasks)
     try:
@@ -226,6 +227,14 @@ def load_tasks(names: Sequence[str]) -> tuple[dict[str, Task], dict[str, TaskGro
                 "choice and likelihoods are answered; leave it out"
             )
     return loaded["tasks"], loaded.get("groups", {})
+
+
+@cache
+def _task_manager(include_defaults: bool) -> TaskManager:
+    """lm-eval's index of all its tasks, which takes seconds to make, or of none."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=include_defaults)
 
 
 def _check_known(name: str, known: Sequence[str]) -> None:
@@ -258,7 +267,6 @@ def _run(
 ) -> list[Score]:
     """lm-eval's numbers of tasks and groups."""
     from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     members = {name: [task.task_name for task in groups[name].get_all_tasks()] for name in groups}
     grouped = {task for names in members.values() for task in names}
@@ -268,7 +276,7 @@ def _run(
     found: Any = simple_evaluate(
         model=lm,
         tasks=asked,
-        task_manager=TaskManager(include_defaults=False),
+        task_manager=_task_manager(include_defaults=False),
         limit=items,
         bootstrap_iters=RESAMPLES,
         random_seed=None,

@@ -126,6 +126,8 @@ class TableRow(MetricRow):
     energy_j: Real = None
     at_entropy: Real = None
     reached: Text = None
+    task: Text = None
+    measure: Text = None
     judge_dtype: Text = None
     data: Text = None
     sampler: Text = None

@@ -29,8 +29,8 @@ class Table:
         caption: the text of the table in the Snakemake report
         metrics: the metrics in the table and their titles, in the order of its Markdown
         inputs: files of metric rows. {model} and {teacher} stand for every one; {sampled},
-            {continued} and {swept} for every model that is sampled, that continues prompts, or
-            that is on the frontier
+            {continued}, {swept} and {examined} for every model that is sampled, that continues
+            prompts, that is on the frontier, or that answers tasks
         select: "module:function", from all metric rows to the rows of this table
         markdown: "module:function", from the rows of this table to its Markdown
         section: the section or key of config.yaml without which the table does not exist, if any
@@ -119,6 +119,27 @@ TABLES: dict[str, Table] = {
         select="halfstep.report.tables:select_lambada",
         markdown="halfstep.report.tables:lambada_markdown",
         section="evaluation.lambada",
+    ),
+    "tasks": Table(
+        title="tasks of lm-eval, such as ARC and HellaSwag: accuracy of every model",
+        caption="Tasks of lm-eval: one row per model, task, measure and protocol, with 95% "
+        "intervals in the columns ``low`` and ``high``. A denoiser chooses the answer with the "
+        "largest ELBO of the whole text (elbo), or the largest per token (elbo-per-token).",
+        metrics={"task_score": "score"},
+        inputs=("results/metrics/{examined}/tasks.json",),
+        select="halfstep.report.tables:select_tasks",
+        markdown="halfstep.report.tables:tasks_markdown",
+        section="evaluation.tasks",
+    ),
+    "zero_shot": Table(
+        title="zero-shot perplexity per token of texts that no model was trained on",
+        caption="Zero-shot perplexity: one row per model and text, with 95% intervals over windows "
+        "in the columns ``low`` and ``high``. A denoiser's is an upper bound (protocol elbo).",
+        metrics={"zero_shot_perplexity": "perplexity per token, lower is better"},
+        inputs=("results/metrics/{examined}/zero_shot.json",),
+        select="halfstep.report.tables:select_zero_shot",
+        markdown="halfstep.report.tables:zero_shot_markdown",
+        section="evaluation.perplexity",
     ),
     "speed": Table(
         title="time to write: students at every step count, and autoregressive baselines",

@@ -10,7 +10,10 @@ from pandas import DataFrame, Series
 from halfstep.errors import HalfstepError
 from halfstep.report.rows import sampled_rows
 
-MEASURE = ("metric", "protocol", "judge", "steps", "temperature", "length", "batch_size")
+MEASURE = (
+    "metric", "task", "measure", "protocol", "judge", "steps", "temperature", "length",
+    "batch_size",
+)  # fmt: skip
 """The columns that say what was measured of a model."""
 
 

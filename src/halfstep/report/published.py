@@ -58,6 +58,8 @@ def published_markdown(table: DataFrame, titles: Mapping[str, str]) -> str:
     for metric, title in titles.items():
         if metric == "latency_s":
             across, corner = "length", "tokens"
+        elif metric in ("task_score", "zero_shot_perplexity"):
+            across, corner = "task", "task"
         else:
             across, corner = "steps", "sampling steps"
         mine = table[table["metric"] == metric].sort_values(across, kind="stable")

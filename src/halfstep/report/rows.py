@@ -14,7 +14,8 @@ from halfstep.files import open_file
 from halfstep.records.shapes import metric_rows
 
 COLUMNS = (
-    "teacher", "run", "round", "training_seed", "model", "metric", "protocol", "version", "steps",
+    "teacher", "run", "round", "training_seed", "model", "metric", "task", "measure", "protocol",
+    "version", "steps",
     "tokens_per_step", "network_evaluations", "value", "low", "high", "median_text", "judge",
     "judge_dtype", "data", "sampler", "num_samples", "seed", "weights", "draw_dtype", "temperature",
     "top_p", "length", "batch_size", "tokens_per_s", "tokens_per_forward", "energy_j", "device",
@@ -29,7 +30,10 @@ FLOATS = {
     "tokens_per_s", "at_entropy",
 }  # fmt: skip
 # within a teacher and run
-ORDER = ("round", "metric", "protocol", "length", "batch_size", "steps", "temperature")
+ORDER = (
+    "round", "metric", "task", "measure", "protocol", "length", "batch_size", "steps",
+    "temperature",
+)  # fmt: skip
 LEVELS = ("baseline", "data")  # runs without sampling steps: levels to compare with
 WITHOUT_STEPS = (*LEVELS, *NAIVE)  # all runs without sampling steps
 BASELINES: dict[object, str] = {  # sampler of the speed table: name of the baseline

@@ -93,6 +93,16 @@ def select_lambada(table: DataFrame) -> DataFrame:
     return table
 
 
+def select_tasks(table: DataFrame) -> DataFrame:
+    """Answers to tasks: every measure of every task, by every protocol."""
+    return _select_examined("tasks", table, ("task", "measure"))
+
+
+def select_zero_shot(table: DataFrame) -> DataFrame:
+    """Zero-shot perplexity of every text."""
+    return _select_examined("zero_shot", table, ("task",))
+
+
 def select_speed(table: DataFrame) -> DataFrame:
     """Time to write, for every model, step count, length and batch size.
 
@@ -177,6 +187,26 @@ def lambada_markdown(table: DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def tasks_markdown(table: DataFrame) -> str:
+    """For each teacher one grid for each measure and protocol: models down, tasks across."""
+    parts = []
+    for teacher, mine in pool_trainings(table).groupby("teacher", sort=False):
+        parts.append(f"## {teacher}: tasks of lm-eval")
+        for (measure, protocol), group in mine.groupby(["measure", "protocol"], sort=False):
+            parts.append(f"### {measure} (protocol {protocol}), ± 95% interval")
+            parts += [make_grid(group, "task", "task"), _masks(group), *_conditions(group)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def zero_shot_markdown(table: DataFrame) -> str:
+    """One grid for each teacher: models down, texts across; baselines are exact, others bounds."""
+    parts = []
+    for teacher, mine in pool_trainings(table).groupby("teacher", sort=False):
+        parts.append(f"## {teacher}: zero-shot perplexity per token, ± 95% interval over windows")
+        parts += [make_grid(mine, "task", "text"), _masks(mine), *_conditions(mine)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
 def speed_markdown(table: DataFrame) -> str:
     """Grids for each teacher: lengths and batch sizes down, step counts and baselines across."""
     parts = []
@@ -231,6 +261,27 @@ def _decoder(row: Any) -> str:
 
 def _length_and_batch(row: Any) -> str:
     return f"{row.length} × {row.batch_size}"
+
+
+def _select_examined(name: str, table: DataFrame, key: tuple[str, ...]) -> DataFrame:
+    """The rows of a table in which each task or text is a column of its own."""
+    table = _of_table(name, table)
+    for _, rows in table.groupby(list(key), dropna=False, sort=False):
+        check_comparable(rows, ("data",), same_protocols=False)
+        students = rows[rows["run"] != "baseline"]
+        check_comparable(students, ("weights",), same_protocols=False)
+        for _, same in students.groupby("protocol", sort=False):
+            check_comparable(same, ("network_evaluations",))
+    return table
+
+
+def _masks(rows: DataFrame) -> str:
+    """A sentence on the number of masks by which the ELBO of a text is estimated, if it is."""
+    bounds = rows[rows["protocol"] != "ar"]
+    counts = sorted(bounds["network_evaluations"].dropna().unique())
+    if not counts:
+        return ""
+    return f"ELBO of a text from {join_values(f'{count:g}' for count in counts)} masks."
 
 
 def _of_table(name: str, rows: DataFrame) -> DataFrame:

@@ -56,10 +56,12 @@ def demand_of(size: str) -> Demand:
 
 BASE = ("gpu", "gpu_model", "mem_mb", "runtime")
 SPREAD = ("nodes", "mpi", "tasks", "tasks_per_gpu", "gres", "srun", "processes")
+TASK_HOURS = 4  # of a job that answers tasks, for each hour of one that samples
 RESOURCES = {
     "pretrain": (*SPREAD, *BASE, "micro_batch", "limit"),
     "round": (*SPREAD, *BASE, "micro_batch", "limit"),
     "sample": (*SPREAD, *BASE, "micro_batch"),
+    "tasks": (*SPREAD, *BASE, "micro_batch"),
     "latency": BASE,
     "import": ("mem_mb",),
 }
@@ -119,8 +121,13 @@ def base_resources(size: str, kind: str, attempt: int, site: Site) -> Resources:
         site: see `Site`
     """
     demand = demand_of(size)
-    trainings = {"pretrain": demand.pretrain, "round": demand.round}
-    gpus, hours = trainings.get(kind, demand.sample)
+    gpus, hours = demand.sample
+    others = {
+        "pretrain": demand.pretrain,
+        "round": demand.round,
+        "tasks": (gpus, TASK_HOURS * hours),
+    }
+    gpus, hours = others.get(kind, (gpus, hours))
     minutes = min(hours * 30 * (attempt + 1), site.max_minutes)
     return {
         "gpu": gpus,

@@ -24,6 +24,7 @@ from halfstep.report import catalogue
 from halfstep.resolve import subsection
 from halfstep.seeds import first_training, repeat_names, repeat_seed
 from halfstep.texts import check_regular, items_file
+from halfstep.workflow.task_sources import faults_of_tasks, tasks_of_hub, texts_of_hub
 
 CHECKPOINT = [
     "model.safetensors",
@@ -90,6 +91,7 @@ def check_sources(config: Config) -> None:
             _check_name(items, "lambada")
     except HalfstepError as error:
         faults.append(f"evaluation.{error}")
+    faults += faults_of_tasks(config.evaluation)
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -273,6 +275,10 @@ class Targets:
         rounds = sampling.frontier_rounds
         if rounds is not None:
             return self._of_rounds(rounds)
+        return self.final_models()
+
+    def final_models(self) -> list[str]:
+        """Baselines, teachers, and the last round of each run."""
         last = {
             f"{name}/{run}/round-{options.rounds}"
             for name, teacher in self.config.teachers.items()
@@ -336,6 +342,7 @@ class Targets:
         It is fetched once, where snakemake runs, because compute nodes have no internet.
         """
         found = {*self.judges_of_hub(), *self.lambada_of_hub()}
+        found |= {*tasks_of_hub(self.config.evaluation), *texts_of_hub(self.config.evaluation)}
         for name in self.config.corpora:
             found.update(self.corpus_of_hub(name))
         for name in self.config.teachers:
@@ -378,6 +385,7 @@ class Targets:
             continued=self.continued_models(),
             sampled=self.sampled_models(),
             swept=self.frontier_models(),
+            examined=self.final_models(),
         )
 
     def figure_inputs(self) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from halfstep.report.catalogue import (
 
 ROWS = {**TABLES, **FIGURES}
 EXAMINED = {
-    "evaluation": SimpleNamespace(lambada="last_words"),
+    "evaluation": SimpleNamespace(lambada="last_words", tasks=["piqa"], perplexity=["ptb"]),
     "sampling": SimpleNamespace(temperatures=[0.8]),
 }
 NAMES = {
@@ -31,6 +31,7 @@ NAMES = {
     "sampled": ["t/teacher", "t/baseline"],
     "continued": ["t/teacher", "t/baseline"],
     "swept": ["t/teacher", "t/baseline"],
+    "examined": ["t/teacher", "t/baseline"],
 }
 
 

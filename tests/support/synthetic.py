@@ -47,6 +47,9 @@ def write(
         dump(metrics / "samples.json", samples)
         if r in (0, rounds):
             dump(metrics / "frontier.json", swept(samples))
+            base = common(teacher, run, r, model, None, sha) | NO_JUDGE | {"sampler": None}
+            dump(metrics / "tasks.json", answered(base, ("elbo", "elbo-per-token")))
+            dump(metrics / "zero_shot.json", zero_shot(base, "elbo", 30.0 + r))
         dump(metrics / "continuations.json", continuations)
         dump(metrics / "lambada.json", last_words(teacher, run, r, model, sha))
     write_baseline(results, teacher, points)
@@ -78,6 +81,8 @@ def write_baseline(results: Path, teacher: str, points: int) -> None:
     dump(metrics / "frontier.json", swept(quality(base, 9.4, 3.91, 0.97)))
     dump(metrics / "lambada.json", [words | accuracy, words | perplexity])
     dump(metrics / "continuations.json", continued(base, 0.93))
+    dump(metrics / "tasks.json", answered(words, ("ar",)))
+    dump(metrics / "zero_shot.json", zero_shot(words, "ar", 25.0))
 
 
 def train(folder: Path, model: str, run: str, r: int, points: int) -> str:
@@ -236,6 +241,26 @@ def last_words(teacher, run, r, model, sha) -> list[dict]:
         base | row("lambada_perplexity", "elbo-exact", 9.1 + 0.2 * r, 0.5),
         base | row("lambada_perplexity", "elbo-mc", 9.3 + 0.2 * r, 0.6),
     ]
+
+
+def answered(base, protocols) -> list[dict]:
+    """The rows of two tasks of lm-eval."""
+    rows = []
+    for task, value in (("piqa", 0.6), ("arc_easy", 0.4)):
+        about = {"task": task, "measure": "acc", "data": f"{task}[500]@0123456789ab"}
+        about |= {"num_samples": 500, "network_evaluations": 1.0 if "ar" in protocols else 64.0}
+        rows += [base | about | row("task_score", name, value, 0.04) for name in protocols]
+    return rows
+
+
+def zero_shot(base, protocol, value) -> list[dict]:
+    """The rows of two texts."""
+    rows = []
+    for task in ("ptb", "wikitext"):
+        about = {"task": task, "data": f"{task}[80]@0123456789ab", "num_samples": 80}
+        about |= {"length": 1024, "network_evaluations": 1.0 if protocol == "ar" else 8.0}
+        rows.append(base | about | row("zero_shot_perplexity", protocol, value, 2.0))
+    return rows
 
 
 def timings(teacher, run, r) -> list[dict]:

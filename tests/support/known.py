@@ -43,7 +43,7 @@ class Stubborn:
     """A denoiser that is wrong in a fixed way: the visible tokens fix its random probabilities."""
 
     def __init__(self, vocabulary: int):
-        self.vocabulary, self.mask_id = vocabulary, vocabulary
+        self.vocabulary = self.vocab_size = self.mask_id = vocabulary
 
     def features(self, xt, t, where=None):
         rows = [

@@ -22,6 +22,7 @@ import difflib
 import hashlib
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -241,6 +242,11 @@ def _check_known(name: str, known: Sequence[str]) -> None:
     """HalfstepError unless lm-eval knows the name, or the file exists."""
     if is_task_file(name):
         check_regular(Path(name), "tasks")
+        if re.search(r"^group:", Path(name).read_text(errors="replace"), re.MULTILINE):
+            raise HalfstepError(
+                f"tasks: {name} defines a group, which lm-eval finds by its name only; "
+                "name the .yaml file of each task"
+            )
     elif name not in known:
         near = difflib.get_close_matches(name[:80], known, 1)
         hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists all names"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from questions import write_task
 
 from halfstep.files import read_json
 
@@ -59,6 +60,31 @@ def test_offline_is_one_sentence(hub, tmp_path, repository):
     assert f"{repository}: not in the hub's cache" in done.stderr
     assert "a node with internet" in done.stderr
     assert not (tmp_path / "hub.json").exists()
+
+
+def test_the_parquet_files_of_a_split_are_found(tmp_path):
+    """In the hub's own conversion, from which zero-shot texts are read."""
+    home = tmp_path / "home/hub/datasets--some--text"
+    (home / "refs/refs/convert").mkdir(parents=True)
+    (home / "refs/refs/convert/parquet").write_text(COMMIT)
+    files = home / "snapshots" / COMMIT / "default/test"
+    files.mkdir(parents=True)
+    (files / "0000.parquet").write_bytes(b"rows")
+    name = "parquet:some/text:default/test"
+    done = fetch(tmp_path, name)
+    assert done.returncode == 0, done.stderr
+    found = read_json(tmp_path / "hub.json")[name]
+    digest = hashlib.sha256(b"rows").hexdigest()
+    assert found == {"version": COMMIT, "files": {"default/test/0000.parquet": digest}}
+    assert "not in the hub's cache" in fetch(tmp_path, "parquet:some/text:default/train").stderr
+
+
+def test_the_data_of_a_task_are_prepared_where_datasets_finds_them_again(tmp_path):
+    task = write_task(tmp_path, "mine", [{"question": "a", "choices": ["b", "c"], "label": 0}])
+    done = fetch(tmp_path, f"task:{task}")
+    assert done.returncode == 0, done.stderr
+    files = read_json(tmp_path / "hub.json")[f"task:{task}"]["files"]
+    assert any(name.endswith(".arrow") for name in files)
 
 
 def test_a_data_set_is_prepared_where_datasets_finds_it_again(tmp_path):

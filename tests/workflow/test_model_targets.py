@@ -205,12 +205,16 @@ def test_what_the_hub_must_provide(tmp_path, monkeypatch):
     """Nothing for preset ci; of other names those that are no folder or file of this machine."""
     monkeypatch.chdir(tmp_path)
     assert targets().hub_repositories() == []
-    assert targets("owt-small").hub_repositories() == [
+    names = ["arc_challenge", "arc_easy", "hellaswag", "mathqa", "piqa", "winogrande"]
+    fetched = targets("owt-small").hub_repositories()
+    assert [name for name in fetched if not name.startswith("parquet:")] == [
         "dataset:EleutherAI/lambada_openai",
         "dataset:Skylion007/openwebtext",
         "model:gpt2",
         "model:gpt2-large",
+        *(f"task:{name}" for name in names),
     ]
+    assert "parquet:Salesforce/wikitext:wikitext-103-raw-v1/validation" in fetched
     published = of_teacher(**{"from": "kuleshov-group/mdlm-owt"})
     assert published.hub_repositories() == ["model:kuleshov-group/mdlm-owt"]
     (tmp_path / "gpt2").mkdir()
@@ -250,6 +254,12 @@ def test_tables_gather_the_rows_of_all_models():
     assert tables["steps"] == [*rows, *of_corpus]
     assert tables["lambada"] == [f"results/metrics/{model}/lambada.json" for model in models]
     assert tables["speed"] == ["results/benchmarks/stories-ci/latency.json"]
+    assert not {"tasks", "zero_shot"} & tables.keys()
+    asked = targets(evaluation={"tasks": "piqa", "perplexity": ["ptb"]})
+    final = ["baseline", "teacher", "kl_backward/round-7"]
+    for name in ("tasks", "zero_shot"):
+        files = [f"results/metrics/stories-ci/{model}/{name}.json" for model in final]
+        assert asked.table_inputs()[name] == files
     continued = [f"stories-ci/{name}" for name in ("baseline", "kl_backward/round-7")]
     assert tables["continuations"] == [
         f"results/metrics/{model}/continuations.json" for model in continued

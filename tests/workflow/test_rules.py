@@ -92,7 +92,8 @@ def test_printed_commands_are_understood(workflow):
     """
     imported = 'teachers={"stories-ci": {"from": "kuleshov-group/mdlm-owt"}}'
     plans = workflow.plan("-p", "--config", "preset=ci")
-    plans += workflow.plan("-p", "--config", "preset=ci", imported)
+    asked = 'evaluation={"tasks": ["piqa"], "perplexity": ["ptb"]}'
+    plans += workflow.plan("-p", "--config", "preset=ci", imported, asked)
     printed = re.sub(r"\$\{SLURM_JOB_ID:\+(.*?)\}", r"\1", plans.replace("\\\n", " "))
     commands = {}
     for line in re.findall(r"^ +(halfstep .*?) 2>&1 \| tee (?:\S+)$", printed, re.MULTILINE):

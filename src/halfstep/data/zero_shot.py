@@ -15,13 +15,12 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from halfstep.data.files import READERS
 from halfstep.errors import HalfstepError, reason
 from halfstep.texts import reading
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer
 
 Rules = tuple[tuple[str, str], ...]
@@ -164,7 +163,9 @@ def cut_windows(
 
     HalfstepError if the texts have no tokens.
     """
-    from halfstep.data.tokenizer import encode_texts  # not at the top: the workflow needs names
+    import numpy as np  # not at the top: the workflow needs the names alone
+
+    from halfstep.data.tokenizer import encode_texts
 
     stream, texts, room = np.zeros(0, np.int32), iter(texts), length - 2
     parts = [stream]

@@ -281,7 +281,8 @@ def _masks(rows: DataFrame) -> str:
     counts = sorted(bounds["network_evaluations"].dropna().unique())
     if not counts:
         return ""
-    return f"ELBO of a text from {join_values(f'{count:g}' for count in counts)} masks."
+    listed = join_values(f"{count:.4g}" for count in counts)
+    return f"The ELBO of a text is estimated from {listed} masks on average."
 
 
 def _of_table(name: str, rows: DataFrame) -> DataFrame:

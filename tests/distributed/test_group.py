@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from forked import break_down, impatient, launch, note_batches, note_rows, start
+from questions import write_task
 from safetensors.torch import load_file
 from small import MACHINE, done, trainings
 
@@ -175,6 +176,28 @@ def test_nothing_is_scored_or_written_twice_and_scores_are_those_of_one_process(
         assert (tmp_path / name).with_suffix(".provenance.json").is_file()
     assert "judge, ids | text" in done[0][1] and "likelihood | item" in done[0][1]
     assert not any(err for _, err in done[1:])  # only rank 0 prints
+
+
+def test_tasks_and_texts_are_shared_by_the_ranks(pipeline, tmp_path):
+    """The same rows as those of one process, but for float32 rounding."""
+    rows = [{"question": "Tom had a red", "choices": ["kite", "fox"], "label": 0}] * 3
+    task, text = write_task(tmp_path, "mine", rows), tmp_path / "text.txt"
+    text.write_text("Anna saw the fox. " * 40)
+    for size in (1, 2):
+        model = f"--checkpoint {pipeline.student} --output {tmp_path}/{size}"
+        lines = (
+            f"score-tasks {model}/tasks.json --tasks {task} --task-draws 3 {CPU}",
+            f"score-perplexity {model}/texts.json --perplexity {text} --bootstrap 100 {CPU}",
+        )
+        done = launch(" && ".join(lines), size, tmp_path)
+        assert codes(done) == [0] * size, done
+        assert not any(err for _, err in done[1:])
+    for name in ("tasks.json", "texts.json"):
+        one, two = (json.loads((tmp_path / size / name).read_text()) for size in "12")
+        for a, b in zip(one, two, strict=True):
+            for key in NUMBERS:
+                assert b.pop(key) == pytest.approx(a.pop(key), rel=2e-6)
+            assert a == b
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,12 @@ def test_runs_are_children_of_their_teacher_with_the_same_keys(world):
         {rounds[f"stories-tiny/{name}/round-{n}"] for name in ("kl_backward", "mse")}
         for n in (1, 2)
     )
-    assert len(first) == len(last) == 1  # the frontier has the last rounds alone
+    assert len(first) == len(last) == 1  # frontier and tasks have the last rounds alone
     added = last.pop() - first.pop()
     assert "eval/frontier_perplexity_ids_temperature_0.7" in added
-    assert all(re.search("frontier|equal_entropy|at_data_entropy", key) for key in added)
+    assert "eval/task_score_elbo_piqa_acc" in added
+    of_last = "frontier|equal_entropy|at_data_entropy|task_score|zero_shot"
+    assert all(re.search(of_last, key) for key in added)
 
     data = children["stories-tiny/data"].data.metrics
     assert data["eval/generative_perplexity_ids"] == 7.2

@@ -39,7 +39,12 @@ def test_preset_resolves(workflow, preset):
     prompts = preset != "laptop"  # whether held-out prompts are continued
     frontier = preset in FRONTIER
     assert jobs.get("generate_frontier", 0) == frontier * FRONTIER.get(preset, 0)
-    assert (jobs["plot"], jobs["tabulate"]) == (7 + prompts + frontier, 3 + prompts + frontier)
+    examined = preset.startswith("owt-")  # tasks of lm-eval, and zero-shot texts
+    tables = 3 + prompts + frontier + 2 * examined
+    assert (jobs["plot"], jobs["tabulate"]) == (7 + prompts + frontier, tables)
+    of_last_rounds = examined * (2 * teachers + GRAPHS[preset][0])
+    for rule in ("score_tasks", "score_perplexity"):
+        assert jobs.get(rule, 0) == of_last_rounds
     assert jobs["track"] == 1
     assert jobs.get("score_continuations", 0) == prompts * (
         2 if preset == "ci" else rounds + 2 * teachers

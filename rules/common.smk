@@ -60,6 +60,7 @@ STAGE = dict(
     pretrain=3,
     baseline=3,
     import_teacher=1,
+    import_baseline=1,
     distill=3,
     generate=3,
     draw_naive=1,

@@ -238,9 +238,9 @@ class Network(Section):
     shifted: bool = False
     """predict each token from the output at the position before it, as the teachers do that are
     adapted from autoregressive models (DiffuGPT)"""
-    architecture: Literal["dit", "gpt2"] = "dit"
-    """of the denoiser; dit: the paper's, with RoPE and adaLN; gpt2: that of teachers which are
-    adapted from GPT-2, and of no others"""
+    architecture: Literal["dit", "gpt2", "transformers"] = "dit"
+    """dit: the paper's, with RoPE and adaLN; gpt2: that of teachers which are adapted from GPT-2;
+    transformers: that of baselines with `from`. The last two follow from the weights"""
     schedule: Literal["loglinear", "cosine"] = "loglinear"
     """noise schedule alpha(t): loglinear (MDLM and the paper), or cosine (MaskGIT, MD4)"""
 
@@ -305,6 +305,24 @@ class Training(Section):
         if self.warmup_steps >= self.num_steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must be below num_steps ({self.num_steps})"
+            )
+        return self
+
+
+class BaselineOptions(Training):
+    """The autoregressive baseline: its training, or a published model in its place."""
+
+    source: Word | None = Field(None, alias="from")
+    """a causal language model that transformers loads, instead of training: a hub name (gpt2,
+    gpt2@revision) or a folder; its tokenizer must be that of the corpus"""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> BaselineOptions:
+        unused = sorted(self.model_fields_set - {"source"})
+        if self.source and unused:
+            raise ValueError(
+                f"found `from` and {', '.join(unused)}, but a published model is not trained here; "
+                "leave one or the other out"
             )
         return self
 
@@ -601,8 +619,9 @@ class Teacher(Section):
     raw: the raw weights, as the released code takes them"""
     pretraining: Pretraining = Pretraining()
     """training of the teacher"""
-    baseline: Training = Training()
-    """training of the autoregressive baseline"""
+    baseline: BaselineOptions | None = BaselineOptions()
+    """the autoregressive baseline: options of its training; or {from: gpt2}, a published causal
+    language model; null: no baseline"""
     distillation: Distillation = Distillation()
     """options that all runs share"""
     seeds: Seeds | None = None
@@ -615,10 +634,14 @@ class Teacher(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_runs(cls, raw: Any) -> Any:
-        """Give every run the keys of `distillation` that it does not set; null is the default."""
+        """Give every run the keys of `distillation` that it does not set.
+
+        null is the default, except that a baseline of null is none.
+        """
         if not isinstance(raw, dict):
             return raw
-        raw = {key: value for key, value in raw.items() if value is not None}
+        given = raw.items()
+        raw = {key: value for key, value in given if value is not None or key == "baseline"}
         raw.setdefault("runs", {"kl_backward": {}})
         shared = raw.get("distillation", {})
         if isinstance(shared, Distillation):
@@ -714,20 +737,37 @@ class Config(Section):
                     f"{teacher.pretraining.anneal_attention} without `adapt`, but only adapted "
                     "weights know causal attention; leave it out"
                 )
-            if teacher.network.architecture == "gpt2":
+            if (found := teacher.network.architecture) != "dit":
+                follows = {"gpt2": "adapt: gpt2", "transformers": "baseline: {from: gpt2}"}[found]
                 raise ValueError(
-                    f"teachers.{name}.network.architecture: found gpt2, which follows from "
-                    "`adapt: gpt2` and from nothing else; leave it out"
+                    f"teachers.{name}.network.architecture: found {found}, which follows from "
+                    f"`{follows}` and from nothing else; leave it out"
                 )
-            if teacher.source and self.sampling.weights == "best":
-                raise ValueError(
-                    f"sampling.weights is best, but teachers.{name}.from has no best weights, "
-                    "because halfstep did not validate it; choose ema or raw"
-                )
+            self._check_baseline(name, teacher)
             _check_seeds(name, teacher)
             self._check_corpus(teacher)
         _check_endings("teacher", self.teachers)
         return self
+
+    def _check_baseline(self, name: str, teacher: Teacher) -> None:
+        """Refuse what needs a baseline where there is none, and weights that nobody chose."""
+        if teacher.baseline is None and teacher.adapt == "baseline":
+            raise ValueError(
+                f"teachers.{name}.adapt: found baseline, but teachers.{name}.baseline is null; "
+                "name other weights such as gpt2, or let it have a baseline"
+            )
+        if teacher.baseline is None and "baseline" in self.evaluation.judge:
+            raise ValueError(
+                f"evaluation.judge: found baseline, but teachers.{name}.baseline is null; "
+                "name another judge such as gpt2-large, or let it have a baseline"
+            )
+        published = {"": teacher, ".baseline": teacher.baseline}
+        for key in [key for key, part in published.items() if part and part.source]:
+            if self.sampling.weights == "best":
+                raise ValueError(
+                    f"sampling.weights is best, but teachers.{name}{key}.from has no best weights, "
+                    "because halfstep did not validate it; choose ema or raw"
+                )
 
     def _check_corpus(self, teacher: Teacher) -> None:
         """Refuse options that the kind or the length of the teacher's corpus rules out."""

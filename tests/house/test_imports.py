@@ -23,7 +23,9 @@ BELOW = {
     "checkpoint",
     "timing",
     "progress",
+    "pretrained",
     "seeds",
+    "tensors",
     "texts",
 }  # what a leaf may import
 CONTRACTS = "halfstep.diffusion.contracts."  # types, which every leaf may import

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from halfstep.checkpoint import FILES, build_network, check_weights, save_checkpoint
+from halfstep.checkpoint import FILES, build_network, save_checkpoint
 from halfstep.config import Network, Training, size_of_shape
 from halfstep.data.pack import corpus_tokenizer, read_manifest
 from halfstep.data.tokenizer import EOS, load_bpe, vocabulary_size
@@ -23,6 +23,7 @@ from halfstep.models import hub
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
 from halfstep.resolve import explain
+from halfstep.tensors import check_weights
 
 DIVERGENCES = {"kld": "kl_backward", "mse": "mse", "tvd": "l1_log_p"}  # SDTT's names on the hub
 DOWNLOADED = ["*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer.json"]

@@ -56,6 +56,7 @@ class Figure:
             where these tables exist
         draw: "module:function", from {name: DataFrame} of the needs to (Figure, points)
         published: whether published values can be drawn under ours
+        baseline: whether it exists only where a teacher has a baseline
     """
 
     title: str
@@ -63,6 +64,7 @@ class Figure:
     needs: tuple[str, ...]
     draw: str
     published: bool = False
+    baseline: bool = False
 
 
 TABLES: dict[str, Table] = {
@@ -201,6 +203,7 @@ FIGURES: dict[str, Figure] = {
         "batch size. In the gray area the baseline is faster.",
         needs=("speed",),
         draw="halfstep.report.figures:speedup_vs_batch",
+        baseline=True,
     ),
     "loss_curves": Figure(
         title="training loss and held-out loss of every training",
@@ -235,13 +238,17 @@ def table_inputs(config: Config, **names: Iterable[str]) -> dict[str, list[str]]
 
 
 def figure_inputs(tables: Iterable[str], models: Sequence[str]) -> dict[str, list[str]]:
-    """The files that every figure is drawn from, where the tables that it needs are among these."""
+    """The files that every figure is drawn from, where the tables that it needs are among these.
+
+    Without a baseline among the models, the figures that compare with it do not exist.
+    """
+    compares = any(model.endswith("/baseline") for model in models)
     known = {name: [f"results/tables/{name}.csv"] for name in tables}
     known[JOURNALS] = [f"results/models/{model}/journal.jsonl" for model in models]
     return {
         name: [file for need in figure.needs for file in known[need]]
         for name, figure in FIGURES.items()
-        if known.keys() >= set(figure.needs)
+        if known.keys() >= set(figure.needs) and (compares or not figure.baseline)
     }
 
 

@@ -6,7 +6,8 @@ A model is named by its folder below results/models: {teacher}/teacher, {teacher
 `seeds` of a teacher or of a run repeats its training. A repeat is a model with its own folder: its
 teacher or run is called by the name in the configuration and the ending -seed-2. Repeats have the
 corpus, the judges and the baseline of the first training, because the measuring instrument must be
-the same for all. So a repeat of a teacher has no baseline, no held-out text and no timings.
+the same for all. So a repeat of a teacher has no baseline, no held-out text and no timings. A
+teacher with `baseline: null` has no baseline either.
 """
 
 from __future__ import annotations
@@ -84,6 +85,13 @@ def check_sources(config: Config) -> None:
                 f"corpora.{name}.tokenizer: {tokenizer} is not a folder; "
                 "name a folder with vocab.json and merges.txt, a hub name, or bpe"
             )
+    for name, teacher in config.teachers.items():
+        source = teacher.baseline and teacher.baseline.source
+        if source and not is_folder(source) and not is_hub_name(source):
+            faults.append(
+                f"teachers.{name}.baseline.from: {source} is not a folder; "
+                "name a hub name such as gpt2, or a folder that save_pretrained wrote"
+            )
     try:
         if items := items_file(config.evaluation.lambada):
             check_regular(items, "lambada")
@@ -139,7 +147,11 @@ class Targets:
             for number in range(1, options.rounds + 1)
         ]
         self.denoisers = [f"{name}/teacher" for name in self.with_repeats] + rounds
-        self.models = [f"{name}/baseline" for name in self.teachers] + self.denoisers
+        self.with_baseline = [name for name in self.teachers if config.teachers[name].baseline]
+        """teachers with a baseline, trained or published"""
+        self.published = [name for name in self.with_baseline if self.baseline_source(name)]
+        """teachers whose baseline is published, and not trained here"""
+        self.models = [f"{name}/baseline" for name in self.with_baseline] + self.denoisers
         self.scored = self.models + [f"{name}/naive" for name in self.teachers]
         """models whose samples are scored, and the naive samplers of each teacher's corpus"""
 
@@ -172,6 +184,18 @@ class Targets:
     def network_size(self, wildcards: Wildcards) -> str:
         """The size of the networks that a job trains, samples from or scores."""
         return self.teacher(wildcards).network.size
+
+    def baseline_source(self, name: str) -> str | None:
+        """The folder or hub name of a teacher's published baseline."""
+        baseline = self.config.teachers[first_training(name)].baseline
+        return baseline and baseline.source
+
+    def baseline_file(self, wildcards: Wildcards) -> list[str]:
+        """The file that stands for a published baseline, unless it comes from the hub."""
+        source = self.baseline_source(wildcards.teacher)
+        if source is None or is_hub_name(source):
+            return []
+        return [os.path.join(os.path.expanduser(source), "config.json")]
 
     def adapt_source(self, wildcards: Wildcards) -> list[str]:
         """The folder or hub name of the weights that pretraining starts from; random if empty."""
@@ -339,7 +363,7 @@ class Targets:
         for name in self.config.corpora:
             found.update(self.corpus_of_hub(name))
         for name in self.config.teachers:
-            found.update(self.source_of_hub(name))
+            found.update(self.source_of_hub(name) + self.baseline_of_hub(name))
         return sorted(found)
 
     def corpus_of_hub(self, name: str) -> list[str]:
@@ -368,6 +392,11 @@ class Targets:
         if adapt and adapt != "baseline" and is_hub_name(adapt):
             return [f"model:{adapt}"]
         return [f"model:{source}"] if source and not local_file(source) else []
+
+    def baseline_of_hub(self, name: str) -> list[str]:
+        """The published baseline of a teacher, where it comes from the hub."""
+        source = self.baseline_source(name)
+        return [f"model:{source}"] if source and is_hub_name(source) else []
 
     def table_inputs(self) -> dict[str, list[str]]:
         """For each table the files of metric rows that it gathers."""

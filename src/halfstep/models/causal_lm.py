@@ -48,9 +48,10 @@ class CausalLM(nn.Module):
         return found.last_hidden_state[:, -1], found.past_key_values
 
     def logits(self, h: Tensor) -> Tensor:
-        """Features h[..., D] -> logits [..., V], float32 inside autocast too."""
+        """Features h[..., D] -> logits [..., V] float32, in the dtype of the readout."""
+        head = self.model.get_output_embeddings()
         with torch.autocast(h.device.type, enabled=False):
-            return self.model.get_output_embeddings()(h.float())[..., : self.vocabulary]
+            return head(h.to(head.weight.dtype))[..., : self.vocabulary].float()
 
     def log_p(self, h: Tensor) -> Tensor:
         """log p of the next token from features h[N, D]: [N, V] float32."""

@@ -152,8 +152,8 @@ FIGURES: dict[str, Figure] = {
     "ppl_vs_steps": Figure(
         title="generative perplexity against sampling steps",
         caption="Generative perplexity against sampling steps: the teacher and every round as "
-        "curves, the autoregressive baseline and held-out text as lines. Lower is better only "
-        "where the entropy stays near that of the data.",
+        "curves, held-out text and the autoregressive baseline, if there is one, as lines. Lower "
+        "is better only where the entropy stays near that of the data.",
         needs=("steps",),
         draw="halfstep.report.figures:ppl_vs_steps",
         published=True,
@@ -169,7 +169,7 @@ FIGURES: dict[str, Figure] = {
     "frontier": Figure(
         title="generative perplexity against entropy over temperatures",
         caption="The generative frontier: perplexity against entropy, a curve over temperatures "
-        "for each model. Lower is better at equal entropy. The star is held-out text, the dashed "
+        "for each model. Lower is better at equal entropy. The star is held-out text, a dashed "
         "curve the autoregressive baseline.",
         needs=("temperatures", "steps"),
         draw="halfstep.report.figures:frontier",
@@ -207,16 +207,16 @@ FIGURES: dict[str, Figure] = {
     ),
     "loss_curves": Figure(
         title="training loss and held-out loss of every training",
-        caption="Training loss and held-out loss of the teacher, of the baseline and of every "
-        "round, read from the journals of the trainings.",
+        caption="Training loss and held-out loss of every model that is trained here, read from "
+        "the journals of the trainings.",
         needs=(JOURNALS,),
         draw="halfstep.report.figures:loss_curves",
     ),
     "mauve_vs_steps": Figure(
         title="MAUVE of continuations against sampling steps",
         caption="MAUVE of continuations of held-out prompts against sampling steps: the teacher "
-        "and its rounds as curves, the autoregressive baseline as a line. 1 means that the texts "
-        "cannot be told apart from the documents' own continuations.",
+        "and its rounds as curves, the autoregressive baseline, if there is one, as a line. 1 "
+        "means that the texts cannot be told apart from the documents' own continuations.",
         needs=("continuations",),
         draw="halfstep.report.figures:mauve_vs_steps",
     ),

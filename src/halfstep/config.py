@@ -316,15 +316,16 @@ class BaselineOptions(Training):
     """a causal language model that transformers loads, instead of training: a hub name (gpt2,
     gpt2@revision) or a folder; its tokenizer must be that of the corpus"""
 
-    @model_validator(mode="after")
-    def _check_source(self) -> BaselineOptions:
-        unused = sorted(self.model_fields_set - {"source"})
-        if self.source and unused:
+    @model_validator(mode="before")
+    @classmethod
+    def _check_source(cls, raw: Any) -> Any:
+        unused = sorted(map(str, raw.keys() - {"from"})) if isinstance(raw, dict) else []
+        if unused and raw.get("from"):
             raise ValueError(
                 f"found `from` and {', '.join(unused)}, but a published model is not trained here; "
                 "leave one or the other out"
             )
-        return self
+        return raw
 
 
 class Pretraining(Training):

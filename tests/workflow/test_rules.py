@@ -90,7 +90,8 @@ def test_printed_commands_are_understood(workflow):
 
     A flag that a rule gives and the command lacks fails here.
     """
-    imported = 'teachers={"stories-ci": {"from": "kuleshov-group/mdlm-owt"}}'
+    published = '{"from": "kuleshov-group/mdlm-owt", "baseline": {"from": "gpt2"}}'
+    imported = f'teachers={{"stories-ci": {published}}}'
     plans = workflow.plan("-p", "--config", "preset=ci")
     plans += workflow.plan("-p", "--config", "preset=ci", imported)
     printed = re.sub(r"\$\{SLURM_JOB_ID:\+(.*?)\}", r"\1", plans.replace("\\\n", " "))

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 KINDS = ("diffusion", "autoregressive")
+PUBLISHED = {"raw": "published raw", "the one set it has": "published"}
+"""Weights of an import with one set, which is in both files: what rows of metrics call them"""
 FILES = {"raw": "model.safetensors", "ema": "ema.safetensors", "best": "best.safetensors"}
 OPTIMIZER = "optimizer.safetensors"
 LARGEST_PUBLISHED = 1 << 42  # bytes of a file of a published baseline
@@ -88,7 +90,8 @@ class Meta(BaseModel):
 class Model:
     """A loaded checkpoint: its network in eval mode, its tokenizer, and its meta.json.
 
-    `sha256` is the checksum of the loaded weights. `denoiser` is None for an autoregressive model.
+    `sha256` is the checksum of the loaded weights, `weights` what rows of metrics call them.
+    `denoiser` is None for an autoregressive model.
     """
 
     kind: str
@@ -96,6 +99,7 @@ class Model:
     tokenizer: Tokenizer
     meta: dict
     sha256: str
+    weights: str
     denoiser: SubsDenoiser | None
 
     @property
@@ -345,7 +349,8 @@ def load_checkpoint(folder: str | Path, weights: str = "ema", device: str = "cpu
         network.load_state_dict(state, strict=False)  # an average may lack the buffers
     network = network.to(device).eval().requires_grad_(False)
     denoiser = build_denoiser(network, meta) if meta["kind"] == "diffusion" else None
-    return Model(meta["kind"], network, tokenizer, meta, meta["sha256"][file], denoiser)
+    called = PUBLISHED.get(str(meta.get("imported", {}).get("weights")), weights)
+    return Model(meta["kind"], network, tokenizer, meta, meta["sha256"][file], called, denoiser)
 
 
 def _published_network(folder: Path, weights: str, meta: dict) -> CausalLM:

@@ -24,6 +24,7 @@ BELOW = {
     "timing",
     "progress",
     "pretrained",
+    "released",
     "seeds",
     "tensors",
     "texts",

@@ -319,7 +319,7 @@ def save_samples(
         "network_evaluations": float(np.mean(texts.network_evaluations.numpy())),
         "num_samples": len(texts.ids),
         "seed": options.sampling_seed,
-        "weights": options.weights,
+        "weights": model.weights,
         "draw_dtype": draw_dtype,
         "temperature": options.temperature,
         "top_p": top_p,

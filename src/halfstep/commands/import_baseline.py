@@ -66,6 +66,7 @@ def import_baseline(source: str, output: Path, corpus: Path) -> None:
             "revision": revision or None,
             "file": files[0].name,
             "sha256": digest,
+            "weights": "the one set it has",
         },
     }
     teacher = output.parent.name

@@ -237,14 +237,18 @@ def table_inputs(config: Config, **names: Iterable[str]) -> dict[str, list[str]]
     }
 
 
-def figure_inputs(tables: Iterable[str], models: Sequence[str]) -> dict[str, list[str]]:
+def figure_inputs(
+    tables: Iterable[str], models: Sequence[str], trained: Sequence[str]
+) -> dict[str, list[str]]:
     """The files that every figure is drawn from, where the tables that it needs are among these.
 
-    Without a baseline among the models, the figures that compare with it do not exist.
+    `trained` are the models that are trained here; without any, no figure shows journals. Without a
+    baseline among the models, the figures that compare with it do not exist.
     """
     compares = any(model.endswith("/baseline") for model in models)
     known = {name: [f"results/tables/{name}.csv"] for name in tables}
-    known[JOURNALS] = [f"results/models/{model}/journal.jsonl" for model in models]
+    if trained:
+        known[JOURNALS] = [f"results/models/{model}/journal.jsonl" for model in trained]
     return {
         name: [file for need in figure.needs for file in known[need]]
         for name, figure in FIGURES.items()

@@ -21,6 +21,7 @@ from typing import Protocol
 from halfstep.config import NAIVE, Config, Distillation, RunOptions, Sampling, Teacher, check_path
 from halfstep.data.files import find_files
 from halfstep.errors import ConfigError, HalfstepError
+from halfstep.released import name_of_round
 from halfstep.report import catalogue
 from halfstep.resolve import subsection
 from halfstep.seeds import first_training, repeat_names, repeat_seed
@@ -98,6 +99,18 @@ def check_sources(config: Config) -> None:
             _check_name(items, "lambada")
     except HalfstepError as error:
         faults.append(f"evaluation.{error}")
+    for name, teacher in config.teachers.items():
+        sources = [("from", teacher.source)] if teacher.source else []
+        for key, run in teacher.runs.items():
+            if run.source:
+                numbers = range(1, run.rounds + 1)
+                sources += [(f"runs.{key}.from", name_of_round(run.source, n)) for n in numbers]
+        faults += [
+            f"teachers.{name}.{key}: {source} is no file, no folder and no name on the hub; "
+            "check the path"
+            for key, source in sources
+            if not local_file(source) and not re.fullmatch(HUB_NAME, source)
+        ]
     if faults:
         raise ConfigError("\n".join(faults))
 
@@ -143,9 +156,18 @@ class Targets:
             for name, teacher in config.teachers.items()
             for repeat in repeats[name]
             for key, options in teacher.runs.items()
+            if not options.source or repeat == name
             for run in repeat_names(key, options.seeds)
             for number in range(1, options.rounds + 1)
         ]
+        self.imported_rounds = [
+            f"{name}/{key}/round-{number}"
+            for name, teacher in config.teachers.items()
+            for key, options in teacher.runs.items()
+            if options.source
+            for number in range(1, options.rounds + 1)
+        ]
+        """students whose weights are published"""
         self.denoisers = [f"{name}/teacher" for name in self.with_repeats] + rounds
         self.with_baseline = [name for name in self.teachers if config.teachers[name].baseline]
         """teachers with a baseline, trained or published"""
@@ -223,6 +245,13 @@ class Targets:
         """The user's files of a corpus (kind: files): new text makes a new corpus."""
         patterns = self.config.corpora[wildcards.corpus].files
         return sorted(map(str, find_files(patterns)))
+
+    def published_round(self, model: str) -> tuple[str, RunOptions, int]:
+        """Source, run and number of a round whose student is published."""
+        teacher, run, folder = model.split("/")
+        options, number = self.config.teachers[teacher].runs[run], _round_of(folder) or 0
+        assert options.source is not None
+        return name_of_round(options.source, number), options, number
 
     def round_options(self, wildcards: Wildcards) -> Distillation:
         """Options of one round. Later rounds are not among them, so that `rounds: 5 -> 7` trains
@@ -364,6 +393,8 @@ class Targets:
             found.update(self.corpus_of_hub(name))
         for name in self.config.teachers:
             found.update(self.source_of_hub(name) + self.baseline_of_hub(name))
+        for model in self.imported_rounds:
+            found.update(self.round_of_hub(model))
         return sorted(found)
 
     def corpus_of_hub(self, name: str) -> list[str]:
@@ -398,6 +429,11 @@ class Targets:
         source = self.baseline_source(name)
         return [f"model:{source}"] if source and is_hub_name(source) else []
 
+    def round_of_hub(self, model: str) -> list[str]:
+        """The published weights of a round, where they come from the hub."""
+        source, _, _ = self.published_round(model)
+        return [] if local_file(source) else [f"model:{source}"]
+
     def table_inputs(self) -> dict[str, list[str]]:
         """For each table the files of metric rows that it gathers."""
         return catalogue.table_inputs(
@@ -411,7 +447,10 @@ class Targets:
 
     def figure_inputs(self) -> dict[str, list[str]]:
         """For each figure the tables and journals that it is drawn from."""
-        return catalogue.figure_inputs(self.table_inputs(), self.models)
+        imported = {*self.imported_rounds, *(f"{name}/teacher" for name in self.imported)}
+        imported |= {f"{name}/baseline" for name in self.published}
+        trained = [model for model in self.models if model not in imported]
+        return catalogue.figure_inputs(self.table_inputs(), self.models, trained)
 
 
 def _round_of(model: str) -> int | None:

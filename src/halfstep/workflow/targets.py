@@ -100,19 +100,27 @@ def check_sources(config: Config) -> None:
     except HalfstepError as error:
         faults.append(f"evaluation.{error}")
     for name, teacher in config.teachers.items():
-        sources = [("from", teacher.source)] if teacher.source else []
-        for key, run in teacher.runs.items():
-            if run.source:
-                numbers = range(1, run.rounds + 1)
-                sources += [(f"runs.{key}.from", name_of_round(run.source, n)) for n in numbers]
-        faults += [
-            f"teachers.{name}.{key}: {source} is no file, no folder and no name on the hub; "
-            "check the path"
-            for key, source in sources
-            if not local_file(source) and not re.fullmatch(HUB_NAME, source)
-        ]
+        faults += [f"teachers.{name}.{fault}" for fault in _absent_weights(teacher)]
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _absent_weights(teacher: Teacher) -> list[str]:
+    """A line for the teacher and for each run whose `from` names nothing."""
+    named = [("from", [teacher.source])]
+    for key, run in teacher.runs.items():
+        numbers = range(1, run.rounds + 1)
+        names = [run.source and name_of_round(run.source, number) for number in numbers]
+        named.append((f"runs.{key}.from", names))
+    faults = []
+    for key, sources in named:
+        for source in filter(None, sources):
+            if not local_file(source) and not re.fullmatch(HUB_NAME, source):
+                faults.append(
+                    f"{key}: {source} is no file, no folder and no name on the hub; check the path"
+                )
+                break
+    return faults
 
 
 def _check_name(path: Path, key: str) -> None:

@@ -23,6 +23,7 @@ KLD = {"from": HUB, "teacher_steps": 1024, "rounds": 2}
 
 def targets(**teacher) -> Targets:
     changes = {"continuations": None, "teachers": {"stories-ci": teacher}}
+    changes["evaluation"] = {"judge": "gpt2"}
     return Targets(resolve({"preset": "ci", **changes}, PRESETS))
 
 
@@ -89,6 +90,10 @@ def test_curves_are_those_of_models_that_are_trained():
     journals = found.figure_inputs()["loss_curves"]
     models = ("baseline", "kl_backward/round-1")
     assert journals == [f"results/models/stories-ci/{name}/journal.jsonl" for name in models]
+    nothing = targets(
+        runs={"kld": KLD, "kl_backward": None}, baseline=None, **{"from": "kuleshov-group/mdlm-owt"}
+    )
+    assert "loss_curves" not in nothing.figure_inputs()
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_a_preset_with_published_teachers_has_exactly_these_jobs(workflow, prese
     expected = {f"generate {model} {steps}" for model in denoisers for steps in STEPS}
     expected |= {f"continue_prompts {model} {steps}" for model in denoisers for steps in PROMPTED}
     for name in config.teachers:
-        of_teacher = ("import_teacher", "train_baseline", "score_corpus", "draw_naive", "latency")
+        of_teacher = ("import_teacher", "import_baseline", "score_corpus", "draw_naive", "latency")
         expected |= {f"{rule} {name}" for rule in of_teacher}
         expected |= {f"generate {name}/baseline 1024", f"continue_prompts {name}/baseline 50"}
         expected |= {f"score_samples {name}/naive"}

@@ -1,8 +1,11 @@
 """Self-Distillation Through Time: a round is a job from checkpoint to checkpoint.
 
+The student of a round is trained here, or imported from published weights.
+
 Inputs:
     results/models/{teacher}/teacher/meta.json   in round 1; later the previous round's meta.json
     results/data/{corpus}/manifest.json
+    results/hub.json                             only where published students come from the hub
 Outputs:
     results/models/{teacher}/{run}/round-{round}/    a checkpoint; meta.json is written last
 """
@@ -46,5 +49,59 @@ rule distill_round:
             --seed {params.seed} \
             --threads {threads} --micro-batch {resources.micro_batch} \
             {resources.processes} {resources.limit} \
+            2>&1 | tee {log:q}
+        """
+
+
+ruleorder: import_round > distill_round  # of published students, the only ones it matches
+
+
+rule import_round:
+    """Convert published weights into the checkpoint of a student."""
+    input:
+        corpus=targets.manifest,
+        source=lambda wildcards: local_file(targets.published_round(wildcards.model)[0]),
+        hub=lambda wildcards: fetched(targets.round_of_hub(wildcards.model)),
+    output:
+        multiext(
+            "results/models/{model}/",
+            "model.safetensors",
+            "ema.safetensors",
+            "tokenizer.json",
+            "provenance.json",
+        ),
+        meta="results/models/{model}/meta.json",
+    log:
+        "results/logs/import_round/{model}.log",
+    benchmark:
+        "results/logs/import_round/{model}.tsv"
+    wildcard_constraints:
+        model=one_of(targets.imported_rounds),
+    conda:
+        "../envs/gpu.yaml"
+    resources:
+        **machine("import"),
+    params:
+        source=lambda wildcards: targets.published_round(wildcards.model)[0],
+        corpus=subpath(input.corpus, parent=True),
+        output=subpath(output.meta, parent=True),
+        size=targets.network_size,
+        round=lambda wildcards: targets.published_round(wildcards.model)[2],
+        options=lambda wildcards: flags(
+            targets.published_round(wildcards.model)[1],
+            "divergence",
+            "teacher_steps",
+            "substeps",
+        ),
+        code=STAGE["import_round"],
+    shell:
+        r"""
+        halfstep import \
+            --source {params.source:q} \
+            --corpus {params.corpus:q} \
+            --output {params.output:q} \
+            --size {params.size} \
+            --round {params.round} \
+            {params.options} \
             2>&1 | tee {log:q}
         """

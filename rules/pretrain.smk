@@ -1,6 +1,6 @@
 """The teacher, a masked diffusion language model, and its autoregressive baseline.
 
-The teacher is trained here, or imported from published weights.
+Each of them is trained here, or imported from published weights; there may be no baseline.
 
 Inputs:
     results/data/{corpus}/manifest.json
@@ -114,6 +114,8 @@ rule train_baseline:
         "results/logs/train_baseline/{teacher}.log",
     benchmark:
         "results/logs/train_baseline/{teacher}.tsv"
+    wildcard_constraints:
+        teacher=one_of(set(targets.with_baseline) - set(targets.published)),
     conda:
         "../envs/gpu.yaml"
     threads: threads_by_size
@@ -136,5 +138,41 @@ rule train_baseline:
             --seed {params.seed} \
             --threads {threads} --micro-batch {resources.micro_batch} \
             {resources.processes} {resources.limit} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule import_baseline:
+    """Convert a published causal language model into a teacher's autoregressive baseline."""
+    input:
+        corpus=targets.manifest,
+        source=targets.baseline_file,
+        hub=lambda wildcards: fetched(targets.baseline_of_hub(wildcards.teacher)),
+    output:
+        multiext("results/models/{teacher}/baseline/", "tokenizer.json", "provenance.json"),
+        meta="results/models/{teacher}/baseline/meta.json",
+        hf="results/models/{teacher}/baseline/hf/config.json",
+        hf_weights="results/models/{teacher}/baseline/hf/model.safetensors",
+    log:
+        "results/logs/import_baseline/{teacher}.log",
+    benchmark:
+        "results/logs/import_baseline/{teacher}.tsv"
+    wildcard_constraints:
+        teacher=one_of(targets.published),
+    conda:
+        "../envs/gpu.yaml"
+    resources:
+        **machine("import"),
+    params:
+        source=lambda wildcards: targets.baseline_source(wildcards.teacher),
+        corpus=subpath(input.corpus, parent=True),
+        output=subpath(output.meta, parent=True),
+        code=STAGE["import_baseline"],
+    shell:
+        r"""
+        halfstep import-baseline \
+            --source {params.source:q} \
+            --corpus {params.corpus:q} \
+            --output {params.output:q} \
             2>&1 | tee {log:q}
         """

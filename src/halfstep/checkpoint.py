@@ -4,13 +4,15 @@ model.safetensors      raw weights
 ema.safetensors        their moving average
 best.safetensors       the moving average at the lowest held-out loss (not always there)
 optimizer.safetensors  optimizer state
+hf/                    of a baseline: config.json and model.safetensors for transformers; one that
+                       is published has no other weights
 tokenizer.json         the tokenizer of the corpus
 meta.json              written last: a folder without it is no checkpoint
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -28,25 +30,30 @@ from halfstep.files import (
     write_tensors,
 )
 from halfstep.resolve import check_fields
+from halfstep.tensors import DAMAGED, check_finite, check_optimizer_state, check_weights
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
     from torch import Tensor, nn
 
+    from halfstep.models.causal_lm import CausalLM
     from halfstep.models.denoiser import SubsDenoiser
     from halfstep.models.dit import DiT
     from halfstep.models.gpt2 import GPT2
 
 FORMAT = 1
 KINDS = ("diffusion", "autoregressive")
+PUBLISHED = {"raw": "published raw", "the one set it has": "published"}
+"""Weights of an import with one set, which is in both files: what rows of metrics call them"""
 FILES = {"raw": "model.safetensors", "ema": "ema.safetensors", "best": "best.safetensors"}
 OPTIMIZER = "optimizer.safetensors"
+LARGEST_PUBLISHED = 1 << 42  # bytes of a file of a published baseline
+HF_FILES = ("hf/model.safetensors", "hf/config.json")
 LARGEST_VOCABULARY = 1 << 31  # ids of samples are int32
 LONGEST_TEXT = 1 << 20  # tokens
 BYTES_PER_WEIGHT = 64  # no file of a checkpoint has more
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-DAMAGED = "copy the whole folder again, or train again"
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -83,7 +90,8 @@ class Meta(BaseModel):
 class Model:
     """A loaded checkpoint: its network in eval mode, its tokenizer, and its meta.json.
 
-    `sha256` is the checksum of the loaded weights. `denoiser` is None for an autoregressive model.
+    `sha256` is the checksum of the loaded weights, `weights` what rows of metrics call them.
+    `denoiser` is None for an autoregressive model.
     """
 
     kind: str
@@ -91,6 +99,7 @@ class Model:
     tokenizer: Tokenizer
     meta: dict
     sha256: str
+    weights: str
     denoiser: SubsDenoiser | None
 
     @property
@@ -164,18 +173,23 @@ def build_denoiser(network: nn.Module, meta: dict) -> SubsDenoiser:
 
 
 def save_checkpoint(
-    folder: Path, tensors: dict[str, dict[str, Tensor]], meta: dict, tokenizer: Path
+    folder: Path,
+    tensors: dict[str, dict[str, Tensor]],
+    meta: dict,
+    tokenizer: Path,
+    others: Sequence[str] = (),
 ) -> None:
     """Write a checkpoint; meta.json, with the checksum of every other file, comes last.
 
-    `tensors` maps file names (model.safetensors, ...) to named tensors.
+    `tensors` maps file names (model.safetensors, ...) to named tensors; `others` are files that
+    are there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     for name, state in tensors.items():
         write_tensors(folder / name, state, {"format": "pt"})
     write_atomic(folder / "tokenizer.json", Path(tokenizer).read_bytes())
-    sums = {name: sha256(folder / name) for name in [*tensors, "tokenizer.json"]}
+    sums = {name: sha256(folder / name) for name in [*tensors, *others, "tokenizer.json"]}
     write_json(folder / "meta.json", {"format": FORMAT, **meta, "sha256": sums})
 
 
@@ -291,8 +305,10 @@ def checked_file(folder: Path, name: str, meta: dict, most: int = LARGEST_TOKENI
 
 def checkpoint_files(folder: Path, *weights: str) -> list[Path]:
     """The files of a checkpoint that a command reads, for its record; `weights`: ema, raw, best."""
-    names = ["meta.json", "tokenizer.json", *(FILES[which] for which in weights)]
-    return [Path(folder) / name for name in names]
+    names = [FILES[which] for which in weights]
+    if not (Path(folder) / FILES["raw"]).exists():  # a published baseline
+        names = list(HF_FILES)
+    return [Path(folder) / name for name in ("meta.json", "tokenizer.json", *names)]
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -302,61 +318,6 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> No
     """
     check_weights(network, state, path)
     network.load_state_dict(state, strict=False)
-
-
-def check_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Raise HalfstepError unless `state` is finite and fits the network in every name and shape.
-
-    Both may be on the meta device, where no value is known.
-    """
-    own = network.state_dict()
-    needed = dict(network.named_parameters()).keys()
-    _check_names(state, needed, own.keys(), path)
-    for key, value in state.items():
-        if not value.is_floating_point():
-            raise HalfstepError(
-                f"{path}: {key} holds {value.dtype}, expected floating-point numbers; {DAMAGED}"
-            )
-        _check_shape(key, value, own[key], path)
-    check_finite(state, path)
-
-
-def check_optimizer_state(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Raise HalfstepError unless `state` is AdamW's for every parameter of the network."""
-    own = {}
-    for name, p in network.named_parameters():
-        own |= {f"exp_avg:{name}": p, f"exp_avg_sq:{name}": p, f"step:{name}": p.new_empty(())}
-    _check_names(state, own.keys(), own.keys(), path)
-    for key, value in state.items():
-        _check_shape(key, value, own[key], path)
-
-
-def _check_names(found: Iterable[str], needed: Set[str], known: Set[str], path: Path) -> None:
-    missing, unknown = sorted(needed - set(found)), sorted(set(found) - known)
-    for fault, keys in (("missing", missing), ("unknown", unknown)):
-        if keys:
-            raise HalfstepError(
-                f"{path}: {len(keys)} {fault} tensors, the first is {keys[0][:60]}; "
-                "the file belongs to a network of another kind or size"
-            )
-
-
-def _check_shape(key: str, found: Tensor, expected: Tensor, path: Path) -> None:
-    if found.shape != expected.shape:
-        raise HalfstepError(
-            f"{path}: {key} has shape {excerpt(list(found.shape))}, "
-            f"but the network expects {list(expected.shape)}"
-        )
-
-
-def check_finite(state: dict[str, Tensor], path: Path) -> None:
-    """Raise HalfstepError if a tensor holds NaN or infinity; those of the meta device do not."""
-    for key, value in state.items():
-        if not value.is_meta and not value.isfinite().all():
-            raise HalfstepError(
-                f"{path}: {key} holds NaN or infinity, because the training that wrote it "
-                "diverged; use an earlier checkpoint"
-            )
 
 
 def load_checkpoint(folder: str | Path, weights: str = "ema", device: str = "cpu") -> Model:
@@ -378,10 +339,28 @@ def load_checkpoint(folder: str | Path, weights: str = "ema", device: str = "cpu
             f"{folder}: tokenizer.json has {tokens} tokens, but vocab_size in meta.json is "
             f"{meta['vocab_size']}: the tokenizer is another model's; copy the whole folder again"
         )
-    file = FILES[weights]
-    state = read_tensors(folder, file, meta)
-    network = build_network(meta)
-    network.load_state_dict(state, strict=False)  # an average may lack the buffers
+    network: nn.Module
+    if meta["network"].get("architecture") == "transformers":
+        network, file = _published_network(folder, weights, meta), HF_FILES[0]
+    else:
+        file = FILES[weights]
+        state = read_tensors(folder, file, meta)
+        network = build_network(meta)
+        network.load_state_dict(state, strict=False)  # an average may lack the buffers
     network = network.to(device).eval().requires_grad_(False)
     denoiser = build_denoiser(network, meta) if meta["kind"] == "diffusion" else None
-    return Model(meta["kind"], network, tokenizer, meta, meta["sha256"][file], denoiser)
+    called = PUBLISHED.get(str(meta.get("imported", {}).get("weights")), weights)
+    return Model(meta["kind"], network, tokenizer, meta, meta["sha256"][file], called, denoiser)
+
+
+def _published_network(folder: Path, weights: str, meta: dict) -> CausalLM:
+    """The network of a published baseline: its one set of weights is the raw one and the average.
+
+    Raises HalfstepError for the best weights, which it does not have.
+    """
+    from halfstep.models.causal_lm import CausalLM
+    from halfstep.pretrained import load_causal_lm
+
+    for name in [FILES["best"]] if weights == "best" else HF_FILES:
+        checked_file(folder, name, meta, LARGEST_PUBLISHED)
+    return CausalLM(load_causal_lm(folder / "hf"), meta["vocab_size"])

@@ -37,6 +37,10 @@ COMMANDS = {  # name: (module:function, what it does)
         "halfstep.commands.import_weights:import_checkpoint",
         "make a checkpoint of published weights (MDLM, SDTT), from a file or the hub",
     ),
+    "import-baseline": (
+        "halfstep.commands.import_baseline:import_baseline",
+        "make an autoregressive baseline of any causal language model of transformers",
+    ),
     "export": (
         "halfstep.commands.export_model:export_checkpoint",
         "write a folder for transformers, with a model card, and push it to the hub",

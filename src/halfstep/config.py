@@ -14,6 +14,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from halfstep.released import ROUND, name_of_round, read_student
 from halfstep.sanitize import CONTROL, mask_secrets
 from halfstep.seeds import REPEAT
 
@@ -238,9 +239,9 @@ class Network(Section):
     shifted: bool = False
     """predict each token from the output at the position before it, as the teachers do that are
     adapted from autoregressive models (DiffuGPT)"""
-    architecture: Literal["dit", "gpt2"] = "dit"
-    """of the denoiser; dit: the paper's, with RoPE and adaLN; gpt2: that of teachers which are
-    adapted from GPT-2, and of no others"""
+    architecture: Literal["dit", "gpt2", "transformers"] = "dit"
+    """dit: the paper's, with RoPE and adaLN; gpt2: that of teachers which are adapted from GPT-2;
+    transformers: that of baselines with `from`. The last two follow from the weights"""
     schedule: Literal["loglinear", "cosine"] = "loglinear"
     """noise schedule alpha(t): loglinear (MDLM and the paper), or cosine (MaskGIT, MD4)"""
 
@@ -309,6 +310,25 @@ class Training(Section):
         return self
 
 
+class BaselineOptions(Training):
+    """The autoregressive baseline: its training, or a published model in its place."""
+
+    source: Word | None = Field(None, alias="from")
+    """a causal language model that transformers loads, instead of training: a hub name (gpt2,
+    gpt2@revision) or a folder; its tokenizer must be that of the corpus"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_source(cls, raw: Any) -> Any:
+        unused = sorted(map(str, raw.keys() - {"from"})) if isinstance(raw, dict) else []
+        if unused and raw.get("from"):
+            raise ValueError(
+                f"found `from` and {', '.join(unused)}, but a published model is not trained here; "
+                "leave one or the other out"
+            )
+        return raw
+
+
 class Pretraining(Training):
     """Training of the teacher. The defaults are those of MDLM on OpenWebText."""
 
@@ -326,6 +346,9 @@ class Pretraining(Training):
         return self
 
 
+Divergence = Literal["kl_backward", "kl_forward", "mse", "tvd", "l1_log_p"]
+
+
 class Distillation(Training):
     """One run of Self-Distillation Through Time. The defaults are the paper's."""
 
@@ -339,7 +362,7 @@ class Distillation(Training):
     """steps of linear warm-up in the first round and after a reset of the optimizer"""
     min_t: Share = 1e-5
     """smallest training time"""
-    divergence: Literal["kl_backward", "kl_forward", "mse", "tvd", "l1_log_p"] = "kl_backward"
+    divergence: Divergence = "kl_backward"
     """divergence between student and teacher; kl_backward: KL(student || teacher), the paper's KLD;
     l1_log_p: what the released code calls tvd"""
     teacher_steps: TeacherSteps = 1024
@@ -378,9 +401,52 @@ class Distillation(Training):
 class RunOptions(Distillation):
     """A run of the configuration: the options of its rounds, and how often they are trained."""
 
+    source: Word | None = Field(None, alias="from")
+    """published students instead of training: a .ckpt file, a folder or a hub name, with <round> in
+    place of the number of the round (jdeschena/sdtt@baselines_kld_step_<round>0000)"""
     seeds: Seeds | None = None
     """training seeds: the rounds are trained, sampled and scored once with each of them
     (default: the seed of the teacher)"""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> RunOptions:
+        if not self.source:
+            return self
+        if ROUND not in self.source:
+            raise ValueError(
+                f"from: found {self.source!r}, which is the same for every round; write {ROUND} "
+                "in place of the number of the round"
+            )
+        for number in range(1, self.rounds + 1):
+            name = name_of_round(self.source, number)
+            known = read_student(name)
+            own = (number, self.divergence, self.teacher_steps, self.substeps)
+            if known and known != own:
+                raise ValueError(
+                    f"from: {name} is round {known.round} of {known.divergence} from "
+                    f"{known.teacher_steps} steps by {known.substeps} substeps, but this run has "
+                    f"it as round {number} of {self.divergence} from {self.teacher_steps} steps "
+                    f"by {self.substeps} substeps; change one of them"
+                )
+        return self
+
+
+OF_IMPORTED = ("from", "divergence", "teacher_steps", "rounds", "substeps")
+"""Keys of a run whose students are published: what they were trained for"""
+
+
+class PublishedStudent(Section):
+    """What a published student was trained for."""
+
+    round: RoundNumber | None = None
+    """number of the round (0: a teacher); by default, round and other options are those that the
+    name of a revision of jdeschena/sdtt says, and any other name is that of a teacher"""
+    divergence: Divergence = "kl_backward"
+    """divergence between student and teacher"""
+    teacher_steps: Steps = 1024
+    """sampling steps of the first teacher"""
+    substeps: Annotated[Steps, Field(ge=2)] = 2
+    """teacher steps that one student step replaces"""
 
 
 NAIVE = ("unigram", "bigram", "cut_and_paste")
@@ -617,8 +683,9 @@ class Teacher(Section):
     raw: the raw weights, as the released code takes them"""
     pretraining: Pretraining = Pretraining()
     """training of the teacher"""
-    baseline: Training = Training()
-    """training of the autoregressive baseline"""
+    baseline: BaselineOptions | None = BaselineOptions()
+    """the autoregressive baseline: options of its training; or {from: gpt2}, a published causal
+    language model; null: no baseline"""
     distillation: Distillation = Distillation()
     """options that all runs share"""
     seeds: Seeds | None = None
@@ -631,10 +698,14 @@ class Teacher(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_runs(cls, raw: Any) -> Any:
-        """Give every run the keys of `distillation` that it does not set; null is the default."""
+        """Give every run the keys of `distillation` that it does not set.
+
+        null is the default, except that a baseline of null is none.
+        """
         if not isinstance(raw, dict):
             return raw
-        raw = {key: value for key, value in raw.items() if value is not None}
+        given = raw.items()
+        raw = {key: value for key, value in given if value is not None or key == "baseline"}
         raw.setdefault("runs", {"kl_backward": {}})
         shared = raw.get("distillation", {})
         if isinstance(shared, Distillation):
@@ -643,7 +714,10 @@ class Teacher(Section):
             return raw
         runs = {}
         for name, run in raw["runs"].items():
-            runs[name] = {**shared, **(run or {})} if isinstance(run, dict | None) else run
+            if isinstance(run, dict) and run.get("from") is not None:
+                runs[name] = _fill_imported(name, run, shared)
+            else:
+                runs[name] = {**shared, **(run or {})} if isinstance(run, dict | None) else run
         return raw | {"runs": runs}
 
     @field_validator("runs")
@@ -699,6 +773,8 @@ class Config(Section):
         for name, teacher in self.teachers.items():
             length = self.corpora[teacher.corpus].length
             for key, run in teacher.runs.items():
+                if run.source:
+                    continue
                 tokens = [length * run.substeps**n / run.teacher_steps for n in range(run.rounds)]
                 few = sum(number < FEWEST_TOKENS for number in tokens)
                 if few:
@@ -730,20 +806,38 @@ class Config(Section):
                     f"{teacher.pretraining.anneal_attention} without `adapt`, but only adapted "
                     "weights know causal attention; leave it out"
                 )
-            if teacher.network.architecture == "gpt2":
+            if (found := teacher.network.architecture) != "dit":
+                follows = {"gpt2": "adapt: gpt2", "transformers": "baseline: {from: gpt2}"}[found]
                 raise ValueError(
-                    f"teachers.{name}.network.architecture: found gpt2, which follows from "
-                    "`adapt: gpt2` and from nothing else; leave it out"
+                    f"teachers.{name}.network.architecture: found {found}, which follows from "
+                    f"`{follows}` and from nothing else; leave it out"
                 )
-            if teacher.source and self.sampling.weights == "best":
-                raise ValueError(
-                    f"sampling.weights is best, but teachers.{name}.from has no best weights, "
-                    "because halfstep did not validate it; choose ema or raw"
-                )
+            self._check_baseline(name, teacher)
             _check_seeds(name, teacher)
             self._check_corpus(teacher)
         _check_endings("teacher", self.teachers)
         return self
+
+    def _check_baseline(self, name: str, teacher: Teacher) -> None:
+        """Refuse what needs a baseline where there is none, and weights that nobody chose."""
+        if teacher.baseline is None and teacher.adapt == "baseline":
+            raise ValueError(
+                f"teachers.{name}.adapt: found baseline, but teachers.{name}.baseline is null; "
+                "name other weights such as gpt2, or let it have a baseline"
+            )
+        if teacher.baseline is None and "baseline" in self.evaluation.judge:
+            raise ValueError(
+                f"evaluation.judge: found baseline, but teachers.{name}.baseline is null; "
+                "name another judge such as gpt2-large, or let it have a baseline"
+            )
+        published: dict[str, Any] = {"": teacher, ".baseline": teacher.baseline}
+        published |= {f".runs.{key}": run for key, run in teacher.runs.items()}
+        for key in [key for key, part in published.items() if part and part.source]:
+            if self.sampling.weights == "best":
+                raise ValueError(
+                    f"sampling.weights is best, but teachers.{name}{key}.from has no best weights, "
+                    "because halfstep did not validate it; choose ema or raw"
+                )
 
     def _check_corpus(self, teacher: Teacher) -> None:
         """Refuse options that the kind or the length of the teacher's corpus rules out."""
@@ -780,6 +874,24 @@ class Config(Section):
             SAMPLERS[self.sampling.sampler].check_steps(self.sampling.sampler, steps, length)
         except HalfstepError as error:
             raise ValueError(f"{str(error).replace('steps', key, 1)} ({of})") from None
+
+
+def _fill_imported(name: str, run: dict, shared: dict) -> dict:
+    """A run of published students with the facts of `distillation` that it does not set.
+
+    The divergence is the one in a released name. ValueError for an option of training.
+    """
+    for key in run.keys() & RunOptions.model_fields.keys() - {*OF_IMPORTED}:
+        if run[key] is not None:
+            raise ValueError(
+                f"runs.{name}.{key}: found {run[key]}, but the students of `from` are published, "
+                "and nothing is trained here; leave it out"
+            )
+    facts = {key: value for key, value in shared.items() if key in OF_IMPORTED}
+    known = read_student(name_of_round(str(run["from"]), 1))
+    if known:
+        facts["divergence"] = known.divergence
+    return facts | run
 
 
 def _check_endings(kind: str, names: Iterable[str]) -> None:

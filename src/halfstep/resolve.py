@@ -113,17 +113,30 @@ def _known_keys(top: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
-def merge_sections(base: dict, over: dict) -> dict:
-    """`base` overridden by `over`: sections merge, values are replaced, null removes a section."""
+def merge_sections(base: dict, over: dict, path: tuple[Any, ...] = ()) -> dict:
+    """`base` overridden by `over`: sections merge, values are replaced, null removes a section.
+
+    `path` leads to these sections. A baseline of null stays, because it means none; a baseline that
+    is trained and one with `from` replace each other.
+    """
     out = dict(base)
     for key, value in over.items():
-        if isinstance(value, dict) and isinstance(out.get(key), dict):
-            out[key] = merge_sections(out[key], value)
-        elif value is None and isinstance(out.get(key), dict):
+        below = out.get(key)
+        is_baseline = path[:1] == ("teachers",) and len(path) == 2 and key == "baseline"
+        if not isinstance(below, dict):
+            out[key] = value
+        elif value is None and not is_baseline:
             del out[key]
+        elif isinstance(value, dict) and not (is_baseline and _replaces(value, below)):
+            out[key] = merge_sections(below, value, (*path, key))
         else:
             out[key] = value
     return out
+
+
+def _replaces(over: dict, below: dict) -> bool:
+    """Is one of these baselines trained, and the other published?"""
+    return bool(over) and bool(over.get("from")) != bool(below.get("from"))
 
 
 def resolve(user: dict, presets: Path = PRESETS, quiet: bool = False) -> Config:

@@ -4,7 +4,6 @@ The key layouts are those of the published files, the Lightning files are real o
 networks, and transformers loads an export without halfstep.
 """
 
-import collections
 import json
 import os
 import pickle
@@ -19,13 +18,14 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from hub_files import MDLM, SDTT, folder, lightning, networks
 from known import words_tokenizer
 from safetensors.torch import load_file, save_file
-from small import ROUND, call, done
+from small import MACHINE, ROUND, call, done
 
 import halfstep
 from halfstep.commands import import_weights
-from halfstep.config import SIZES
+from halfstep.config import SIZES, PublishedStudent
 from halfstep.errors import HalfstepError
 from halfstep.models import hub
 from halfstep.models.dit import DiT
@@ -34,59 +34,6 @@ from halfstep.records.journal import read_journal
 
 PARITY = Path(__file__).parents[1] / "parity"
 KEYS = json.loads((PARITY / "state_dict_keys.json").read_text())
-
-
-def networks(vocabulary: int) -> tuple[dict, dict]:
-    """Two sets of random weights of size tiny, under our names: raw and average."""
-    blocks, width, heads = SIZES["tiny"]
-    sets = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        network = DiT(vocabulary, width, blocks, heads)
-        for parameter in network.parameters():
-            torch.nn.init.normal_(parameter, std=0.1)
-        sets.append({key: value.clone() for key, value in network.state_dict().items()})
-    return tuple(sets)
-
-
-def lightning(path: Path, raw: dict, ema: dict, prefix: str = "backbone.") -> Path:
-    """Write a Lightning checkpoint."""
-    shadow = [ema[key] for key in raw if key != "rotary_emb.inv_freq"]
-    content = {
-        "epoch": 1,
-        "global_step": 3,
-        "state_dict": collections.OrderedDict((prefix + k, v) for k, v in raw.items()),
-        "ema": {"decay": 0.99, "num_updates": 3, "shadow_params": shadow},
-        "optimizer_states": [{"lr": 1.0}],
-    }
-    torch.save(content, path)
-    return path
-
-
-def folder(
-    path: Path, raw: dict, prefix: str, config: dict, file: str = "model.safetensors"
-) -> Path:
-    """Write a folder as on the hub."""
-    path.mkdir(parents=True)
-    state = {prefix + key: value for key, value in raw.items()}
-    if file.endswith("safetensors"):
-        save_file(state, path / file)
-    else:
-        torch.save(state, path / file)
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
-MDLM = {
-    "model_type": "mdlm",
-    "hidden_dim": 128,
-    "n_blocks": 3,
-    "n_heads": 8,
-    "cond_dim": 128,
-    "model_length": 24,
-    "time_conditioning": False,
-}
-SDTT = {"model": {"length": 24, "hidden_size": 128}, "noise": {"type": "loglinear"}}
 
 
 def write_ckpt(prefix: str):
@@ -397,8 +344,8 @@ def test_published_sizes_are_known_by_their_shapes(size):
     assert sum(value.numel() for value in parameters) == released["n_params"]
 
 
-def lineage(round: int, student_steps: int, dt: float, divergence: str) -> dict:
-    run = {"divergence": divergence}
+def lineage(round: int, student_steps: int, dt: float, divergence: str, teacher_steps=1024) -> dict:
+    run = {"divergence": divergence, "teacher_steps": teacher_steps, "substeps": 2}
     return {"round": round, "student_steps": student_steps, "dt": dt, "run": run}
 
 
@@ -414,7 +361,46 @@ def lineage(round: int, student_steps: int, dt: float, divergence: str) -> dict:
     ],
 )
 def test_the_name_of_a_revision_gives_its_round(revision, expected):
-    assert import_weights.lineage(revision) == expected
+    source = f"jdeschena/sdtt@{revision}"
+    assert import_weights.lineage(source, PublishedStudent()) == expected
+
+
+def test_what_a_student_was_trained_for_can_be_said():
+    """Of a name that says nothing; and round 0 is a teacher, whatever the name says."""
+    said = PublishedStudent(round=2, divergence="mse", teacher_steps=64)
+    assert import_weights.lineage("./mine", said) == lineage(2, 16, 2 / 64, "mse", 64)
+    name = "jdeschena/sdtt@baselines_kld_step_70000"
+    assert import_weights.lineage(name, PublishedStudent(round=0)) == {"round": 0}
+
+
+def test_rounds_that_do_not_divide_the_steps_are_a_fault(pipeline, tmp_path, capsys):
+    source = lightning(tmp_path / "t.ckpt", *networks(300))
+    line = f"import --source {source} --corpus {pipeline.corpus} --output {tmp_path / 'out'}"
+    assert call(f"{line} --round 3 --teacher-steps 4") == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "3 rounds of 2 substeps do not divide teacher_steps 4: at most 2" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "called"),
+    [
+        (lambda path: lightning(path / "x.ckpt", *networks(300)), "", "ema"),
+        (lambda path: lightning(path / "x.ckpt", *networks(300)), "--weights raw", "published raw"),
+        (lambda path: folder(path / "f", networks(300)[0], "", MDLM), "", "published"),
+    ],
+)
+def test_rows_call_the_weights_by_what_they_are(source, flags, called, pipeline, tmp_path):
+    """A source with one set of weights has no average to choose, and no row says that it has."""
+    output = tmp_path / "models/stories-tiny/teacher"
+    path = source(tmp_path)
+    done(f"import --source {path} --corpus {pipeline.corpus} --output {output} {flags}")
+    assert halfstep.load(output).weights == called
+    samples = tmp_path / "samples"
+    done(f"generate --checkpoint {output} --output {samples} --steps 2 --num-samples 2 {MACHINE}")
+    assert json.loads((samples / "samples.json").read_text())["weights"] == called
+    done(f"export --checkpoint {output} --output {tmp_path / 'exported'}")
+    assert f"| weights | {called}, sha256" in (tmp_path / "exported/README.md").read_text()
 
 
 def with_state(**changes):
@@ -502,6 +488,10 @@ def test_a_hub_name_gives_round_and_revision(second_round):
     assert meta["round"] == 2
     assert meta["run"]["divergence"] == "mse"
     assert meta["imported"]["revision"] == "baselines_mse_step_20000"
+    assert halfstep.load(second_round).weights == "published raw"
+    about = read_journal(second_round)[0]
+    parent = second_round.parent.name
+    assert about["name"] == f"{parent}/round-2" and about["tags"]["round"] == 2
 
 
 def test_a_round_after_an_import_needs_reset_optimizer(second_round, pipeline, tmp_path, capsys):

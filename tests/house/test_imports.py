@@ -23,7 +23,10 @@ BELOW = {
     "checkpoint",
     "timing",
     "progress",
+    "pretrained",
+    "released",
     "seeds",
+    "tensors",
     "texts",
 }  # what a leaf may import
 CONTRACTS = "halfstep.diffusion.contracts."  # types, which every leaf may import

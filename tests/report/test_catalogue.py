@@ -97,8 +97,8 @@ def test_tables_of_a_section_and_their_figures_exist_with_the_section():
     without = table_inputs(SimpleNamespace(continuations=None, **EXAMINED), **NAMES)
     of_section = {name for name, row in TABLES.items() if row.section == "continuations"}
     assert with_section.keys() - without.keys() == of_section != set()
-    figures_with = figure_inputs(with_section, NAMES["model"])
-    figures_without = figure_inputs(without, NAMES["model"])
+    figures_with = figure_inputs(with_section, NAMES["model"], NAMES["model"])
+    figures_without = figure_inputs(without, NAMES["model"], NAMES["model"])
     drawn_from_them = {name for name, row in FIGURES.items() if of_section & set(row.needs)}
     assert figures_with.keys() == FIGURES.keys()
     assert figures_with.keys() - figures_without.keys() == drawn_from_them != set()
@@ -112,7 +112,7 @@ def test_the_frontier_is_made_where_temperatures_are_set():
     cold = EXAMINED | {"sampling": SimpleNamespace(temperatures=[])}
     without = table_inputs(SimpleNamespace(continuations=None, **cold), **NAMES)
     assert "temperatures" not in without
-    assert "frontier" not in figure_inputs(without, NAMES["model"])
+    assert "frontier" not in figure_inputs(without, NAMES["model"], NAMES["model"])
 
 
 def test_a_table_of_continuations_is_made_from_the_models_that_continue_prompts():
@@ -124,7 +124,8 @@ def test_a_table_of_continuations_is_made_from_the_models_that_continue_prompts(
 
 
 def test_a_figure_is_made_from_the_files_of_its_needs():
-    inputs = figure_inputs(TABLES, ["t/teacher", "t/mse/round-1"])
+    models = ["t/teacher", "t/mse/round-1"]
+    inputs = figure_inputs(TABLES, [*models, "t/baseline"], models)
     assert inputs["ppl_vs_latency"] == ["results/tables/steps.csv", "results/tables/speed.csv"]
     assert inputs["loss_curves"] == [
         "results/models/t/teacher/journal.jsonl",

@@ -28,6 +28,8 @@ class Workflow:
     """A folder in which snakemake runs."""
 
     folder: Path
+    patience_s: float = 300
+    """how long a call may take"""
 
     def run(self, *args: str, **environment: str) -> subprocess.CompletedProcess:
         """Run `snakemake ...` in the folder, as a user types it."""
@@ -37,7 +39,7 @@ class Workflow:
             env=clean_environment() | environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=self.patience_s,
         )
 
     def plan(self, *args: str, **environment: str) -> str:

@@ -6,6 +6,8 @@ import re
 import pytest
 from dryrun import REPOSITORY, copy, counts
 
+from halfstep.resolve import resolve
+
 GRAPHS = {  # preset: runs, rounds over all runs
     "laptop": (1, 7),
     "laptop-losses": (3, 21),
@@ -14,6 +16,14 @@ GRAPHS = {  # preset: runs, rounds over all runs
     "owt-scaling": (3, 21),
     "owt-adapted": (1, 7),
 }
+PUBLISHED = {  # preset with published teachers: teachers, rounds trained, rounds imported
+    "sdtt-small": (1, 7, 0),
+    "sdtt-losses": (1, 28, 0),
+    "sdtt-ablations": (1, 61, 0),
+    "sdtt-published": (1, 0, 21),
+    "sdtt-scaling": (3, 0, 21),
+}
+STEPS, PROMPTED = (8, 16, 32, 64, 128, 256, 512, 1024), (8, 16, 32, 64, 128)  # the paper's
 SAMPLED = {"laptop": 2, "laptop-losses": 10}  # denoisers of the rounds that are sampled
 FRONTIER = {"laptop": 3, "laptop-losses": 5, "ci": 3}  # models at several temperatures
 
@@ -21,6 +31,7 @@ FRONTIER = {"laptop": 3, "laptop-losses": 5, "ci": 3}  # models at several tempe
 def test_every_preset_has_a_test_here():
     assert {file.stem for file in (REPOSITORY / "workflow/presets").glob("*.yaml")} == {
         *GRAPHS,
+        *PUBLISHED,
         "owt-small",
     }
 
@@ -29,7 +40,8 @@ def test_every_preset_has_a_test_here():
 def test_preset_resolves(workflow, preset):
     jobs = counts(workflow.plan("--config", f"preset={preset}"))
     teachers, (_, rounds) = jobs["pretrain"], GRAPHS[preset]
-    assert jobs["train_baseline"] == jobs["latency"] == jobs["score_corpus"] == teachers
+    baseline = "import_baseline" if preset.startswith("owt-") else "train_baseline"
+    assert jobs[baseline] == jobs["latency"] == jobs["score_corpus"] == teachers
     assert jobs["distill_round"] == rounds
     assert jobs["score_lambada"] == rounds + 2 * teachers
     scored = SAMPLED.get(preset, rounds + teachers)
@@ -49,6 +61,63 @@ def test_preset_resolves(workflow, preset):
     assert jobs.get("score_continuations", 0) == prompts * (
         2 if preset == "ci" else rounds + 2 * teachers
     )
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_preset_with_published_teachers_has_exactly_these_jobs(workflow, preset):
+    """Nothing is pretrained; what is trained are rounds, and where all are published nothing is."""
+    config = resolve({"preset": preset}, REPOSITORY / "workflow/presets", quiet=True)
+    teachers, trained, imported = PUBLISHED[preset]
+    runs = [(t, r, run) for t, about in config.teachers.items() for r, run in about.runs.items()]
+    rounds = [(*names, n) for *names, run in runs for n in range(1, run.rounds + 1)]
+    students = [f"{teacher}/{run}/round-{n}" for teacher, run, n in rounds]
+    denoisers = [f"{name}/teacher" for name in config.teachers] + students
+    models = denoisers + [f"{name}/baseline" for name in config.teachers]
+    assert (len(config.teachers), len(students)) == (teachers, trained + imported)
+    expected = {f"generate {model} {steps}" for model in denoisers for steps in STEPS}
+    expected |= {f"continue_prompts {model} {steps}" for model in denoisers for steps in PROMPTED}
+    for name in config.teachers:
+        of_teacher = ("import_teacher", "import_baseline", "score_corpus", "draw_naive", "latency")
+        expected |= {f"{rule} {name}" for rule in of_teacher}
+        expected |= {f"generate {name}/baseline 1024", f"continue_prompts {name}/baseline 50"}
+        expected |= {f"score_samples {name}/naive"}
+    for rule in ("score_samples", "score_lambada", "score_continuations"):
+        expected |= {f"{rule} {model}" for model in models}
+    if trained:
+        expected |= {f"distill_round {teacher} {run} {n}" for teacher, run, n in rounds}
+    else:
+        expected |= {f"import_round {model}" for model in students}
+    jobs = workflow.jobs("--config", f"preset={preset}")
+    local = ("all", "fetch", "prepare_corpus", "tabulate", "plot", "track", "merge_provenance")
+    assert {job for job in jobs if job.split()[0] not in local} == expected
+
+
+def test_what_presets_share_they_have_alike():
+    """Sampling, scores and timings, and a run of one name with its options."""
+    folder = REPOSITORY / "workflow/presets"
+    small = resolve({"preset": "owt-small"}, folder)
+    (known,) = small.teachers.values()
+    for preset in PUBLISHED:
+        found = resolve({"preset": preset}, folder)
+        for key in ("corpora", "sampling", "continuations", "benchmark", "published"):
+            assert getattr(found, key) == getattr(small, key), f"{preset}: {key}"
+        for teacher in found.teachers.values():
+            for name, run in teacher.runs.items():
+                assert run.source or run == known.runs[name], f"{preset}: {name}"
+    ablations = resolve({"preset": "sdtt-ablations"}, folder).teachers["mdlm-owt"].runs.keys()
+    losses = resolve({"preset": "sdtt-losses"}, folder).teachers["mdlm-owt"].runs.keys()
+    assert ablations | losses == known.runs.keys() - {"kl_forward"}
+    assert ablations & losses == {"kl_backward"}
+
+
+def test_a_dry_run_of_published_weights_asks_for_no_hub(workflow):
+    """Its one download is a job, which names all released students."""
+    settings = ("--config", "preset=sdtt-published")
+    plan = workflow.plan("-p", "results/hub.json", *settings, HF_HUB_OFFLINE="1")
+    for loss in ("kld", "mse", "tvd"):
+        for number in range(1, 8):
+            assert f"model:jdeschena/sdtt@baselines_{loss}_step_{number}0000" in plan
+    assert "model:kuleshov-group/mdlm-owt" in plan and counts(plan)["fetch"] == 1
 
 
 def test_own_step_counts_are_where_a_round_meets_its_teacher(workflow):

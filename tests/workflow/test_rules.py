@@ -90,7 +90,8 @@ def test_printed_commands_are_understood(workflow):
 
     A flag that a rule gives and the command lacks fails here.
     """
-    imported = 'teachers={"stories-ci": {"from": "kuleshov-group/mdlm-owt"}}'
+    published = '{"from": "kuleshov-group/mdlm-owt", "baseline": {"from": "gpt2"}}'
+    imported = f'teachers={{"stories-ci": {published}}}'
     plans = workflow.plan("-p", "--config", "preset=ci")
     asked = 'evaluation={"tasks": ["piqa"], "perplexity": ["ptb"]}'
     plans += workflow.plan("-p", "--config", "preset=ci", imported, asked)

@@ -136,7 +136,7 @@ def _trained_pair(folder: Path, baseline: Path, benchmark: Benchmark, device: to
         Side(model_name(path), cast_matrices(model.network, dtype), model.sha256[:16])
         for path, model in ((folder, student), (baseline, autoregressive))
     ]
-    return Pair(*sides, student.denoiser, student.eos_id, "ema", baseline / "hf")
+    return Pair(*sides, student.denoiser, student.eos_id, student.weights, baseline / "hf")
 
 
 def _untrained_pair(size: str, meta: dict, benchmark: Benchmark, device: torch.device) -> Pair:

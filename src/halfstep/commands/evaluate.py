@@ -175,7 +175,7 @@ def score_lambada(
     if found is None:
         return
     columns = name_parts(model_name(checkpoint)) | {
-        "weights": weights,
+        "weights": model.weights,
         "checkpoint": model.sha256[:16],
         "data": found["data"],
     }

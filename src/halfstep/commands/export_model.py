@@ -91,7 +91,7 @@ def export_checkpoint(
     config = _config_for_transformers(model)
     tokenizer, mask = with_mask_token(model.tokenizer, model.mask_id)
     rows = _rows_for_card(metrics or [], name, model.sha256, weights)
-    text = mask_secrets(card(name, model.meta, model.sha256, weights, rows))
+    text = mask_secrets(card(name, model.meta, model.sha256, model.weights, rows))
     # Without config.json nothing can be loaded: a folder that is half new and half old never is.
     (output / "config.json").unlink(missing_ok=True)
     _write_weights(output, model)

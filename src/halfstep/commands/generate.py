@@ -30,6 +30,7 @@ from halfstep.errors import HalfstepError
 from halfstep.files import sha256, write_atomic, write_json
 from halfstep.kernels.categorical import uniforms
 from halfstep.metrics.rows import model_name
+from halfstep.models.causal_lm import CachedDecoder, CausalLM
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.gpt import GPT, Decoder
 from halfstep.progress import Progress
@@ -210,14 +211,14 @@ class _AutoregressiveWriter:
     model: Model
     length: int
     options: DrawOptions
-    decoder: Decoder | None = None
+    decoder: Decoder | CachedDecoder | None = None
 
     def __call__(self, prompts: Tensor, first: int) -> Samples:
         count, given = prompts.shape
         options = self.options
         if self.decoder is None or len(self.decoder.ids) != count:
-            network = cast(GPT, self.model.network)
-            self.decoder = Decoder(network, count, self.length, options.temperature, options.top_p)
+            network = cast(GPT | CausalLM, self.model.network)
+            self.decoder = network.decoder(count, self.length, options.temperature, options.top_p)
         start = prompts if given else torch.tensor([self.model.eos_id])
         u = uniforms(options.sampling_seed, first, count, self.length)
         ids = self.decoder.write(start, u)
@@ -318,7 +319,7 @@ def save_samples(
         "network_evaluations": float(np.mean(texts.network_evaluations.numpy())),
         "num_samples": len(texts.ids),
         "seed": options.sampling_seed,
-        "weights": options.weights,
+        "weights": model.weights,
         "draw_dtype": draw_dtype,
         "temperature": options.temperature,
         "top_p": top_p,

@@ -13,18 +13,20 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from halfstep.checkpoint import FILES, build_network, check_weights, save_checkpoint
-from halfstep.config import Network, Training, size_of_shape
+from halfstep.checkpoint import FILES, build_network, save_checkpoint
+from halfstep.config import Distillation, Network, PublishedStudent, Training, size_of_shape
 from halfstep.data.pack import corpus_tokenizer, read_manifest
 from halfstep.data.tokenizer import EOS, load_bpe, vocabulary_size
+from halfstep.distill.rounds import plan_round
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import sha256, write_atomic
 from halfstep.models import hub
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
+from halfstep.released import is_raw, read_student
 from halfstep.resolve import explain
+from halfstep.tensors import check_weights
 
-DIVERGENCES = {"kld": "kl_backward", "mse": "mse", "tvd": "l1_log_p"}  # SDTT's names on the hub
 DOWNLOADED = ["*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer.json"]
 MAX_LENGTH = 2**20  # tokens of a text, as a published configuration may give them
 
@@ -32,6 +34,7 @@ MAX_LENGTH = 2**20  # tokens of a text, as a published configuration may give th
 def import_checkpoint(
     source: str,
     output: Path,
+    student: PublishedStudent,
     corpus: Path | None = None,
     tokenizer: str | None = None,
     weights: Literal["ema", "raw"] = "ema",
@@ -48,6 +51,7 @@ def import_checkpoint(
     Args:
         source: file, folder or hub name
         output: folder of the checkpoint
+        student: what the weights were trained for, where their name does not say it
         corpus: folder of `halfstep prepare-corpus` to use it with; gives tokenizer and length
         tokenizer: hub name (gpt2) or folder, for an import without a corpus; without it, that of
             the source
@@ -83,14 +87,14 @@ def import_checkpoint(
         "length": length,
         "corpus": corpus.name if corpus else None,
         "training": {"min_t": Training().min_t},
-        **lineage(revision),
+        **lineage(source, student),
         "ema_updates": 0,
         "imported": {
             "source": source,
             "revision": revision or None,
             "file": published.file.name,
             "sha256": sha256(published.file),
-            "weights": _imported_weights(published, weights),
+            "weights": _imported_weights(published, weights, source),
         },
     }
     _check_states(states, meta, published.file)
@@ -220,27 +224,29 @@ def without_mask_token(tokenizer: Tokenizer, mask_id: int) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(about))
 
 
-def lineage(revision: str) -> dict:
-    """Round, divergence and steps, from the name of a revision of jdeschena/sdtt.
+def lineage(source: str, student: PublishedStudent) -> dict:
+    """Entries of meta.json on the round: those of `student`, or else what the source's name says.
 
-    Any other revision is a teacher (round 0).
+    Where neither says anything it is a teacher (round 0).
     """
-    match = re.fullmatch(r"(?:baselines_(\w+)|scaling_400k_\w+?)_step_(\d)0000", revision)
-    if not match:
+    known = student if student.round is not None else read_student(source)
+    if known is None or not known.round:
         return {"round": 0}
-    divergence, round = match[1] or "kld", int(match[2])
-    return {
-        "round": round,
-        "run": {"divergence": DIVERGENCES.get(divergence, match[1])},
-        "dt": 2 ** (round - 1) / 1024,
-        "student_steps": 1024 // 2**round,
+    facts = {
+        "divergence": known.divergence,
+        "teacher_steps": known.teacher_steps,
+        "substeps": known.substeps,
     }
+    plan = plan_round(Distillation(**facts, rounds=known.round), known.round)
+    about = {"round": plan.index, "run": facts, "dt": plan.dt}
+    return about | {"student_steps": plan.student_steps}
 
 
-def _imported_weights(published: hub.Published, weights: str) -> str:
+def _imported_weights(published: hub.Published, weights: str, source: str) -> str:
     if published.ema and weights == "ema":
         return "raw and ema"
-    return "raw" if published.ema or weights == "raw" else "the one set it has"
+    is_known = published.ema or weights == "raw" or is_raw(source)
+    return "raw" if is_known else "the one set it has"
 
 
 def _check_states(states: dict[str, dict[str, Tensor]], meta: dict, file: Path) -> None:
@@ -259,14 +265,20 @@ def _write_imported(
     weights: str,
 ) -> None:
     """Write the checkpoint, and a journal without points."""
-    imported = meta["imported"]
-    teacher = output.parent.name
+    imported, round = meta["imported"], meta["round"]
+    params = {"source": imported["source"], "weights": weights, **meta["network"]}
+    teacher, name = output.parent.name, "teacher"
+    tags = {"round": round, "imported": imported["source"]}
+    if round:
+        teacher, name = output.parent.parent.name, f"{output.parent.name}/round-{round}"
+        tags["run"] = output.parent.name
+        params |= {"round": round, "student_steps": meta["student_steps"], **meta["run"]}
     with Journal(
         output,
-        name="teacher",
-        node=f"import/{teacher}",
-        params={"source": imported["source"], "weights": weights, **meta["network"]},
-        tags={"teacher": teacher, "round": meta["round"], "imported": imported["source"]},
+        name=name,
+        node=f"import/{teacher}/{name}" if round else f"import/{teacher}",
+        params=params,
+        tags={"teacher": teacher, **tags},
         datasets=[{"name": "source", "digest": imported["sha256"], "source": imported["source"]}],
     ) as journal:
         write_atomic(output / "tokenizer.json", tokens.to_str(pretty=False))

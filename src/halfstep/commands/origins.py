@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
+from halfstep.checkpoint import FILES, Model, checkpoint_files, load_checkpoint
 from halfstep.commands.import_weights import fetch_from_hub
 from halfstep.config import size_of_shape
 from halfstep.data.pack import corpus_tokenizer, read_manifest
@@ -47,13 +47,20 @@ def read_origin(name: str, corpus: Path, size: str) -> Origin:
 
     HalfstepError if it is neither, or of another size, or has not the tokens of the corpus.
     """
-    folder = Path(name).expanduser()
-    if is_hub_name(name):
-        repository, _, revision = name.partition("@")
-        folder = fetch_from_hub("--adapt", repository, revision, DOWNLOADED)
+    folder = find_published("--adapt", name)
     if (folder / "config.json").is_file() and not (folder / "meta.json").is_file():
         return _read_gpt2(name, folder, corpus, size)
+    if (folder / "hf" / "config.json").is_file() and not (folder / FILES["raw"]).exists():
+        return _read_gpt2(name, folder / "hf", corpus, size)  # a published baseline
     return _read_baseline(folder, corpus)
+
+
+def find_published(flag: str, name: str) -> Path:
+    """The folder of a model of transformers: `name` itself, or downloaded if it is a hub name."""
+    if not is_hub_name(name):
+        return Path(name).expanduser()
+    repository, _, revision = name.partition("@")
+    return fetch_from_hub(flag, repository, revision, DOWNLOADED)
 
 
 def _read_baseline(folder: Path, corpus: Path) -> Origin:
@@ -62,7 +69,7 @@ def _read_baseline(folder: Path, corpus: Path) -> Origin:
         raise HalfstepError(
             f"--adapt {folder}: is a denoiser; name a checkpoint of halfstep train-baseline"
         )
-    _check_tokens(model.tokenizer, folder, corpus)
+    check_tokens("--adapt", folder, model.tokenizer, corpus)
     files = checkpoint_files(folder, "ema")
     return Origin(str(folder), files, model.sha256, "dit", partial(_fill_dit, model, folder))
 
@@ -84,7 +91,7 @@ def _read_gpt2(name: str, folder: Path, corpus: Path, size: str) -> Origin:
             f"--adapt {name}: found size {found}, expected {size}; set network.size: {found}, or "
             "name another model"
         )
-    _check_tokens(load_bpe(str(folder)), name, corpus)
+    check_tokens("--adapt", name, load_bpe(str(folder)), corpus)
     manifest = read_manifest(corpus)
     for key, limit in (("vocab_size", "vocab_size"), ("length", "n_positions")):
         most = published.config[limit]
@@ -97,11 +104,11 @@ def _read_gpt2(name: str, folder: Path, corpus: Path, size: str) -> Origin:
     return Origin(name, published.files, published.sha256, "gpt2", published.fill)
 
 
-def _check_tokens(tokenizer: Tokenizer, source: object, corpus: Path) -> None:
+def check_tokens(flag: str, source: object, tokenizer: Tokenizer, corpus: Path) -> None:
     """Raise HalfstepError unless the model reads the tokens of the corpus, with the same ids."""
     if tokenizer.get_vocab() != corpus_tokenizer(corpus).get_vocab():
         raise HalfstepError(
-            f"--adapt {source}: its tokenizer has other tokens than that of corpus "
+            f"{flag} {source}: its tokenizer has other tokens than that of corpus "
             f"{corpus}; name a model that was trained on this corpus, or prepare the corpus with "
             "the tokenizer of the model"
         )

@@ -98,11 +98,11 @@ def train_baseline(
 
 
 def _check_architecture(network: Network) -> None:
-    """Raise HalfstepError if the user, and not --adapt, chose GPT-2's architecture."""
-    if network.architecture == "gpt2":
+    """Raise HalfstepError if the user, and not the weights, chose another architecture."""
+    if network.architecture != "dit":
         raise HalfstepError(
-            "--architecture: found gpt2, which follows from --adapt gpt2 and from nothing else; "
-            "leave it out"
+            f"--architecture: found {network.architecture}, which follows from the weights of "
+            "--adapt or import-baseline, and from nothing else; leave it out"
         )
 
 

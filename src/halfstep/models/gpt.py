@@ -70,6 +70,10 @@ class GPT(nn.Module):
         head_width = self.width // self.heads
         return [KVCache(batch, self.heads, length, head_width, like) for _ in self.blocks]
 
+    def decoder(self, batch: int, length: int, temperature: float, top_p: float) -> "Decoder":
+        """A decoder of `batch` texts of `length` tokens."""
+        return Decoder(self, batch, length, temperature, top_p)
+
 
 def nucleus(log_p: Tensor, top_p: float) -> Tensor:
     """Keep the fewest most likely tokens whose probability reaches top_p; the rest get -inf.
@@ -84,6 +88,15 @@ def nucleus(log_p: Tensor, top_p: float) -> Tensor:
     p = values.exp()
     values = values.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
     return torch.empty_like(log_p).scatter_(-1, order, values)
+
+
+def draw_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
+    """Draw the next token of each text from its logits[N, V], by its uniform u[N]: [N] int64."""
+    if temperature != 1:
+        logits = logits / temperature
+    if top_p < 1:
+        logits = nucleus(logits.log_softmax(-1), top_p)
+    return inverse_cdf(logits, u)
 
 
 class Decoder:
@@ -179,12 +192,9 @@ class Decoder:
             x = x + mlp(_norm(x, block.norm2), block.mlp.up, block.mlp.down)
         with torch.autocast(x.device.type, enabled=False):
             logits = matmul(_norm(x, self.gpt.output_layer.norm_final).float(), self.head)
-            if self.temperature != 1:
-                logits = logits / self.temperature
-            if self.top_p < 1:
-                logits = nucleus(logits.log_softmax(-1), self.top_p)
             self.position += 1
-            drawn = inverse_cdf(logits, self.u.index_select(1, self.position)[:, 0])
+            u = self.u.index_select(1, self.position)[:, 0]
+            drawn = draw_token(logits, self.temperature, self.top_p, u)
         self.ids.index_copy_(1, self.position, drawn[:, None])
 
     def _replay(self, window: int) -> None:
@@ -253,6 +263,11 @@ def save_gpt_neox(gpt: GPT, folder: Path, length: int, eos_id: int, tokenizer: P
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     config = gpt_neox_config(gpt, length, eos_id)
     write_atomic(folder / "config.json", json.dumps(config, indent=1))
+    save_tokenizer(folder, length, tokenizer)
+
+
+def save_tokenizer(folder: Path, length: int, tokenizer: Path) -> None:
+    """Write the tokenizer of a folder for transformers, for texts of up to `length` tokens."""
     write_atomic(folder / "tokenizer.json", tokenizer.read_bytes())
     eos = "<|endoftext|>"
     about = {

@@ -56,6 +56,7 @@ class Figure:
             where these tables exist
         draw: "module:function", from {name: DataFrame} of the needs to (Figure, points)
         published: whether published values can be drawn under ours
+        baseline: whether it exists only where a teacher has a baseline
     """
 
     title: str
@@ -63,6 +64,7 @@ class Figure:
     needs: tuple[str, ...]
     draw: str
     published: bool = False
+    baseline: bool = False
 
 
 TABLES: dict[str, Table] = {
@@ -171,8 +173,8 @@ FIGURES: dict[str, Figure] = {
     "ppl_vs_steps": Figure(
         title="generative perplexity against sampling steps",
         caption="Generative perplexity against sampling steps: the teacher and every round as "
-        "curves, the autoregressive baseline and held-out text as lines. Lower is better only "
-        "where the entropy stays near that of the data.",
+        "curves, held-out text and the autoregressive baseline, if there is one, as lines. Lower "
+        "is better only where the entropy stays near that of the data.",
         needs=("steps",),
         draw="halfstep.report.figures:ppl_vs_steps",
         published=True,
@@ -188,7 +190,7 @@ FIGURES: dict[str, Figure] = {
     "frontier": Figure(
         title="generative perplexity against entropy over temperatures",
         caption="The generative frontier: perplexity against entropy, a curve over temperatures "
-        "for each model. Lower is better at equal entropy. The star is held-out text, the dashed "
+        "for each model. Lower is better at equal entropy. The star is held-out text, a dashed "
         "curve the autoregressive baseline.",
         needs=("temperatures", "steps"),
         draw="halfstep.report.figures:frontier",
@@ -222,19 +224,20 @@ FIGURES: dict[str, Figure] = {
         "batch size. In the gray area the baseline is faster.",
         needs=("speed",),
         draw="halfstep.report.figures:speedup_vs_batch",
+        baseline=True,
     ),
     "loss_curves": Figure(
         title="training loss and held-out loss of every training",
-        caption="Training loss and held-out loss of the teacher, of the baseline and of every "
-        "round, read from the journals of the trainings.",
+        caption="Training loss and held-out loss of every model that is trained here, read from "
+        "the journals of the trainings.",
         needs=(JOURNALS,),
         draw="halfstep.report.figures:loss_curves",
     ),
     "mauve_vs_steps": Figure(
         title="MAUVE of continuations against sampling steps",
         caption="MAUVE of continuations of held-out prompts against sampling steps: the teacher "
-        "and its rounds as curves, the autoregressive baseline as a line. 1 means that the texts "
-        "cannot be told apart from the documents' own continuations.",
+        "and its rounds as curves, the autoregressive baseline, if there is one, as a line. 1 "
+        "means that the texts cannot be told apart from the documents' own continuations.",
         needs=("continuations",),
         draw="halfstep.report.figures:mauve_vs_steps",
     ),
@@ -255,14 +258,22 @@ def table_inputs(config: Config, **names: Iterable[str]) -> dict[str, list[str]]
     }
 
 
-def figure_inputs(tables: Iterable[str], models: Sequence[str]) -> dict[str, list[str]]:
-    """The files that every figure is drawn from, where the tables that it needs are among these."""
+def figure_inputs(
+    tables: Iterable[str], models: Sequence[str], trained: Sequence[str]
+) -> dict[str, list[str]]:
+    """The files that every figure is drawn from, where the tables that it needs are among these.
+
+    `trained` are the models that are trained here; without any, no figure shows journals. Without a
+    baseline among the models, the figures that compare with it do not exist.
+    """
+    compares = any(model.endswith("/baseline") for model in models)
     known = {name: [f"results/tables/{name}.csv"] for name in tables}
-    known[JOURNALS] = [f"results/models/{model}/journal.jsonl" for model in models]
+    if trained:
+        known[JOURNALS] = [f"results/models/{model}/journal.jsonl" for model in trained]
     return {
         name: [file for need in figure.needs for file in known[need]]
         for name, figure in FIGURES.items()
-        if known.keys() >= set(figure.needs)
+        if known.keys() >= set(figure.needs) and (compares or not figure.baseline)
     }
 
 

@@ -6,7 +6,8 @@ A model is named by its folder below results/models: {teacher}/teacher, {teacher
 `seeds` of a teacher or of a run repeats its training. A repeat is a model with its own folder: its
 teacher or run is called by the name in the configuration and the ending -seed-2. Repeats have the
 corpus, the judges and the baseline of the first training, because the measuring instrument must be
-the same for all. So a repeat of a teacher has no baseline, no held-out text and no timings.
+the same for all. So a repeat of a teacher has no baseline, no held-out text and no timings. A
+teacher with `baseline: null` has no baseline either.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Protocol
 from halfstep.config import NAIVE, Config, Distillation, RunOptions, Sampling, Teacher, check_path
 from halfstep.data.files import find_files
 from halfstep.errors import ConfigError, HalfstepError
+from halfstep.released import name_of_round
 from halfstep.report import catalogue
 from halfstep.resolve import subsection
 from halfstep.seeds import first_training, repeat_names, repeat_seed
@@ -85,6 +87,13 @@ def check_sources(config: Config) -> None:
                 f"corpora.{name}.tokenizer: {tokenizer} is not a folder; "
                 "name a folder with vocab.json and merges.txt, a hub name, or bpe"
             )
+    for name, teacher in config.teachers.items():
+        source = teacher.baseline and teacher.baseline.source
+        if source and not is_folder(source) and not is_hub_name(source):
+            faults.append(
+                f"teachers.{name}.baseline.from: {source} is not a folder; "
+                "name a hub name such as gpt2, or a folder that save_pretrained wrote"
+            )
     try:
         if items := items_file(config.evaluation.lambada):
             check_regular(items, "lambada")
@@ -92,8 +101,28 @@ def check_sources(config: Config) -> None:
     except HalfstepError as error:
         faults.append(f"evaluation.{error}")
     faults += faults_of_tasks(config.evaluation)
+    for name, teacher in config.teachers.items():
+        faults += [f"teachers.{name}.{fault}" for fault in _absent_weights(teacher)]
     if faults:
         raise ConfigError("\n".join(faults))
+
+
+def _absent_weights(teacher: Teacher) -> list[str]:
+    """A line for the teacher and for each run whose `from` names nothing."""
+    named = [("from", [teacher.source])]
+    for key, run in teacher.runs.items():
+        numbers = range(1, run.rounds + 1)
+        names = [run.source and name_of_round(run.source, number) for number in numbers]
+        named.append((f"runs.{key}.from", names))
+    faults = []
+    for key, sources in named:
+        for source in filter(None, sources):
+            if not local_file(source) and not re.fullmatch(HUB_NAME, source):
+                faults.append(
+                    f"{key}: {source} is no file, no folder and no name on the hub; check the path"
+                )
+                break
+    return faults
 
 
 def _check_name(path: Path, key: str) -> None:
@@ -137,11 +166,24 @@ class Targets:
             for name, teacher in config.teachers.items()
             for repeat in repeats[name]
             for key, options in teacher.runs.items()
+            if not options.source or repeat == name
             for run in repeat_names(key, options.seeds)
             for number in range(1, options.rounds + 1)
         ]
+        self.imported_rounds = [
+            f"{name}/{key}/round-{number}"
+            for name, teacher in config.teachers.items()
+            for key, options in teacher.runs.items()
+            if options.source
+            for number in range(1, options.rounds + 1)
+        ]
+        """students whose weights are published"""
         self.denoisers = [f"{name}/teacher" for name in self.with_repeats] + rounds
-        self.models = [f"{name}/baseline" for name in self.teachers] + self.denoisers
+        self.with_baseline = [name for name in self.teachers if config.teachers[name].baseline]
+        """teachers with a baseline, trained or published"""
+        self.published = [name for name in self.with_baseline if self.baseline_source(name)]
+        """teachers whose baseline is published, and not trained here"""
+        self.models = [f"{name}/baseline" for name in self.with_baseline] + self.denoisers
         self.scored = self.models + [f"{name}/naive" for name in self.teachers]
         """models whose samples are scored, and the naive samplers of each teacher's corpus"""
 
@@ -175,6 +217,18 @@ class Targets:
         """The size of the networks that a job trains, samples from or scores."""
         return self.teacher(wildcards).network.size
 
+    def baseline_source(self, name: str) -> str | None:
+        """The folder or hub name of a teacher's published baseline."""
+        baseline = self.config.teachers[first_training(name)].baseline
+        return baseline and baseline.source
+
+    def baseline_file(self, wildcards: Wildcards) -> list[str]:
+        """The file that stands for a published baseline, unless it comes from the hub."""
+        source = self.baseline_source(wildcards.teacher)
+        if source is None or is_hub_name(source):
+            return []
+        return [os.path.join(os.path.expanduser(source), "config.json")]
+
     def adapt_source(self, wildcards: Wildcards) -> list[str]:
         """The folder or hub name of the weights that pretraining starts from; random if empty."""
         source = self.teacher(wildcards).adapt
@@ -201,6 +255,13 @@ class Targets:
         """The user's files of a corpus (kind: files): new text makes a new corpus."""
         patterns = self.config.corpora[wildcards.corpus].files
         return sorted(map(str, find_files(patterns)))
+
+    def published_round(self, model: str) -> tuple[str, RunOptions, int]:
+        """Source, run and number of a round whose student is published."""
+        teacher, run, folder = model.split("/")
+        options, number = self.config.teachers[teacher].runs[run], _round_of(folder) or 0
+        assert options.source is not None
+        return name_of_round(options.source, number), options, number
 
     def round_options(self, wildcards: Wildcards) -> Distillation:
         """Options of one round. Later rounds are not among them, so that `rounds: 5 -> 7` trains
@@ -346,7 +407,9 @@ class Targets:
         for name in self.config.corpora:
             found.update(self.corpus_of_hub(name))
         for name in self.config.teachers:
-            found.update(self.source_of_hub(name))
+            found.update(self.source_of_hub(name) + self.baseline_of_hub(name))
+        for model in self.imported_rounds:
+            found.update(self.round_of_hub(model))
         return sorted(found)
 
     def corpus_of_hub(self, name: str) -> list[str]:
@@ -376,6 +439,16 @@ class Targets:
             return [f"model:{adapt}"]
         return [f"model:{source}"] if source and not local_file(source) else []
 
+    def baseline_of_hub(self, name: str) -> list[str]:
+        """The published baseline of a teacher, where it comes from the hub."""
+        source = self.baseline_source(name)
+        return [f"model:{source}"] if source and is_hub_name(source) else []
+
+    def round_of_hub(self, model: str) -> list[str]:
+        """The published weights of a round, where they come from the hub."""
+        source, _, _ = self.published_round(model)
+        return [] if local_file(source) else [f"model:{source}"]
+
     def table_inputs(self) -> dict[str, list[str]]:
         """For each table the files of metric rows that it gathers."""
         return catalogue.table_inputs(
@@ -390,7 +463,10 @@ class Targets:
 
     def figure_inputs(self) -> dict[str, list[str]]:
         """For each figure the tables and journals that it is drawn from."""
-        return catalogue.figure_inputs(self.table_inputs(), self.models)
+        imported = {*self.imported_rounds, *(f"{name}/teacher" for name in self.imported)}
+        imported |= {f"{name}/baseline" for name in self.published}
+        trained = [model for model in self.models if model not in imported]
+        return catalogue.figure_inputs(self.table_inputs(), self.models, trained)
 
 
 def _round_of(model: str) -> int | None:

@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from halfstep.config import Network
+from halfstep.config import Network, Precision
 from halfstep.errors import HalfstepError, excerpt, reason
 from halfstep.files import (
     LARGEST_TOKENIZER,
@@ -42,6 +42,7 @@ FORMAT = 1
 KINDS = ("diffusion", "autoregressive")
 FILES = {"raw": "model.safetensors", "ema": "ema.safetensors", "best": "best.safetensors"}
 OPTIMIZER = "optimizer.safetensors"
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 LARGEST_VOCABULARY = 1 << 31  # ids of samples are int32
 LONGEST_TEXT = 1 << 20  # tokens
 BYTES_PER_WEIGHT = 64  # no file of a checkpoint has more
@@ -84,6 +85,7 @@ class Model:
     """A loaded checkpoint: its network in eval mode, its tokenizer, and its meta.json.
 
     `sha256` is the checksum of the loaded weights. `denoiser` is None for an autoregressive model.
+    With `precision` bfloat16 the network runs only in `computing` of this precision.
     """
 
     kind: str
@@ -92,6 +94,7 @@ class Model:
     meta: dict
     sha256: str
     denoiser: SubsDenoiser | None
+    precision: str = "float32"
 
     @property
     def length(self) -> int:
@@ -359,18 +362,25 @@ def check_finite(state: dict[str, Tensor], path: Path) -> None:
             )
 
 
-def load_checkpoint(folder: str | Path, weights: str = "ema", device: str = "cpu") -> Model:
+def load_checkpoint(
+    folder: str | Path, weights: str = "ema", device: str = "cpu", precision: str = "float32"
+) -> Model:
     """Load a checkpoint folder, the network in eval mode, frozen, and on `device`.
 
-    weights: ema, raw, or best (of a training that chose one). Raises HalfstepError if a file is
-    missing, damaged, or does not fit.
+    weights: ema, raw, or best (of a training that chose one). precision: float32, or bfloat16, to
+    which the matrices are cast. Raises HalfstepError if a file is missing, damaged, or does not
+    fit.
     """
+    import torch
+
     from halfstep.data.tokenizer import read_tokenizer, vocabulary_size
+    from halfstep.kernels.precision import cast_matrices
 
     folder = Path(folder)
     meta = read_meta(folder)
-    if weights not in FILES:
-        raise HalfstepError(f"weights: found {weights!r}, allowed are {', '.join(FILES)}")
+    for what, found, known in (("weights", weights, FILES), ("precision", precision, PRECISIONS)):
+        if found not in known:
+            raise HalfstepError(f"{what}: found {found!r}, allowed are {', '.join(known)}")
     tokenizer = read_tokenizer(checked_file(folder, "tokenizer.json", meta))
     tokens = vocabulary_size(tokenizer)
     if tokens > meta["vocab_size"]:
@@ -382,6 +392,9 @@ def load_checkpoint(folder: str | Path, weights: str = "ema", device: str = "cpu
     state = read_tensors(folder, file, meta)
     network = build_network(meta)
     network.load_state_dict(state, strict=False)  # an average may lack the buffers
+    if precision == "bfloat16":
+        cast_matrices(network, torch.bfloat16)
     network = network.to(device).eval().requires_grad_(False)
     denoiser = build_denoiser(network, meta) if meta["kind"] == "diffusion" else None
-    return Model(meta["kind"], network, tokenizer, meta, meta["sha256"][file], denoiser)
+    sha256 = meta["sha256"][file]
+    return Model(meta["kind"], network, tokenizer, meta, sha256, denoiser, precision)

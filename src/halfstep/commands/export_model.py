@@ -56,7 +56,7 @@ the tokenizer without the model.
 """
 CARD_COLUMNS = (
     *("metric", "protocol", "version", "steps", "value", "low", "high", "num_samples", "seed"),
-    *("sampler", "draw_dtype", "temperature", "judge", "data", "commit"),
+    *("sampler", "draw_dtype", "precision", "temperature", "judge", "data", "commit"),
 )
 
 

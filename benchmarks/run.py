@@ -36,8 +36,8 @@ from halfstep.distill.divergences import kl_backward
 from halfstep.distill.targets import divergence_loss, teacher_targets
 from halfstep.distributed.device import prepare_process
 from halfstep.files import write_atomic, write_json
+from halfstep.kernels.precision import cast_matrices
 from halfstep.models import flops
-from halfstep.models.cuda_graphs import cast_matrices
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
 from halfstep.records.journal import Journal, commit

@@ -82,7 +82,7 @@ rule score_continuations:
         samples=lambda wildcards, input: [str(Path(file).parent) for file in input.samples],
         corpus=subpath(input.corpus, parent=True),
         judge=targets.judges,
-        evaluation=flags(CONFIG.evaluation, "bootstrap"),
+        evaluation=flags(CONFIG.evaluation, "bootstrap", "precision"),
         code=STAGE["score_continuations"],
     shell:
         r"""

@@ -43,7 +43,7 @@ rule score_samples:
         samples=lambda wildcards, input: [str(Path(file).parent) for file in input.samples],
         corpus=subpath(input.corpus, parent=True),
         judge=targets.judges,
-        evaluation=flags(CONFIG.evaluation, "bootstrap"),
+        evaluation=flags(CONFIG.evaluation, "bootstrap", "precision"),
         code=STAGE["score"],
     shell:
         r"""
@@ -79,7 +79,7 @@ rule score_corpus:
     params:
         corpus=subpath(input.corpus, parent=True),
         judge=targets.judges,
-        evaluation=flags(CONFIG.evaluation, "bootstrap"),
+        evaluation=flags(CONFIG.evaluation, "bootstrap", "precision"),
         num_samples=flags(CONFIG.sampling, "num_samples"),
         code=STAGE["score"],
     shell:
@@ -129,7 +129,7 @@ rule score_frontier:
         corpus=subpath(input.corpus, parent=True),
         teacher=lambda wildcards, input: ["--teacher", *input.teacher] if input.teacher else [],
         judge=targets.judges,
-        evaluation=flags(CONFIG.evaluation, "bootstrap"),
+        evaluation=flags(CONFIG.evaluation, "bootstrap", "precision"),
         code=STAGE["score"],
     shell:
         r"""
@@ -170,7 +170,7 @@ rule score_lambada:
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         corpus=subpath(input.corpus, parent=True),
-        evaluation=flags(CONFIG.evaluation, "lambada", "lambada_items", "bootstrap"),
+        evaluation=flags(CONFIG.evaluation, "lambada", "lambada_items", "bootstrap", "precision"),
         weights=CONFIG.sampling.weights,
         code=STAGE["lambada"],
     shell:

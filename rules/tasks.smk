@@ -34,7 +34,7 @@ rule score_tasks:
         **machine("tasks"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
-        evaluation=flags(CONFIG.evaluation, "tasks", "task_draws", "task_items"),
+        evaluation=flags(CONFIG.evaluation, "tasks", "task_draws", "task_items", "precision"),
         weights=CONFIG.sampling.weights,
         code=STAGE["tasks"],
     shell:
@@ -72,7 +72,12 @@ rule score_perplexity:
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         evaluation=flags(
-            CONFIG.evaluation, "perplexity", "perplexity_draws", "task_items", "bootstrap"
+            CONFIG.evaluation,
+            "perplexity",
+            "perplexity_draws",
+            "task_items",
+            "bootstrap",
+            "precision",
         ),
         weights=CONFIG.sampling.weights,
         code=STAGE["zero_shot"],

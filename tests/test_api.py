@@ -41,7 +41,8 @@ def test_names_and_defaults():
     assert re.fullmatch(r"\d+\.\d+\.\d+", halfstep.__version__)
     load, generate = (inspect.signature(f).parameters for f in (halfstep.load, halfstep.generate))
     defaults = {name: p.default for name, p in load.items()}
-    assert defaults == {"path": inspect.Parameter.empty, "device": "auto", "weights": "ema"}
+    assert defaults.pop("path") is inspect.Parameter.empty
+    assert defaults == {"device": "auto", "weights": "ema", "precision": "float32"}
     by_name = [name for name, p in generate.items() if p.kind is p.KEYWORD_ONLY]
     assert by_name == ["sampler", "temperature", "top_p", "micro_batch"]
     assert [p.default for p in generate.values()][1:5] == [None, 1, "", 1]
@@ -185,6 +186,7 @@ def test_no_argument_is_swallowed(student):
         ({"device": "gpu"}, "device: found 'gpu', which torch cannot use"),
         ({"device": "cuda:99"}, "device: found 'cuda:99', which torch cannot use"),
         ({"weights": "mean"}, "weights: found 'mean', allowed are raw, ema, best"),
+        ({"precision": "half"}, "precision: found 'half', allowed are float32, bfloat16"),
     ],
 )
 def test_what_cannot_be_loaded(pipeline, arguments, sentence):

@@ -23,7 +23,10 @@ __all__ = ["HalfstepError", "generate", "load"]
 
 
 def load(
-    path: str | Path, device: str = "auto", weights: Literal["ema", "raw", "best"] = "ema"
+    path: str | Path,
+    device: str = "auto",
+    weights: Literal["ema", "raw", "best"] = "ema",
+    precision: Literal["float32", "bfloat16"] = "float32",
 ) -> Model:
     """Load a checkpoint folder, ready to generate. No configuration is needed.
 
@@ -35,16 +38,19 @@ def load(
         device: auto (the first CUDA device, or the CPU if there is none), cpu, cuda or cuda:1
         weights: ema (moving average), raw, or best (the average at the lowest held-out loss, where
             the training kept it)
+        precision: float32, or bfloat16 for the products of matrices (autocast), which is faster on
+            a GPU; logits are always float32, and draws float64
 
     Raises:
         HalfstepError: if the path is no checkpoint, a file is damaged or missing, the checkpoint
-            has no such weights, or there is no such device
+            has no such weights, or there is no such device or precision
     """
     from halfstep.checkpoint import load_checkpoint
     from halfstep.config import Machine
     from halfstep.distributed.device import find_device
 
-    return load_checkpoint(path, weights, str(find_device(Machine(device=str(device)))))
+    found = find_device(Machine(device=str(device)))
+    return load_checkpoint(path, weights, str(found), precision)
 
 
 def generate(  # noqa: PLR0913  the options of one draw, each by its name

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from halfstep.config import Network
+from halfstep.config import Network, Precision
 from halfstep.errors import HalfstepError, excerpt, reason
 from halfstep.files import (
     LARGEST_TOKENIZER,
@@ -50,6 +50,7 @@ FILES = {"raw": "model.safetensors", "ema": "ema.safetensors", "best": "best.saf
 OPTIMIZER = "optimizer.safetensors"
 LARGEST_PUBLISHED = 1 << 42  # bytes of a file of a published baseline
 HF_FILES = ("hf/model.safetensors", "hf/config.json")
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 LARGEST_VOCABULARY = 1 << 31  # ids of samples are int32
 LONGEST_TEXT = 1 << 20  # tokens
 BYTES_PER_WEIGHT = 64  # no file of a checkpoint has more
@@ -91,7 +92,8 @@ class Model:
     """A loaded checkpoint: its network in eval mode, its tokenizer, and its meta.json.
 
     `sha256` is the checksum of the loaded weights, `weights` what rows of metrics call them.
-    `denoiser` is None for an autoregressive model.
+    `denoiser` is None for an autoregressive model. With `precision` bfloat16 the network runs only
+    in `computing` of this precision.
     """
 
     kind: str
@@ -101,6 +103,7 @@ class Model:
     sha256: str
     weights: str
     denoiser: SubsDenoiser | None
+    precision: str = "float32"
 
     @property
     def length(self) -> int:
@@ -320,18 +323,25 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> No
     network.load_state_dict(state, strict=False)
 
 
-def load_checkpoint(folder: str | Path, weights: str = "ema", device: str = "cpu") -> Model:
+def load_checkpoint(
+    folder: str | Path, weights: str = "ema", device: str = "cpu", precision: str = "float32"
+) -> Model:
     """Load a checkpoint folder, the network in eval mode, frozen, and on `device`.
 
-    weights: ema, raw, or best (of a training that chose one). Raises HalfstepError if a file is
-    missing, damaged, or does not fit.
+    weights: ema, raw, or best (of a training that chose one). precision: float32, or bfloat16, to
+    which the matrices are cast. Raises HalfstepError if a file is missing, damaged, or does not
+    fit.
     """
+    import torch
+
     from halfstep.data.tokenizer import read_tokenizer, vocabulary_size
+    from halfstep.kernels.precision import cast_matrices
 
     folder = Path(folder)
     meta = read_meta(folder)
-    if weights not in FILES:
-        raise HalfstepError(f"weights: found {weights!r}, allowed are {', '.join(FILES)}")
+    for what, found, known in (("weights", weights, FILES), ("precision", precision, PRECISIONS)):
+        if found not in known:
+            raise HalfstepError(f"{what}: found {found!r}, allowed are {', '.join(known)}")
     tokenizer = read_tokenizer(checked_file(folder, "tokenizer.json", meta))
     tokens = vocabulary_size(tokenizer)
     if tokens > meta["vocab_size"]:
@@ -347,10 +357,13 @@ def load_checkpoint(folder: str | Path, weights: str = "ema", device: str = "cpu
         state = read_tensors(folder, file, meta)
         network = build_network(meta)
         network.load_state_dict(state, strict=False)  # an average may lack the buffers
+    if precision == "bfloat16":
+        cast_matrices(network, torch.bfloat16)
     network = network.to(device).eval().requires_grad_(False)
     denoiser = build_denoiser(network, meta) if meta["kind"] == "diffusion" else None
     called = PUBLISHED.get(str(meta.get("imported", {}).get("weights")), weights)
-    return Model(meta["kind"], network, tokenizer, meta, meta["sha256"][file], called, denoiser)
+    sha256 = meta["sha256"][file]
+    return Model(meta["kind"], network, tokenizer, meta, sha256, called, denoiser, precision)
 
 
 def _published_network(folder: Path, weights: str, meta: dict) -> CausalLM:

@@ -113,6 +113,7 @@ Names = Annotated[
     list[Word], pydantic.BeforeValidator(_list, json_schema_input_type=str | list[str])
 ]
 Weights = Literal["ema", "raw", "best"]
+Precision = Literal["float32", "bfloat16"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 
@@ -294,7 +295,7 @@ class Training(Section):
     """decay of the moving average of the weights, ramped by (1+n)/(10+n)"""
     dropout: Share = 0.1
     """probability that an element of a residual branch is dropped in training"""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Precision = "bfloat16"
     """autocast dtype of the network; divergences and losses are always float32"""
     min_t: Share = 1e-3
     """smallest training time (MDLM's sampling_eps)"""
@@ -470,6 +471,8 @@ class DrawOptions(Section):
     """nucleus of the baseline's draws (the paper uses 0.95); a denoiser has none"""
     sampling_seed: Seed = 1
     """seed of the draws; sample i depends only on this seed and i"""
+    precision: Precision = "float32"
+    """autocast dtype of the network; logits are always float32, and draws float64"""
 
 
 class GenerateOptions(DrawOptions):
@@ -587,6 +590,9 @@ class Evaluation(Section):
     """maximum number of questions of each task, and of windows of each text; all by default"""
     bootstrap: Annotated[Whole, Field(ge=100, le=10**6)] = 1000
     """bootstrap resamples for each 95% interval"""
+    precision: Precision = "float32"
+    """autocast dtype of the judges, and of the models in the last-word task; log-probabilities are
+    always float32"""
 
 
 class Prompts(Section):

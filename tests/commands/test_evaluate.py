@@ -99,6 +99,7 @@ def test_samples_of_all_step_counts_under_one_judge(world, tmp_path, monkeypatch
         "seed": 1,
         "weights": "ema",
         "draw_dtype": "float64",
+        "precision": "float32",
         "temperature": None,
         "top_p": None,
         "judge": judge_name(judge_folder(world)),

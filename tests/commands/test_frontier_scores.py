@@ -89,9 +89,9 @@ def test_readings_say_what_they_reach(swept):
         assert row["at_entropy"] > 0 and row["steps"] == 8
 
 
-@pytest.mark.parametrize("name", ["other judge", "twice", "no values"])
+@pytest.mark.parametrize("name", ["other judge", "twice", "no values", "precision"])
 def test_what_does_not_belong_together_is_refused(pipeline, swept, tmp_path, name, capsys):
-    """Samples given twice, rows of another corpus, a teacher without its values."""
+    """Samples given twice, rows of another corpus, a teacher without values, or in bfloat16."""
     folders, teacher = folders_of(swept, "student"), tmp_path / "teacher.json"
     held_out, words = pipeline.metrics / "data.json", ""
     shutil.copy(swept / "teacher.json", teacher)
@@ -101,6 +101,9 @@ def test_what_does_not_belong_together_is_refused(pipeline, swept, tmp_path, nam
     if name == "no values":
         np.save(tmp_path / "teacher.npy", np.zeros((1, 4, 3)))
         words = "teacher.npy: not the values of its rows"
+    if name == "precision":
+        words = "its samples have precision bfloat16, those of the student have float32"
+        write_json(teacher, [row | {"precision": "bfloat16"} for row in read_json(teacher)])
     if name == "other judge":
         rows = [row | {"data": "other@0"} for row in read_json(held_out)]
         held_out, words = tmp_path / "data.json", "no row of the entropy of stories@"

@@ -47,7 +47,13 @@ def known_model(length=16) -> SimpleNamespace:
     windows = {(0, *tokenizer.encode(text).ids, 0): p for text, p in STORIES.items()}
     language = Language(windows, tokenizer.get_vocab_size())
     return SimpleNamespace(
-        kind="diffusion", denoiser=language, tokenizer=tokenizer, length=length, eos_id=0
+        kind="diffusion",
+        denoiser=language,
+        tokenizer=tokenizer,
+        length=length,
+        eos_id=0,
+        device=torch.device("cpu"),
+        precision="float32",
     )
 
 
@@ -208,6 +214,8 @@ def test_the_released_form_of_lambada():
         "tokenizer": tokenizer,
         "length": 128,
         "eos_id": 50256,
+        "device": torch.device("cpu"),
+        "precision": "float32",
         "network": gpt,
         "denoiser": SubsDenoiser(dit, LogLinear()),
     }

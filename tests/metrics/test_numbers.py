@@ -67,8 +67,8 @@ def test_rows_have_all_columns_and_no_others():
     found = row("entropy", "unigram", 3.0, (2.9, 3.1), **about)
     columns = (
         "metric protocol version value low high model teacher run round steps tokens_per_step "
-        "sampler network_evaluations num_samples seed weights draw_dtype temperature top_p judge "
-        "judge_dtype data checkpoint commit"
+        "sampler network_evaluations num_samples seed weights draw_dtype precision temperature "
+        "top_p judge judge_dtype data checkpoint commit"
     )
     assert list(found) == columns.split()
     assert found["steps"] == 8 and found["judge"] is None and found["commit"]

@@ -123,6 +123,7 @@ def changed(column, value, **where):
         (changed("sampler", "analytic"), "sampler .* analytic"),
         (changed("weights", "raw"), "weights .* raw"),
         (changed("draw_dtype", "float32"), "draw_dtype .* float32"),
+        (changed("precision", "bfloat16"), "precision .* bfloat16"),
         (changed("version", 2, protocol="ids"), "version of protocol ids .* 2"),
         (
             changed("judge_dtype", "bfloat16", judge=True),
@@ -140,6 +141,15 @@ def test_numbers_of_different_conditions_are_refused(results, change, found):
     with pytest.raises(HalfstepError, match=f"(?s){found}|{reverse}") as error:
         make_tables(results)
     assert "stories-tiny/" in str(error.value) and "do not belong in one column" in str(error.value)
+
+
+def test_rows_without_a_precision_are_float32(results):
+    """Those of older results; held-out text and naive samplers have none in any."""
+    file = results / "metrics/stories-tiny/mse/round-2/samples.json"
+    assert not any("precision" in row for row in json.loads(file.read_text()))
+    make_tables(results)
+    rewrite(file, changed("precision", "float32"))
+    make_tables(results)
 
 
 def test_a_number_that_is_there_twice_is_refused(results):

@@ -16,7 +16,7 @@ from halfstep.errors import HalfstepError
 from halfstep.records.journal import Journal, read_journal
 from halfstep.training import loop
 from halfstep.training.ema import EMA
-from halfstep.training.loop import Agreement, fit, tf32_matmul
+from halfstep.training.loop import Agreement, fit
 from halfstep.training.state import Run, Start
 from halfstep.training.step import Batch, step_generator
 
@@ -394,16 +394,6 @@ def test_one_process_decides_at_every_step(monkeypatch):
     for step in range(1, 20):
         assert clock.agreement.next_step == step
         clock.at(0.01 * step)
-
-
-def test_tf32_is_for_bfloat16_on_cuda_alone_and_ends_with_the_training():
-    before = torch.get_float32_matmul_precision()
-    found = {}
-    for device, precision in (("cuda", "bfloat16"), ("cuda", "float32"), ("cpu", "bfloat16")):
-        with tf32_matmul(torch.device(device), precision):
-            found[device, precision] = torch.get_float32_matmul_precision()
-        assert torch.get_float32_matmul_precision() == before
-    assert list(found.values()) == ["high", before, before]
 
 
 def held_out_losses(values):

@@ -32,9 +32,9 @@ from halfstep.distributed.device import find_device
 from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError
 from halfstep.kernels.categorical import uniforms
+from halfstep.kernels.precision import cast_matrices
 from halfstep.metrics.rows import model_name, name_parts, row, write_rows
 from halfstep.models import gpt
-from halfstep.models.cuda_graphs import cast_matrices
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.gpt2 import GPT2
 from halfstep.progress import Progress

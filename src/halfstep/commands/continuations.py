@@ -62,7 +62,7 @@ def continue_prompts(
         steps: sampling steps
     """
     started, group, device = time.monotonic(), join_group(machine), find_device(machine)
-    model = load_checkpoint(checkpoint, drawing.weights, str(device))
+    model = load_checkpoint(checkpoint, drawing.weights, str(device), drawing.precision)
     name = model_name(checkpoint)
     if model.tokenizer.get_vocab() != corpus_tokenizer(corpus).get_vocab():
         raise HalfstepError(

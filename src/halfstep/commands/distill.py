@@ -117,8 +117,8 @@ def _begin_round(
     network.to(job.device)
     job.group.shard(network)
     # Every rank has the whole teacher, because the passes of a teacher depend on its texts.
-    teacher_weights = "ema" if first else run.next_teacher
-    old = checkpoint.load_checkpoint(teacher, teacher_weights, str(job.device)).denoiser
+    teacher_weights, device = "ema" if first else run.next_teacher, str(job.device)
+    old = checkpoint.load_checkpoint(teacher, teacher_weights, device, run.precision).denoiser
     assert old is not None  # _check_teacher has refused an autoregressive model
     optimizer_state = None
     if not first and not run.reset_optimizer:

@@ -60,6 +60,7 @@ class SamplesFacts(BaseModel):
     seed: int
     weights: str
     draw_dtype: str
+    precision: str = "float32"
     kind: str = "diffusion"
     temperature: float = 1.0
     top_p: float = 1.0
@@ -160,7 +161,7 @@ def score_lambada(
             "--lambada: found None, expected last_words, a hub name or a .jsonl file"
         )
     group, device = join_group(machine), str(find_device(machine))
-    model = load_checkpoint(checkpoint, weights, device)
+    model = load_checkpoint(checkpoint, weights, device, evaluation.precision)
     if items == "last_words":
         items = str(corpus / "last_words.jsonl")
     found = evaluate_lambada(
@@ -176,6 +177,7 @@ def score_lambada(
         return
     columns = name_parts(model_name(checkpoint)) | {
         "weights": model.weights,
+        "precision": model.precision,
         "checkpoint": model.sha256[:16],
         "data": found["data"],
     }
@@ -205,8 +207,9 @@ def sample_columns(facts: dict[str, Any], written: int) -> dict[str, Any]:
     columns = {key: facts.get(key) for key in (*DRAWN, "temperature", "top_p")}
     columns |= name_parts(facts["model"])
     steps = None if facts.get("kind") == "autoregressive" else facts["steps"]
+    columns["precision"] = facts.get("precision", "float32")  # older samples have none
     if facts.get("kind") == "naive":
-        columns["weights"] = None
+        columns |= {"weights": None, "precision": None}
     tokens = written / steps if steps else None
     about = {"checkpoint": facts["checkpoint"][:16], "steps": steps, "tokens_per_step": tokens}
     return columns | about
@@ -354,4 +357,4 @@ def load_judges(evaluation: Evaluation, machine: Machine) -> Iterator[Judge]:
             "name the folder, results/models/<teacher>/baseline/hf"
         )
     for name in evaluation.judge:
-        yield load_judge(name, find_device(machine))
+        yield load_judge(name, find_device(machine), evaluation.precision)

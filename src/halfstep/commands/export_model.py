@@ -56,7 +56,8 @@ the tokenizer without the model.
 """
 CARD_COLUMNS = (
     *("metric", "task", "measure", "protocol", "version", "steps", "value", "low", "high"),
-    *("num_samples", "seed", "sampler", "draw_dtype", "temperature", "judge", "data", "commit"),
+    *("num_samples", "seed", "sampler", "draw_dtype", "precision", "temperature", "judge", "data"),
+    "commit",
 )
 
 

@@ -173,7 +173,7 @@ def _reading_row(metric: str, point: Point, found: Reading, changes: dict | None
 
 def _share_draws(student: Point, teacher: Point) -> bool:
     """Has text i of both the same random numbers? HalfstepError for other data or other counts."""
-    for key in ("num_samples", "data"):
+    for key in ("num_samples", "data", "judge_dtype", "precision"):
         mine, theirs = student.columns[key], teacher.columns[key]
         if mine != theirs:
             raise HalfstepError(
@@ -213,6 +213,9 @@ def read_curves_of(file: Path | None) -> dict[tuple, list[Point]]:
         raise HalfstepError(
             f"{path}: not the values of its rows ({fault}); {SCORE_AGAIN}"
         ) from None
-    columns = [{key: row.get(key) for key in (*COLUMNS, "protocol")} for row in rows]
+    older = {"precision": "float32"}  # where rows name none
+    columns = [
+        {key: row.get(key, older.get(key)) for key in (*COLUMNS, "protocol")} for row in rows
+    ]
     points = [Point(c.pop("protocol"), c, part) for c, part in zip(columns, values, strict=True)]
     return curves_of(points)

@@ -29,6 +29,7 @@ from halfstep.distributed.group import ALONE, Group, join_group
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256, write_atomic, write_json
 from halfstep.kernels.categorical import uniforms
+from halfstep.kernels.precision import computing
 from halfstep.metrics.rows import model_name
 from halfstep.models.causal_lm import CachedDecoder, CausalLM
 from halfstep.models.denoiser import SubsDenoiser
@@ -65,7 +66,7 @@ def generate(
             part of the token that is written there
     """
     started, group, device = time.monotonic(), join_group(machine), find_device(machine)
-    model = load_checkpoint(checkpoint, sampling.weights, str(device))
+    model = load_checkpoint(checkpoint, sampling.weights, str(device), sampling.precision)
     write = text_writer(model, model.length, steps, sampling)
     prompts = encode_prompt(model, prompt).expand(sampling.num_samples, -1)
     if group.is_main:
@@ -105,7 +106,7 @@ def generate_frontier(
             "name all; leave it out"
         )
     group, device = join_group(machine), find_device(machine)
-    model = load_checkpoint(checkpoint, sampling.weights, str(device))
+    model = load_checkpoint(checkpoint, sampling.weights, str(device), sampling.precision)
     prompts = encode_prompt(model, "").expand(sampling.num_samples, -1)
     files: list[Path] = []
     for count in steps:
@@ -191,16 +192,17 @@ class _DiffusionWriter:
         frame[:, :given] = prompts
         if self.end is not None:
             frame = torch.cat([frame, torch.full((count, 1), self.end)], 1)
-        written = sample(
-            self.denoiser.inference_copy,
-            count,
-            frame.shape[1],
-            self.steps,
-            sampler=self.options.sampler,
-            draws=Draws(self.options.sampling_seed, first, self.options.temperature),
-            given=frame,
-            device=self.model.device,
-        )
+        with computing(self.model.device, self.model.precision):
+            written = sample(
+                self.denoiser.inference_copy,
+                count,
+                frame.shape[1],
+                self.steps,
+                sampler=self.options.sampler,
+                draws=Draws(self.options.sampling_seed, first, self.options.temperature),
+                given=frame,
+                device=self.model.device,
+            )
         return Samples(written.ids[:, : self.length].cpu(), written.network_evaluations.cpu())
 
 
@@ -216,12 +218,14 @@ class _AutoregressiveWriter:
     def __call__(self, prompts: Tensor, first: int) -> Samples:
         count, given = prompts.shape
         options = self.options
-        if self.decoder is None or len(self.decoder.ids) != count:
-            network = cast(GPT | CausalLM, self.model.network)
-            self.decoder = network.decoder(count, self.length, options.temperature, options.top_p)
         start = prompts if given else torch.tensor([self.model.eos_id])
         u = uniforms(options.sampling_seed, first, count, self.length)
-        ids = self.decoder.write(start, u)
+        with computing(self.model.device, self.model.precision):
+            if self.decoder is None or len(self.decoder.ids) != count:
+                network = cast(GPT | CausalLM, self.model.network)
+                draws = options.temperature, options.top_p
+                self.decoder = network.decoder(count, self.length, *draws)
+            ids = self.decoder.write(start, u)
         evaluations = self.length - start.shape[-1]  # the first token takes no pass
         return Samples(ids.cpu(), torch.full((count,), evaluations))
 
@@ -321,6 +325,7 @@ def save_samples(
         "seed": options.sampling_seed,
         "weights": model.weights,
         "draw_dtype": draw_dtype,
+        "precision": model.precision,
         "temperature": options.temperature,
         "top_p": top_p,
         **how,

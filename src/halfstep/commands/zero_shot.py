@@ -16,6 +16,7 @@ from halfstep.data.zero_shot import DATA_SETS, cut_windows, find_data_set, read_
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError
+from halfstep.kernels.precision import computing
 from halfstep.metrics.rows import mean_row, model_name, name_parts, row, share_row, write_rows
 from halfstep.texts import is_task_file
 
@@ -48,14 +49,14 @@ def score_tasks(
     from halfstep.metrics.tasks import SHARES, TaskLM, evaluate_tasks
 
     group, device = join_group(machine), str(find_device(machine))
-    model = load_checkpoint(checkpoint, weights, device)
+    model = load_checkpoint(checkpoint, weights, device, evaluation.precision)
     lm = TaskLM(model, evaluation.task_draws, machine.micro_batch, device, SEED, group)
     scores = evaluate_tasks(lm, evaluation.tasks, evaluation.task_items)
     if scores is None:
         return
     rows = []
     for score in scores:
-        columns = _columns(checkpoint, model, weights, score.data) | {
+        columns = _columns(checkpoint, model, score.data) | {
             "task": score.task,
             "measure": score.measure,
             "network_evaluations": score.passes,
@@ -99,19 +100,20 @@ def score_perplexity(
     from halfstep.metrics.elbo import SEED, window_nll
 
     group, device = join_group(machine), str(find_device(machine))
-    model = load_checkpoint(checkpoint, weights, device)
+    model = load_checkpoint(checkpoint, weights, device, evaluation.precision)
     diffusion, draws = model.kind == "diffusion", evaluation.perplexity_draws
     rows = []
     for name in evaluation.perplexity:
         label = Path(name).name if _is_file(name) else name
         windows = _windows(name, model, evaluation.task_items)
         batch = machine.micro_batch
-        values = window_nll(model, windows, draws, batch, device, group, label)
+        with computing(model.device, model.precision):
+            values = window_nll(model, windows, draws, batch, device, group, label)
         if values is None:
             continue
         digest = hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
         about = f"{label}[{len(windows)}]@{digest[:12]}"
-        columns = _columns(checkpoint, model, weights, about) | {
+        columns = _columns(checkpoint, model, about) | {
             "task": label,
             "network_evaluations": float(draws if diffusion else 1),
             "num_samples": len(windows),
@@ -127,9 +129,16 @@ def score_perplexity(
         write_rows(output, rows, read)
 
 
-def _columns(checkpoint: Path, model: Model, weights: str, data: str) -> dict[str, Any]:
-    name = name_parts(model_name(checkpoint))
-    return name | {"weights": weights, "checkpoint": model.sha256[:16], "data": data}
+def _columns(checkpoint: Path, model: Model, data: str) -> dict[str, Any]:
+    how = {"weights": model.weights, "precision": model.precision}
+    return (
+        name_parts(model_name(checkpoint))
+        | how
+        | {
+            "checkpoint": model.sha256[:16],
+            "data": data,
+        }
+    )
 
 
 def _perplexity(nats: float, tokens: float) -> float:

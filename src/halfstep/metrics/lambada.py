@@ -35,6 +35,7 @@ from lm_eval.api.model import LM
 
 from halfstep.distributed.group import ALONE, Group
 from halfstep.errors import HalfstepError, reason
+from halfstep.kernels.precision import computing
 from halfstep.metrics.likelihood import (
     DRAWS,
     EXACT,
@@ -186,7 +187,10 @@ class HalfstepLM(LM):
 
     def _answer(self, what: str, questions: list[Question]) -> np.ndarray | None:
         def of_rows(rows: slice) -> np.ndarray:
-            with Progress(what, rows.stop - rows.start, "item") as progress:
+            with (
+                Progress(what, rows.stop - rows.start, "item") as progress,
+                computing(self.model.device, self.model.precision),
+            ):
                 return self.answers[what](questions[rows], rows.start, progress.update)
 
         return self.group.map_rows(len(questions), of_rows)

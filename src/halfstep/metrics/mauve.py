@@ -25,6 +25,7 @@ import torch
 
 from halfstep.distributed.group import ALONE, Group
 from halfstep.errors import HalfstepError
+from halfstep.kernels.precision import computing
 from halfstep.metrics.perplexity import Judge, pad_texts
 from halfstep.progress import Progress
 
@@ -76,7 +77,9 @@ def judge_features(  # noqa: PLR0913 - what is read, how, and who shares the wor
                 batch = texts[first : first + micro_batch]
                 x, attend = pad_texts(batch, judge.device)
                 network = judge.network.base_model
-                h = network(input_ids=x, attention_mask=attend, use_cache=False).last_hidden_state
+                with computing(judge.device, judge.precision):
+                    read = network(input_ids=x, attention_mask=attend, use_cache=False)
+                h = read.last_hidden_state
                 if mean:
                     found = (h.float() * attend[..., None]).sum(1) / attend.sum(1, keepdim=True)
                 else:

@@ -14,10 +14,12 @@ no weight. The first token of a text is never predicted, so a BOS (which is EOS)
 that would count. Unlike in MDLM's code, the last partial batch counts.
 
 The SDTT paper has two judges, named as on the hub: gpt2-large and meta-llama/Meta-Llama-3-8B.
-Llama's ids are other tokens than GPT-2's, so it scores `retokenized` only. A judge computes in the
-precision in which its weights are stored (gpt2-large: float32; Llama-3-8B: bfloat16, 16 GB), except
-that float16 becomes float32. Log-probabilities are float32, from its logits. (The released code's
+Llama's ids are other tokens than GPT-2's, so it scores `retokenized` only. (The released code's
 Llama number is neither protocol: it drops every EOS, strips the text, and takes the mean of means.)
+
+A judge computes in the precision in which its weights are stored (gpt2-large: float32; Llama-3-8B:
+bfloat16, 16 GB), except that float16 becomes float32. With precision bfloat16 it computes under
+autocast. Log-probabilities are float32, from its logits; the readout of float32 weights is float32.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from torch import Tensor
 from halfstep.distributed.group import ALONE, Group
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import sha256_once
+from halfstep.kernels.precision import computing
 from halfstep.metrics.rows import model_name
 from halfstep.progress import Progress
 
@@ -56,6 +59,7 @@ class Judge:
     network: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
+    precision: str = "float32"
 
     @property
     def vocab_size(self) -> int:
@@ -63,6 +67,8 @@ class Judge:
 
     @property
     def dtype(self) -> str:
+        if self.precision == "bfloat16":
+            return "bfloat16 autocast"
         return str(self.network.dtype).removeprefix("torch.")
 
     @property
@@ -110,8 +116,11 @@ class Judge:
         return [start + ids for ids in encoded]
 
 
-def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
-    """Load a judge by its name: a folder, or a hub name (`gpt2-large`, `gpt2-large@revision`)."""
+def load_judge(name: str, device: str | torch.device = "cpu", precision: str = "float32") -> Judge:
+    """Load a judge by its name: a folder, or a hub name (`gpt2-large`, `gpt2-large@revision`).
+
+    precision: float32, which is that of its weights, or bfloat16, which is autocast.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     folder = Path(name)
@@ -147,7 +156,22 @@ def load_judge(name: str, device: str | torch.device = "cpu") -> Judge:
         name = f"{where}@{commit[:12]}"
     _stop_dropout(tokenizer)
     network = network.to(device).eval().requires_grad_(False)
-    return Judge(name, network, tokenizer, torch.device(device))
+    _keep_float32_logits(network)
+    return Judge(name, network, tokenizer, torch.device(device), precision)
+
+
+def _keep_float32_logits(network: PreTrainedModel) -> None:
+    """Let a float32 readout compute in float32 inside autocast too."""
+    readout = network.get_output_embeddings()
+    if readout is None or readout.weight.dtype != torch.float32:
+        return
+    forward = readout.forward
+
+    def outside_autocast(h: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            return forward(h.float())
+
+    readout.forward = outside_autocast
 
 
 def _stop_dropout(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -217,7 +241,8 @@ def token_nll(
 def _batch_nll(judge: Judge, texts: list[list[int]]) -> list[np.ndarray]:
     """`token_nll` of texts that are read in one pass."""
     x, attend = pad_texts(texts, judge.device)
-    logits = judge.network(input_ids=x, attention_mask=attend, use_cache=False).logits
+    with computing(judge.device, judge.precision):
+        logits = judge.network(input_ids=x, attention_mask=attend, use_cache=False).logits
     nll = []
     for i, text in enumerate(texts):
         n = len(text)

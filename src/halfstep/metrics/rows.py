@@ -19,8 +19,8 @@ from halfstep.seeds import first_training, repeat_seed
 
 COLUMNS = (
     "model", "teacher", "run", "round", "steps", "tokens_per_step", "sampler",
-    "network_evaluations", "num_samples", "seed", "weights", "draw_dtype", "temperature", "top_p",
-    "judge", "judge_dtype", "data", "checkpoint",
+    "network_evaluations", "num_samples", "seed", "weights", "draw_dtype", "precision",
+    "temperature", "top_p", "judge", "judge_dtype", "data", "checkpoint",
 )  # fmt: skip
 # Only some rows have these: timings, continuations, perplexities, repeats, frontier, tasks.
 MORE_COLUMNS = (
@@ -41,7 +41,8 @@ def row(
     Its keys are metric, protocol, version, value, low, high, model, ..., commit. The protocol must
     be one of the metric's in PROTOCOLS, which gives its version. Column `data` names what was
     measured, with a checksum; `judge` includes its revision; `checkpoint` is the sha256 of the
-    weights. temperature and top_p are null if they are 1, where they change nothing.
+    weights; `precision` is that in which the model's network computed. temperature and top_p are
+    null if they are 1, where they change nothing.
     """
     known = PROTOCOLS.get(metric, {})
     if protocol not in known:

@@ -1,4 +1,4 @@
-"""Cheap passes on a GPU: CUDA graphs for small batches, matrices cast once."""
+"""Cheap passes on a GPU: CUDA graphs for small batches."""
 
 from collections.abc import Callable
 
@@ -93,15 +93,3 @@ def capture_graph(
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             value = run()
     return graph.replay, value
-
-
-def cast_matrices(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast matrices and biases to `dtype` in place, bit for bit as autocast does in every pass.
-
-    Norms, embedding tables, adaLN and the readout stay float32, as they are inside autocast.
-    """
-    for name, module in network.named_modules():
-        is_float32 = name.endswith(("adaLN_modulation", "output_layer.linear"))
-        if isinstance(module, nn.Linear) and not is_float32:
-            module.to(dtype)
-    return network

@@ -105,8 +105,9 @@ class SubsDenoiser:
         copy._pass = GraphedNetwork(copy.network)
         weight, bias = self.readout
         if weight.device.type == "cpu":
-            for chunk in vocab_chunks(len(bias), weight.device):
-                copy._packed[chunk.start, chunk.stop] = pack_weight(weight[chunk].float())
+            with torch.autocast("cpu", enabled=False):  # the readout is float32 inside it too
+                for chunk in vocab_chunks(len(bias), weight.device):
+                    copy._packed[chunk.start, chunk.stop] = pack_weight(weight[chunk].float())
         return copy
 
     @property

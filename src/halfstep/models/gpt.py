@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -104,7 +105,8 @@ class Decoder:
 
     No step waits for the host or changes its shape. On CUDA a step is one CUDA graph, captured once
     for each window of keys (powers of two). On a CPU a step reads exactly the keys that exist,
-    without a mask. `compute` is the autocast dtype.
+    without a mask. It is made and used inside the same autocast or outside of any; `compute` is
+    the dtype of one of its own.
     """
 
     SMALLEST = 64  # keys that the first graph reads
@@ -138,13 +140,11 @@ class Decoder:
         self.keys = torch.arange(length, device=device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.gpt.vocab_embed.embedding.device.type,
-            self.compute,
-            enabled=self.compute is not None,
-            cache_enabled=False,
-        )
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.compute is None:
+            return nullcontext()
+        device = self.gpt.vocab_embed.embedding.device.type
+        return torch.autocast(device, self.compute, cache_enabled=False)
 
     @torch.inference_mode()
     def write(self, start: Tensor, u: Tensor) -> Tensor:

@@ -132,6 +132,7 @@ class TableRow(MetricRow):
     data: Text = None
     sampler: Text = None
     draw_dtype: Text = None
+    precision: Text = None
     device: Text = None
     dtype: Text = None
     commit: Text = None

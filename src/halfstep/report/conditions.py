@@ -8,7 +8,7 @@ import pandas
 from pandas import DataFrame, Series
 
 from halfstep.errors import HalfstepError
-from halfstep.report.rows import sampled_rows
+from halfstep.report.rows import networks_rows, sampled_rows
 
 MEASURE = (
     "metric", "task", "measure", "protocol", "judge", "steps", "temperature", "length",
@@ -22,6 +22,9 @@ def check_comparable(
 ) -> None:
     """Refuse a table in which numbers of one column were measured under different conditions.
 
+    The precision of all networks is always one of them; rows of older results have none, which
+    counts as float32.
+
     Args:
         table: metric rows
         conditions: columns that must be constant for each teacher and metric
@@ -31,11 +34,15 @@ def check_comparable(
     Raises:
         HalfstepError: two models differ, or one measure of a model is there twice
     """
-    table = table.assign(temperature=table["temperature"].astype(float).fillna(1.0))
+    table = table.assign(
+        temperature=table["temperature"].astype(float).fillna(1.0),
+        precision=table["precision"].astype(object).fillna("float32"),
+    )
     check_unique(table)
     for (teacher, metric), group in table.groupby(["teacher", "metric"], sort=False):
         for condition in conditions:
             _check_constant(_of_choice(group, condition), metric, condition, condition)
+        _check_constant(networks_rows(group), metric, "precision", "precision")
         for protocol, rows in group.groupby("protocol", sort=False):
             _check_constant(rows, metric, "version", f"version of protocol {protocol}")
         if same_protocols:
@@ -126,6 +133,7 @@ def describe_conditions(table: DataFrame) -> str:
         "data": table["data"],
         "sampler": students["sampler"],
         "draws": students["draw_dtype"],
+        "precision": students["precision"],
         "temperature": students["temperature"],
         "top-p of the baseline": table.loc[table["run"] == "baseline", "top_p"],
         "n": _range(table["num_samples"]),

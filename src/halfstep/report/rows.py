@@ -17,9 +17,10 @@ COLUMNS = (
     "teacher", "run", "round", "training_seed", "model", "metric", "task", "measure", "protocol",
     "version", "steps",
     "tokens_per_step", "network_evaluations", "value", "low", "high", "median_text", "judge",
-    "judge_dtype", "data", "sampler", "num_samples", "seed", "weights", "draw_dtype", "temperature",
-    "top_p", "length", "batch_size", "tokens_per_s", "tokens_per_forward", "energy_j", "device",
-    "dtype", "params", "at_entropy", "reached", "checkpoint", "commit", "source",
+    "judge_dtype", "data", "sampler", "num_samples", "seed", "weights", "draw_dtype", "precision",
+    "temperature", "top_p", "length", "batch_size", "tokens_per_s", "tokens_per_forward",
+    "energy_j", "device", "dtype", "params", "at_entropy", "reached", "checkpoint", "commit",
+    "source",
 )  # fmt: skip
 INTEGERS = (
     "round", "training_seed", "version", "steps", "median_text", "num_samples", "seed", "length",
@@ -113,6 +114,11 @@ def _filled_temperature(column: Series) -> Series:
 def sampled_rows(table: DataFrame) -> DataFrame:
     """The rows of models that write in sampling steps: no baselines and no naive samplers."""
     return table[~table["run"].isin(WITHOUT_STEPS)]
+
+
+def networks_rows(table: DataFrame) -> DataFrame:
+    """The rows of texts that a network wrote: no held-out text and no naive samplers."""
+    return table[~table["run"].isin(("data", *NAIVE))]
 
 
 def baseline_name(sampler: object) -> str:

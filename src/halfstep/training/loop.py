@@ -3,8 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from halfstep.config import Training
 from halfstep.distributed.group import Group, StopRequest, exit_stopped
 from halfstep.errors import HalfstepError
+from halfstep.kernels.precision import computing
 from halfstep.progress import Progress
 from halfstep.training.optim import learning_rate
 from halfstep.training.state import Run, Start, TrainingState, begin, save_state
@@ -67,7 +68,6 @@ def fit(
         StopRequest(run.time_limit and 60 * run.time_limit).listening() as stop,
         closing(prefetched(prepare, state.step, training.num_steps)) as local_batches,
         Progress(run.label, training.num_steps, done=state.step) as progress,
-        tf32_matmul(run.device, training.precision),
     ):
         agreement = Agreement(run.group, stop, state.step + 1)
         throughput = Throughput()
@@ -80,7 +80,7 @@ def fit(
                 log_losses(state, throughput, progress, training, start, run)
                 throughput.restart()
             if state.step % training.validate_every == 0 or last:
-                validate_average(state, objective, run)
+                validate_average(state, objective, run, training.precision)
                 if overfitting and run.group.is_main:
                     overfitting.check(state)
                 throughput.restart()
@@ -139,23 +139,6 @@ class Throughput:
         return self.tokens / (time.monotonic() - self.since)
 
 
-@contextmanager
-def tf32_matmul(device: torch.device, precision: str) -> Iterator[None]:
-    """On CUDA, run the float32 products of a bfloat16 training in TF32.
-
-    These are the readout's. TF32 is more exact than the bfloat16 around them.
-    """
-    if device.type != "cuda" or precision != "bfloat16":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def mean_loss(state: TrainingState, group: Group) -> float:
     """Mean loss of the global batches since the last log."""
     return group.all_sum(state.loss_sum) / max(1, state.loss_count)
@@ -209,12 +192,12 @@ def log_losses(
     state.loss_count = 0
 
 
-def validate_average(state: TrainingState, objective: Objective, run: Run) -> None:
+def validate_average(state: TrainingState, objective: Objective, run: Run, precision: str) -> None:
     """Measure and log the held-out figures of the averaged weights, and keep the best weights."""
     network = state.network
     state.ema.swap()
     network.eval()
-    with torch.no_grad():
+    with torch.no_grad(), computing(run.device, precision):
         figures = objective.validate()
     network.train()
     if reshard := getattr(network, "reshard", None):

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from halfstep.config import Training
 from halfstep.distributed.group import Group, full_tensor, is_sharded
 from halfstep.errors import HalfstepError
+from halfstep.kernels.precision import computing
 from halfstep.training.state import Run, TrainingState
 
 Tensors = dict[str, Tensor]
@@ -154,10 +155,9 @@ class GlobalGradient:
 
         DDP reduces over the ranks in the backward pass of the last part only.
         """
-        bfloat16 = self.precision == "bfloat16"
         ddp = self.loss if isinstance(self.loss, DistributedDataParallel) else None
         with ddp.no_sync() if ddp and not last else nullcontext():
-            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            with computing(device, self.precision):
                 value = self.loss(part) / divisor
             (value * self.scale).backward()
         return value.detach()

@@ -15,6 +15,7 @@ BELOW = {
     "distributed",
     "records",
     "files",
+    "gpus",
     "errors",
     "sanitize",
     "config",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,27 +17,11 @@ from halfstep.config import Corpus, DrawOptions, GenerateOptions, Network, Promp
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json
 from halfstep.models.flops import Shape, causal_shape, denoiser_shape
+from halfstep.workflow.networks import GPT2_TOKENS, UnknownWork, known_network
 from halfstep.workflow.rates import Rates, Work
 
-GPT2_TOKENS = 50_257
 HELD_OUT = {"openwebtext": 100_000}  # held-out documents where the corpus names no number, or 1,000
 STORY_TOKENS = 47  # of a story
-
-# Autoregressive networks of the hub by name: blocks, width, tokens, weights of a block, precision.
-KNOWN = {
-    "distilgpt2": (6, 768, GPT2_TOKENS, None, "float32"),
-    "gpt2": (12, 768, GPT2_TOKENS, None, "float32"),
-    "gpt2-medium": (24, 1024, GPT2_TOKENS, None, "float32"),
-    "gpt2-large": (36, 1280, GPT2_TOKENS, None, "float32"),
-    "gpt2-xl": (48, 1600, GPT2_TOKENS, None, "float32"),
-    "Llama-2-7b-hf": (32, 4096, 32_000, 4 * 4096**2 + 3 * 4096 * 11_008, "bfloat16"),
-    "Meta-Llama-3-8B": (32, 4096, 128_256, 2 * 4096 * 5120 + 3 * 4096 * 14_336, "bfloat16"),
-}
-
-
-class UnknownWork(LookupError):
-    """The work of a call cannot be known: its network or its judge is unknown."""
-
 
 def flag_lists(command: Sequence[str]) -> dict[str, list[str]]:
     """The flags of a command with all their values."""
@@ -83,6 +68,8 @@ class Facts:
     """number of tokens, by corpus"""
     held_out: dict[str, int] = field(default_factory=dict)
     """held-out windows, at most, by corpus"""
+    documents: dict[str, int] = field(default_factory=dict)
+    """held-out documents, by corpus"""
     samples: dict[str, int] = field(default_factory=dict)
     """number of texts in a set of samples, by teacher"""
     prompts: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -121,24 +108,31 @@ class Facts:
         self.vocabularies[name] = size if bpe else GPT2_TOKENS
         kind = given.get("kind", "")
         documents = int(given.get("validation_documents", HELD_OUT.get(kind, 1000)))
+        self.documents[name] = documents
         if kind == "stories":
             documents = math.ceil(documents * STORY_TOKENS / length)
         self.held_out[name] = documents
 
-    def note_models(self, results: Path) -> None:
-        """Note what finished models say, where no call does."""
+    def note_results(self, results: Path) -> None:
+        """Note what finished corpora and models say. The command that reads a broken one reports
+        what is wrong with it."""
+        about: Any
+        for manifest in (results / "data").glob("*/manifest.json"):
+            with suppress(HalfstepError, KeyError, TypeError):
+                about, corpus = read_json(manifest), manifest.parts[-2]
+                self.held_out[corpus] = about["splits"]["validation"]["windows"]
+                self.documents[corpus] = about["splits"]["validation"]["documents"]
+                self.lengths[corpus] = about["length"]
+                self.vocabularies[corpus] = about["vocab_size"]
         for meta in (results / "models").glob("*/*/meta.json"):
-            try:
-                about: Any = read_json(meta)
-                teacher, corpus = meta.parts[-3], about["corpus"]
-                self.sizes.setdefault(teacher, about["network"]["size"])
-                self.corpora.setdefault(teacher, corpus)
-                self.lengths.setdefault(corpus, about["length"])
-                self.vocabularies.setdefault(corpus, about["vocab_size"])
+            with suppress(HalfstepError, KeyError, TypeError):
+                about, teacher = read_json(meta), meta.parts[-3]
+                self.sizes[teacher] = about["network"]["size"]
+                self.corpora[teacher] = about["corpus"]
+                self.lengths.setdefault(about["corpus"], about["length"])
+                self.vocabularies.setdefault(about["corpus"], about["vocab_size"])
                 if about["network"].get("architecture") == "gpt2":
                     self.gpt2.add(teacher)
-            except (HalfstepError, KeyError, TypeError):
-                continue  # the command that reads this model reports what is wrong with it
 
     def length(self, corpus: str) -> int:
         """Tokens in a window; where the corpus is unknown, those of the only other one, or 1,024."""
@@ -203,6 +197,10 @@ class Call:
         return self.facts.held_out.get(self.corpus, 1000)
 
     @property
+    def held_out_documents(self) -> int:
+        return self.facts.documents.get(self.corpus, 1000)
+
+    @property
     def size(self) -> str:
         """The network size of the call's teacher; raises UnknownWork."""
         if size := self.facts.sizes.get(self.teacher):
@@ -236,14 +234,17 @@ class Call:
         return causal_shape(blocks, width, self.vocabulary)
 
     def judges(self) -> Iterator[tuple[Shape, str]]:
-        """The judges of the call, each with the precision of its weights; raises UnknownWork."""
+        """The judges of the call, each with the precision of its products; raises UnknownWork."""
         for name in self.values("judge"):
-            if Path(name).name != "hf":
-                yield known_network(name)
-            elif source := self.facts.imported.get(teacher_of([name])):
-                yield known_network(source)
-            else:
-                yield self.causal_of(self.size), "float32"
+            network, stored = self.causal_network(name)
+            yield network, stored if stored == "bfloat16" else self.text("precision", stored)
+
+    def causal_network(self, name: str) -> tuple[Shape, str]:
+        """A judge and the precision of its weights; the folder hf is that of a baseline."""
+        source = self.facts.imported.get(teacher_of([name]), name)
+        if source == name and Path(name).name == "hf":
+            return self.causal_of(self.size), "float32"
+        return known_network(source)
 
     @property
     def inference_precision(self) -> str:
@@ -284,47 +285,3 @@ class Call:
         """Seconds of work on the devices of this call."""
         gpus = self.processes if self.gpus else 0
         return sum(self.rates.seconds(part, gpus, self.number("threads", 1)) for part in work)
-
-
-def known_network(name: str) -> tuple[Shape, str]:
-    """An autoregressive network of the hub or of a folder, and the precision of its weights.
-
-    Raises UnknownWork if neither KNOWN nor a config.json here describes it.
-    """
-    key = name.partition("@")[0].rpartition("/")[2]
-    if key in KNOWN and not Path(name).is_dir():
-        *numbers, precision = KNOWN[key]
-        return causal_shape(*numbers), precision
-    try:
-        about: Any = read_json(_config_file(name))
-        return _described_network(about)
-    except (HalfstepError, KeyError, TypeError, ValueError) as error:
-        raise UnknownWork(f"nothing describes {name}") from error
-
-
-def _config_file(name: str) -> Path:
-    """The config.json of a folder, or that of a hub name in the hub's cache."""
-    if Path(name).is_dir():
-        return Path(name) / "config.json"
-    from huggingface_hub import try_to_load_from_cache
-
-    repository, _, revision = name.partition("@")
-    found = try_to_load_from_cache(repository, "config.json", revision=revision or None)
-    return Path(found if isinstance(found, str) else name)
-
-
-def _described_network(about: dict[str, Any]) -> tuple[Shape, str]:
-    """The network of a config.json of transformers; KeyError if it is of no kind known here."""
-
-    def number(newer: str, older: str) -> int:
-        return int(about[newer] if newer in about else about[older])
-
-    width, blocks = number("hidden_size", "n_embd"), number("num_hidden_layers", "n_layer")
-    heads = number("num_attention_heads", "n_head")
-    read = width * int(about.get("num_key_value_heads") or heads) // heads
-    hidden = int(about.get("intermediate_size") or about.get("n_inner") or 4 * width)
-    matrices = 3 if about.get("hidden_act") == "silu" else 2  # a gated MLP has three
-    weights = 2 * width * (width + read) + matrices * width * hidden
-    stored = str(about.get("dtype") or about.get("torch_dtype"))
-    precision = "bfloat16" if stored == "bfloat16" else "float32"
-    return causal_shape(blocks, width, int(about["vocab_size"]), weights), precision

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json
 from halfstep.records import provenance
-from halfstep.workflow.calls import Call, Facts, UnknownWork, teacher_of
+from halfstep.workflow.calls import Call, Facts, teacher_of
 from halfstep.workflow.graph import PlannedJob
+from halfstep.workflow.networks import UnknownWork
 from halfstep.workflow.rates import Rates
 from halfstep.workflow.work import WORK
 
@@ -60,9 +61,11 @@ class Prices:
         self.finished: dict[tuple, list[tuple[list[str], float]]] = defaultdict(list)  # by kind
         self.ratios: dict[tuple, float | None] = {}  # of times, by kind and number of GPUs
         finished = self._read_records(results)
-        for command in [job.command for job in jobs] + [command for command, _ in finished]:
+        for command, _ in finished:
             self.facts.note(command)
-        self.facts.note_models(results)
+        self.facts.note_results(results)
+        for job in jobs:
+            self.facts.note(job.command)
         for command, seconds in finished:
             self.finished[self.kind(command)].append((command, seconds))
 

@@ -41,7 +41,7 @@ class Items(NamedTuple):
     """of a denoiser: 2^n - 1 masks of n tokens, 32 draws of which some mask nothing, n guesses"""
 
 
-LAST_WORDS = Items(1000, 45, 18)  # of stories
+LAST_WORDS = Items(1000, 45, 18)  # of stories with 640 tokens in the vocabulary
 LAMBADA = Items(5153, 90, 24)  # the test split on the hub, words of 1.5 tokens on average
 
 # Tokens of corpora whose size does not follow from their flags: GPT-2's of OpenWebText
@@ -52,7 +52,6 @@ TOKENIZE_S = 3e-6  # CPU seconds per token of prepare-corpus, measured on 2 core
 DOCSTRINGS_S = 80  # seconds in which docstrings are found, measured on 2 cores
 HOST_S = 1e-3  # seconds per block and token of transformers' generate: its host's time, assumed
 READ_S = 5e-9  # seconds per byte of weights that are read, converted and written
-PATIENCE_S, FEW = 60, 3  # after so many seconds a turn, latency repeats fewer times
 
 
 def training_work(call: Call) -> Iterator[Work]:
@@ -108,9 +107,9 @@ def continuation_work(call: Call) -> Iterator[Work]:
     """Continuations of prompts; a denoiser reads an EOS to the right of each text."""
     number = call.number("num_prompts", Prompts) * call.number("per_prompt", Prompts)
     given, new = call.number("prompt_tokens", Prompts), call.number("continuation_tokens", Prompts)
-    sampler = call.text("sampler", DrawOptions)
+    sampler, length = call.text("sampler", DrawOptions), given + new + (not call.is_baseline)
     for steps in map(int, call.values("steps")):
-        yield from draw_work(call, number, given + new, new, steps, sampler)
+        yield from draw_work(call, number, length, new, steps, sampler)
 
 
 def draw_work(  # noqa: PLR0913 (what is drawn, and how)
@@ -178,19 +177,23 @@ SAMPLER_PASSES: dict[str, Callable[[int, int, int], tuple[float, float]]] = {
 
 
 def score_work(call: Call) -> Iterator[Work]:
-    """Perplexities of sets of texts, and features for MAUVE (not on the frontier)."""
-    number, length = call.number_of_samples, call.length
-    sets = len(call.values("samples"))
-    features = (sets + 1) * number if number >= MAUVE_TEXTS else 0  # once also of the reference
-    if call.name == "score-frontier":
-        features = 0
-    yield from judge_work(call, sets * number, features, length)
+    """Perplexities of sets of texts, and their features and those of held-out text for MAUVE."""
+    number, sets = call.number_of_samples, len(call.values("samples"))
+    features = _compared(sets * number, number, call) if call.name == "score-samples" else 0
+    yield from judge_work(call, sets * number, features, call.length)
 
 
 def corpus_score_work(call: Call) -> Iterator[Work]:
     """Perplexities of held-out windows, and features of two halves."""
     half = min(call.number("num_samples", GenerateOptions), call.held_out // 2)
-    yield from judge_work(call, min(DATA_WINDOWS, call.held_out), 2 * half, call.length)
+    scored = min(DATA_WINDOWS, call.held_out)
+    yield from judge_work(call, scored, _compared(half, half, call), call.length)
+
+
+def _compared(texts: int, number: int, call: Call) -> int:
+    """Texts and held-out windows that have features, in sets of `number`; 0 for small sets."""
+    windows = min(number, -(-call.held_out // 2))
+    return texts + windows if min(number, windows) >= MAUVE_TEXTS else 0
 
 
 def continuation_score_work(call: Call) -> Iterator[Work]:
@@ -216,8 +219,10 @@ def judge_work(
 
 def lambada_work(call: Call) -> Iterator[Work]:
     """Last words: a denoiser reads each item under all its masks, a baseline once."""
-    items = LAST_WORDS if call.text("lambada", "") == "last_words" else LAMBADA
-    number = min(items.number, call.number("lambada_items", items.number))
+    items, number = LAMBADA, LAMBADA.number
+    if call.text("lambada", "") == "last_words":  # one for each held-out story
+        items, number = LAST_WORDS, call.held_out_documents
+    number = min(number, call.number("lambada_items", number))
     texts = number * (1 if call.is_baseline else items.passes)
     tokens = min(items.tokens, call.length)
     work = flops.forward_flops(call.network, texts, tokens, 2 * texts)
@@ -225,35 +230,31 @@ def lambada_work(call: Call) -> Iterator[Work]:
 
 
 def latency_work(call: Call) -> Iterator[Work]:
-    """Timed texts of students and baselines at each size, length and batch size, in turns."""
-    precision = call.text("timed_dtype", Benchmark)
+    """Timed texts of students and baselines at each size, length and batch size."""
+    precision, calls = call.text("timed_dtype", Benchmark), 1 + call.number("repeats", Benchmark)
     sizes = call.values("size") or [call.size, *call.values("sizes")]
+    decoders = call.values("baselines") or Benchmark.model_fields["baselines"].default
+    if not (call.values("baseline") or call.values("size")):
+        decoders = []
     for size, length, batch in product(
-        sizes, _counts(call, "length", "lengths"), _counts(call, "batch_size", "batch_sizes")
+        sizes, _counts(call, "lengths"), _counts(call, "batch_sizes")
     ):
         student, baseline = call.denoiser_of(size), call.causal_of(size)
-        turn = []
         for steps in _counts(call, "benchmark_steps"):
             passes = nonempty_steps(steps, length)
             texts = 1 + batch * (passes - 1)
             work = flops.forward_flops(student, texts, length, batch * length)
             moved = passes * student.weights * BYTES[precision]
-            turn.append(Work(work, student.width, precision, moved))
-        for name in call.values("baselines") or Benchmark.model_fields["baselines"].default:
-            work = decode_work(baseline, batch, 1, length, length, precision)
-            if name == "transformers":
-                work = work._replace(host=HOST_S * baseline.blocks * length)
-            turn.append(work)
-        repeats = call.number("repeats", Benchmark)
-        if call.seconds(*turn) >= PATIENCE_S:
-            repeats = min(FEW, repeats)
-        yield from (work.times(1 + repeats) for work in turn)
+            yield Work(work, student.width, precision, moved).times(calls)
+        for name in decoders:
+            work = decode_work(baseline, batch, 1, length, length, precision).times(calls)
+            if name == "transformers":  # with either of two caches
+                work = work._replace(host=calls * HOST_S * baseline.blocks * length).times(2)
+            yield work
 
 
-def _counts(call: Call, *flags: str) -> list[int]:
-    """The values of the first of these flags that is given, or the default of the last one."""
-    given = next((values for flag in flags if (values := call.values(flag))), None)
-    return list(map(int, given or Benchmark.model_fields[flags[-1]].default))
+def _counts(call: Call, flag: str) -> list[int]:
+    return list(map(int, call.values(flag) or Benchmark.model_fields[flag].default))
 
 
 def corpus_work(call: Call) -> Iterator[Work]:
@@ -281,6 +282,7 @@ WORK: dict[str, Callable[[Call], Iterator[Work]]] = {
     "pretrain": training_work,
     "train-baseline": training_work,
     "import": import_work,
+    "import-baseline": import_work,
     "distill-round": round_work,
     "generate": sampling_work,
     "generate-frontier": sampling_work,

@@ -341,7 +341,9 @@ def cuda_training(size: Size, device: str, repeats: int) -> list[dict]:
 
     pretraining_s = measure(partial(step, trial.pretraining_loss, 1), repeats, 2, device).median_s
     masked = int((xt == student.mask_id).sum())
-    work = flops.training_flops(flops.shape_of(student.network), size.batch, size.length, masked)
+    work = flops.training_flops(
+        flops.network_shape(student.network), size.batch, size.length, masked
+    )
     distillation_s = measure(partial(step, distillation, 128 // 32), repeats, 1, device).median_s
     return [
         target(

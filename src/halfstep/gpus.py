@@ -46,7 +46,6 @@ def sustained(gpu: Gpu, width: int, precision: str) -> float:
 
 
 def find_gpu(name: str) -> str | None:
-    """The key of GPUS for a device's name or a model of Slurm (nvidia_h100_pcie); None if unknown."""
+    """The key of GPUS for the name of a device, or of a model in Slurm (nvidia_h100_pcie)."""
     words = name.lower().replace("_", " ")
     return next((key for key in GPUS if key in words), None)
-

@@ -1,4 +1,4 @@
-"""`halfstep plan`: the printed table, the estimate of this machine, and measured cost after a run."""
+"""`halfstep plan`: its table, the time on this machine, warnings, and measured cost after a run."""
 
 import re
 

@@ -38,7 +38,9 @@ def test_flags_and_their_values():
 
 @pytest.mark.parametrize("folder", ["models", "samples", "continuations", "metrics", "benchmarks"])
 def test_a_teacher_is_found_in_every_folder(folder):
-    assert teacher_of(["halfstep", "x", "--output", f"/a/results/{folder}/t-seed-2/b"]) == "t-seed-2"
+    assert (
+        teacher_of(["halfstep", "x", "--output", f"/a/results/{folder}/t-seed-2/b"]) == "t-seed-2"
+    )
     assert teacher_of(["halfstep", "x", "--output", "results/data/c"]) == ""
 
 
@@ -65,7 +67,9 @@ def test_networks_that_are_no_training_of_ours():
     judges = call(f"score-corpus --judge {BASELINE}/hf gpt2-large --output x", known).judges()
     assert list(judges) == [known_network("gpt2"), known_network("gpt2-large")]
     assert call(f"generate --checkpoint {BASELINE}", known).network == known_network("gpt2")[0]
-    adapted = facts(f"pretrain --corpus results/data/c --output {TEACHER} --size small --adapt gpt2")
+    adapted = facts(
+        f"pretrain --corpus results/data/c --output {TEACHER} --size small --adapt gpt2"
+    )
     assert call(f"generate --checkpoint {TEACHER}", adapted).network.condition == 0
 
 

@@ -1,5 +1,4 @@
-"""Networks of judges: what their names and their config.json say, against the networks themselves.
-"""
+"""Networks of judges: what their names and their config.json say, against the networks."""
 
 import pytest
 import torch

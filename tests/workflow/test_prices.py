@@ -1,4 +1,4 @@
-"""Prices of jobs: assumed, measured by finished jobs of their kind, or a time limit; all presets."""
+"""Prices of jobs: assumed, measured by finished jobs, or a time limit; and those of all presets."""
 
 import pytest
 import yaml

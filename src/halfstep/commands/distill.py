@@ -219,8 +219,8 @@ def flops_per_token(
     """
     masked = masked_share(teacher.schedule)
     update = flops.distillation_flops(
-        flops.shape_of(student.network),
-        flops.shape_of(teacher.network),
+        flops.network_shape(student.network),
+        flops.network_shape(teacher.network),
         texts,
         length,
         masked,

@@ -19,7 +19,7 @@ from halfstep.workflow.prices import SOURCES, Estimate, Prices
 from halfstep.workflow.rates import Rates, choose_rates
 from halfstep.workflow.slurm_plugin import ask
 
-__all__ = ["cheaper_presets", "graph_jobs", "plan", "price_lines", "slow_lines"]
+__all__ = ["cheaper_presets", "graph_jobs", "late_lines", "plan", "price_lines", "slow_lines"]
 
 A_DAY = 86400.0  # seconds
 LOCAL = {"fetch", "tabulate", "plot", "track", "merge_provenance"}
@@ -120,10 +120,11 @@ def price_lines(jobs: list[PlannedJob], results: Path, rates: Rates | None = Non
         lines.append(
             f"{rule:22}{len(mine):5}{gpu:11.1f}{cpu:>11}{disk:6.1f} GB{on_path:>17}  {sources}"
         )
+    speeds = rates.described(any(job.gpu for job in jobs))
     lines += [
         f"{'together':22}{len(jobs):5}{sum(gpu_hours):11.1f}{'':11}{sum(gigabytes):6.1f} GB"
         f"{clock(total):>17}",
-        f"measured: the time of finished jobs of the same kind; assumed: {rates.described(any(job.gpu for job in jobs))}; "
+        f"measured: the time of finished jobs of the same kind; assumed: {speeds}; "
         "limit: the job's time limit, an upper bound",
     ]
     planned = keep_estimates(jobs, estimates, prices, results)

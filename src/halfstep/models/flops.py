@@ -44,7 +44,9 @@ class Shape(NamedTuple):
         return self.weights + self.width * self.vocabulary
 
 
-def causal_shape(blocks: int, width: int, vocabulary: int, block_weights: int | None = None) -> Shape:
+def causal_shape(
+    blocks: int, width: int, vocabulary: int, block_weights: int | None = None
+) -> Shape:
     """The shape of an autoregressive network: our baseline, or one of transformers."""
     return Shape(blocks, width, vocabulary, block_weights or 12 * width**2)
 
@@ -56,10 +58,12 @@ def denoiser_shape(blocks: int, width: int, vocabulary: int, cond_width: int) ->
     return Shape(blocks, width, vocabulary, 12 * width**2, condition, 9 * width**2)
 
 
-def shape_of(network: DiT | GPT | GPT2) -> Shape:
+def network_shape(network: DiT | GPT | GPT2) -> Shape:
     """The shape of a network that exists."""
+    from halfstep.models.gpt import GPT  # here, because prices are computed without torch
+
     blocks = len(network.blocks)
-    if not hasattr(network, "readout"):
+    if isinstance(network, GPT):
         vocabulary, width = network.output_layer.linear.weight.shape
         return causal_shape(blocks, width, vocabulary)
     matrix, _ = network.readout

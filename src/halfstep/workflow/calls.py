@@ -23,6 +23,7 @@ from halfstep.workflow.rates import Rates, Work
 HELD_OUT = {"openwebtext": 100_000}  # held-out documents where the corpus names no number, or 1,000
 STORY_TOKENS = 47  # of a story
 
+
 def flag_lists(command: Sequence[str]) -> dict[str, list[str]]:
     """The flags of a command with all their values."""
     found: dict[str, list[str]] = {}
@@ -135,7 +136,7 @@ class Facts:
                     self.gpt2.add(teacher)
 
     def length(self, corpus: str) -> int:
-        """Tokens in a window; where the corpus is unknown, those of the only other one, or 1,024."""
+        """Tokens in a window; of an unknown corpus those of the only known one, or 1,024."""
         lengths = set(self.lengths.values())
         return self.lengths.get(corpus, lengths.pop() if len(lengths) == 1 else 1024)
 

@@ -132,9 +132,7 @@ def jobs_before(jobs: list[PlannedJob]) -> list[list[int]]:
     ]
 
 
-def longest_paths(
-    jobs: list[PlannedJob], seconds: list[float]
-) -> list[tuple[float, list[int]]]:
+def longest_paths(jobs: list[PlannedJob], seconds: list[float]) -> list[tuple[float, list[int]]]:
     """The path that takes longest to the end of each job: its seconds, the indices of its jobs."""
     before = jobs_before(jobs)
     best: dict[int, tuple[float, list[int]]] = {}

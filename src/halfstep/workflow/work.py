@@ -112,7 +112,7 @@ def continuation_work(call: Call) -> Iterator[Work]:
         yield from draw_work(call, number, length, new, steps, sampler)
 
 
-def draw_work(  # noqa: PLR0913 (what is drawn, and how)
+def draw_work(
     call: Call,
     number: int,
     length: int,
@@ -144,7 +144,7 @@ def draw_work(  # noqa: PLR0913 (what is drawn, and how)
 BYTES = {"float32": 4, "bfloat16": 2}  # of a number
 
 
-def decode_work(  # noqa: PLR0913 (a network and what it writes)
+def decode_work(
     network: Shape, number: int, batches: int, length: int, free: int, precision: str
 ) -> Work:
     """An autoregressive network writes the last `free` of `length` tokens of each text."""
@@ -173,7 +173,7 @@ SAMPLER_PASSES: dict[str, Callable[[int, int, int], tuple[float, float]]] = {
     "block": _block_passes,
     "ancestral_float32": lambda steps, length, free: (steps, free * (steps + 1) / 2),
 }
-"""(steps, length, free positions) -> passes of a text and positions that it reads out, by sampler"""
+"""(steps, length, free positions) -> passes of a text, and positions that it reads out"""
 
 
 def score_work(call: Call) -> Iterator[Work]:

@@ -58,7 +58,11 @@ onstart:
         "results in results/, logs in results/logs/",
     )
     if ON_CLUSTER:
-        banner(*plan.price_lines(plan.graph_jobs(jobs), Path("results")))
+        banner(
+            *plan.price_lines(plan.graph_jobs(jobs), Path("results")),
+            *plan.late_lines(plan.graph_jobs(jobs), Path("results")),
+            *plan.cheaper_presets(CONFIG.preset, presets),
+        )
     elif slow := plan.slow_lines(plan.graph_jobs(jobs), Path("results")):
         banner(*slow)
 

@@ -36,6 +36,7 @@ from halfstep.distill.divergences import kl_backward
 from halfstep.distill.targets import divergence_loss, teacher_targets
 from halfstep.distributed.device import prepare_process
 from halfstep.files import write_atomic, write_json
+from halfstep.gpus import GPUS
 from halfstep.kernels.precision import cast_matrices
 from halfstep.models import flops
 from halfstep.models.denoiser import SubsDenoiser
@@ -62,7 +63,7 @@ SCHEDULE, TEACHER_STEPS, SUBSTEPS = LogLinear(), 1024, 2
 CPU = Size(50_257, 256, 4, 4, 128, 8)
 TINY = Size(301, 32, 2, 2, 16, 4)
 WARM_UP = Size(301, 512, 1, 4, 16, 4)
-PEAK_FLOPS = 989e12  # H100 SXM, dense bfloat16 (NVIDIA's data sheet)
+PEAK_FLOPS = GPUS["h100"].bfloat16
 
 SAMPLING_GOALS = {8: 20, 32: 22, 128: 36, 1024: 170}  # sampling steps -> times faster
 TRAINING_GOALS = {  # path -> times faster, times less memory
@@ -340,7 +341,9 @@ def cuda_training(size: Size, device: str, repeats: int) -> list[dict]:
 
     pretraining_s = measure(partial(step, trial.pretraining_loss, 1), repeats, 2, device).median_s
     masked = int((xt == student.mask_id).sum())
-    work = flops.training_flops(student.network, size.batch, size.length, masked)
+    work = flops.training_flops(
+        flops.network_shape(student.network), size.batch, size.length, masked
+    )
     distillation_s = measure(partial(step, distillation, 128 // 32), repeats, 1, device).median_s
     return [
         target(

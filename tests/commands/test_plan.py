@@ -1,63 +1,46 @@
-"""`halfstep plan`: prices computed by hand, the longest path, and measured cost after the run."""
+"""`halfstep plan`: its table, the time on this machine, warnings, and measured cost after a run."""
 
-import itertools
-import random
-from types import SimpleNamespace
+import re
 
 import pytest
 
 from halfstep.commands import plan as module
 from halfstep.commands.plan import (
-    CPU_SPEED,
-    GPU_SPEED,
-    PlannedJob,
-    Prices,
+    cheaper_presets,
     clock,
-    graph_jobs,
-    longest_path,
-    num_weights,
+    late_lines,
+    machine_line,
     price_lines,
-    printed_jobs,
     slow_lines,
 )
+from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_json
+from halfstep.workflow.graph import Graph, PlannedJob
+from halfstep.workflow.prices import Prices
+from halfstep.workflow.rates import Rates
 
 TEACHER = "results/models/t/teacher"
-WEIGHTS = [f"{TEACHER}/{name}.safetensors" for name in ("model", "optimizer")]
-SCORES = "results/metrics/t/teacher/lambada"
-SPREAD = "nodes=2, srun=srun --nodes=2 --gpus-per-node=1 , processes=--processes 2"
-PRINTED = rf"""
-[Sat Nov 21 07:22:56 2026]
-rule pretrain:
-    input: results/data/c/manifest.json
-    output: {", ".join(WEIGHTS)}, {TEACHER}/provenance.json
-    wildcards: teacher=t
-    resources: tmpdir=/tmp, mem_mb=3000, runtime=60, gpu=2, gpu_model=, {SPREAD}
-Shell command:{" "}
-        srun --nodes=2 --gpus-per-node=1 halfstep pretrain \
-            --corpus results/data/c \
-            --output {TEACHER} \
-            --size small \
-            --num-steps 1000 --batch-size 512 --lr 0.002 \
-            --threads 8 --micro-batch 32 --processes 2  \
-            2>&1 | tee results/logs/pretrain/t.log
-        {""}
+CORPUS = PlannedJob(
+    "prepare_corpus",
+    [],
+    ["results/data/c/manifest.json", "results/data/c/provenance.json"],
+    runtime=360,
+    command="halfstep prepare-corpus --output results/data/c --kind docs --length 128".split(),
+)
 
-[Sat Nov 21 07:22:56 2026]
-rule score_lambada:
-    input: {TEACHER}/provenance.json
-    output: {SCORES}.json, {SCORES}.provenance.json
-    resources: tmpdir=/tmp, mem_mb=3000, runtime=120, gpu=1, gpu_model=
-Shell command:{" "}
-        halfstep score-lambada \
-            --checkpoint {TEACHER} \
-            2>&1 | tee results/logs/score_lambada/t.log
 
-[Sat Nov 21 07:22:56 2026]
-rule all:
-    input: {SCORES}.json
-Shell command: None
-"""
+def training(steps: int, gpu: int = 0, runtime: float = 60, threads: int = 1) -> PlannedJob:
+    line = f"halfstep pretrain --corpus results/data/c --output {TEACHER} --size small "
+    line += f"--num-steps {steps} --batch-size 512 --threads {threads} --processes {max(1, gpu)}"
+    return PlannedJob(
+        "pretrain",
+        ["results/data/c/manifest.json"],
+        [f"{TEACHER}/model.safetensors", f"{TEACHER}/provenance.json"],
+        gpu,
+        runtime,
+        threads,
+        [*line.split(), "${SLURM_JOB_ID:+--time-limit", "60}"],
+    )
 
 
 def record(results, output, seconds, command):
@@ -74,146 +57,63 @@ def record(results, output, seconds, command):
     write_json(results / output, content)
 
 
-def test_jobs_are_read_from_print_as_from_the_graph():
-    train, score = printed_jobs(PRINTED)
-    assert (train.rule, train.gpu, train.runtime) == ("pretrain", 2, 60)
-    assert (score.rule, score.gpu, score.runtime) == ("score_lambada", 1, 120)
-    assert train.output == [*WEIGHTS, f"{TEACHER}/provenance.json"]
-    assert train.command[:4] == ["halfstep", "pretrain", "--corpus", "results/data/c"]
-    assert train.command[-2:] == ["--processes", "2"]
-    shells = [block.split("Shell command:")[1] for block in PRINTED.split("\nrule ")[1:]]
-    graph = [
-        SimpleNamespace(
-            rule=SimpleNamespace(name=job.rule),
-            input=job.input,
-            output=job.output,
-            resources={"gpu": job.gpu, "runtime": job.runtime},
-            shellcmd=shell,
-        )
-        for job, shell in zip([train, score], shells, strict=False)
-    ]
-    graph.append(SimpleNamespace(shellcmd=None))  # rule all
-    assert graph_jobs(graph) == [train, score]
-
-
-def test_jobs_are_priced_as_by_hand(tmp_path):
-    train, score = jobs = printed_jobs(PRINTED)
-    prices = Prices(jobs, tmp_path)
-    weights = 12 * 12 * 768**2 + 768 * 50258
-    assert num_weights("small") == weights
-    # Windows of 1,024 tokens; 6 operations per weight and token.
-    by_hand = 6 * weights * 1000 * 512 * 1024 / GPU_SPEED / 2
-    seconds, source = prices.price(train)
-    assert source == "assumed" and seconds == pytest.approx(by_hand)
-    assert prices.price(score) == (7200, "limit")
-    without_size = printed_jobs(PRINTED.replace("            --size small \\\n", ""))
-    assert Prices(without_size, tmp_path).price(without_size[0]) == (seconds, source)
-
-
-def test_a_checkpoint_is_its_weights_and_two_moments(tmp_path):
-    train, score = jobs = printed_jobs(PRINTED)
-    prices = Prices(jobs, tmp_path)
-    assert prices.disk(train) == 4 * 3 * num_weights("small") and prices.disk(score) == 0
-    rows = "results/metrics/t/reset_optimizer/round-1/lambada.json"
-    assert prices.disk(PlannedJob("score_lambada", [], [rows], command=train.command)) == 0
-
-
-def test_a_finished_job_is_the_measure_of_its_kind(tmp_path):
-    """Training for a tenth of the steps took 1,000 s on four GPUs, so this one takes 20,000 s on
-    two. A scoring job takes as long as another one took."""
-    jobs = printed_jobs(PRINTED)
-    models = tmp_path / "models"
-    for broken in ("u/teacher/meta.json", "v/teacher/meta.json", "v/provenance.json"):
-        write_json(models / broken, {})  # a price never stops a run
-    shorter = "halfstep pretrain --corpus results/data/c --output results/models/u/teacher "
-    shorter += "--size small --num-steps 100 --processes 4"
-    scored = "halfstep score-lambada --checkpoint results/models/u/teacher"
-    record(tmp_path, "models/u/teacher/provenance.json", 1000, shorter.split())
-    record(tmp_path, "metrics/u/teacher/lambada.provenance.json", 77, scored.split())
-    prices = Prices(jobs, tmp_path)
-    assert [prices.price(job) for job in jobs] == [
-        (pytest.approx(20_000), "measured"),
-        (77, "measured"),
-    ]
-
-
-def test_the_longest_path_is_that_of_all_paths():
-    rng = random.Random(1)
-    for _ in range(20):
-        n = 7
-        edges = {(i, j) for i, j in itertools.combinations(range(n), 2) if rng.random() < 0.4}
-        jobs = [
-            PlannedJob("rule", [f"o{j}" for j in range(n) if (j, i) in edges], [f"o{i}"])
-            for i in range(n)
-        ]
-        seconds = [rng.random() for _ in range(n)]
-        paths = (
-            path
-            for length in range(1, n + 1)
-            for path in itertools.combinations(range(n), length)
-            if all(edge in edges for edge in itertools.pairwise(path))
-        )
-        best = max(paths, key=lambda path: sum(seconds[i] for i in path))
-        total, path = longest_path(jobs, seconds)
-        assert total == pytest.approx(sum(seconds[i] for i in best)) and path == list(best)
-
-
 def test_measured_cost_is_printed_next_to_the_estimate(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
-    jobs = printed_jobs(PRINTED)
+    jobs = [CORPUS, training(1000, gpu=2)]
     first = price_lines(jobs, results)
     assert "finished:" not in "".join(first) and len(read_json(results / "plan.json")) == 2
-    gpu_hours = Prices(jobs, results).price(jobs[0]).seconds * 2 / 3600
-    assert first[1].split()[:3] == ["pretrain", "1", f"{gpu_hours:.1f}"]
-    record(results, "models/t/teacher/provenance.json", 7200, list(jobs[0].command))
-    last = price_lines(jobs[1:], results)[-1].split()
-    assert last[0] == "pretrain" and last[-2:] == ["2.0", "h"]
+    seconds = Prices(jobs, results).price(jobs[1]).seconds
+    assert [line.split()[0] for line in first[1:4]] == ["prepare_corpus", "pretrain", "together"]
+    assert first[2].split()[:3] == ["pretrain", "1", f"{seconds * 2 / 3600:.1f}"]
+    record(results, "models/t/teacher/provenance.json", 7200, list(jobs[1].command))
+    last = price_lines(jobs[:1], results)[-1].split()
+    assert last[0] == "pretrain" and last[-3:-1] == ["2.0", "h"]
+    assert float(last[-1]) == pytest.approx(7200 / seconds, abs=0.005)
     # The estimate of before is kept, not one that knows the end.
     assert price_lines([], results)[-1].split() == last
 
 
-PREPARED = """
-rule prepare_corpus:
-    output: results/data/c/manifest.json
-    resources: gpu=0, runtime=360
-Shell command:
-        halfstep prepare-corpus --output results/data/c --kind files --length 128 \\
-            --vocab-size 1000 2>&1 | tee log
-"""
-TRAINED = """
-rule distill_round:
-    input: results/data/c/manifest.json
-    output: results/models/t/kl_backward/round-1/provenance.json
-    resources: gpu=0, runtime=60
-Shell command:
-        halfstep distill-round --teacher results/models/t/teacher --corpus results/data/c \\
-            --output results/models/t/kl_backward/round-1 --num-steps {steps} --batch-size 64 \\
-            2>&1 | tee log
-
-rule pretrain:
-    output: results/models/t/teacher/provenance.json
-    resources: gpu=0, runtime=60
-Shell command:
-        halfstep pretrain --corpus results/data/c --output results/models/t/teacher \\
-            --size mini --num-steps 1 --batch-size 1 2>&1 | tee log
-"""
+def test_the_table_says_which_gpu_is_assumed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HALFSTEP_SLURM_GPU_MODEL", "a100")
+    table = price_lines([CORPUS, training(1000, gpu=2)], tmp_path)
+    assert any("assumed: a100 with 125 TFLOP/s in bfloat16" in line for line in table)
+    table = price_lines([CORPUS, training(1000, gpu=2)], tmp_path, Rates("h200"))
+    assert any("assumed: h200 with 396 TFLOP/s" in line for line in table)
+    table = price_lines([CORPUS, training(1000)], tmp_path)
+    assert any("GFLOP/s on a CPU thread" in line for line in table)
 
 
-def test_a_job_without_a_gpu_is_priced_as_by_hand(tmp_path):
-    """The corpus names the vocabulary and the window; a round has two passes of the teacher."""
-    jobs = printed_jobs(PREPARED + TRAINED.format(steps=1000))
-    prices = Prices(jobs, tmp_path)
-    weights = 6 * 12 * 384**2 + 384 * 1000
-    by_hand = 2 * weights * (3 + 2) * 1000 * 64 * 128 / CPU_SPEED
-    assert prices.price(jobs[1]) == (pytest.approx(by_hand), "assumed")
+def test_this_machine_takes_its_longest_path_or_the_load_of_its_cores(tmp_path):
+    """Three trainings one beside the other, on one thread each: the load of four or two cores."""
+    jobs = [training(10) for _ in range(3)]
+    seconds = Prices(jobs, tmp_path).price(jobs[0]).seconds
+    lines = [machine_line(Graph(jobs, cores, 0), tmp_path, Rates()) for cores in (4, 2)]
+    assert lines[0] == f"on 4 cores of this machine: {clock(seconds)}"
+    assert lines[1] == f"on 2 cores of this machine: {clock(1.5 * seconds)}"
+    on_gpu = [training(1000, gpu=1) for _ in range(3)]
+    each = Prices(on_gpu, tmp_path).price(on_gpu[0]).seconds
+    line = machine_line(Graph(on_gpu, 8, 1), tmp_path, Rates())
+    assert line == f"on 8 cores and 1 GPU of this machine: {clock(3 * each)}"
 
 
 def test_days_on_this_machine_are_said_before_they_begin(tmp_path):
-    short = printed_jobs(PREPARED + TRAINED.format(steps=100))
-    assert slow_lines(short, tmp_path) == []
-    (line,) = slow_lines(printed_jobs(PREPARED + TRAINED.format(steps=100_000)), tmp_path)
-    assert "on the CPU of this machine a job of distill_round takes about 52 days" in line
+    assert slow_lines([CORPUS, training(1)], tmp_path) == []
+    (line,) = slow_lines([CORPUS, training(10_000)], tmp_path)
+    assert re.search("on the CPU of this machine a job of pretrain takes about .* days", line)
+
+
+def test_a_job_that_cannot_end_within_its_limit_is_named(tmp_path):
+    """A training resumes, so it may take the time of four submissions."""
+    train = training(100_000, gpu=8)
+    hours = Prices([CORPUS, train], tmp_path).price(train).seconds / 3600
+    for limit, late in (2 * hours, False), (hours / 3.9, False), (hours / 4.1, True):
+        found = late_lines([CORPUS, training(100_000, 8, 60 * limit)], tmp_path)
+        assert bool(found) == late
+    assert "--set-resources pretrain:runtime=<minutes>" in found[0]
+    scored = ["halfstep", "score-lambada", "--checkpoint", TEACHER, "--threads", "1"]
+    slow = PlannedJob("score_lambada", [], [], 0, 1, command=scored)
+    assert "a job of score_lambada takes" in late_lines([training(1), slow], tmp_path)[0]
 
 
 def test_the_clock_takes_the_largest_unit():
@@ -228,37 +128,38 @@ def test_the_clock_takes_the_largest_unit():
     ]
 
 
+def test_cheaper_presets_are_those_that_exist(tmp_path):
+    assert cheaper_presets("owt-small", tmp_path) == []
+    for name in ("sdtt-small", "owt-adapted", "owt-small"):
+        (tmp_path / f"{name}.yaml").touch()
+    (line,) = cheaper_presets("owt-small", tmp_path)
+    assert line.startswith("cheaper presets: sdtt-small, owt-adapted; ")
+    assert cheaper_presets("sdtt-small", tmp_path) == []
+
+
 @pytest.mark.parametrize("arguments", [[], ["--config", "preset=ci"]])
 def test_a_plan_is_for_this_machine_unless_slurm_answers(monkeypatch, capsys, tmp_path, arguments):
     monkeypatch.chdir(tmp_path)
     calls = []
 
-    def snakemake(call, **_):
+    def plan_graph(call):
         calls.append(call)
-        return SimpleNamespace(returncode=0, stdout=PREPARED, stderr="")
+        return Graph([CORPUS], 2, 0)
 
-    monkeypatch.setattr(module.subprocess, "run", snakemake)
+    monkeypatch.setattr(module, "plan_graph", plan_graph)
     for answer, where in (None, "this machine"), ("gpu up", "the cluster"):
         monkeypatch.setattr(module, "ask", lambda *words, timeout, answer=answer: answer)
         module.plan(arguments)
-        assert capsys.readouterr().out.startswith(f"planned for {where}")
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"planned for {where}")
+        assert ("\non 2 cores of this machine: " in printed) == (answer is None)
         assert ("--profile" in calls[-1]) == (answer is not None)
         assert calls[-1][len(calls[-1]) - len(arguments) :] == arguments
     module.plan(["--profile", "slurm"])
     assert calls[-1].count("--profile") == 1
 
 
-def test_a_frontier_costs_its_sets_at_the_speed_of_generate(tmp_path):
-    """Three step counts and two temperatures; a step that reveals no token takes no pass."""
-    common = ["--checkpoint", TEACHER, "--num-samples", "16"]
-    one = ["halfstep", "generate", *common, "--steps", "8"]
-    size = ["halfstep", "pretrain", "--size", "small", "--output", TEACHER]
-    sweep = ["halfstep", "generate-frontier", *common, "--steps", "8", "16", "4096"]
-    sweep += ["--temperatures", "0.7", "0.8", "--threads", "8"]
-    jobs = [PlannedJob("pretrain", [], [], command=size)]
-    prices = Prices(jobs, tmp_path)
-    assert prices.work(sweep) == prices.work(one) * 2 * (8 + 16 + 1024) / 8
-    assert prices.kind(sweep) == prices.kind(one)
-    baseline = [word.replace("teacher", "baseline") for word in sweep]
-    baseline[baseline.index("8") : baseline.index("4096") + 1] = ["64"]
-    assert prices.work(baseline) == prices.work(one) * 2 / 8
+def test_an_unknown_gpu_is_refused_before_anything_is_planned(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "plan_graph", None)
+    with pytest.raises(HalfstepError, match="--gpu: found 'abacus', expected one of b200"):
+        module.plan(gpu="abacus", results=tmp_path)

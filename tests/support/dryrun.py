@@ -1,13 +1,19 @@
 """Dry runs of a copy of the workflow, so that tests may edit its rules without any harm."""
 
+import contextlib
+import gc
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
+
+from halfstep.workflow.graph import Graph, plan_graph
 
 REPOSITORY = Path(__file__).parents[2]
 PARTS = ["Snakefile", "rules", "workflow", "envs", "config.yaml", "slurm", "profiles"]
@@ -47,6 +53,19 @@ class Workflow:
         done = self.run("-n", *args, **environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def graph(self, *args: str, **environment: str) -> Graph:
+        """The graph of `snakemake ...`, built in this process."""
+        with (
+            contextlib.chdir(self.folder),
+            patch.dict(os.environ, clean_environment() | environment, clear=True),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # Snakemake leaves temporary folders to the collector
+            try:
+                return plan_graph(list(args))
+            finally:
+                gc.collect()
 
     def jobs(self, *args: str) -> set[str]:
         """The jobs in a dry run, as `rule wildcard ...`: `distill_round a b 3`."""

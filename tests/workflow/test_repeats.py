@@ -9,9 +9,11 @@ import pytest
 from safetensors.numpy import load_file
 from small import MACHINE, TRAINING, done
 
-from halfstep.commands.plan import Prices, flag_values, price_lines, printed_jobs
+from halfstep.commands.plan import price_lines
 from halfstep.report.rows import read_table
 from halfstep.report.trainings import pool_trainings
+from halfstep.workflow.calls import flag_values
+from halfstep.workflow.prices import Prices
 
 TEACHERS = {
     "stories-ci": {"seeds": [1, 2], "distillation": {"rounds": 1}},
@@ -38,7 +40,7 @@ def planned(workflow):
     """The jobs of a graph in which one teacher and another one's run are repeated."""
     teachers = f"teachers={json.dumps(TEACHERS)}"
     prompts = 'continuations={"continuation_rounds": [0, 1]}'
-    return printed_jobs(workflow.plan("-p", "--config", "preset=ci", teachers, prompts))
+    return workflow.graph("--config", "preset=ci", teachers, prompts).jobs
 
 
 def by_output(planned, rule: str, folder: str) -> dict[str, dict[str, str]]:

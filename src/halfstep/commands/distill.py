@@ -215,21 +215,20 @@ def flops_per_token(
     """Expected FLOPs of one update per token of its batch.
 
     Over all times the schedule masks `masked_share` of the tokens, and the first substep reveals
-    the share that is no longer masked dt later. A text in which nothing is revealed takes no
-    further pass of a teacher that ignores time.
+    the share that is no longer masked dt later.
     """
     masked = masked_share(teacher.schedule)
-    revealed = masked - masked_share(teacher.schedule, round.dt)
-    again = 1 - (1 - revealed) ** length if teacher.ignores_time else 1.0
-    passes = texts * (1 + (round.substeps - 1) * again)
-    drawn = texts * (round.substeps - 1) * revealed * length
-    rows = texts * length * masked
-    noise_levels = (1, 1) if teacher.ignores_time else (texts, passes)
-    own = flops.training_flops(student.network, texts, length, rows, noise_levels[0])
-    targets = flops.forward_flops(
-        teacher.network, passes, length, rows + drawn, noise_levels[1], rows * passes / texts
+    update = flops.distillation_flops(
+        flops.network_shape(student.network),
+        flops.network_shape(teacher.network),
+        texts,
+        length,
+        masked,
+        masked - masked_share(teacher.schedule, round.dt),
+        round.substeps,
+        teacher.ignores_time,
     )
-    return (own + targets) / (texts * length)
+    return update / (texts * length)
 
 
 def _check_teacher(meta: dict, teacher: Path, windows: Windows, corpus: Path, round: int) -> None:

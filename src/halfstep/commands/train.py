@@ -341,7 +341,8 @@ def _train(
         objective = NextTokenObjective(net, held_out)
         logits_per_text = length - 1
     noise_levels = texts if network.time_conditioning else 1
-    step_flops = flops.training_flops(net, texts, length, texts * logits_per_text, noise_levels)
+    shape = flops.network_shape(net)
+    step_flops = flops.training_flops(shape, texts, length, texts * logits_per_text, noise_levels)
 
     params = {"seed": seed, **network.model_dump(), **training.model_dump()}
     tags = {"teacher": teacher, "round": 0}

@@ -3,15 +3,7 @@
 import psutil
 import torch
 
-# Dense bfloat16 FLOP/s by a part of the device's name; the first match counts. Data sheets give
-# the figure "with sparsity", which is twice this.
-PEAKS = {
-    "H100 PCIe": 756e12,  # NVIDIA H100 data sheet: 1,513 TFLOPS
-    "H100 NVL": 835e12,  # 1,671 TFLOPS
-    "H100": 989.5e12,  # SXM: 1,979 TFLOPS
-    "H200": 989.5e12,  # NVIDIA H200 data sheet, SXM: 1,979 TFLOPS
-    "A100": 312e12,  # NVIDIA A100 data sheet: 312 TFLOPS dense
-}
+from halfstep.gpus import GPUS, find_gpu
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -21,8 +13,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """
     if device.type != "cuda" or precision != "bfloat16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    key = find_gpu(torch.cuda.get_device_name(device))
+    return GPUS[key].bfloat16 if key else None
 
 
 def system_metrics(device: torch.device) -> dict[str, float]:

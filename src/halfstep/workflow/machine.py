@@ -36,12 +36,12 @@ class Demand(NamedTuple):
 MACHINE = {
     "tiny":   Demand(1,   3000, 64, pretrain=(0, 1),   round=(0, 1),   sample=(0, 1)),
     "mini":   Demand(2,   8000, 64, pretrain=(1, 12),  round=(1, 2),   sample=(1, 1)),
-    "small":  Demand(8,  32000, 32, pretrain=(8, 72),  round=(4, 8),   sample=(1, 2)),
-    "medium": Demand(8,  48000, 16, pretrain=(8, 72),  round=(8, 16),  sample=(1, 4)),
-    "large":  Demand(8,  64000,  8, pretrain=(16, 72), round=(8, 24),  sample=(1, 6)),
-    "1.3B":   Demand(8,  96000,  8, pretrain=(16, 72), round=(8, 36),  sample=(1, 8)),
-    "3B":     Demand(8, 192000,  4, pretrain=(16, 72), round=(16, 72), sample=(1, 12)),
-    "8B":     Demand(8, 384000,  1, pretrain=(32, 72), round=(16, 72), sample=(1, 24)),
+    "small":  Demand(8,  32000, 32, pretrain=(8, 72),  round=(4, 8),   sample=(1, 4)),
+    "medium": Demand(8,  48000, 16, pretrain=(8, 72),  round=(8, 16),  sample=(1, 8)),
+    "large":  Demand(8,  64000,  8, pretrain=(16, 72), round=(8, 24),  sample=(1, 12)),
+    "1.3B":   Demand(8,  96000,  8, pretrain=(16, 72), round=(8, 36),  sample=(1, 16)),
+    "3B":     Demand(8, 192000,  4, pretrain=(16, 72), round=(16, 72), sample=(1, 24)),
+    "8B":     Demand(8, 384000,  1, pretrain=(32, 72), round=(16, 72), sample=(1, 48)),
 }  # fmt: skip
 
 

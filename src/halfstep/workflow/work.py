@@ -1,0 +1,302 @@
+"""The work of each halfstep command, from its flags: FLOPs, bytes, and seconds of the host.
+
+To price another command, write a function of its call and add a row to WORK.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import NamedTuple
+
+from halfstep.config import (
+    Benchmark,
+    Distillation,
+    DrawOptions,
+    GenerateOptions,
+    Pretraining,
+    Prompts,
+    Training,
+)
+from halfstep.models import flops
+from halfstep.models.flops import Shape
+from halfstep.workflow.calls import STORY_TOKENS, Call
+from halfstep.workflow.rates import Work
+
+MASKED = {"loglinear": 1 / 2, "cosine": 2 / math.pi}
+"""Share of tokens that training masks on average, by noise schedule"""
+VALIDATION_WINDOWS = 512  # of each validation of a training
+WATCHED, WATCHED_STEPS = 16, 32  # texts and steps of a round's val/entropy
+DATA_WINDOWS = 500  # held-out windows behind the rows of data
+MAUVE_TEXTS = 50  # fewest texts that have a MAUVE
+
+
+class Items(NamedTuple):
+    """Items of a last-word task: their number, and tokens and passes of each."""
+
+    number: int
+    tokens: int
+    passes: float
+    """of a denoiser: 2^n - 1 masks of n tokens, 32 draws of which some mask nothing, n guesses"""
+
+
+LAST_WORDS = Items(1000, 45, 18)  # of stories with 640 tokens in the vocabulary
+LAMBADA = Items(5153, 90, 24)  # the test split on the hub, words of 1.5 tokens on average
+
+# Tokens of corpora whose size does not follow from their flags: GPT-2's of OpenWebText
+# (nanoGPT counts 9.04e9), and those of 22 MB of docstrings.
+CORPUS_TOKENS = {"openwebtext": 9.0e9, "docs": 6e6}
+BYTES_PER_TOKEN = 4  # of English text in files
+TOKENIZE_S = 3e-6  # CPU seconds per token of prepare-corpus, measured on 2 cores
+DOCSTRINGS_S = 80  # seconds in which docstrings are found, measured on 2 cores
+HOST_S = 1e-3  # seconds per block and token of transformers' generate: its host's time, assumed
+READ_S = 5e-9  # seconds per byte of weights that are read, converted and written
+
+
+def training_work(call: Call) -> Iterator[Work]:
+    """Pretraining of a teacher, or training of a baseline."""
+    section = Pretraining if call.name == "pretrain" else Training
+    network, texts = call.network, call.number("batch_size", section)
+    length, steps = call.length, call.number("num_steps", section)
+    share = MASKED[call.text("schedule", "loglinear")] if call.name == "pretrain" else 1
+    update = flops.training_flops(network, texts, length, texts * length * share)
+    precision = call.text("precision", section)
+    yield Work(steps * update, network.width, precision)
+    yield _validation_work(call, section, share, precision)
+
+
+def round_work(call: Call) -> Iterator[Work]:
+    """A round of distillation: student and teacher, validations, and samples behind val/entropy."""
+    network, length, section = call.network, call.length, Distillation
+    substeps, texts = call.number("substeps", section), call.number("batch_size", section)
+    teacher_steps, number = call.number("teacher_steps", section), call.number("round")
+    dt = substeps ** (number - 1) / teacher_steps
+    revealed = dt - dt**2 / 2  # on average over all times, with the log-linear schedule
+    masked = MASKED["loglinear"]
+    update = flops.distillation_flops(network, network, texts, length, masked, revealed, substeps)
+    precision = call.text("precision", section)
+    yield Work(call.number("num_steps", section) * update, network.width, precision)
+    yield _validation_work(call, section, masked, precision)
+    steps = min(WATCHED_STEPS, teacher_steps // substeps**number)
+    for work in draw_work(call, WATCHED, length, length, steps, "ancestral", alike=True):
+        yield work.times(_validations(call, section))
+
+
+def _validations(call: Call, section: type[Training]) -> int:
+    return math.ceil(call.number("num_steps", section) / call.number("validate_every", section))
+
+
+def _validation_work(call: Call, section: type[Training], share: float, precision: str) -> Work:
+    windows = min(VALIDATION_WINDOWS, call.held_out)
+    rows = windows * call.length * share
+    once = flops.forward_flops(call.network, windows, call.length, rows)
+    return Work(once, call.network.width, precision).times(_validations(call, section))
+
+
+def sampling_work(call: Call) -> Iterator[Work]:
+    """Samples at one or several step counts and temperatures."""
+    number, length = call.number("num_samples", GenerateOptions), call.length
+    sampler = call.text("sampler", DrawOptions)
+    for steps in map(int, call.values("steps")):
+        for work in draw_work(call, number, length, length, steps, sampler, alike=True):
+            yield work.times(max(1, len(call.values("temperatures"))))
+
+
+def continuation_work(call: Call) -> Iterator[Work]:
+    """Continuations of prompts; a denoiser reads an EOS to the right of each text."""
+    number = call.number("num_prompts", Prompts) * call.number("per_prompt", Prompts)
+    given, new = call.number("prompt_tokens", Prompts), call.number("continuation_tokens", Prompts)
+    sampler, length = call.text("sampler", DrawOptions), given + new + (not call.is_baseline)
+    for steps in map(int, call.values("steps")):
+        yield from draw_work(call, number, length, new, steps, sampler)
+
+
+def draw_work(
+    call: Call,
+    number: int,
+    length: int,
+    free: int,
+    steps: int,
+    sampler: str,
+    alike: bool = False,
+) -> Iterator[Work]:
+    """`number` texts of `length` tokens, of which `free` are written in `steps` steps.
+
+    Texts that are `alike` at first, all masked, share the features of their first pass. A baseline
+    reads every token once, and a step of it reads all weights and the keys and values before it.
+    """
+    network, precision = call.network, call.inference_precision
+    batches = math.ceil(number / call.micro_batch)
+    if call.is_baseline:
+        yield decode_work(network, number, batches, length, free, precision)
+        return
+    passes, rows = SAMPLER_PASSES[sampler](steps, length, free)
+    texts = number * passes
+    if alike and sampler in ("ancestral", "analytic", "first_hitting"):
+        texts -= number - batches
+    wanted = texts * length if sampler == "ancestral_float32" else None
+    work = flops.forward_flops(network, texts, length, number * rows, wanted=wanted)
+    moved = batches * passes * network.weights * BYTES[precision]
+    yield Work(work, network.width, precision, moved)
+
+
+BYTES = {"float32": 4, "bfloat16": 2}  # of a number
+
+
+def decode_work(
+    network: Shape, number: int, batches: int, length: int, free: int, precision: str
+) -> Work:
+    """An autoregressive network writes the last `free` of `length` tokens of each text."""
+    work = flops.forward_flops(network, number, length, number * free)
+    cache = number * free * length * network.width * network.blocks  # keys and values, half of each
+    moved = (batches * free * network.weights + cache) * BYTES[precision]
+    return Work(work, network.width, precision, moved)
+
+
+def nonempty_steps(steps: int, free: int) -> float:
+    """Expected steps of `steps` in which one of `free` positions is revealed, each uniformly."""
+    return steps * (1 - (1 - 1 / steps) ** free)
+
+
+def _block_passes(steps: int, length: int, free: int) -> tuple[float, float]:
+    size = min(length, max(16, math.ceil(length / steps)))
+    blocks = math.ceil(length / size)
+    inside = nonempty_steps(max(1, steps // blocks), size)
+    return blocks * (1 + (inside - 1) * size / length), free
+
+
+SAMPLER_PASSES: dict[str, Callable[[int, int, int], tuple[float, float]]] = {
+    "ancestral": lambda steps, length, free: (nonempty_steps(steps, free), free),
+    "analytic": lambda steps, length, free: (nonempty_steps(steps, free), free),
+    "first_hitting": lambda steps, length, free: (min(steps, free), free),
+    "block": _block_passes,
+    "ancestral_float32": lambda steps, length, free: (steps, free * (steps + 1) / 2),
+}
+"""(steps, length, free positions) -> passes of a text, and positions that it reads out"""
+
+
+def score_work(call: Call) -> Iterator[Work]:
+    """Perplexities of sets of texts, and their features and those of held-out text for MAUVE."""
+    number, sets = call.number_of_samples, len(call.values("samples"))
+    features = _compared(sets * number, number, call) if call.name == "score-samples" else 0
+    yield from judge_work(call, sets * number, features, call.length)
+
+
+def corpus_score_work(call: Call) -> Iterator[Work]:
+    """Perplexities of held-out windows, and features of two halves."""
+    half = min(call.number("num_samples", GenerateOptions), call.held_out // 2)
+    scored = min(DATA_WINDOWS, call.held_out)
+    yield from judge_work(call, scored, _compared(half, half, call), call.length)
+
+
+def _compared(texts: int, number: int, call: Call) -> int:
+    """Texts and held-out windows that have features, in sets of `number`; 0 for small sets."""
+    windows = min(number, -(-call.held_out // 2))
+    return texts + windows if min(number, windows) >= MAUVE_TEXTS else 0
+
+
+def continuation_score_work(call: Call) -> Iterator[Work]:
+    """Perplexities and features of continuations, and features of their documents."""
+    prompts, per_prompt, length = call.prompts
+    number = len(call.values("samples")) * prompts * per_prompt
+    yield from judge_work(call, number, number + prompts, length, retokenized=False)
+
+
+def judge_work(
+    call: Call, scored: int, features: int, length: int, retokenized: bool = True
+) -> Iterator[Work]:
+    """What the judges read: texts with all their logits, once by each protocol, and features.
+
+    Protocol `ids` needs the corpus's vocabulary.
+    """
+    for network, precision in call.judges():
+        times = (network.vocabulary == call.vocabulary) + retokenized
+        rows = times * scored * length
+        work = flops.forward_flops(network, times * scored + features, length, rows)
+        yield Work(work, network.width, precision)
+
+
+def lambada_work(call: Call) -> Iterator[Work]:
+    """Last words: a denoiser reads each item under all its masks, a baseline once."""
+    items, number = LAMBADA, LAMBADA.number
+    if call.text("lambada", "") == "last_words":  # one for each held-out story
+        items, number = LAST_WORDS, call.held_out_documents
+    number = min(number, call.number("lambada_items", number))
+    texts = number * (1 if call.is_baseline else items.passes)
+    tokens = min(items.tokens, call.length)
+    work = flops.forward_flops(call.network, texts, tokens, 2 * texts)
+    yield Work(work, call.network.width, call.inference_precision)
+
+
+def latency_work(call: Call) -> Iterator[Work]:
+    """Timed texts of students and baselines at each size, length and batch size."""
+    precision, calls = call.text("timed_dtype", Benchmark), 1 + call.number("repeats", Benchmark)
+    sizes = call.values("size") or [call.size, *call.values("sizes")]
+    decoders = call.values("baselines") or Benchmark.model_fields["baselines"].default
+    if not (call.values("baseline") or call.values("size")):
+        decoders = []
+    for size, length, batch in product(
+        sizes, _counts(call, "lengths"), _counts(call, "batch_sizes")
+    ):
+        student, baseline = call.denoiser_of(size), call.causal_of(size)
+        for steps in _counts(call, "benchmark_steps"):
+            passes = nonempty_steps(steps, length)
+            texts = 1 + batch * (passes - 1)
+            work = flops.forward_flops(student, texts, length, batch * length)
+            moved = passes * student.weights * BYTES[precision]
+            yield Work(work, student.width, precision, moved).times(calls)
+        for name in decoders:
+            work = decode_work(baseline, batch, 1, length, length, precision).times(calls)
+            if name == "transformers":  # with either of two caches
+                work = work._replace(host=calls * HOST_S * baseline.blocks * length).times(2)
+            yield work
+
+
+def _counts(call: Call, flag: str) -> list[int]:
+    return list(map(int, call.values(flag) or Benchmark.model_fields[flag].default))
+
+
+def corpus_work(call: Call) -> Iterator[Work]:
+    """Tokenization on several processes."""
+    kind, workers = call.text("kind", ""), max(1, call.number("workers", 1))
+    tokens = CORPUS_TOKENS.get(kind, call.bytes_read / BYTES_PER_TOKEN)
+    if kind == "stories":
+        tokens = STORY_TOKENS * float(call.number("num_documents", 0))
+    before = DOCSTRINGS_S if kind == "docs" else 0
+    yield Work(0, 1, host=before + tokens * TOKENIZE_S / workers)
+
+
+def import_work(call: Call) -> Iterator[Work]:
+    """Weights that are read, converted and written: raw and averaged ones."""
+    yield Work(0, 1, host=READ_S * 2 * 4 * call.network.parameters)
+
+
+def no_work(call: Call) -> Iterator[Work]:
+    """Nothing that takes longer than the start of the command."""
+    yield from ()
+
+
+WORK: dict[str, Callable[[Call], Iterator[Work]]] = {
+    "prepare-corpus": corpus_work,
+    "pretrain": training_work,
+    "train-baseline": training_work,
+    "import": import_work,
+    "import-baseline": import_work,
+    "distill-round": round_work,
+    "generate": sampling_work,
+    "generate-frontier": sampling_work,
+    "draw-naive": no_work,
+    "continue-prompts": continuation_work,
+    "score-samples": score_work,
+    "score-corpus": corpus_score_work,
+    "score-frontier": score_work,
+    "score-continuations": continuation_score_work,
+    "score-lambada": lambada_work,
+    "latency": latency_work,
+    "tabulate": no_work,
+    "plot": no_work,
+    "track": no_work,
+    "merge-provenance": no_work,
+}
+"""The work of a call, by the name of its command; one that is not here counts as its time limit"""

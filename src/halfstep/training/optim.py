@@ -41,7 +41,7 @@ class FusedAdamW:
     """
 
     def __init__(self, network: nn.Module, training: Training):
-        self._parameters = list(network.parameters())
+        self._parameters: list[Tensor] = list(network.parameters())
         self._training = training
         self.lr = training.lr
         self.state: dict[Tensor, dict[str, Tensor]] = {p: {} for p in self._parameters}

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from halfstep.commands import plan
-from halfstep.config import DrawOptions, GenerateOptions, Prompts
+from halfstep.config import GENERATE_STAGE, DrawOptions, GenerateOptions, Prompts
 from halfstep.errors import ConfigError
 from halfstep.report import catalogue
 from halfstep.resolve import check_size, flags, read_yaml, resolve, subsection
@@ -61,7 +61,7 @@ STAGE = dict(
     baseline=3,
     import_teacher=1,
     distill=3,
-    generate=3,
+    generate=GENERATE_STAGE,
     draw_naive=1,
     continue_prompts=3,
     score_continuations=4,

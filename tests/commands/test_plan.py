@@ -248,17 +248,18 @@ def test_a_plan_is_for_this_machine_unless_slurm_answers(monkeypatch, capsys, tm
     assert calls[-1].count("--profile") == 1
 
 
-def test_a_frontier_costs_its_sets_at_the_speed_of_generate(tmp_path):
+def test_a_frontier_costs_its_sets(tmp_path):
     """Three step counts and two temperatures; a step that reveals no token takes no pass."""
     common = ["--checkpoint", TEACHER, "--num-samples", "16"]
     one = ["halfstep", "generate", *common, "--steps", "8"]
     size = ["halfstep", "pretrain", "--size", "small", "--output", TEACHER]
-    sweep = ["halfstep", "generate-frontier", *common, "--steps", "8", "16", "4096"]
-    sweep += ["--temperatures", "0.7", "0.8", "--threads", "8"]
+    sweep = ["halfstep", "generate", *common, "--steps", "8", "16", "4096"]
+    sweep += ["--temperatures", "0.7", "0.8", "--frontier-steps", "8", "4096", "--threads", "8"]
     jobs = [PlannedJob("pretrain", [], [], command=size)]
     prices = Prices(jobs, tmp_path)
-    assert prices.work(sweep) == prices.work(one) * 2 * (8 + 16 + 1024) / 8
-    assert prices.kind(sweep) == prices.kind(one)
-    baseline = [word.replace("teacher", "baseline") for word in sweep]
-    baseline[baseline.index("8") : baseline.index("4096") + 1] = ["64"]
-    assert prices.work(baseline) == prices.work(one) * 2 / 8
+    assert prices.work(sweep) == prices.work(one) * (8 + 16 + 1024 + 2 * (8 + 1024)) / 8
+    everywhere = [word for word in sweep if word not in ("--frontier-steps", "4096")]
+    assert prices.work([*everywhere[:-4], "--threads", "8"]) == prices.work(one) * 3 * (8 + 16) / 8
+    baseline = [word.replace("teacher", "baseline") for word in one]
+    baseline += ["--temperatures", "0.7", "0.8"]
+    assert prices.work(baseline) == prices.work(one) * 3 / 8

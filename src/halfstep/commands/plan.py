@@ -39,8 +39,6 @@ CPU_SPEED = 20e9  # the same of a job without a GPU
 SOURCES = ("measured", "assumed", "limit")
 """Of an estimate: finished jobs of the same kind, the assumed speed, or the job's time limit."""
 A_DAY = 86400.0  # seconds
-SAME_WORK = {"generate-frontier": "generate"}
-"""Commands whose jobs run at the speed of those of another"""
 LOCAL = {"fetch", "tabulate", "plot", "track", "merge_provenance"}
 """Rules that run where snakemake runs and cost no job."""
 
@@ -296,7 +294,7 @@ class Prices:
 
     def kind(self, command: Sequence[str]) -> tuple[str, str | None]:
         """Work and network size of a command: jobs that agree in both run at the same speed."""
-        return SAME_WORK.get(command[1], command[1]), self.size(command)
+        return command[1], self.size(command)
 
     def work(self, command: Sequence[str]) -> float | None:
         """Floating-point operations of a command; None if its time depends on something else."""
@@ -306,7 +304,7 @@ class Prices:
         forward = 2.0 * weights  # per token
         if command[1] in ("pretrain", "train-baseline", "distill-round"):
             return self._training_work(command, forward)
-        if command[1] in ("generate", "generate-frontier"):
+        if command[1] == "generate":
             return self._sampling_work(command, forward)
         return None
 
@@ -331,11 +329,12 @@ class Prices:
         # With its KV cache the baseline reads every token once. A step of a denoiser that reveals
         # no token takes no pass.
         values = flag_lists(command)
-        steps = [min(int(count), length) for count in values["steps"]]
+        swept = values.get("frontier_steps", values["steps"])
+        counts = values["steps"] + swept * len(values.get("temperatures", []))
+        steps = [min(int(count), length) for count in counts]
         if "/baseline" in given["checkpoint"]:
             steps = [1 for _ in steps]
-        sets = len(values.get("temperatures", [""]))
-        return forward * num_samples * length * sum(steps) * sets
+        return forward * num_samples * length * sum(steps)
 
     def price(self, job: PlannedJob) -> Estimate:
         """Seconds of a job: from measured speed, else assumed speed, else its time limit."""

@@ -258,8 +258,8 @@ def test_a_frontier_costs_its_sets(tmp_path):
     jobs = [PlannedJob("pretrain", [], [], command=size)]
     prices = Prices(jobs, tmp_path)
     assert prices.work(sweep) == prices.work(one) * (8 + 16 + 1024 + 2 * (8 + 1024)) / 8
-    everywhere = [word for word in sweep if word not in ("--frontier-steps", "4096")]
-    assert prices.work([*everywhere[:-4], "--threads", "8"]) == prices.work(one) * 3 * (8 + 16) / 8
+    everywhere = [*one, "16", "--temperatures", "0.7", "0.8"]
+    assert prices.work(everywhere) == prices.work(one) * 3 * (8 + 16) / 8
     baseline = [word.replace("teacher", "baseline") for word in one]
     baseline += ["--temperatures", "0.7", "0.8"]
     assert prices.work(baseline) == prices.work(one) * 3 / 8

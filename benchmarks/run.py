@@ -45,7 +45,7 @@ from halfstep.records.journal import Journal, commit
 from halfstep.timing import device_name, machine, measure, measure_in_turns
 from halfstep.training.ema import EMA
 from halfstep.training.loop import SAVE_EVERY_S
-from halfstep.training.optim import adamw
+from halfstep.training.optim import FusedAdamW
 from halfstep.training.state import Run, TrainingState, save_state
 from halfstep.training.step import step_generator
 
@@ -264,7 +264,7 @@ def overhead(size: Size, repeats: int) -> list[dict]:
     """
     trial, train = Trial(size), Training()
     network = trial.student.network
-    optimizer, ema = adamw(network, train), EMA(network, 0.9999)
+    optimizer, ema = FusedAdamW(network, train), EMA(network, 0.9999)
     shape = (4096, size.length)
     windows = torch.randint(0, size.vocabulary, shape).numpy().astype("uint16")
 
@@ -321,7 +321,7 @@ def on_cuda(device: str, tiny: bool, repeats: int) -> list[dict]:
 def cuda_training(size: Size, device: str, repeats: int) -> list[dict]:
     trial = Trial(size, device)
     student, xt = trial.student, trial.xt
-    optimizer = adamw(student.network, Training())
+    optimizer = FusedAdamW(student.network, Training())
     distillation = partial(trial.distillation_loss, 1 / TEACHER_STEPS)
 
     def step(loss: Callable[[], Tensor], micro_batches: int) -> None:
@@ -330,7 +330,7 @@ def cuda_training(size: Size, device: str, repeats: int) -> list[dict]:
                 value = loss() / xt.numel()
             value.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
     def peak_bytes() -> int:
         if torch.device(device).type != "cuda":

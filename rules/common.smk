@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from halfstep.commands import plan
-from halfstep.config import DrawOptions, GenerateOptions, Prompts
+from halfstep.config import GENERATE_STAGE, DrawOptions, GenerateOptions, Prompts
 from halfstep.errors import ConfigError
 from halfstep.report import catalogue
 from halfstep.resolve import check_size, flags, read_yaml, resolve, subsection
@@ -63,7 +63,7 @@ STAGE = dict(
     import_baseline=1,
     import_round=1,
     distill=4,
-    generate=4,
+    generate=GENERATE_STAGE,
     draw_naive=1,
     continue_prompts=4,
     score_continuations=5,

@@ -1,9 +1,8 @@
 """Scores: generative perplexity and entropy of samples and of held-out text, and LAMBADA.
 
 Inputs:
-    results/samples/{model}/steps-{steps}/samples.json
-    results/samples/{model}/frontier             only where temperatures are set
-    results/samples/{teacher}/naive/{sampler}/samples.json
+    results/samples/{model}/provenance.json      stands for all samples of a model
+    results/samples/{teacher}/naive/provenance.json
     results/models/{model}/meta.json             for LAMBADA
     results/models/{teacher}/baseline/hf/        only where the baseline is a judge
     results/data/{corpus}/manifest.json
@@ -19,7 +18,10 @@ Outputs:
 
 
 rule score_samples:
-    """Score samples of a model or of the naive samplers: perplexity, entropy, MAUVE, variety."""
+    """Score samples of a model or of the naive samplers: perplexity, entropy, MAUVE, variety.
+
+    The models on the frontier are left to score_frontier, which writes the same rows and more.
+    """
     input:
         samples=targets.samples,
         corpus=targets.manifest,
@@ -33,14 +35,14 @@ rule score_samples:
     benchmark:
         "results/logs/score_samples/{model}.tsv"
     wildcard_constraints:
-        model=one_of(targets.scored),
+        model=one_of(name for name in targets.scored if name not in targets.frontier_models()),
     conda:
         "../envs/gpu.yaml"
     threads: threads_by_size
     resources:
         **machine("sample"),
     params:
-        samples=lambda wildcards, input: [str(Path(file).parent) for file in input.samples],
+        samples=targets.sample_folders,
         corpus=subpath(input.corpus, parent=True),
         judge=targets.judges,
         evaluation=flags(CONFIG.evaluation, "bootstrap", "precision"),
@@ -96,23 +98,18 @@ rule score_corpus:
 
 
 rule score_frontier:
-    """Score a model's samples at several temperatures: perplexity against entropy."""
+    """Score all samples of a model that is on the frontier: perplexity against entropy too."""
     input:
-        samples=lambda wildcards: expand(
-            "results/samples/{model}/steps-{steps}/samples.json",
-            model=wildcards.model,
-            steps=targets.frontier_steps(wildcards.model),
-        ),
-        frontier="results/samples/{model}/frontier",
+        samples=targets.samples,
         held_out=targets.held_out_rows,
         teacher=lambda wildcards: targets.frontier_of_teacher(wildcards.model),
         corpus=targets.manifest,
         judge=targets.judge_file,
         hub=fetched(targets.judges_of_hub()),
     output:
-        rows="results/metrics/{model}/frontier.json",
-        values="results/metrics/{model}/frontier.npy",
-        record="results/metrics/{model}/frontier.provenance.json",
+        rows="results/metrics/{model}/samples.json",
+        record="results/metrics/{model}/samples.provenance.json",
+        frontier=multiext("results/metrics/{model}/frontier", ".json", ".npy", ".provenance.json"),
     log:
         "results/logs/score_frontier/{model}.log",
     benchmark:
@@ -125,8 +122,10 @@ rule score_frontier:
     resources:
         **machine("sample"),
     params:
-        samples=lambda wildcards: targets.frontier_samples(wildcards.model),
+        samples=targets.sample_folders,
+        frontier=lambda wildcards: targets.frontier_folders(wildcards.model),
         corpus=subpath(input.corpus, parent=True),
+        output=subpath(output.rows, parent=True),
         teacher=lambda wildcards, input: ["--teacher", *input.teacher] if input.teacher else [],
         judge=targets.judges,
         evaluation=flags(CONFIG.evaluation, "bootstrap", "precision"),
@@ -135,11 +134,12 @@ rule score_frontier:
         r"""
         {resources.srun}halfstep score-frontier \
             --samples {params.samples:q} \
+            --frontier {params.frontier:q} \
             --held-out {input.held_out:q} \
             {params.teacher} \
             --judge {params.judge:q} \
             --corpus {params.corpus:q} \
-            --output {output.rows:q} \
+            --output {params.output:q} \
             {params.evaluation} \
             --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}

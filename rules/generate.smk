@@ -1,31 +1,28 @@
-"""Samples of one model. They are kept, so a new metric needs no new samples.
+"""All samples of one model. They are kept, so a new metric needs no new samples.
 
 Inputs:
     results/models/{model}/meta.json
 Outputs:
     results/samples/{model}/steps-{steps}/       token ids, texts; samples.json
-    results/samples/{model}/frontier             folders steps-{steps}/temperature-{temperature}
-                                                 with the same files; not without temperatures
-    and next to the latter its .provenance.json
+    results/samples/{model}/steps-{steps}/temperature-{temperature}/
+                                                 the same at the temperatures of the frontier
+    results/samples/{model}/provenance.json      written last; it stands for all of them
+
+Only the last is declared, because Snakemake deletes declared outputs before it starts a job again.
+So a set that is finished is kept when the job was interrupted, or when a step count is added.
 """
 
 
 rule generate:
-    """Draw samples of one model at one number of sampling steps."""
+    """Draw samples of one model at all its step counts, and at the frontier's temperatures."""
     input:
         checkpoint="results/models/{model}/meta.json",
     output:
-        multiext(
-            "results/samples/{model}/steps-{steps}/",
-            "samples.npy",
-            "samples.txt",
-            "provenance.json",
-        ),
-        about="results/samples/{model}/steps-{steps}/samples.json",
+        record="results/samples/{model}/provenance.json",
     log:
-        "results/logs/generate/{model}/steps-{steps}.log",
+        "results/logs/generate/{model}.log",
     benchmark:
-        "results/logs/generate/{model}/steps-{steps}.tsv"
+        "results/logs/generate/{model}.tsv"
     conda:
         "../envs/gpu.yaml"
     threads: threads_by_size
@@ -33,57 +30,18 @@ rule generate:
         **machine("sample"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
-        output=subpath(output.about, parent=True),
+        output=lambda wildcards, output: str(Path(output.record).parent / "steps-{steps}"),
+        steps=lambda wildcards: targets.drawn_steps(wildcards.model),
         writing=lambda wildcards: flags(subsection(targets.sampling(wildcards), GenerateOptions)),
+        frontier=lambda wildcards: flags(targets.frontier_options(wildcards.model)),
         code=STAGE["generate"],
     shell:
         r"""
         {resources.srun}halfstep generate \
             --checkpoint {params.checkpoint:q} \
             --output {params.output:q} \
-            --steps {wildcards.steps} \
-            {params.writing} \
-            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
-            2>&1 | tee {log:q}
-        """
-
-
-rule generate_frontier:
-    """Draw samples of one model at the other temperatures of the frontier."""
-    input:
-        checkpoint="results/models/{model}/meta.json",
-    output:
-        folder=directory("results/samples/{model}/frontier"),
-        record="results/samples/{model}/frontier.provenance.json",
-    log:
-        "results/logs/generate_frontier/{model}.log",
-    benchmark:
-        "results/logs/generate_frontier/{model}.tsv"
-    wildcard_constraints:
-        model=one_of(targets.frontier_models()),
-    conda:
-        "../envs/gpu.yaml"
-    threads: threads_by_size
-    resources:
-        **machine("sample"),
-    params:
-        checkpoint=subpath(input.checkpoint, parent=True),
-        steps=lambda wildcards: targets.frontier_steps(wildcards.model),
-        temperatures=CONFIG.sampling.other_temperatures,
-        writing=lambda wildcards: flags(
-            subsection(targets.sampling(wildcards), GenerateOptions).model_copy(
-                update={"temperature": 1.0}
-            )
-        ),
-        code=STAGE["generate"],
-    shell:
-        r"""
-        {resources.srun}halfstep generate-frontier \
-            --checkpoint {params.checkpoint:q} \
-            --output {output.folder:q} \
             --steps {params.steps} \
-            --temperatures {params.temperatures} \
-            {params.writing} \
+            {params.writing} {params.frontier} \
             --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}
         """

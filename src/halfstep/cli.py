@@ -51,11 +51,7 @@ COMMANDS = {  # name: (module:function, what it does)
     ),
     "generate": (
         "halfstep.commands.generate:generate",
-        "draw samples from a checkpoint at one step count",
-    ),
-    "generate-frontier": (
-        "halfstep.commands.generate:generate_frontier",
-        "draw samples at several step counts and temperatures",
+        "draw samples from a checkpoint, at several step counts and temperatures",
     ),
     "draw-naive": (
         "halfstep.commands.draw_naive:draw_naive",
@@ -71,7 +67,7 @@ COMMANDS = {  # name: (module:function, what it does)
     ),
     "score-frontier": (
         "halfstep.commands.frontier:score_frontier",
-        "measure perplexity against entropy over temperatures",
+        "measure the same, and perplexity against entropy over temperatures",
     ),
     "score-lambada": (
         "halfstep.commands.evaluate:score_lambada",

@@ -475,11 +475,26 @@ class DrawOptions(Section):
     """autocast dtype of the network; logits are always float32, and draws float64"""
 
 
+GENERATE_STAGE = 4
+"""version of what `halfstep generate` draws (STAGE in rules/common.smk); samples.json holds it, and
+samples of another version are drawn again"""
+
+
 class GenerateOptions(DrawOptions):
     """How one set of samples is drawn."""
 
     num_samples: Count = 1024
     """number of texts per model and step count"""
+
+
+class FrontierOptions(Section):
+    """Further temperatures, for the generative frontier."""
+
+    temperatures: list[Positive] = []
+    """temperatures of the generative frontier, perplexity against entropy; `temperature` is always
+    among them. Without any, there is no frontier"""
+    frontier_steps: Annotated[list[Steps], Field(min_length=1)] | None = None
+    """step counts of the frontier; by default those of `steps` but own"""
 
 
 def _step_count(value: Any) -> int | str:
@@ -505,7 +520,7 @@ StepCount = Annotated[
 ]
 
 
-class Sampling(GenerateOptions):
+class Sampling(GenerateOptions, FrontierOptions):
     """How samples are drawn for scoring, and at which step counts."""
 
     steps: Annotated[list[StepCount], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
@@ -513,11 +528,6 @@ class Sampling(GenerateOptions):
     that of its student"""
     rounds: Annotated[list[RoundNumber], Field(min_length=1)] | None = None
     """rounds that are sampled (0 is the teacher); all by default. The baseline always is"""
-    temperatures: list[Positive] = []
-    """temperatures of the generative frontier, perplexity against entropy; `temperature` is always
-    among them. Without any, there is no frontier"""
-    frontier_steps: Annotated[list[Steps], Field(min_length=1)] | None = None
-    """step counts of the frontier; by default those of `steps` but own"""
     frontier_rounds: Annotated[list[RoundNumber], Field(min_length=1)] | None = None
     """rounds on the frontier (0 is the teacher); by default the teacher and the last round of each
     run. The baseline always is"""

@@ -19,14 +19,12 @@ LINES = {
     "pretrain": f"--corpus {{corpus}} {TRAIN}",
     "train-baseline": f"--corpus {{corpus}} {TRAIN}",
     "distill-round": f"--teacher {{teacher}} --corpus {{corpus}} {ROUND}",
-    "generate": f"--checkpoint {{teacher}} --steps 4 --num-samples 2 {MACHINE}",
-    "generate-frontier": "--checkpoint {teacher} --steps 4 --temperatures 0.7 --num-samples 2 "
-    + MACHINE,
+    "generate": "--checkpoint {teacher} --steps 4 --temperatures 0.7 --num-samples 2 " + MACHINE,
     "draw-naive": "--corpus {corpus} --num-samples 2",
     "score-samples": "--samples {samples} --corpus {corpus} --judge {baseline}/hf " + EVALUATION,
     "score-corpus": "--corpus {corpus} --judge {baseline}/hf " + EVALUATION,
-    "score-frontier": "--samples {samples} {cold} --held-out {metrics}/data.json "
-    "--corpus {corpus} --judge {baseline}/hf " + EVALUATION,
+    "score-frontier": "--samples {samples} --frontier {samples} {cold} "
+    "--held-out {metrics}/data.json --corpus {corpus} --judge {baseline}/hf " + EVALUATION,
     "score-lambada": "--checkpoint {teacher} --corpus {corpus} --lambada last_words "
     f"--lambada-items 2 {EVALUATION}",
     "continue-prompts": "--checkpoint {teacher} --corpus {corpus} --steps 4 --num-prompts 2 "
@@ -46,7 +44,6 @@ LINES = {
 FILES = {  # outputs that are files in the folder
     "score-samples": "rows.json",
     "score-corpus": "rows.json",
-    "score-frontier": "rows.json",
     "score-lambada": "rows.json",
     "score-continuations": "rows.json",
     "latency": "seconds.json",

@@ -5,12 +5,32 @@ from math import log
 import numpy as np
 import pytest
 
-from halfstep.metrics.diversity import distinct_in_groups, divergence_from_laws, repetition
+from halfstep.metrics.diversity import (
+    distinct_in_groups,
+    divergence_from_laws,
+    repetition,
+    self_bleu,
+)
 
 
 def test_repetition_by_hand():
     ids = np.array([[1, 2, 3, 4, 1, 2, 3, 4, 1], [1] * 9, [1, 2, 3, 4, 5, 6, 7, 8, 9]])
     np.testing.assert_allclose(repetition(ids), [2 / 6, 5 / 6, 0])
+
+
+@pytest.mark.filterwarnings("ignore:\\nThe hypothesis contains 0 counts")
+@pytest.mark.parametrize("tokens, length, texts", [(2, 3, 2), (3, 10, 5), (50, 40, 4), (5, 64, 5)])
+def test_self_bleu_has_the_bits_of_nltk(tokens, length, texts):
+    """Which counts the smallest float instead of 0 where no n-gram is common."""
+    from nltk.translate.bleu_score import sentence_bleu
+
+    ids = np.random.default_rng(length).integers(0, tokens, (20, texts, length))
+    expected = []
+    for group in ids.tolist():
+        others = [group[:i] + group[i + 1 :] for i in range(texts)]
+        found = [sentence_bleu(*pair) for pair in zip(others, group, strict=True)]
+        expected.append(100 * np.mean([value if value > 1e-50 else 0.0 for value in found]))
+    assert self_bleu(ids).tolist() == expected
 
 
 def test_texts_are_counted_in_full_groups():

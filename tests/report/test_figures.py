@@ -18,6 +18,7 @@ from halfstep.errors import HalfstepError
 from halfstep.report import style
 from halfstep.report.catalogue import FIGURES, JOURNALS, TABLES
 from halfstep.report.curves import CURVE_POINTS, read_curves, thin_curve
+from halfstep.report.points import POINTS
 from halfstep.report.published import published_rows
 from halfstep.report.rows import read_table
 
@@ -75,7 +76,7 @@ def foot(figure):
 @pytest.mark.parametrize("name, published", CASES)
 def test_a_figure_draws_the_points_of_its_csv(results, name, published):
     figure, points = draw(name, frames(results, name, published))
-    assert list(points.columns) == list(style.POINTS) and len(points)
+    assert list(points.columns) == list(POINTS) and len(points)
     drawn = {
         (line.axes.get_label(), line.get_gid()): line.get_xydata() for line in lines_of(figure)
     }

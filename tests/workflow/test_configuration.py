@@ -262,7 +262,7 @@ def test_the_next_renaming_is_one_row(mine, monkeypatch, capsys):
 
 def test_the_graph_warns_once_and_prints_the_new_flag(workflow):
     """In the main process only: each job of a cluster reads the configuration again."""
-    target = "results/samples/stories-ci/teacher/steps-8/samples.json"
+    target = "results/samples/stories-ci/teacher/provenance.json"
     command = ["-n", "-p", target, "--config", "preset=ci", f"sampling={json.dumps(OLD_NOISE)}"]
     done = workflow.run(*command)
     assert done.returncode == 0, done.stderr

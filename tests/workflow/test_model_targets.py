@@ -129,11 +129,14 @@ def test_models_and_samples_of_the_frontier(rounds, swept):
     assert found.table_inputs()["temperatures"] == inputs
     assert found.config.sampling.other_temperatures == [0.7, 1.1]
     folder, at = "results/samples/stories-ci/a/round-2", "temperature"
-    assert found.frontier_samples("stories-ci/a/round-2") == [
-        *(f"{folder}/steps-4", f"{folder}/frontier/steps-4/{at}-0.7"),
-        *(f"{folder}/frontier/steps-4/{at}-1.1", f"{folder}/steps-8"),
-        *(f"{folder}/frontier/steps-8/{at}-0.7", f"{folder}/frontier/steps-8/{at}-1.1"),
+    assert found.frontier_folders("stories-ci/a/round-2") == [
+        *(f"{folder}/steps-4", f"{folder}/steps-4/{at}-0.7", f"{folder}/steps-4/{at}-1.1"),
+        *(f"{folder}/steps-8", f"{folder}/steps-8/{at}-0.7", f"{folder}/steps-8/{at}-1.1"),
     ]
+    for name in ("a/round-1", "a/round-2"):
+        options = found.frontier_options(f"stories-ci/{name}")
+        expected = ([0.7, 1.1], [4, 8]) if name in swept else ([], None)
+        assert (options.temperatures, options.frontier_steps) == expected
     assert found.frontier_steps("stories-ci/baseline") == found.step_counts("stories-ci/baseline")
     of_teacher = ["results/metrics/stories-ci/teacher/frontier.json"] if rounds is None else []
     assert found.frontier_of_teacher("stories-ci/b/round-1") == of_teacher
@@ -161,14 +164,20 @@ def test_a_frontier_that_cannot_be_is_a_fault_of_the_configuration(keys, words):
 
 
 def test_the_frontier_may_have_step_counts_of_its_own():
-    """Its samples of the main temperature come from `generate`, as those of other tables do."""
+    """They are sampled at the main temperature too. A model that is on the frontier alone is
+    sampled at these counts alone."""
     found = targets(sampling={"steps": [8], "temperatures": [0.7], "frontier_steps": [4]})
     assert found.step_counts("stories-ci/teacher") == [8]
     folder = "results/samples/stories-ci/teacher"
-    assert found.frontier_samples("stories-ci/teacher") == [
+    assert found.frontier_folders("stories-ci/teacher") == [
         f"{folder}/steps-4",
-        f"{folder}/frontier/steps-4/temperature-0.7",
+        f"{folder}/steps-4/temperature-0.7",
     ]
+    assert found.drawn_steps("stories-ci/teacher") == [4, 8]
+    changes = {"steps": [8], "temperatures": [0.7], "frontier_steps": [4], "rounds": [1]}
+    found = targets(sampling=changes)
+    assert found.drawn_steps("stories-ci/teacher") == [4]
+    assert found.drawn_steps(found.denoisers[1]) == [8]
 
 
 def test_without_continuations_there_are_none():

@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 
 from halfstep.checkpoint import checkpoint_files, load_checkpoint
-from halfstep.commands.evaluate import (
-    corpus_name,
-    load_judges,
-    read_samples,
-    sample_columns,
-    sample_files,
-)
+from halfstep.commands.evaluate import corpus_name, load_judges, sample_columns
 from halfstep.commands.generate import draw_texts, note_unused_options, save_samples, text_writer
+from halfstep.commands.samples import read_samples, sample_files
 from halfstep.config import DrawOptions, Evaluation, Machine, Prompts, Steps
 from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer, read_manifest
 from halfstep.distributed.device import find_device

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from halfstep.commands.generate import write_texts
+from halfstep.commands.samples import write_texts
 from halfstep.commands.variety import DATA_WINDOWS, held_out_texts
 from halfstep.config import NAIVE, Count, Seed
 from halfstep.data.naive import (

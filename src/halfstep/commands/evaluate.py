@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from tokenizers import Tokenizer
 
 from halfstep.checkpoint import checkpoint_files, load_checkpoint
+from halfstep.commands.samples import read_samples, sample_files
 from halfstep.commands.variety import (
     DATA_WINDOWS,
     Features,
@@ -26,45 +26,19 @@ from halfstep.data.pack import corpus_files, corpus_tokenizer, read_manifest
 from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
-from halfstep.errors import HalfstepError, reason
-from halfstep.files import read_json, sha256
+from halfstep.errors import HalfstepError
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.metrics.mauve import mauve
 from halfstep.metrics.perplexity import Judge, ids_nll, load_judge, retokenized_nll
 from halfstep.metrics.rows import mean_row, model_name, name_parts, row, share_row, write_rows
-from halfstep.records.shapes import MODEL_NAME
-from halfstep.resolve import check_fields
 
 LAMBADA_SEED = 0  # of the masks drawn for an item
 
 # Keys of samples.json that are columns of a row.
 DRAWN = ("sampler", "network_evaluations", "num_samples", "seed", "weights", "draw_dtype")
-GENERATE_AGAIN = "run halfstep generate again"
 
 Judged = tuple[str, np.ndarray | None, dict[str, Any], Callable[..., float]]
 """Protocol, values of each text, columns, and statistic of a perplexity; on rank 0 the values"""
-
-
-class SamplesFacts(BaseModel):
-    """What a samples.json must and may hold."""
-
-    model_config = ConfigDict(strict=True)
-
-    model: Annotated[str, Field(pattern=MODEL_NAME)]
-    checkpoint: str
-    steps: PositiveInt | None
-    sha256: str
-    sampler: str
-    network_evaluations: Annotated[float, Field(ge=0)]
-    num_samples: Annotated[int, Field(ge=0)]
-    seed: int
-    weights: str
-    draw_dtype: str
-    precision: str = "float32"
-    kind: str = "diffusion"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    vocabulary: str = ""
 
 
 def score_samples(
@@ -197,11 +171,6 @@ def score_lambada(
     write_rows(output, rows, [*checkpoint_files(checkpoint, weights), items])
 
 
-def sample_files(samples: list[Path]) -> list[Path]:
-    """The files that a command reads from folders of samples, for its provenance record."""
-    return [folder / name for folder in samples for name in ("samples.json", "samples.npy")]
-
-
 def sample_columns(facts: dict[str, Any], written: int) -> dict[str, Any]:
     """The contents of samples.json as columns of a row; the model wrote `written` tokens a text."""
     columns = {key: facts.get(key) for key in (*DRAWN, "temperature", "top_p")}
@@ -213,29 +182,6 @@ def sample_columns(facts: dict[str, Any], written: int) -> dict[str, Any]:
     tokens = written / steps if steps else None
     about = {"checkpoint": facts["checkpoint"][:16], "steps": steps, "tokens_per_step": tokens}
     return columns | about
-
-
-def read_samples(folder: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """ids[N, L] and samples.json of one folder, after the checksum is verified."""
-    about, path = folder / "samples.json", folder / "samples.npy"
-    facts = read_json(about)
-    check_fields(facts, SamplesFacts, about, GENERATE_AGAIN)
-    if not path.exists():
-        raise HalfstepError(f"{path}: no such file, though samples.json exists; {GENERATE_AGAIN}")
-    found = sha256(path)
-    if found != facts["sha256"]:
-        raise HalfstepError(
-            f"{path}: sha256 is {found[:12]}, samples.json has {facts['sha256'][:12]}: "
-            f"the file has changed; {GENERATE_AGAIN}"
-        )
-    try:
-        ids = np.load(path, mmap_mode="r")  # mapped, so that a false size in it is found
-    except Exception as error:  # a damaged header raises what Python's parser raises
-        raise HalfstepError(f"{path}: no array ({reason(error)}); {GENERATE_AGAIN}") from None
-    if not isinstance(ids, np.ndarray) or ids.dtype != np.int32:
-        kind = getattr(ids, "dtype", "several arrays")
-        raise HalfstepError(f"{path}: found {kind}, expected one array of int32; {GENERATE_AGAIN}")
-    return np.array(ids), facts
 
 
 def score_texts(
@@ -251,13 +197,22 @@ def score_texts(
     MAUVE is that of the texts `compared` (the same). The ranks share what the judges read; all but
     rank 0 return None.
     """
-    manifest, tokenizer = read_manifest(corpus), corpus_tokenizer(corpus)
     data = {"data": corpus_name(corpus)}
     texts = [(ids, columns | data) for ids, columns in texts]
     compared = [(ids, columns | data) for ids, columns in compared or texts]
     judged, features = judge_texts(texts, corpus, evaluation, machine, group, compared)
-    if not group.is_main:
-        return None
+    return rows_of_texts(texts, judged, features, corpus, evaluation) if group.is_main else None
+
+
+def rows_of_texts(
+    texts: list[Texts],
+    judged: list[Judged],
+    features: list[Features],
+    corpus: Path,
+    evaluation: Evaluation,
+) -> list[dict]:
+    """The rows of sets of texts, from what the judges found: `judge_texts` returns it."""
+    manifest, tokenizer = read_manifest(corpus), corpus_tokenizer(corpus)
     resamples = evaluation.bootstrap
     rows = []
     for protocol, values, columns, statistic in judged:

@@ -1,4 +1,4 @@
-"""`halfstep score-frontier`: perplexity against entropy over temperatures, and what it says."""
+"""`halfstep score-frontier`: rows of samples, and perplexity against entropy over temperatures."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import numpy as np
 
 from halfstep.commands.evaluate import (
     Judged,
-    Texts,
     corpus_name,
     exp_ratio,
     judge_texts,
     read_texts,
-    sample_files,
+    rows_of_texts,
 )
+from halfstep.commands.samples import sample_files
+from halfstep.commands.variety import Texts
 from halfstep.config import Evaluation, Machine
 from halfstep.data.pack import corpus_files
 from halfstep.distributed.group import join_group
@@ -57,60 +58,71 @@ class Point:
         return self.columns["judge"], self.protocol, self.columns["steps"]
 
 
+@dataclass(frozen=True)
+class FrontierFiles:
+    """The samples of a frontier, and the rows that it is compared with."""
+
+    frontier: list[Path]
+    """folders of samples of the same model at several temperatures; some may be in --samples too"""
+    held_out: Path
+    """rows of `halfstep score-corpus`"""
+    teacher: Path | None = None
+    """frontier.json of the model's teacher"""
+
+
 def score_frontier(
     samples: list[Path],
+    files: FrontierFiles,
     corpus: Path,
-    held_out: Path,
     output: Path,
     evaluation: Evaluation,
     machine: Machine,
-    teacher: Path | None = None,
 ) -> None:
-    """Score the samples of one model at several temperatures: perplexity against entropy.
+    """Score the samples of one model, and its frontier: perplexity against entropy.
 
-    For every step count also the perplexity at the entropy of held-out text, read off the curve.
-    With a teacher also the perplexity of each point, divided by the teacher's at equal entropy.
-    The values of single texts go to a .npy file next to the output.
+    samples.json has the rows of `halfstep score-samples`. frontier.json has perplexity and entropy
+    at several temperatures and, for every step count, the perplexity at the entropy of held-out
+    text, read off the curve. With a teacher also the perplexity of each point, divided by the
+    teacher's at equal entropy. The values of single texts go to frontier.npy. Each judge is loaded
+    only once, and reads each text only once.
 
     Args:
-        samples: folders of `halfstep generate` and `generate-frontier`, all of one model
+        samples: folders of `halfstep generate` at one temperature, one per step count
         corpus: folder of `halfstep prepare-corpus` on which the model was trained
-        held_out: rows of `halfstep score-corpus`
-        output: JSON file of the rows
-        teacher: rows of `halfstep score-frontier` of the model's teacher
+        output: folder of samples.json and frontier.json
     """
     group = join_group(machine)
-    target, teachers = held_out_entropy(held_out, corpus), read_curves_of(teacher)
+    target, teachers = held_out_entropy(files.held_out, corpus), read_curves_of(files.teacher)
     data = {"data": corpus_name(corpus)}
-    texts = [(ids, columns | data) for ids, columns in read_texts(samples, corpus)]
-    judged, _ = judge_texts(texts, corpus, evaluation, machine, group)
+    folders = list(dict.fromkeys([*samples, *files.frontier]))
+    found = [(ids, columns | data) for ids, columns in read_texts(folders, corpus)]
+    check_sets(found)
+    texts = dict(zip(folders, found, strict=True))
+    plain, swept = ([texts[one] for one in those] for those in (samples, files.frontier))
+    judged, features = judge_texts(found, corpus, evaluation, machine, group, plain)
     if not group.is_main:
         return
-    resamples = evaluation.bootstrap
-    points = measured_points(texts, judged)
-    rows = _point_rows(points, texts, resamples)
-    for key, curve in curves_of(points).items():
-        found = perplexity_at(stack_values(curve), target, resamples)
-        rows.append(_reading_row("perplexity_at_data_entropy", curve[0], found, WHOLE_CURVE))
-        for point in curve if key in teachers else []:
-            paired = _share_draws(point, teachers[key][0])
-            found = ratio_at(point.values, stack_values(teachers[key]), resamples, paired)
-            rows.append(_reading_row("perplexity_ratio_at_equal_entropy", point, found))
-    values = output.with_suffix(".npy")
+    rows = rows_of_texts(plain, judged_of(plain, judged), features, corpus, evaluation)
+    read = [*corpus_files(corpus, "validation"), *evaluation.judge]
+    write_rows(output / "samples.json", rows, [*sample_files(samples), *read])
+    points = measured_points(swept, judged_of(swept, judged))
+    rows = _point_rows(points, swept, evaluation.bootstrap)
+    rows += _readings(points, target, teachers, evaluation.bootstrap)
+    values = output / "frontier.npy"
     write_atomic(values, lambda part: np.save(part, stack_values(points)))
-    inputs = [*sample_files(samples), *corpus_files(corpus), *evaluation.judge, held_out]
-    if teacher:
-        inputs += [teacher, teacher.with_suffix(".npy")]
-    write_rows(output, rows, inputs, [values])
+    read = [*sample_files(files.frontier), *corpus_files(corpus), *evaluation.judge, files.held_out]
+    if files.teacher:
+        read += [files.teacher, files.teacher.with_suffix(".npy")]
+    write_rows(output / "frontier.json", rows, read, [values])
 
 
-def measured_points(texts: list[Texts], judged: list[Judged]) -> list[Point]:
-    """The points of all curves, by judge, protocol, step count and temperature."""
-    entropy = {_place(columns): unigram_entropy(ids) for ids, columns in texts}
-    if len(entropy) < len(texts):
+def check_sets(texts: list[Texts]) -> None:
+    """HalfstepError unless the sets are of one model, drawn alike, and each at another place."""
+    places = {_place(columns) for _, columns in texts}
+    if len(places) < len(texts):
         raise HalfstepError(
-            f"samples: found {len(texts)} folders for {len(entropy)} pairs of step count and "
-            "temperature; give --samples one folder for each"
+            f"samples: found {len(texts)} folders for {len(places)} pairs of step count and "
+            "temperature; give --samples and --frontier one folder for each"
         )
     models = {columns["model"] for _, columns in texts}
     counts = {columns["num_samples"] for _, columns in texts}
@@ -120,6 +132,17 @@ def measured_points(texts: list[Texts], judged: list[Judged]) -> list[Point]:
                 f"samples: found several {what} ({', '.join(map(str, sorted(found)))}), "
                 "expected one; give --samples the folders of one model, drawn alike"
             )
+
+
+def judged_of(texts: list[Texts], judged: list[Judged]) -> list[Judged]:
+    """What the judges found in these texts."""
+    places = {_place(columns) for _, columns in texts}
+    return [found for found in judged if _place(found[2]) in places]
+
+
+def measured_points(texts: list[Texts], judged: list[Judged]) -> list[Point]:
+    """The points of all curves, by judge, protocol, step count and temperature."""
+    entropy = {_place(columns): unigram_entropy(ids) for ids, columns in texts}
     points = []
     for protocol, values, columns, _ in judged:
         assert values is not None, "this is rank 0"
@@ -162,6 +185,21 @@ def _point_rows(points: list[Point], texts: list[Texts], resamples: int) -> list
     for ids, columns in texts:
         entropy = unigram_entropy(ids)
         rows.append(mean_row("frontier_entropy", "unigram", entropy, columns, resamples))
+    return rows
+
+
+def _readings(
+    points: list[Point], target: float, teachers: dict[tuple, list[Point]], resamples: int
+) -> list[dict]:
+    """Values read off the curves: at the entropy `target`, and against the teacher's curves."""
+    rows = []
+    for key, curve in curves_of(points).items():
+        found = perplexity_at(stack_values(curve), target, resamples)
+        rows.append(_reading_row("perplexity_at_data_entropy", curve[0], found, WHOLE_CURVE))
+        for point in curve if key in teachers else []:
+            paired = _share_draws(point, teachers[key][0])
+            found = ratio_at(point.values, stack_values(teachers[key]), resamples, paired)
+            rows.append(_reading_row("perplexity_ratio_at_equal_entropy", point, found))
     return rows
 
 

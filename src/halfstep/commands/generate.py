@@ -1,33 +1,37 @@
-"""`halfstep generate` and `generate-frontier`: draw samples from a checkpoint.
+"""`halfstep generate`: draw samples from a checkpoint, at several step counts and temperatures."""
 
-`generate` draws at one step count and temperature, `generate-frontier` at several of both.
-"""
-
-import io
 import re
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
 from pydantic import Field
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
-from halfstep.config import MOST_STEPS, DrawOptions, GenerateOptions, Machine, Positive, Steps
-from halfstep.data.tokenizer import EOS, encode_texts, vocabulary_sha256
+from halfstep.commands.samples import is_written, write_texts
+from halfstep.config import (
+    GENERATE_STAGE,
+    MOST_STEPS,
+    DrawOptions,
+    FrontierOptions,
+    GenerateOptions,
+    Machine,
+    Steps,
+)
+from halfstep.data.tokenizer import EOS, encode_texts
 from halfstep.diffusion.contracts import Draws, Samples
 from halfstep.diffusion.samplers import SAMPLERS, sample
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import ALONE, Group, join_group
 from halfstep.errors import HalfstepError
-from halfstep.files import sha256, write_atomic, write_json
 from halfstep.kernels.categorical import uniforms
 from halfstep.kernels.precision import computing
 from halfstep.metrics.rows import model_name
@@ -36,7 +40,6 @@ from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.gpt import GPT, Decoder
 from halfstep.progress import Progress
 from halfstep.records import provenance
-from halfstep.records.journal import commit
 
 MASK = "<|mask|>"
 SPECIAL = re.compile(f"( ?{re.escape(MASK)}|{re.escape(EOS)})")
@@ -45,88 +48,110 @@ Writer = Callable[[Tensor, int], Samples]
 """(prompts[n, P], first) -> n texts that begin with the prompts, numbered from `first` on."""
 
 
+@dataclass(frozen=True)
+class SampleSet:
+    """One set of samples: how it is drawn, and its folder."""
+
+    steps: int
+    options: GenerateOptions
+    folder: Path
+
+
 def generate(
     checkpoint: Path,
     output: Path,
-    steps: Steps,
+    steps: Annotated[list[Steps], Field(min_length=1)],
     sampling: GenerateOptions,
+    frontier: FrontierOptions,
     machine: Machine,
     prompt: str = "",
 ) -> None:
-    """Write samples.npy (ids [N, L]), samples.txt (text) and samples.json (how they were made).
+    """Draw samples at every step count: samples.npy (ids [N, L]), samples.txt, samples.json.
+
+    With several step counts the name of the output has {steps} in it: samples/steps-{steps}.
+    Samples at further --temperatures are in temperature-{temperature} inside that folder. Text i
+    has the same random numbers in all sets. Finished sets of the same checkpoint and options are
+    kept, so an interrupted call continues, and a further step count is drawn alone.
 
     An autoregressive checkpoint takes one step per token, whatever `steps` is.
 
     Args:
         checkpoint: checkpoint folder
-        output: folder of the samples
-        steps: number of sampling steps
+        output: folder of the samples, with {steps} where there are several step counts
+        steps: numbers of sampling steps
         prompt: text that every sample begins with; each <|mask|> in it is one token to fill in,
             and each <|endoftext|> ends a document; a blank before a <|mask|>, or at the end, is
             part of the token that is written there
     """
-    started, group, device = time.monotonic(), join_group(machine), find_device(machine)
-    model = load_checkpoint(checkpoint, sampling.weights, str(device), sampling.precision)
-    write = text_writer(model, model.length, steps, sampling)
-    prompts = encode_prompt(model, prompt).expand(sampling.num_samples, -1)
-    if group.is_main:
-        note_unused_options(model, model.length, steps, sampling)
-    label = f"generate {model_name(checkpoint)} at {steps} steps"
-    texts = draw_texts(write, prompts, machine.micro_batch, label, group)
-    if texts is None:
-        return
-    how = {"prompt": prompt, "elapsed_s": time.monotonic() - started}
-    save_samples(checkpoint, output, model, steps, texts, sampling, **how)
-    files = checkpoint_files(checkpoint, sampling.weights)
-    provenance.write_record(output / provenance.NAME, output.glob("samples.*"), files)
-
-
-def generate_frontier(
-    checkpoint: Path,
-    output: Path,
-    steps: Annotated[list[Steps], Field(min_length=1)],
-    temperatures: Annotated[list[Positive], Field(min_length=1)],
-    sampling: GenerateOptions,
-    machine: Machine,
-) -> None:
-    """Draw samples at every step count and temperature; the checkpoint is loaded only once.
-
-    Each set is in {output}/steps-{steps}/temperature-{temperature}, with the files of
-    `halfstep generate`. Text i has the same random numbers at every temperature.
-
-    Args:
-        checkpoint: checkpoint folder
-        output: folder of the sets of samples
-        steps: numbers of sampling steps
-        temperatures: divisors of the logits, used in place of --temperature
-    """
-    if sampling.temperature != 1:
-        raise HalfstepError(
-            f"temperature: found {sampling.temperature:g}, expected only --temperatures, which "
-            "name all; leave it out"
-        )
     group, device = join_group(machine), find_device(machine)
+    sets = sample_sets(output, steps, sampling, frontier)
     model = load_checkpoint(checkpoint, sampling.weights, str(device), sampling.precision)
-    prompts = encode_prompt(model, "").expand(sampling.num_samples, -1)
-    files: list[Path] = []
-    for count in steps:
-        if group.is_main:
-            note_unused_options(model, model.length, count, sampling)
-        for temperature in temperatures:
-            started = time.monotonic()
-            options = sampling.model_copy(update={"temperature": temperature})
-            write = text_writer(model, model.length, count, options)
-            label = f"generate {model_name(checkpoint)} at {count} steps, temperature {temperature}"
-            texts = draw_texts(write, prompts, machine.micro_batch, label, group)
-            if texts is None:
-                continue
-            folder = output / f"steps-{count}" / f"temperature-{temperature}"
-            how = {"prompt": "", "elapsed_s": time.monotonic() - started}
-            save_samples(checkpoint, folder, model, count, texts, options, **how)
-            files += folder.glob("samples.*")
+    prompts = encode_prompt(model, prompt).expand(sampling.num_samples, -1)
+    for one in sets:  # a sampler may refuse a step count: before anything is drawn
+        text_writer(model, model.length, one.steps, one.options)
     if group.is_main:
-        record = output.with_name(f"{output.name}.{provenance.NAME}")
+        note_unused_options(model, model.length, max(steps), sampling)
+    record = record_of(output)
+    for one in sets:
+        how: dict[str, Any] = {"prompt": prompt, "stage": GENERATE_STAGE}
+        about = describe(checkpoint, model, one.steps, len(prompts), one.options) | how
+        label = f"generate {model_name(checkpoint)} at {one.steps} steps"
+        if one.options.temperature != 1:
+            label += f", temperature {one.options.temperature}"
+        if group.broadcast(group.is_main and is_written(one.folder, about, model.tokenizer)):
+            if group.is_main:
+                print(f"{label}: kept, all {sampling.num_samples} texts are there", file=sys.stderr)
+            continue
+        started = time.monotonic()
+        write = text_writer(model, model.length, one.steps, one.options)
+        texts = draw_texts(write, prompts, machine.micro_batch, label, group)
+        if texts is not None:
+            how["elapsed_s"] = time.monotonic() - started
+            save_samples(checkpoint, one.folder, model, one.steps, texts, one.options, **how)
+    if group.is_main:
+        for one in sets:
+            if one.folder != record.parent:  # a file has one record, that of its last job
+                (one.folder / provenance.NAME).unlink(missing_ok=True)
+        files = [file for one in sets for file in one.folder.glob("samples.*")]
         provenance.write_record(record, files, checkpoint_files(checkpoint, sampling.weights))
+
+
+STEPS = "{steps}"  # in the name of an output
+
+
+def sample_sets(
+    output: Path,
+    steps: list[int],
+    sampling: GenerateOptions,
+    frontier: FrontierOptions,
+) -> list[SampleSet]:
+    """The sets of samples that `generate` draws, each in a folder of its own."""
+    if len(set(steps)) > 1 and STEPS not in str(output):
+        raise HalfstepError(
+            f"--output {output}: found {len(set(steps))} step counts for one folder, expected "
+            f"{STEPS} in its name; write {output}/steps-{STEPS}"
+        )
+    swept = set(frontier.frontier_steps or steps)
+    if unknown := sorted(swept - set(steps)):
+        raise HalfstepError(
+            f"--frontier-steps: found {unknown[0]}, expected only counts that --steps names, "
+            f"{', '.join(map(str, steps))}; add it to --steps"
+        )
+    sets = []
+    for count in dict.fromkeys(steps):
+        folder = Path(str(output).replace(STEPS, str(count)))
+        sets.append(SampleSet(count, sampling, folder))
+        for temperature in dict.fromkeys(frontier.temperatures if count in swept else []):
+            if temperature != sampling.temperature:
+                options = sampling.model_copy(update={"temperature": temperature})
+                sets.append(SampleSet(count, options, folder / f"temperature-{temperature}"))
+    return sets
+
+
+def record_of(output: Path) -> Path:
+    """The provenance record of all sets: in the folder above the first {steps} of their name."""
+    plain = takewhile(lambda part: STEPS not in part, output.parts)
+    return Path(*plain, provenance.NAME)
 
 
 def encode_prompt(model: Model, prompt: str) -> Tensor:
@@ -299,6 +324,31 @@ def separate_documents(model: Model, texts: Samples) -> list[str]:
     return decoded
 
 
+def describe(
+    checkpoint: Path, model: Model, steps: int, num_samples: int, options: DrawOptions
+) -> dict[str, Any]:
+    """What samples.json says of samples before they are drawn."""
+    sampler: str = "autoregressive"
+    draw_dtype, top_p = "float64", options.top_p
+    if model.denoiser is not None:
+        sampler, top_p = options.sampler, 1.0
+        draw_dtype = SAMPLERS[options.sampler].draw_dtype
+    return {
+        "model": model_name(checkpoint),
+        "checkpoint": model.sha256,
+        "kind": model.kind,
+        "sampler": sampler,
+        "steps": steps,
+        "num_samples": num_samples,
+        "seed": options.sampling_seed,
+        "weights": model.weights,
+        "draw_dtype": draw_dtype,
+        "precision": model.precision,
+        "temperature": options.temperature,
+        "top_p": top_p,
+    }
+
+
 def save_samples(
     checkpoint: Path,
     output: Path,
@@ -309,52 +359,6 @@ def save_samples(
     **how: object,
 ) -> None:
     """Write the samples of a model; `how` are further entries of samples.json."""
-    sampler: str = "autoregressive"
-    draw_dtype, top_p = "float64", options.top_p
-    if model.denoiser is not None:
-        sampler, top_p = options.sampler, 1.0
-        draw_dtype = SAMPLERS[options.sampler].draw_dtype
-    about = {
-        "model": model_name(checkpoint),
-        "checkpoint": model.sha256,
-        "kind": model.kind,
-        "sampler": sampler,
-        "steps": steps,
-        "network_evaluations": float(np.mean(texts.network_evaluations.numpy())),
-        "num_samples": len(texts.ids),
-        "seed": options.sampling_seed,
-        "weights": model.weights,
-        "draw_dtype": draw_dtype,
-        "precision": model.precision,
-        "temperature": options.temperature,
-        "top_p": top_p,
-        **how,
-    }
-    write_texts(output, texts.ids.numpy(), model.tokenizer, about, model.meta)
-
-
-def write_texts(
-    output: Path,
-    ids: np.ndarray,
-    tokenizer: Tokenizer,
-    about: dict[str, Any],
-    meta: dict[str, Any] | None = None,
-) -> None:
-    """Write samples.npy (ids), samples.txt (text) and, last, samples.json (how they were made).
-
-    samples.json holds `about`, checksums, and the meta.json of the model, if there is one.
-    """
-    buffer = io.BytesIO()
-    np.save(buffer, ids.astype(np.int32))
-    write_atomic(output / "samples.npy", buffer.getvalue())
-    decoded = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
-    lines = [f"=== {i}\n{text}\n" for i, text in enumerate(decoded)]
-    write_atomic(output / "samples.txt", "".join(lines))
-    written = {
-        **about,
-        "vocabulary": vocabulary_sha256(tokenizer),
-        "sha256": sha256(output / "samples.npy"),
-        "commit": commit(),
-        "meta": meta or {},
-    }
-    write_json(output / "samples.json", written)
+    about = describe(checkpoint, model, steps, len(texts.ids), options)
+    about["network_evaluations"] = float(np.mean(texts.network_evaluations.numpy()))
+    write_texts(output, texts.ids.numpy(), model.tokenizer, about | how, model.meta)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -95,19 +96,29 @@ def self_bleu(ids: np.ndarray) -> np.ndarray:
 
     100 mean_i BLEU-4(x_i | the other K - 1)
 
-    Texygen's measure (Zhu et al., arXiv 1802.01886) within a prompt, as in SDTT
-    section 4.1. BLEU is nltk's sentence_bleu: n-grams of 1 to 4 with equal weights, clipped counts,
-    brevity penalty, no smoothing. Its words are the model's tokens.
+    Texygen's measure (Zhu et al., arXiv 1802.01886) within a prompt, as in SDTT section 4.1. BLEU
+    (Papineni et al., 2002) is that of nltk's sentence_bleu: n-grams of 1 to 4 with equal weights,
+    clipped counts, no smoothing. Its words are the model's tokens. The brevity penalty is 1,
+    because all texts have C tokens.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nltk warns when BLEU is 0
-        return np.array([100 * np.mean(_bleu_of_each(texts)) for texts in ids.tolist()])
+    return np.array([100 * np.mean(_bleu_of_each(texts)) for texts in ids.tolist()])
 
 
 def _bleu_of_each(texts: list[list[int]]) -> list[float]:
-    """BLEU-4 of each text with the others as references."""
-    from nltk.translate.bleu_score import sentence_bleu
+    """BLEU-4 of each text with the others, of the same length, as references."""
+    precisions = zip(*(_clipped_precisions(texts, n) for n in range(1, 5)), strict=True)
+    return [
+        math.exp(math.fsum(math.log(p) / 4 for p in of_text)) if all(of_text) else 0.0
+        for of_text in precisions
+    ]
 
-    scores = [sentence_bleu(texts[:i] + texts[i + 1 :], text) for i, text in enumerate(texts)]
-    # Without a common n-gram nltk counts the smallest float instead of 0.
-    return [score if score > 1e-50 else 0.0 for score in scores]
+
+def _clipped_precisions(texts: list[list[int]], n: int) -> list[float]:
+    """Of each text the share of its n-grams that another text has, at most as often as there."""
+    counts = [Counter(zip(*(text[i:] for i in range(n)), strict=False)) for text in texts]
+    found = []
+    for i, own in enumerate(counts):
+        others = counts[:i] + counts[i + 1 :]
+        matched = sum(min(own[gram], max(other[gram] for other in others)) for gram in own)
+        found.append(matched / max(1, own.total()))
+    return found

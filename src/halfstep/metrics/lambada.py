@@ -21,9 +21,7 @@ of the masks makes elbo-mc larger than elbo-exact on average, because exp is con
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from itertools import islice
@@ -238,13 +236,14 @@ def last_word_of(doc: dict[str, str]) -> str:
     return " " + doc["text"].rpartition(" ")[2]
 
 
-def lambada_task(data: str, cache: Path) -> dict[str, Any]:
+def lambada_task(data: str) -> dict[str, Any]:
     """lm-eval's stock lambada_openai as a complete inline task.
 
     `data` is a hub data set, or a local .jsonl or .jsonl.gz of {"text": ...} lines.
     """
     import lm_eval
     import yaml
+    from datasets import Dataset
 
     source = Path(lm_eval.__file__).parent / "tasks/lambada/lambada_openai.yaml"
     stock = yaml.safe_load(source.read_text())
@@ -253,15 +252,16 @@ def lambada_task(data: str, cache: Path) -> dict[str, Any]:
     path = items_file(data)
     if path is None:
         return stock | {"dataset_path": data}
-    copy = cache / "items.jsonl"  # as our reader reads the items, not as `datasets` would
-    with open(copy, "w") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in read_items(path))
-    files = {"data_files": {"test": str(copy)}, "cache_dir": str(cache)}
+
+    def items(**_: object) -> dict[str, Dataset]:
+        """The items as our reader reads them, not as `datasets` would."""
+        return {"test": Dataset.from_dict({"text": list(read_items(path))})}
+
     return stock | {
         "task": "lambada_local",
-        "dataset_path": "json",
+        "dataset_path": None,
         "dataset_name": None,
-        "dataset_kwargs": files,
+        "custom_dataset": items,
     }
 
 
@@ -360,34 +360,28 @@ def evaluate_lambada(
 
 
 def _run_lm_eval(lm: HalfstepLM, data: str, items: int | None) -> tuple[list[dict], dict]:
-    """lm-eval's record of each item, in order, and its results."""
+    """lm-eval's record of each item, in order, and its results.
+
+    lm-eval's `simple_evaluate` would do the same, and then import transformers and start programs
+    to describe the machine, which takes each model a second.
+    """
     from datasets import disable_progress_bars
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_defaults=False)
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            tasks = list(manager.load([lambada_task(data, Path(cache))])["tasks"].values())
-        except (OSError, ValueError) as error:
-            remedy = "download it where there is a network, or name a .jsonl"
-            if items_file(data):
-                remedy = "correct the file"
-            raise HalfstepError(
-                f"lambada: cannot load {data!r} ({type(error).__name__}: {reason(error)}); {remedy}"
-            ) from error
-        found = simple_evaluate(
-            model=lm,
-            tasks=tasks,
-            task_manager=manager,
-            limit=items,
-            bootstrap_iters=0,
-            log_samples=True,
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-        )
+    try:
+        loaded = TaskManager(include_defaults=False).load([lambada_task(data)])
+    except (OSError, ValueError) as error:
+        remedy = "download it where there is a network, or name a .jsonl"
+        if items_file(data):
+            remedy = "correct the file"
+        raise HalfstepError(
+            f"lambada: cannot load {data!r} ({type(error).__name__}: {reason(error)}); {remedy}"
+        ) from error
+    (task,) = loaded["tasks"].values()
+    task.set_config(key="num_fewshot", value=0)
+    found: Any = evaluate(lm, loaded, limit=items, bootstrap_iters=0)
     ((name, samples),) = found["samples"].items()
     return sorted(samples, key=lambda sample: sample["doc_id"]), found["results"][name]

@@ -22,6 +22,7 @@ from halfstep.report.conditions import describe_conditions, join_values
 from halfstep.report.curves import CURVE_POINTS, thin_curves
 from halfstep.report.frontier import frontier_points, held_out_points, with_entropy
 from halfstep.report.points import (
+    POINTS,
     add_published,
     join_points,
     make_level,
@@ -368,7 +369,7 @@ def loss_curves(tables: Tables) -> Drawn:
             f"loss_curves: the journals hold none of {', '.join(LOSSES)}; "
             "name the folders under results/models with --tables"
         )
-    points = join_points(parts).reindex(columns=style.POINTS)
+    points = join_points(parts).reindex(columns=POINTS)
     groups = table.drop_duplicates(["teacher", "group"])
     repeated = "Of several trainings: the mean, with a band from the lowest to the highest. "
     figure = style.draw_panels(

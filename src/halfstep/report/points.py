@@ -1,6 +1,6 @@
 """Points of figures: rows of tables as the lines, levels and published values that a figure shows.
 
-Points are a DataFrame with the columns style.POINTS. The figure draws them, and its CSV holds them.
+Points are a DataFrame with the columns POINTS. The figure draws them, and its CSV holds them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from pandas import DataFrame, Series
 from halfstep.errors import HalfstepError
 from halfstep.report.published import PROTOCOL
 from halfstep.report.rows import LEVELS, WITHOUT_STEPS
-from halfstep.report.style import POINTS
+
+# kind: line, curve (a line with bars at its points), level (a horizontal line), point or published.
+# text: annotation of the point. tokens: per step, where x are sampling steps
+POINTS = ("panel", "series", "kind", "round", "x", "y", "low", "high", "text", "tokens")
 
 
 def make_points(
@@ -33,7 +36,7 @@ def make_points(
         series: the line of the points, one for all or one for each
         x: where the points are; None for a level, which has no x
         unit: factor from the unit of the rows to that of the figure
-        columns: other columns of style.POINTS (kind: line, round: that of the row)
+        columns: other columns of POINTS (kind: line, round: that of the row)
     """
     tokens: object = numpy.nan
     if isinstance(x, Series):

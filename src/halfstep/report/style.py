@@ -17,9 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from pandas import DataFrame, Series
 
-# kind: line, curve (a line with bars at its points), level (a horizontal line), point or published.
-# text: annotation of the point. tokens: per step, where x are sampling steps
-POINTS = ("panel", "series", "kind", "round", "x", "y", "low", "high", "text", "tokens")
 RC = {
     "font.family": "DejaVu Sans",
     "font.size": 8,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy
 import pandas
 from pandas import DataFrame, Series
-from scipy.special import stdtrit
 
 from halfstep.report.conditions import MEASURE, join_values
 
@@ -23,6 +22,8 @@ def mean_interval(values: numpy.ndarray) -> tuple[float, float, float]:
     mean -+ t s / sqrt(n), with s^2 = sum (x - mean)^2 / (n - 1) and t the 97.5% point of Student's
     distribution with n - 1 degrees of freedom.
     """
+    from scipy.special import stdtrit  # half a second, which tables of one training do not need
+
     n, mean = len(values), float(values.mean())
     half = float(stdtrit(n - 1, 0.975) * values.std(ddof=1)) / n**0.5
     return mean, mean - half, mean + half

@@ -184,7 +184,7 @@ def log_losses(
     if peak and run.flops_per_token:
         shown["mfu"] = speed * run.flops_per_token / (peak * run.group.size)
     figures = {f"train/{name}": value for name, value in shown.items()}
-    figures["train/lr"] = state.optimizer.param_groups[0]["lr"]
+    figures["train/lr"] = state.optimizer.lr
     figures["train/grad_norm"] = state.grad_norm.item()
     run.journal.log(figures | system_metrics(run.device), state.step)
     progress.update(state.step - progress.done, **shown)

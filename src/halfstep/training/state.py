@@ -18,7 +18,7 @@ from halfstep.errors import HalfstepError
 from halfstep.files import write_tensors
 from halfstep.records.journal import Journal
 from halfstep.training.ema import EMA
-from halfstep.training.optim import adamw, load_optimizer_state, optimizer_state
+from halfstep.training.optim import FusedAdamW, load_optimizer_state, optimizer_state
 
 STATE = "state.safetensors"
 CHECKSUM = "sha256"  # key of the header of STATE
@@ -78,7 +78,7 @@ class TrainingState:
     """
 
     network: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: FusedAdamW
     ema: EMA
     loss_sum: Tensor
     grad_norm: Tensor
@@ -97,7 +97,7 @@ class TrainingState:
 
 def begin(network: nn.Module, training: Training, start: Start, run: Run) -> TrainingState:
     """The state before the next step: from the run's rolling checkpoint if it has one, else new."""
-    optimizer = adamw(network, training)
+    optimizer = FusedAdamW(network, training)
     if start.optimizer_state is not None:
         load_optimizer_state(network, optimizer, start.optimizer_state)
     ema = start.ema or EMA(network, training.ema_decay)

@@ -177,10 +177,9 @@ def update(
         state.loss_sum += gradient.add(part, batch.divisor, run.device, last)
     parameters = state.network.parameters()
     state.grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, grad_clip, foreach=True))
-    for settings in state.optimizer.param_groups:
-        settings["lr"] = lr
+    state.optimizer.lr = lr
     state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad()
     state.ema.update()
     state.step += 1
     state.loss_count += 1

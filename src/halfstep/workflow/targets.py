@@ -18,7 +18,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from halfstep.config import NAIVE, Config, Distillation, RunOptions, Sampling, Teacher, check_path
+from halfstep.config import (
+    NAIVE,
+    Config,
+    Distillation,
+    FrontierOptions,
+    RunOptions,
+    Sampling,
+    Teacher,
+    check_path,
+)
 from halfstep.data.files import find_files
 from halfstep.errors import ConfigError, HalfstepError
 from halfstep.released import name_of_round
@@ -309,14 +318,18 @@ class Targets:
                 steps |= _own_steps(run, options, kind)
         return sorted(steps)
 
-    def samples(self, wildcards: Wildcards) -> list[str]:
-        """The files that stand for all samples of a model, or of the naive samplers."""
+    def samples(self, wildcards: Wildcards) -> str:
+        """The file that stands for all samples of a model, or of the naive samplers."""
+        return f"results/samples/{wildcards.model}/provenance.json"
+
+    def sample_folders(self, wildcards: Wildcards) -> list[str]:
+        """The folders of a model's samples at each step count, or of the naive samplers'."""
         model = wildcards.model
         if model.endswith("/naive"):
             folders = list(NAIVE)
         else:
             folders = [f"steps-{steps}" for steps in self.step_counts(model)]
-        return [f"results/samples/{model}/{folder}/samples.json" for folder in folders]
+        return [f"results/samples/{model}/{folder}" for folder in folders]
 
     def sampled_models(self) -> list[str]:
         """The models whose samples are scored: baselines, and denoisers of the chosen rounds."""
@@ -355,16 +368,33 @@ class Targets:
             return self.step_counts(model)
         return self.config.sampling.frontier_counts
 
-    def frontier_samples(self, model: str) -> list[str]:
+    def frontier_options(self, model: str) -> FrontierOptions:
+        """The temperatures at which a model is sampled besides `temperature`, and where."""
+        if model not in self.frontier_models():
+            return FrontierOptions()
+        return FrontierOptions(
+            temperatures=self.config.sampling.other_temperatures,
+            frontier_steps=self.frontier_steps(model),
+        )
+
+    def drawn_steps(self, model: str) -> list[int]:
+        """Numbers of sampling steps at which a model is sampled, for its scores and the frontier.
+
+        A model that is on the frontier alone is sampled only at the step counts of the frontier.
+        """
+        swept = self.frontier_steps(model) if model in self.frontier_models() else []
+        if swept and model not in self.sampled_models():
+            return swept
+        return sorted({*self.step_counts(model), *swept})
+
+    def frontier_folders(self, model: str) -> list[str]:
         """Folders of samples at all temperatures. Those of `temperature` are all other tables'."""
-        folder = f"results/samples/{model}"
         folders = []
         for steps in self.frontier_steps(model):
-            folders.append(f"{folder}/steps-{steps}")
-            folders += [
-                f"{folder}/frontier/steps-{steps}/temperature-{temperature}"
-                for temperature in self.config.sampling.other_temperatures
-            ]
+            folder = f"results/samples/{model}/steps-{steps}"
+            folders.append(folder)
+            for temperature in self.config.sampling.other_temperatures:
+                folders.append(f"{folder}/temperature-{temperature}")
         return folders
 
     def frontier_of_teacher(self, model: str) -> list[str]:

@@ -95,12 +95,12 @@ def _validation_work(call: Call, section: type[Training], share: float, precisio
 
 
 def sampling_work(call: Call) -> Iterator[Work]:
-    """Samples at one or several step counts and temperatures."""
+    """Samples at one or several step counts, and those of the frontier at other temperatures."""
     number, length = call.number("num_samples", GenerateOptions), call.length
-    sampler = call.text("sampler", DrawOptions)
-    for steps in map(int, call.values("steps")):
-        for work in draw_work(call, number, length, length, steps, sampler, alike=True):
-            yield work.times(max(1, len(call.values("temperatures"))))
+    sampler, counts = call.text("sampler", DrawOptions), call.values("steps")
+    swept = call.values("frontier_steps") or counts
+    for steps in map(int, counts + swept * len(call.values("temperatures"))):
+        yield from draw_work(call, number, length, length, steps, sampler, alike=True)
 
 
 def continuation_work(call: Call) -> Iterator[Work]:
@@ -177,10 +177,11 @@ SAMPLER_PASSES: dict[str, Callable[[int, int, int], tuple[float, float]]] = {
 
 
 def score_work(call: Call) -> Iterator[Work]:
-    """Perplexities of sets of texts, and their features and those of held-out text for MAUVE."""
-    number, sets = call.number_of_samples, len(call.values("samples"))
-    features = _compared(sets * number, number, call) if call.name == "score-samples" else 0
-    yield from judge_work(call, sets * number, features, call.length)
+    """Perplexities of sets of texts, and features of samples and of held-out text for MAUVE."""
+    number, samples = call.number_of_samples, call.values("samples")
+    features = _compared(len(samples) * number, number, call)
+    sets = {*samples, *call.values("frontier")}  # each is read once
+    yield from judge_work(call, len(sets) * number, features, call.length)
 
 
 def corpus_score_work(call: Call) -> Iterator[Work]:
@@ -285,7 +286,6 @@ WORK: dict[str, Callable[[Call], Iterator[Work]]] = {
     "import-baseline": import_work,
     "distill-round": round_work,
     "generate": sampling_work,
-    "generate-frontier": sampling_work,
     "draw-naive": no_work,
     "continue-prompts": continuation_work,
     "score-samples": score_work,

@@ -24,8 +24,8 @@ COLUMNS = (
 )  # fmt: skip
 # Only some rows have these: timings, continuations, perplexities, repeats of a training, frontier.
 MORE_COLUMNS = (
-    "training_seed", "median_text", "length", "batch_size", "tokens_per_s", "tokens_per_forward",
-    "energy_j", "device", "dtype", "params", "at_entropy", "reached",
+    "training_seed", "median_text", "length", "batch_size", "interval", "cache", "tokens_per_s",
+    "tokens_per_forward", "energy_j", "device", "dtype", "params", "at_entropy", "reached",
 )  # fmt: skip
 
 

@@ -133,6 +133,8 @@ class TableRow(MetricRow):
     precision: Text = None
     device: Text = None
     dtype: Text = None
+    interval: Text = None
+    cache: Text = None
     commit: Text = None
 
 

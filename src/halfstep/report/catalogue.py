@@ -30,7 +30,7 @@ class Table:
         metrics: the metrics in the table and their titles, in the order of its Markdown
         inputs: files of metric rows. {model} and {teacher} stand for every one; {sampled},
             {continued} and {swept} for every model that is sampled, that continues prompts, or
-            that is on the frontier
+            that is on the frontier; {timed} for every job that times
         select: "module:function", from all metric rows to the rows of this table
         markdown: "module:function", from the rows of this table to its Markdown
         section: the section or key of config.yaml without which the table does not exist, if any
@@ -123,9 +123,10 @@ TABLES: dict[str, Table] = {
     "speed": Table(
         title="time to write: students at every step count, and autoregressive baselines",
         caption="Time to write: one row per model, step count, length and batch size. The value "
-        "is the median in seconds, with its quartiles in the columns ``low`` and ``high``.",
+        "is the median in seconds; the column ``interval`` says what ``low`` and ``high`` are: "
+        "quartiles, or with fewer than eight runs the shortest and the longest run.",
         metrics={"latency_s": "seconds to write"},
-        inputs=("results/benchmarks/{teacher}/latency.json",),
+        inputs=("results/benchmarks/{timed}.json",),
         select="halfstep.report.tables:select_speed",
         markdown="halfstep.report.tables:speed_markdown",
     ),
@@ -190,7 +191,7 @@ FIGURES: dict[str, Figure] = {
     "latency_vs_length": Figure(
         title="time to write against the number of tokens",
         caption="Time to write against the number of tokens: students at each step count, and "
-        "autoregressive baselines with a KV cache. Medians, with bands to the quartiles.",
+        "autoregressive baselines with a KV cache. Medians; the note says what the bands are.",
         needs=("speed",),
         draw="halfstep.report.figures:latency_vs_length",
         published=True,

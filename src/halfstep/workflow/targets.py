@@ -17,13 +17,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from halfstep.config import NAIVE, Config, Distillation, RunOptions, Sampling, Teacher, check_path
+from halfstep.config import (
+    NAIVE,
+    BenchmarkOptions,
+    Config,
+    Distillation,
+    RunOptions,
+    Sampling,
+    Teacher,
+    check_path,
+)
 from halfstep.data.files import find_files
 from halfstep.errors import ConfigError, HalfstepError
 from halfstep.report import catalogue
 from halfstep.resolve import subsection
 from halfstep.seeds import first_training, repeat_names, repeat_seed
 from halfstep.texts import check_regular, items_file
+from halfstep.workflow.timings import TRAINED, latency_jobs, latency_minutes
 
 CHECKPOINT = [
     "model.safetensors",
@@ -51,6 +61,8 @@ class Wildcards(Protocol):
     run: str
     round: str
     corpus: str
+    size: str
+    lengths: str
 
 
 def teacher_name(wildcards: Wildcards) -> str:
@@ -142,6 +154,12 @@ class Targets:
         self.models = [f"{name}/baseline" for name in self.teachers] + self.denoisers
         self.scored = self.models + [f"{name}/naive" for name in self.teachers]
         """models whose samples are scored, and the naive samplers of each teacher's corpus"""
+        self.timings = {
+            f"{name}/{job}": options
+            for name in self.teachers
+            for job, options in latency_jobs(config, name).items()
+        }
+        """what is timed, by the name of the job: {teacher}/{size}/length-{lengths}"""
 
     def teacher(self, wildcards: Wildcards) -> Teacher:
         """The section of `teachers` that a job belongs to."""
@@ -170,8 +188,30 @@ class Targets:
         return options.model_copy(update={"sampling_seed": seed})
 
     def network_size(self, wildcards: Wildcards) -> str:
-        """The size of the networks that a job trains, samples from or scores."""
-        return self.teacher(wildcards).network.size
+        """The size of the networks that a job trains, samples from, scores or times."""
+        size = getattr(wildcards, "size", TRAINED)
+        return self.teacher(wildcards).network.size if size == TRAINED else size
+
+    def timed(self, wildcards: Wildcards) -> BenchmarkOptions:
+        """What a job of `latency` times."""
+        return self.timings[f"{wildcards.teacher}/{wildcards.size}/length-{wildcards.lengths}"]
+
+    def timed_baseline(self, wildcards: Wildcards) -> list[str]:
+        """The folder of the baseline that is timed together with a trained network."""
+        is_trained = wildcards.size == TRAINED
+        return [f"results/models/{wildcards.teacher}/baseline"] if is_trained else []
+
+    def timed_network(self, wildcards: Wildcards) -> str:
+        """The flags of `latency` that name what is timed beside the checkpoint, if anything."""
+        if wildcards.size != TRAINED:
+            return f"--size {wildcards.size}"
+        return " ".join(f"--baseline {folder}" for folder in self.timed_baseline(wildcards))
+
+    def minutes(self, wildcards: Wildcards, kind: str) -> int | None:
+        """Time limit of a job where it depends on more than the size of its network."""
+        if kind != "latency":
+            return None
+        return latency_minutes(self.network_size(wildcards), self.timed(wildcards))
 
     def adapt_source(self, wildcards: Wildcards) -> list[str]:
         """The folder or hub name of the weights that pretraining starts from; random if empty."""
@@ -378,6 +418,7 @@ class Targets:
             continued=self.continued_models(),
             sampled=self.sampled_models(),
             swept=self.frontier_models(),
+            timed=self.timings,
         )
 
     def figure_inputs(self) -> dict[str, list[str]]:

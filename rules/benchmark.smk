@@ -4,11 +4,12 @@ Inputs:
     results/models/{teacher}/teacher/meta.json   a student has the same network
     results/models/{teacher}/baseline/           its checkpoint, and hf/ for other engines
 Outputs, for `trained` and for each size that is timed with untrained weights:
-    results/benchmarks/{teacher}/{size}/length-{lengths}.json
-                                                 rows of seconds, one for each timed case
+    results/benchmarks/{teacher}/{size}/{cases}.json
+                                                 rows of seconds, one for each timed case; {cases}
+                                                 is length-{lengths} or length-{length}-batch-{batch}
     and next to it its .provenance.json
-    While a job runs, length-{lengths}.partial has the rows that are finished. No output of the
-    rule, it is still there after the job was stopped, and the next try begins with it.
+    While a job runs, {cases}.partial has the rows that are finished. It is no output of the rule, so
+    Snakemake does not delete it after a stopped job, and the next try continues there.
 """
 
 
@@ -22,15 +23,15 @@ rule latency:
             for file in ("meta.json", "hf/config.json")  # hf/ is what other engines load
         ],
     output:
-        rows="results/benchmarks/{teacher}/{size}/length-{lengths}.json",
-        record="results/benchmarks/{teacher}/{size}/length-{lengths}.provenance.json",
+        rows="results/benchmarks/{teacher}/{size}/{cases}.json",
+        record="results/benchmarks/{teacher}/{size}/{cases}.provenance.json",
     log:
-        "results/logs/latency/{teacher}/{size}/length-{lengths}.log",
+        "results/logs/latency/{teacher}/{size}/{cases}.log",
     benchmark:
-        "results/logs/latency/{teacher}/{size}/length-{lengths}.tsv"
+        "results/logs/latency/{teacher}/{size}/{cases}.tsv"
     wildcard_constraints:
-        size=one_of(name.split("/")[1] for name in targets.timings),
-        lengths=one_of(name.rpartition("/length-")[2] for name in targets.timings),
+        size=one_of({name.split("/")[1] for name in targets.timings}),
+        cases=one_of({name.split("/")[2] for name in targets.timings}),
     conda:
         "../envs/gpu.yaml"
     threads: all_cores  # nothing else may run during a timing

@@ -578,9 +578,10 @@ class Benchmark(BenchmarkOptions):
     """
 
     more_batch_sizes: list[Threads] = []
-    """further batch sizes of the trained network at the length of its samples"""
+    """further batch sizes of the trained network, only at the length of its samples"""
     more_steps: list[Steps] = []
-    """further step counts of the trained network at the length of its samples"""
+    """further step counts of the trained network, only at the length of its samples and in the
+    batches of batch_sizes"""
     sizes: list[Size] = []
     """further network sizes, timed with untrained weights and the vocabulary of the first teacher;
     their rows say so"""

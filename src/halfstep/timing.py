@@ -30,8 +30,8 @@ class Timing:
     joules: float | None = None
 
     @property
-    def interval(self) -> str:
-        """What the interval is: quartiles of 10, range of 3."""
+    def bounds(self) -> str:
+        """What low_s and high_s are: quartiles of 10, range of 3."""
         kind = "quartiles" if len(self.all) >= FEWEST_FOR_QUARTILES else "range"
         return f"{kind} of {len(self.all)}"
 

@@ -9,6 +9,7 @@ from oracle import chi_square
 
 from halfstep.data.tokenizer import train_bpe
 from halfstep.kernels.categorical import inverse_cdf, uniforms
+from halfstep.models import gpt as gpt_module
 from halfstep.models.gpt import GPT, Decoder, nucleus, save_gpt_neox
 
 
@@ -113,6 +114,28 @@ def test_cuda_graphs_write_what_the_cpu_writes():
         and (found[0].cpu() == expected).double().mean() > 0.9
         and set(decoder.graphs) == {64, 128, 150}
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_has_the_dtype_of_the_decoder(monkeypatch, dtype):
+    """The dtype is given, or that of autocast around the constructor; draws are from float32."""
+    gpt, drawn = tiny(), []
+
+    def draw(logits, u):
+        drawn.append(logits)
+        return inverse_cdf(logits, u)
+
+    monkeypatch.setattr(gpt_module, "inverse_cdf", draw)
+    low = dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        ambient = Decoder(gpt, 2, 6)
+    for decoder in (ambient, Decoder(gpt, 2, 6, compute=dtype if low else None)):
+        assert decoder.head.dtype == decoder.caches[0].k.dtype == dtype
+        decoder.write(torch.tensor([0]), uniforms(4, 0, 2, 6))
+        assert {logits.dtype for logits in drawn} == {torch.float32}
+        rounded = [torch.equal(logits, logits.bfloat16().float()) for logits in drawn]
+        assert all(rounded) if low else not any(rounded)
+        drawn.clear()
 
 
 def test_greedy_limit_is_the_argmax_of_the_full_pass():

@@ -249,7 +249,7 @@ def test_tables_gather_the_rows_of_all_models():
     of_corpus = [f"results/metrics/stories-ci/{name}.json" for name in ("naive/samples", "data")]
     assert tables["steps"] == [*rows, *of_corpus]
     assert tables["lambada"] == [f"results/metrics/{model}/lambada.json" for model in models]
-    assert tables["speed"] == ["results/benchmarks/stories-ci/latency.json"]
+    assert tables["speed"] == ["results/benchmarks/stories-ci/trained/length-16-128.json"]
     continued = [f"stories-ci/{name}" for name in ("baseline", "kl_backward/round-7")]
     assert tables["continuations"] == [
         f"results/metrics/{model}/continuations.json" for model in continued

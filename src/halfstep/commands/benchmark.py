@@ -340,7 +340,7 @@ def _row(
         checkpoint=side.checkpoint,
         length=length,
         batch_size=batch,
-        interval=took.interval,
+        bounds=took.bounds,
         cache=case.cache,
         tokens_per_s=batch * length / took.median_s,
         tokens_per_forward=written / evaluations,

@@ -24,7 +24,7 @@ COLUMNS = (
 )  # fmt: skip
 # Only some rows have these: timings, continuations, perplexities, repeats of a training, frontier.
 MORE_COLUMNS = (
-    "training_seed", "median_text", "length", "batch_size", "interval", "cache", "tokens_per_s",
+    "training_seed", "median_text", "length", "batch_size", "bounds", "cache", "tokens_per_s",
     "tokens_per_forward", "energy_j", "device", "dtype", "params", "at_entropy", "reached",
 )  # fmt: skip
 

@@ -133,7 +133,7 @@ class TableRow(MetricRow):
     precision: Text = None
     device: Text = None
     dtype: Text = None
-    interval: Text = None
+    bounds: Text = None
     cache: Text = None
     commit: Text = None
 

@@ -123,7 +123,7 @@ TABLES: dict[str, Table] = {
     "speed": Table(
         title="time to write: students at every step count, and autoregressive baselines",
         caption="Time to write: one row per model, step count, length and batch size. The value "
-        "is the median in seconds; the column ``interval`` says what ``low`` and ``high`` are: "
+        "is the median in seconds; the column ``bounds`` says what ``low`` and ``high`` are: "
         "quartiles, or with fewer than eight runs the shortest and the longest run.",
         metrics={"latency_s": "seconds to write"},
         inputs=("results/benchmarks/{timed}.json",),
@@ -174,9 +174,9 @@ FIGURES: dict[str, Figure] = {
         draw="halfstep.report.figures:frontier",
     ),
     "ppl_vs_latency": Figure(
-        title="generative perplexity against the time to write one text",
-        caption="Generative perplexity against the time to write one text, on the machine that "
-        "made this report.",
+        title="generative perplexity against the time to write",
+        caption="Generative perplexity against the time to write texts as long as the samples, on "
+        "the machine that made this report.",
         needs=("steps", "speed"),
         draw="halfstep.report.figures:ppl_vs_latency",
     ),

@@ -133,7 +133,7 @@ def _line_at_data(axes: Axes, points: DataFrame) -> None:
 
 
 def ppl_vs_latency(tables: Tables) -> Drawn:
-    """Generative perplexity against the time to write one text, at each timed step count.
+    """Generative perplexity against the time to write, at each timed step count.
 
     The times are those of texts as long as the samples. The teacher and the last rounds are lines,
     the fastest baseline is a point. A student's line and the level of the baseline's perplexity
@@ -147,7 +147,7 @@ def ppl_vs_latency(tables: Tables) -> Drawn:
         if len(timed):
             first = timed.iloc[0]
             notes.append(
-                f"{teacher}: {first['length']} tokens, batch size {first['batch_size']}, "
+                f"{teacher}: {first['batch_size']} texts of {first['length']} tokens at once, "
                 f"{first['device']}, {first['dtype']}, timed {', '.join(timed['model'].unique())}; "
                 "one network size, so one time for all rounds"
             )
@@ -160,7 +160,7 @@ def ppl_vs_latency(tables: Tables) -> Drawn:
     figure = style.draw_panels(
         points,
         note=f"{'. '.join(notes)}. {describe_conditions(quality)}",
-        xlabel="milliseconds to write one text",
+        xlabel="milliseconds to write",
         ylabel="generative perplexity",
         x_scale="log",
         log_y=True,
@@ -171,9 +171,10 @@ def ppl_vs_latency(tables: Tables) -> Drawn:
 
 
 def _one_text(speed: DataFrame, teacher: str, quality: DataFrame) -> DataFrame:
-    """A teacher's rows of the speed table at the length of its samples and the smallest batch size.
+    """A teacher's rows of the speed table at the length of its samples and one batch size.
 
-    HalfstepError if other lengths were timed, but not that one.
+    Of the batch sizes with the most step counts it is the smallest. HalfstepError if other lengths
+    were timed, but not that of the samples.
     """
     samples = sampled_rows(quality)
     lengths = (samples["steps"] * samples["tokens_per_step"]).dropna().astype(float).round()
@@ -187,7 +188,10 @@ def _one_text(speed: DataFrame, teacher: str, quality: DataFrame) -> DataFrame:
             f"has only texts of {join_values(timed['length'])} tokens; time the length of the "
             "samples (--lengths)"
         )
-    return found[found["batch_size"] == found["batch_size"].min()]
+    if found.empty:
+        return found
+    steps = found.groupby("batch_size")["steps"].nunique()
+    return found[found["batch_size"] == steps.idxmax()]  # the first of the largest
 
 
 def _quality_by_latency(quality: DataFrame, timed: DataFrame, teacher: str) -> list[DataFrame]:
@@ -274,7 +278,7 @@ def latency_vs_length(tables: Tables) -> Drawn:
     points, sources = add_published(points, tables, "latency_s", "length", batch_sizes, 1000)
     figure = style.draw_panels(
         points,
-        note=f"Medians, bands: {join_values(table['interval'])}; "
+        note=f"Medians, bands: {join_values(table['bounds'])}; "
         f"{_timing_conditions(table)}{sources}",
         xlabel="tokens written",
         ylabel="milliseconds",

@@ -44,7 +44,7 @@ BETTER = {
     "repetition": "lower",
     "sample_self_bleu": "lower",
 }
-LATENCY = "milliseconds to write, median ± interval (times faster than the fastest baseline)"
+LATENCY = "milliseconds to write, median ± farther bound (times faster than the fastest baseline)"
 FRONTIER_SHARES = ("sampler", "weights", "draw_dtype")  # the same for all students
 STUDENTS_SHARE = ("sampler", "weights", "draw_dtype", "temperature")
 
@@ -197,7 +197,7 @@ def speed_markdown(table: DataFrame) -> str:
         parts.append(
             f"Timed: {join_values([*students, *baselines])}, at each length and batch size in "
             f"turns in one process; weights {join_values(mine['weights'])}; "
-            f"± is the farther end of the interval ({join_values(mine['interval'])}); "
+            f"± is the farther bound ({join_values(mine['bounds'])}); "
             f"{join_values(mine['device'])}, {join_values(mine['dtype'])}; "
             f"commit {join_values(mine['commit'])}."
         )

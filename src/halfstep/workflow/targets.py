@@ -62,7 +62,7 @@ class Wildcards(Protocol):
     round: str
     corpus: str
     size: str
-    lengths: str
+    cases: str
 
 
 def teacher_name(wildcards: Wildcards) -> str:
@@ -159,7 +159,7 @@ class Targets:
             for name in self.teachers
             for job, options in latency_jobs(config, name).items()
         }
-        """what is timed, by the name of the job: {teacher}/{size}/length-{lengths}"""
+        """what is timed, by the name of the job: {teacher}/{size}/{cases}"""
 
     def teacher(self, wildcards: Wildcards) -> Teacher:
         """The section of `teachers` that a job belongs to."""
@@ -194,12 +194,13 @@ class Targets:
 
     def timed(self, wildcards: Wildcards) -> BenchmarkOptions:
         """What a job of `latency` times."""
-        return self.timings[f"{wildcards.teacher}/{wildcards.size}/length-{wildcards.lengths}"]
+        return self.timings[f"{wildcards.teacher}/{wildcards.size}/{wildcards.cases}"]
 
     def timed_baseline(self, wildcards: Wildcards) -> list[str]:
         """The folder of the baseline that is timed together with a trained network."""
-        is_trained = wildcards.size == TRAINED
-        return [f"results/models/{wildcards.teacher}/baseline"] if is_trained else []
+        model = f"{wildcards.teacher}/baseline"
+        is_timed = wildcards.size == TRAINED and model in self.models
+        return [f"results/models/{model}"] if is_timed else []
 
     def timed_network(self, wildcards: Wildcards) -> str:
         """The flags of `latency` that name what is timed beside the checkpoint, if anything."""

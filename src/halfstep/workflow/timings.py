@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from halfstep.config import BenchmarkOptions, Config, shape_of_size
-from halfstep.resolve import flags, subsection
+from halfstep.resolve import flags
 from halfstep.workflow.machine import demand_of
 
 TRAINED = "trained"
@@ -23,44 +23,42 @@ MARGIN = 1.5
 def latency_jobs(config: Config, teacher: str) -> dict[str, BenchmarkOptions]:
     """What each job of a teacher's timings times, by its name: {size}/length-{lengths}.
 
-    The trained network is always timed at the length of its samples, and only there also with
-    more_batch_sizes and more_steps. The first teacher's jobs time the further sizes as well.
-
     A job has one length. Only where a network is so small that it needs no GPU, lengths with the
-    same grid share a job, because there a start of a process costs more than the timing.
+    same steps share a job, because there a start of a process costs more than the timing.
+
+    The trained network is always timed at the length of its samples, there also at more_steps, and
+    at more_batch_sizes in jobs of their own, {size}/length-{length}-batch-{batch}. The first
+    teacher's jobs time the further sizes as well.
     """
     benchmark, about = config.benchmark, config.teachers[teacher]
-    everywhere = BenchmarkOptions(**subsection(benchmark, BenchmarkOptions).model_dump())
-    at_samples = everywhere.model_copy(
-        update={
-            "batch_sizes": list(
-                dict.fromkeys([*benchmark.batch_sizes, *benchmark.more_batch_sizes])
-            ),
-            "benchmark_steps": sorted({*benchmark.benchmark_steps, *benchmark.more_steps}),
-        }
-    )
-    grids = dict.fromkeys(benchmark.lengths, everywhere)
-    trained = grids | {config.corpora[about.corpus].length: at_samples}
-    jobs = _jobs_of(TRAINED, about.network.size, trained)
+    common = BenchmarkOptions(**benchmark.model_dump(include=set(BenchmarkOptions.model_fields)))
+    lengths, samples = dict.fromkeys(benchmark.lengths, common), config.corpora[about.corpus].length
+    steps = sorted({*benchmark.benchmark_steps, *benchmark.more_steps})
+    at_samples = common.model_copy(update={"benchmark_steps": steps})
+    jobs = _jobs_of(TRAINED, about.network.size, lengths | {samples: at_samples})
+    for batch in sorted(set(benchmark.more_batch_sizes) - set(benchmark.batch_sizes)):
+        jobs[f"{TRAINED}/length-{samples}-batch-{batch}"] = common.model_copy(
+            update={"lengths": [samples], "batch_sizes": [batch]}
+        )
     if teacher == next(iter(config.teachers)):
         for size in benchmark.sizes:
-            jobs |= _jobs_of(size, size, grids)
+            jobs |= _jobs_of(size, size, lengths)
     return jobs
 
 
 def _jobs_of(
-    name: str, size: str, grids: dict[int, BenchmarkOptions]
+    name: str, size: str, lengths: dict[int, BenchmarkOptions]
 ) -> dict[str, BenchmarkOptions]:
     """The jobs of one network, from what is timed at each length."""
     is_small = demand_of(size).sample[0] == 0
     groups: dict[object, list[int]] = {}
-    for length, grid in sorted(grids.items()):
-        groups.setdefault(flags(grid) if is_small else length, []).append(length)
+    for length, options in sorted(lengths.items()):
+        groups.setdefault(flags(options) if is_small else length, []).append(length)
     return {
-        f"{name}/length-{'-'.join(map(str, lengths))}": grids[lengths[0]].model_copy(
-            update={"lengths": lengths}
+        f"{name}/length-{'-'.join(map(str, group))}": lengths[group[0]].model_copy(
+            update={"lengths": group}
         )
-        for lengths in groups.values()
+        for group in groups.values()
     }
 
 

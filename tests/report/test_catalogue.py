@@ -31,6 +31,7 @@ NAMES = {
     "sampled": ["t/teacher", "t/baseline"],
     "continued": ["t/teacher", "t/baseline"],
     "swept": ["t/teacher", "t/baseline"],
+    "timed": ["t/trained/length-64-256-512-1024"],
 }
 
 

@@ -182,13 +182,12 @@ def _trained_pair(
 
 
 def _load_side(folder: Path, kind: str, benchmark: BenchmarkOptions, device: torch.device) -> Side:
-    model = load_checkpoint(folder, "ema", str(device))
+    model = load_checkpoint(folder, "ema", str(device), benchmark.timed_dtype)
     if model.kind != kind:
         raise HalfstepError(
             f"{folder}: holds a model of kind {model.kind}, expected {kind}; "
             "--checkpoint is the student, --baseline the autoregressive model"
         )
-    cast_matrices(model.network, getattr(torch, benchmark.timed_dtype))
     return Side(model_name(folder), model, folder / "hf")
 
 
@@ -208,7 +207,7 @@ def _untrained_pair(
         cast_matrices(network, getattr(torch, benchmark.timed_dtype))
         network.eval().requires_grad_(False)
         denoiser = build_denoiser(network, meta) if kind == "diffusion" else None
-        model = Model(kind, network, tokenizer, meta, "", denoiser)
+        model = Model(kind, network, tokenizer, meta, "", denoiser, benchmark.timed_dtype)
         return Side(f"{size}-untrained/{name}", model)
 
     return Pair(
@@ -294,7 +293,7 @@ def _cases(
     cases: dict[Case, Callable[[], Write]] = {}
     for steps in benchmark.benchmark_steps:
         case = Case(student.name, SAMPLER, steps, None)
-        cases[case] = partial(student.writer, batch, length, steps, benchmark.timed_dtype)
+        cases[case] = partial(student.writer, batch, length, steps)
     for decoder in decoders:
         if baseline and length <= (decoder.longest or length):
             case = Case(baseline.name, decoder.sampler, None, decoder.cache)

@@ -18,9 +18,7 @@ from torch import Tensor
 from halfstep.checkpoint import Model
 from halfstep.commands.generate import text_writer
 from halfstep.config import BenchmarkOptions, DrawOptions
-from halfstep.diffusion.contracts import Samples
 from halfstep.errors import HalfstepError
-from halfstep.kernels.precision import computing
 from halfstep.models.gpt import GPT, gpt_neox_config
 
 if TYPE_CHECKING:
@@ -50,16 +48,10 @@ class Side:
         """Number of parameters of the network."""
         return sum(parameter.numel() for parameter in self.model.network.parameters())
 
-    def writer(self, batch: int, length: int, steps: int, dtype: str) -> Write:
+    def writer(self, batch: int, length: int, steps: int) -> Write:
         """A call that writes `batch` texts of `length` tokens as `halfstep generate` does."""
-        writer = text_writer(self.model, length, steps, DrawOptions(sampling_seed=SEED))
-        prompts = torch.empty(batch, 0, dtype=torch.long)
-
-        def write() -> Samples:
-            with computing(self.model.device, dtype):
-                return writer(prompts, 0)
-
-        return write
+        write = text_writer(self.model, length, steps, DrawOptions(sampling_seed=SEED))
+        return partial(write, torch.empty(batch, 0, dtype=torch.long), 0)
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ def own_decoder(
         return []
 
     def writer(batch: int, length: int) -> Write:
-        return baseline.writer(batch, length, length, options.timed_dtype)
+        return baseline.writer(batch, length, length)
 
     return [TimedDecoder("kv_cache", "static", writer)]
 

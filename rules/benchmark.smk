@@ -3,25 +3,35 @@
 Inputs:
     results/models/{teacher}/teacher/meta.json   a student has the same network
     results/models/{teacher}/baseline/           its checkpoint, and hf/ for other engines
-Outputs:
-    results/benchmarks/{teacher}/latency.json    rows of seconds, one for each timed case
-    results/benchmarks/{teacher}/latency.provenance.json
+Outputs, for `trained` and for each size that is timed with untrained weights:
+    results/benchmarks/{teacher}/{size}/{cases}.json
+                                                 rows of seconds, one for each timed case; {cases}
+                                                 is length-{lengths} or length-{length}-batch-{batch}
+    and next to it its .provenance.json
+    While a job runs, {cases}.partial has the rows that are finished. It is no output of the rule, so
+    Snakemake does not delete it after a stopped job, and the next try continues there.
 """
 
 
 rule latency:
-    """Time how long students and baselines take to write texts."""
+    """Time how long students and baselines take to write texts of one length."""
     input:
         checkpoint="results/models/{teacher}/teacher/meta.json",  # a student has the same network
-        baseline="results/models/{teacher}/baseline/meta.json",
-        hf="results/models/{teacher}/baseline/hf/config.json",  # what other engines load
+        baseline=lambda wildcards: [
+            f"{folder}/{file}"
+            for folder in targets.timed_baseline(wildcards)
+            for file in ("meta.json", "hf/config.json")  # hf/ is what other engines load
+        ],
     output:
-        rows="results/benchmarks/{teacher}/latency.json",
-        record="results/benchmarks/{teacher}/latency.provenance.json",
+        rows="results/benchmarks/{teacher}/{size}/{cases}.json",
+        record="results/benchmarks/{teacher}/{size}/{cases}.provenance.json",
     log:
-        "results/logs/latency/{teacher}.log",
+        "results/logs/latency/{teacher}/{size}/{cases}.log",
     benchmark:
-        "results/logs/latency/{teacher}.tsv"
+        "results/logs/latency/{teacher}/{size}/{cases}.tsv"
+    wildcard_constraints:
+        size=one_of({name.split("/")[1] for name in targets.timings}),
+        cases=one_of({name.split("/")[2] for name in targets.timings}),
     conda:
         "../envs/gpu.yaml"
     threads: all_cores  # nothing else may run during a timing
@@ -29,14 +39,14 @@ rule latency:
         **machine("latency"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
-        baseline=subpath(input.baseline, parent=True),
-        benchmark=flags(CONFIG.benchmark),
+        network=targets.timed_network,
+        benchmark=lambda wildcards: flags(targets.timed(wildcards)),
         code=STAGE["latency"],
     shell:
         r"""
         halfstep latency \
             --checkpoint {params.checkpoint:q} \
-            --baseline {params.baseline:q} \
+            {params.network} \
             --output {output.rows:q} \
             {params.benchmark} \
             --threads {threads} \

@@ -2,7 +2,7 @@
 
 Inputs:
     results/metrics/                             rows of scores
-    results/benchmarks/{teacher}/latency.json    rows of seconds
+    results/benchmarks/                          rows of seconds
     results/models/{model}/                      meta.json, and the journal next to it
 Outputs:
     results/tables/{table}                       .csv, .md

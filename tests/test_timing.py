@@ -28,10 +28,20 @@ class Clock:
 
 def test_median_and_quartiles_of_the_repeats_after_the_warm_up(monkeypatch):
     clock = Clock(monkeypatch)
-    timed = timing.measure(clock.task("a", [50, 1, 2, 3, 4, 100]), repeats=5)
-    assert timed.all == (1, 2, 3, 4, 100)
-    assert (timed.median_s, timed.low_s, timed.high_s) == (3, 2, 4)
-    assert timing.measure(clock.task("a", [7, 8, 9]), repeats=3, warmup=0).median_s == 8
+    seconds = [1, 2, 3, 4, 5, 6, 7, 8, 100]
+    timed = timing.measure(clock.task("a", [50, *seconds]), repeats=9)
+    assert timed.all == tuple(seconds)
+    assert (timed.median_s, timed.low_s, timed.high_s) == (5, 3, 7)
+    assert timed.bounds == "quartiles of 9"
+
+
+def test_few_repeats_have_no_quartiles_but_a_range(monkeypatch):
+    clock = Clock(monkeypatch)
+    for seconds in ([7, 8, 9], [2, 9, 4, 3, 5, 6, 1]):
+        timed = timing.measure(clock.task("a", seconds), repeats=len(seconds), warmup=0)
+        assert timed.median_s == sorted(seconds)[len(seconds) // 2]
+        assert (timed.low_s, timed.high_s) == (min(seconds), max(seconds))
+        assert timed.bounds == f"range of {len(seconds)}"
 
 
 def test_cases_take_turns_in_alternating_order(monkeypatch):

@@ -643,25 +643,40 @@ class Continuations(Prompts):
 Baseline = Literal["halfstep", "transformers", "vllm"]
 
 
-class Benchmark(Section):
-    """What is timed: the students at each step count, and autoregressive baselines."""
+class BenchmarkOptions(Section):
+    """What one job of `halfstep latency` times."""
 
     lengths: Annotated[list[TokenCount], Field(min_length=1)] = [64, 128, 256, 512, 1024]
     """tokens per text"""
     batch_sizes: Annotated[list[Threads], Field(min_length=1)] = [1, 8]
-    """texts per batch"""
+    """texts per batch, at every length"""
     benchmark_steps: Annotated[list[Steps], Field(min_length=1)] = [4, 8, 16, 32, 64]
-    """sampling steps of the timed students"""
+    """sampling steps of the timed students, at every length"""
     baselines: Annotated[list[Baseline], Field(min_length=1)] = ["halfstep", "transformers"]
     """autoregressive decoders; halfstep: ours (static KV cache, CUDA graphs); transformers: its
-    `generate` with a static cache; vllm: where it is installed"""
-    sizes: list[Size] = []
-    """further network sizes, timed with untrained weights and the checkpoint's vocabulary; their
-    rows say so"""
+    `generate` with a static or a dynamic cache, whichever is faster; vllm: where it is installed"""
     timed_dtype: Literal["float32", "bfloat16"] = "float32"
-    """dtype of the transformer blocks of everything timed; readouts and draws are unaffected"""
+    """dtype of the matrices of everything timed; draws, and what a denoiser reads out, are
+    unaffected"""
     repeats: Annotated[Count, Field(ge=3)] = 10
-    """timed runs per case, after one warm-up; three if one run of all cases takes over a minute"""
+    """timed runs per case, after one warm-up; the interval of a time is that of its quartiles, and
+    of fewer than eight runs from the shortest to the longest"""
+
+
+class Benchmark(BenchmarkOptions):
+    """What is timed: the students at each step count, and autoregressive baselines.
+
+    The trained network is always timed at the length of its samples, which is that of its corpus.
+    """
+
+    more_batch_sizes: list[Threads] = []
+    """further batch sizes of the trained network, only at the length of its samples"""
+    more_steps: list[Steps] = []
+    """further step counts of the trained network, only at the length of its samples and in the
+    batches of batch_sizes"""
+    sizes: list[Size] = []
+    """further network sizes, timed with untrained weights and the vocabulary of the first teacher;
+    their rows say so"""
 
 
 class Machine(Section):

@@ -1,4 +1,4 @@
-"""Comparable wall-clock times: warm-up, synchronized devices, cases in turns, quartiles."""
+"""Comparable wall-clock times: warm-up, synchronized devices, cases in turns, intervals."""
 
 import os
 import platform
@@ -10,12 +10,17 @@ from importlib import metadata
 import numpy as np
 import torch
 
+FEWEST_FOR_QUARTILES = 8
+"""Fewer values have no quartile that means something."""
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median, quartiles, and all repeats in order.
+    """Seconds of one call: median, interval, and all repeats in order.
 
-    `joules` is the mean energy of a call, on a device that measures it.
+    The interval from low_s to high_s is that of the quartiles. Of fewer than FEWEST_FOR_QUARTILES
+    repeats it reaches from the shortest to the longest. `joules` is the mean energy of a call, on a
+    device that measures it.
     """
 
     median_s: float
@@ -23,6 +28,12 @@ class Timing:
     high_s: float
     all: tuple[float, ...]
     joules: float | None = None
+
+    @property
+    def bounds(self) -> str:
+        """What low_s and high_s are: quartiles of 10, range of 3."""
+        kind = "quartiles" if len(self.all) >= FEWEST_FOR_QUARTILES else "range"
+        return f"{kind} of {len(self.all)}"
 
 
 def measure(
@@ -62,7 +73,8 @@ def measure_in_turns(
                 tick()
     timings = {}
     for name, values in seconds.items():
-        low, median, high = map(float, np.quantile(values, [0.25, 0.5, 0.75]))
+        ends = [0.25, 0.75] if len(values) >= FEWEST_FOR_QUARTILES else [0.0, 1.0]
+        median, low, high = map(float, np.quantile(values, [0.5, *ends]))
         energy = joules[name] / repeats if counter else None
         timings[name] = Timing(median, low, high, tuple(values), energy)
     return timings

@@ -1,39 +1,57 @@
-"""latency: which cases are timed, in which order, and the contents of the rows."""
+"""latency: which cases are timed, in which order, what a stopped job keeps, and the rows."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count, product
 
 import pytest
+import torch
 
 from halfstep import timing
-from halfstep.commands import benchmark
-from halfstep.config import Benchmark, Machine
+from halfstep.commands import benchmark, generate
+from halfstep.commands.decoders import Side
+from halfstep.config import BenchmarkOptions, Machine
 from halfstep.errors import HalfstepError
-from halfstep.files import read_json
+from halfstep.files import read_json, write_json
+from halfstep.models import gpt
 
 MACHINE = Machine(device="cpu", threads=1)
 
 
-def latency_rows(world, output, student="teacher", baseline="baseline", **keys) -> list[dict]:
+def latency_rows(
+    world, output, student="teacher", baseline="baseline", size=None, **keys
+) -> list[dict]:
     keys = {"batch_sizes": [2], "benchmark_steps": [2], "repeats": 3} | keys
-    folders = world.models / student, world.models / baseline
-    benchmark.latency(*folders, output / "rows.json", Benchmark(**keys), MACHINE)
+    benchmark.latency(
+        world.models / student,
+        output / "rows.json",
+        BenchmarkOptions(**keys),
+        MACHINE,
+        baseline=world.models / baseline if baseline else None,
+        size=size,
+    )
     return read_json(output / "rows.json")
 
 
-def test_students_and_baseline_take_turns(world, tmp_path, monkeypatch):
-    calls, sample, decode = [], benchmark.sample, benchmark.gpt.Decoder.write
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of generate's own functions: a step count, or `baseline`."""
+    made, sample, decode = [], generate.sample, gpt.Decoder.write
 
     def record_sample(*args, **options):
-        calls.append(args[3])  # steps
+        made.append(args[3])  # steps
         return sample(*args, **options)
 
     def record_decode(*args, **options):
-        calls.append("baseline")
+        made.append("baseline")
         return decode(*args, **options)
 
-    monkeypatch.setattr(benchmark, "sample", record_sample)
-    monkeypatch.setattr(benchmark.gpt.Decoder, "write", record_decode)
+    monkeypatch.setattr(generate, "sample", record_sample)
+    monkeypatch.setattr(gpt.Decoder, "write", record_decode)
+    return made
+
+
+def test_students_and_baseline_take_turns(world, tmp_path, calls):
     lengths, batch_sizes = [6, 130], [1, 2]  # 130 is longer than the training windows
     rows = latency_rows(
         world,
@@ -49,6 +67,7 @@ def test_students_and_baseline_take_turns(world, tmp_path, monkeypatch):
     assert shapes == list(product(lengths, batch_sizes, [2, 4, None]))
     for row in rows:
         assert 0 < row["low"] <= row["value"] <= row["high"]
+        assert row["bounds"] == "range of 3"
         tokens = row["length"] * row["batch_size"]
         assert row["tokens_per_s"] == pytest.approx(tokens / row["value"])
         assert row["dtype"] == "float32" and row["device"] == timing.device_name()
@@ -56,10 +75,94 @@ def test_students_and_baseline_take_turns(world, tmp_path, monkeypatch):
         evaluations = row["network_evaluations"]
         if row["steps"] is None:
             assert row["run"] == "baseline" and row["sampler"] == "kv_cache"
-            assert evaluations == row["length"] - 1
+            assert evaluations == row["length"] - 1 and row["cache"] == "static"
         else:
             assert row["run"] == "teacher" and 1 <= evaluations <= row["steps"]
             assert row["tokens_per_forward"] == pytest.approx(row["length"] / evaluations)
+
+
+def test_a_student_without_a_baseline_is_timed_alone(world, tmp_path, calls):
+    rows = latency_rows(world, tmp_path, baseline=None, lengths=[6])
+    assert [(row["run"], row["steps"]) for row in rows] == [("teacher", 2)]
+    assert set(calls) == {2}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_sides_compute_in_the_timed_dtype(world, tmp_path, monkeypatch, dtype):
+    """Blocks, the KV cache, and the matrix of our decoder's readout."""
+    found = []
+    sample, decode = generate.sample, gpt.Decoder.write
+
+    def record_sample(*args, **options):
+        found.append(args[0].network.blocks[0].attn_qkv.weight.dtype)
+        assert torch.is_autocast_enabled("cpu") == (dtype == "bfloat16")
+        return sample(*args, **options)
+
+    def record_decode(self, *args):
+        found.extend([self.compute or torch.float32, self.caches[0].k.dtype])
+        rounded = torch.equal(self.head, self.head.bfloat16().float())
+        assert rounded == (dtype == "bfloat16")
+        return decode(self, *args)
+
+    monkeypatch.setattr(generate, "sample", record_sample)
+    monkeypatch.setattr(gpt.Decoder, "write", record_decode)
+    monkeypatch.setattr(gpt, "pack_weight", lambda weight: weight)  # a packed one has no values
+    latency_rows(world, tmp_path, lengths=[6], baselines=["halfstep"], timed_dtype=dtype)
+    assert set(found) == {getattr(torch, dtype)}
+
+
+def test_a_stopped_job_is_continued(world, tmp_path, calls, monkeypatch, capsys):
+    """It stops after the first length; the next call measures the second one only."""
+    keys = {"lengths": [6, 8], "baselines": ["halfstep"]}
+    measure, left = timing.measure_in_turns, [1]
+
+    def stop_after_one(*args):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return measure(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "measure_in_turns", stop_after_one)
+        with pytest.raises(KeyboardInterrupt):
+            latency_rows(world, tmp_path, **keys)
+    partial = tmp_path / "rows.partial"
+    first = read_json(partial)["rows"]
+    assert [row["length"] for row in first] == [6, 6] and not (tmp_path / "rows.json").exists()
+    calls.clear()
+    rows = latency_rows(world, tmp_path, **keys)
+    assert rows[:2] == first and [row["length"] for row in rows] == [6, 6, 8, 8]
+    assert len(calls) == 2 * (1 + 3)
+    assert "2 rows are finished" in capsys.readouterr().err
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"timed_dtype": "bfloat16"},
+        {"repeats": 4},
+        {"benchmark_steps": [3]},
+        {"baseline": None},
+        {"size": "tiny", "baseline": None},
+    ],
+    ids=str,
+)
+def test_rows_of_other_settings_are_measured_again(world, tmp_path, capsys, change):
+    keys = {"lengths": [6], "baselines": ["halfstep"]}
+    rows = latency_rows(world, tmp_path, **keys)
+    pair = benchmark._trained_pair(
+        world.models / "teacher", world.models / "baseline", BenchmarkOptions(), torch.device("cpu")
+    )
+    options = BenchmarkOptions(**{"batch_sizes": [2], "benchmark_steps": [2], "repeats": 3} | keys)
+    settings = benchmark._settings(pair, options, torch.device("cpu"))
+    partial = tmp_path / "rows.partial"
+    write_json(partial, {"settings": settings, "rows": [row | {"value": 77.0} for row in rows]})
+    assert {row["value"] for row in latency_rows(world, tmp_path, **keys)} == {77.0}
+    write_json(partial, {"settings": settings, "rows": [row | {"value": 77.0} for row in rows]})
+    again = latency_rows(world, tmp_path, **keys | change)
+    assert 77.0 not in {row["value"] for row in again}
+    assert "not of these settings" in capsys.readouterr().err
 
 
 def test_energy_of_a_call_if_the_device_counts_it(world, tmp_path, monkeypatch):
@@ -70,33 +173,71 @@ def test_energy_of_a_call_if_the_device_counts_it(world, tmp_path, monkeypatch):
     assert [row["energy_j"] for row in rows] == [5, 5]
 
 
-def test_other_baselines_and_untrained_sizes_in_bfloat16(world, tmp_path, monkeypatch):
-    """transformers writes whole texts from hf/; rows of untrained sizes have no checkpoint."""
+@pytest.mark.parametrize("size", [None, "tiny"])
+def test_transformers_and_untrained_sizes_in_bfloat16(world, tmp_path, monkeypatch, size):
+    """transformers writes whole texts with both caches; rows of untrained sizes have no checkpoint.
+
+    Of its two caches the faster one is in the rows.
+    """
     transformers = pytest.importorskip("transformers")
-    made, generate = [], transformers.GenerationMixin.generate
+    made, generate_ = [], transformers.GenerationMixin.generate
 
     def record(*args, **options):
-        made.append(generate(*args, **options))
+        made.append((options["cache_implementation"], *generate_(*args, **options).shape))
         return made[-1]
 
     monkeypatch.setattr(transformers.GenerationMixin, "generate", record)
-    baselines = ["halfstep", "transformers"]
+    measured, measure = [], timing.measure_in_turns
+
+    def keep(*args):
+        measured.append(measure(*args))
+        return measured[-1]
+
+    monkeypatch.setattr(timing, "measure_in_turns", keep)
     rows = latency_rows(
-        world, tmp_path, lengths=[9], baselines=baselines, sizes=["tiny"], timed_dtype="bfloat16"
+        world,
+        tmp_path,
+        baseline=None if size else "baseline",
+        size=size,
+        lengths=[9],
+        timed_dtype="bfloat16",
     )
-    assert [tuple(ids.shape) for ids in made] == [(2, 9)] * 8
+    assert sorted(made) == [("dynamic", 2, 9)] * 4 + [("static", 2, 9)] * 4
+    teacher, weights = ("tiny-untrained", "untrained") if size else ("stories-tiny", "ema")
     found = [(row["teacher"], row["weights"], row["run"], row["sampler"]) for row in rows]
     assert found == [
-        ("stories-tiny", "ema", "teacher", "ancestral"),
-        ("stories-tiny", "ema", "baseline", "kv_cache"),
-        ("stories-tiny", "ema", "baseline", "transformers"),
-        ("tiny-untrained", "untrained", "teacher", "ancestral"),
-        ("tiny-untrained", "untrained", "baseline", "kv_cache"),
-        ("tiny-untrained", "untrained", "baseline", "transformers"),
+        (teacher, weights, "teacher", "ancestral"),
+        (teacher, weights, "baseline", "kv_cache"),
+        (teacher, weights, "baseline", "transformers"),
     ]
+    times = {case.cache: took for case, took in measured[0].items() if case[1] == "transformers"}
+    fastest = min(times, key=lambda cache: times[cache].median_s)
+    assert times.keys() == {"static", "dynamic"}
+    assert (rows[2]["cache"], rows[2]["value"]) == (fastest, times[fastest].median_s)
     assert {row["dtype"] for row in rows} == {"bfloat16"}
-    assert rows[0]["checkpoint"] and rows[3]["checkpoint"] is None
-    assert rows[3]["params"] == rows[0]["params"]
+    assert (rows[0]["checkpoint"] is None) == (size is not None)
+    record = read_json(tmp_path / "rows.provenance.json")["inputs"]
+    assert len(record) == (1 if size else 6)
+
+
+def test_lengths_beyond_the_positions_of_a_network_of_transformers(world, tmp_path, capsys):
+    """A GPT-2 of 8 positions: transformers alone decodes it, and a line says what is left out."""
+    transformers = pytest.importorskip("transformers")
+    student = benchmark.load_checkpoint(world.models / "teacher")
+    config = transformers.GPT2Config(
+        vocab_size=student.vocab_size, n_positions=8, n_embd=16, n_layer=1, n_head=2
+    )
+    network = transformers.GPT2LMHeadModel(config)
+    network.save_pretrained(tmp_path / "hf")
+    baseline = Side("t/baseline", replace(student, network=network), tmp_path / "hf")
+    options = BenchmarkOptions(lengths=[8, 9], batch_sizes=[1], benchmark_steps=[2], repeats=3)
+    kept = benchmark.KeptRows(tmp_path / "rows.partial", {})
+    pair = benchmark.Pair(Side("t/teacher", student), baseline, "ema")
+    benchmark._time_pair(pair, options, torch.device("cpu"), kept)
+    found = [(row["length"], row["sampler"]) for row in kept.rows]
+    assert found == [(8, "ancestral"), (8, "transformers"), (9, "ancestral")]
+    note = "note: t/baseline, transformers: its network has 8 positions; left out at 9 tokens\n"
+    assert capsys.readouterr().err.count(note) == 1
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed")
@@ -108,3 +249,8 @@ def test_vllm_without_its_package_is_an_error(world, tmp_path):
 def test_the_student_must_be_a_denoiser(world, tmp_path):
     with pytest.raises(HalfstepError, match="kind autoregressive, expected diffusion"):
         latency_rows(world, tmp_path, student="baseline", baseline="teacher")
+
+
+def test_an_untrained_size_has_no_trained_baseline(world, tmp_path):
+    with pytest.raises(HalfstepError, match="networks of --size tiny are untrained"):
+        latency_rows(world, tmp_path, size="tiny")

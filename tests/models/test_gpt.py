@@ -9,6 +9,7 @@ from oracle import chi_square
 
 from halfstep.data.tokenizer import train_bpe
 from halfstep.kernels.categorical import inverse_cdf, uniforms
+from halfstep.models import gpt as gpt_module
 from halfstep.models.gpt import GPT, Decoder, nucleus, save_gpt_neox
 
 
@@ -113,6 +114,41 @@ def test_cuda_graphs_write_what_the_cpu_writes():
         and (found[0].cpu() == expected).double().mean() > 0.9
         and set(decoder.graphs) == {64, 128, 150}
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_readout_multiplies_in_the_dtype_of_the_decoder(monkeypatch, dtype):
+    """Both of its matrices are rounded, and not their product: logits are float32.
+
+    The dtype is given, or that of autocast around constructor and text.
+    """
+    gpt, inputs, logits = tiny(), [], []
+    norm = gpt_module._norm
+
+    def keep(x, layer):
+        found = norm(x, layer)
+        if layer is gpt.output_layer.norm_final:
+            inputs.append(found)
+        return found
+
+    def draw(found, u):
+        logits.append(found)
+        return inverse_cdf(found, u)
+
+    monkeypatch.setattr(gpt_module, "_norm", keep)
+    monkeypatch.setattr(gpt_module, "inverse_cdf", draw)
+    u, low = uniforms(4, 0, 2, 6), dtype == torch.bfloat16
+    own = Decoder(gpt, 2, 6, compute=dtype if low else None)
+    assert own.caches[0].k.dtype == dtype
+    found = [own.write(torch.tensor([0]), u)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=low, cache_enabled=False):
+        found.append(Decoder(gpt, 2, 6).write(torch.tensor([0]), u))
+    assert torch.equal(*found)
+    weight = gpt.output_layer.linear.weight.to(dtype).double()
+    for h, one in zip(inputs, logits, strict=True):
+        expected = h.to(dtype).double() @ weight.T
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_limit_is_the_argmax_of_the_full_pass():

@@ -32,6 +32,7 @@ NAMES = {
     "continued": ["t/teacher", "t/baseline"],
     "swept": ["t/teacher", "t/baseline"],
     "examined": ["t/teacher", "t/baseline"],
+    "timed": ["t/trained/length-64-256-512-1024"],
 }
 
 

@@ -226,6 +226,53 @@ def test_a_second_judge_has_its_own_panels_without_values_of_the_first(results):
     assert by_latency["y"].max() <= alone["y"].max()  # of the first judge alone
 
 
+def test_times_are_those_of_texts_as_long_as_the_samples(results):
+    """The synthetic samples have 1,024 tokens; 2,048 were timed too, and do not count."""
+    tables = frames(results, "ppl_vs_latency")
+    speed = tables["speed"]
+    longer = speed[speed["length"] == 1024].assign(length=2048, value=lambda rows: 9 * rows.value)
+    both = pandas.concat([speed, longer], ignore_index=True)
+    _, points = draw("ppl_vs_latency", tables | {"speed": both})
+    at_samples = speed[(speed["length"] == 1024) & (speed["batch_size"] == 1)]
+    lines = points[points["kind"] == "line"]
+    sampled = at_samples["steps"].isin(tables["steps"]["steps"].dropna())
+    students = at_samples.loc[sampled, "value"]
+    assert set(lines["x"]) == set(1000 * students)
+    (baseline,) = at_samples.loc[at_samples["run"] == "baseline", "value"]
+    assert points.loc[points["kind"] == "point", "x"].tolist() == [1000 * baseline]
+    with pytest.raises(
+        HalfstepError,
+        match="samples of stories-tiny are texts of 1024 tokens, but the speed table has only "
+        "texts of 64, 256, 512, 2048 tokens",
+    ):
+        other = both[both["length"] != 1024]
+        draw("ppl_vs_latency", tables | {"speed": other})
+
+
+def test_times_are_of_the_batch_size_with_the_most_step_counts(results):
+    tables = frames(results, "ppl_vs_latency")
+    speed = tables["speed"]
+    kept = speed[(speed["batch_size"] == 8) | (speed["steps"].fillna(8) == 8)]
+    _, points = draw("ppl_vs_latency", tables | {"speed": kept})
+    mine = speed.query("length == 1024 and batch_size == 8")
+    mine = mine[mine["steps"].isin(tables["steps"]["steps"].dropna())]
+    assert set(points.loc[points["kind"] == "line", "x"]) == set(1000 * mine["value"])
+
+
+def test_a_curve_over_lengths_has_several_of_them(results):
+    """A batch size that was timed at one length only is in the other figure of speed."""
+    speed = frames(results, "latency_vs_length")["speed"]
+    one = speed.query("length == 1024 and batch_size == 8").assign(batch_size=512)
+    both = pandas.concat([speed, one], ignore_index=True)
+    _, points = draw("latency_vs_length", {"speed": both})
+    assert set(points["panel"]) == {"one text at a time", "8 texts at once"}
+    _, points = draw("latency_vs_length", {"speed": one})
+    assert set(points["panel"]) == {"512 texts at once"}
+    _, points = draw("speedup_vs_batch", {"speed": both})
+    at_samples = points[points["panel"] == "1024 tokens"]
+    assert set(at_samples.loc[at_samples["kind"] == "line", "x"]) == {1, 8, 512}
+
+
 def test_rounds_differ_in_gray():
     looks = [style.series_style(f"round {number}", number, 7, 0) for number in range(1, 8)]
     gray = [numpy.dot(to_rgb(look["color"]), (0.299, 0.587, 0.114)) for look in looks]

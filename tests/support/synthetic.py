@@ -63,7 +63,7 @@ def write(
     dump(results / "metrics" / teacher / "naive" / "samples.json", rows)
     if benchmark:
         rows = timings(teacher, runs[0] if runs else "teacher", rounds)
-        dump(results / "benchmarks" / teacher / "latency.json", rows)
+        dump(results / "benchmarks" / teacher / "trained" / "length-64-256-512-1024.json", rows)
     return results
 
 
@@ -266,7 +266,7 @@ def zero_shot(base, protocol, value) -> list[dict]:
 def timings(teacher, run, r) -> list[dict]:
     """The rows of seconds of the baseline and of one student."""
     rows = []
-    for length in (64, 128, 256, 512):
+    for length in (64, 256, 512, 1024):
         for batch in (1, 8):
             baseline = length * 0.0041 * (1 + 0.03 * batch)
             rows.append(timing(teacher, "baseline", 0, None, length, batch, baseline))
@@ -283,7 +283,7 @@ def timing(teacher, run, r, steps, length, batch, latency) -> dict:
     return {
         "metric": "latency_s",
         "protocol": "interleaved",
-        "version": 2,
+        "version": PROTOCOLS["latency_s"]["interleaved"],
         "value": latency,
         "low": 0.97 * latency,
         "high": 1.06 * latency,
@@ -296,6 +296,8 @@ def timing(teacher, run, r, steps, length, batch, latency) -> dict:
         "sampler": "ancestral" if steps else "kv_cache",
         "length": length,
         "batch_size": batch,
+        "bounds": "quartiles of 10",
+        "cache": None if steps else "static",
         "tokens_per_s": batch * length / latency,
         "tokens_per_forward": length / passes,
         "device": "cpu",

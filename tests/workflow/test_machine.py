@@ -61,6 +61,12 @@ def test_other_jobs_are_as_large_as_a_sample(kind):
     assert base_resources("8B", kind, 2, Site()) == base_resources("8B", "sample", 2, Site())
 
 
+def test_a_job_can_bring_its_own_time_limit():
+    asked = [base_resources("small", "latency", n, Site(max_minutes=80), 45) for n in (1, 2, 3)]
+    assert [one["runtime"] for one in asked] == [45, 67, 80]
+    assert all(one["gpu"] == 1 for one in asked)
+
+
 @pytest.mark.parametrize("size", MACHINE)
 def test_each_retry_asks_for_half_as_much_again(size):
     site = Site(max_minutes=10**9)

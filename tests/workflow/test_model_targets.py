@@ -262,7 +262,7 @@ def test_tables_gather_the_rows_of_all_models():
     of_corpus = [f"results/metrics/stories-ci/{name}.json" for name in ("naive/samples", "data")]
     assert tables["steps"] == [*rows, *of_corpus]
     assert tables["lambada"] == [f"results/metrics/{model}/lambada.json" for model in models]
-    assert tables["speed"] == ["results/benchmarks/stories-ci/latency.json"]
+    assert tables["speed"] == ["results/benchmarks/stories-ci/trained/length-16-128.json"]
     assert not {"tasks", "zero_shot"} & tables.keys()
     asked = targets(evaluation={"tasks": "piqa", "perplexity": ["ptb"]})
     final = ["baseline", "teacher", "kl_backward/round-7"]

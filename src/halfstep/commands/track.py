@@ -337,6 +337,8 @@ def _metrics(row: dict) -> dict[str, float | None]:
     """
     if _is_timing(row):
         name = row["model"].split("/", 1)[-1].replace("/", "-")
+        if not row.get("steps") and row.get("sampler") not in (None, "kv_cache"):
+            name += f"-{row['sampler']}"  # another decoder of the same baseline
         case = f"{name}_length_{row['length']}_batch_{row['batch_size']}"
         return {
             f"speed/latency_s_{case}": row["value"],

@@ -37,5 +37,5 @@ PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}
     "mauve": {"continuations": 1},
     "continuation_perplexity": {"continuations": 1},
     "continuation_distinct_2": {"continuations": 1},
-    "latency_s": {"interleaved": 2},
+    "latency_s": {"interleaved": 3},
 }

@@ -24,7 +24,8 @@ COLUMNS = (
 )  # fmt: skip
 # Only some rows have these: timings, continuations, perplexities, repeats, frontier, tasks.
 MORE_COLUMNS = (
-    "task", "measure", "training_seed", "median_text", "length", "batch_size", "tokens_per_s",
+    "task", "measure", "training_seed", "median_text", "length", "batch_size", "bounds", "cache",
+    "tokens_per_s",
     "tokens_per_forward", "energy_j", "device", "dtype", "params", "at_entropy", "reached",
 )  # fmt: skip
 

@@ -106,7 +106,8 @@ class Decoder:
     No step waits for the host or changes its shape. On CUDA a step is one CUDA graph, captured once
     for each window of keys (powers of two). On a CPU a step reads exactly the keys that exist,
     without a mask. It is made and used inside the same autocast or outside of any; `compute` is
-    the dtype of one of its own.
+    the dtype of one of its own. The readout multiplies matrices of the same dtype as the blocks,
+    and its logits are float32.
     """
 
     SMALLEST = 64  # keys that the first graph reads
@@ -123,22 +124,34 @@ class Decoder:
         table = gpt.vocab_embed.embedding
         device = table.device
         self.gpt, self.length = gpt, length
+        if compute is None and torch.is_autocast_enabled(device.type):
+            compute = torch.get_autocast_dtype(device.type)
         self.temperature, self.top_p, self.compute = temperature, top_p, compute
-        with self._autocast():
-            autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else table.dtype
-        self.caches = gpt.new_caches(batch, length, dtype)
+        self.caches = gpt.new_caches(batch, length, compute)
         self.cos, sin = gpt.rotary_emb(torch.arange(length, device=device))
         half = sin.shape[1] // 2
         self.sin = torch.cat([-sin[:, :half], sin[:, half:]], 1)
         self.blocks = cast(Iterable[Block], pack_network(gpt).blocks)
-        # Cast once: the readout is float32 whatever the dtype of the blocks.
-        self.head = pack_weight(gpt.output_layer.linear.weight.float())
+        self.head = self._cast_head(gpt.output_layer.linear.weight)
         self.ids = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.u = torch.zeros(batch, length, dtype=torch.float64, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.keys = torch.arange(length, device=device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def _cast_head(self, weight: Tensor) -> Tensor:
+        """The readout's matrix, cast once. A CPU has no product of low matrices with a float32
+        result, so there it is float32 again, with the rounded values."""
+        low = weight.to(self.compute or torch.float32)
+        with torch.autocast(weight.device.type, enabled=False):
+            return low if weight.is_cuda else pack_weight(low.float())
+
+    def _logits(self, h: Tensor) -> Tensor:
+        """Features h[B, D] -> logits[B, V] float32."""
+        low = h.to(self.compute or torch.float32)
+        if self.head.dtype == torch.float32:
+            return matmul(low.float(), self.head)
+        return torch.mm(low, self.head.t(), out_dtype=torch.float32)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.compute is None:
@@ -191,7 +204,7 @@ class Decoder:
             x = x + linear(out.reshape(B, -1), block.attn_out)
             x = x + mlp(_norm(x, block.norm2), block.mlp.up, block.mlp.down)
         with torch.autocast(x.device.type, enabled=False):
-            logits = matmul(_norm(x, self.gpt.output_layer.norm_final).float(), self.head)
+            logits = self._logits(_norm(x, self.gpt.output_layer.norm_final))
             self.position += 1
             u = self.u.index_select(1, self.position)[:, 0]
             drawn = draw_token(logits, self.temperature, self.top_p, u)

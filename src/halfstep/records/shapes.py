@@ -135,6 +135,8 @@ class TableRow(MetricRow):
     precision: Text = None
     device: Text = None
     dtype: Text = None
+    bounds: Text = None
+    cache: Text = None
     commit: Text = None
 
 

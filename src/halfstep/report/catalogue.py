@@ -30,7 +30,8 @@ class Table:
         metrics: the metrics in the table and their titles, in the order of its Markdown
         inputs: files of metric rows. {model} and {teacher} stand for every one; {sampled},
             {continued}, {swept} and {examined} for every model that is sampled, that continues
-            prompts, that is on the frontier, or that answers tasks
+            prompts, that is on the frontier, or that answers tasks; {timed} for every job that
+            times
         select: "module:function", from all metric rows to the rows of this table
         markdown: "module:function", from the rows of this table to its Markdown
         section: the section or key of config.yaml without which the table does not exist, if any
@@ -146,9 +147,10 @@ TABLES: dict[str, Table] = {
     "speed": Table(
         title="time to write: students at every step count, and autoregressive baselines",
         caption="Time to write: one row per model, step count, length and batch size. The value "
-        "is the median in seconds, with its quartiles in the columns ``low`` and ``high``.",
+        "is the median in seconds; the column ``bounds`` says what ``low`` and ``high`` are: "
+        "quartiles, or with fewer than eight runs the shortest and the longest run.",
         metrics={"latency_s": "seconds to write"},
-        inputs=("results/benchmarks/{teacher}/latency.json",),
+        inputs=("results/benchmarks/{timed}.json",),
         select="halfstep.report.tables:select_speed",
         markdown="halfstep.report.tables:speed_markdown",
     ),
@@ -196,9 +198,9 @@ FIGURES: dict[str, Figure] = {
         draw="halfstep.report.figures:frontier",
     ),
     "ppl_vs_latency": Figure(
-        title="generative perplexity against the time to write one text",
-        caption="Generative perplexity against the time to write one text, on the machine that "
-        "made this report.",
+        title="generative perplexity against the time to write",
+        caption="Generative perplexity against the time to write texts as long as the samples, on "
+        "the machine that made this report.",
         needs=("steps", "speed"),
         draw="halfstep.report.figures:ppl_vs_latency",
     ),
@@ -213,7 +215,7 @@ FIGURES: dict[str, Figure] = {
     "latency_vs_length": Figure(
         title="time to write against the number of tokens",
         caption="Time to write against the number of tokens: students at each step count, and "
-        "autoregressive baselines with a KV cache. Medians, with bands to the quartiles.",
+        "autoregressive baselines with a KV cache. Medians; the note says what the bands are.",
         needs=("speed",),
         draw="halfstep.report.figures:latency_vs_length",
         published=True,

@@ -43,7 +43,6 @@ LOSSES = {  # key of the journals: title; teacher and rounds have val/nelbo, the
     "val/nelbo": "held-out loss",
     "val/nll": "held-out loss",
 }
-BATCH_SIZES = (1, 4, 8)  # of latency_vs_length, where there are many; the paper has 4 and 8
 
 
 def ppl_vs_steps(tables: Tables) -> Drawn:
@@ -135,20 +134,21 @@ def _line_at_data(axes: Axes, points: DataFrame) -> None:
 
 
 def ppl_vs_latency(tables: Tables) -> Drawn:
-    """Generative perplexity against the time to write one text, at each timed step count.
+    """Generative perplexity against the time to write, at each timed step count.
 
-    The teacher and the last rounds are lines, the fastest baseline is a point. A student's line and
-    the level of the baseline's perplexity meet at a speed-up of equal quality.
+    The times are those of texts as long as the samples. The teacher and the last rounds are lines,
+    the fastest baseline is a point. A student's line and the level of the baseline's perplexity
+    meet at a speed-up of equal quality.
     """
     quality = one_metric(tables["steps"], "generative_perplexity")
     parts, notes = [], []
     for teacher, mine in quality.groupby("teacher", sort=False):
-        timed = _one_text(tables["speed"], teacher)
+        timed = _one_text(tables["speed"], teacher, mine)
         parts += _quality_by_latency(mine, timed, teacher)
         if len(timed):
             first = timed.iloc[0]
             notes.append(
-                f"{teacher}: {first['length']} tokens, batch size {first['batch_size']}, "
+                f"{teacher}: {first['batch_size']} texts of {first['length']} tokens at once, "
                 f"{first['device']}, {first['dtype']}, timed {', '.join(timed['model'].unique())}; "
                 "one network size, so one time for all rounds"
             )
@@ -161,7 +161,7 @@ def ppl_vs_latency(tables: Tables) -> Drawn:
     figure = style.draw_panels(
         points,
         note=f"{'. '.join(notes)}. {describe_conditions(quality)}",
-        xlabel="milliseconds to write one text",
+        xlabel="milliseconds to write",
         ylabel="generative perplexity",
         x_scale="log",
         log_y=True,
@@ -171,11 +171,28 @@ def ppl_vs_latency(tables: Tables) -> Drawn:
     return figure, points
 
 
-def _one_text(speed: DataFrame, teacher: str) -> DataFrame:
-    """A teacher's rows of the speed table at the greatest length and the smallest batch size."""
+def _one_text(speed: DataFrame, teacher: str, quality: DataFrame) -> DataFrame:
+    """A teacher's rows of the speed table at the length of its samples and one batch size.
+
+    Of the batch sizes with the most step counts it is the smallest. HalfstepError if other lengths
+    were timed, but not that of the samples.
+    """
+    samples = sampled_rows(quality)
+    lengths = (samples["steps"] * samples["tokens_per_step"]).dropna().astype(float).round()
+    length = lengths.max()
     timed = speed[speed["teacher"] == teacher]
-    timed = timed[timed["length"] == timed["length"].max()]
-    return timed[timed["batch_size"] == timed["batch_size"].min()]
+    found = timed[timed["length"].astype(float) == length]
+    if len(timed) and found.empty:
+        written = "unknown length" if lengths.empty else f"{length:.0f} tokens"
+        raise HalfstepError(
+            f"ppl_vs_latency: the samples of {teacher} are texts of {written}, but the speed table "
+            f"has only texts of {join_values(timed['length'])} tokens; time the length of the "
+            "samples (--lengths)"
+        )
+    if found.empty:
+        return found
+    steps = found.groupby("batch_size")["steps"].nunique()
+    return found[found["batch_size"] == steps.idxmax()]  # the first of the largest
 
 
 def _quality_by_latency(quality: DataFrame, timed: DataFrame, teacher: str) -> list[DataFrame]:
@@ -238,13 +255,13 @@ def lambada_vs_round(tables: Tables) -> Drawn:
 def latency_vs_length(tables: Tables) -> Drawn:
     """Time to write against the number of tokens: baselines with KV cache, and every step count.
 
-    A panel for each network and batch size. The paper's figures 3b and 20 have batch size 8, figure
-    21 has 4; other batch sizes are in `speedup_vs_batch` if there are more than three.
+    A panel for each network and batch size that was timed at several lengths, or for all where none
+    was. The paper's figures 3b and 20 have batch size 8, figure 21 has 4.
     """
     table = tables["speed"]
-    of_paper = table["batch_size"].isin(BATCH_SIZES)
-    if table["batch_size"].nunique() > 3 and of_paper.any():
-        table = table[of_paper]
+    lengths = table.groupby(["teacher", "batch_size"])["length"].transform("nunique")
+    if (lengths > 1).any():
+        table = table[lengths > 1]
     parts = []
     batch_sizes = {}
     for (teacher, size), mine in table.groupby(["teacher", "batch_size"], sort=False):
@@ -262,7 +279,8 @@ def latency_vs_length(tables: Tables) -> Drawn:
     points, sources = add_published(points, tables, "latency_s", "length", batch_sizes, 1000)
     figure = style.draw_panels(
         points,
-        note=f"Medians, bands to the quartiles; {_timing_conditions(table)}{sources}",
+        note=f"Medians, bands: {join_values(table['bounds'])}; "
+        f"{_timing_conditions(table)}{sources}",
         xlabel="tokens written",
         ylabel="milliseconds",
         x_scale="steps",
@@ -274,19 +292,21 @@ def latency_vs_length(tables: Tables) -> Drawn:
 def speedup_vs_batch(tables: Tables) -> Drawn:
     """How many times faster than the fastest baseline against the batch size.
 
-    A line for each step count, a panel for each network and for three of the lengths. Below one, in
-    the gray area, the baseline is faster.
+    A line for each step count, a panel for each network and for three of the lengths: the shortest,
+    the longest, and one with the most batch sizes. Below one, in the gray area, the baseline is
+    faster.
     """
     table = tables["speed"]
-    lengths = sorted(table["length"].unique())
-    shown = {lengths[0], lengths[len(lengths) // 2], lengths[-1]}
-    has_ratio = (table["run"] != "baseline") & table["times_faster"].notna()
-    timed = table[has_ratio & table["length"].isin(shown)]
+    timed = table[(table["run"] != "baseline") & table["times_faster"].notna()]
     if timed.empty:
         raise HalfstepError(
             "speedup_vs_batch: the speed table has no student timed together with a baseline; "
             "make it with halfstep latency"
         )
+    batch_sizes = timed.groupby("length")["batch_size"].nunique()
+    most = batch_sizes.index[batch_sizes == batch_sizes.max()]
+    shown = {batch_sizes.index[0], most[len(most) // 2], batch_sizes.index[-1]}
+    timed = timed[timed["length"].isin(shown)]
     parts = []
     for (teacher, length), mine in timed.groupby(["teacher", "length"], sort=False):
         panel = panel_title(table, teacher, f"{length} tokens")
@@ -337,7 +357,8 @@ def _lines_by_steps(rows: DataFrame, table: DataFrame) -> list[tuple[str, int, D
 def _timing_conditions(table: DataFrame) -> str:
     """Where and how the rows of the speed table were timed, in a sentence."""
     return (
-        f"all in one process. {join_values(table['device'])}; {join_values(table['dtype'])}; "
+        "at each length and batch size all in turns in one process. "
+        f"{join_values(table['device'])}; {join_values(table['dtype'])}; "
         f"weights {join_values(table['weights'])}; commit {join_values(table['commit'])}."
     )
 

@@ -18,9 +18,9 @@ COLUMNS = (
     "version", "steps",
     "tokens_per_step", "network_evaluations", "value", "low", "high", "median_text", "judge",
     "judge_dtype", "data", "sampler", "num_samples", "seed", "weights", "draw_dtype", "precision",
-    "temperature", "top_p", "length", "batch_size", "tokens_per_s", "tokens_per_forward",
-    "energy_j", "device", "dtype", "params", "at_entropy", "reached", "checkpoint", "commit",
-    "source",
+    "temperature", "top_p", "length", "batch_size", "bounds", "cache", "tokens_per_s",
+    "tokens_per_forward", "energy_j", "device", "dtype", "params", "at_entropy", "reached",
+    "checkpoint", "commit", "source",
 )  # fmt: skip
 INTEGERS = (
     "round", "training_seed", "version", "steps", "median_text", "num_samples", "seed", "length",

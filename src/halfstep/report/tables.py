@@ -44,7 +44,7 @@ BETTER = {
     "repetition": "lower",
     "sample_self_bleu": "lower",
 }
-LATENCY = "milliseconds to write, median ± quartile (times faster than the fastest baseline)"
+LATENCY = "milliseconds to write, median ± farther bound (times faster than the fastest baseline)"
 FRONTIER_SHARES = ("sampler", "weights", "draw_dtype")  # the same for all students
 STUDENTS_SHARE = ("sampler", "weights", "draw_dtype", "temperature")
 
@@ -225,8 +225,9 @@ def speed_markdown(table: DataFrame) -> str:
         is_baseline = mine["run"] == "baseline"
         students, baselines = mine.loc[~is_baseline, "model"], mine.loc[is_baseline, "case"]
         parts.append(
-            f"Timed: {join_values(students)}, and {join_values(baselines)}, in one process; "
-            f"weights {join_values(mine['weights'])}; ± is the farther quartile; "
+            f"Timed: {join_values([*students, *baselines])}, at each length and batch size in "
+            f"turns in one process; weights {join_values(mine['weights'])}; "
+            f"± is the farther bound ({join_values(mine['bounds'])}); "
             f"{join_values(mine['device'])}, {join_values(mine['dtype'])}; "
             f"commit {join_values(mine['commit'])}."
         )

@@ -91,7 +91,7 @@ class Facts:
             self.gpt2.add(teacher)
         if name == "import-baseline" and "source" in given:
             self.imported[teacher] = given["source"]
-        if name in ("generate", "generate-frontier", "draw-naive"):
+        if name in ("generate", "draw-naive"):
             default = GenerateOptions.model_fields["num_samples"].default
             self.samples[teacher] = int(given.get("num_samples", default))
         if name == "continue-prompts":

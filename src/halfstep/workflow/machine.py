@@ -109,7 +109,9 @@ def names_cluster(arguments: list[str], environment: Mapping[str, str]) -> bool:
     return False
 
 
-def base_resources(size: str, kind: str, attempt: int, site: Site) -> Resources:
+def base_resources(
+    size: str, kind: str, attempt: int, site: Site, first_minutes: int | None = None
+) -> Resources:
     """What a job of this kind asks for, by the size of its network.
 
     Each retry asks for half as much memory and time again; the time stays within the site's limit.
@@ -119,6 +121,7 @@ def base_resources(size: str, kind: str, attempt: int, site: Site) -> Resources:
         kind: a key of RESOURCES
         attempt: 1 for the first try
         site: see `Site`
+        first_minutes: time limit of the first try (default: by the size)
     """
     demand = demand_of(size)
     gpus, hours = demand.sample
@@ -128,7 +131,8 @@ def base_resources(size: str, kind: str, attempt: int, site: Site) -> Resources:
         "tasks": (gpus, TASK_HOURS * hours),
     }
     gpus, hours = others.get(kind, (gpus, hours))
-    minutes = min(hours * 30 * (attempt + 1), site.max_minutes)
+    first = 60 * hours if first_minutes is None else first_minutes
+    minutes = min(first * (attempt + 1) // 2, site.max_minutes)
     return {
         "gpu": gpus,
         "gpu_model": site.gpu_model if gpus else "",

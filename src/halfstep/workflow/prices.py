@@ -20,8 +20,6 @@ from halfstep.workflow.work import WORK
 
 SOURCES = ("measured", "assumed", "limit")
 """Of an estimate: finished jobs of the same kind, the assumed speed, or the job's time limit."""
-SAME_WORK = {"generate-frontier": "generate"}
-"""Commands whose jobs run at the speed of those of another"""
 START_S = 2.3
 """Seconds until a command computes: Python, torch, and the files it reads; measured on 2 cores"""
 STARTS = {
@@ -91,7 +89,7 @@ class Prices:
         """Command, network size, and whether it is a baseline: such jobs run at one speed."""
         size = self.facts.sizes.get(teacher_of(command))
         is_baseline = Call(command, self.facts, self.rates).is_baseline
-        return SAME_WORK.get(command[1], command[1]), size, is_baseline
+        return command[1], size, is_baseline
 
     def call(self, job: PlannedJob) -> Call:
         """A job's call, with what is known about its network and texts."""

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from halfstep.config import (
     NAIVE,
+    BenchmarkOptions,
     Config,
     Distillation,
     FrontierOptions,
@@ -36,6 +37,7 @@ from halfstep.resolve import subsection
 from halfstep.seeds import first_training, repeat_names, repeat_seed
 from halfstep.texts import check_regular, items_file
 from halfstep.workflow.task_sources import faults_of_tasks, tasks_of_hub, texts_of_hub
+from halfstep.workflow.timings import TRAINED, latency_jobs, latency_minutes
 
 CHECKPOINT = [
     "model.safetensors",
@@ -63,6 +65,8 @@ class Wildcards(Protocol):
     run: str
     round: str
     corpus: str
+    size: str
+    cases: str
 
 
 def teacher_name(wildcards: Wildcards) -> str:
@@ -195,6 +199,12 @@ class Targets:
         self.models = [f"{name}/baseline" for name in self.with_baseline] + self.denoisers
         self.scored = self.models + [f"{name}/naive" for name in self.teachers]
         """models whose samples are scored, and the naive samplers of each teacher's corpus"""
+        self.timings = {
+            f"{name}/{job}": options
+            for name in self.teachers
+            for job, options in latency_jobs(config, name).items()
+        }
+        """what is timed, by the name of the job: {teacher}/{size}/{cases}"""
 
     def teacher(self, wildcards: Wildcards) -> Teacher:
         """The section of `teachers` that a job belongs to."""
@@ -223,8 +233,31 @@ class Targets:
         return options.model_copy(update={"sampling_seed": seed})
 
     def network_size(self, wildcards: Wildcards) -> str:
-        """The size of the networks that a job trains, samples from or scores."""
-        return self.teacher(wildcards).network.size
+        """The size of the networks that a job trains, samples from, scores or times."""
+        size = getattr(wildcards, "size", TRAINED)
+        return self.teacher(wildcards).network.size if size == TRAINED else size
+
+    def timed(self, wildcards: Wildcards) -> BenchmarkOptions:
+        """What a job of `latency` times."""
+        return self.timings[f"{wildcards.teacher}/{wildcards.size}/{wildcards.cases}"]
+
+    def timed_baseline(self, wildcards: Wildcards) -> list[str]:
+        """The folder of the baseline that is timed together with a trained network."""
+        model = f"{wildcards.teacher}/baseline"
+        is_timed = wildcards.size == TRAINED and model in self.models
+        return [f"results/models/{model}"] if is_timed else []
+
+    def timed_network(self, wildcards: Wildcards) -> str:
+        """The flags of `latency` that name what is timed beside the checkpoint, if anything."""
+        if wildcards.size != TRAINED:
+            return f"--size {wildcards.size}"
+        return " ".join(f"--baseline {folder}" for folder in self.timed_baseline(wildcards))
+
+    def minutes(self, wildcards: Wildcards, kind: str) -> int | None:
+        """Time limit of a job where it depends on more than the size of its network."""
+        if kind != "latency":
+            return None
+        return latency_minutes(self.network_size(wildcards), self.timed(wildcards))
 
     def baseline_source(self, name: str) -> str | None:
         """The folder or hub name of a teacher's published baseline."""
@@ -489,6 +522,7 @@ class Targets:
             sampled=self.sampled_models(),
             swept=self.frontier_models(),
             examined=self.final_models(),
+            timed=self.timings,
         )
 
     def figure_inputs(self) -> dict[str, list[str]]:

@@ -70,6 +70,7 @@ STAGE = dict(
     latency=5,
     tabulate=5,
     plot=5,
+    paper_report=1,
     track=1,
     merge_provenance=1,
     fetch=1,

@@ -30,6 +30,7 @@ include: "rules/evaluate.smk"  # score_samples, score_corpus, score_lambada
 include: "rules/tasks.smk"  # score_tasks, score_perplexity
 include: "rules/benchmark.smk"  # latency
 include: "rules/report.smk"  # tabulate, plot, track, merge_provenance
+include: "rules/paper.smk"  # paper_figure, paper_table, paper_report
 
 
 if CONFIG.continuations:

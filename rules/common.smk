@@ -74,6 +74,7 @@ STAGE = dict(
     latency=6,
     tabulate=6,
     plot=6,
+    paper_report=1,
     track=1,
     merge_provenance=1,
     fetch=1,

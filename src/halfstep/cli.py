@@ -95,6 +95,14 @@ COMMANDS = {  # name: (module:function, what it does)
     ),
     "tabulate": ("halfstep.commands.report:tabulate", "gather metric rows into tables"),
     "plot": ("halfstep.commands.report:plot", "draw one figure from the tables"),
+    "compare-published": (
+        "halfstep.commands.paper:compare_published",
+        "write published numbers and claims next to ours, with a verdict",
+    ),
+    "list-sizes": (
+        "halfstep.commands.paper:list_sizes",
+        "write the network sizes of the paper with their parameters",
+    ),
     "track": ("halfstep.commands.track:track", "send the journals to MLflow, idempotently"),
     "merge-provenance": (
         "halfstep.commands.verify:merge_provenance",

@@ -57,7 +57,7 @@ def written(request, pipeline, world, tmp_path_factory):
         model = f"--checkpoint {getattr(pipeline, name)}"
         lines[f"generate {name}"] = f"generate {model} --steps 8 --num-samples 4 {how}"
         lines[f"generate-frontier {name}"] = (
-            f"generate-frontier {model} --steps 8 --temperatures 0.7 --num-samples 4 {how}"
+            f"generate {model} --steps 8 --temperatures 0.7 --num-samples 4 {how}"
         )
         lines[f"continue-prompts {name}"] = (
             f"continue-prompts --checkpoint {world.models}/{name} --corpus {world.corpus} "
@@ -67,7 +67,8 @@ def written(request, pipeline, world, tmp_path_factory):
             f"score-lambada {model} --corpus {pipeline.corpus} --lambada last_words "
             f"--lambada-items 2 --bootstrap 100 {how}"
         )
-    samples = f"{root}/generate-teacher {root}/generate-frontier-teacher/steps-8/temperature-0.7"
+    drawn = f"{root}/generate-frontier-teacher"
+    samples = f"{drawn} --frontier {drawn} {drawn}/temperature-0.7"
     lines["score-corpus"] = f"score-corpus {judged}"
     lines["score-samples"] = f"score-samples --samples {root}/generate-teacher {judged}"
     held_out = f"--held-out {root}/score-corpus"
@@ -93,8 +94,8 @@ def test_samples_and_rows_name_their_precision(written):
     root, precision = written.root, written.precision
     for name in ("generate-teacher", "generate-baseline", "continue-prompts-baseline"):
         assert read_json(root / name / "samples.json")["precision"] == precision
-    names = ("score-samples", "score-frontier", "score-continuations", "score-lambada-teacher")
-    for name in names:
+    names = ("score-samples", "score-continuations", "score-lambada-teacher")
+    for name in (*names, "score-frontier/samples.json", "score-frontier/frontier.json"):
         assert {row["precision"] for row in read_json(root / name)} == {precision}
     data = read_json(root / "score-corpus")
     assert {row["precision"] for row in data} == {None}  # no model wrote it

@@ -115,7 +115,7 @@ def graph(workflow, baseline, **keys) -> tuple[dict[str, int], set[str]]:
 
 RULES = (
     *("train_baseline", "import_baseline", "generate", "score_samples", "score_lambada"),
-    *("continue_prompts", "generate_frontier", "score_corpus", "tabulate", "plot", "latency"),
+    *("continue_prompts", "score_frontier", "score_corpus", "tabulate", "plot", "latency"),
 )
 
 
@@ -127,7 +127,7 @@ def test_without_a_baseline_there_is_no_job_of_it(workflow):
     assert not [job for job in jobs if "baseline" in job or "speedup_vs_batch" in job]
     fewer = {rule: trained[rule] - without[rule] for rule in RULES}
     each = ("train_baseline", "generate", "score_samples", "score_lambada", "continue_prompts")
-    assert fewer == dict.fromkeys(RULES, 0) | dict.fromkeys((*each, "generate_frontier", "plot"), 1)
+    assert fewer == dict.fromkeys(RULES, 0) | dict.fromkeys((*each, "score_frontier", "plot"), 1)
 
 
 def test_a_published_baseline_is_imported_and_not_trained(workflow, tmp_path):

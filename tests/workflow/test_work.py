@@ -60,13 +60,14 @@ def test_trainings_and_their_validations(pipeline, counted, tmp_path):
     ("generate --steps 4 --sampler first_hitting", 0.04),
     ("generate --steps 4 --sampler block", 0.15),  # with texts of two blocks
     ("generate --steps 4 --sampler ancestral_float32", 0.04),
-    ("generate-frontier --steps 2 4 --temperatures 0.7 1.2", 0.04),
+    ("generate --steps 2 4 --temperatures 0.7 1.2 --frontier-steps 4", 0.04),
     (f"continue-prompts --steps 3 {PROMPTS}", 0.04),
 ])  # fmt: skip
 def test_samples_of_a_denoiser(pipeline, counted, tmp_path, how, tolerance):
     number = "" if "prompts" in how else "--num-samples 20"
     corpus = f"--corpus {pipeline.corpus}" if "prompts" in how else ""
-    line = f"{how} {number} {corpus} --checkpoint {pipeline.teacher} --output {tmp_path}/x"
+    folder = f"{tmp_path}/x-{{steps}}" if how.startswith("generate") else f"{tmp_path}/x"
+    line = f"{how} {number} {corpus} --checkpoint {pipeline.teacher} --output {folder}"
     assert counted(f"{line} {MACHINE}") == pytest.approx(1, abs=tolerance)
 
 
@@ -88,13 +89,14 @@ def test_scores(pipeline, counted, tmp_path, monkeypatch):
     for steps in (2, 4):
         counted(f"generate --steps {steps} {draw} --output {samples}/steps-{steps}")
     folders = f"--samples {samples}/steps-2 {samples}/steps-4"
+    swept = f"{folders} --frontier {samples}/steps-2 {samples}/steps-4"
     judge = f"--judge {pipeline.baseline}/hf --corpus {pipeline.corpus} --bootstrap 100 {MACHINE}"
     output = f"--output {tmp_path}/metrics/stories-tiny"
     held_out = f"--held-out {pipeline.metrics}/data.json"
     for line in (
         f"score-samples {folders} {output}/teacher/samples.json",
         f"score-corpus {output}/data.json",
-        f"score-frontier {folders} {held_out} {output}/teacher/frontier.json",
+        f"score-frontier {swept} {held_out} {output}/teacher",
     ):
         assert counted(f"{line} {judge}") == pytest.approx(1, abs=0.02), line
 

@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from halfstep.report.sentences import Headline
 
 
-def tabulate(table: str, metrics: list[Path], output: Path, published: bool = False) -> None:
+def tabulate(
+    table: str,
+    metrics: list[Path],
+    output: Path,
+    published: bool = False,
+    where: list[str] = [],  # noqa: B006
+) -> None:
     """Gather metric rows into one table: {output}.csv (complete) and {output}.md (to read).
 
     Rows that were measured under different conditions are refused. Rows of more than one commit
@@ -41,17 +47,19 @@ def tabulate(table: str, metrics: list[Path], output: Path, published: bool = Fa
         metrics: files of metric rows, or folders of such files
         output: path of the table; an ending .csv or .md is dropped
         published: add published values, in separate rows and grids that name their source
+        where: only rows with these values, as column=value,value; baselines, teachers and
+            held-out text stay among the rows of a run
     """
     import pandas
 
     from halfstep.report.conditions import describe_commits
     from halfstep.report.published import FILE, published_markdown, published_rows
-    from halfstep.report.rows import read_rows, row_files
+    from halfstep.report.rows import keep_rows, read_rows, row_files
 
     row = TABLES[_known_name("table", table, TABLES)]
     select, markdown = pkgutil.resolve_name(row.select), pkgutil.resolve_name(row.markdown)
     inputs = row_files(metrics)
-    selected = select(read_rows(metrics))
+    selected = keep_rows(select(read_rows(metrics)), where)
     parts = [markdown(selected)] if len(selected) else [f"No rows of {table} yet.\n"]
     warning = describe_commits(selected)
     if warning:
@@ -65,13 +73,19 @@ def tabulate(table: str, metrics: list[Path], output: Path, published: bool = Fa
             frames = [frame for frame in (selected, others) if len(frame)]
             filled = [frame.dropna(axis="columns", how="all") for frame in frames]
             selected = pandas.concat(filled, ignore_index=True)
-    csv, md, record = _output_paths(output, ".csv", ".md", f".{provenance.NAME}")
+    csv, md, record = output_paths(output, ".csv", ".md", f".{provenance.NAME}")
     write_atomic(csv, selected.dropna(axis="columns", how="all").to_csv(index=False))
     write_atomic(md, "\n".join(parts))
     provenance.write_record(record, [csv, md], inputs)
 
 
-def plot(figure: str, tables: list[Path], output: Path, published: bool = False) -> None:
+def plot(
+    figure: str,
+    tables: list[Path],
+    output: Path,
+    published: bool = False,
+    where: list[str] = [],  # noqa: B006
+) -> None:
     """Draw one figure as {output}.pdf and .svg, with its points as .csv.
 
     A record of its origin is written as .provenance.json. Figures, and what each is drawn from:
@@ -82,6 +96,8 @@ def plot(figure: str, tables: list[Path], output: Path, published: bool = False)
         tables: the .csv tables that the figure needs; for journals, the folders that hold them
         output: path of the figure; an ending .pdf, .svg or .csv is dropped
         published: draw published values under ours, thin and gray, in {published}
+        where: only rows with these values, as column=value,value; baselines, teachers and
+            held-out text stay among the rows of a run
     """
     from halfstep.report.published import FILE, published_rows
     from halfstep.report.style import save_figure
@@ -89,14 +105,14 @@ def plot(figure: str, tables: list[Path], output: Path, published: bool = False)
     row = FIGURES[_known_name("figure", figure, FIGURES)]
     draw = pkgutil.resolve_name(row.draw)
     inputs = _figure_inputs(figure, tables)
-    frames = _read_inputs(figure, inputs)
+    frames = _read_inputs(figure, inputs, where)
     files = [file for paths in inputs.values() for file in paths]
     if published:
         frames["published"] = published_rows()
         files.append(FILE)
     drawn, points = draw(frames)
     endings = (".pdf", ".svg", ".csv", f".{provenance.NAME}")
-    pdf, svg, csv, record = _output_paths(output, *endings)
+    pdf, svg, csv, record = output_paths(output, *endings)
     write_atomic(pdf, lambda part: save_figure(drawn, part, ".pdf"))
     write_atomic(svg, lambda part: save_figure(drawn, part, ".svg"))
     write_atomic(csv, points.to_csv(index=False))
@@ -118,11 +134,13 @@ def _figure_inputs(figure: str, paths: list[Path]) -> dict[str, list[Path]]:
     return {name: given[name] for name in needs}
 
 
-def _read_inputs(figure: str, inputs: dict[str, list[Path]]) -> dict[str, DataFrame]:
+def _read_inputs(
+    figure: str, inputs: dict[str, list[Path]], where: list[str]
+) -> dict[str, DataFrame]:
     """The table or the curves of each need, without published values."""
     from halfstep.report.curves import read_curves
     from halfstep.report.published import without_published
-    from halfstep.report.rows import read_table
+    from halfstep.report.rows import keep_rows, read_table
     from halfstep.report.trainings import pool_trainings
 
     frames = {}
@@ -130,10 +148,12 @@ def _read_inputs(figure: str, inputs: dict[str, list[Path]]) -> dict[str, DataFr
         if name == JOURNALS:
             frames[name] = read_curves(files)
         else:
-            frames[name] = pool_trainings(without_published(read_table(files[0])))
+            table = keep_rows(without_published(read_table(files[0])), where)
+            frames[name] = pool_trainings(table)
     empty = [name for name, frame in frames.items() if frame.empty]
     if empty:
-        raise HalfstepError(f"{figure}: no rows in {', '.join(empty)}; measure something first")
+        of = f" with {' '.join(where)}" if where else ""
+        raise HalfstepError(f"{figure}: no rows{of} in {', '.join(empty)}; measure something first")
     return frames
 
 
@@ -146,7 +166,7 @@ def _known_name(flag: str, name: str, rows: Collection[str]) -> str:
     raise HalfstepError(f"--{flag} {name}: no such {flag}; known are {', '.join(rows)}{hint}")
 
 
-def _output_paths(output: Path, *endings: str) -> list[Path]:
+def output_paths(output: Path, *endings: str) -> list[Path]:
     """The output path with each of these endings, in place of one of them that it already has."""
     stem = output.stem if output.suffix in endings else output.name
     return [output.with_name(f"{stem}{ending}") for ending in endings]

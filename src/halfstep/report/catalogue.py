@@ -58,6 +58,7 @@ class Figure:
         draw: "module:function", from {name: DataFrame} of the needs to (Figure, points)
         published: whether published values can be drawn under ours
         baseline: whether it exists only where a teacher has a baseline
+        only_in_paper: whether only an item of the paper shows it (paper.py)
     """
 
     title: str
@@ -66,6 +67,7 @@ class Figure:
     draw: str
     published: bool = False
     baseline: bool = False
+    only_in_paper: bool = False
 
 
 TABLES: dict[str, Table] = {
@@ -243,6 +245,46 @@ FIGURES: dict[str, Figure] = {
         needs=("continuations",),
         draw="halfstep.report.figures:mauve_vs_steps",
     ),
+    "mauve_by_round": Figure(
+        title="MAUVE of continuations against sampling steps, by round",
+        caption="MAUVE of continuations of held-out prompts against sampling steps: a panel for "
+        "each round, a curve for each run.",
+        needs=("continuations",),
+        draw="halfstep.report.paper_figures:mauve_by_round",
+        only_in_paper=True,
+    ),
+    "continuation_ppl_vs_steps": Figure(
+        title="perplexity of continuations against sampling steps",
+        caption="Perplexity of continuations of held-out prompts, prompts not counted, against "
+        "sampling steps.",
+        needs=("continuations",),
+        draw="halfstep.report.paper_figures:continuation_ppl_vs_steps",
+        only_in_paper=True,
+    ),
+    "quality_vs_self_bleu": Figure(
+        title="perplexity of continuations against their self-BLEU",
+        caption="Perplexity of continuations against their self-BLEU, which is low where they "
+        "are diverse: a curve over step counts for each round.",
+        needs=("continuations",),
+        draw="halfstep.report.paper_figures:quality_vs_self_bleu",
+        only_in_paper=True,
+    ),
+    "ppl_by_size": Figure(
+        title="generative perplexity against sampling steps, by network size",
+        caption="Generative perplexity against sampling steps: teachers and last rounds of "
+        "several network sizes.",
+        needs=("steps",),
+        draw="halfstep.report.paper_figures:ppl_by_size",
+        only_in_paper=True,
+    ),
+    "lambada_by_size": Figure(
+        title="last words (LAMBADA) against the round, by network size",
+        caption="Accuracy and perplexity of last words (LAMBADA) against the round, a line for "
+        "each network size.",
+        needs=("lambada",),
+        draw="halfstep.report.paper_figures:lambada_by_size",
+        only_in_paper=True,
+    ),
 }
 
 
@@ -266,7 +308,8 @@ def figure_inputs(
     """The files that every figure is drawn from, where the tables that it needs are among these.
 
     `trained` are the models that are trained here; without any, no figure shows journals. Without a
-    baseline among the models, the figures that compare with it do not exist.
+    baseline among the models, the figures that compare with it do not exist. Figures that only the
+    paper's items show are not among them.
     """
     compares = any(model.endswith("/baseline") for model in models)
     known = {name: [f"results/tables/{name}.csv"] for name in tables}
@@ -275,7 +318,9 @@ def figure_inputs(
     return {
         name: [file for need in figure.needs for file in known[need]]
         for name, figure in FIGURES.items()
-        if known.keys() >= set(figure.needs) and (compares or not figure.baseline)
+        if known.keys() >= set(figure.needs)
+        and (compares or not figure.baseline)
+        and not figure.only_in_paper
     }
 
 

@@ -111,6 +111,29 @@ def _filled_temperature(column: Series) -> Series:
     return column.astype(float).fillna(1.0) if column.name == "temperature" else column
 
 
+def keep_rows(table: DataFrame, where: Iterable[str]) -> DataFrame:
+    """The rows with these values, each given as `column=value,value`.
+
+    Of `run`, the teacher, the baseline and held-out text always stay, because runs are compared
+    with them.
+
+    Raises:
+        HalfstepError: no such form, or no such column
+    """
+    for text in where:
+        column, equals, values = text.partition("=")
+        if not equals or column not in COLUMNS:
+            raise HalfstepError(
+                f"where: found {text!r}, expected column=value,value with one of the columns "
+                f"{', '.join(COLUMNS)}; correct it"
+            )
+        wanted = set(values.split(","))
+        if column == "run":
+            wanted |= {"teacher", *LEVELS}
+        table = table[table[column].astype(str).isin(wanted)]
+    return table
+
+
 def sampled_rows(table: DataFrame) -> DataFrame:
     """The rows of models that write in sampling steps: no baselines and no naive samplers."""
     return table[~table["run"].isin(WITHOUT_STEPS)]

@@ -32,7 +32,7 @@ from halfstep.config import (
 from halfstep.data.files import find_files
 from halfstep.errors import ConfigError, HalfstepError
 from halfstep.released import name_of_round
-from halfstep.report import catalogue
+from halfstep.report import catalogue, paper
 from halfstep.resolve import subsection
 from halfstep.seeds import first_training, repeat_names, repeat_seed
 from halfstep.texts import check_regular, items_file
@@ -531,6 +531,46 @@ class Targets:
         imported |= {f"{name}/baseline" for name in self.published}
         trained = [model for model in self.models if model not in imported]
         return catalogue.figure_inputs(self.table_inputs(), self.models, trained)
+
+    def paper_items(self) -> dict[str, paper.Where]:
+        """The figures and tables of the paper that this configuration can make."""
+        return paper.paper_items(self.config, self.table_inputs())
+
+    def paper_sources(self, name: str) -> list[str]:
+        """The files that a figure or table of the paper is made from."""
+        item = paper.ITEMS[name]
+        if item.is_figure:
+            return [f"results/tables/{table}.csv" for table in item.tables]
+        return self.table_inputs()[item.shows]
+
+    def paper_rows(self, name: str) -> list[str]:
+        """Which rows a figure or table of the paper shows, as `column=value,value`."""
+        where = self.paper_items()[name]
+        return [f"{column}={','.join(values)}" for column, values in where.items()]
+
+    def compared_teacher(self) -> str:
+        """Flags for the teacher whose numbers are compared with published ones of 169M."""
+        sizes = {name: teacher.network.size for name, teacher in self.config.teachers.items()}
+        name = next((name for name, size in sizes.items() if size == "small"), self.teachers[0])
+        return f"--teacher {name} --size {sizes[name]}"
+
+    def check_paper_target(self, target: str) -> None:
+        """Raise ConfigError for a target in results/paper that this configuration cannot make."""
+        path = Path(target)
+        name = path.name.partition(".")[0]
+        if path.parent != Path("results/paper") or name in ("report", "table-2"):
+            return
+        if name not in paper.ITEMS:
+            raise ConfigError(
+                f"{target}: found {name}, expected one of {', '.join(paper.ITEMS)}; "
+                "docs/paper.md says what became of the others"
+            )
+        item = paper.ITEMS[name]
+        if lacking := paper.missing(item, self.config, self.table_inputs()):
+            raise ConfigError(
+                f"{target}: found no {lacking}, which it shows; "
+                f"use a preset that has them: --config preset={item.preset}"
+            )
 
 
 def _round_of(model: str) -> int | None:

@@ -1,0 +1,148 @@
+"""The figures and tables of the SDTT paper by their numbers, and the reproduction report.
+
+Inputs:
+    results/tables/{table}.csv
+    results/metrics/                             rows of scores, for tables
+Outputs:
+    results/paper/figure-{number}                .pdf, .svg, .csv
+    results/paper/table-{number}                 .csv, .md
+    results/paper/report                         .md, .html
+"""
+
+from halfstep.report.paper import ITEMS
+
+try:
+    for word in sys.argv[1:]:
+        targets.check_paper_target(word)
+except ConfigError as error:
+    sys.exit(f"configuration: {error}")
+PAPER = targets.paper_items()
+PAPER_FIGURES = [name for name in PAPER if ITEMS[name].is_figure]
+PAPER_TABLES = [name for name in PAPER if not ITEMS[name].is_figure]
+
+
+rule paper_figure:
+    """Draw a figure of the paper from our tables."""
+    input:
+        lambda wildcards: targets.paper_sources(wildcards.item),
+    output:
+        multiext("results/paper/{item}", ".pdf", ".svg", ".csv", ".provenance.json"),
+    log:
+        "results/logs/paper/{item}.log",
+    benchmark:
+        "results/logs/paper/{item}.tsv"
+    wildcard_constraints:
+        item=one_of(PAPER_FIGURES),
+    localrule: True
+    conda:
+        "../envs/cpu.yaml"
+    params:
+        figure=lambda wildcards: ITEMS[wildcards.item].shows,
+        where=lambda wildcards: targets.paper_rows(wildcards.item),
+        output=subpath(output[0], strip_suffix=".pdf"),
+        published="--published" if CONFIG.published else "",
+        code=STAGE["plot"],
+    shell:
+        r"""
+        halfstep plot \
+            --figure {params.figure} \
+            --tables {input:q} \
+            --where {params.where:q} \
+            --output {params.output:q} \
+            {params.published} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule paper_table:
+    """Write a table of the paper from our metric rows."""
+    input:
+        lambda wildcards: targets.paper_sources(wildcards.item),
+    output:
+        multiext("results/paper/{item}", ".csv", ".md", ".provenance.json"),
+    log:
+        "results/logs/paper/{item}.log",
+    benchmark:
+        "results/logs/paper/{item}.tsv"
+    wildcard_constraints:
+        item=one_of(PAPER_TABLES),
+    localrule: True
+    conda:
+        "../envs/cpu.yaml"
+    params:
+        table=lambda wildcards: ITEMS[wildcards.item].shows,
+        where=lambda wildcards: targets.paper_rows(wildcards.item),
+        output=subpath(output[0], strip_suffix=".csv"),
+        published="--published" if CONFIG.published else "",
+        code=STAGE["tabulate"],
+    shell:
+        r"""
+        halfstep tabulate \
+            --table {params.table} \
+            --metrics {input:q} \
+            --where {params.where:q} \
+            --output {params.output:q} \
+            {params.published} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule list_sizes:
+    """Write the network sizes of the paper with their parameters (table 2)."""
+    output:
+        multiext("results/paper/table-2", ".csv", ".md", ".provenance.json"),
+    log:
+        "results/logs/paper/table-2.log",
+    benchmark:
+        "results/logs/paper/table-2.tsv"
+    localrule: True
+    conda:
+        "../envs/cpu.yaml"
+    params:
+        output=subpath(output[0], strip_suffix=".csv"),
+        code=STAGE["paper_report"],
+    shell:
+        r"""
+        halfstep list-sizes \
+            --output {params.output:q} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule paper_report:
+    """Compare published numbers and the paper's claims with ours."""
+    input:
+        expand("results/tables/{table}.csv", table=TABLES),
+    output:
+        multiext("results/paper/report", ".md", ".html", ".provenance.json"),
+    log:
+        "results/logs/paper/report.log",
+    benchmark:
+        "results/logs/paper/report.tsv"
+    localrule: True
+    conda:
+        "../envs/cpu.yaml"
+    params:
+        output=subpath(output[0], strip_suffix=".md"),
+        teacher=lambda wildcards: targets.compared_teacher(),
+        preset=CONFIG.preset,
+        code=STAGE["paper_report"],
+    shell:
+        r"""
+        halfstep compare-published \
+            --tables {input:q} \
+            {params.teacher} \
+            --preset {params.preset:q} \
+            --output {params.output:q} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule paper:
+    """Make every figure and table of the paper that this configuration can make, and the report."""
+    input:
+        expand("results/paper/{item}.{kind}", item=PAPER_FIGURES, kind=["pdf", "svg"]),
+        expand("results/paper/{item}.{kind}", item=PAPER_TABLES, kind=["csv", "md"]),
+        "results/paper/table-2.md",
+        "results/paper/report.md",
+    localrule: True

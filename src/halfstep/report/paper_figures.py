@@ -1,0 +1,178 @@
+"""Figures that only the paper's items show (paper.py); otherwise as those of figures.py."""
+
+from __future__ import annotations
+
+from pandas import DataFrame
+
+from halfstep.errors import HalfstepError
+from halfstep.report import style
+from halfstep.report.conditions import describe_conditions
+from halfstep.report.figures import Drawn, Tables
+from halfstep.report.points import (
+    join_points,
+    make_level,
+    make_points,
+    one_metric,
+    run_names,
+    short_judge,
+)
+from halfstep.report.rows import LEVELS, sampled_rows
+
+
+def mauve_by_round(tables: Tables) -> Drawn:
+    """MAUVE against sampling steps, a panel for each round, a line for each run (figure 5)."""
+    rows = of_continuations(tables, "mauve")
+    models = sampled_rows(rows)
+    teacher = models[models["run"] == "teacher"].sort_values("steps")
+    parts = []
+    for number in sorted(set(models["round"]) - {0}):
+        panel = f"round {number}"
+        parts.append(make_points(teacher, panel, "teacher", teacher["steps"]))
+        for run, line in models[models["round"] == number].groupby("run", sort=False):
+            line = line.sort_values("steps")
+            parts.append(make_points(line, panel, run, line["steps"], round=0))
+        parts += [make_level(rows[rows["run"] == level], panel, level) for level in LEVELS]
+    if not parts:
+        raise HalfstepError("mauve_by_round: no rounds among the continuations; continue prompts")
+    points = join_points(parts)
+    figure = style.draw_panels(
+        points,
+        note="MAUVE of continuations against the documents' own, mean and 95% interval over the "
+        f"seeds of its k-means. {describe_conditions(rows)}",
+        xlabel="sampling steps",
+        ylabel="MAUVE",
+        x_scale="steps",
+        labels="left",
+    )
+    return figure, points
+
+
+def continuation_ppl_vs_steps(tables: Tables) -> Drawn:
+    """Perplexity of continuations, given their prompts, against sampling steps (figure 18)."""
+    rows = of_continuations(tables, "continuation_perplexity")
+    models = sampled_rows(rows)
+    parts = []
+    for run in run_names(rows):
+        lines = models[models["run"].isin(("teacher", run))].sort_values(["round", "steps"])
+        series = [f"round {number}" if number else "teacher" for number in lines["round"]]
+        parts.append(make_points(lines, run, series, lines["steps"]))
+        parts += [make_level(rows[rows["run"] == level], run, level) for level in LEVELS]
+    points = join_points(parts)
+    figure = style.draw_panels(
+        points,
+        note="Generative perplexity of continuations, prompts not counted, mean and 95% interval. "
+        f"{describe_conditions(rows)}",
+        xlabel="sampling steps",
+        ylabel="perplexity of continuations",
+        x_scale="steps",
+        log_y=True,
+        labels="left",
+    )
+    return figure, points
+
+
+def quality_vs_self_bleu(tables: Tables) -> Drawn:
+    """Perplexity of continuations against their self-BLEU (figures 4a and 19).
+
+    A curve over step counts for the teacher and each round; the baseline is a point.
+    """
+    rows = of_continuations(tables, "continuation_perplexity")
+    bleu = of_continuations(tables, "self_bleu")
+    key = ["model", "steps"]
+    x = bleu.set_index(key)["value"]
+    at = [tuple(place) for place in rows[key].itertuples(index=False)]
+    rows = rows.assign(self_bleu=[x.get(place) for place in at]).dropna(subset="self_bleu")
+    if rows.empty:
+        raise HalfstepError("quality_vs_self_bleu: no row has both perplexity and self-BLEU")
+    parts = []
+    for run in run_names(rows):
+        mine = rows[rows["run"].isin(("teacher", run))].sort_values(["round", "steps"])
+        series = [f"round {number}" if number else "teacher" for number in mine["round"]]
+        parts.append(make_points(mine, run, series, mine["self_bleu"], kind="curve"))
+        baseline = rows[rows["run"] == "baseline"]
+        place = baseline["self_bleu"]
+        parts.append(make_points(baseline, run, "baseline", place, kind="point"))
+    points = join_points(parts)
+    figure = style.draw_panels(
+        points,
+        note="Perplexity of continuations, mean and 95% interval, against their self-BLEU (low is "
+        f"diverse); along a curve the number of sampling steps. {describe_conditions(rows)}",
+        xlabel="self-BLEU",
+        ylabel="perplexity of continuations",
+        x_scale="real",
+        log_y=True,
+    )
+    return figure, points
+
+
+def ppl_by_size(tables: Tables) -> Drawn:
+    """Generative perplexity against sampling steps: teachers and last rounds of all sizes.
+
+    A panel for each judge (figure 4b).
+    """
+    rows = one_metric(tables["steps"], "generative_perplexity", all_judges=True)
+    models = sampled_rows(rows)
+    last = models.groupby(["teacher", "run"])["round"].transform("max")
+    parts = []
+    for judge, mine in models[models["round"] == last].groupby("judge", sort=False):
+        for (teacher, run), line in mine.groupby(["teacher", "run"], sort=False):
+            line = line.sort_values("steps")
+            number = line["round"].iloc[0]
+            series = f"{teacher}, {f'{run} round {number}' if number else 'teacher'}"
+            parts.append(make_points(line, short_judge(judge), series, line["steps"], round=0))
+    points = join_points(parts)
+    figure = style.draw_panels(
+        points,
+        note=f"Generative perplexity, mean and 95% interval. {describe_conditions(rows)}",
+        xlabel="sampling steps",
+        ylabel="generative perplexity",
+        x_scale="steps",
+        log_y=True,
+    )
+    return figure, points
+
+
+def lambada_by_size(tables: Tables) -> Drawn:
+    """Last words against the round, a line for each network size (figure 17).
+
+    A panel for each metric and protocol.
+    """
+    table = tables["lambada"]
+    parts, ylabels = [], {}
+    for (metric, protocol), mine in table.groupby(["metric", "protocol"], sort=False):
+        students = mine[mine["run"] != "baseline"]
+        if students.empty:
+            continue
+        panel = f"{metric.removeprefix('lambada_')}, {protocol}"
+        ylabels[panel] = metric.removeprefix("lambada_")
+        for teacher, line in students.groupby("teacher", sort=False):
+            line = line.sort_values("round")
+            parts.append(make_points(line, panel, teacher, line["round"], round=0))
+    if not parts:
+        raise HalfstepError("lambada_by_size: no last words of a denoiser in the table")
+    points = join_points(parts)
+    figure = style.draw_panels(
+        points,
+        note=f"Last words (LAMBADA), 95% intervals; round 0 is the teacher. "
+        f"{describe_conditions(table)}",
+        xlabel="round",
+        ylabel=ylabels,
+        share_y=False,
+    )
+    return figure, points
+
+
+def of_continuations(tables: Tables, metric: str) -> DataFrame:
+    """The rows of a metric of continuations by the first judge of their teacher.
+
+    Raises:
+        HalfstepError: there are none
+    """
+    table = tables["continuations"]
+    rows = table[table["metric"] == metric]
+    if rows.empty:
+        raise HalfstepError(
+            f"the table continuations has no row of {metric}; score continuations first"
+        )
+    first = rows.groupby("teacher")["judge"].transform("first")
+    return rows[(rows["judge"] == first) | rows["judge"].isna()]

@@ -65,7 +65,7 @@ def test_every_training_is_repeated_sampled_scored_and_continued(planned):
     for rule, folder in (("generate", "samples"), ("continue_prompts", "continuations")):
         drawn = by_output(planned, rule, folder)
         seeds = {
-            re.sub(r"/steps-\d+$", "", name): flags.get("sampling_seed", "1")
+            re.sub(r"/steps-(\d+|{steps})$", "", name): flags.get("sampling_seed", "1")
             for name, flags in drawn.items()
         }
         assert seeds == {name: seed for name, (_, seed) in SEEDS.items()} | {
@@ -75,6 +75,8 @@ def test_every_training_is_repeated_sampled_scored_and_continued(planned):
     for rule in ("score_samples", "score_lambada", "score_continuations"):
         scored = by_output(planned, rule, "metrics")
         models = {name.rpartition("/")[0] for name in scored}
+        if rule == "score_samples":
+            models |= by_output(planned, "score_frontier", "metrics").keys()
         of_teachers = {"stories-ci/baseline", "other/baseline"}
         if rule == "score_samples":
             of_teachers |= {"stories-ci/naive", "other/naive"}
@@ -85,9 +87,9 @@ def test_repeats_have_the_baseline_and_the_judge_of_the_first_training(planned):
     names = {rule: by_output(planned, rule, "models") for rule in ("train_baseline", "latency")}
     assert names["train_baseline"].keys() == {"stories-ci/baseline", "other/baseline"}
     assert len(names["latency"]) == 2 == len(by_output(planned, "score_corpus", "metrics"))
-    scored = by_output(planned, "score_samples", "metrics")
+    scored = by_output(planned, "score_frontier", "metrics")
     for name in ("stories-ci-seed-2/teacher", "stories-ci-seed-2/kl_backward/round-1"):
-        judge = scored[f"{name}/samples.json"]["judge"]
+        judge = scored[name]["judge"]
         assert judge == "results/models/stories-ci/baseline/hf"
 
 

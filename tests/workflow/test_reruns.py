@@ -135,8 +135,10 @@ def test_other_threads_and_resources_make_nothing_again(finished):
         assert "threads: 2" in plan and "mem_mb=5000" in plan and "micro_batch=16" in plan
         assert finished.jobs() == finished.jobs("--resources", "gpu=4") == set()
         # A stage with a new version writes something else.
-        finished.edit("rules/common.smk", lambda text: re.sub(r"generate=\d+", "generate=99", text))
+        finished.edit(
+            "rules/common.smk", lambda text: text.replace("generate=GENERATE_STAGE", "generate=99")
+        )
         jobs = finished.jobs()
     finally:
         common.write_text(kept)
-    assert "generate stories-ci/baseline 128" in jobs and trained(jobs) == set()
+    assert "generate stories-ci/baseline" in jobs and trained(jobs) == set()

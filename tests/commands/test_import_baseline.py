@@ -62,6 +62,15 @@ def test_logits_are_those_of_transformers(baseline):
     assert raw.sha256 == model.sha256
 
 
+def test_the_readout_has_the_name_of_our_readouts(baseline):
+    """What casts matrices leaves this name alone, also where the table is the readout."""
+    network = halfstep.load(baseline.folder, "cpu").network
+    head = network.model.get_output_embeddings()
+    assert [name for name, part in network.named_modules() if part is head] == [
+        "output_layer.linear"
+    ]
+
+
 def test_it_says_where_it_comes_from(baseline):
     meta = json.loads((baseline.folder / "meta.json").read_text())
     assert meta["imported"]["source"] == str(baseline.source)

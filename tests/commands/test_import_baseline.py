@@ -179,6 +179,8 @@ def test_a_teacher_adapted_from_it_is_one_adapted_from_the_model(baseline, pipel
         done(f"{start} --adapt {place} --output {tmp_path}/{name}/teacher")
     one, other = (load_file(tmp_path / name / "teacher/model.safetensors") for name in places)
     assert all(torch.equal(one[name], value) for name, value in other.items())
+    metas = [json.loads((tmp_path / name / "teacher/meta.json").read_text()) for name in places]
+    assert metas[0]["adapted"] == metas[1]["adapted"]
 
 
 def test_another_architecture_cannot_be_adapted(pipeline, tmp_path, capsys):

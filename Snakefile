@@ -22,7 +22,7 @@ min_version("9.27")
 include: "rules/common.smk"  # config.yaml, versions, what a job asks of its machine
 include: "rules/fetch.smk"  # fetch, where something comes from the hub
 include: "rules/data.smk"  # prepare_corpus
-include: "rules/pretrain.smk"  # pretrain, import_teacher, train_baseline, import_baseline
+include: "rules/pretrain.smk"  # pretrain, train_baseline, import_teacher, import_baseline
 include: "rules/distill.smk"  # distill_round
 include: "rules/generate.smk"  # generate
 include: "rules/naive.smk"  # draw_naive

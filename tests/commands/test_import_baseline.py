@@ -62,6 +62,15 @@ def test_logits_are_those_of_transformers(baseline):
     assert raw.sha256 == model.sha256
 
 
+def test_the_readout_has_the_name_of_our_readouts(baseline):
+    """What casts matrices leaves this name alone, also where the table is the readout."""
+    network = halfstep.load(baseline.folder, "cpu").network
+    head = network.model.get_output_embeddings()
+    assert [name for name, part in network.named_modules() if part is head] == [
+        "output_layer.linear"
+    ]
+
+
 def test_it_says_where_it_comes_from(baseline):
     meta = json.loads((baseline.folder / "meta.json").read_text())
     assert meta["imported"]["source"] == str(baseline.source)
@@ -170,6 +179,8 @@ def test_a_teacher_adapted_from_it_is_one_adapted_from_the_model(baseline, pipel
         done(f"{start} --adapt {place} --output {tmp_path}/{name}/teacher")
     one, other = (load_file(tmp_path / name / "teacher/model.safetensors") for name in places)
     assert all(torch.equal(one[name], value) for name, value in other.items())
+    metas = [json.loads((tmp_path / name / "teacher/meta.json").read_text()) for name in places]
+    assert metas[0]["adapted"] == metas[1]["adapted"]
 
 
 def test_another_architecture_cannot_be_adapted(pipeline, tmp_path, capsys):

@@ -277,7 +277,7 @@ def test_the_schema_marks_former_keys():
     properties = schema()["$defs"]["Sampling"]["properties"]
     assert properties["draw_dtype"] == {"deprecated": True, "description": "former name of sampler"}
     assert not any(
-        "deprecated" in entry for entry in schema()["$defs"]["Training"]["properties"].values()
+        "deprecated" in entry for entry in schema()["$defs"]["Pretraining"]["properties"].values()
     )
 
 

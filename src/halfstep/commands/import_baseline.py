@@ -118,7 +118,7 @@ def _check_network(network: CausalLM, source: str, manifest: dict[str, Any]) -> 
     """HalfstepError unless the model predicts each token of the corpus's windows in turn."""
     limits = {
         "length": ("positions", network.most_tokens),
-        "vocab_size": ("rows of its vocabulary", len(network.model.get_output_embeddings().weight)),
+        "vocab_size": ("rows of its vocabulary", network.model.config.vocab_size),
     }
     for key, (what, most) in limits.items():
         if most is not None and manifest[key] > most:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from halfstep.checkpoint import FILES, Model, checkpoint_files, load_checkpoint
+from halfstep.checkpoint import FILES, Model, checkpoint_files, load_checkpoint, read_meta
 from halfstep.commands.import_weights import fetch_from_hub
 from halfstep.config import size_of_shape
 from halfstep.data.pack import corpus_tokenizer, read_manifest
@@ -45,13 +45,16 @@ class Origin:
 def read_origin(name: str, corpus: Path, size: str) -> Origin:
     """Read a checkpoint of `halfstep train-baseline`, or a GPT-2 model: a folder or a hub name.
 
+    A baseline that is a published model is that model.
+
     HalfstepError if it is neither, or of another size, or has not the tokens of the corpus.
     """
     folder = find_published("--adapt", name)
     if (folder / "config.json").is_file() and not (folder / "meta.json").is_file():
         return _read_gpt2(name, folder, corpus, size)
     if (folder / "hf" / "config.json").is_file() and not (folder / FILES["raw"]).exists():
-        return _read_gpt2(name, folder / "hf", corpus, size)  # a published baseline
+        published = read_meta(folder).get("imported", {}).get("source", name)
+        return _read_gpt2(published, folder / "hf", corpus, size)
     return _read_baseline(folder, corpus)
 
 

@@ -24,6 +24,8 @@ class CausalLM(nn.Module):
 
     def __init__(self, model: PreTrainedModel, vocabulary: int):
         super().__init__()
+        # Before the model, so that the readout has the name that it has in our own networks.
+        self.output_layer = nn.ModuleDict({"linear": model.get_output_embeddings()})
         self.model, self.vocabulary = model, vocabulary
 
     @property
@@ -48,10 +50,9 @@ class CausalLM(nn.Module):
         return found.last_hidden_state[:, -1], found.past_key_values
 
     def logits(self, h: Tensor) -> Tensor:
-        """Features h[..., D] -> logits [..., V] float32, in the dtype of the readout."""
-        head = self.model.get_output_embeddings()
+        """Features h[..., D] -> logits [..., V], float32 inside autocast too."""
         with torch.autocast(h.device.type, enabled=False):
-            return head(h.to(head.weight.dtype))[..., : self.vocabulary].float()
+            return self.output_layer["linear"](h.float())[..., : self.vocabulary]
 
     def log_p(self, h: Tensor) -> Tensor:
         """log p of the next token from features h[N, D]: [N, V] float32."""

@@ -390,3 +390,13 @@ def test_naive_samplers_have_a_line_in_tables_and_none_in_figures_over_steps(res
     for draw in (figures.ppl_vs_steps, figures.entropy_vs_steps):
         _, points = draw({"steps": table})
         assert not set(NAIVE) & set(points["series"])
+
+
+def test_published_weights_may_stand_next_to_chosen_ones(results):
+    """A model with one set of weights leaves no choice; the foot of the table names both."""
+    for name in ("samples", "lambada"):
+        file = results / f"metrics/stories-tiny/mse/round-1/{name}.json"
+        rewrite(file, lambda row: row | {"weights": "published raw"})
+        table = {"samples": "steps", "lambada": "lambada"}[name]
+        tabulate(table, [results / "metrics"], results / "tables" / table)
+        assert "published raw" in (results / f"tables/{table}.md").read_text()

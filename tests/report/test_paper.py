@@ -89,6 +89,12 @@ def test_a_graph_of_all_sizes_and_runs_makes_every_item():
     assert found["figure-21a"]["teacher"] == ["small"], "a trained network of the size comes first"
 
 
+def test_released_students_have_the_names_of_the_hub():
+    found = paper_items(resolve({"preset": "sdtt-published"}, PRESETS), EVERY_TABLE)
+    assert found["figure-6a"] == {"teacher": ["mdlm-owt"], "run": ["kld", "mse"]}
+    assert {"figure-2a", "figure-5", "figure-19b", "table-1"} <= found.keys()
+
+
 def test_an_item_says_what_a_configuration_lacks():
     config = resolve({"preset": "laptop"}, PRESETS)
     found = paper_items(config, ["steps", "lambada", "speed"])

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Where = dict[str, list[str]]
 """Values by column: the rows that an item shows"""
 KLD = "kl_backward"  # the paper's main run
+ON_HUB = {KLD: "kld"}
+"""Names of runs whose students are the released ones, where they differ"""
 SCALING = ("small", "medium", "large")  # sizes of the scaling study
 TIMED = ("small", "medium", "large", "1.3B", "3B", "8B")  # sizes of figures 20 and 21
 
@@ -150,10 +152,18 @@ def paper_items(config: Config, tables: Collection[str]) -> dict[str, Where]:
     found = {}
     for name, item in ITEMS.items():
         if not missing(item, config, tables):
-            runs = {"run": list(item.runs)} if item.runs else {}
+            teachers = _teachers(item, config)
             where = {column: list(values) for column, values in item.where.items()}
-            found[name] = {"teacher": _teachers(item, config), **runs, **where}
+            if item.runs:
+                known = config.teachers[teachers[0]].runs
+                where["run"] = [_run_name(run, known) for run in item.runs]
+            found[name] = {"teacher": teachers, **where}
     return found
+
+
+def _run_name(run: str, known: Collection[str]) -> str:
+    """What a run is called among these: by its own name, or as on the hub."""
+    return ON_HUB[run] if run in ON_HUB and run not in known else run
 
 
 def missing(item: Item, config: Config, tables: Collection[str]) -> str | None:
@@ -176,7 +186,11 @@ def _teachers(item: Item, config: Config) -> list[str]:
     Without sizes it is the first one that has all runs; of each size it is the last one, because
     the scaling study has teachers apart. Timings also know untrained networks.
     """
-    able = [name for name, teacher in config.teachers.items() if {*item.runs} <= {*teacher.runs}]
+    able = [
+        name
+        for name, teacher in config.teachers.items()
+        if all(_run_name(run, teacher.runs) in teacher.runs for run in item.runs)
+    ]
     if not item.sizes:
         return able[:1]
     of_size = {config.teachers[name].network.size: name for name in able}

@@ -18,7 +18,7 @@ from pandas import DataFrame
 from halfstep.report.catalogue import TABLES
 from halfstep.report.conditions import join_values
 from halfstep.report.grids import round_number
-from halfstep.report.paper import KLD
+from halfstep.report.paper import KLD, ON_HUB
 from halfstep.report.points import one_metric, short_judge
 
 Tables = Mapping[str, DataFrame]
@@ -126,7 +126,7 @@ def _ours(row: Mapping[str, Any], kind: str, table: DataFrame | None) -> dict[st
         return None
     mine = one_metric(table, row["metric"], all_judges=True)
     if kind == "student":
-        mine = mine[mine["run"] == KLD]
+        mine = mine[mine["run"].isin((KLD, ON_HUB[KLD]))]
         number = row["round"] if row["round"] in set(mine["round"]) else mine["round"].max()
         mine = mine[mine["round"] == number]
     else:
@@ -174,7 +174,8 @@ class Side:
         table = tables.get(self.table)
         if table is None:
             return None
-        mine = table[(table["metric"] == self.metric) & (table["run"] == self.run)]
+        names = (self.run, ON_HUB.get(self.run))
+        mine = table[(table["metric"] == self.metric) & table["run"].isin(names)]
         if self.protocol:
             mine = mine[mine["protocol"] == self.protocol]
         if mine.empty:

@@ -14,6 +14,7 @@ from halfstep.config import (
     Benchmark,
     Distillation,
     DrawOptions,
+    Evaluation,
     GenerateOptions,
     Pretraining,
     Prompts,
@@ -43,6 +44,33 @@ class Items(NamedTuple):
 
 LAST_WORDS = Items(1000, 45, 18)  # of stories with 640 tokens in the vocabulary
 LAMBADA = Items(5153, 90, 24)  # the test split on the hub, words of 1.5 tokens on average
+
+
+class Questions(NamedTuple):
+    """A task of lm-eval: its number of questions, the answers to each, tokens of a whole text."""
+
+    number: int
+    answers: int
+    tokens: int
+
+
+# Splits that lm-eval evaluates, with the lengths that their texts have on average by GPT-2's
+# tokenizer, roughly; a task that is not here counts as ANY_TASK.
+TASKS = {
+    "arc_easy": Questions(2376, 4, 40),
+    "arc_challenge": Questions(1172, 4, 45),
+    "hellaswag": Questions(10_042, 4, 105),
+    "mathqa": Questions(2985, 5, 75),
+    "piqa": Questions(1838, 2, 45),
+    "winogrande": Questions(1267, 2, 28),
+}
+ANY_TASK = Questions(2500, 4, 60)
+# Tokens of the splits of MDLM's table 3, roughly: sentences or articles times their mean length.
+ZERO_SHOT_TOKENS = {
+    "ptb": 1e5, "wikitext": 2.5e5, "lm1b": 8e6, "lambada": 4.5e5, "ag_news": 4e5, "pubmed": 2.7e7,
+    "arxiv": 5.8e7,
+}  # fmt: skip
+ANY_TEXT = 1e6
 
 # Tokens of corpora whose size does not follow from their flags: GPT-2's of OpenWebText
 # (nanoGPT counts 9.04e9), and those of 22 MB of docstrings.
@@ -230,6 +258,29 @@ def lambada_work(call: Call) -> Iterator[Work]:
     yield Work(work, call.network.width, call.inference_precision)
 
 
+def tasks_work(call: Call) -> Iterator[Work]:
+    """Tasks of lm-eval: a denoiser reads each answer under many masks, a baseline once."""
+    most = call.number("task_items", 0) or None
+    passes = 1 if call.is_baseline else call.number("task_draws", Evaluation)
+    for name in call.values("tasks"):
+        asked = TASKS.get(name, ANY_TASK)
+        texts = min(asked.number, most or asked.number) * asked.answers * passes
+        tokens = min(asked.tokens, call.length)
+        work = flops.forward_flops(call.network, texts, tokens, texts * tokens / 2)
+        yield Work(work, call.network.width, call.inference_precision)
+
+
+def zero_shot_work(call: Call) -> Iterator[Work]:
+    """Windows of texts: a denoiser reads each under several masks, a baseline once."""
+    most = call.number("task_items", 0) or None
+    passes = 1 if call.is_baseline else call.number("perplexity_draws", Evaluation)
+    for name in call.values("perplexity"):
+        windows = ZERO_SHOT_TOKENS.get(name, ANY_TEXT) / call.length
+        texts = min(windows, most or windows) * passes
+        work = flops.forward_flops(call.network, texts, call.length, texts * call.length / 2)
+        yield Work(work, call.network.width, call.inference_precision)
+
+
 def latency_work(call: Call) -> Iterator[Work]:
     """Timed texts of students and baselines at each size, length and batch size."""
     precision, calls = call.text("timed_dtype", Benchmark), 1 + call.number("repeats", Benchmark)
@@ -293,6 +344,8 @@ WORK: dict[str, Callable[[Call], Iterator[Work]]] = {
     "score-frontier": score_work,
     "score-continuations": continuation_score_work,
     "score-lambada": lambada_work,
+    "score-tasks": tasks_work,
+    "score-perplexity": zero_shot_work,
     "latency": latency_work,
     "tabulate": no_work,
     "plot": no_work,

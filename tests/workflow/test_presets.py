@@ -7,6 +7,7 @@ import pytest
 from dryrun import REPOSITORY, copy, counts
 
 from halfstep.resolve import resolve
+from halfstep.workflow.targets import Targets
 
 GRAPHS = {  # preset: runs, rounds over all runs
     "laptop": (1, 7),
@@ -57,7 +58,7 @@ def test_preset_resolves(workflow, preset):
     assert jobs["generate"] == scored + teachers and jobs["draw_naive"] == teachers
     prompts = preset != "laptop"  # whether held-out prompts are continued
     frontier = preset in FRONTIER
-    examined = preset.startswith("owt-")  # tasks of lm-eval, and zero-shot texts
+    examined = preset.startswith("owt-") and preset != "owt-scaling"  # tasks of lm-eval, and zero-shot texts
     tables = 3 + prompts + frontier + 2 * examined
     assert (jobs["plot"], jobs["tabulate"]) == (7 + prompts + frontier, tables)
     of_last_rounds = examined * (2 * teachers + GRAPHS[preset][0])
@@ -76,6 +77,7 @@ def test_a_preset_with_published_teachers_has_exactly_these_jobs(workflow, prese
     """Nothing is pretrained; what is trained are rounds, and where all are published nothing is."""
     config = resolve({"preset": preset}, REPOSITORY / "workflow/presets", quiet=True)
     teachers, trained, imported = PUBLISHED[preset]
+    asks_for_tasks = preset != "sdtt-scaling"  # the paper has them of one size
     runs = [(t, r, run) for t, about in config.teachers.items() for r, run in about.runs.items()]
     rounds = [(*names, n) for *names, run in runs for n in range(1, run.rounds + 1)]
     students = [f"{teacher}/{run}/round-{n}" for teacher, run, n in rounds]
@@ -85,11 +87,15 @@ def test_a_preset_with_published_teachers_has_exactly_these_jobs(workflow, prese
     expected = {f"generate {model}" for model in models}
     expected |= {f"continue_prompts {model} {steps}" for model in denoisers for steps in PROMPTED}
     for name in config.teachers:
-        of_teacher = ("import_teacher", "import_baseline", "score_corpus", "draw_naive", "latency")
+        of_teacher = ("import_teacher", "import_baseline", "score_corpus", "draw_naive")
         expected |= {f"{rule} {name}" for rule in of_teacher}
         expected |= {f"continue_prompts {name}/baseline 50", f"score_samples {name}/naive"}
     for rule in ("score_samples", "score_lambada", "score_continuations"):
         expected |= {f"{rule} {model}" for model in models}
+    targets = Targets(config)
+    expected |= {f"latency {timed.replace('/', ' ')}" for timed in targets.timings}
+    for rule in ("score_tasks", "score_perplexity"):
+        expected |= {f"{rule} {model}" for model in targets.final_models() if asks_for_tasks}
     if trained:
         expected |= {f"distill_round {teacher} {run} {n}" for teacher, run, n in rounds}
     else:

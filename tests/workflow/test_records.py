@@ -15,9 +15,11 @@ def test_every_job_has_one_record_under_the_name_that_its_command_writes(workflo
     declared = {rule: set() for rule, _ in jobs}
     for rule, outputs in jobs:
         records = {path for path in outputs.split(", ") if is_record(Path(path))}
-        assert len(records) == (0 if rule in ("all", "track") else 1), (rule, outputs)
+        # score_frontier writes the rows of two kinds of tables.
+        expected = {"all": 0, "track": 0, "score_frontier": 2}.get(rule, 1)
+        assert len(records) == expected, (rule, outputs)
         declared[rule] |= records
-    assert len(jobs) > 50 and declared["merge_provenance"] == {"results/provenance.json"}
+    assert len(jobs) > 40 and declared["merge_provenance"] == {"results/provenance.json"}
     written = {
         str(path.relative_to(pipeline.root))
         for path in pipeline.results.rglob("*.json")

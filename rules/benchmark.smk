@@ -6,10 +6,10 @@ Inputs:
 Outputs, for `trained` and for each size that is timed with untrained weights:
     results/benchmarks/{teacher}/{size}/{cases}.json
                                                  rows of seconds, one for each timed case; {cases}
-                                                 is length-{lengths} or length-{length}-batch-{batch}
+                                                 is length-N, length-N-M or length-N-batch-B
     and next to it its .provenance.json
-    While a job runs, {cases}.partial has the rows that are finished. It is no output of the rule, so
-    Snakemake does not delete it after a stopped job, and the next try continues there.
+    While a job runs, {cases}.partial has the rows that are finished. It is no output of the rule,
+    so Snakemake does not delete it after a stopped job, and the next try continues there.
 """
 
 

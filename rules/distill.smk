@@ -8,6 +8,7 @@ Inputs:
     results/hub.json                             only where published students come from the hub
 Outputs:
     results/models/{teacher}/{run}/round-{round}/    a checkpoint; meta.json is written last
+    results/models/{model}/                          the same of an imported student
 """
 
 

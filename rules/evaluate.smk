@@ -10,8 +10,8 @@ Inputs:
 Outputs:
     results/metrics/{model}/samples.json         rows of a model's samples, one for each step count
     results/metrics/{teacher}/data.json          rows of held-out text
-    results/metrics/{model}/frontier.json        rows of the frontier; not without temperatures
-    results/metrics/{model}/frontier.npy         values of its single texts
+    results/metrics/{model}/frontier             .json, rows of the frontier, and .npy, values of
+                                                 single texts; not without temperatures
     results/metrics/{model}/lambada.json         rows of last words; not with `lambada: null`
     and next to each its .provenance.json
 """

@@ -3,13 +3,12 @@
 Inputs:
     results/models/{model}/meta.json
 Outputs:
-    results/samples/{model}/steps-{steps}/       token ids, texts; samples.json
-    results/samples/{model}/steps-{steps}/temperature-{temperature}/
-                                                 the same at the temperatures of the frontier
-    results/samples/{model}/provenance.json      written last; it stands for all of them
+    results/samples/{model}/provenance.json      written last; it stands for all samples
 
-Only the last is declared, because Snakemake deletes declared outputs before it starts a job again.
-So a set that is finished is kept when the job was interrupted, or when a step count is added.
+Next to it, steps-{steps}/ has token ids, texts and samples.json, and temperature-{temperature}/ in
+it the same at the temperatures of the frontier. They are not declared, because Snakemake deletes
+declared outputs before it starts a job again. So a set that is finished is kept when the job was
+interrupted, or when a step count is added.
 """
 
 

@@ -4,8 +4,8 @@ Inputs:
     results/tables/{table}.csv
     results/metrics/                             rows of scores, for tables
 Outputs:
-    results/paper/figure-{number}                .pdf, .svg, .csv
-    results/paper/table-{number}                 .csv, .md
+    results/paper/{item}                         figures: .pdf, .svg, .csv; tables: .csv, .md
+    results/paper/table-2                        .csv, .md
     results/paper/report                         .md, .html
 """
 

@@ -58,7 +58,7 @@ def test_preset_resolves(workflow, preset):
     assert jobs["generate"] == scored + teachers and jobs["draw_naive"] == teachers
     prompts = preset != "laptop"  # whether held-out prompts are continued
     frontier = preset in FRONTIER
-    examined = preset.startswith("owt-") and preset != "owt-scaling"  # tasks of lm-eval, and zero-shot texts
+    examined = preset in ("owt-small", "owt-adapted")  # tasks of lm-eval, zero-shot texts
     tables = 3 + prompts + frontier + 2 * examined
     assert (jobs["plot"], jobs["tabulate"]) == (7 + prompts + frontier, tables)
     of_last_rounds = examined * (2 * teachers + GRAPHS[preset][0])

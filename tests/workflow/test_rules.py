@@ -61,12 +61,14 @@ def test_the_docstring_of_a_file_names_its_outputs(file):
         return
     docstring = ast.literal_eval(re.match(r'""".*?"""', file.read_text(), re.DOTALL)[0])
     assert "\nInputs:\n" in docstring
-    listed = re.findall(r"^    (results/\S+)", docstring.split("\nOutputs:\n")[1], re.MULTILINE)
+    listed = re.findall(
+        r"^    (results/\S+)", re.split(r"\nOutputs[^\n]*:\n", docstring)[1], re.MULTILINE
+    )
     outputs = [
         path
         for body in rules.values()
         for path in re.findall(r'"(results/[^"]+)"', re.split(r"^    log:", body, flags=re.M)[0])
-        if path in body.split("    output:")[1]
+        if path in body.partition("    output:")[2]
     ]
     for path in outputs:
         stem = path.removesuffix(".provenance.json")
@@ -95,6 +97,7 @@ def test_printed_commands_are_understood(workflow):
     plans = workflow.plan("-p", "--config", "preset=ci")
     asked = 'evaluation={"tasks": ["piqa"], "perplexity": ["ptb"]}'
     plans += workflow.plan("-p", "--config", "preset=ci", imported, asked)
+    plans += workflow.plan("-p", "--config", "preset=ci", asked, "--", "paper")
     printed = re.sub(r"\$\{SLURM_JOB_ID:\+(.*?)\}", r"\1", plans.replace("\\\n", " "))
     commands = {}
     for line in re.findall(r"^ +(halfstep .*?) 2>&1 \| tee (?:\S+)$", printed, re.MULTILINE):

@@ -22,7 +22,10 @@ from halfstep.workflow.slurm_plugin import ask
 __all__ = ["cheaper_presets", "graph_jobs", "late_lines", "plan", "price_lines", "slow_lines"]
 
 A_DAY = 86400.0  # seconds
-LOCAL = {"fetch", "tabulate", "plot", "track", "merge_provenance"}
+LOCAL = {
+    "fetch", "tabulate", "plot", "track", "merge_provenance", "list_sizes", "paper",
+    "paper_figure", "paper_table", "paper_report",
+}  # fmt: skip
 """Rules that run where snakemake runs and cost no job."""
 ATTEMPTS = 4
 """How often profiles/slurm submits a job: once, and again for each of its retries"""

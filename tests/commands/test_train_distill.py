@@ -16,7 +16,15 @@ from halfstep.commands.data import prepare_corpus
 from halfstep.commands.distill import DistillationObjective, distill_round, watch_entropy
 from halfstep.commands.generate import draw_texts, encode_prompt, generate, text_writer
 from halfstep.commands.train import DiffusionObjective, HeldOut, pretrain, train_baseline
-from halfstep.config import Corpus, Distillation, GenerateOptions, Machine, Network, Pretraining
+from halfstep.config import (
+    Corpus,
+    Distillation,
+    FrontierOptions,
+    GenerateOptions,
+    Machine,
+    Network,
+    Pretraining,
+)
 from halfstep.data.pack import Windows
 from halfstep.distill.rounds import Round
 from halfstep.distributed.group import ALONE
@@ -207,7 +215,7 @@ def test_samples_do_not_depend_on_the_batch_and_record_how_they_were_made(first,
     options = GenerateOptions(num_samples=7, sampling_seed=9)
     for name, micro_batch in (("a", 7), ("b", 2)):
         machine = MACHINE.model_copy(update={"micro_batch": micro_batch})
-        generate(first, tmp_path / name, 4, options, machine)
+        generate(first, tmp_path / name, [4], options, FrontierOptions(), machine)
     facts = json.loads((tmp_path / "a" / "samples.json").read_text())
     ids = np.load(tmp_path / "a" / "samples.npy")
     assert ids.shape == (7, 24) and ids.dtype == np.int32
@@ -220,7 +228,8 @@ def test_samples_do_not_depend_on_the_batch_and_record_how_they_were_made(first,
     assert (tmp_path / "a" / "samples.txt").read_text().count("=== ") == 7
     message = "prompt: .* tokens with BOS, but a text of this model has 24; shorten the prompt"
     with pytest.raises(HalfstepError, match=message):
-        generate(first, tmp_path / "c", 4, options, MACHINE, prompt="kite " * 40)
+        how = (options, FrontierOptions(), MACHINE)
+        generate(first, tmp_path / "c", [4], *how, prompt="kite " * 40)
 
 
 def captured(monkeypatch):

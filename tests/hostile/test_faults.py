@@ -77,7 +77,7 @@ CASES = [
 def save_always() -> None:
     """Before a command: every step saves its state, and the hub holds one file."""
     loop.SAVE_EVERY_S = 0
-    fetch._download = lambda repository: ("1", Path(__file__).parent)
+    fetch._download = lambda repository: ("1", [Path(__file__).parent])
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads the names of open files")

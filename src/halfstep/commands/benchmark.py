@@ -208,7 +208,9 @@ def _untrained_pair(
         cast_matrices(network, getattr(torch, benchmark.timed_dtype))
         network.eval().requires_grad_(False)
         denoiser = build_denoiser(network, meta) if kind == "diffusion" else None
-        model = Model(kind, network, tokenizer, meta, "", denoiser, benchmark.timed_dtype)
+        model = Model(
+            kind, network, tokenizer, meta, "", "untrained", denoiser, benchmark.timed_dtype
+        )
         return Side(f"{size}-untrained/{name}", model)
 
     return Pair(

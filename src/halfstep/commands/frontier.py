@@ -102,12 +102,12 @@ def score_frontier(
     judged, features = judge_texts(found, corpus, evaluation, machine, group, plain)
     if not group.is_main:
         return
-    rows = rows_of_texts(plain, judged_of(plain, judged), features, corpus, evaluation)
-    read = [*corpus_files(corpus, "validation"), *evaluation.judge]
-    write_rows(output / "samples.json", rows, [*sample_files(samples), *read])
+    plain_rows = rows_of_texts(plain, judged_of(plain, judged), features, corpus, evaluation)
     points = measured_points(swept, judged_of(swept, judged))
     rows = _point_rows(points, swept, evaluation.bootstrap)
     rows += _readings(points, target, teachers, evaluation.bootstrap)
+    read = [*corpus_files(corpus, "validation"), *evaluation.judge]
+    write_rows(output / "samples.json", plain_rows, [*sample_files(samples), *read])
     values = output / "frontier.npy"
     write_atomic(values, lambda part: np.save(part, stack_values(points)))
     read = [*sample_files(files.frontier), *corpus_files(corpus), *evaluation.judge, files.held_out]

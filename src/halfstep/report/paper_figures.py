@@ -21,7 +21,7 @@ from halfstep.report.rows import LEVELS, sampled_rows
 
 def mauve_by_round(tables: Tables) -> Drawn:
     """MAUVE against sampling steps, a panel for each round, a line for each run (figure 5)."""
-    rows = of_continuations(tables, "mauve")
+    rows = _of_continuations(tables, "mauve")
     models = sampled_rows(rows)
     teacher = models[models["run"] == "teacher"].sort_values("steps")
     parts = []
@@ -49,7 +49,7 @@ def mauve_by_round(tables: Tables) -> Drawn:
 
 def continuation_ppl_vs_steps(tables: Tables) -> Drawn:
     """Perplexity of continuations, given their prompts, against sampling steps (figure 18)."""
-    rows = of_continuations(tables, "continuation_perplexity")
+    rows = _of_continuations(tables, "continuation_perplexity")
     models = sampled_rows(rows)
     parts = []
     for run in run_names(rows):
@@ -76,8 +76,8 @@ def quality_vs_self_bleu(tables: Tables) -> Drawn:
 
     A curve over step counts for the teacher and each round; the baseline is a point.
     """
-    rows = of_continuations(tables, "continuation_perplexity")
-    bleu = of_continuations(tables, "self_bleu")
+    rows = _of_continuations(tables, "continuation_perplexity")
+    bleu = _of_continuations(tables, "self_bleu")
     key = ["model", "steps"]
     x = bleu.set_index(key)["value"]
     at = [tuple(place) for place in rows[key].itertuples(index=False)]
@@ -162,7 +162,7 @@ def lambada_by_size(tables: Tables) -> Drawn:
     return figure, points
 
 
-def of_continuations(tables: Tables, metric: str) -> DataFrame:
+def _of_continuations(tables: Tables, metric: str) -> DataFrame:
     """The rows of a metric of continuations by the first judge of their teacher.
 
     Raises:

@@ -29,7 +29,13 @@ def diffusion(denoiser=None, length=16) -> SimpleNamespace:
     tokenizer = words_tokenizer(WORDS)
     denoiser = denoiser or Stubborn(tokenizer.get_vocab_size())
     return SimpleNamespace(
-        kind="diffusion", denoiser=denoiser, tokenizer=tokenizer, length=length, eos_id=0
+        device="cpu",
+        precision="float32",
+        kind="diffusion",
+        denoiser=denoiser,
+        tokenizer=tokenizer,
+        length=length,
+        eos_id=0,
     )
 
 
@@ -52,6 +58,8 @@ def autoregressive(table=None, length=16) -> SimpleNamespace:
         size = tokenizer.get_vocab_size()
         table = torch.randn(size, size, generator=torch.manual_seed(0), dtype=torch.float64)
     return SimpleNamespace(
+        device="cpu",
+        precision="float32",
         kind="autoregressive",
         network=Bigrams(table),
         tokenizer=tokenizer,

@@ -59,7 +59,7 @@ class Case(NamedTuple):
     cache: str | None
 
 
-class Shape(NamedTuple):
+class TextShape(NamedTuple):
     """What all cases write that take turns."""
 
     length: int
@@ -116,9 +116,9 @@ def latency(
     kept.file.unlink(missing_ok=True)
 
 
-def _shapes(benchmark: BenchmarkOptions) -> list[Shape]:
+def _shapes(benchmark: BenchmarkOptions) -> list[TextShape]:
     shapes = product(benchmark.lengths, benchmark.batch_sizes)
-    return [Shape(*shape) for shape in dict.fromkeys(shapes)]
+    return [TextShape(*shape) for shape in dict.fromkeys(shapes)]
 
 
 def _settings(pair: Pair, benchmark: BenchmarkOptions, device: torch.device) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class KeptRows:
         else:
             print(f"note: {file}: not of these settings, so all is measured again", file=sys.stderr)
 
-    def of(self, shapes: list[Shape]) -> list[dict[str, Any]]:
+    def of(self, shapes: list[TextShape]) -> list[dict[str, Any]]:
         """The rows of these shapes, in their order."""
         return [
             row
@@ -255,7 +255,7 @@ def _decoders(pair: Pair, benchmark: BenchmarkOptions, device: torch.device) -> 
 def _time_shape(
     pair: Pair,
     decoders: list[TimedDecoder],
-    shape: Shape,
+    shape: TextShape,
     benchmark: BenchmarkOptions,
     device: torch.device,
     progress: Progress,
@@ -288,7 +288,7 @@ def _time_shape(
 
 
 def _cases(
-    pair: Pair, decoders: list[TimedDecoder], shape: Shape, benchmark: BenchmarkOptions
+    pair: Pair, decoders: list[TimedDecoder], shape: TextShape, benchmark: BenchmarkOptions
 ) -> dict[Case, Callable[[], Write]]:
     """Every case of a length and batch size, with a function that makes its call."""
     length, batch = shape
@@ -319,7 +319,7 @@ def _row(
     case: Case,
     took: timing.Timing,
     evaluations: float,
-    shape: Shape,
+    shape: TextShape,
     benchmark: BenchmarkOptions,
     device: torch.device,
 ) -> dict[str, Any]:

@@ -28,7 +28,7 @@ SIZES = {"1.3B": "1.3B", "424M": "medium", "863M": "large"}  # published name: o
 HEADER = ("published", "value", "source", "ours", "interval", "verdict")
 
 
-class Verdict(NamedTuple):
+class Comparison(NamedTuple):
     """What the comparison of two numbers says, and why."""
 
     word: str
@@ -62,7 +62,7 @@ def published_lines(
         line = [_described(row), round_number(row["value"]), row["source"]]
         if mine is None:
             command = commands.get(table or "")
-            verdict = Verdict(MISSING, f"run `{command}`" if command else "no table has it")
+            verdict = Comparison(MISSING, f"run `{command}`" if command else "no table has it")
             line += ["", "", str(verdict)]
         else:
             line += [round_number(mine["value"]), _interval(mine), str(compare(row, mine, size))]
@@ -81,14 +81,14 @@ def kind_of_model(name: str) -> str | None:
     return "baseline" if name.startswith(("GPT-2", "AR")) else None
 
 
-def compare(published: Mapping[str, Any], mine: Mapping[str, Any], size: str) -> Verdict:
+def compare(published: Mapping[str, Any], mine: Mapping[str, Any], size: str) -> Comparison:
     """The verdict on a published value and our row of the same measure."""
     if reason := _obstacle(published, mine, size):
-        return Verdict(NOT_COMPARABLE, reason)
+        return Comparison(NOT_COMPARABLE, reason)
     value, low, high = published["value"], mine["low"], mine["high"]
     if not pandas.isna(low) and low <= value <= high:
-        return Verdict(AGREES)
-    return Verdict(DIFFERS, f"by {100 * (mine['value'] / value - 1):+.0f}%")
+        return Comparison(AGREES)
+    return Comparison(DIFFERS, f"by {100 * (mine['value'] / value - 1):+.0f}%")
 
 
 def _obstacle(published: Mapping[str, Any], mine: Mapping[str, Any], size: str) -> str:
@@ -159,7 +159,7 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Side:
+class ClaimSide:
     """One side of a claim: which row of a table."""
 
     table: str
@@ -205,8 +205,8 @@ class Claim:
 
     text: str
     place: str
-    less: Side
-    more: Side
+    less: ClaimSide
+    more: ClaimSide
 
 
 STEPS, LAST_WORDS = "steps", "lambada"
@@ -214,10 +214,10 @@ PARALLEL = "parallel"  # the paper's protocol of accuracy
 PPL, ACCURACY, WORD_PPL = "generative_perplexity", "lambada_accuracy", "lambada_perplexity"
 
 
-def _student(metric: str, run: str = KLD, steps: int | None = None) -> Side:
+def _student(metric: str, run: str = KLD, steps: int | None = None) -> ClaimSide:
     table = {PPL: STEPS, ACCURACY: LAST_WORDS, WORD_PPL: LAST_WORDS}.get(metric, "continuations")
     protocol = PARALLEL if metric == ACCURACY else None
-    return Side(table, metric, run, steps, last_round=True, protocol=protocol)
+    return ClaimSide(table, metric, run, steps, last_round=True, protocol=protocol)
 
 
 CLAIMS = (
@@ -225,18 +225,18 @@ CLAIMS = (
         "A student with 32 steps writes better than the teacher with 1,024",
         "section 4.1",
         _student(PPL, steps=32),
-        Side(STEPS, PPL, "teacher", 1024),
+        ClaimSide(STEPS, PPL, "teacher", 1024),
     ),
     Claim(
         "A student with 64 steps writes better than GPT-2 with nucleus 0.95 (draws in float64)",
         "appendix, figure 9",
         _student(PPL, steps=64),
-        Side(STEPS, PPL, "baseline"),
+        ClaimSide(STEPS, PPL, "baseline"),
     ),
     Claim(
         "KLD keeps the accuracy of last words",
         "figure 2a",
-        Side(LAST_WORDS, ACCURACY, "teacher", protocol=PARALLEL),
+        ClaimSide(LAST_WORDS, ACCURACY, "teacher", protocol=PARALLEL),
         _student(ACCURACY),
     ),
     Claim(
@@ -260,13 +260,13 @@ CLAIMS = (
     Claim(
         "KLD improves MAUVE over the teacher with 128 steps",
         "figure 5",
-        Side("continuations", "mauve", "teacher", 128),
+        ClaimSide("continuations", "mauve", "teacher", 128),
         _student("mauve", steps=128),
     ),
 )
 
 
-def claim_verdict(claim: Claim, tables: Tables) -> tuple[Verdict, str]:
+def claim_verdict(claim: Claim, tables: Tables) -> tuple[Comparison, str]:
     """Whether a claim holds here, and the two numbers with their 95% intervals.
 
     It holds, or does not, where the intervals are apart.
@@ -274,33 +274,33 @@ def claim_verdict(claim: Claim, tables: Tables) -> tuple[Verdict, str]:
     less, more = claim.less.find(tables), claim.more.find(tables)
     if less is None or more is None:
         side = claim.less if less is None else claim.more
-        return Verdict(MISSING, str(side)), ""
+        return Comparison(MISSING, str(side)), ""
     numbers = f"{_number(less)} against {_number(more)}"
     bounds = [less["low"], less["high"], more["low"], more["high"]]
     if any(map(pandas.isna, bounds)):
-        return Verdict(OPEN, "there is no interval"), numbers
+        return Comparison(OPEN, "there is no interval"), numbers
     if less["high"] < more["low"]:
-        return Verdict(HOLDS), numbers
+        return Comparison(HOLDS), numbers
     if less["low"] > more["high"]:
-        return Verdict(FAILS), numbers
-    return Verdict(OPEN, "the intervals overlap"), numbers
+        return Comparison(FAILS), numbers
+    return Comparison(OPEN, "the intervals overlap"), numbers
 
 
 def _number(row: Mapping[str, Any]) -> str:
     return f"{round_number(row['value'])} {_interval(row)}".strip()
 
 
-def speed_claim(speed: DataFrame | None, steps: int, factor: float) -> tuple[Verdict, str]:
+def speed_claim(speed: DataFrame | None, steps: int, factor: float) -> tuple[Comparison, str]:
     """Whether a student of `steps` is `factor` times faster than the fastest KV cache.
 
     The paper's case: 1.3B parameters, 8 texts of 2,048 tokens (figure 3b). Else the largest
     network and length of the table are taken, and named.
     """
     if speed is None or speed.empty or "times_faster" not in speed:
-        return Verdict(MISSING, "the table speed"), ""
+        return Comparison(MISSING, "the table speed"), ""
     mine = speed[(speed["steps"] == steps) & speed["times_faster"].notna()]
     if mine.empty:
-        return Verdict(MISSING, f"a student with {steps} steps, timed with a baseline"), ""
+        return Comparison(MISSING, f"a student with {steps} steps, timed with a baseline"), ""
     mine = mine[mine["params"] == mine["params"].max()]
     row = mine.sort_values(["length", "batch_size"]).iloc[-1]
     at = (
@@ -308,8 +308,8 @@ def speed_claim(speed: DataFrame | None, steps: int, factor: float) -> tuple[Ver
         f"{row['length']} tokens, {row['device']})"
     )
     if row["params"] < 1e9 or row["length"] < 2048:
-        return Verdict(NOT_COMPARABLE, "a smaller network or shorter texts than the paper's"), at
-    return Verdict(HOLDS if row["times_faster"] >= factor else FAILS), at
+        return Comparison(NOT_COMPARABLE, "a smaller network or shorter texts than the paper's"), at
+    return Comparison(HOLDS if row["times_faster"] >= factor else FAILS), at
 
 
 Formatter = Callable[[list[list[str]], tuple[str, ...]], str]

@@ -29,7 +29,7 @@ def diffusion(denoiser=None, length=16) -> SimpleNamespace:
     tokenizer = words_tokenizer(WORDS)
     denoiser = denoiser or Stubborn(tokenizer.get_vocab_size())
     return SimpleNamespace(
-        device="cpu",
+        device=torch.device("cpu"),
         precision="float32",
         kind="diffusion",
         denoiser=denoiser,
@@ -58,7 +58,7 @@ def autoregressive(table=None, length=16) -> SimpleNamespace:
         size = tokenizer.get_vocab_size()
         table = torch.randn(size, size, generator=torch.manual_seed(0), dtype=torch.float64)
     return SimpleNamespace(
-        device="cpu",
+        device=torch.device("cpu"),
         precision="float32",
         kind="autoregressive",
         network=Bigrams(table),

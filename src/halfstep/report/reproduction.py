@@ -25,6 +25,7 @@ Tables = Mapping[str, DataFrame]
 AGREES, DIFFERS, NOT_COMPARABLE, MISSING = "agrees", "differs", "not comparable", "not measured"
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
 SIZES = {"1.3B": "1.3B", "424M": "medium", "863M": "large"}  # published name: our untrained size
+OTHER_METHODS = ("Di4C", "Instruct", "IDLM", "Duo")  # parts of their names
 HEADER = ("published", "value", "source", "ours", "interval", "verdict")
 
 
@@ -72,7 +73,7 @@ def published_lines(
 
 def kind_of_model(name: str) -> str | None:
     """What a published model corresponds to: teacher, student or baseline; None for others."""
-    if "Di4C" in name or "DiDi" in name or "IDLM" in name or "Duo" in name:
+    if any(method in name for method in OTHER_METHODS):
         return None
     if "SDTT" in name:
         return "student"

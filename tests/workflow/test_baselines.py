@@ -2,15 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from dryrun import REPOSITORY, copy, counts
-from published import save_gpt2
-from small import done
+from whole_graph import LITTLE, ONE_ROUND, run_graph, write_models
 
 from halfstep.config import BaselineOptions
 from halfstep.errors import ConfigError
@@ -135,45 +131,10 @@ def test_a_published_baseline_is_imported_and_not_trained(workflow, tmp_path):
 
 # All commands of the graph, with one round
 
-ONE_ROUND = {
-    "pretraining": {"num_steps": 2, "warmup_steps": 1, "validate_every": 2},
-    "distillation": {"num_steps": 2, "rounds": 1, "validate_every": 2},
-}
-LITTLE = {
-    "sampling": {"steps": [8], "num_samples": 8, "temperatures": [0.8, 1.2], "top_p": 0.95},
-    "continuations": {"num_prompts": 4, "continuation_rounds": [1]},
-    "benchmark": {"baselines": ["halfstep", "transformers"], "lengths": [16, 128]},
-}
-
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A corpus like that of preset ci, and two GPT-2 with its tokenizer."""
-    folder = tmp_path_factory.mktemp("models")
-    corpus = "--kind stories --length 128 --vocab-size 640 --num-documents 400"
-    done(f"prepare-corpus --output {folder}/corpus {corpus} --validation-documents 60 --workers 1")
-    facts = json.loads((folder / "corpus/manifest.json").read_text())
-    for name in ("judge", "gpt2"):
-        save_gpt2(folder / name, facts["vocab_size"], 128, folder / "corpus/tokenizer.json")
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "judge/tokenizer_config.json").write_text(json.dumps(about))
-    return folder
-
-
-def run_all(folder: Path, commands: list[str]) -> None:
-    """Run halfstep commands in a folder, one after another; all must succeed."""
-    program = """
-import shlex, sys
-from halfstep.cli import main
-for line in sys.stdin.read().splitlines():
-    code = main(shlex.split(line))
-    if code:
-        sys.exit(f"{line}: exit code {code}")
-"""
-    call = [sys.executable, "-c", program]
-    text = "\n".join(commands)
-    ran = subprocess.run(call, cwd=folder, input=text, text=True, capture_output=True, timeout=300)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("form", ["none", "published"])
@@ -191,12 +152,7 @@ def test_the_whole_graph(models, tmp_path, form):
         "evaluation": {"judge": judge, "lambada_items": 4},
         **LITTLE,
     }
-    (tree.folder / "config.yaml").write_text(json.dumps(config))
-    printed = tree.plan("-p", "--cores", "1", "all").replace("\\\n", " ")
-    printed = re.sub(r"\$\{SLURM_JOB_ID:\+.*?\}", "", printed)
-    commands = re.findall(r"^ +halfstep (.*?) 2>&1 \| tee ", printed, re.MULTILINE)
-    run_all(tree.folder, [*commands, "summary", "verify"])
-    results = tree.folder / "results"
+    results = run_graph(tree, config, "all", "summary", "verify")
     assert (results / "mlflow.synced").read_text() == ""
     tables = {file.stem: file.read_text() for file in results.glob("tables/*.csv")}
     assert len(tables) == 5

@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,6 +46,23 @@ def test_a_job_waits_for_the_controller_to_be_submitted(monkeypatch):
     assert sent == [("job", 0)]
 
 
+@pytest.mark.parametrize(
+    ("fault", "again"),
+    [
+        ("Batch job submission failed: Unable to contact slurm controller (connect failure)", True),
+        ("Invalid account or account/partition combination specified", False),
+    ],
+)
+def test_a_submission_without_a_controller_is_no_failed_try(fault, again):
+    """It is submitted again, by the function that waits; any other fault is reported."""
+    said, sent = [], []
+    executor = SimpleNamespace(run_job=sent.append)
+    report = slurm_plugin.patient_report(lambda self, info, msg: said.append(info.job))
+    message = f"SLURM sbatch failed. The error message was 'sbatch: error: {fault}'."
+    report(executor, SimpleNamespace(job="job"), message)
+    assert (sent, said) == ((["job"], []) if again else ([], ["job"]))
+
+
 PATCHED = """
 import inspect
 import snakemake_executor_plugin_slurm as plugin
@@ -57,6 +75,8 @@ for name in ("await query_job_status(", "get_min_job_age()", "3 * initial_interv
     assert name in source, name
 for function in (plugin.query_job_status, plugin.get_min_job_age):
     assert function.__module__ == "halfstep.workflow.slurm_plugin"
+report = plugin.Executor._report_job_error_threadsafe
+assert hasattr(report, "__wrapped__") and "SLURM sbatch failed" in inspect.getsource(plugin)
 for module in (plugin, jobstep):
     assert hasattr(module.Executor.run_job, "__wrapped__")
 """

@@ -19,6 +19,7 @@ from typing import Any
 from halfstep.sanitize import one_line
 
 WAIT_S = 10.0  # between two queries to a controller that does not answer
+UNREACHABLE = "Unable to contact slurm controller"  # sbatch's words
 LONGEST_POLL_S = 200  # longest time between two polls of the plugin
 
 
@@ -80,6 +81,22 @@ def patient_submit(submit: Callable) -> Callable:
     return run_job
 
 
+def patient_report(report: Callable) -> Callable:
+    """The plugin's report of a failed job, which submits again where the controller was absent.
+
+    A controller may go away between our question and sbatch. That is no failed try of the job.
+    """
+
+    @functools.wraps(report)
+    def answer(self: Any, job_info: Any, msg: str) -> None:
+        if "sbatch failed" in msg and UNREACHABLE in msg:
+            self.run_job(job_info.job)  # waits for the controller
+        else:
+            report(self, job_info, msg)
+
+    return answer
+
+
 def lasting_age(age: Callable[[], int | None]) -> Callable[[], int | None]:
     """The plugin's `get_min_job_age`: seconds for which squeue remembers an ended job.
 
@@ -109,4 +126,6 @@ def patch_plugin() -> None:
     plugin.query_job_status = patient_query(plugin.query_job_status, set())
     plugin.get_min_job_age = lasting_age(plugin.get_min_job_age)
     plugin.Executor.run_job = patient_submit(plugin.Executor.run_job)
+    name = "_report_job_error_threadsafe"
+    setattr(plugin.Executor, name, patient_report(getattr(plugin.Executor, name)))
     plugin.patient = True

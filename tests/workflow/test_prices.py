@@ -134,7 +134,7 @@ def test_no_job_of_a_preset_is_estimated_above_its_time_limit(workflow, tmp_path
     """On H100s. A training may take the four limits of its submissions, because it saves its state
     before each of them ends and exits with code 75. Nothing else is priced by its limit alone."""
     graph = workflow.graph("all", "--profile", "slurm", "--config", f"preset={preset}")
-    jobs = [one for one in graph.jobs if one.rule not in {*LOCAL, "latency"}]
+    jobs = [one for one in graph.jobs if one.rule not in LOCAL]
     prices = Prices(graph.jobs, tmp_path)
     assert jobs and all(one.runtime for one in jobs)
     assert {one.rule for one in jobs if prices.price(one).source == "limit"} == set()

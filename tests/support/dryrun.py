@@ -24,8 +24,8 @@ TOUCH = (  # in place of a command; one output is a folder
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without the user's settings of Snakemake and halfstep."""
-    prefixes = ("SNAKEMAKE_", "HALFSTEP_")
+    """The environment without the user's settings of Snakemake, halfstep and MLflow."""
+    prefixes = ("SNAKEMAKE_", "HALFSTEP_", "MLFLOW_")
     return {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
 
 

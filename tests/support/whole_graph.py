@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dryrun import Workflow
+from dryrun import Workflow, clean_environment
 from published import save_gpt2
 from small import done
 
@@ -51,8 +51,7 @@ for line in sys.stdin.read().splitlines():
         sys.exit(f"{line}: exit code {code}")
 """
     call, text = [sys.executable, "-c", program], "\n".join([*commands, *more])
-    ran = subprocess.run(
-        call, cwd=tree.folder, input=text, text=True, capture_output=True, timeout=900
-    )
+    how = {"cwd": tree.folder, "env": clean_environment(), "timeout": 900}
+    ran = subprocess.run(call, input=text, text=True, capture_output=True, **how)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return tree.folder / "results"

@@ -58,13 +58,11 @@ onstart:
         f"preset {CONFIG.preset}: {len(targets.denoisers)} denoisers, {len(jobs)} jobs to run",
         "results in results/, logs in results/logs/",
     )
+    priced = plan.PricedJobs(graph_jobs(jobs), Path("results"))
     if ON_CLUSTER:
-        banner(
-            *plan.price_lines(plan.graph_jobs(jobs), Path("results")),
-            *plan.late_lines(plan.graph_jobs(jobs), Path("results")),
-            *plan.cheaper_presets(CONFIG.preset, presets),
-        )
-    elif slow := plan.slow_lines(plan.graph_jobs(jobs), Path("results")):
+        cheaper = plan.cheaper_presets(CONFIG.preset, presets)
+        banner(*plan.price_lines(priced), *plan.late_lines(priced), *cheaper)
+    elif slow := plan.slow_lines(priced):
         banner(*slow)
 
 
@@ -73,7 +71,7 @@ onsuccess:
         "done",
         "figures in results/figures/, tables in results/tables/",
         *unsent(),
-        *(plan.price_lines([], Path("results")) if ON_CLUSTER else []),
+        *(plan.price_lines(plan.PricedJobs([], Path("results"))) if ON_CLUSTER else []),
         "halfstep summary --results results    "
         "mlflow ui --backend-store-uri sqlite:///results/mlflow.db",
     )

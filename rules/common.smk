@@ -13,11 +13,13 @@ from halfstep.errors import ConfigError
 from halfstep.report import catalogue
 from halfstep.resolve import check_size, flags, read_yaml, resolve, subsection
 from halfstep.workflow import locks, slurm_plugin, task_sources
+from halfstep.workflow.graph import graph_jobs
 from halfstep.workflow.machine import RESOURCES, SPREAD, demand_of, fewest_nodes, names_cluster
 from halfstep.workflow.machine import base_resources, read_site, spread_resources
 from halfstep.workflow.messages import banner, curves, failures, only_looks, resume_command
 from halfstep.workflow.messages import typed, unsent
-from halfstep.workflow.targets import CHECKPOINT, Targets, check_sources, local_file, one_of
+from halfstep.workflow.sources import check_sources, local_file
+from halfstep.workflow.targets import CHECKPOINT, Targets, one_of
 
 # Jobs find `halfstep` without an activated environment, and its lines reach their logs at once.
 path = os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
@@ -82,7 +84,7 @@ STAGE = dict(
 
 MODELS = targets.models
 TABLES, FIGURES = targets.table_inputs(), targets.figure_inputs()
-HUB = targets.hub_repositories()
+HUB = targets.sources.hub_repositories()
 
 
 def fetched(repositories):

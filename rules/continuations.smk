@@ -65,7 +65,7 @@ rule score_continuations:
         ),
         corpus=targets.manifest,
         judge=targets.judge_file,
-        hub=fetched(targets.judges_of_hub()),
+        hub=fetched(targets.sources.judges_of_hub()),
     output:
         rows="results/metrics/{model}/continuations.json",
         record="results/metrics/{model}/continuations.provenance.json",

@@ -12,7 +12,7 @@ rule prepare_corpus:
     """Tokenize a corpus and pack it into windows of equal length."""
     input:
         targets.own_text,
-        hub=lambda wildcards: fetched(targets.corpus_of_hub(wildcards.corpus)),
+        hub=lambda wildcards: fetched(targets.sources.corpus_of_hub(wildcards.corpus)),
     output:  # corpora of stories add last_words.jsonl, the items of score_lambada
         multiext(
             "results/data/{corpus}/",

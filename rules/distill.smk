@@ -61,8 +61,8 @@ rule import_round:
     """Convert published weights into the checkpoint of a student."""
     input:
         corpus=targets.manifest,
-        source=lambda wildcards: local_file(targets.published_round(wildcards.model)[0]),
-        hub=lambda wildcards: fetched(targets.round_of_hub(wildcards.model)),
+        source=lambda wildcards: local_file(targets.sources.published_round(wildcards.model)[0]),
+        hub=lambda wildcards: fetched(targets.sources.round_of_hub(wildcards.model)),
     output:
         multiext(
             "results/models/{model}/",
@@ -77,19 +77,19 @@ rule import_round:
     benchmark:
         "results/logs/import_round/{model}.tsv"
     wildcard_constraints:
-        model=one_of(targets.imported_rounds),
+        model=one_of(targets.sources.imported_rounds),
     conda:
         "../envs/gpu.yaml"
     resources:
         **machine("import"),
     params:
-        source=lambda wildcards: targets.published_round(wildcards.model)[0],
+        source=lambda wildcards: targets.sources.published_round(wildcards.model)[0],
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
         size=targets.network_size,
-        round=lambda wildcards: targets.published_round(wildcards.model)[2],
+        round=lambda wildcards: targets.sources.published_round(wildcards.model)[2],
         options=lambda wildcards: flags(
-            targets.published_round(wildcards.model)[1],
+            targets.sources.published_round(wildcards.model)[1],
             "divergence",
             "teacher_steps",
             "substeps",

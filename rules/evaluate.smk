@@ -2,6 +2,8 @@
 
 Inputs:
     results/samples/{model}/provenance.json      stands for all samples of a model
+    results/samples/{model}/frontier/provenance.json
+                                                 the same at other temperatures, where there are any
     results/samples/{teacher}/naive/provenance.json
     results/models/{model}/meta.json             for LAMBADA
     results/models/{teacher}/baseline/hf/        only where the baseline is a judge
@@ -26,7 +28,7 @@ rule score_samples:
         samples=targets.samples,
         corpus=targets.manifest,
         judge=targets.judge_file,
-        hub=fetched(targets.judges_of_hub()),
+        hub=fetched(targets.sources.judges_of_hub()),
     output:
         rows="results/metrics/{model}/samples.json",
         record="results/metrics/{model}/samples.provenance.json",
@@ -65,7 +67,7 @@ rule score_corpus:
     input:
         corpus=targets.manifest,
         judge=targets.judge_file,
-        hub=fetched(targets.judges_of_hub()),
+        hub=fetched(targets.sources.judges_of_hub()),
     output:
         rows="results/metrics/{teacher}/data.json",
         record="results/metrics/{teacher}/data.provenance.json",
@@ -101,11 +103,12 @@ rule score_frontier:
     """Score all samples of a model that is on the frontier: perplexity against entropy too."""
     input:
         samples=targets.samples,
+        swept="results/samples/{model}/frontier/provenance.json",
         held_out=targets.held_out_rows,
         teacher=lambda wildcards: targets.frontier_of_teacher(wildcards.model),
         corpus=targets.manifest,
         judge=targets.judge_file,
-        hub=fetched(targets.judges_of_hub()),
+        hub=fetched(targets.sources.judges_of_hub()),
     output:
         rows="results/metrics/{model}/samples.json",
         record="results/metrics/{model}/samples.provenance.json",
@@ -151,8 +154,8 @@ rule score_lambada:
     input:
         checkpoint="results/models/{model}/meta.json",
         corpus=targets.manifest,
-        last_words=targets.last_words(),
-        hub=fetched(targets.lambada_of_hub()),
+        last_words=targets.sources.last_words(),
+        hub=fetched(targets.sources.lambada_of_hub()),
     output:
         rows="results/metrics/{model}/lambada.json",
         record="results/metrics/{model}/lambada.provenance.json",

@@ -4,16 +4,18 @@ Inputs:
     results/models/{model}/meta.json
 Outputs:
     results/samples/{model}/provenance.json      written last; it stands for all samples
+    results/samples/{model}/frontier/provenance.json
+                                                 the same of the frontier's other temperatures
 
-Next to it, steps-{steps}/ has token ids, texts and samples.json, and temperature-{temperature}/ in
-it the same at the temperatures of the frontier. They are not declared, because Snakemake deletes
-declared outputs before it starts a job again. So a set that is finished is kept when the job was
+Next to a record, steps-{steps}/ has token ids, texts and samples.json, on the frontier for each
+temperature in temperature-{temperature}/. They are not declared, because Snakemake deletes declared
+outputs before it starts a job again. So a set that is finished is kept when the job was
 interrupted, or when a step count is added.
 """
 
 
 rule generate:
-    """Draw samples of one model at all its step counts, and at the frontier's temperatures."""
+    """Draw samples of one model at all its step counts."""
     input:
         checkpoint="results/models/{model}/meta.json",
     output:
@@ -32,7 +34,6 @@ rule generate:
         output=lambda wildcards, output: str(Path(output.record).parent / "steps-{steps}"),
         steps=lambda wildcards: targets.drawn_steps(wildcards.model),
         writing=lambda wildcards: flags(subsection(targets.sampling(wildcards), GenerateOptions)),
-        frontier=lambda wildcards: flags(targets.frontier_options(wildcards.model)),
         code=STAGE["generate"],
     shell:
         r"""
@@ -40,7 +41,48 @@ rule generate:
             --checkpoint {params.checkpoint:q} \
             --output {params.output:q} \
             --steps {params.steps} \
-            {params.writing} {params.frontier} \
+            {params.writing} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule generate_frontier:
+    """Draw samples of one model at the other temperatures of the frontier."""
+    input:
+        checkpoint="results/models/{model}/meta.json",
+    output:
+        record="results/samples/{model}/frontier/provenance.json",
+    log:
+        "results/logs/generate_frontier/{model}.log",
+    benchmark:
+        "results/logs/generate_frontier/{model}.tsv"
+    wildcard_constraints:
+        model=one_of(targets.frontier_models()),
+    conda:
+        "../envs/gpu.yaml"
+    threads: threads_by_size
+    resources:
+        **machine("sample"),
+    params:
+        checkpoint=subpath(input.checkpoint, parent=True),
+        output=lambda wildcards, output: str(Path(output.record).parent / "steps-{steps}"),
+        steps=lambda wildcards: targets.frontier_steps(wildcards.model),
+        temperatures=CONFIG.sampling.other_temperatures,
+        writing=lambda wildcards: flags(
+            subsection(targets.sampling(wildcards), GenerateOptions).model_copy(
+                update={"temperature": 1.0}
+            )
+        ),
+        code=STAGE["generate"],
+    shell:
+        r"""
+        {resources.srun}halfstep generate \
+            --checkpoint {params.checkpoint:q} \
+            --output {params.output:q} \
+            --steps {params.steps} \
+            --temperatures {params.temperatures} \
+            {params.writing} \
             --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}
         """

@@ -10,21 +10,21 @@ Outputs:
 """
 
 from halfstep.report.paper import ITEMS
+from halfstep.workflow.paper_targets import PaperTargets
 
+paper = PaperTargets(targets)
 try:
     for word in sys.argv[1:]:
-        targets.check_paper_target(word)
+        paper.check(word)
 except ConfigError as error:
     sys.exit(f"configuration: {error}")
-PAPER = targets.paper_items()
-PAPER_FIGURES = [name for name in PAPER if ITEMS[name].is_figure]
-PAPER_TABLES = [name for name in PAPER if not ITEMS[name].is_figure]
+PAPER_FIGURES, PAPER_TABLES = paper.named(is_figure=True), paper.named(is_figure=False)
 
 
 rule paper_figure:
     """Draw a figure of the paper from our tables."""
     input:
-        lambda wildcards: targets.paper_sources(wildcards.item),
+        lambda wildcards: paper.sources(wildcards.item),
     output:
         multiext("results/paper/{item}", ".pdf", ".svg", ".csv", ".provenance.json"),
     log:
@@ -38,7 +38,7 @@ rule paper_figure:
         "../envs/cpu.yaml"
     params:
         figure=lambda wildcards: ITEMS[wildcards.item].shows,
-        where=lambda wildcards: targets.paper_rows(wildcards.item),
+        where=lambda wildcards: paper.rows(wildcards.item),
         output=subpath(output[0], strip_suffix=".pdf"),
         published="--published" if CONFIG.published else "",
         code=STAGE["plot"],
@@ -57,7 +57,7 @@ rule paper_figure:
 rule paper_table:
     """Write a table of the paper from our metric rows."""
     input:
-        lambda wildcards: targets.paper_sources(wildcards.item),
+        lambda wildcards: paper.sources(wildcards.item),
     output:
         multiext("results/paper/{item}", ".csv", ".md", ".provenance.json"),
     log:
@@ -71,7 +71,7 @@ rule paper_table:
         "../envs/cpu.yaml"
     params:
         table=lambda wildcards: ITEMS[wildcards.item].shows,
-        where=lambda wildcards: targets.paper_rows(wildcards.item),
+        where=lambda wildcards: paper.rows(wildcards.item),
         output=subpath(output[0], strip_suffix=".csv"),
         published="--published" if CONFIG.published else "",
         code=STAGE["tabulate"],
@@ -124,7 +124,7 @@ rule paper_report:
         "../envs/cpu.yaml"
     params:
         output=subpath(output[0], strip_suffix=".md"),
-        teacher=lambda wildcards: targets.compared_teacher(),
+        teacher=paper.compared_teacher(),
         preset=CONFIG.preset,
         code=STAGE["paper_report"],
     shell:

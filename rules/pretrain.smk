@@ -16,7 +16,7 @@ rule pretrain:
     input:
         corpus=targets.manifest,
         adapt=targets.adapted_from,
-        hub=lambda wildcards: fetched(targets.source_of_hub(wildcards.teacher)),
+        hub=lambda wildcards: fetched(targets.sources.source_of_hub(wildcards.teacher)),
     output:
         multiext("results/models/{teacher}/teacher/", *CHECKPOINT),
         meta="results/models/{teacher}/teacher/meta.json",
@@ -62,7 +62,7 @@ rule import_teacher:
     input:
         corpus=targets.manifest,
         source=lambda wildcards: local_file(targets.teacher(wildcards).source),
-        hub=lambda wildcards: fetched(targets.source_of_hub(wildcards.teacher)),
+        hub=lambda wildcards: fetched(targets.sources.source_of_hub(wildcards.teacher)),
     output:
         multiext(
             "results/models/{teacher}/teacher/",
@@ -147,7 +147,7 @@ rule import_baseline:
     input:
         corpus=targets.manifest,
         source=targets.baseline_file,
-        hub=lambda wildcards: fetched(targets.baseline_of_hub(wildcards.teacher)),
+        hub=lambda wildcards: fetched(targets.sources.baseline_of_hub(wildcards.teacher)),
     output:
         multiext("results/models/{teacher}/baseline/", "tokenizer.json", "provenance.json"),
         meta="results/models/{teacher}/baseline/meta.json",
@@ -164,7 +164,7 @@ rule import_baseline:
     resources:
         **machine("import"),
     params:
-        source=lambda wildcards: targets.baseline_source(wildcards.teacher),
+        source=lambda wildcards: targets.sources.baseline_source(wildcards.teacher),
         corpus=subpath(input.corpus, parent=True),
         output=subpath(output.meta, parent=True),
         code=STAGE["import_baseline"],

@@ -68,7 +68,7 @@ def written(request, pipeline, world, tmp_path_factory):
             f"--lambada-items 2 --bootstrap 100 {how}"
         )
     drawn = f"{root}/generate-frontier-teacher"
-    samples = f"{drawn} --frontier {drawn} {drawn}/temperature-0.7"
+    samples = f"{root}/generate-teacher --frontier {root}/generate-teacher {drawn}/temperature-0.7"
     lines["score-corpus"] = f"score-corpus {judged}"
     lines["score-samples"] = f"score-samples --samples {root}/generate-teacher {judged}"
     held_out = f"--held-out {root}/score-corpus"

@@ -22,8 +22,9 @@ def swept(pipeline, tmp_path_factory):
     score += f" --held-out {pipeline.metrics}/data.json"
     for name in ("teacher", "student"):
         draw = f"--checkpoint {getattr(pipeline, name)} {DRAW}"
-        sets = "--steps 8 4 --frontier-steps 8 --temperatures " + " ".join(map(str, TEMPERATURES))
-        done(f"generate {sets} --output {root}/{name}/steps-{{steps}} {draw}")
+        done(f"generate --steps 8 4 --output {root}/{name}/steps-{{steps}} {draw}")
+        swept = f"--steps 8 --temperatures {' '.join(map(str, TEMPERATURES))}"
+        done(f"generate {swept} --output {root}/{name}/frontier/steps-{{steps}} {draw}")
         against = f"--teacher {root}/metrics/teacher/frontier.json" if name == "student" else ""
         folders = " ".join(map(str, folders_of(root, name)))
         sets = f"--samples {root}/{name}/steps-4 {root}/{name}/steps-8 --frontier {folders}"
@@ -36,7 +37,7 @@ def frontier_of(root, name):
 
 
 def folders_of(root, name):
-    sets = [root / name / f"steps-8/temperature-{t}" for t in TEMPERATURES]
+    sets = [root / name / f"frontier/steps-8/temperature-{t}" for t in TEMPERATURES]
     return [root / name / "steps-8", *sets]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from halfstep.commands import plan as module
 from halfstep.commands.plan import (
+    PricedJobs,
     cheaper_presets,
     clock,
     late_lines,
@@ -61,45 +62,45 @@ def test_measured_cost_is_printed_next_to_the_estimate(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
     jobs = [CORPUS, training(1000, gpu=2)]
-    first = price_lines(jobs, results)
+    first = price_lines(PricedJobs(jobs, results))
     assert "finished:" not in "".join(first) and len(read_json(results / "plan.json")) == 2
     seconds = Prices(jobs, results).price(jobs[1]).seconds
     assert [line.split()[0] for line in first[1:4]] == ["prepare_corpus", "pretrain", "together"]
     assert first[2].split()[:3] == ["pretrain", "1", f"{seconds * 2 / 3600:.1f}"]
     record(results, "models/t/teacher/provenance.json", 7200, list(jobs[1].command))
-    last = price_lines(jobs[:1], results)[-1].split()
+    last = price_lines(PricedJobs(jobs[:1], results))[-1].split()
     assert last[0] == "pretrain" and last[-3:-1] == ["2.0", "h"]
     assert float(last[-1]) == pytest.approx(7200 / seconds, abs=0.005)
     # The estimate of before is kept, not one that knows the end.
-    assert price_lines([], results)[-1].split() == last
+    assert price_lines(PricedJobs([], results))[-1].split() == last
 
 
 def test_the_table_says_which_gpu_is_assumed(tmp_path, monkeypatch):
     monkeypatch.setenv("HALFSTEP_SLURM_GPU_MODEL", "a100")
-    table = price_lines([CORPUS, training(1000, gpu=2)], tmp_path)
+    table = price_lines(PricedJobs([CORPUS, training(1000, gpu=2)], tmp_path))
     assert any("assumed: a100 with 125 TFLOP/s in bfloat16" in line for line in table)
-    table = price_lines([CORPUS, training(1000, gpu=2)], tmp_path, Rates("h200"))
+    table = price_lines(PricedJobs([CORPUS, training(1000, gpu=2)], tmp_path, Rates("h200")))
     assert any("assumed: h200 with 396 TFLOP/s" in line for line in table)
-    table = price_lines([CORPUS, training(1000)], tmp_path)
+    table = price_lines(PricedJobs([CORPUS, training(1000)], tmp_path))
     assert any("GFLOP/s on a CPU thread" in line for line in table)
 
 
 def test_this_machine_takes_its_longest_path_or_the_load_of_its_cores(tmp_path):
-    """Three trainings one beside the other, on one thread each: the load of four or two cores."""
+    """Three trainings at the same time, on one thread each: the load of four or two cores."""
     jobs = [training(10) for _ in range(3)]
     seconds = Prices(jobs, tmp_path).price(jobs[0]).seconds
-    lines = [machine_line(Graph(jobs, cores, 0), tmp_path, Rates()) for cores in (4, 2)]
+    lines = [machine_line(PricedJobs(jobs, tmp_path), cores, 0) for cores in (4, 2)]
     assert lines[0] == f"on 4 cores of this machine: {clock(seconds)}"
     assert lines[1] == f"on 2 cores of this machine: {clock(1.5 * seconds)}"
     on_gpu = [training(1000, gpu=1) for _ in range(3)]
     each = Prices(on_gpu, tmp_path).price(on_gpu[0]).seconds
-    line = machine_line(Graph(on_gpu, 8, 1), tmp_path, Rates())
+    line = machine_line(PricedJobs(on_gpu, tmp_path), 8, 1)
     assert line == f"on 8 cores and 1 GPU of this machine: {clock(3 * each)}"
 
 
 def test_days_on_this_machine_are_said_before_they_begin(tmp_path):
-    assert slow_lines([CORPUS, training(1)], tmp_path) == []
-    (line,) = slow_lines([CORPUS, training(10_000)], tmp_path)
+    assert slow_lines(PricedJobs([CORPUS, training(1)], tmp_path)) == []
+    (line,) = slow_lines(PricedJobs([CORPUS, training(10_000)], tmp_path))
     assert re.search("on the CPU of this machine a job of pretrain takes about .* days", line)
 
 
@@ -108,12 +109,14 @@ def test_a_job_that_cannot_end_within_its_limit_is_named(tmp_path):
     train = training(100_000, gpu=8)
     hours = Prices([CORPUS, train], tmp_path).price(train).seconds / 3600
     for limit, late in (2 * hours, False), (hours / 3.9, False), (hours / 4.1, True):
-        found = late_lines([CORPUS, training(100_000, 8, 60 * limit)], tmp_path)
+        found = late_lines(PricedJobs([CORPUS, training(100_000, 8, 60 * limit)], tmp_path))
         assert bool(found) == late
     assert "--set-resources pretrain:runtime=<minutes>" in found[0]
     scored = ["halfstep", "score-lambada", "--checkpoint", TEACHER, "--threads", "1"]
     slow = PlannedJob("score_lambada", [], [], 0, 1, command=scored)
-    assert "a job of score_lambada takes" in late_lines([training(1), slow], tmp_path)[0]
+    assert (
+        "a job of score_lambada takes" in late_lines(PricedJobs([training(1), slow], tmp_path))[0]
+    )
 
 
 def test_the_clock_takes_the_largest_unit():

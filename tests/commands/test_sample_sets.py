@@ -10,8 +10,11 @@ from halfstep.commands import generate as module
 from halfstep.files import read_json, write_json
 from halfstep.records.provenance import Verification
 
-SETS = "--steps 2 4 --temperatures 0.7 1.3 --frontier-steps 4"
-FOLDERS = ["steps-2", "steps-4", "steps-4/temperature-0.7", "steps-4/temperature-1.3"]
+SETS = "--steps 2 4 --temperatures 0.7 1.3"
+FOLDERS = [f"steps-{steps}/temperature-{t}" for steps in (2, 4) for t in (0.7, 1.3)]
+
+
+OTHERS = [("2 steps", 1.3), ("4 steps", 0.7), ("4 steps", 1.3)]
 
 
 def command(model, output, sets=SETS, count=3):
@@ -66,8 +69,7 @@ def test_a_set_is_what_a_call_for_it_alone_draws(finished, tmp_path):
     """The same bytes. Other temperatures give other texts of the same seed."""
     texts = {}
     for number, folder in enumerate(FOLDERS):
-        steps = "4" if "4" in folder else "2"
-        temperature = folder.partition("temperature-")[2] or "1"
+        steps, temperature = folder[6], folder.partition("temperature-")[2]
         alone, sets = tmp_path / str(number), f"--steps {steps} --temperature {temperature}"
         done(command(finished / "models/a/teacher", alone, sets))
         together = finished / "samples/a/teacher" / folder
@@ -75,8 +77,10 @@ def test_a_set_is_what_a_call_for_it_alone_draws(finished, tmp_path):
             assert (alone / name).read_bytes() == (together / name).read_bytes()
         facts = [read_json(folder / "samples.json") for folder in (alone, together)]
         assert all(about.pop("elapsed_s") for about in facts) and facts[0] == facts[1]
-        texts[temperature] = (together / "samples.npy").read_bytes()
-    assert len(set(texts.values())) == 3
+        texts[folder] = (together / "samples.npy").read_bytes()
+    for steps in (2, 4):
+        cold, hot = (texts[f"steps-{steps}/temperature-{t}"] for t in (0.7, 1.3))
+        assert cold != hot
 
 
 def test_one_record_holds_all_sets(finished):
@@ -104,12 +108,12 @@ def test_an_interrupted_call_draws_only_what_is_left(results, drawn):
 
 def test_one_more_step_count_is_drawn_alone(results, drawn):
     again(results, sets=SETS.replace("2 4", "2 3 4"))
-    assert drawn == ["3 steps"]
+    assert drawn == ["3 steps, temperature 0.7", "3 steps, temperature 1.3"]
 
 
 def test_a_set_that_nobody_asks_for_is_kept_without_a_record(results, drawn):
     """It is drawn by no call, it is no fault, and it is there when it is asked for again."""
-    again(results, sets="--steps 2 --frontier-steps 2")
+    again(results, sets="--steps 2 --temperatures 0.7")
     record = read_json(results / "samples/a/teacher/provenance.json")
     assert {path.partition("/")[0] for path in record["outputs"]} == {"steps-2"}
     assert len(unrecorded(results)) == 3 * 3 and not faults(results)
@@ -119,7 +123,7 @@ def test_a_set_that_nobody_asks_for_is_kept_without_a_record(results, drawn):
 
 @pytest.mark.parametrize("change", ["seed", "count", "weights", "version", "ids", "text", "json"])
 def test_what_differs_or_was_changed_is_drawn_again(pipeline, results, drawn, monkeypatch, change):
-    samples, options = results / "samples/a/teacher", {}
+    first, options = results / "samples/a/teacher" / FOLDERS[0], {}
     if change == "seed":
         options["sets"] = f"{SETS} --sampling-seed 9"
     if change == "count":
@@ -129,36 +133,35 @@ def test_what_differs_or_was_changed_is_drawn_again(pipeline, results, drawn, mo
     if change == "version":
         monkeypatch.setattr(module, "GENERATE_STAGE", module.GENERATE_STAGE + 1)
     if change == "ids":
-        np.save(samples / "steps-2/samples.npy", np.load(samples / "steps-2/samples.npy") * 0)
+        np.save(first / "samples.npy", np.load(first / "samples.npy") * 0)
     if change == "text":
-        (samples / "steps-2/samples.txt").write_text("another text\n")
+        (first / "samples.txt").write_text("another text\n")
     if change == "json":
-        (samples / "steps-2/samples.json").write_text("[]")
+        (first / "samples.json").write_text("[]")
     again(results, **options)
-    changed = ["2 steps"]
+    changed = ["2 steps, temperature 0.7"]
     if change in ("seed", "count", "weights", "version"):
-        changed += ["4 steps", "4 steps, temperature 0.7", "4 steps, temperature 1.3"]
+        changed += [f"{at}, temperature {t}" for at, t in OTHERS]
     assert drawn == changed and not faults(results)
 
 
 def test_a_file_has_one_record(results):
     """A record that an earlier call left inside a set is replaced by that of the last call."""
-    write_json(results / "samples/a/teacher/steps-2/provenance.json", {})
+    write_json(results / "samples/a/teacher" / FOLDERS[0] / "provenance.json", {})
     again(results)
     assert not faults(results)
 
 
 def test_a_simple_call_writes_into_its_folder(pipeline, tmp_path):
-    done(command(pipeline.teacher, tmp_path / "out", "--steps 2 --temperatures 0.7"))
+    done(command(pipeline.teacher, tmp_path / "out", "--steps 2"))
     names = {str(file.relative_to(tmp_path / "out")) for file in tmp_path.rglob("*.json")}
-    of_sets = {"samples.json", "temperature-0.7/samples.json"}
-    assert names == {*of_sets, "provenance.json"}
+    assert names == {"samples.json", "provenance.json"}
 
 
 @pytest.mark.parametrize("sets, words", [
     ("--steps 2 4", "found 2 step counts for one folder, expected {steps} in its name; write "),
-    ("--steps 2 --temperatures 0.7 --frontier-steps 8", "--frontier-steps: found 8, expected only"),
-    ("--steps 2 --temperatures 0", "temperatures.0: found 0.0: input should be greater than 0"),
+    ("--steps 2 --temperatures 0.7 --temperature 0.9", "temperature: found 0.9, expected only --t"),
+    ("--steps 2 --temperatures 0", "--temperatures: found [0.0]: input should be greater than 0"),
 ])  # fmt: skip
 def test_sets_that_cannot_be_are_refused(pipeline, tmp_path, capsys, sets, words):
     assert call(command(pipeline.teacher, tmp_path / "out", sets)) == 1

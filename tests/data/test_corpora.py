@@ -1,8 +1,8 @@
 """Every corpus kind: a row of CORPORA, a name in Corpus.kind, a stream that ends in held-out text.
 
-A new kind needs its function and row in data/corpora.py, and its name in config.py. These tests
-fail until both are right. Only a kind that needs other keys than num_documents, or something from
-outside, also needs a row of EXAMPLES.
+A new kind needs its function and row in data/corpora.py, and its name in config/networks.py. These
+tests fail until both are right. Only a kind that needs other keys than num_documents, or something
+from outside, also needs a row of EXAMPLES.
 """
 
 import inspect
@@ -60,8 +60,8 @@ def corpus(kind, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", sorted({*CORPORA, *NAMES}))
 def test_a_kind_has_a_row_and_a_name(kind):
-    assert kind in CORPORA, f"Corpus.kind (config.py) allows {kind!r}; add its row to CORPORA"
-    assert kind in NAMES, f"CORPORA has the row {kind!r}; add the name to Corpus.kind (config.py)"
+    assert kind in CORPORA, f"Corpus.kind allows {kind!r}; add its row to CORPORA"
+    assert kind in NAMES, f"CORPORA has the row {kind!r}; add the name to Corpus.kind"
 
 
 @pytest.mark.parametrize("kind", CORPORA)

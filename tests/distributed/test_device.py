@@ -7,7 +7,7 @@ import torch
 from small import MACHINE, call
 
 from halfstep.commands.generate import generate
-from halfstep.config import FrontierOptions, GenerateOptions, Machine
+from halfstep.config import GenerateOptions, Machine
 from halfstep.distributed import device, group
 from halfstep.distributed.device import find_device, prepare_process
 from halfstep.distributed.group import Group, join_group
@@ -73,7 +73,7 @@ def test_the_command_line_prepares_the_process_once(pipeline, tmp_path, threads,
 
 def test_a_command_called_from_python_changes_no_setting(pipeline, tmp_path, threads):
     options, machine = GenerateOptions(num_samples=1), Machine(device="cpu", threads=3)
-    generate(pipeline.teacher, tmp_path / "out", [2], options, FrontierOptions(), machine)
+    generate(pipeline.teacher, tmp_path / "out", [2], options, machine)
     assert threads == []
 
 

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from halfstep.errors import ConfigError
 from halfstep.resolve import flags, resolve
 from halfstep.workflow import messages
-from halfstep.workflow.targets import check_sources
+from halfstep.workflow.sources import check_sources
 
 PRESETS = REPOSITORY / "workflow" / "presets"
 ESCAPE, TITLE, CSI, OVERRIDE = "\x1b[31m", "\x1b]0;title\x07", "\x9b2J", "\u202e"

@@ -10,7 +10,7 @@ import synthetic
 
 from halfstep.cli import main
 from halfstep.metrics.protocols import PROTOCOLS
-from halfstep.report import figures, paper_figures, tables
+from halfstep.report import figures, paper_figures, speed_figures, tables
 from halfstep.report.catalogue import (
     FIGURES,
     JOURNALS,
@@ -47,7 +47,7 @@ def public_functions(module):
 
 
 def test_every_function_of_a_figure_has_a_row_and_every_row_its_function():
-    functions = public_functions(figures) | public_functions(paper_figures)
+    functions = set().union(*map(public_functions, (figures, speed_figures, paper_figures)))
     assert functions == {row.draw for row in FIGURES.values()}
 
 

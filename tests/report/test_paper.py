@@ -100,14 +100,15 @@ def test_an_item_says_what_a_configuration_lacks():
     found = paper_items(config, ["steps", "lambada", "speed"])
     assert {"figure-1", "figure-22"} <= found.keys()
     lacking = {
-        "figure-6a": "teachers with kl_backward and mse",
-        "figure-4b": "teachers of sizes small, medium, large with kl_backward",
+        "figure-6a": "a teacher with the runs kl_backward and mse",
+        "figure-4b": "teachers of the sizes small, medium, large, each with kl_backward",
         "figure-21a": "benchmark.batch_sizes with 4",
         "figure-18a": "the section continuations",
     }
     for name, words in lacking.items():
         assert name not in found
-        assert missing(ITEMS[name], config, ["steps", "lambada", "speed"]) == words
+        said = missing(ITEMS[name], config, ["steps", "lambada", "speed"])
+        assert said == f"{words}, as in --config preset={ITEMS[name].preset}"
 
 
 def rows_of(item):

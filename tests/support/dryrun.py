@@ -17,10 +17,7 @@ from halfstep.workflow.graph import Graph, plan_graph
 
 REPOSITORY = Path(__file__).parents[2]
 PARTS = ["Snakefile", "rules", "workflow", "envs", "config.yaml", "slurm", "profiles"]
-TOUCH = (  # in place of a command; one output is a folder
-    "for path in {output}; do "
-    "case $path in */frontier) mkdir $path;; *) touch $path;; esac; done; : "
-)
+TOUCH = "touch {output}; : "  # in place of a command
 
 
 def clean_environment() -> dict[str, str]:

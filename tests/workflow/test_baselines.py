@@ -11,7 +11,8 @@ from whole_graph import LITTLE, ONE_ROUND, run_graph, write_models
 from halfstep.config import BaselineOptions
 from halfstep.errors import ConfigError
 from halfstep.resolve import resolve, validate
-from halfstep.workflow.targets import Targets, check_sources
+from halfstep.workflow.sources import check_sources
+from halfstep.workflow.targets import Targets
 
 PRESETS = REPOSITORY / "workflow/presets"
 NONE = {"judge": "gpt2", "lambada": "last_words", "lambada_items": 4, "bootstrap": 100}
@@ -93,11 +94,11 @@ def test_a_folder_that_is_not_there_is_a_fault_of_the_configuration(tmp_path):
 def test_a_baseline_of_the_hub_is_fetched_for_its_own_job_alone(tmp_path):
     found = Targets(resolved({"from": "gpt2@main"}))
     wildcards = SimpleNamespace(teacher="stories-ci", model="stories-ci/teacher")
-    assert found.hub_repositories() == ["model:gpt2@main"]
-    assert found.baseline_file(wildcards) == found.source_of_hub("stories-ci") == []
+    assert found.sources.hub_repositories() == ["model:gpt2@main"]
+    assert found.baseline_file(wildcards) == found.sources.source_of_hub("stories-ci") == []
     assert found.judges(wildcards) == ["results/models/stories-ci/baseline/hf"]
     local = Targets(resolved({"from": str(tmp_path)}))
-    assert local.hub_repositories() == []
+    assert local.sources.hub_repositories() == []
     assert local.baseline_file(wildcards) == [f"{tmp_path}/config.json"]
 
 

@@ -14,7 +14,8 @@ from halfstep.data.pack import read_manifest
 from halfstep.errors import ConfigError
 from halfstep.report.rows import read_table
 from halfstep.resolve import resolve
-from halfstep.workflow.targets import Targets, check_sources
+from halfstep.workflow.sources import check_sources
+from halfstep.workflow.targets import Targets
 
 PRESETS = REPOSITORY / "workflow/presets"
 HUB = "jdeschena/sdtt@baselines_kld_step_<round>0000"
@@ -71,16 +72,18 @@ def test_a_published_run_has_the_facts_of_its_names_and_no_training():
     assert found.step_counts("stories-ci/kld/round-7") == [8]
     assert found.config.warnings() == []
     wildcards = SimpleNamespace(model="stories-ci/kld/round-3")
-    name, options, number = found.published_round(wildcards.model)
+    name, options, number = found.sources.published_round(wildcards.model)
     assert (name, options, number) == ("jdeschena/sdtt@baselines_kld_step_30000", run, 3)
-    assert found.round_of_hub(wildcards.model) == [f"model:{name}"]
+    assert found.sources.round_of_hub(wildcards.model) == [f"model:{name}"]
 
 
 def test_a_repeated_teacher_has_its_published_students_once():
     runs = {"kld": KLD, "kl_backward": {"rounds": 1}}
     found = targets(seeds=[1, 2], runs=runs)
     students = [model for model in found.denoisers if "/kld/" in model]
-    assert students == found.imported_rounds == [f"stories-ci/kld/round-{n}" for n in (1, 2)]
+    assert (
+        students == found.sources.imported_rounds == [f"stories-ci/kld/round-{n}" for n in (1, 2)]
+    )
     assert "stories-ci-seed-2/kl_backward/round-1" in found.denoisers
 
 

@@ -12,10 +12,9 @@ from halfstep.config import Distillation
 from halfstep.data.files import find_files
 from halfstep.errors import ConfigError
 from halfstep.resolve import resolve
+from halfstep.workflow.sources import check_sources, local_file
 from halfstep.workflow.targets import (
     Targets,
-    check_sources,
-    local_file,
     one_of,
     teacher_name,
 )
@@ -130,13 +129,13 @@ def test_models_and_samples_of_the_frontier(rounds, swept):
     assert found.config.sampling.other_temperatures == [0.7, 1.1]
     folder, at = "results/samples/stories-ci/a/round-2", "temperature"
     assert found.frontier_folders("stories-ci/a/round-2") == [
-        *(f"{folder}/steps-4", f"{folder}/steps-4/{at}-0.7", f"{folder}/steps-4/{at}-1.1"),
-        *(f"{folder}/steps-8", f"{folder}/steps-8/{at}-0.7", f"{folder}/steps-8/{at}-1.1"),
+        one
+        for n in (4, 8)
+        for one in (
+            f"{folder}/steps-{n}",
+            *(f"{folder}/frontier/steps-{n}/{at}-{value}" for value in (0.7, 1.1)),
+        )
     ]
-    for name in ("a/round-1", "a/round-2"):
-        options = found.frontier_options(f"stories-ci/{name}")
-        expected = ([0.7, 1.1], [4, 8]) if name in swept else ([], None)
-        assert (options.temperatures, options.frontier_steps) == expected
     assert found.frontier_steps("stories-ci/baseline") == found.step_counts("stories-ci/baseline")
     of_teacher = ["results/metrics/stories-ci/teacher/frontier.json"] if rounds is None else []
     assert found.frontier_of_teacher("stories-ci/b/round-1") == of_teacher
@@ -171,7 +170,7 @@ def test_the_frontier_may_have_step_counts_of_its_own():
     folder = "results/samples/stories-ci/teacher"
     assert found.frontier_folders("stories-ci/teacher") == [
         f"{folder}/steps-4",
-        f"{folder}/steps-4/temperature-0.7",
+        f"{folder}/frontier/steps-4/temperature-0.7",
     ]
     assert found.drawn_steps("stories-ci/teacher") == [4, 8]
     changes = {"steps": [8], "temperatures": [0.7], "frontier_steps": [4], "rounds": [1]}
@@ -207,15 +206,15 @@ def test_own_text_is_found_by_patterns(tmp_path, monkeypatch):
     found = targets(corpora={"stories-ci": corpus}, evaluation=lambada)
     own = found.own_text(SimpleNamespace(corpus="stories-ci"))
     assert own == ["a.txt", "b.txt", "deep/er/c.txt"]
-    assert found.last_words() == ["words.jsonl"] and targets().last_words() == []
+    assert found.sources.last_words() == ["words.jsonl"] and targets().sources.last_words() == []
 
 
 def test_what_the_hub_must_provide(tmp_path, monkeypatch):
     """Nothing for preset ci; of other names those that are no folder or file of this machine."""
     monkeypatch.chdir(tmp_path)
-    assert targets().hub_repositories() == []
+    assert targets().sources.hub_repositories() == []
     names = ["arc_challenge", "arc_easy", "hellaswag", "mathqa", "piqa", "winogrande"]
-    fetched = targets("owt-small").hub_repositories()
+    fetched = targets("owt-small").sources.hub_repositories()
     assert [name for name in fetched if not name.startswith("parquet:")] == [
         "dataset:EleutherAI/lambada_openai",
         "dataset:Skylion007/openwebtext",
@@ -225,11 +224,11 @@ def test_what_the_hub_must_provide(tmp_path, monkeypatch):
     ]
     assert "parquet:Salesforce/wikitext:wikitext-103-raw-v1/validation" in fetched
     published = of_teacher(**{"from": "kuleshov-group/mdlm-owt"})
-    assert published.hub_repositories() == ["model:kuleshov-group/mdlm-owt"]
+    assert published.sources.hub_repositories() == ["model:kuleshov-group/mdlm-owt"]
     (tmp_path / "gpt2").mkdir()
     (tmp_path / "teacher[1].ckpt").write_text("")
-    assert "model:gpt2" not in targets("owt-small").hub_repositories()
-    assert of_teacher(**{"from": "teacher[1].ckpt"}).hub_repositories() == []
+    assert "model:gpt2" not in targets("owt-small").sources.hub_repositories()
+    assert of_teacher(**{"from": "teacher[1].ckpt"}).sources.hub_repositories() == []
     assert local_file("teacher[1].ckpt") == ["teacher[1].ckpt"] and local_file("absent") == []
 
 
@@ -252,7 +251,7 @@ def test_where_adapted_weights_come_from(tmp_path, monkeypatch):
         found = of_teacher(adapt=adapt)
         assert found.adapt_source(wildcards) == ([adapt] if source is None else source)
         assert found.adapted_from(wildcards) == files
-        assert found.hub_repositories() == hub
+        assert found.sources.hub_repositories() == hub
 
 
 def test_tables_gather_the_rows_of_all_models():

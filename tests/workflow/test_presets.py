@@ -32,8 +32,8 @@ TIMED = {  # jobs of latency: lengths, further batch sizes and untrained sizes
     "laptop-losses": 1,
     "ci": 1,
     "docs": 3,
-    "owt-scaling": 3 * (6 + 4) + 3 * 6,
-    "owt-adapted": 5 + 4 + 3 * 5,
+    "owt-scaling": 3 * (6 + 4) + 5 * 6,
+    "owt-adapted": 5 + 4 + 5 * 5,
 }
 
 
@@ -65,6 +65,7 @@ def test_preset_resolves(workflow, preset):
     for rule in ("score_tasks", "score_perplexity"):
         assert jobs.get(rule, 0) == of_last_rounds
     assert jobs.get("score_frontier", 0) == FRONTIER.get(preset, 0)
+    assert jobs.get("generate_frontier", 0) == FRONTIER.get(preset, 0)
     assert jobs["score_samples"] == scored + 2 * teachers - jobs.get("score_frontier", 0)
     assert jobs["track"] == 1
     assert jobs.get("score_continuations", 0) == prompts * (

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from small import MACHINE, TRAINING, done
 
-from halfstep.commands.plan import price_lines
+from halfstep.commands.plan import PricedJobs, price_lines
 from halfstep.report.rows import read_table
 from halfstep.report.trainings import pool_trainings
 from halfstep.workflow.calls import flag_values
@@ -105,7 +105,9 @@ def test_the_plan_prices_every_repeat(planned, tmp_path):
     assert cost[f"{folder}/teacher"] == cost[f"{folder}-seed-2/teacher"] > 0
     mse = "results/models/other/mse"
     assert cost[f"{mse}/round-1"] == cost[f"{mse}-seed-3/round-1"] > 0
-    lines = {line.split()[0]: line.split()[1] for line in price_lines(planned, tmp_path)}
+    lines = {
+        line.split()[0]: line.split()[1] for line in price_lines(PricedJobs(planned, tmp_path))
+    }
     assert (lines["pretrain"], lines["distill_round"], lines["generate"]) == ("3", "4", "9")
 
 

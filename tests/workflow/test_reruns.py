@@ -111,7 +111,8 @@ def test_one_more_step_count_trains_nothing(finished):
     models = [f"stories-ci/{name}" for name in ("teacher", *rounds)]
     generated = {job for job in jobs if job.startswith("generate")}
     last = [model for model in models if not model.endswith("round-1")]  # on the frontier
-    assert generated == {f"generate {model}" for model in models}
+    swept = {f"generate_frontier {model}" for model in last}
+    assert generated == swept | {f"generate {model}" for model in models}
     scored = {job for job in jobs if job.startswith("score")}
     read = {f"score_frontier {model}" for model in last}
     assert scored == read | {f"score_samples {model}" for model in models if model not in last}

@@ -60,7 +60,7 @@ def test_trainings_and_their_validations(pipeline, counted, tmp_path):
     ("generate --steps 4 --sampler first_hitting", 0.04),
     ("generate --steps 4 --sampler block", 0.15),  # with texts of two blocks
     ("generate --steps 4 --sampler ancestral_float32", 0.04),
-    ("generate --steps 2 4 --temperatures 0.7 1.2 --frontier-steps 4", 0.04),
+    ("generate --steps 2 4 --temperatures 0.7 1.2", 0.04),
     (f"continue-prompts --steps 3 {PROMPTS}", 0.04),
 ])  # fmt: skip
 def test_samples_of_a_denoiser(pipeline, counted, tmp_path, how, tolerance):

@@ -21,9 +21,9 @@ from halfstep.config import (
     GENERATE_STAGE,
     MOST_STEPS,
     DrawOptions,
-    FrontierOptions,
     GenerateOptions,
     Machine,
+    Positive,
     Steps,
 )
 from halfstep.data.tokenizer import EOS, encode_texts
@@ -62,16 +62,16 @@ def generate(
     output: Path,
     steps: Annotated[list[Steps], Field(min_length=1)],
     sampling: GenerateOptions,
-    frontier: FrontierOptions,
     machine: Machine,
+    temperatures: list[Positive] = [],  # noqa: B006
     prompt: str = "",
 ) -> None:
     """Draw samples at every step count: samples.npy (ids [N, L]), samples.txt, samples.json.
 
     With several step counts the name of the output has {steps} in it: samples/steps-{steps}.
-    Samples at further --temperatures are in temperature-{temperature} inside that folder. Text i
-    has the same random numbers in all sets. Finished sets of the same checkpoint and options are
-    kept, so an interrupted call continues, and a further step count is drawn alone.
+    With --temperatures there is a set for each of them, in temperature-{temperature} inside that
+    folder. Text i has the same random numbers in all sets. Finished sets of the same checkpoint and
+    options are kept, so an interrupted call continues, and a further step count is drawn alone.
 
     An autoregressive checkpoint takes one step per token, whatever `steps` is.
 
@@ -79,12 +79,13 @@ def generate(
         checkpoint: checkpoint folder
         output: folder of the samples, with {steps} where there are several step counts
         steps: numbers of sampling steps
+        temperatures: divisors of the logits, in place of --temperature
         prompt: text that every sample begins with; each <|mask|> in it is one token to fill in,
             and each <|endoftext|> ends a document; a blank before a <|mask|>, or at the end, is
             part of the token that is written there
     """
     group, device = join_group(machine), find_device(machine)
-    sets = sample_sets(output, steps, sampling, frontier)
+    sets = sample_sets(output, steps, sampling, temperatures)
     model = load_checkpoint(checkpoint, sampling.weights, str(device), sampling.precision)
     prompts = encode_prompt(model, prompt).expand(sampling.num_samples, -1)
     for one in sets:  # a sampler may refuse a step count: before anything is drawn
@@ -123,28 +124,27 @@ def sample_sets(
     output: Path,
     steps: list[int],
     sampling: GenerateOptions,
-    frontier: FrontierOptions,
+    temperatures: list[float],
 ) -> list[SampleSet]:
-    """The sets of samples that `generate` draws, each in a folder of its own."""
+    """The sets of samples that `generate` draws, each with its folder."""
     if len(set(steps)) > 1 and STEPS not in str(output):
         raise HalfstepError(
             f"--output {output}: found {len(set(steps))} step counts for one folder, expected "
             f"{STEPS} in its name; write {output}/steps-{STEPS}"
         )
-    swept = set(frontier.frontier_steps or steps)
-    if unknown := sorted(swept - set(steps)):
+    if temperatures and sampling.temperature != 1:
         raise HalfstepError(
-            f"--frontier-steps: found {unknown[0]}, expected only counts that --steps names, "
-            f"{', '.join(map(str, steps))}; add it to --steps"
+            f"temperature: found {sampling.temperature:g}, expected only --temperatures, which "
+            "name all; leave it out"
         )
     sets = []
     for count in dict.fromkeys(steps):
         folder = Path(str(output).replace(STEPS, str(count)))
-        sets.append(SampleSet(count, sampling, folder))
-        for temperature in dict.fromkeys(frontier.temperatures if count in swept else []):
-            if temperature != sampling.temperature:
-                options = sampling.model_copy(update={"temperature": temperature})
-                sets.append(SampleSet(count, options, folder / f"temperature-{temperature}"))
+        if not temperatures:
+            sets.append(SampleSet(count, sampling, folder))
+        for temperature in dict.fromkeys(temperatures):
+            options = sampling.model_copy(update={"temperature": temperature})
+            sets.append(SampleSet(count, options, folder / f"temperature-{temperature}"))
     return sets
 
 

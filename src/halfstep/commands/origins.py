@@ -19,7 +19,7 @@ from halfstep.errors import HalfstepError
 from halfstep.models.adapt import adapt_weights
 from halfstep.models.dit import DiT
 from halfstep.models.gpt2_weights import read_gpt2
-from halfstep.workflow.targets import is_hub_name
+from halfstep.workflow.sources import is_hub_name
 
 DOWNLOADED = [
     *("model*.safetensors", "model.safetensors.index.json", "config.json"),

@@ -13,13 +13,11 @@ from pydantic import BaseModel, Field
 from halfstep.files import read_json, write_json
 from halfstep.records import provenance
 from halfstep.resolve import check_fields
-from halfstep.workflow.graph import Graph, PlannedJob, graph_jobs, longest_paths, plan_graph
+from halfstep.workflow.graph import PlannedJob, longest_paths, plan_graph
 from halfstep.workflow.machine import names_cluster
 from halfstep.workflow.prices import SOURCES, Estimate, Prices
 from halfstep.workflow.rates import Rates, choose_rates
 from halfstep.workflow.slurm_plugin import ask
-
-__all__ = ["cheaper_presets", "graph_jobs", "late_lines", "plan", "price_lines", "slow_lines"]
 
 A_DAY = 86400.0  # seconds
 LOCAL = {
@@ -55,15 +53,33 @@ def plan(
     if not on_cluster and ask("sinfo", "--noheader", timeout=5) is not None:
         on_cluster, profile = True, ["--profile", "slurm"]
     graph = plan_graph(["all", *profile, *arguments])
+    priced = PricedJobs(graph.jobs, results, rates)
     print("planned for the cluster" if on_cluster else "planned for this machine")
-    print("\n".join(price_lines(graph.jobs, results, rates)))
-    if on_cluster:
-        warnings = late_lines(graph.jobs, results, rates)
-    else:
-        print(machine_line(graph, results, rates))
-        warnings = slow_lines(graph.jobs, results, rates)
-    for line in warnings:
+    print("\n".join(price_lines(priced)))
+    if not on_cluster:
+        print(machine_line(priced, graph.cores, graph.gpus))
+    for line in late_lines(priced) if on_cluster else slow_lines(priced):
         print(line, file=sys.stderr)
+
+
+class PricedJobs:
+    """Jobs of a graph with their estimates.
+
+    Attributes:
+        jobs: all of them
+        estimates: of each job
+        results: folder with the records of finished jobs
+    """
+
+    def __init__(self, jobs: list[PlannedJob], results: Path, rates: Rates | None = None):
+        self.jobs, self.results, self.rates = jobs, results, rates or choose_rates(None)
+        self.prices = Prices(jobs, results, self.rates)
+        self.estimates = [self.prices.price(job) for job in jobs]
+
+    def paid(self) -> list[tuple[PlannedJob, Estimate]]:
+        """The jobs that cost something, each with its estimate."""
+        both = zip(self.jobs, self.estimates, strict=True)
+        return [(job, estimate) for job, estimate in both if job.rule not in LOCAL]
 
 
 class PlannedFields(BaseModel):
@@ -94,14 +110,13 @@ def clock(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def price_lines(jobs: list[PlannedJob], results: Path, rates: Rates | None = None) -> list[str]:
+def price_lines(priced: PricedJobs) -> list[str]:
     """The price of these jobs, one line for each rule, and what finished jobs took.
 
     Writes the estimates to {results}/plan.json, where an earlier estimate of a job is kept.
     """
-    jobs, rates = [job for job in jobs if job.rule not in LOCAL], rates or choose_rates(None)
-    prices = Prices(jobs, results, rates)
-    estimates = [prices.price(job) for job in jobs]
+    paid, prices, results = priced.paid(), priced.prices, priced.results
+    jobs, estimates = [job for job, _ in paid], [estimate for _, estimate in paid]
     seconds = [estimate.seconds for estimate in estimates]
     gpu_hours = [s * job.gpu / 3600 for s, job in zip(seconds, jobs, strict=True)]
     gigabytes = [prices.disk(job) / 1e9 for job in jobs]
@@ -123,7 +138,7 @@ def price_lines(jobs: list[PlannedJob], results: Path, rates: Rates | None = Non
         lines.append(
             f"{rule:22}{len(mine):5}{gpu:11.1f}{cpu:>11}{disk:6.1f} GB{on_path:>17}  {sources}"
         )
-    speeds = rates.described(any(job.gpu for job in jobs))
+    speeds = priced.rates.described(any(job.gpu for job in jobs))
     lines += [
         f"{'together':22}{len(jobs):5}{sum(gpu_hours):11.1f}{'':11}{sum(gigabytes):6.1f} GB"
         f"{clock(total):>17}",
@@ -134,22 +149,21 @@ def price_lines(jobs: list[PlannedJob], results: Path, rates: Rates | None = Non
     return lines + finished_lines(planned, prices, results)
 
 
-def machine_line(graph: Graph, results: Path, rates: Rates) -> str:
-    """How long the graph takes on this machine: the longest path, or the load of its cores."""
-    prices = Prices(graph.jobs, results, rates)
-    seconds = [prices.price(job).seconds for job in graph.jobs]
-    jobs = list(zip(graph.jobs, seconds, strict=True))
-    path, _ = max(longest_paths(graph.jobs, seconds), default=(0.0, []))
-    cores = sum(s * min(job.threads, graph.cores) for job, s in jobs) / graph.cores
-    gpus = sum(s * job.gpu for job, s in jobs) / max(1, graph.gpus)
-    device = f" and {graph.gpus} GPU" if graph.gpus else ""
-    return f"on {graph.cores} cores{device} of this machine: {clock(max(path, cores, gpus))}"
+def machine_line(priced: PricedJobs, cores: int, gpus: int) -> str:
+    """How long all jobs take on this machine: the longest path, or the load of its devices."""
+    seconds = [estimate.seconds for estimate in priced.estimates]
+    jobs = list(zip(priced.jobs, seconds, strict=True))
+    path, _ = max(longest_paths(priced.jobs, seconds), default=(0.0, []))
+    of_cores = sum(s * min(job.threads, cores) for job, s in jobs) / cores
+    of_gpus = sum(s * job.gpu for job, s in jobs) / max(1, gpus)
+    device = f" and {gpus} GPU" if gpus else ""
+    return f"on {cores} cores{device} of this machine: {clock(max(path, of_cores, of_gpus))}"
 
 
-def slow_lines(jobs: list[PlannedJob], results: Path, rates: Rates | None = None) -> list[str]:
+def slow_lines(priced: PricedJobs) -> list[str]:
     """A warning for each rule whose longest job would take more than a day on this machine."""
     longest: dict[str, tuple[float, int]] = {}
-    for job, estimate in _estimated(jobs, results, rates):
+    for job, estimate in priced.paid():
         if estimate.source != "limit":
             longest[job.rule] = max(longest.get(job.rule, (0.0, 0)), (estimate.seconds, job.gpu))
     return [
@@ -161,13 +175,13 @@ def slow_lines(jobs: list[PlannedJob], results: Path, rates: Rates | None = None
     ]
 
 
-def late_lines(jobs: list[PlannedJob], results: Path, rates: Rates | None = None) -> list[str]:
+def late_lines(priced: PricedJobs) -> list[str]:
     """A warning for each rule with a job that would not end within its time limit on the cluster.
 
     A training resumes where it stopped, so it may take as many limits as it is submitted.
     """
     longest: dict[str, tuple[float, float]] = {}
-    for job, estimate in _estimated(jobs, results, rates):
+    for job, estimate in priced.paid():
         limit = 60 * job.runtime * (ATTEMPTS if job.resumes else 1)
         if estimate.seconds > limit > 0:
             longest[job.rule] = max(longest.get(job.rule, (0.0, 0.0)), (estimate.seconds, limit))
@@ -176,14 +190,6 @@ def late_lines(jobs: list[PlannedJob], results: Path, rates: Rates | None = None
         f"{clock(limit)} in all; raise it: --set-resources {rule}:runtime=<minutes>"
         for rule, (seconds, limit) in longest.items()
     ]
-
-
-def _estimated(
-    jobs: list[PlannedJob], results: Path, rates: Rates | None
-) -> list[tuple[PlannedJob, Estimate]]:
-    jobs = [job for job in jobs if job.rule not in LOCAL]
-    prices = Prices(jobs, results, rates or choose_rates(None))
-    return [(job, prices.price(job)) for job in jobs]
 
 
 def cheaper_presets(preset: str, presets: Path) -> list[str]:

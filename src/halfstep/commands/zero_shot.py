@@ -19,6 +19,7 @@ from halfstep.errors import HalfstepError
 from halfstep.kernels.precision import computing
 from halfstep.metrics.rows import mean_row, model_name, name_parts, row, share_row, write_rows
 from halfstep.texts import is_task_file
+from halfstep.workflow.task_sources import names_file
 
 NORMAL = 1.959964  # 97.5% point of the normal distribution
 
@@ -104,7 +105,7 @@ def score_perplexity(
     diffusion, draws = model.kind == "diffusion", evaluation.perplexity_draws
     rows = []
     for name in evaluation.perplexity:
-        label = Path(name).name if _is_file(name) else name
+        label = Path(name).name if names_file(name) else name
         windows = _windows(name, model, evaluation.task_items)
         batch = machine.micro_batch
         with computing(model.device, model.precision):
@@ -125,28 +126,22 @@ def score_perplexity(
             mean_row("zero_shot_perplexity", protocol, values, columns, resamples, _perplexity)
         )
     if group.is_main:
-        read = [*checkpoint_files(checkpoint, weights), *filter(_is_file, evaluation.perplexity)]
+        read = [*checkpoint_files(checkpoint, weights), *filter(names_file, evaluation.perplexity)]
         write_rows(output, rows, read)
 
 
 def _columns(checkpoint: Path, model: Model, data: str) -> dict[str, Any]:
-    how = {"weights": model.weights, "precision": model.precision}
-    return (
-        name_parts(model_name(checkpoint))
-        | how
-        | {
-            "checkpoint": model.sha256[:16],
-            "data": data,
-        }
-    )
+    return {
+        **name_parts(model_name(checkpoint)),
+        "weights": model.weights,
+        "precision": model.precision,
+        "checkpoint": model.sha256[:16],
+        "data": data,
+    }
 
 
 def _perplexity(nats: float, tokens: float) -> float:
     return np.exp(nats / tokens)
-
-
-def _is_file(name: str) -> bool:
-    return is_task_file(name) or name.endswith(tuple(READERS))
 
 
 def _windows(name: str, model: Model, most: int | None) -> np.ndarray:

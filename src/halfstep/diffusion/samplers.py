@@ -1,7 +1,7 @@
 """The samplers, one row of SAMPLERS each, and `sample`, which writes texts with one of them.
 
 To add one: write a `SamplerFunction` (contracts.py), add a row to SAMPLERS, and add its name to
-`DrawOptions.sampler` in config.py.
+`DrawOptions.sampler` in config/measuring.py.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Noise schedules: the probability alpha(t) that a token is still visible at time t.
 
 To add one: write the class, add it to SCHEDULES, and add its name to `Network.schedule` in
-config.py.
+config/networks.py.
 """
 
 import math

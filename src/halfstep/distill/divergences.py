@@ -2,9 +2,9 @@
 
 The student comes first, the teacher second; no reduction.
 
-To add one: write the function, add it to DIVERGENCES, and add its name to `Distillation.divergence`
-in config.py. Its gradient comes from autograd, unless GRADIENTS has a closed form, which needs
-fewer passes over [N, V].
+To add one: write the function, add it to DIVERGENCES, and add its name to `Divergence` in
+config/training.py. Its gradient comes from autograd, unless GRADIENTS has a closed form, which
+needs fewer passes over [N, V].
 """
 
 from collections.abc import Callable

@@ -22,9 +22,11 @@ import difflib
 import hashlib
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from halfstep.checkpoint import Model
 
 SHARES = ("acc", "acc_norm")  # measures of lm-eval that are shares of right answers
+NO_FORK = "DISABLE_MULTIPROC"  # a variable of lm-eval
 RESAMPLES = 1000  # of lm-eval's bootstrap, for measures without a closed form of the error
 
 
@@ -279,16 +282,17 @@ def _run(
     inner = {child.name for group in groups.values() for child in group.get_all_groups()}
     asked = [group for name, group in groups.items() if name not in inner]
     asked += [task for name, task in tasks.items() if name not in grouped]
-    found: Any = simple_evaluate(
-        model=lm,
-        tasks=asked,
-        task_manager=_task_manager(include_defaults=False),
-        limit=items,
-        bootstrap_iters=RESAMPLES,
-        random_seed=None,
-        numpy_random_seed=None,
-        torch_random_seed=None,
-    )
+    with _one_process():
+        found: Any = simple_evaluate(
+            model=lm,
+            tasks=asked,
+            task_manager=_task_manager(include_defaults=False),
+            limit=items,
+            bootstrap_iters=RESAMPLES,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
     scores = []
     for name, numbers in found["results"].items():
         of_task = members.get(name, [name])
@@ -303,6 +307,19 @@ def _run(
             passes = lm.passes_each(of_task)
             scores.append(Score(name, measure, protocol, value, error, count, about, passes))
     return scores
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Let lm-eval's bootstrap fork no process: next to torch's threads a fork may hang forever."""
+    before = os.environ.get(NO_FORK)
+    os.environ[NO_FORK] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(NO_FORK)
+        if before is not None:
+            os.environ[NO_FORK] = before
 
 
 def _measures(numbers: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:

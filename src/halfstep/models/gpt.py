@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,9 +104,8 @@ class Decoder:
 
     No step waits for the host or changes its shape. On CUDA a step is one CUDA graph, captured once
     for each window of keys (powers of two). On a CPU a step reads exactly the keys that exist,
-    without a mask. It is made and used inside the same autocast or outside of any; `compute` is
-    the dtype of one of its own. The readout multiplies matrices of the same dtype as the blocks,
-    and its logits are float32.
+    without a mask. It is made and used inside the same autocast, or outside of any. The readout
+    multiplies matrices of the same dtype as the blocks, and its logits are float32.
     """
 
     SMALLEST = 64  # keys that the first graph reads
@@ -119,15 +117,14 @@ class Decoder:
         length: int,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        compute: torch.dtype | None = None,
     ):
         table = gpt.vocab_embed.embedding
         device = table.device
         self.gpt, self.length = gpt, length
-        if compute is None and torch.is_autocast_enabled(device.type):
-            compute = torch.get_autocast_dtype(device.type)
-        self.temperature, self.top_p, self.compute = temperature, top_p, compute
-        self.caches = gpt.new_caches(batch, length, compute)
+        low = torch.is_autocast_enabled(device.type)
+        self.compute = torch.get_autocast_dtype(device.type) if low else torch.float32
+        self.temperature, self.top_p = temperature, top_p
+        self.caches = gpt.new_caches(batch, length, self.compute if low else None)
         self.cos, sin = gpt.rotary_emb(torch.arange(length, device=device))
         half = sin.shape[1] // 2
         self.sin = torch.cat([-sin[:, :half], sin[:, half:]], 1)
@@ -142,22 +139,16 @@ class Decoder:
     def _cast_head(self, weight: Tensor) -> Tensor:
         """The readout's matrix, cast once. A CPU has no product of low matrices with a float32
         result, so there it is float32 again, with the rounded values."""
-        low = weight.to(self.compute or torch.float32)
+        low = weight.to(self.compute)
         with torch.autocast(weight.device.type, enabled=False):
             return low if weight.is_cuda else pack_weight(low.float())
 
     def _logits(self, h: Tensor) -> Tensor:
         """Features h[B, D] -> logits[B, V] float32."""
-        low = h.to(self.compute or torch.float32)
+        low = h.to(self.compute)
         if self.head.dtype == torch.float32:
             return matmul(low.float(), self.head)
         return torch.mm(low, self.head.t(), out_dtype=torch.float32)
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.compute is None:
-            return nullcontext()
-        device = self.gpt.vocab_embed.embedding.device.type
-        return torch.autocast(device, self.compute, cache_enabled=False)
 
     @torch.inference_mode()
     def write(self, start: Tensor, u: Tensor) -> Tensor:
@@ -168,17 +159,16 @@ class Decoder:
         begun = start.shape[-1]
         self.ids[:, :begun] = start
         self.u.copy_(u)
-        with self._autocast():
-            if begun > 1:
-                for cache in self.caches:
-                    cache.end = 0
-                self.gpt(self.ids[:, : begun - 1], self.caches)
-            self.position.fill_(begun - 1)
-            for position in range(begun - 1, self.length - 1):
-                if self.ids.is_cuda:
-                    self._replay(min(max(self.SMALLEST, 1 << position.bit_length()), self.length))
-                else:
-                    self.step(position + 1)
+        if begun > 1:
+            for cache in self.caches:
+                cache.end = 0
+            self.gpt(self.ids[:, : begun - 1], self.caches)
+        self.position.fill_(begun - 1)
+        for position in range(begun - 1, self.length - 1):
+            if self.ids.is_cuda:
+                self._replay(min(max(self.SMALLEST, 1 << position.bit_length()), self.length))
+            else:
+                self.step(position + 1)
         return self.ids.clone()
 
     def step(self, window: int, masked: bool = False) -> None:

@@ -204,7 +204,7 @@ FIGURES: dict[str, Figure] = {
         caption="Generative perplexity against the time to write texts as long as the samples, on "
         "the machine that made this report.",
         needs=("steps", "speed"),
-        draw="halfstep.report.figures:ppl_vs_latency",
+        draw="halfstep.report.speed_figures:ppl_vs_latency",
     ),
     "lambada_vs_round": Figure(
         title="last-word accuracy and perplexity (LAMBADA) against the round",
@@ -219,7 +219,7 @@ FIGURES: dict[str, Figure] = {
         caption="Time to write against the number of tokens: students at each step count, and "
         "autoregressive baselines with a KV cache. Medians; the note says what the bands are.",
         needs=("speed",),
-        draw="halfstep.report.figures:latency_vs_length",
+        draw="halfstep.report.speed_figures:latency_vs_length",
         published=True,
     ),
     "speedup_vs_batch": Figure(
@@ -227,7 +227,7 @@ FIGURES: dict[str, Figure] = {
         caption="How many times faster than the fastest autoregressive baseline, against the "
         "batch size. In the gray area the baseline is faster.",
         needs=("speed",),
-        draw="halfstep.report.figures:speedup_vs_batch",
+        draw="halfstep.report.speed_figures:speedup_vs_batch",
         baseline=True,
     ),
     "loss_curves": Figure(

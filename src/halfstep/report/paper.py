@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Where = dict[str, list[str]]
 """Values by column: the rows that an item shows"""
 KLD = "kl_backward"  # the paper's main run
+TIMES = "latency_vs_length"
 ON_HUB = {KLD: "kld"}
 """Names of runs whose students are the released ones, where they differ"""
 SCALING = ("small", "medium", "large")  # sizes of the scaling study
@@ -59,18 +60,18 @@ class Item:
 
 
 def _losses(title: str, shows: str, *others: str, **where: tuple[str, ...]) -> Item:
-    """KLD beside other divergences."""
+    """KLD and other divergences."""
     return Item(title, shows, (KLD, *others), where=where)
 
 
 def _ablation(title: str, shows: str, *runs: str) -> Item:
-    """KLD beside runs with other options."""
+    """KLD and runs with other options."""
     return Item(title, shows, (KLD, *runs), preset="sdtt-ablations")
 
 
 def _timing(title: str, batch_size: int, size: str) -> Item:
     where = {"batch_size": (str(batch_size),)}
-    return Item(title, "latency_vs_length", (), (size,), where, "sdtt-small")
+    return Item(title, TIMES, (), (size,), where, "sdtt-small")
 
 
 ACCURACY, PERPLEXITY = ("lambada_accuracy",), ("lambada_perplexity",)
@@ -167,17 +168,21 @@ def _run_name(run: str, known: Collection[str]) -> str:
 
 
 def missing(item: Item, config: Config, tables: Collection[str]) -> str | None:
-    """What an item needs and this configuration lacks, in a few words; None if it has all."""
+    """What an item needs and this configuration lacks, and a preset that has it; or None."""
+    lacking = None
     for table in item.tables:
         if table not in tables and table != JOURNALS:
-            return f"the section {TABLES[table].section}"
+            lacking = f"the section {TABLES[table].section}"
     for batch_size in map(int, item.where.get("batch_size", ())):
         if batch_size not in config.benchmark.batch_sizes:
-            return f"benchmark.batch_sizes with {batch_size}"
-    if len(_teachers(item, config)) < max(len(item.sizes), 1):
-        sizes = f" of sizes {', '.join(item.sizes)}" if item.sizes else ""
-        return f"teachers{sizes} with {' and '.join(item.runs) or 'timings'}"
-    return None
+            lacking = f"benchmark.batch_sizes with {batch_size}"
+    if lacking is None and len(_teachers(item, config)) < max(len(item.sizes), 1):
+        lacking = f"a teacher with the runs {' and '.join(item.runs)}"
+        if item.shows == TIMES:
+            lacking = f"benchmark.sizes with {item.sizes[0]}"
+        elif item.sizes:
+            lacking = f"teachers of the sizes {', '.join(item.sizes)}, each with {item.runs[0]}"
+    return lacking and f"{lacking}, as in --config preset={item.preset}"
 
 
 def _teachers(item: Item, config: Config) -> list[str]:
@@ -194,6 +199,6 @@ def _teachers(item: Item, config: Config) -> list[str]:
     if not item.sizes:
         return able[:1]
     of_size = {config.teachers[name].network.size: name for name in able}
-    if item.shows == "latency_vs_length":
+    if item.shows == TIMES:
         of_size = {size: f"{size}-untrained" for size in config.benchmark.sizes} | of_size
     return [of_size[size] for size in item.sizes if size in of_size]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pandas import DataFrame
-
 from halfstep.errors import HalfstepError
 from halfstep.report import style
 from halfstep.report.conditions import describe_conditions
-from halfstep.report.figures import Drawn, Tables
+from halfstep.report.figures import MAUVE, Drawn, Tables
 from halfstep.report.points import (
     join_points,
     make_level,
     make_points,
     one_metric,
+    points_by_run,
     run_names,
     short_judge,
 )
@@ -21,7 +20,7 @@ from halfstep.report.rows import LEVELS, sampled_rows
 
 def mauve_by_round(tables: Tables) -> Drawn:
     """MAUVE against sampling steps, a panel for each round, a line for each run (figure 5)."""
-    rows = _of_continuations(tables, "mauve")
+    rows = one_metric(tables["continuations"], "mauve")
     models = sampled_rows(rows)
     teacher = models[models["run"] == "teacher"].sort_values("steps")
     parts = []
@@ -37,8 +36,7 @@ def mauve_by_round(tables: Tables) -> Drawn:
     points = join_points(parts)
     figure = style.draw_panels(
         points,
-        note="MAUVE of continuations against the documents' own, mean and 95% interval over the "
-        f"seeds of its k-means. {describe_conditions(rows)}",
+        note=f"{MAUVE} {describe_conditions(rows)}",
         xlabel="sampling steps",
         ylabel="MAUVE",
         x_scale="steps",
@@ -49,15 +47,8 @@ def mauve_by_round(tables: Tables) -> Drawn:
 
 def continuation_ppl_vs_steps(tables: Tables) -> Drawn:
     """Perplexity of continuations, given their prompts, against sampling steps (figure 18)."""
-    rows = _of_continuations(tables, "continuation_perplexity")
-    models = sampled_rows(rows)
-    parts = []
-    for run in run_names(rows):
-        lines = models[models["run"].isin(("teacher", run))].sort_values(["round", "steps"])
-        series = [f"round {number}" if number else "teacher" for number in lines["round"]]
-        parts.append(make_points(lines, run, series, lines["steps"]))
-        parts += [make_level(rows[rows["run"] == level], run, level) for level in LEVELS]
-    points = join_points(parts)
+    rows = one_metric(tables["continuations"], "continuation_perplexity")
+    points = points_by_run(rows, "steps")
     figure = style.draw_panels(
         points,
         note="Generative perplexity of continuations, prompts not counted, mean and 95% interval. "
@@ -76,8 +67,8 @@ def quality_vs_self_bleu(tables: Tables) -> Drawn:
 
     A curve over step counts for the teacher and each round; the baseline is a point.
     """
-    rows = _of_continuations(tables, "continuation_perplexity")
-    bleu = _of_continuations(tables, "self_bleu")
+    rows = one_metric(tables["continuations"], "continuation_perplexity")
+    bleu = one_metric(tables["continuations"], "self_bleu")
     key = ["model", "steps"]
     x = bleu.set_index(key)["value"]
     at = [tuple(place) for place in rows[key].itertuples(index=False)]
@@ -160,19 +151,3 @@ def lambada_by_size(tables: Tables) -> Drawn:
         share_y=False,
     )
     return figure, points
-
-
-def _of_continuations(tables: Tables, metric: str) -> DataFrame:
-    """The rows of a metric of continuations by the first judge of their teacher.
-
-    Raises:
-        HalfstepError: there are none
-    """
-    table = tables["continuations"]
-    rows = table[table["metric"] == metric]
-    if rows.empty:
-        raise HalfstepError(
-            f"the table continuations has no row of {metric}; score continuations first"
-        )
-    first = rows.groupby("teacher")["judge"].transform("first")
-    return rows[(rows["judge"] == first) | rows["judge"].isna()]

@@ -109,7 +109,7 @@ def one_metric(table: DataFrame, metric: str, all_judges: bool = False) -> DataF
     """
     rows = table[table["metric"] == metric]
     if rows.empty:
-        raise HalfstepError(f"no row of {metric} in the table; score samples first")
+        raise HalfstepError(f"no row of {metric} in the table; measure it first")
     if not all_judges:
         first = rows.groupby("teacher")["judge"].transform("first")
         rows = rows[rows["judge"].isna() | (rows["judge"] == first)]

@@ -265,7 +265,7 @@ def _length_and_batch(row: Any) -> str:
 
 
 def _select_examined(name: str, table: DataFrame, key: tuple[str, ...]) -> DataFrame:
-    """The rows of a table in which each task or text is a column of its own."""
+    """The rows of a table with a column for each task or text."""
     table = _of_table(name, table)
     for _, rows in table.groupby(list(key), dropna=False, sort=False):
         check_comparable(rows, ("data",), same_protocols=False)

@@ -250,8 +250,7 @@ class Call:
     @property
     def inference_precision(self) -> str:
         """The precision in which the call samples and scores."""
-        section = DrawOptions if "precision" in DrawOptions.model_fields else "float32"
-        return self.text("precision", section)
+        return self.text("precision", DrawOptions)
 
     @property
     def number_of_samples(self) -> int:

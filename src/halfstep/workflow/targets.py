@@ -23,20 +23,15 @@ from halfstep.config import (
     BenchmarkOptions,
     Config,
     Distillation,
-    FrontierOptions,
     RunOptions,
     Sampling,
     Teacher,
-    check_path,
 )
 from halfstep.data.files import find_files
-from halfstep.errors import ConfigError, HalfstepError
-from halfstep.released import name_of_round
-from halfstep.report import catalogue, paper
+from halfstep.report import catalogue
 from halfstep.resolve import subsection
 from halfstep.seeds import first_training, repeat_names, repeat_seed
-from halfstep.texts import check_regular, items_file
-from halfstep.workflow.task_sources import faults_of_tasks, tasks_of_hub, texts_of_hub
+from halfstep.workflow.sources import Sources, is_hub_name
 from halfstep.workflow.timings import TRAINED, latency_jobs, latency_minutes
 
 CHECKPOINT = [
@@ -52,9 +47,6 @@ CHECKPOINT = [
 The journal (run.json, journal.jsonl) and the state of an unfinished training are not declared as
 outputs, because Snakemake would delete them before it starts a job again.
 """
-
-
-HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?"
 
 
 class Wildcards(Protocol):
@@ -80,91 +72,11 @@ def one_of(names: Iterable[str]) -> str:
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
-def local_file(source: str) -> list[str]:
-    """This path where it exists; else it is a name on the hub, and no file is needed."""
-    return [source] if os.path.lexists(source) else []
-
-
-def check_sources(config: Config) -> None:
-    """Raise ConfigError, a line per fault, if a text, tokenizer or item file is not there."""
-    faults = []
-    for name, corpus in config.corpora.items():
-        try:
-            for path in find_files(corpus.files):
-                _check_name(path, "files")
-        except HalfstepError as error:
-            faults.append(f"corpora.{name}.{error}")
-        tokenizer = corpus.tokenizer
-        if tokenizer.startswith((".", "/", "~")) and not is_folder(tokenizer):
-            faults.append(
-                f"corpora.{name}.tokenizer: {tokenizer} is not a folder; "
-                "name a folder with vocab.json and merges.txt, a hub name, or bpe"
-            )
-    for name, teacher in config.teachers.items():
-        source = teacher.baseline and teacher.baseline.source
-        if source and not is_folder(source) and not is_hub_name(source):
-            faults.append(
-                f"teachers.{name}.baseline.from: {source} is not a folder; "
-                "name a hub name such as gpt2, or a folder that save_pretrained wrote"
-            )
-    try:
-        if items := items_file(config.evaluation.lambada):
-            check_regular(items, "lambada")
-            _check_name(items, "lambada")
-    except HalfstepError as error:
-        faults.append(f"evaluation.{error}")
-    faults += faults_of_tasks(config.evaluation)
-    for name, teacher in config.teachers.items():
-        faults += [f"teachers.{name}.{fault}" for fault in _absent_weights(teacher)]
-    if faults:
-        raise ConfigError("\n".join(faults))
-
-
-def _absent_weights(teacher: Teacher) -> list[str]:
-    """A line for the teacher and for each run whose `from` names nothing."""
-    named = [("from", [teacher.source])]
-    for key, run in teacher.runs.items():
-        numbers = range(1, run.rounds + 1)
-        names = [run.source and name_of_round(run.source, number) for number in numbers]
-        named.append((f"runs.{key}.from", names))
-    faults = []
-    for key, sources in named:
-        for source in filter(None, sources):
-            if not local_file(source) and not re.fullmatch(HUB_NAME, source):
-                faults.append(
-                    f"{key}: {source} is no file, no folder and no name on the hub; check the path"
-                )
-                break
-    return faults
-
-
-def _check_name(path: Path, key: str) -> None:
-    """HalfstepError for a name that Snakemake would change or print raw."""
-    try:
-        check_path(str(path))
-    except ValueError as error:
-        raise HalfstepError(f"{key}: found {str(path)!r}: {error}") from None
-
-
-def is_folder(name: str) -> bool:
-    """Is this a folder of this machine, and not a name on the hub?"""
-    return os.path.isdir(os.path.expanduser(name))
-
-
-def is_hub_name(name: str) -> bool:
-    """Is this the name of a model on the hub, such as gpt2, and nothing on this machine?
-
-    A path of two folders that does not exist counts as such a name.
-    """
-    known = os.path.lexists(os.path.expanduser(name))
-    return not known and re.fullmatch(HUB_NAME, name) is not None
-
-
 class Targets:
     """The models of a configuration, and what each of them needs."""
 
     def __init__(self, config: Config):
-        self.config = config
+        self.config, self.sources = config, Sources(config)
         self.teachers = list(config.teachers)
         self.imported = [name for name in self.teachers if config.teachers[name].source]
         """teachers whose weights are published, and not trained here"""
@@ -183,18 +95,10 @@ class Targets:
             for run in repeat_names(key, options.seeds)
             for number in range(1, options.rounds + 1)
         ]
-        self.imported_rounds = [
-            f"{name}/{key}/round-{number}"
-            for name, teacher in config.teachers.items()
-            for key, options in teacher.runs.items()
-            if options.source
-            for number in range(1, options.rounds + 1)
-        ]
-        """students whose weights are published"""
         self.denoisers = [f"{name}/teacher" for name in self.with_repeats] + rounds
         self.with_baseline = [name for name in self.teachers if config.teachers[name].baseline]
         """teachers with a baseline, trained or published"""
-        self.published = [name for name in self.with_baseline if self.baseline_source(name)]
+        self.published = [name for name in self.with_baseline if self.sources.baseline_source(name)]
         """teachers whose baseline is published, and not trained here"""
         self.models = [f"{name}/baseline" for name in self.with_baseline] + self.denoisers
         self.scored = self.models + [f"{name}/naive" for name in self.teachers]
@@ -248,7 +152,7 @@ class Targets:
         return [f"results/models/{model}"] if is_timed else []
 
     def timed_network(self, wildcards: Wildcards) -> str:
-        """The flags of `latency` that name what is timed beside the checkpoint, if anything."""
+        """The flags of `latency` that name what else it times, if anything."""
         if wildcards.size != TRAINED:
             return f"--size {wildcards.size}"
         return " ".join(f"--baseline {folder}" for folder in self.timed_baseline(wildcards))
@@ -259,14 +163,9 @@ class Targets:
             return None
         return latency_minutes(self.network_size(wildcards), self.timed(wildcards))
 
-    def baseline_source(self, name: str) -> str | None:
-        """The folder or hub name of a teacher's published baseline."""
-        baseline = self.config.teachers[first_training(name)].baseline
-        return baseline and baseline.source
-
     def baseline_file(self, wildcards: Wildcards) -> list[str]:
         """The file that stands for a published baseline, unless it comes from the hub."""
-        source = self.baseline_source(wildcards.teacher)
+        source = self.sources.baseline_source(wildcards.teacher)
         if source is None or is_hub_name(source):
             return []
         return [os.path.join(os.path.expanduser(source), "config.json")]
@@ -298,13 +197,6 @@ class Targets:
         patterns = self.config.corpora[wildcards.corpus].files
         return sorted(map(str, find_files(patterns)))
 
-    def published_round(self, model: str) -> tuple[str, RunOptions, int]:
-        """Source, run and number of a round whose student is published."""
-        teacher, run, folder = model.split("/")
-        options, number = self.config.teachers[teacher].runs[run], _round_of(folder) or 0
-        assert options.source is not None
-        return name_of_round(options.source, number), options, number
-
     def round_options(self, wildcards: Wildcards) -> Distillation:
         """Options of one round. Later rounds are not among them, so that `rounds: 5 -> 7` trains
         two rounds and not seven."""
@@ -328,11 +220,6 @@ class Targets:
         baseline = [str(Path(file).parent) for file in self.judge_file(wildcards)]
         names = self.config.evaluation.judge
         return [baseline[0] if name == "baseline" else name for name in names]
-
-    def last_words(self) -> list[str]:
-        """The user's file of last words, where LAMBADA is not a data set of the hub or corpus."""
-        items = items_file(self.config.evaluation.lambada)
-        return [str(items)] if items else []
 
     def step_counts(self, model: str) -> list[int]:
         """Numbers of sampling steps at which a model is scored.
@@ -401,15 +288,6 @@ class Targets:
             return self.step_counts(model)
         return self.config.sampling.frontier_counts
 
-    def frontier_options(self, model: str) -> FrontierOptions:
-        """The temperatures at which a model is sampled besides `temperature`, and where."""
-        if model not in self.frontier_models():
-            return FrontierOptions()
-        return FrontierOptions(
-            temperatures=self.config.sampling.other_temperatures,
-            frontier_steps=self.frontier_steps(model),
-        )
-
     def drawn_steps(self, model: str) -> list[int]:
         """Numbers of sampling steps at which a model is sampled, for its scores and the frontier.
 
@@ -422,12 +300,11 @@ class Targets:
 
     def frontier_folders(self, model: str) -> list[str]:
         """Folders of samples at all temperatures. Those of `temperature` are all other tables'."""
-        folders = []
+        folder, folders = f"results/samples/{model}", []
         for steps in self.frontier_steps(model):
-            folder = f"results/samples/{model}/steps-{steps}"
-            folders.append(folder)
+            folders.append(f"{folder}/steps-{steps}")
             for temperature in self.config.sampling.other_temperatures:
-                folders.append(f"{folder}/temperature-{temperature}")
+                folders.append(f"{folder}/frontier/steps-{steps}/temperature-{temperature}")
         return folders
 
     def frontier_of_teacher(self, model: str) -> list[str]:
@@ -460,58 +337,6 @@ class Targets:
             return []
         return self._of_rounds(options.continuation_rounds)
 
-    def hub_repositories(self) -> list[str]:
-        """What the hub must provide, as `model:name` or `dataset:name`.
-
-        It is fetched once, where snakemake runs, because compute nodes have no internet.
-        """
-        found = {*self.judges_of_hub(), *self.lambada_of_hub()}
-        found |= {*tasks_of_hub(self.config.evaluation), *texts_of_hub(self.config.evaluation)}
-        for name in self.config.corpora:
-            found.update(self.corpus_of_hub(name))
-        for name in self.config.teachers:
-            found.update(self.source_of_hub(name) + self.baseline_of_hub(name))
-        for model in self.imported_rounds:
-            found.update(self.round_of_hub(model))
-        return sorted(found)
-
-    def corpus_of_hub(self, name: str) -> list[str]:
-        """What a corpus needs from the hub; own text with an own tokenizer needs nothing."""
-        corpus, found = self.config.corpora[name], []
-        if corpus.tokenizer != "bpe" and not is_folder(corpus.tokenizer):
-            found.append(f"model:{corpus.tokenizer}")
-        if corpus.kind == "openwebtext":
-            found.append("dataset:Skylion007/openwebtext")
-        return found
-
-    def judges_of_hub(self) -> list[str]:
-        """The judges that come from the hub."""
-        names = self.config.evaluation.judge
-        return [f"model:{name}" for name in names if name != "baseline" and not os.path.isdir(name)]
-
-    def lambada_of_hub(self) -> list[str]:
-        """The data set of last words, where it comes from the hub."""
-        name = self.config.evaluation.lambada
-        return [] if name in (None, "last_words") or self.last_words() else [f"dataset:{name}"]
-
-    def source_of_hub(self, name: str) -> list[str]:
-        """The weights that a teacher has or starts from, where they come from the hub."""
-        teacher = self.config.teachers[first_training(name)]
-        source, adapt = teacher.source, teacher.adapt
-        if adapt and adapt != "baseline" and is_hub_name(adapt):
-            return [f"model:{adapt}"]
-        return [f"model:{source}"] if source and not local_file(source) else []
-
-    def baseline_of_hub(self, name: str) -> list[str]:
-        """The published baseline of a teacher, where it comes from the hub."""
-        source = self.baseline_source(name)
-        return [f"model:{source}"] if source and is_hub_name(source) else []
-
-    def round_of_hub(self, model: str) -> list[str]:
-        """The published weights of a round, where they come from the hub."""
-        source, _, _ = self.published_round(model)
-        return [] if local_file(source) else [f"model:{source}"]
-
     def table_inputs(self) -> dict[str, list[str]]:
         """For each table the files of metric rows that it gathers."""
         return catalogue.table_inputs(
@@ -527,50 +352,10 @@ class Targets:
 
     def figure_inputs(self) -> dict[str, list[str]]:
         """For each figure the tables and journals that it is drawn from."""
-        imported = {*self.imported_rounds, *(f"{name}/teacher" for name in self.imported)}
+        imported = {*self.sources.imported_rounds, *(f"{name}/teacher" for name in self.imported)}
         imported |= {f"{name}/baseline" for name in self.published}
         trained = [model for model in self.models if model not in imported]
         return catalogue.figure_inputs(self.table_inputs(), self.models, trained)
-
-    def paper_items(self) -> dict[str, paper.Where]:
-        """The figures and tables of the paper that this configuration can make."""
-        return paper.paper_items(self.config, self.table_inputs())
-
-    def paper_sources(self, name: str) -> list[str]:
-        """The files that a figure or table of the paper is made from."""
-        item = paper.ITEMS[name]
-        if item.is_figure:
-            return [f"results/tables/{table}.csv" for table in item.tables]
-        return self.table_inputs()[item.shows]
-
-    def paper_rows(self, name: str) -> list[str]:
-        """Which rows a figure or table of the paper shows, as `column=value,value`."""
-        where = self.paper_items()[name]
-        return [f"{column}={','.join(values)}" for column, values in where.items()]
-
-    def compared_teacher(self) -> str:
-        """Flags for the teacher whose numbers are compared with published ones of 169M."""
-        sizes = {name: teacher.network.size for name, teacher in self.config.teachers.items()}
-        name = next((name for name, size in sizes.items() if size == "small"), self.teachers[0])
-        return f"--teacher {name} --size {sizes[name]}"
-
-    def check_paper_target(self, target: str) -> None:
-        """Raise ConfigError for a target in results/paper that this configuration cannot make."""
-        path = Path(target)
-        name = path.name.partition(".")[0]
-        if path.parent != Path("results/paper") or name in ("report", "table-2"):
-            return
-        if name not in paper.ITEMS:
-            raise ConfigError(
-                f"{target}: found {name}, expected one of {', '.join(paper.ITEMS)}; "
-                "docs/paper.md says what became of the others"
-            )
-        item = paper.ITEMS[name]
-        if lacking := paper.missing(item, self.config, self.table_inputs()):
-            raise ConfigError(
-                f"{target}: found no {lacking}, which it shows; "
-                f"use a preset that has them: --config preset={item.preset}"
-            )
 
 
 def _round_of(model: str) -> int | None:

@@ -29,14 +29,14 @@ def texts_of_hub(evaluation: Evaluation) -> list[str]:
         data = find_data_set(name)
         if data is not None:
             found.append(data.source)
-        elif not _is_file(name):
+        elif not names_file(name):
             found.append(f"task:{name}")
     return found
 
 
 def files_of(names: list[str]) -> list[str]:
     """The files among the names of tasks or texts, and the data files that tasks name."""
-    found = [name for name in names if _is_file(name)]
+    found = [name for name in names if names_file(name)]
     return found + [file for name in names if is_task_file(name) for file in _data_files(name)]
 
 
@@ -44,7 +44,7 @@ def faults_of_tasks(evaluation: Evaluation) -> list[str]:
     """A sentence for each file of a task or a text that cannot be read."""
     faults = []
     for key in ("tasks", "perplexity"):
-        for name in filter(_is_file, getattr(evaluation, key)):
+        for name in filter(names_file, getattr(evaluation, key)):
             try:
                 check_regular(Path(name), f"evaluation.{key}")
                 check_path(name)
@@ -55,7 +55,8 @@ def faults_of_tasks(evaluation: Evaluation) -> list[str]:
     return faults
 
 
-def _is_file(name: str) -> bool:
+def names_file(name: str) -> bool:
+    """Is this the name of a file of tasks or of text, and not a name that others gave?"""
     return is_task_file(name) or name.endswith(tuple(READERS))
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 from halfstep.config import BenchmarkOptions, Config, shape_of_size
+from halfstep.models.flops import denoiser_shape, forward_flops
 from halfstep.resolve import flags
 from halfstep.workflow.machine import demand_of
+from halfstep.workflow.networks import GPT2_TOKENS
 
 TRAINED = "trained"
 """Stands for a size in the name of a job: the trained network of its teacher."""
@@ -74,15 +76,14 @@ def latency_minutes(size: str, options: BenchmarkOptions) -> int:
 
 def _seconds(size: str, options: BenchmarkOptions, length: int, batch: int) -> float:
     """Seconds to time all cases of one length and batch size on a slow machine."""
-    blocks, width, *_ = shape_of_size(size)
+    blocks, width, _, cond_width = shape_of_size(size)
     on_gpu = demand_of(size).sample[0] > 0
     flops_per_s = SLOW_FLOPS[options.timed_dtype] if on_gpu else CPU_FLOPS
-    # Of a block and a token: 12 width^2 weights, and attention to all tokens; twice, to multiply
-    # and to add.
-    per_token = 2 * blocks * (12 * width**2 + 2 * length * width)
+    network = denoiser_shape(blocks, width, GPT2_TOKENS, cond_width)
     decoders = len(options.baselines) + ("transformers" in options.baselines)  # its two caches
     passes = sum(options.benchmark_steps) + decoders
-    computing = passes * batch * length * per_token / flops_per_s
+    read_out = batch * length * (len(options.benchmark_steps) + decoders)
+    computing = forward_flops(network, passes * batch, length, read_out) / flops_per_s
     decoding = decoders * length * blocks * DECODE_S
     compiling = COMPILE_S * blocks if on_gpu and "transformers" in options.baselines else 0.0
     return compiling + (options.repeats + 1) * (computing + decoding)

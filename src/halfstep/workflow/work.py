@@ -123,11 +123,10 @@ def _validation_work(call: Call, section: type[Training], share: float, precisio
 
 
 def sampling_work(call: Call) -> Iterator[Work]:
-    """Samples at one or several step counts, and those of the frontier at other temperatures."""
+    """Samples at one or several step counts and temperatures."""
     number, length = call.number("num_samples", GenerateOptions), call.length
-    sampler, counts = call.text("sampler", DrawOptions), call.values("steps")
-    swept = call.values("frontier_steps") or counts
-    for steps in map(int, counts + swept * len(call.values("temperatures"))):
+    sampler = call.text("sampler", DrawOptions)
+    for steps in map(int, call.values("steps") * max(1, len(call.values("temperatures")))):
         yield from draw_work(call, number, length, length, steps, sampler, alike=True)
 
 

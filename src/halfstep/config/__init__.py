@@ -1,0 +1,98 @@
+"""The configuration: one strict definition for YAML, command-line flags, JSON schema and --help.
+
+A section is a frozen pydantic model. Commands take sections as arguments, so the flag `--lr` and
+the key `lr:` are the same field. resolve.py turns the user's YAML into a `Config`.
+"""
+
+from halfstep.config.measuring import (
+    GENERATE_STAGE,
+    NAIVE,
+    Benchmark,
+    BenchmarkOptions,
+    Continuations,
+    DrawOptions,
+    Evaluation,
+    GenerateOptions,
+    Machine,
+    Prompts,
+    Sampling,
+)
+from halfstep.config.networks import (
+    SIZES,
+    Corpus,
+    Network,
+    Size,
+    shape_of_size,
+    size_of_shape,
+)
+from halfstep.config.training import (
+    BaselineOptions,
+    Distillation,
+    Pretraining,
+    PublishedStudent,
+    RunOptions,
+    Training,
+)
+from halfstep.config.values import (
+    MOST_STEPS,
+    Count,
+    Positive,
+    Precision,
+    Section,
+    Seed,
+    Steps,
+    Threads,
+    Weights,
+    Whole,
+    Word,
+    check_path,
+    flag_name,
+    negated_flag,
+    section_type,
+    whole_number,
+)
+from halfstep.config.whole import Config, Teacher
+
+__all__ = [
+    "GENERATE_STAGE",
+    "MOST_STEPS",
+    "NAIVE",
+    "SIZES",
+    "BaselineOptions",
+    "Benchmark",
+    "BenchmarkOptions",
+    "Config",
+    "Continuations",
+    "Corpus",
+    "Count",
+    "Distillation",
+    "DrawOptions",
+    "Evaluation",
+    "GenerateOptions",
+    "Machine",
+    "Network",
+    "Positive",
+    "Precision",
+    "Pretraining",
+    "Prompts",
+    "PublishedStudent",
+    "RunOptions",
+    "Sampling",
+    "Section",
+    "Seed",
+    "Size",
+    "Steps",
+    "Teacher",
+    "Threads",
+    "Training",
+    "Weights",
+    "Whole",
+    "Word",
+    "check_path",
+    "flag_name",
+    "negated_flag",
+    "section_type",
+    "shape_of_size",
+    "size_of_shape",
+    "whole_number",
+]

@@ -1,0 +1,243 @@
+"""The sections of what is measured: samples, scores, continuations, timings; and the machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from halfstep.config.networks import Size
+from halfstep.config.values import (
+    Count,
+    Float,
+    Names,
+    Positive,
+    Precision,
+    RoundNumber,
+    Section,
+    Seed,
+    StepCount,
+    Steps,
+    Threads,
+    TokenCount,
+    Weights,
+    Whole,
+    Word,
+)
+
+NAIVE = ("unigram", "bigram", "cut_and_paste")
+"""samplers without a network (data/naive.py), rows of every table of quality"""
+
+
+class DrawOptions(Section):
+    """How texts are drawn."""
+
+    sampler: Literal["ancestral", "analytic", "first_hitting", "block", "ancestral_float32"] = (
+        "ancestral"
+    )
+    """how a denoiser's positions are revealed; block: 16 tokens at a time from left to right, with
+    the keys and values of all others cached (an approximation); ancestral_float32: with the
+    truncated noise of the released code (slow)"""
+    weights: Weights = "ema"
+    """weights of the checkpoint: moving average, raw, or the average at the lowest held-out loss"""
+    temperature: Positive = 1.0
+    """divisor of the logits before a draw"""
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    """nucleus of the baseline's draws (the paper uses 0.95); a denoiser has none"""
+    sampling_seed: Seed = 1
+    """seed of the draws; sample i depends only on this seed and i"""
+    precision: Precision = "float32"
+    """autocast dtype of the network; logits are always float32, and draws float64"""
+
+
+GENERATE_STAGE = 4
+"""version of what `halfstep generate` draws (STAGE in rules/common.smk); samples.json holds it, and
+samples of another version are drawn again"""
+
+
+class GenerateOptions(DrawOptions):
+    """How one set of samples is drawn."""
+
+    num_samples: Count = 1024
+    """number of texts per model and step count"""
+
+
+class Sampling(GenerateOptions):
+    """How samples are drawn for scoring, and at which step counts."""
+
+    steps: Annotated[list[StepCount], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
+    """step counts at which every denoiser is sampled; own: the count that a model was made for, and
+    that of its student"""
+    rounds: Annotated[list[RoundNumber], Field(min_length=1)] | None = None
+    """rounds that are sampled (0 is the teacher); all by default. The baseline always is"""
+    temperatures: list[Positive] = []
+    """temperatures of the generative frontier, perplexity against entropy; `temperature` is always
+    among them. Without any, there is no frontier"""
+    frontier_steps: Annotated[list[Steps], Field(min_length=1)] | None = None
+    """step counts of the frontier; by default those of `steps` but own"""
+    frontier_rounds: Annotated[list[RoundNumber], Field(min_length=1)] | None = None
+    """rounds on the frontier (0 is the teacher); by default the teacher and the last round of each
+    run. The baseline always is"""
+
+    @field_validator("steps")
+    @classmethod
+    def _sorted(cls, steps: list[int | str]) -> list[int | str]:
+        return sorted(set(steps), key=lambda count: (count == "own", count))
+
+    @field_validator("rounds", "temperatures", "frontier_steps", "frontier_rounds")
+    @classmethod
+    def _ascending(cls, values: list[Any] | None) -> list[Any] | None:
+        return values if values is None else sorted(set(values))
+
+    @model_validator(mode="after")
+    def _check_frontier(self) -> Sampling:
+        for key in ("frontier_steps", "frontier_rounds"):
+            if getattr(self, key) and not self.temperatures:
+                raise ValueError(
+                    f"{key} is used only with temperatures; set temperatures, or leave it out"
+                )
+        if self.temperatures and not self.other_temperatures:
+            raise ValueError(
+                f"temperatures: found only {self.temperature:g}, which is `temperature` too, but "
+                "a frontier needs two at least; add one, or leave temperatures out"
+            )
+        if self.temperatures and not self.frontier_counts:
+            raise ValueError(
+                "frontier_steps: found none, and steps has no number; add one to either"
+            )
+        return self
+
+    @property
+    def frontier_counts(self) -> list[int]:
+        """The step counts of the frontier."""
+        return self.frontier_steps or [count for count in self.steps if count != "own"]
+
+    @property
+    def other_temperatures(self) -> list[float]:
+        """The temperatures of the frontier that are not the temperature of all other tables."""
+        return [value for value in self.temperatures if value != self.temperature]
+
+
+class Evaluation(Section):
+    """The judges of the samples, the last-word task (LAMBADA), other tasks, and zero-shot texts."""
+
+    judge: Annotated[Names, Field(min_length=1)] = ["gpt2-large"]
+    """one judge or a list; baseline: the autoregressive model of the corpus; otherwise a hub name
+    or a folder for transformers (the paper's judges: gpt2-large, meta-llama/Meta-Llama-3-8B)"""
+    lambada: Word | None = "EleutherAI/lambada_openai"
+    """last_words: items of the corpus's stories; otherwise a hub name or a .jsonl file of
+    {"text": ...} lines; null: no last-word task"""
+    lambada_items: Count | None = None
+    """maximum number of items; all by default"""
+    tasks: Names = []
+    """tasks of lm-eval by name, or paths of .yaml files that define one: multiple choice, answered
+    by the ELBO of the whole text, and others that ask for likelihoods. The baseline, the teacher
+    and the last round of each run answer them (the paper's table 1: arc_easy, arc_challenge,
+    hellaswag, mathqa, piqa, winogrande)"""
+    task_draws: Count = 128
+    """masks of each text by which its ELBO is estimated; the released harness draws 1,024"""
+    perplexity: Names = []
+    """texts whose perplexity per token is measured, by the same models: ptb, wikitext, lm1b,
+    lambada, ag_news, pubmed, arxiv (MDLM's table 3); or data sets of the hub as
+    owner/name[:configuration[/split]], .txt, .jsonl and .parquet files, and tasks of lm-eval of
+    type loglikelihood_rolling"""
+    perplexity_draws: Count = 8
+    """masks of each window by which its ELBO is estimated; MDLM draws one"""
+    task_items: Count | None = None
+    """maximum number of questions of each task, and of windows of each text; all by default"""
+    bootstrap: Annotated[Whole, Field(ge=100, le=10**6)] = 1000
+    """bootstrap resamples for each 95% interval"""
+    precision: Precision = "float32"
+    """autocast dtype of the judges, and of the models in the last-word task; log-probabilities are
+    always float32"""
+
+
+class Prompts(Section):
+    """Prompts from held-out documents, and their continuations. The defaults are the paper's."""
+
+    num_prompts: Annotated[Count, Field(ge=2)] = 1024
+    """number of prompts, from the first held-out documents that are long enough"""
+    per_prompt: Annotated[Count, Field(ge=2)] = 5
+    """continuations per prompt"""
+    prompt_tokens: Annotated[TokenCount, Field(ge=2)] = 50
+    """tokens per prompt, BOS included"""
+    continuation_tokens: Annotated[TokenCount, Field(ge=4)] = 50
+    """tokens written after the prompt"""
+    document_tokens: TokenCount = 1024
+    """minimum length of a document in tokens, EOS not counted"""
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Prompts:
+        needed = self.prompt_tokens + self.continuation_tokens - 1
+        if self.document_tokens < needed:
+            raise ValueError(
+                f"document_tokens ({self.document_tokens}) must be at least {needed}: "
+                "a text is BOS and prompt_tokens + continuation_tokens - 1 tokens of its document "
+                f"({self.prompt_tokens} + {self.continuation_tokens} - 1)"
+            )
+        return self
+
+
+class Continuations(Prompts):
+    """Continuations of held-out prompts, scored by MAUVE, self-BLEU and the judge's perplexity."""
+
+    continuation_steps: Annotated[list[Steps], Field(min_length=1)] = [8, 16, 32, 64, 128]
+    """step counts at which prompts are continued"""
+    continuation_rounds: Annotated[list[RoundNumber], Field(min_length=1)] | None = None
+    """rounds that continue prompts (0 is the teacher); all by default. The baseline always does"""
+
+
+Baseline = Literal["halfstep", "transformers", "vllm"]
+
+
+class BenchmarkOptions(Section):
+    """What one job of `halfstep latency` times."""
+
+    lengths: Annotated[list[TokenCount], Field(min_length=1)] = [64, 128, 256, 512, 1024]
+    """tokens per text"""
+    batch_sizes: Annotated[list[Threads], Field(min_length=1)] = [1, 8]
+    """texts per batch, at every length"""
+    benchmark_steps: Annotated[list[Steps], Field(min_length=1)] = [4, 8, 16, 32, 64]
+    """sampling steps of the timed students, at every length"""
+    baselines: Annotated[list[Baseline], Field(min_length=1)] = ["halfstep", "transformers"]
+    """autoregressive decoders; halfstep: ours (static KV cache, CUDA graphs); transformers: its
+    `generate` with a static or a dynamic cache, whichever is faster; vllm: where it is installed"""
+    timed_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of the matrices of everything timed; draws, and what a denoiser reads out, are
+    unaffected"""
+    repeats: Annotated[Count, Field(ge=3)] = 10
+    """timed runs per case, after one warm-up; the interval of a time is that of its quartiles, and
+    of fewer than eight runs from the shortest to the longest"""
+
+
+class Benchmark(BenchmarkOptions):
+    """What is timed: the students at each step count, and autoregressive baselines.
+
+    The trained network is always timed at the length of its samples, which is that of its corpus.
+    """
+
+    more_batch_sizes: list[Threads] = []
+    """further batch sizes of the trained network, only at the length of its samples"""
+    more_steps: list[Steps] = []
+    """further step counts of the trained network, only at the length of its samples and in the
+    batches of batch_sizes"""
+    sizes: list[Size] = []
+    """further network sizes, timed with untrained weights and the vocabulary of the first teacher;
+    their rows say so"""
+
+
+class Machine(Section):
+    """Speed only: these options change no result, so they make no finished artifact stale."""
+
+    device: str = "auto"
+    """auto: the first CUDA device, or the CPU if there is none; otherwise a torch device (cpu)"""
+    threads: Threads | None = None
+    """CPU threads of torch, shared by the processes on this machine; all cores by default"""
+    micro_batch: Count = 32
+    """windows per forward pass; training accumulates gradients up to batch_size"""
+    processes: Annotated[Whole, Field(ge=1, le=9999)] | None = None
+    """number of processes that share this job, one per GPU; they are started through torchrun,
+    unless torchrun started this process (default: one, or as many as torchrun started)"""
+    time_limit: Positive | None = None
+    """time limit of a training in minutes; before it ends, the training saves its state and exits
+    with code 75; the same command resumes it"""

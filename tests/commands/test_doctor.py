@@ -1,8 +1,10 @@
 """`halfstep doctor` finds each fault, says what to do, and sets the exit code."""
 
 import http.server
+import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,7 +38,9 @@ def site(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     mounts = tmp_path / "mounts"
 
-    def run(commands=None, kind="ext4", **variables):
+    def run(commands=None, kind="ext4", free_gb=100, **variables):
+        # the free space of the machine that runs the tests is no matter
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free_gb * 1e9))
         for name, script in (GOOD | (commands or {})).items():
             (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
             (tmp_path / "bin" / name).chmod(0o755)
@@ -55,6 +59,20 @@ def test_a_good_site_has_no_fault(site):
     assert "broken" not in printed
     assert "a compute node sees" in printed
     assert "gpu:a100:4" in printed
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "exit_code", "message"),
+    [
+        (0.3, 1, "broken disk 0.3 GB free"),
+        (5, 0, "warning disk only 5 GB free"),
+        (100, 0, "ok disk 100 GB free"),
+    ],
+)
+def test_the_free_space_is_judged(site, free_gb, exit_code, message):
+    code, printed = site(free_gb=free_gb)
+    assert code == exit_code
+    assert message in " ".join(printed.split())
 
 
 def gpus(kinds: str) -> dict[str, str]:

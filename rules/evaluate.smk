@@ -11,6 +11,8 @@ Inputs:
     results/hub.json                             only where something comes from the hub
 Outputs:
     results/metrics/{model}/samples.json         rows of a model's samples, one for each step count
+    results/metrics/{model}/{variant}/samples.json
+                                                 the same for the samples of a variant
     results/metrics/{teacher}/data.json          rows of held-out text
     results/metrics/{model}/frontier             .json, rows of the frontier, and .npy, values of
                                                  single texts; not without temperatures
@@ -37,7 +39,10 @@ rule score_samples:
     benchmark:
         "results/logs/score_samples/{model}.tsv"
     wildcard_constraints:
-        model=one_of(name for name in targets.scored if name not in targets.frontier_models()),
+        model=one_of(
+            [name for name in targets.scored if name not in targets.frontier_models()]
+            + list(targets.varied)
+        ),
     conda:
         "../envs/gpu.yaml"
     threads: threads_by_size
@@ -48,11 +53,13 @@ rule score_samples:
         corpus=subpath(input.corpus, parent=True),
         judge=targets.judges,
         evaluation=flags(CONFIG.evaluation, "bootstrap", "precision"),
+        variant=targets.variant_flag,
         code=STAGE["score"],
     shell:
         r"""
         {resources.srun}halfstep score-samples \
             --samples {params.samples:q} \
+            {params.variant} \
             --judge {params.judge:q} \
             --corpus {params.corpus:q} \
             --output {output.rows:q} \

@@ -4,6 +4,8 @@ Inputs:
     results/models/{model}/meta.json
 Outputs:
     results/samples/{model}/provenance.json      written last; it stands for all samples
+    results/samples/{model}/{variant}/provenance.json
+                                                 the same, drawn as a variant of `sampling` says
     results/samples/{model}/frontier/provenance.json
                                                  the same of the frontier's other temperatures
 
@@ -15,15 +17,17 @@ interrupted, or when a step count is added.
 
 
 rule generate:
-    """Draw samples of one model at all its step counts."""
+    """Draw samples of one model at all its step counts, for a variant in another way."""
     input:
-        checkpoint="results/models/{model}/meta.json",
+        checkpoint=targets.checkpoint,
     output:
         record="results/samples/{model}/provenance.json",
     log:
         "results/logs/generate/{model}.log",
     benchmark:
         "results/logs/generate/{model}.tsv"
+    wildcard_constraints:
+        model=one_of([*MODELS, *targets.varied]),
     conda:
         "../envs/gpu.yaml"
     threads: threads_by_size

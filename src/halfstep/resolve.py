@@ -84,15 +84,20 @@ def check_fields(value: object, model: type[BaseModel], where: object, advice: s
 
 
 def _without_inherited(faults: list[Any]) -> list[Any]:
-    """The faults without those that a run has from the section `distillation` of its teacher."""
+    """The faults without those that a section has from another one.
+
+    A run has the keys of its teacher's `distillation`, and a variant those of `sampling`.
+    """
     known, own = set(), []
     for fault in faults:
         path = list(fault["loc"])
-        of_run = path[2:3] == ["runs"]
-        if of_run:
+        inherits = path[2:3] == ["runs"] or path[1:2] == ["variants"]
+        if path[2:3] == ["runs"]:
             path[2:4] = ["distillation"]
+        elif inherits:
+            del path[1:3]
         about = (*path, fault["type"], fault["msg"])
-        if not (of_run and about in known):
+        if not (inherits and about in known):
             own.append(fault)
         known.add(about)
     return own

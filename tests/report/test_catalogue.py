@@ -24,7 +24,7 @@ ROWS = {**TABLES, **FIGURES}
 EVERYDAY = {name for name, row in FIGURES.items() if not row.only_in_paper}
 EXAMINED = {
     "evaluation": SimpleNamespace(lambada="last_words", tasks=["piqa"], perplexity=["ptb"]),
-    "sampling": SimpleNamespace(temperatures=[0.8]),
+    "sampling": SimpleNamespace(temperatures=[0.8], variants={"released-noise": {}}),
 }
 NAMES = {
     "model": ["t/teacher", "t/baseline", "t/mse/round-1"],
@@ -33,6 +33,7 @@ NAMES = {
     "continued": ["t/teacher", "t/baseline"],
     "swept": ["t/teacher", "t/baseline"],
     "examined": ["t/teacher", "t/baseline"],
+    "varied": ["t/teacher/released-noise"],
     "timed": ["t/trained/length-64-256-512-1024"],
 }
 
@@ -76,7 +77,10 @@ def test_a_figure_needs_tables_or_journals(name):
 
 
 def test_every_metric_is_in_one_table():
-    assert sorted(metric for row in TABLES.values() for metric in row.metrics) == sorted(PROTOCOLS)
+    """Only the variants of samples have metrics of another table, that of all samples."""
+    others = [row for name, row in TABLES.items() if name != "variants"]
+    assert sorted(metric for row in others for metric in row.metrics) == sorted(PROTOCOLS)
+    assert TABLES["variants"].metrics.keys() <= TABLES["steps"].metrics.keys()
     assert all(title for row in TABLES.values() for title in row.metrics.values())
 
 
@@ -112,7 +116,7 @@ def test_the_frontier_is_made_where_temperatures_are_set():
         "temperatures"
     ]
     assert of_models == [f"results/metrics/{name}/frontier.json" for name in NAMES["swept"]]
-    cold = EXAMINED | {"sampling": SimpleNamespace(temperatures=[])}
+    cold = EXAMINED | {"sampling": SimpleNamespace(temperatures=[], variants={})}
     without = table_inputs(SimpleNamespace(continuations=None, **cold), **NAMES)
     assert "temperatures" not in without
     assert "frontier" not in figure_inputs(without, NAMES["model"], NAMES["model"])

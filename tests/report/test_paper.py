@@ -59,13 +59,13 @@ def results(tmp_path_factory):
 
 
 def test_the_catalogue_of_the_paper_has_all_its_figures_of_data():
-    """3a is a drawing; 9 needs two kinds of noise in one graph; 11 and 12 have the law of 6 and 5.
+    """3a is a drawing; 11 and 12 have the law of 6 and 5.
 
-    What became of these four is in docs/paper.md.
+    What became of these three is in docs/paper.md.
     """
     numbers = {name.removeprefix("figure-").rstrip("abcdef") for name in ITEMS}
     of_figures = {number for number in numbers if number.isdecimal()}
-    assert of_figures == {str(number) for number in range(1, 23)} - {"9", "11", "12"}
+    assert of_figures == {str(number) for number in range(1, 23)} - {"11", "12"}
     assert "figure-3a" not in ITEMS and "figure-3b" in ITEMS
 
 

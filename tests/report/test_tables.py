@@ -46,7 +46,9 @@ def test_csv_holds_every_row_with_its_interval_and_origin(results):
     found = make_tables(results)
     files = results.rglob("metrics/**/*.json")
     rows = [row for file in files for row in json.loads(file.read_text())]
-    assert sum(len(found[name]) for name in QUALITY) == len(rows)
+    drawn = found["variants"]
+    again = drawn["variant"] == "default"  # rows of the table `steps`, to compare with
+    assert sum(len(found[name]) for name in QUALITY) - again.sum() == len(rows)
     case = {"model": "stories-tiny/mse/round-2", "steps": 16, "protocol": "ids"}
     case |= {"metric": "generative_perplexity"}
     query = "model == @case['model'] and steps == @case['steps'] and protocol == @case['protocol']"
@@ -54,6 +56,20 @@ def test_csv_holds_every_row_with_its_interval_and_origin(results):
     source = next(row for row in rows if case.items() <= row.items())
     assert {key: row[key] for key in source} == source
     assert row["low"] < row["value"] < row["high"]
+
+
+def test_variants_of_samples_are_compared_with_those_of_the_same_models(results):
+    """No other table has them."""
+    found = make_tables(results)
+    table = found["variants"]
+    perplexity = table.query("metric == 'generative_perplexity' and protocol == 'ids'")
+    drawn = perplexity[~perplexity["run"].isin(("baseline", "data"))]
+    pairs = drawn.pivot(index=["model", "steps"], columns="variant", values="value")
+    assert len(pairs) == drawn.groupby(["model", "steps"]).ngroups > 1
+    assert pairs["released-noise"].to_list() == pytest.approx((0.6 * pairs["default"]).to_list())
+    assert table.drop_duplicates("variant")["variant"].to_list() == ["default", "released-noise"]
+    for name in QUALITY:
+        assert name == "variants" or found[name]["variant"].isna().all()
 
 
 def test_entropy_is_compared_with_held_out_text(results):

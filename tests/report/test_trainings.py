@@ -43,11 +43,12 @@ def repeat(results, seed: int, of_run: str | None = None) -> None:
     """Add the repeat of the teacher's training, or of one of its runs, to synthetic results."""
     parts = (of_run or "**",)
     for file in sorted((results / "metrics" / FIRST).glob("/".join([*parts, "**/*.json"]))):
-        model = file.parent.relative_to(results / "metrics").as_posix()
+        folder = file.parent.relative_to(results / "metrics").as_posix()
+        model = folder.removesuffix("/released-noise")
         skipped = any(part in model for part in ("baseline", "naive", "-seed-"))
         if file.name not in SCORES or skipped:
             continue
-        target = results / "metrics" / renamed(model, seed, of_run)
+        target = results / "metrics" / renamed(folder, seed, of_run)
         rows = [scaled(row, seed, of_run) for row in json.loads(file.read_text())]
         synthetic.dump(target / file.name, rows)
         run, _, round_ = model.removeprefix(f"{FIRST}/").partition("/round-")

@@ -45,6 +45,7 @@ def write(
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"=== 0\nAnother text.\n=== 1\n{text}\n")
         dump(metrics / "samples.json", samples)
+        dump(metrics / "released-noise" / "samples.json", varied(samples))
         if r in (0, rounds):
             dump(metrics / "frontier.json", swept(samples))
             base = common(teacher, run, r, model, None, sha) | NO_JUDGE | {"sampler": None}
@@ -180,6 +181,17 @@ def sampled(teacher, run, r, model, steps, sha) -> list[dict]:
     entropy = 3.97 + 0.09 * few - 0.012 * r
     consistent = min(0.99, 0.9 - 3 / steps + 0.03 * r)
     return quality(common(teacher, run, r, model, steps, sha), perplexity, entropy, consistent)
+
+
+def varied(samples) -> list[dict]:
+    """The rows of the same samples, drawn with noise of low precision."""
+    about = {"variant": "released-noise", "sampler": "ancestral_float32"}
+    factors = {"generative_perplexity": 0.6, "entropy": 0.98}
+    rows = [row for row in samples if row["metric"] in factors]
+    numbers = ("value", "low", "high")
+    return [
+        row | about | {key: factors[row["metric"]] * row[key] for key in numbers} for row in rows
+    ]
 
 
 def swept(samples) -> list[dict]:

@@ -179,6 +179,51 @@ def test_the_frontier_may_have_step_counts_of_its_own():
     assert found.drawn_steps(found.denoisers[1]) == [8]
 
 
+NOISE = {"sampler": "ancestral_float32"}
+COLD = {"temperature": 0.7, "steps": [4], "rounds": [0]}
+
+
+def test_a_variant_draws_the_chosen_models_again():
+    """The baseline too, unless only the sampler differs, of which it has none."""
+    teachers = {"stories-ci": TWO_RUNS}
+    sampling = {"steps": [8, "own"], "top_p": 0.9, "variants": {"noise": NOISE, "cold": COLD}}
+    found = targets(sampling=sampling, teachers=teachers)
+    drawn = [*(f"{model}/noise" for model in found.denoisers), "stories-ci/baseline/cold"]
+    assert list(found.varied) == [*drawn, "stories-ci/teacher/cold"]
+    scored = [f"{name}/samples.json" for name in (*found.varied, *found.sampled_models())]
+    rows = [f"results/metrics/{file}" for file in (*scored, "stories-ci/data.json")]
+    assert found.table_inputs()["variants"] == rows
+    for model in found.denoisers:
+        plain, noise = SimpleNamespace(model=model), SimpleNamespace(model=f"{model}/noise")
+        assert found.checkpoint(noise) == found.checkpoint(plain)
+        assert found.drawn_steps(noise.model) == found.step_counts(noise.model)
+        assert found.step_counts(noise.model) == found.step_counts(model)
+        assert found.config.sampling.changed_by(found.sampling(noise)) == NOISE.keys()
+        assert (found.variant_flag(plain), found.variant_flag(noise)) == ("", "--variant noise")
+    assert found.step_counts("stories-ci/teacher/cold") == [4]
+    assert found.sampling(SimpleNamespace(model="stories-ci/baseline/cold")).top_p == 0.9
+
+
+@pytest.mark.parametrize("variants, words", [
+    ({"plain": {"num_samples": 8}}, "variants.plain: found no option of the draws that differs"),
+    ({"plain": None}, "variants.plain: found no option of the draws that differs"),
+    ({"frontier": NOISE}, "cannot be called frontier"),
+    ({"steps-8": NOISE}, "cannot be called steps-8"),
+    ({"noise": {"sampler": "exact"}}, r"variants\.noise\.sampler: found 'exact'"),
+    ({"noise": {"temperatures": [0.7]}}, r"variants\.noise\.temperatures: .*unknown key"),
+    ({"late": {"sampler": "first_hitting", "steps": [4096]}}, r"variants\.late\.steps"),
+])  # fmt: skip
+def test_a_variant_that_cannot_be_is_a_fault_of_the_configuration(variants, words):
+    with pytest.raises(ConfigError, match=f"sampling.*{words}"):
+        targets(sampling={"variants": variants})
+
+
+def test_a_fault_that_a_variant_inherits_is_told_once():
+    with pytest.raises(ConfigError) as error:
+        targets(sampling={"steps": [0.5], "variants": {"noise": NOISE}})
+    assert len(str(error.value).splitlines()) == 1
+
+
 def test_without_continuations_there_are_none():
     found = targets(continuations=None)
     assert found.continued_models() == []

@@ -44,12 +44,15 @@ def test_the_papers_targets_and_report_are_made(tmp_path_factory, tmp_path):
         "evaluation": evaluation,
         "published": True,
         **LITTLE,
+        "sampling": {**LITTLE["sampling"], "variants": {"noise": {"sampler": "ancestral_float32"}}},
         "benchmark": {"lengths": [16, 128], "batch_sizes": [4, 8], "benchmark_steps": [8]},
     }
     results = run_graph(copy(tmp_path), config, "paper")
     of_sizes = {name for name, item in ITEMS.items() if item.sizes}
     made = {file.name.partition(".")[0] for file in (results / "paper").iterdir()}
     assert made == ITEMS.keys() - of_sizes | {"table-2", "report"}
+    panels = (results / "paper/figure-9.csv").read_text()
+    assert "kl_backward · default" in panels and "kl_backward · noise" in panels
     assert "steps-5k" in (results / "paper/figure-7a.csv").read_text()
     assert "riddles" in (results / "paper/table-1.md").read_text()
     report = (results / "paper/report.md").read_text()

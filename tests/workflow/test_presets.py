@@ -94,6 +94,10 @@ def test_a_preset_with_published_teachers_has_exactly_these_jobs(workflow, prese
     for rule in ("score_samples", "score_lambada", "score_continuations"):
         expected |= {f"{rule} {model}" for model in models}
     targets = Targets(config)
+    has_noise = preset in ("sdtt-small", "sdtt-losses", "sdtt-published")
+    assert list(targets.varied) == [f"{name}/released-noise" for name in denoisers if has_noise]
+    for rule in ("generate", "score_samples"):
+        expected |= {f"{rule} {drawn}" for drawn in targets.varied}
     expected |= {f"latency {timed.replace('/', ' ')}" for timed in targets.timings}
     for rule in ("score_tasks", "score_perplexity"):
         expected |= {f"{rule} {model}" for model in targets.final_models() if asks_for_tasks}
@@ -107,12 +111,14 @@ def test_a_preset_with_published_teachers_has_exactly_these_jobs(workflow, prese
 
 
 def test_what_presets_share_they_have_alike():
-    """Sampling, scores and timings, and a run of one name with its options."""
+    """Sampling but its variants, scores and timings, and a run of one name with its options."""
     folder = REPOSITORY / "workflow/presets"
     small = resolve({"preset": "owt-small"}, folder)
     (known,) = small.teachers.values()
     for preset in PUBLISHED:
         found = resolve({"preset": preset}, folder)
+        plain = found.sampling.model_copy(update={"variants": {}})
+        found = found.model_copy(update={"sampling": plain})
         for key in ("corpora", "sampling", "continuations", "benchmark", "published"):
             assert getattr(found, key) == getattr(small, key), f"{preset}: {key}"
         for teacher in found.teachers.values():

@@ -21,7 +21,7 @@ from halfstep.commands.variety import (
     text_label,
     variety_rows,
 )
-from halfstep.config import Count, Evaluation, Machine, Weights
+from halfstep.config import Count, Evaluation, Machine, Weights, Word
 from halfstep.data.pack import corpus_files, corpus_tokenizer, read_manifest
 from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.distributed.device import find_device
@@ -42,7 +42,12 @@ Judged = tuple[str, np.ndarray | None, dict[str, Any], Callable[..., float]]
 
 
 def score_samples(
-    samples: list[Path], corpus: Path, output: Path, evaluation: Evaluation, machine: Machine
+    samples: list[Path],
+    corpus: Path,
+    output: Path,
+    evaluation: Evaluation,
+    machine: Machine,
+    variant: Word | None = None,
 ) -> None:
     """Score the samples of one model: generative perplexity, entropy, MAUVE and variety.
 
@@ -55,9 +60,11 @@ def score_samples(
             judge is loaded only once
         corpus: folder of `halfstep prepare-corpus` on which the model was trained
         output: JSON file of the rows
+        variant: name of the way in which these samples were drawn, a column of the rows
     """
-    group = join_group(machine)
-    rows = score_texts(read_texts(samples, corpus), corpus, evaluation, machine, group)
+    group, named = join_group(machine), {"variant": variant} if variant else {}
+    texts = [(ids, columns | named) for ids, columns in read_texts(samples, corpus)]
+    rows = score_texts(texts, corpus, evaluation, machine, group)
     if group.is_main:
         read = corpus_files(corpus, "validation")
         write_rows(output, rows, [*sample_files(samples), *read, *evaluation.judge])

@@ -333,7 +333,7 @@ def _metrics(row: dict) -> dict[str, float | None]:
     """The values of a row by MLflow's keys; their step is the number of sampling steps.
 
     The keys are the same for every model, so that MLflow can compare runs. Each judge has its own
-    curve, and so have each task and each temperature but 1.
+    curve, and so have each task, each variant of the draws, and each temperature but 1.
     """
     if _is_timing(row):
         name = row["model"].split("/", 1)[-1].replace("/", "-")
@@ -348,6 +348,8 @@ def _metrics(row: dict) -> dict[str, float | None]:
     suffix = f"_{judge.rpartition('/')[2]}" if judge and "/baseline" not in judge else ""
     if task := row.get("task"):
         suffix += f"_{task}" + (f"_{row['measure']}" if row.get("measure") else "")
+    if variant := row.get("variant"):
+        suffix += f"_{variant}"
     if temperature := row.get("temperature"):
         suffix += f"_temperature_{temperature:g}"
     return {f"eval/{row['metric']}_{row['protocol']}{suffix}": row["value"]}

@@ -15,6 +15,7 @@ from halfstep.config.measuring import (
     GenerateOptions,
     Machine,
     Prompts,
+    SampledModels,
     Sampling,
 )
 from halfstep.config.networks import (
@@ -77,6 +78,7 @@ __all__ = [
     "Prompts",
     "PublishedStudent",
     "RunOptions",
+    "SampledModels",
     "Sampling",
     "Section",
     "Seed",

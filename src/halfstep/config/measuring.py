@@ -10,6 +10,7 @@ from halfstep.config.networks import Size
 from halfstep.config.values import (
     Count,
     Float,
+    Name,
     Names,
     Positive,
     Precision,
@@ -27,6 +28,9 @@ from halfstep.config.values import (
 
 NAIVE = ("unigram", "bigram", "cut_and_paste")
 """samplers without a network (data/naive.py), rows of every table of quality"""
+
+
+NOT_VARIANTS = ("default", "frontier", "naive")  # folders of samples, and what a table says
 
 
 class DrawOptions(Section):
@@ -62,14 +66,29 @@ class GenerateOptions(DrawOptions):
     """number of texts per model and step count"""
 
 
-class Sampling(GenerateOptions):
-    """How samples are drawn for scoring, and at which step counts."""
+class SampledModels(GenerateOptions):
+    """How samples are drawn for scoring, at which step counts, and of which rounds."""
 
     steps: Annotated[list[StepCount], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
     """step counts at which every denoiser is sampled; own: the count that a model was made for, and
     that of its student"""
     rounds: Annotated[list[RoundNumber], Field(min_length=1)] | None = None
     """rounds that are sampled (0 is the teacher); all by default. The baseline always is"""
+
+    @field_validator("steps")
+    @classmethod
+    def _sorted(cls, steps: list[int | str]) -> list[int | str]:
+        return sorted(set(steps), key=lambda count: (count == "own", count))
+
+    @field_validator("rounds")
+    @classmethod
+    def _sorted_rounds(cls, rounds: list[int] | None) -> list[int] | None:
+        return rounds and sorted(set(rounds))
+
+
+class Sampling(SampledModels):
+    """How samples are drawn for all tables and figures, on the frontier, and in other ways."""
+
     temperatures: list[Positive] = []
     """temperatures of the generative frontier, perplexity against entropy; `temperature` is always
     among them. Without any, there is no frontier"""
@@ -78,13 +97,25 @@ class Sampling(GenerateOptions):
     frontier_rounds: Annotated[list[RoundNumber], Field(min_length=1)] | None = None
     """rounds on the frontier (0 is the teacher); by default the teacher and the last round of each
     run. The baseline always is"""
+    variants: dict[Name, SampledModels] = {}
+    """other ways to draw, by names of your choice, each with only the options that differ from
+    these: `released-noise: {sampler: ancestral_float32}`. They have a table and a figure, a panel
+    for each; the baseline is drawn again unless only its sampler differs, of which it has none"""
 
-    @field_validator("steps")
+    @model_validator(mode="before")
     @classmethod
-    def _sorted(cls, steps: list[int | str]) -> list[int | str]:
-        return sorted(set(steps), key=lambda count: (count == "own", count))
+    def _fill_variants(cls, raw: Any) -> Any:
+        """Give every variant the keys of the section that it does not set."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("variants"), dict):
+            return raw
+        shared = {key: value for key, value in raw.items() if key in SampledModels.model_fields}
+        variants = {
+            name: {**shared, **(given or {})} if isinstance(given, dict | None) else given
+            for name, given in raw["variants"].items()
+        }
+        return raw | {"variants": variants}
 
-    @field_validator("rounds", "temperatures", "frontier_steps", "frontier_rounds")
+    @field_validator("temperatures", "frontier_steps", "frontier_rounds")
     @classmethod
     def _ascending(cls, values: list[Any] | None) -> list[Any] | None:
         return values if values is None else sorted(set(values))
@@ -106,6 +137,26 @@ class Sampling(GenerateOptions):
                 "frontier_steps: found none, and steps has no number; add one to either"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_variants(self) -> Sampling:
+        for name, variant in self.variants.items():
+            if name in NOT_VARIANTS or name.startswith("steps-"):
+                raise ValueError(
+                    f"a variant cannot be called {name}: folders and tables use this name for "
+                    "something else; choose another name"
+                )
+            if not self.changed_by(variant):
+                raise ValueError(
+                    f"variants.{name}: found no option of the draws that differs from those of "
+                    "`sampling`; change one, such as the sampler, or leave it out"
+                )
+        return self
+
+    def changed_by(self, variant: SampledModels) -> set[str]:
+        """The options of the draws in which a variant differs from this section."""
+        names = DrawOptions.model_fields
+        return {name for name in names if getattr(variant, name) != getattr(self, name)}
 
     @property
     def frontier_counts(self) -> list[int]:

@@ -8,7 +8,14 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field, field_validator, model_validator
 
-from halfstep.config.measuring import NAIVE, Benchmark, Continuations, Evaluation, Sampling
+from halfstep.config.measuring import (
+    NAIVE,
+    Benchmark,
+    Continuations,
+    Evaluation,
+    SampledModels,
+    Sampling,
+)
 from halfstep.config.networks import Corpus, Network
 from halfstep.config.training import (
     OF_IMPORTED,
@@ -192,11 +199,19 @@ class Config(Section):
         published: dict[str, Any] = {"": teacher, ".baseline": teacher.baseline}
         published |= {f".runs.{key}": run for key, run in teacher.runs.items()}
         for key in [key for key, part in published.items() if part and part.source]:
-            if self.sampling.weights == "best":
-                raise ValueError(
-                    f"sampling.weights is best, but teachers.{name}{key}.from has no best weights, "
-                    "because halfstep did not validate it; choose ema or raw"
-                )
+            for place, sampling in self._ways_to_draw():
+                if sampling.weights == "best":
+                    raise ValueError(
+                        f"{place}.weights is best, but teachers.{name}{key}.from has no best "
+                        "weights, because halfstep did not validate it; choose ema or raw"
+                    )
+
+    def _ways_to_draw(self) -> list[tuple[str, SampledModels]]:
+        """`sampling` and its variants, each with its place in the configuration."""
+        variants = self.sampling.variants.items()
+        return [("sampling", self.sampling)] + [
+            (f"sampling.variants.{name}", variant) for name, variant in variants
+        ]
 
     def _check_corpus(self, teacher: Teacher) -> None:
         """Refuse options that the kind or the length of the teacher's corpus rules out."""
@@ -210,14 +225,16 @@ class Config(Section):
             )
         runs = teacher.runs.values() or [teacher.distillation]
         own = max(run.teacher_steps for run in runs)
-        most = max(own if count == "own" else count for count in self.sampling.steps)
-        if most > corpus.length and self.sampling.sampler != "ancestral":  # spares torch's import
-            self._check_steps("sampling.steps", most, corpus.length, of)
+        for place, sampling in self._ways_to_draw():
+            most = max(own if count == "own" else count for count in sampling.steps)
+            if most > corpus.length and sampling.sampler != "ancestral":  # spares torch's import
+                _check_steps(f"{place}.steps", sampling.sampler, most, corpus.length, of)
         prompts = self.continuations
         if prompts and self.sampling.sampler != "ancestral":
             written = prompts.prompt_tokens + prompts.continuation_tokens
             most = max(prompts.continuation_steps)
-            self._check_steps("continuations.continuation_steps", most, written, "of prompts")
+            key = "continuations.continuation_steps"
+            _check_steps(key, self.sampling.sampler, most, written, "of prompts")
         if prompts and prompts.prompt_tokens + prompts.continuation_tokens >= corpus.length:
             raise ValueError(
                 "continuations: prompt_tokens + continuation_tokens are "
@@ -225,14 +242,16 @@ class Config(Section):
                 f"{corpus.length} tokens, EOS at its end; lower one of them"
             )
 
-    def _check_steps(self, key: str, steps: int, length: int, of: str) -> None:
-        from halfstep.diffusion.samplers import SAMPLERS  # imports torch; rarely needed
-        from halfstep.errors import HalfstepError
 
-        try:
-            SAMPLERS[self.sampling.sampler].check_steps(self.sampling.sampler, steps, length)
-        except HalfstepError as error:
-            raise ValueError(f"{str(error).replace('steps', key, 1)} ({of})") from None
+def _check_steps(key: str, sampler: str, steps: int, length: int, of: str) -> None:
+    """ValueError if a sampler has fewer steps than these for texts of a length."""
+    from halfstep.diffusion.samplers import SAMPLERS  # imports torch; rarely needed
+    from halfstep.errors import HalfstepError
+
+    try:
+        SAMPLERS[sampler].check_steps(sampler, steps, length)
+    except HalfstepError as error:
+        raise ValueError(f"{str(error).replace('steps', key, 1)} ({of})") from None
 
 
 def _fill_imported(name: str, run: dict, shared: dict) -> dict:

@@ -22,10 +22,11 @@ COLUMNS = (
     "network_evaluations", "num_samples", "seed", "weights", "draw_dtype", "precision",
     "temperature", "top_p", "judge", "judge_dtype", "data", "checkpoint",
 )  # fmt: skip
-# Only some rows have these: timings, continuations, perplexities, repeats, frontier, tasks.
+# Only some rows have these: timings, continuations, perplexities, repeats, frontier, tasks,
+# samples of a variant.
 MORE_COLUMNS = (
-    "task", "measure", "training_seed", "median_text", "length", "batch_size", "bounds", "cache",
-    "tokens_per_s",
+    "variant", "task", "measure", "training_seed", "median_text", "length", "batch_size", "bounds",
+    "cache", "tokens_per_s",
     "tokens_per_forward", "energy_j", "device", "dtype", "params", "at_entropy", "reached",
 )  # fmt: skip
 

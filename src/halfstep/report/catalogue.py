@@ -30,8 +30,8 @@ class Table:
         metrics: the metrics in the table and their titles, in the order of its Markdown
         inputs: files of metric rows. {model} and {teacher} stand for every one; {sampled},
             {continued}, {swept} and {examined} for every model that is sampled, that continues
-            prompts, that is on the frontier, or that answers tasks; {timed} for every job that
-            times
+            prompts, that is on the frontier, or that answers tasks; {varied} for every model and
+            variant of its samples; {timed} for every job that times
         select: "module:function", from all metric rows to the rows of this table
         markdown: "module:function", from the rows of this table to its Markdown
         section: the section or key of config.yaml without which the table does not exist, if any
@@ -115,6 +115,24 @@ TABLES: dict[str, Table] = {
         markdown="halfstep.report.tables:temperatures_markdown",
         section="sampling.temperatures",
     ),
+    "variants": Table(
+        title="quality of samples that are drawn in several ways",
+        caption="The same models, drawn in several ways (column ``variant``): with the options of "
+        "``sampling`` (default), and with those of each variant. 95% intervals are in the columns "
+        "``low`` and ``high``.",
+        metrics={
+            "generative_perplexity": "Generative perplexity, lower is better",
+            "entropy": "Unigram entropy of a sample in nats",
+        },
+        inputs=(
+            "results/metrics/{varied}/samples.json",
+            "results/metrics/{sampled}/samples.json",
+            "results/metrics/{teacher}/data.json",
+        ),
+        select="halfstep.report.tables:select_variants",
+        markdown="halfstep.report.tables:variants_markdown",
+        section="sampling.variants",
+    ),
     "lambada": Table(
         title="last words (LAMBADA): accuracy and perplexity of every model",
         caption="Last words (LAMBADA): one row per model, metric and protocol, with 95% intervals "
@@ -190,6 +208,14 @@ FIGURES: dict[str, Figure] = {
         needs=("steps",),
         draw="halfstep.report.figures:entropy_vs_steps",
         published=True,
+    ),
+    "ppl_by_variant": Figure(
+        title="generative perplexity against sampling steps, for several ways to draw",
+        caption="Generative perplexity against sampling steps: a panel for each way to draw "
+        "samples, the options of ``sampling`` (default) and each variant. Compare the entropy in "
+        "the table ``variants``: noise of low precision lowers both.",
+        needs=("variants",),
+        draw="halfstep.report.figures:ppl_by_variant",
     ),
     "frontier": Figure(
         title="generative perplexity against entropy over temperatures",

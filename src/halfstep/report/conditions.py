@@ -11,7 +11,7 @@ from halfstep.errors import HalfstepError
 from halfstep.report.rows import networks_rows, sampled_rows
 
 MEASURE = (
-    "metric", "task", "measure", "protocol", "judge", "steps", "temperature", "length",
+    "variant", "metric", "task", "measure", "protocol", "judge", "steps", "temperature", "length",
     "batch_size",
 )  # fmt: skip
 """The columns that say what was measured of a model."""

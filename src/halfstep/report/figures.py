@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas import DataFrame
@@ -32,6 +33,7 @@ from halfstep.report.points import (
     points_by_run,
     run_names,
 )
+from halfstep.report.rows import LEVELS
 from halfstep.report.trainings import pool_trainings
 
 Tables = Mapping[str, DataFrame]
@@ -63,6 +65,31 @@ def ppl_vs_steps(tables: Tables) -> Drawn:
     figure = style.draw_panels(
         points,
         note=f"Generative perplexity, mean and 95% interval. {conditions}{sources}",
+        xlabel="sampling steps",
+        ylabel="generative perplexity",
+        x_scale="steps",
+        log_y=True,
+        labels="left",
+    )
+    return figure, points
+
+
+def ppl_by_variant(tables: Tables) -> Drawn:
+    """Generative perplexity against sampling steps, a panel for each run and way to draw.
+
+    A baseline that is drawn only as `sampling` says is a level in all panels.
+    """
+    rows = one_metric(tables["variants"], "generative_perplexity")
+    levels = rows[rows["run"].isin(LEVELS) & (rows["variant"] == rows["variant"].iloc[0])]
+    parts = []
+    for variant, mine in rows.groupby("variant", sort=False):
+        absent = levels[~levels["run"].isin(mine["run"])]
+        points = points_by_run(pandas.concat([mine, absent]), "steps")
+        parts.append(points.assign(panel=points["panel"] + f" · {variant}"))
+    points = join_points(parts)
+    figure = style.draw_panels(
+        points,
+        note=f"Generative perplexity, mean and 95% interval. {describe_conditions(rows)}",
         xlabel="sampling steps",
         ylabel="generative perplexity",
         x_scale="steps",

@@ -97,6 +97,10 @@ ITEMS: dict[str, Item] = {
     "figure-7b": _ablation("MAUVE, rounds of 2,500 steps", "mauve_vs_steps", "steps-2.5k"),
     "figure-8a": _ablation("perplexity, rounds of 5,000 steps", "ppl_vs_steps", "steps-5k"),
     "figure-8b": _ablation("perplexity, rounds of 2,500 steps", "ppl_vs_steps", "steps-2.5k"),
+    "figure-9": Item(
+        "perplexity with float64 noise and the released one", "ppl_by_variant", (KLD,),
+        preset="sdtt-small",
+    ),
     "figure-10": _ablation(
         "LAMBADA with shorter rounds", "lambada_vs_round", "steps-5k", "steps-2.5k"
     ),

@@ -14,8 +14,8 @@ from halfstep.files import open_file
 from halfstep.records.shapes import metric_rows
 
 COLUMNS = (
-    "teacher", "run", "round", "training_seed", "model", "metric", "task", "measure", "protocol",
-    "version", "steps",
+    "teacher", "run", "round", "training_seed", "model", "variant", "metric", "task", "measure",
+    "protocol", "version", "steps",
     "tokens_per_step", "network_evaluations", "value", "low", "high", "median_text", "judge",
     "judge_dtype", "data", "sampler", "num_samples", "seed", "weights", "draw_dtype", "precision",
     "temperature", "top_p", "length", "batch_size", "bounds", "cache", "tokens_per_s",
@@ -32,7 +32,7 @@ FLOATS = {
 }  # fmt: skip
 # within a teacher and run
 ORDER = (
-    "round", "metric", "task", "measure", "protocol", "length", "batch_size", "steps",
+    "round", "variant", "metric", "task", "measure", "protocol", "length", "batch_size", "steps",
     "temperature",
 )  # fmt: skip
 LEVELS = ("baseline", "data")  # runs without sampling steps: levels to compare with

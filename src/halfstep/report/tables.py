@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import pandas
 from pandas import DataFrame
 
 from halfstep.config import NAIVE
@@ -46,6 +47,7 @@ BETTER = {
 }
 LATENCY = "milliseconds to write, median ± farther bound (times faster than the fastest baseline)"
 FRONTIER_SHARES = ("sampler", "weights", "draw_dtype")  # the same for all students
+DEFAULT = "default"  # variant of the samples that are drawn as `sampling` says
 STUDENTS_SHARE = ("sampler", "weights", "draw_dtype", "temperature")
 
 
@@ -70,6 +72,26 @@ def select_steps(table: DataFrame) -> DataFrame:
         reference = data.get(tuple(case))
         difference.append(100 * (value / reference - 1) if reference else None)
     return table.assign(vs_data_percent=difference)
+
+
+def select_variants(table: DataFrame) -> DataFrame:
+    """Perplexity and entropy of the models that are drawn in several ways, by the way to draw.
+
+    The column `variant` is `default` for the options of `sampling`, whose rows come first.
+    """
+    table = _of_table("variants", table)
+    varied = table.loc[table["variant"].notna(), "model"]
+    table = table[table["model"].isin(varied) | table["run"].isin(LEVELS)]
+    table = table.assign(variant=table["variant"].fillna(DEFAULT))
+    parts = [table[table["variant"] == DEFAULT]]
+    parts += [mine for name, mine in table.groupby("variant", sort=False) if name != DEFAULT]
+    for mine in parts:
+        check_comparable(mine, ("data",), same_protocols=False)
+        students = sampled_rows(mine)
+        check_comparable(students, (*STUDENTS_SHARE, "num_samples"))
+        for _, same in students.groupby("training_seed", dropna=False, sort=False):
+            check_comparable(same, ("seed",))
+    return pandas.concat(parts, ignore_index=True)
 
 
 def select_temperatures(table: DataFrame) -> DataFrame:
@@ -146,6 +168,26 @@ def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) ->
             parts += _naive_warnings(group)
             parts += _conditions(group)
         parts += _network_calls(sampled_rows(mine[mine["metric"] == metrics[0]]))
+    return "\n\n".join(parts) + "\n"
+
+
+def variants_markdown(table: DataFrame) -> str:
+    """One grid for each teacher, metric and way to draw: models down, step counts across."""
+    titles = TABLES["variants"].metrics
+    parts = []
+    for teacher, mine in table.groupby("teacher", sort=False):
+        parts.append(f"## {teacher}: samples drawn in several ways")
+        for metric in titles:
+            for variant, drawn in mine.groupby("variant", sort=False):
+                pooled = pool_trainings(drawn)
+                for _, protocol, judge, group in _by_metric(pooled, (metric,)):
+                    about = f"{titles[metric]} (protocol {protocol}){judge}"
+                    parts.append(f"### {variant}: {about}, ± 95% interval")
+                    students = sampled_rows(group)
+                    if len(students):
+                        parts.append(make_grid(students, "steps", "sampling steps"))
+                    parts += _levels(group)
+                    parts += _conditions(group)
     return "\n\n".join(parts) + "\n"
 
 
@@ -287,7 +329,9 @@ def _masks(rows: DataFrame) -> str:
 
 
 def _of_table(name: str, rows: DataFrame) -> DataFrame:
-    return rows[rows["metric"].isin(TABLES[name].metrics.keys())]
+    """The rows of a table's metrics; one table alone has the variants of samples."""
+    rows = rows[rows["metric"].isin(TABLES[name].metrics.keys())]
+    return rows if name == "variants" else rows[rows["variant"].isna()]
 
 
 def _by_metric(

@@ -24,7 +24,7 @@ from halfstep.config import (
     Config,
     Distillation,
     RunOptions,
-    Sampling,
+    SampledModels,
     Teacher,
 )
 from halfstep.data.files import find_files
@@ -103,6 +103,13 @@ class Targets:
         self.models = [f"{name}/baseline" for name in self.with_baseline] + self.denoisers
         self.scored = self.models + [f"{name}/naive" for name in self.teachers]
         """models whose samples are scored, and the naive samplers of each teacher's corpus"""
+        self.varied = {
+            f"{model}/{name}": (model, name)
+            for name, variant in config.sampling.variants.items()
+            for model in self._of_rounds(variant.rounds)
+            if not model.endswith("/baseline") or config.sampling.changed_by(variant) != {"sampler"}
+        }
+        """model and variant of `sampling` by their name in paths: {model}/{variant}"""
         self.timings = {
             f"{name}/{job}": options
             for name in self.teachers
@@ -127,12 +134,31 @@ class Targets:
         seeds = of_run or self.teacher(wildcards).seeds or [self.config.seed]
         return seeds[0]
 
-    def sampling(self, wildcards: Wildcards) -> Sampling:
+    def drawn_model(self, wildcards: Wildcards) -> str:
+        """The model that draws a set of samples; `model` of the job may end in a variant."""
+        return self.varied.get(wildcards.model, (wildcards.model, ""))[0]
+
+    def checkpoint(self, wildcards: Wildcards) -> str:
+        """The file that stands for the weights of the model that draws."""
+        return f"results/models/{self.drawn_model(wildcards)}/meta.json"
+
+    def variant_flag(self, wildcards: Wildcards) -> str:
+        """The flag with the name of the variant, if the samples are of one."""
+        name = self.varied.get(wildcards.model, ("", ""))[1]
+        return f"--variant {name}" if name else ""
+
+    def _sampling_of(self, model: str) -> SampledModels:
+        """`sampling`, or the variant of it that a name of samples ends in."""
+        sampling = self.config.sampling
+        return sampling.variants[self.varied[model][1]] if model in self.varied else sampling
+
+    def sampling(self, wildcards: Wildcards) -> SampledModels:
         """How a model's samples are drawn: each repeat draws with another seed.
 
         It is sampling_seed + the training seed; the first training has sampling_seed.
         """
-        options, repeat = self.config.sampling, repeat_seed(wildcards.model) or 0
+        options = self._sampling_of(wildcards.model)
+        repeat = repeat_seed(self.drawn_model(wildcards)) or 0
         seed = (options.sampling_seed + repeat) % 2**63
         return options.model_copy(update={"sampling_seed": seed})
 
@@ -222,14 +248,16 @@ class Targets:
         return [baseline[0] if name == "baseline" else name for name in names]
 
     def step_counts(self, model: str) -> list[int]:
-        """Numbers of sampling steps at which a model is scored.
+        """Numbers of sampling steps at which a model, or a variant of its samples, is scored.
 
         A denoiser samples at every step count of the config; `own` stands for the count that the
         model was made for and its student's count, where the two are compared. The baseline
         writes one token at a time.
         """
-        name, kind = first_training(model).split("/", 1)
-        teacher, steps = self.config.teachers[name], set(self.config.sampling.steps)
+        steps = set(self._sampling_of(model).steps)
+        drawn, _ = self.varied.get(model, (model, ""))
+        name, kind = first_training(drawn).split("/", 1)
+        teacher = self.config.teachers[name]
         if kind == "baseline":
             return [self.config.corpora[teacher.corpus].length]
         if "own" in steps:
@@ -346,6 +374,7 @@ class Targets:
             continued=self.continued_models(),
             sampled=self.sampled_models(),
             swept=self.frontier_models(),
+            varied=self.varied,
             examined=self.final_models(),
             timed=self.timings,
         )

@@ -2,6 +2,9 @@
 
 Writes a table, and JSON with machine, versions and commit. On a CUDA device the cases are those of
 the H100 table. --tiny runs every case at a toy size, for the tests.
+
+A second table holds ratios against the released code, which others measured. This program does not
+run that code and does not need it.
 """
 
 import argparse
@@ -58,9 +61,28 @@ class Size(NamedTuple):
     length: int
     batch: int
 
+    def __str__(self) -> str:
+        return (
+            f"vocabulary {self.vocabulary:,}, width {self.width}, {self.blocks} blocks, "
+            f"{self.length} tokens, batch {self.batch}"
+        )
+
+
+class ReleasedRatio(NamedTuple):
+    """How many times faster halfstep is than the released code. It is not measured here."""
+
+    path: str
+    """the beginning of the path of the measured rows"""
+    against: str
+    size: str
+    times_faster: float
+    source: str = "others, on one CPU, November 2026"
+
 
 SCHEDULE, TEACHER_STEPS, SUBSTEPS = LogLinear(), 1024, 2
 CPU = Size(50_257, 256, 4, 4, 128, 8)
+BLOCKS, WIDTH, HEADS = SIZES["small"]
+H100 = Size(50_257, WIDTH, BLOCKS, HEADS, 1024, 32)
 TINY = Size(301, 32, 2, 2, 16, 4)
 WARM_UP = Size(301, 512, 1, 4, 16, 4)
 PEAK_FLOPS = GPUS["h100"].bfloat16
@@ -71,6 +93,17 @@ TRAINING_GOALS = {  # path -> times faster, times less memory
     "distillation step, round 7": (6, 10),
     "pretraining step": (2, 5),
 }
+NOT_RECORDED, DEMO = "not recorded", "the demo's size"
+RELEASED_RATIOS = (
+    ReleasedRatio("sample, 8 steps", "SDTT", NOT_RECORDED, 21.8),
+    ReleasedRatio("sample, 1024 steps", "MDLM with its cache", NOT_RECORDED, 183),
+    ReleasedRatio("distillation step", "the released code", NOT_RECORDED, 7.4),
+    ReleasedRatio("pretraining step", "the released code", NOT_RECORDED, 4.0),
+    # The source gives these three without names. They are in the order of the paths above.
+    ReleasedRatio("sample", "the released code", f"{DEMO}; steps {NOT_RECORDED}", 2.1),
+    ReleasedRatio("distillation step", "the released code", DEMO, 2.0),
+    ReleasedRatio("pretraining step", "the released code", DEMO, 1.45),
+)
 TEXTBOOK_STEPS = 2  # all its sampling steps cost the same, so a few are timed and multiplied
 
 
@@ -305,13 +338,11 @@ def target(path: str, ours: float, must: float, aim: float, **more: object) -> d
     return {"path": path, "ours": ours, "must": must, "aim": aim, **more}
 
 
-def on_cuda(device: str, tiny: bool, repeats: int) -> list[dict]:
+def on_cuda(size: Size, device: str, tiny: bool, repeats: int) -> list[dict]:
     """The H100 table: 169M, L = 1024, bfloat16 autocast.
 
     The tests run it on the CPU, with TINY and float32 weights.
     """
-    blocks, width, heads = SIZES["small"]
-    size = TINY if tiny else Size(50_257, width, blocks, heads, 1024, 32)
     return [
         *cuda_training(size, device, repeats),
         *cuda_sampling(size, device, repeats, texts=8 if tiny else 1024, steps=4 if tiny else 8),
@@ -425,6 +456,20 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def released_table(ratios: tuple[ReleasedRatio, ...]) -> str:
+    """Ratios against the released code as a Markdown table."""
+    lines = [
+        "Against the released code: not measured in this run, but earlier by others.",
+        "",
+        "| path | against | size | times faster | measured by |",
+        "|---|---|---|---|---|",
+    ]
+    for row in ratios:
+        cells = (row.path, row.against, row.size, f"{row.times_faster}x", row.source)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _memory_cells(row: dict) -> str:
     if "peak_bytes" not in row:
         return " | "
@@ -449,9 +494,15 @@ def on_cpu(size: Size, repeats: int, tiny: bool) -> list[dict]:
 
 
 def write_results(
-    output: Path, device: str, size: Size, note: str, rows: list[dict], seconds: float
+    output: Path,
+    device: str,
+    size: Size,
+    note: str,
+    rows: list[dict],
+    released: tuple[ReleasedRatio, ...],
+    seconds: float,
 ) -> None:
-    """Write and print the table; write the JSON file next to it."""
+    """Write and print the tables; write the JSON file next to them."""
     load = os.getloadavg()[0]
     facts = {
         "machine": machine(device),
@@ -463,9 +514,12 @@ def write_results(
         "size": size,
         "note": note,
         "rows": rows,
+        "released_ratios": [row._asdict() for row in released],
     }
     where = f"{device_name(device)}, {date.today()}, commit {commit()}, load {load:.1f}"
-    text = f"{where}; {note}\n\n{table(rows)}"
+    text = f"{where}; {size}; {note}\n\n{table(rows)}"
+    if released:
+        text += f"\n{released_table(released)}"
     name = f"{'-'.join(device_name(device).replace('/', ' ').split())}-{date.today()}"
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / f"{name}.json", facts)
@@ -497,13 +551,16 @@ def main() -> None:
     prepare_process(Machine())
     start = time.monotonic()
     if args.h100 or torch.device(args.device).type == "cuda":
-        rows = on_cuda(args.device, args.tiny, args.repeats)
+        size = TINY if args.tiny else H100
+        released = ()  # they are of a CPU
+        rows = on_cuda(size, args.device, args.tiny, args.repeats)
         note = (
             "goals are for one H100 80GB SXM at 169M, L = 1024, bfloat16; "
             "they do not apply to another device"
         )
     else:
         rows = on_cpu(size, args.repeats, args.tiny)
+        released = RELEASED_RATIOS
         gradient_mb = max(row.get("gradient_bytes", 0) for row in rows) / 1e6
         note = (
             f"textbook sampling: {TEXTBOOK_STEPS} steps timed and multiplied; memory: VmHWM above "
@@ -511,7 +568,8 @@ def main() -> None:
             f"gradients ({gradient_mb:.0f} MB) included; "
             "tokenize: the column textbook is encode_batch"
         )
-    write_results(args.output, args.device, size, note, rows, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    write_results(args.output, args.device, size, note, rows, released, seconds)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from halfstep.models.dit import DiT
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import run  # noqa: E402
 import textbook  # noqa: E402
 
 LANGUAGE, SCHEDULE = Language(4, 3, seed=2), LogLinear()
@@ -126,8 +127,25 @@ def test_bench_runs_and_writes_a_table(tmp_path, options, rows):
     assert text.read_text() in printed
     assert ("H100" in printed) == bool(options)
     assert len(facts["rows"]) == rows
+    assert facts["size"] == list(run.TINY) and str(run.TINY) in printed
+    assert_released_ratios_are_apart(facts, text.read_text(), on_cpu=not options)
     for row in facts["rows"]:
         assert row["path"] in printed
         numbers = [row[k] for k in ("ours", "ratio", "times_faster", "memory_ratio") if k in row]
         assert numbers
         assert all(0 <= number < float("inf") for number in numbers)
+
+
+def assert_released_ratios_are_apart(facts: dict, text: str, on_cpu: bool) -> None:
+    """They are in a second table, which says that they were not measured in this run."""
+    measured, heading, released = text.partition("not measured in this run")
+    assert bool(heading) == on_cpu
+    ratios = facts["released_ratios"]
+    assert ratios == [row._asdict() for row in run.RELEASED_RATIOS if on_cpu]
+    for ratio in ratios:
+        assert all(ratio.values())  # path, against, size, ratio and source
+        cells = [ratio[key] for key in ("path", "against", "size")]
+        line = f"| {' | '.join(cells)} | {ratio['times_faster']}x | {ratio['source']} |"
+        assert line in released and line not in measured
+        assert any(row["path"].startswith(ratio["path"]) for row in facts["rows"])
+        assert f"| {ratio['path']}" in measured

@@ -26,17 +26,18 @@ import textbook
 import torch
 from torch import Tensor
 
-from halfstep.config import SIZES, Machine, Training
+from halfstep.commands.distill import sdtt_loss
+from halfstep.config import SIZES, Distillation, Machine, Training
 from halfstep.data import pack, stories
 from halfstep.data.batches import batch_indices
 from halfstep.data.tokenizer import train_bpe
 from halfstep.diffusion.contracts import Draws
-from halfstep.diffusion.masking import corrupt, mask_indices
+from halfstep.diffusion.masking import corrupt
 from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.distill.divergences import kl_backward
-from halfstep.distill.targets import divergence_loss, teacher_targets
+from halfstep.distill.rounds import Round
 from halfstep.distributed.device import prepare_process
 from halfstep.files import write_atomic, write_json
 from halfstep.gpus import GPUS
@@ -125,20 +126,18 @@ class Trial:
         self.student, self.teacher = build(size, device), build(size, device)
         random, shape = torch.Generator().manual_seed(1), (size.batch, size.length)
         t = stratified_times(torch.rand(size.batch, generator=random, dtype=torch.float64), 1e-3)
-        self.u = torch.rand(3, *shape, generator=random, dtype=torch.float64).to(device)
-        self.x0 = torch.randint(0, size.vocabulary, shape, generator=random).to(device)
-        self.xt = corrupt(self.x0, t.to(device), self.u[0], SCHEDULE, self.student.mask_id)
-        self.t = t.to(device).float()
+        self.u = torch.rand(3, *shape, generator=random, dtype=torch.float64)
+        self.x0 = torch.randint(0, size.vocabulary, shape, generator=random)
+        self.xt = corrupt(self.x0, t, self.u[0], SCHEDULE, self.student.mask_id)
+        self.t = t.float()
 
     def pretraining_loss(self) -> Tensor:
         return nelbo(self.student, self.x0, self.t, self.u[0])
 
     def distillation_loss(self, dt: float) -> Tensor:
-        student, teacher = self.student, self.teacher
-        masked = mask_indices((self.xt == student.mask_id).cpu(), self.xt.device)
-        goal = teacher_targets(teacher, self.xt, self.t, dt, SUBSTEPS, self.u[1], self.u[2])
-        h = student.features(self.xt, self.t, masked)
-        return divergence_loss(kl_backward, h, student.readout, goal, teacher.readout)
+        part = {"xt": self.xt, "t": self.t, "u_reveal": self.u[1], "u_token": self.u[2]}
+        round = Round(1, dt, SUBSTEPS, TEACHER_STEPS // SUBSTEPS)
+        return sdtt_loss(self.student, self.teacher, part, round, Distillation())
 
     def textbook_pretraining_loss(self) -> Tensor:
         return textbook.pretraining_loss(self.student, self.x0, self.t, self.u[0], SCHEDULE)

@@ -45,7 +45,7 @@ def test_the_next_batch_is_made_while_one_is_used():
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 9])
 def test_micro_batches_are_every_row_once_in_order(size):
     tensors = {"x": torch.arange(8).view(4, 2), "t": torch.arange(4)}
-    parts = list(micro_batches(tensors, size, torch.device("cpu")))
+    parts = list(micro_batches(tensors, size))
     for name, value in tensors.items():
         assert torch.equal(torch.cat([part[name] for part, _ in parts]), value)
     assert [last for _, last in parts] == [False] * (len(parts) - 1) + [True]

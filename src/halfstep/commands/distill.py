@@ -12,7 +12,7 @@ from halfstep.config import Distillation, Machine, Seed
 from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer
 from halfstep.data.tokenizer import read_tokenizer
 from halfstep.diffusion.contracts import Denoiser, Draws
-from halfstep.diffusion.masking import corrupt, mask_indices
+from halfstep.diffusion.masking import corrupt, mask_indices, to_device
 from halfstep.diffusion.objective import stratified_times
 from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import masked_share
@@ -173,16 +173,16 @@ def sdtt_loss(
 ) -> Tensor:
     """Divergence of the student from its teacher's targets, summed over the masked positions.
 
-    part: xt[B, L] int64, t[B] and the uniforms u_reveal[B, L], u_token[B, L] float64. The result is
-    a scalar.
+    part: xt[B, L] int64, t[B] and the uniforms u_reveal[B, L], u_token[B, L] float64, on the host.
+    The result is a scalar on the student's device.
     """
-    xt, t = part["xt"], part["t"].float()
-    masked = mask_indices((xt == student.mask_id).cpu(), xt.device)
+    xt, t, device = part["xt"], part["t"].float(), student.readout[0].device
+    masked = mask_indices(xt == student.mask_id, device)
     u_reveal, u_token = part["u_reveal"], part["u_token"]
     goal = teacher_targets(
         teacher, xt, t, round.dt, round.substeps, u_reveal, u_token, run.teacher_times
     )
-    h = student.features(xt, t, masked)
+    h = student.features(to_device(xt, device), to_device(t, device), masked)
     divergence = DIVERGENCES[run.divergence]
     return divergence_loss(divergence, h, student.readout, goal, teacher.readout)
 

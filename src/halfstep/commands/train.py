@@ -13,6 +13,7 @@ from halfstep.commands.origins import Origin, read_origin
 from halfstep.config import Machine, Network, Pretraining, Seed, Training
 from halfstep.data.batches import batch_indices, describe_epochs
 from halfstep.data.pack import Windows, corpus_files
+from halfstep.diffusion.masking import to_device
 from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.readout import cross_entropy
 from halfstep.diffusion.schedules import masked_share
@@ -221,7 +222,7 @@ class HeldOut:
         shared = windows % self.group.size == 0
         rows = self.group.local_slice(windows) if shared else slice(windows)
         tensors = {name: value[rows] for name, value in batch.tensors.items()}
-        parts = micro_batches(tensors, self.micro_batch, self.device)
+        parts = micro_batches(tensors, self.micro_batch)
         total = sum(objective.loss(part).double() for part, _ in parts)
         return (self.group.all_sum(total) if shared else total.item()) / batch.divisor
 
@@ -260,7 +261,8 @@ class DiffusionObjective:
         x0, denoiser = part["x0"], self.denoiser
         if "pair_seed" in part:
             share, seed = part["pair_share"][0].item(), int(part["pair_seed"][0])
-            denoiser = denoiser.reading(annealed_pairs(x0.shape[1], share, seed).to(x0.device))
+            pairs = annealed_pairs(x0.shape[1], share, seed)
+            denoiser = denoiser.reading(to_device(pairs, self.held_out.device))
         return nelbo(denoiser, x0, part["t"].float(), part["u"])
 
     def validate(self) -> dict[str, float]:
@@ -281,7 +283,7 @@ class NextTokenObjective:
 
     def loss(self, part: Tensors) -> Tensor:
         """The cross-entropy, summed."""
-        x0 = part["x0"]
+        x0 = to_device(part["x0"], self.held_out.device)
         h, following = self.network(x0[:, :-1]).flatten(0, 1), x0[:, 1:].flatten()
         linear = self.network.output_layer.linear
         readout = linear.weight, torch.zeros(linear.out_features, device=h.device)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from halfstep.diffusion.contracts import Denoiser, Schedule
-from halfstep.diffusion.masking import corrupt, mask_indices
+from halfstep.diffusion.masking import corrupt, mask_indices, to_device
 from halfstep.diffusion.readout import cross_entropy
 
 
@@ -30,11 +30,12 @@ def nelbo(denoiser: Denoiser, x0: Tensor, t: Tensor, u: Tensor) -> Tensor:
     """One-sample estimate of the NELBO in nats, summed over the batch (MDLM eq. 10).
 
     Divide by B L for nats per token. x0[B, L] int64, times t[B], masking uniforms u[B, L] -> scalar
-    float32. Logits are computed at masked positions only.
+    float32 on the denoiser's device. The arguments are on the host, so nothing waits for the
+    device. Logits are computed at masked positions only.
     """
     xt = corrupt(x0, t, u, denoiser.schedule, denoiser.mask_id)
-    # The only wait for the device, before the pass is launched.
-    masked = mask_indices((xt == denoiser.mask_id).cpu(), xt.device)
-    h = denoiser.features(xt, t, masked)
-    weight = nelbo_weight(t, denoiser.schedule).float()[:, None].expand_as(x0)[masked]
-    return cross_entropy(h, denoiser.readout, x0[masked], weight)
+    where, device = xt == denoiser.mask_id, denoiser.readout[0].device
+    h = denoiser.features(to_device(xt, device), to_device(t, device), mask_indices(where, device))
+    weight = nelbo_weight(t, denoiser.schedule).float()[:, None].expand_as(x0)[where]
+    tokens = to_device(x0[where], device)
+    return cross_entropy(h, denoiser.readout, tokens, to_device(weight, device))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from halfstep.diffusion.contracts import Denoiser, Divergence, Readout, Schedule
-from halfstep.diffusion.masking import mask_indices, reveal_probability
+from halfstep.diffusion.masking import mask_indices, reveal_probability, to_device
 from halfstep.diffusion.plans import draw_tokens
 from halfstep.diffusion.readout import readout_loss
 from halfstep.distill.divergences import GRADIENTS
@@ -73,7 +73,8 @@ def teacher_targets(  # noqa: PLR0913 (the arguments of Algorithm 1)
     A position revealed in substep i keeps the prediction of that substep; a position that stays
     masked keeps the last one. Returns features h[N, D] of the N masked positions in row order; read
     them out with the teacher's readout. xt[B, L] int64, t[B], uniforms u_reveal[B, L] and
-    u_token[B, L] float64; `times` is a key of TEACHER_TIMES.
+    u_token[B, L] float64 are on the host, so nothing waits for the device; `times` is a key of
+    TEACHER_TIMES.
 
     Two shortcuts do not change the law: the last substep draws no tokens, since they cannot change
     a target; and a text in which nothing was revealed takes no further pass of a teacher that
@@ -81,21 +82,22 @@ def teacher_targets(  # noqa: PLR0913 (the arguments of Algorithm 1)
     """
     starts = TEACHER_TIMES[times](t.double(), dt, substeps)
     step_of = reveal_substep(starts, dt, u_reveal, teacher.schedule)
-    # The only wait for the device, before all passes.
-    step_of = step_of.masked_fill(xt != teacher.mask_id, -1).cpu()
-    masked, at = step_of >= 0, partial(mask_indices, device=xt.device)
-    x = xt.clone()
-    h = teacher.features(x, starts[0].to(t.dtype), at(masked))
+    step_of = step_of.masked_fill(xt != teacher.mask_id, -1)
+    device = teacher.readout[0].device
+    masked, at = step_of >= 0, partial(mask_indices, device=device)
+    starts = starts.to(t.dtype)
+    x = to_device(xt.clone(), device)
+    h = teacher.features(x, to_device(starts[0], device), at(masked))
     for i in range(substeps - 1):
         reveal = step_of == i
         if reveal.any():
-            x[at(reveal)] = draw_tokens(teacher, h[at(reveal[masked])], u_token[at(reveal)])
+            u = to_device(u_token[reveal], device)
+            x[at(reveal)] = draw_tokens(teacher, h[at(reveal[masked])], u)
         changed = reveal.any(1) if teacher.ignores_time else torch.ones_like(reveal[:, 0])
         left = (step_of > i) & changed[:, None]  # positions whose prediction may still change
         if left.any():
-            texts = at(changed)
-            t_next = starts[i + 1][texts].to(t.dtype)
-            new = teacher.features(x[texts], t_next, at(left[changed]))
+            t_next = to_device(starts[i + 1][changed], device)
+            new = teacher.features(x[at(changed)], t_next, at(left[changed]))
             h[at(left[masked])] = new.to(h.dtype)
     return h
 

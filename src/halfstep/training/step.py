@@ -45,7 +45,11 @@ class Objective(Protocol):
         ...
 
     def loss(self, part: Tensors) -> Tensor:
-        """Loss of some rows of a batch, summed over these rows; scalar."""
+        """Loss of some rows of a batch, summed over these rows; scalar.
+
+        The rows are on the host, where their noise was drawn. So the loss knows which positions
+        are masked without waiting for the device, and sends it only what the passes read.
+        """
         ...
 
     def validate(self) -> dict[str, float]:
@@ -97,16 +101,11 @@ def prefetched(make: Callable[[int], T], first: int, last: int) -> Generator[T, 
             yield ready
 
 
-def micro_batches(
-    tensors: Tensors, size: int, device: torch.device
-) -> Iterator[tuple[Tensors, bool]]:
-    """Consecutive parts of at most `size` rows on the device, each with: is it the last one?"""
+def micro_batches(tensors: Tensors, size: int) -> Iterator[tuple[Tensors, bool]]:
+    """Consecutive parts of at most `size` rows, each with: is it the last one?"""
     rows = len(next(iter(tensors.values())))
     for first in range(0, rows, size):
-        part = {
-            name: value[first : first + size].to(device, non_blocking=True)
-            for name, value in tensors.items()
-        }
+        part = {name: value[first : first + size] for name, value in tensors.items()}
         yield part, first + size >= rows
 
 
@@ -173,7 +172,7 @@ def update(
 ) -> None:
     """One optimizer step: the gradient of the global batch, clipped; AdamW; the moving average."""
     torch.manual_seed(batch.seed + run.group.rank)  # for dropout
-    for part, last in micro_batches(batch.tensors, run.micro_batch, run.device):
+    for part, last in micro_batches(batch.tensors, run.micro_batch):
         state.loss_sum += gradient.add(part, batch.divisor, run.device, last)
     parameters = state.network.parameters()
     state.grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, grad_clip, foreach=True))

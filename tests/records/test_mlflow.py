@@ -73,7 +73,11 @@ def test_every_point_is_sent_once_and_nothing_the_second_time(world):
     ]
     sent = before["stories-tiny/mse/round-2"]
     assert sent["train/loss"] == losses
-    assert [step for step, _ in sent["eval/generative_perplexity_ids"]] == [8, 16]
+    curve = sent["by_steps/generative_perplexity_ids"]
+    assert [step for step, _ in curve] == [8, 16]
+    assert [sent[f"eval/generative_perplexity_ids_at_{step}_steps"] for step, _ in curve] == [
+        [(0, value)] for _, value in curve
+    ]
 
 
 def test_runs_are_children_of_their_teacher_with_the_same_keys(world):
@@ -94,7 +98,7 @@ def test_runs_are_children_of_their_teacher_with_the_same_keys(world):
     )
     assert len(first) == len(last) == 1  # frontier and tasks have the last rounds alone
     added = last.pop() - first.pop()
-    assert "eval/frontier_perplexity_ids_temperature_0.7" in added
+    assert "by_steps/frontier_perplexity_ids_temperature_0.7" in added
     assert "eval/task_score_elbo_piqa_acc" in added
     of_last = "frontier|equal_entropy|at_data_entropy|task_score|zero_shot"
     assert all(re.search(of_last, key) for key in added)
@@ -121,7 +125,7 @@ def test_a_run_holds_params_datasets_files_and_the_logged_model(world):
     expected = journal["checkpoint"]["sha256"]["ema"]
     assert [model.tags["sha256.ema"] for model in models] == [expected]
     assert {metric.key for metric in models[0].metrics} >= {
-        "eval/generative_perplexity_ids",
+        "eval/generative_perplexity_ids_at_8_steps",
         "eval/lambada_accuracy_parallel",
     }
 
@@ -245,7 +249,8 @@ def test_a_new_evaluation_of_the_same_weights_replaces_the_old(world):
     file.write_text(json.dumps(rows))
     sync()
     sent = points(client, runs()["stories-tiny/mse/round-1"])
-    assert sent["eval/generative_perplexity_ids"][0] == (8, 33.0)
+    assert sent["by_steps/generative_perplexity_ids"][0] == (8, 33.0)
+    assert sent["eval/generative_perplexity_ids_at_8_steps"] == [(0, 33.0)]
     assert len(sent["train/loss"]) == 10
     assert len(runs(DELETED)) == 1
     assert sync() == 0
@@ -276,7 +281,7 @@ def test_two_rows_that_disagree_are_named(world):
     file = results / "metrics/stories-tiny/teacher/samples.json"
     rows = json.loads(file.read_text())
     (file.parent / "again.json").write_text(json.dumps([rows[0] | {"value": 1.0}]))
-    expected = "eval/generative_perplexity_ids of stories-tiny/teacher at 8 steps"
+    expected = "by_steps/generative_perplexity_ids of stories-tiny/teacher at 8 steps"
     with pytest.raises(HalfstepError, match=expected):
         sync()
 
@@ -314,7 +319,23 @@ def test_every_judge_and_protocol_has_its_own_curve(judge, suffix, protocol):
         "protocol": protocol,
         "judge": judge,
     }
-    assert list(_metrics(row)) == [f"eval/generative_perplexity_{protocol}{suffix}"]
+    name = f"generative_perplexity_{protocol}{suffix}"
+    assert list(_metrics(row)) == [(f"eval/{name}", 0)]
+    assert list(_metrics(row | {"steps": 8}, own_steps=8)) == [
+        (f"by_steps/{name}", 8),
+        (f"eval/{name}_at_8_steps", 0),
+        (f"eval/{name}_at_own_steps", 0),
+    ]
+
+
+def test_another_temperature_or_variant_is_a_curve_alone():
+    row = {"metric": "entropy", "protocol": "unigram", "value": 1.0, "model": "t/teacher"}
+    cold, noise = {"temperature": 0.7}, {"variant": "noise"}
+    curves = [list(_metrics(row | {"steps": 8} | more, own_steps=8)) for more in (cold, noise)]
+    assert curves == [
+        [("by_steps/entropy_unigram_temperature_0.7", 8)],
+        [("by_steps/entropy_unigram_noise", 8)],
+    ]
 
 
 def test_colors_tell_rounds_apart_and_leave_all_else_gray():

@@ -21,7 +21,7 @@ from halfstep.files import read_json, write_atomic
 from halfstep.records.database import check_uri, lasting_fault
 from halfstep.records.exclusive import exclusive
 from halfstep.records.mlflow import Job, Tracker
-from halfstep.records.shapes import check_row, check_run
+from halfstep.records.shapes import check_row, check_run, student_steps
 from halfstep.sanitize import mask_secrets, one_line
 from halfstep.seeds import first_training, repeat_seed
 
@@ -262,7 +262,8 @@ def gather_jobs(results: Path) -> list[Job]:
         # the next sync replaces the old run.
         model = file.parent.relative_to(results / "models").as_posix()
         run = check_run(mask_secrets(read_json(file)), file)
-        jobs[model] = Job(model, _with_seed(run, model), file.parent)
+        steps = student_steps(file.parent)
+        jobs[model] = Job(model, _with_seed(run, model), file.parent, own_steps=steps)
     measurements = [
         *(results / "metrics").rglob("*.json"),
         *(results / "benchmarks").rglob("*.json"),
@@ -296,14 +297,14 @@ def _add_row(jobs: dict[str, Job], row: dict, file: Path) -> None:
     measured = row.get("checkpoint")
     if measured and digests and not any(digest.startswith(measured) for digest in digests):
         return
-    step = int(row.get("steps") or 0)
-    for key, value in _metrics(row).items():
+    steps = int(row.get("steps") or 0)
+    for (key, step), value in _metrics(row, job.own_steps).items():
         if value is None or not math.isfinite(value):
             continue
         known = job.evaluations.setdefault((key, step), value)
         if known != value:
             raise HalfstepError(
-                f"{file}: {key} of {model} at {step} steps is {value:g}, "
+                f"{file}: {key} of {model} at {steps} steps is {value:g}, "
                 f"but {known:g} in another row; keep one of them"
             )
 
@@ -329,20 +330,25 @@ def _untrained_job(model: str, row: dict) -> Job:
     return Job(model, run)
 
 
-def _metrics(row: dict) -> dict[str, float | None]:
-    """The values of a row by MLflow's keys; their step is the number of sampling steps.
+def _metrics(row: dict, own_steps: int | None = None) -> dict[tuple[str, int], float | None]:
+    """The values of a row by MLflow's keys and steps.
 
-    The keys are the same for every model, so that MLflow can compare runs. Each judge has its own
-    curve, and so have each task, each variant of the draws, and each temperature but 1.
+    What is measured at several step counts has a curve over them, `by_steps/...`, and a key for
+    each count, `eval/..._at_8_steps`. MLflow shows one number for each key: of a curve it is that
+    of the largest count, by which runs must not be sorted. `at_own_steps` is the count that a
+    student was made for. The keys are the same for every model, so that MLflow can compare runs.
+    Each judge has its own curve, and so have each task, each variant of the draws, and each
+    temperature but 1, which have no further keys.
     """
     if _is_timing(row):
         name = row["model"].split("/", 1)[-1].replace("/", "-")
         if not row.get("steps") and row.get("sampler") not in (None, "kv_cache"):
             name += f"-{row['sampler']}"  # another decoder of the same baseline
         case = f"{name}_length_{row['length']}_batch_{row['batch_size']}"
+        steps = int(row.get("steps") or 0)
         return {
-            f"speed/latency_s_{case}": row["value"],
-            f"speed/tokens_per_s_{case}": row.get("tokens_per_s"),
+            (f"speed/latency_s_{case}", steps): row["value"],
+            (f"speed/tokens_per_s_{case}", steps): row.get("tokens_per_s"),
         }
     judge = (row.get("judge") or "").partition("@")[0]
     suffix = f"_{judge.rpartition('/')[2]}" if judge and "/baseline" not in judge else ""
@@ -352,4 +358,13 @@ def _metrics(row: dict) -> dict[str, float | None]:
         suffix += f"_{variant}"
     if temperature := row.get("temperature"):
         suffix += f"_temperature_{temperature:g}"
-    return {f"eval/{row['metric']}_{row['protocol']}{suffix}": row["value"]}
+    name, value = f"{row['metric']}_{row['protocol']}{suffix}", row["value"]
+    steps = row.get("steps")
+    if steps is None:
+        return {(f"eval/{name}", 0): value}
+    found = {(f"by_steps/{name}", steps): value}
+    if not (row.get("temperature") or row.get("variant")):
+        found[f"eval/{name}_at_{steps}_steps", 0] = value
+        if steps == own_steps:
+            found[f"eval/{name}_at_own_steps", 0] = value
+    return found

@@ -53,6 +53,7 @@ class Job:
     run: dict  # run.json; of a model that was not trained here: name, node, started, checkpoint
     folder: Path | None = None  # with the journal
     evaluations: Evaluations = field(default_factory=dict)
+    own_steps: int | None = None  # sampling steps that a student was made for
 
     def __post_init__(self) -> None:
         # A job that runs appends lines meanwhile: the next sync sends them.

@@ -79,6 +79,9 @@ class MetricRow(_Shape):
     tokens_per_s: float | None = None
     length: Natural | None = None
     batch_size: Natural | None = None
+    task: Text = None
+    measure: Text = None
+    variant: Text = None
 
 
 class _ScoreRow(MetricRow):
@@ -126,8 +129,6 @@ class TableRow(MetricRow):
     energy_j: Real = None
     at_entropy: Real = None
     reached: Text = None
-    task: Text = None
-    measure: Text = None
     judge_dtype: Text = None
     data: Text = None
     sampler: Text = None
@@ -138,6 +139,14 @@ class TableRow(MetricRow):
     bounds: Text = None
     cache: Text = None
     commit: Text = None
+
+
+def student_steps(folder: Path) -> int | None:
+    """The sampling steps that the student in a folder was made for, if its meta.json says so."""
+    meta = folder / "meta.json"
+    about = read_json(meta) if meta.is_file() else None
+    steps = about.get("student_steps") if isinstance(about, dict) else None
+    return steps if isinstance(steps, int) else None
 
 
 def metric_rows(file: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pandas import DataFrame, Series
 
-from halfstep.files import read_json
+from halfstep.records.shapes import student_steps
 from halfstep.report.grids import round_number
 from halfstep.report.trainings import paired_change
 
@@ -196,7 +196,7 @@ def own_steps(perplexity: DataFrame, results: Path) -> list[str]:
         found = []
         models = group.drop_duplicates("model").sort_values("round")
         for model, round_ in zip(models["model"], models["round"], strict=True):
-            made_for = _made_for(results / "models" / model)
+            made_for = student_steps(results / "models" / model)
             before = f"{base}/{run}/round-{round_ - 1}" if round_ > 1 else f"{base}/teacher"
             teacher, student = at.get((before, made_for)), at.get((model, made_for))
             if teacher is not None and student is not None:
@@ -206,14 +206,6 @@ def own_steps(perplexity: DataFrame, results: Path) -> list[str]:
             title = f"{base}, {run}: every round at its own step count, its teacher -> the round:"
             lines.append("\n  ".join([title, *found]))
     return lines
-
-
-def _made_for(folder: Path) -> int | None:
-    """The step count that the model in a folder was made for, if its meta.json says so."""
-    meta = folder / "meta.json"
-    about = read_json(meta) if meta.is_file() else None
-    steps = about.get("student_steps") if isinstance(about, dict) else None
-    return steps if isinstance(steps, int) else None
 
 
 def story_shares(table: DataFrame) -> list[str]:

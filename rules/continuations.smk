@@ -12,6 +12,8 @@ Outputs:
 
 Next to the record of continuations, steps-{steps}/ has token ids, texts and samples.json. They are
 not declared, as those of samples (generate.smk), so finished sets outlive an interrupted job.
+
+On Slurm the two jobs of a model are one submission (`groups` in workflow/profiles/slurm).
 """
 
 
@@ -30,7 +32,7 @@ rule continue_prompts:
         "../envs/gpu.yaml"
     threads: threads_by_size
     resources:
-        **machine("sample"),
+        **machine("continuations"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         corpus=subpath(input.corpus, parent=True),
@@ -71,7 +73,7 @@ rule score_continuations:
         "../envs/gpu.yaml"
     threads: threads_by_size
     resources:
-        **machine("sample"),
+        **machine("continuations"),
     params:
         samples=targets.continuation_folders,
         corpus=subpath(input.corpus, parent=True),

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from halfstep.commands import plan
-from halfstep.config import GENERATE_STAGE, DrawOptions, GenerateOptions, Prompts
+from halfstep.config import CONTINUE_STAGE, GENERATE_STAGE
+from halfstep.config import DrawOptions, GenerateOptions, Prompts
 from halfstep.errors import ConfigError
 from halfstep.report import catalogue
 from halfstep.resolve import check_size, flags, read_yaml, resolve, subsection
@@ -67,7 +68,7 @@ STAGE = dict(
     distill=4,
     generate=GENERATE_STAGE,
     draw_naive=1,
-    continue_prompts=4,
+    continue_prompts=CONTINUE_STAGE,
     score_continuations=5,
     score=6,
     lambada=6,
@@ -98,7 +99,6 @@ wildcard_constraints:
     model=one_of(MODELS),
     run=r"(?!teacher/|baseline/)[^/]+",
     round=r"[1-9]\d*",
-    steps=r"[1-9]\d*",
     figure=one_of(FIGURES),
     table=one_of(TABLES),
 

@@ -6,38 +6,38 @@ Inputs:
     results/data/{corpus}/manifest.json
     results/hub.json                             only where something comes from the hub
 Outputs:
-    results/continuations/{model}/steps-{steps}/     token ids, texts; samples.json
+    results/continuations/{model}/provenance.json    written last; it stands for all continuations
     results/metrics/{model}/continuations.json   rows of MAUVE, self-BLEU and perplexity
     results/metrics/{model}/continuations.provenance.json
+
+Next to the record of continuations, steps-{steps}/ has token ids, texts and samples.json. They are
+not declared, as those of samples (generate.smk), so finished sets outlive an interrupted job.
+
+On Slurm the two jobs of a model are one submission (`groups` in workflow/profiles/slurm).
 """
 
 
 rule continue_prompts:
-    """Continue held-out prompts with one model at one number of sampling steps."""
+    """Continue held-out prompts with one model at all its step counts."""
     input:
         checkpoint="results/models/{model}/meta.json",
         corpus=targets.manifest,
     output:
-        multiext(
-            "results/continuations/{model}/steps-{steps}/",
-            "samples.npy",
-            "samples.txt",
-            "provenance.json",
-        ),
-        about="results/continuations/{model}/steps-{steps}/samples.json",
+        record="results/continuations/{model}/provenance.json",
     log:
-        "results/logs/continue_prompts/{model}/steps-{steps}.log",
+        "results/logs/continue_prompts/{model}.log",
     benchmark:
-        "results/logs/continue_prompts/{model}/steps-{steps}.tsv"
+        "results/logs/continue_prompts/{model}.tsv"
     conda:
         "../envs/gpu.yaml"
     threads: threads_by_size
     resources:
-        **machine("sample"),
+        **machine("continuations"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
         corpus=subpath(input.corpus, parent=True),
-        output=subpath(output.about, parent=True),
+        output=lambda wildcards, output: str(Path(output.record).parent / "steps-{steps}"),
+        steps=lambda wildcards: targets.continuation_steps(wildcards.model),
         prompts=lambda wildcards: flags(subsection(CONFIG.continuations, Prompts)),
         drawing=lambda wildcards: flags(subsection(targets.sampling(wildcards), DrawOptions)),
         code=STAGE["continue_prompts"],
@@ -47,7 +47,7 @@ rule continue_prompts:
             --checkpoint {params.checkpoint:q} \
             --corpus {params.corpus:q} \
             --output {params.output:q} \
-            --steps {wildcards.steps} \
+            --steps {params.steps} \
             {params.prompts} \
             {params.drawing} \
             --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
@@ -58,11 +58,7 @@ rule continue_prompts:
 rule score_continuations:
     """Score a model's continuations: MAUVE, self-BLEU and perplexity."""
     input:
-        samples=lambda wildcards: expand(
-            "results/continuations/{model}/steps-{steps}/samples.json",
-            model=wildcards.model,
-            steps=targets.continuation_steps(wildcards.model),
-        ),
+        samples="results/continuations/{model}/provenance.json",
         corpus=targets.manifest,
         judge=targets.judge_file,
         hub=fetched(targets.sources.judges_of_hub()),
@@ -77,9 +73,9 @@ rule score_continuations:
         "../envs/gpu.yaml"
     threads: threads_by_size
     resources:
-        **machine("sample"),
+        **machine("continuations"),
     params:
-        samples=lambda wildcards, input: [str(Path(file).parent) for file in input.samples],
+        samples=targets.continuation_folders,
         corpus=subpath(input.corpus, parent=True),
         judge=targets.judges,
         evaluation=flags(CONFIG.evaluation, "bootstrap", "precision"),

@@ -1,6 +1,7 @@
 """The real profile on a real, local Slurm: preset ci to its figures, through four faults.
 
-They are a preemption, a dead node, a time limit and an absent controller.
+They are a preemption, a dead node, a time limit and an absent controller. After the run, damaged
+files let jobs fail.
 """
 
 import os
@@ -223,3 +224,39 @@ def test_a_failure_shows_its_reason_and_how_to_continue(run, cluster):
     assert "meta.json" in end.split("Slurm's log:")[0] and "halfstep distill-round:" in end, end
     assert re.search(r"Slurm's log: \S+/rule_distill_round/\S+\.log", end), end
     assert "to continue: snakemake --profile slurm" in end, end
+
+
+def test_a_group_is_one_submission_and_keeps_what_its_first_job_wrote(run, cluster):
+    """The judge of the continuations is damaged, so their scores fail. A later call draws no
+    continuation again."""
+    folder = run[0]
+    judge = folder / "results/models/stories-ci/baseline/hf/model.safetensors"
+    target = "results/metrics/stories-ci/teacher/continuations.json"
+    continuations = 'continuations={"continuation_steps": [4, 8], "continuation_rounds": [0]}'
+    config = [*SMALL[:-1], continuations]
+    rules = ("continue_prompts", "score_continuations")
+    words = [target, "--set-resources", *(f"{rule}:gpu=1" for rule in rules), "--config", *config]
+    when, good = judge.stat(), judge.read_bytes()
+    judge.write_bytes(b"")
+    os.utime(judge, ns=(when.st_atime_ns, when.st_mtime_ns))
+    try:
+        assert finish(cluster, snakemake(cluster, folder, *words, "--retries", "0")) == 1
+    finally:
+        judge.write_bytes(good)
+        os.utime(judge, ns=(when.st_atime_ns, when.st_mtime_ns))
+    end = (folder / "out").read_text().split("stopped; what failed:")[1]
+    assert "rule score_continuations" in end, end
+    assert "group continuations-stories-ci/teacher" in end, end
+    assert re.search(r"Slurm's log: \S+/group_continuations-stories-ci/\S+\.log", end), end
+    drawn = sorted(folder.glob("results/continuations/stories-ci/teacher/steps-*/samples.npy"))
+    times = [file.stat().st_mtime_ns for file in drawn]
+    assert len(drawn) == 2 and not (folder / target).exists()
+
+    assert finish(cluster, snakemake(cluster, folder, *words)) == 0, (folder / "out").read_text()
+    assert [file.stat().st_mtime_ns for file in drawn] == times and (folder / target).exists()
+    said = cluster.call("squeue", "-h", "-t", "all", "-o", "%i|%T|%l|%k")
+    lines = [line.split("|") for line in said.splitlines() if "score_continuations" in line]
+    failed, repeated = sorted(lines, key=lambda line: int(line[0]))
+    assert failed[1:3] == ["FAILED", "1:00:00"] and repeated[1:3] == ["COMPLETED", "1:00:00"]
+    for job in (failed[0], repeated[0]):
+        assert "TresPerJob=gres:gpu:1\n" in cluster.call("scontrol", "show", "job", job) + "\n"

@@ -31,7 +31,7 @@ MACHINE = Machine(device="cpu", threads=1, micro_batch=16)
 def write(world, name, output, seed=3, prompts=PROMPTS, machine=MACHINE):
     """Continuations by a model at 4 steps: their ids."""
     folder, drawing = world.models / name, DrawOptions(sampling_seed=seed)
-    continue_prompts(folder, world.corpus, output, 4, prompts, drawing, machine)
+    continue_prompts(folder, world.corpus, output, [4], prompts, drawing, machine)
     return np.load(output / "samples.npy")
 
 
@@ -102,6 +102,76 @@ def test_a_text_depends_on_seed_and_index_only(world, written, name, tmp_path):
     assert np.array_equal(again, ids[:21])
     other = write(world, name, tmp_path, seed=4, prompts=fewer, machine=machine)
     assert (other[:, 10:] != ids[:21, 10:]).mean() > 0.5
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The step counts that are drawn."""
+    counts, draw_texts = [], continuations.draw_texts
+
+    def note(write, given, micro_batch, label, group):
+        counts.append(int(label.split()[-2]))
+        return draw_texts(write, given, micro_batch, label, group)
+
+    monkeypatch.setattr(continuations, "draw_texts", note)
+    return counts
+
+
+def several(world, root, *steps, prompts=PROMPTS):
+    """Continuations by the teacher at several step counts."""
+    folder, drawing = world.models / "teacher", DrawOptions(sampling_seed=3)
+    output = root / "steps-{steps}"
+    continue_prompts(folder, world.corpus, output, [*steps], prompts, drawing, MACHINE)
+
+
+def test_step_counts_share_a_call_and_a_record(world, written, tmp_path, drawn):
+    """Each set is what a call for it alone draws. Finished sets are kept, a new one is drawn."""
+    several(world, tmp_path, 4, 2)
+    several(world, tmp_path, 4, 2, 3)
+    assert drawn == [4, 2, 3]
+    for name in ("samples.npy", "samples.txt"):
+        alone = (written / "teacher" / name).read_bytes()
+        assert (tmp_path / "steps-4" / name).read_bytes() == alone
+    record = read_json(tmp_path / "provenance.json")
+    files = [f"steps-{n}/samples.{kind}" for n in (2, 3, 4) for kind in ("json", "npy", "txt")]
+    assert sorted(record["outputs"]) == sorted(files)
+    assert len(list(tmp_path.rglob("provenance.json"))) == 1
+
+
+@pytest.mark.parametrize("change, expected", [
+    ("nothing", []),
+    ("killed", [2]),
+    ("damaged", [2]),
+    ("count", [2, 4]),
+    ("version", [2, 4]),
+    ("documents", [2, 4]),
+])  # fmt: skip
+def test_what_differs_or_was_changed_is_drawn_again(
+    world, tmp_path, drawn, monkeypatch, change, expected
+):
+    few = PROMPTS.model_copy(update={"num_prompts": 4})
+    several(world, tmp_path, 2, 4, prompts=few)
+    drawn.clear()
+    if change == "killed":
+        (tmp_path / "steps-2/samples.json").unlink()
+    if change == "damaged":
+        (tmp_path / "steps-2/samples.txt").write_text("another text\n")
+    if change == "count":
+        few = few.model_copy(update={"num_prompts": 5})
+    if change == "version":
+        monkeypatch.setattr(continuations, "CONTINUE_STAGE", continuations.CONTINUE_STAGE + 1)
+    if change == "documents":
+        others = references(world.corpus, PROMPTS)[-4:]
+        monkeypatch.setattr(continuations, "references", lambda corpus, prompts: others)
+    several(world, tmp_path, 2, 4, prompts=few)
+    assert drawn == expected
+
+
+def test_several_step_counts_need_several_folders(world, tmp_path):
+    with pytest.raises(HalfstepError, match=r"found 2 step counts for one folder, .*steps-{steps}"):
+        arguments = world.corpus, tmp_path / "out", [2, 4], PROMPTS, DrawOptions(), MACHINE
+        continue_prompts(world.models / "teacher", *arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_denoiser_is_given_eos_to_the_right_of_each_text(world, tmp_path, monkeypatch):
@@ -204,7 +274,7 @@ def test_distinct_counts_all_texts_of_a_group():
         ({"document-tokens": 500}, r"found 0 held-out documents of document_tokens \(500\)"),
         ({"document-tokens": 20}, r"document_tokens \(20\) must be at least 21"),
         ({"prompt-tokens": 120, "document-tokens": 131}, r"found 0 held-out documents"),
-        ({"steps": 0}, "steps: found 0: input should be greater than or equal to 1"),
+        ({"steps": 0}, r"steps: found \[0\]: input should be greater than or equal to 1"),
     ],
 )
 def test_an_error_is_one_line(world, tmp_path, capsys, changed, message):
@@ -226,7 +296,7 @@ def test_things_that_do_not_belong_together_are_errors(world, written, tmp_path)
     short = shutil.copytree(world.models / "teacher", tmp_path / "short")
     write_json(short / "meta.json", read_json(short / "meta.json") | {"length": 16})
     with pytest.raises(HalfstepError, match=r"found 10 \+ 12, but a text of short has 16 tokens"):
-        continue_prompts(short, world.corpus, tmp_path / "out", 4, PROMPTS, DrawOptions(), MACHINE)
+        write(world, short, tmp_path / "out")
     message = "samples without prompts; name folders that halfstep continue-prompts wrote"
     with pytest.raises(HalfstepError, match=message):
         score(world, world.samples / "steps-8", tmp_path)

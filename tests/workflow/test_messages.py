@@ -95,6 +95,12 @@ Error in rule generate:
     log: {absent}, {own}
 Error in rule plot:
     jobid: 9
+[Fri Nov 27 04:39:10 2026]
+    message: Error in group continuations-a/teacher
+    log: {slurm}/logs/slurm/group_continuations-a/9.log (check log file(s) for error details)
+    jobs:
+    Error in rule score_continuations:
+        jobid: 3
 """
 
 
@@ -111,4 +117,6 @@ def test_each_failed_job_is_named_once_with_the_end_of_its_logs(tmp_path):
         f"  log: {absent}",
         "  | no such file: the job did not start",
         "rule plot",
+        "group continuations-a/teacher",
+        f"  Slurm's log: {tmp_path}/logs/slurm/group_continuations-a/9.log",
     ]

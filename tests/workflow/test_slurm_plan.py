@@ -4,7 +4,10 @@ import os
 import re
 
 import pytest
-from dryrun import copy
+from dryrun import REPOSITORY, copy
+
+from halfstep.resolve import resolve
+from halfstep.workflow.targets import Targets
 
 SITE = {
     "HALFSTEP_SLURM_PARTITION": "fast",
@@ -118,6 +121,45 @@ def test_a_retry_asks_for_more(workflow):
     asked = resources(third, "distill_round")
     assert "mem_mb=64000" in asked and "runtime=960" in asked
     assert "runtime=4320" in resources(third, "pretrain")  # the longest time of a job
+
+
+def grouped(plan: str) -> dict[str, dict[str, str]]:
+    """The jobs of each group in a dry run: their lines `resources:`, by rule."""
+    found: dict[str, dict[str, str]] = {}
+    for name, jobs in re.findall(r"Group job (\S+) .*\n((?:\n| +.*\n|\[.*\]\n)*)", plan):
+        facts = re.findall(r"^ +rule (\w+):\n(?: +.*\n)*? +resources: (.*)", jobs, re.MULTILINE)
+        assert len(facts) == len(dict(facts))
+        found[name] = dict(facts)
+    return found
+
+
+@pytest.mark.parametrize("preset", ["sdtt-small", "owt-small"])
+def test_on_a_cluster_the_continuations_of_a_model_and_their_scores_are_one_submission(
+    workflow, preset
+):
+    """The two jobs share the time limit of one that samples. No other job is in a group."""
+    config = resolve({"preset": preset}, REPOSITORY / "workflow/presets", quiet=True)
+    groups = grouped(workflow.plan(*SLURM, "all", "--config", f"preset={preset}"))
+    assert groups.keys() == {f"continuations-{name}" for name in Targets(config).continued_models()}
+    for jobs in groups.values():
+        assert jobs.keys() == {"continue_prompts", "score_continuations"}
+        for asked in jobs.values():
+            assert "runtime=120," in asked and "gpu=1," in asked and "mem_mb=32000," in asked
+
+
+def test_without_a_cluster_there_is_no_group(workflow):
+    assert grouped(workflow.plan("all", "--config", "preset=ci")) == {}
+    assert len(grouped(workflow.plan(*SLURM, "all", "--config", "preset=ci"))) == 2
+
+
+def test_a_group_stays_within_the_longest_time_of_a_job(workflow):
+    """Slurm gets the sum of the times of its two jobs, in a retry too."""
+    for attempt in "13":
+        arguments = [*SLURM, "all", "--config", "preset=sdtt-small", "--attempt", attempt]
+        groups = grouped(workflow.plan(*arguments, HALFSTEP_SLURM_MAX_MINUTES="90"))
+        for jobs in groups.values():
+            times = [int(re.search(r"runtime=(\d+)", asked)[1]) for asked in jobs.values()]
+            assert times == [45, 45]
 
 
 def test_only_files_of_the_hub_are_fetched_and_first(workflow):

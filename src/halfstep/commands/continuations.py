@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from halfstep.checkpoint import checkpoint_files, load_checkpoint
 from halfstep.commands.evaluate import corpus_name, load_judges, sample_columns
-from halfstep.commands.generate import draw_texts, note_unused_options, save_samples, text_writer
-from halfstep.commands.samples import read_samples, sample_files
-from halfstep.config import DrawOptions, Evaluation, Machine, Prompts, Steps
+from halfstep.commands.generate import (
+    describe,
+    draw_texts,
+    note_unused_options,
+    record_of,
+    save_samples,
+    step_folders,
+    text_writer,
+    write_record_of_sets,
+)
+from halfstep.commands.samples import is_written, read_samples, sample_files
+from halfstep.config import CONTINUE_STAGE, DrawOptions, Evaluation, Machine, Prompts, Steps
 from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer, read_manifest
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
@@ -25,7 +37,6 @@ from halfstep.metrics.diversity import distinct, self_bleu
 from halfstep.metrics.mauve import judge_features, mauve
 from halfstep.metrics.perplexity import Judge, ids_nll
 from halfstep.metrics.rows import mean_row, model_name, row, write_rows
-from halfstep.records import provenance
 from halfstep.resolve import check_fields
 
 PROTOCOL = "continuations"
@@ -36,12 +47,16 @@ def continue_prompts(
     checkpoint: Path,
     corpus: Path,
     output: Path,
-    steps: Steps,
+    steps: Annotated[list[Steps], Field(min_length=1)],
     prompts: Prompts,
     drawing: DrawOptions,
     machine: Machine,
 ) -> None:
     """Continue the beginnings of held-out documents: write samples.npy, samples.txt, samples.json.
+
+    With several step counts the name of the output has {steps} in it: continuations/steps-{steps}.
+    Finished sets of the same checkpoint, prompts and options are kept, so an interrupted call
+    continues, and a further step count is drawn alone.
 
     samples.npy holds ids [num_prompts * per_prompt, prompt_tokens + continuation_tokens]; the
     continuations of a prompt are neighbors.
@@ -53,10 +68,11 @@ def continue_prompts(
     Args:
         checkpoint: a checkpoint folder
         corpus: folder of `halfstep prepare-corpus` with the held-out documents to continue
-        output: folder of the continuations
-        steps: sampling steps
+        output: folder of the continuations, with {steps} where there are several step counts
+        steps: numbers of sampling steps
     """
-    started, group, device = time.monotonic(), join_group(machine), find_device(machine)
+    group, device = join_group(machine), find_device(machine)
+    folders = step_folders(output, steps)
     model = load_checkpoint(checkpoint, drawing.weights, str(device), drawing.precision)
     name = model_name(checkpoint)
     if model.tokenizer.get_vocab() != corpus_tokenizer(corpus).get_vocab():
@@ -74,17 +90,39 @@ def continue_prompts(
         )
     if group.is_main:
         tokens = length if model.denoiser is not None else prompts.continuation_tokens
-        note_unused_options(model, tokens, steps, drawing)
-    write = text_writer(model, length, steps, drawing, end=model.eos_id)
+        note_unused_options(model, tokens, max(steps), drawing)
+    for count in folders:  # a sampler may refuse a step count: before anything is drawn
+        text_writer(model, length, count, drawing, end=model.eos_id)
     given = texts[:, : prompts.prompt_tokens].repeat_interleave(prompts.per_prompt, 0)
-    label = f"continue {name} at {steps} steps"
-    written = draw_texts(write, given, machine.micro_batch, label, group)
-    if written is None:
-        return
-    more = {"prompts": prompts.model_dump(), "elapsed_s": time.monotonic() - started}
-    save_samples(checkpoint, output, model, steps, written, drawing, **more)
-    inputs = [*checkpoint_files(checkpoint, drawing.weights), *corpus_files(corpus, "validation")]
-    provenance.write_record(output / provenance.NAME, output.glob("samples.*"), inputs)
+    for count, folder in folders.items():
+        how: dict[str, Any] = {"prompts": prompts.model_dump(), "stage": CONTINUE_STAGE}
+        about = describe(checkpoint, model, count, len(given), drawing) | how
+        label = f"continue {name} at {count} steps"
+        is_kept = group.is_main and _is_finished(folder, about, given, model.tokenizer)
+        if group.broadcast(is_kept):
+            if group.is_main:
+                print(f"{label}: kept, all {len(given)} texts are there", file=sys.stderr)
+            continue
+        started = time.monotonic()
+        write = text_writer(model, length, count, drawing, end=model.eos_id)
+        written = draw_texts(write, given, machine.micro_batch, label, group)
+        if written is not None:
+            how["elapsed_s"] = time.monotonic() - started
+            save_samples(checkpoint, folder, model, count, written, drawing, **how)
+    if group.is_main:
+        inputs = [
+            *checkpoint_files(checkpoint, drawing.weights),
+            *corpus_files(corpus, "validation"),
+        ]
+        write_record_of_sets(record_of(output), list(folders.values()), inputs)
+
+
+def _is_finished(folder: Path, about: dict[str, Any], given: Tensor, tokenizer: Tokenizer) -> bool:
+    """Does the folder hold finished continuations as `about` says, of the prompts given[N, P]?"""
+    if not is_written(folder, about, tokenizer):
+        return False
+    ids, _ = read_samples(folder)
+    return np.array_equal(ids[:, : given.shape[1]], given.numpy())
 
 
 class _Continued(NamedTuple):

@@ -110,11 +110,8 @@ def generate(
             how["elapsed_s"] = time.monotonic() - started
             save_samples(checkpoint, one.folder, model, one.steps, texts, one.options, **how)
     if group.is_main:
-        for one in sets:
-            if one.folder != record.parent:  # a file has one record, that of its last job
-                (one.folder / provenance.NAME).unlink(missing_ok=True)
-        files = [file for one in sets for file in one.folder.glob("samples.*")]
-        provenance.write_record(record, files, checkpoint_files(checkpoint, sampling.weights))
+        folders = [one.folder for one in sets]
+        write_record_of_sets(record, folders, checkpoint_files(checkpoint, sampling.weights))
 
 
 STEPS = "{steps}"  # in the name of an output
@@ -127,19 +124,14 @@ def sample_sets(
     temperatures: list[float],
 ) -> list[SampleSet]:
     """The sets of samples that `generate` draws, each with its folder."""
-    if len(set(steps)) > 1 and STEPS not in str(output):
-        raise HalfstepError(
-            f"--output {output}: found {len(set(steps))} step counts for one folder, expected "
-            f"{STEPS} in its name; write {output}/steps-{STEPS}"
-        )
+    folders = step_folders(output, steps)
     if temperatures and sampling.temperature != 1:
         raise HalfstepError(
             f"temperature: found {sampling.temperature:g}, expected only --temperatures, which "
             "name all; leave it out"
         )
     sets = []
-    for count in dict.fromkeys(steps):
-        folder = Path(str(output).replace(STEPS, str(count)))
+    for count, folder in folders.items():
         if not temperatures:
             sets.append(SampleSet(count, sampling, folder))
         for temperature in dict.fromkeys(temperatures):
@@ -148,10 +140,30 @@ def sample_sets(
     return sets
 
 
+def step_folders(output: Path, steps: list[int]) -> dict[int, Path]:
+    """The folder of each step count: the output with the count in place of {steps}."""
+    counts = list(dict.fromkeys(steps))
+    if len(counts) > 1 and STEPS not in str(output):
+        raise HalfstepError(
+            f"--output {output}: found {len(counts)} step counts for one folder, expected "
+            f"{STEPS} in its name; write {output}/steps-{STEPS}"
+        )
+    return {count: Path(str(output).replace(STEPS, str(count))) for count in counts}
+
+
 def record_of(output: Path) -> Path:
     """The provenance record of all sets: in the folder above the first {steps} of their name."""
     plain = takewhile(lambda part: STEPS not in part, output.parts)
     return Path(*plain, provenance.NAME)
+
+
+def write_record_of_sets(record: Path, folders: list[Path], inputs: list[Path]) -> None:
+    """Write the provenance record of all sets; an earlier one inside a set is removed."""
+    for folder in folders:
+        if folder != record.parent:  # a file has one record, that of its last job
+            (folder / provenance.NAME).unlink(missing_ok=True)
+    files = [file for folder in folders for file in folder.glob("samples.*")]
+    provenance.write_record(record, files, inputs)
 
 
 def encode_prompt(model: Model, prompt: str) -> Tensor:

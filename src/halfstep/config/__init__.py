@@ -5,6 +5,7 @@ the key `lr:` are the same field. resolve.py turns the user's YAML into a `Confi
 """
 
 from halfstep.config.measuring import (
+    CONTINUE_STAGE,
     GENERATE_STAGE,
     NAIVE,
     Benchmark,
@@ -55,6 +56,7 @@ from halfstep.config.values import (
 from halfstep.config.whole import Config, Teacher
 
 __all__ = [
+    "CONTINUE_STAGE",
     "GENERATE_STAGE",
     "MOST_STEPS",
     "NAIVE",

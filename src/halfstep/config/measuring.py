@@ -58,6 +58,9 @@ GENERATE_STAGE = 4
 """version of what `halfstep generate` draws (STAGE in rules/common.smk); samples.json holds it, and
 samples of another version are drawn again"""
 
+CONTINUE_STAGE = 5
+"""the same of `halfstep continue-prompts`"""
+
 
 class GenerateOptions(DrawOptions):
     """How one set of samples is drawn."""

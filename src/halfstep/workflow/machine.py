@@ -57,11 +57,14 @@ def demand_of(size: str) -> Demand:
 BASE = ("gpu", "gpu_model", "mem_mb", "runtime")
 SPREAD = ("nodes", "mpi", "tasks", "tasks_per_gpu", "gres", "srun", "processes")
 TASK_HOURS = 4  # of a job that answers tasks, for each hour of one that samples
+JOINED = 2
+"""Jobs that continue prompts and score them: a group on Slurm, which gets the sum of their times"""
 RESOURCES = {
     "pretrain": (*SPREAD, *BASE, "micro_batch", "limit"),
     "round": (*SPREAD, *BASE, "micro_batch", "limit"),
     "sample": (*SPREAD, *BASE, "micro_batch"),
     "tasks": (*SPREAD, *BASE, "micro_batch"),
+    "continuations": (*SPREAD, *BASE, "micro_batch"),
     "latency": BASE,
     "import": ("mem_mb",),
 }
@@ -115,6 +118,7 @@ def base_resources(
     """What a job of this kind asks for, by the size of its network.
 
     Each retry asks for half as much memory and time again; the time stays within the site's limit.
+    The two jobs of a model's continuations share the time of one job that samples.
 
     Args:
         size: a network size
@@ -133,6 +137,8 @@ def base_resources(
     gpus, hours = others.get(kind, (gpus, hours))
     first = 60 * hours if first_minutes is None else first_minutes
     minutes = min(first * (attempt + 1) // 2, site.max_minutes)
+    if kind == "continuations":
+        minutes = max(1, minutes // JOINED)
     return {
         "gpu": gpus,
         "gpu_model": site.gpu_model if gpus else "",

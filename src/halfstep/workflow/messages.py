@@ -66,10 +66,14 @@ def curves(environment: Mapping[str, str], store: Path = Path("results/mlflow.db
 
 
 def failures(log: Path) -> Iterator[str]:
-    """Lines about each failed job in snakemake's log: rule, its log's last lines, Slurm's log."""
+    """Lines about each failed job in snakemake's log: rule, its log's last lines, Slurm's log.
+
+    Jobs of a group share a log of Slurm, which is named after all rules.
+    """
+    text = log.read_text(errors="replace")
     pattern = r"^Error in rule\s(\w+)[^\n]*:\n((?: .*\n?)+)"
     slurm_logs: dict[tuple[str, str], list[str]] = {}  # a job that was retried has several
-    for rule, facts in re.findall(pattern, log.read_text(errors="replace"), re.MULTILINE):
+    for rule, facts in re.findall(pattern, text, re.MULTILINE):
         own = re.search(r"^ +log: ([^\s,]+)", facts, re.MULTILINE)
         found = re.findall(r"\S*logs/slurm/\S+\.log", facts)
         slurm_logs.setdefault((rule, own[1] if own else ""), []).extend(found)
@@ -79,6 +83,10 @@ def failures(log: Path) -> Iterator[str]:
             yield f"  log: {own_log}"
             yield from (f"  | {line}" for line in _last_lines(Path(own_log)))
         yield from (f"  Slurm's log: {name}" for name in names[-1:])
+    groups = re.findall(r"^ +message: Error in group (\S+)\n +log: (\S+)", text, re.MULTILINE)
+    for group, name in dict(groups).items():
+        yield f"group {group}"
+        yield f"  Slurm's log: {name}"
 
 
 def _last_lines(file: Path) -> list[str]:

@@ -358,6 +358,11 @@ class Targets:
             return [options.continuation_tokens]
         return options.continuation_steps
 
+    def continuation_folders(self, wildcards: Wildcards) -> list[str]:
+        """The folders of a model's continuations at each step count."""
+        folder = f"results/continuations/{wildcards.model}"
+        return [f"{folder}/steps-{steps}" for steps in self.continuation_steps(wildcards.model)]
+
     def continued_models(self) -> list[str]:
         """The models that continue prompts: baselines, and the denoisers of the chosen rounds."""
         options = self.config.continuations

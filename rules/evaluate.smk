@@ -11,13 +11,13 @@ Inputs:
     results/hub.json                             only where something comes from the hub
 Outputs:
     results/metrics/{model}/samples.json         rows of a model's samples, one for each step count
-    results/metrics/{model}/{variant}/samples.json
-                                                 the same for the samples of a variant
     results/metrics/{teacher}/data.json          rows of held-out text
     results/metrics/{model}/frontier             .json, rows of the frontier, and .npy, values of
                                                  single texts; not without temperatures
     results/metrics/{model}/lambada.json         rows of last words; not with `lambada: null`
     and next to each its .provenance.json
+
+The {model} of samples may end in the name of a variant of `sampling`, {model}/{variant}.
 """
 
 

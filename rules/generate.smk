@@ -4,10 +4,11 @@ Inputs:
     results/models/{model}/meta.json
 Outputs:
     results/samples/{model}/provenance.json      written last; it stands for all samples
-    results/samples/{model}/{variant}/provenance.json
-                                                 the same, drawn as a variant of `sampling` says
     results/samples/{model}/frontier/provenance.json
                                                  the same of the frontier's other temperatures
+
+The {model} of a sample may end in the name of a variant of `sampling`, {model}/{variant}: the same
+model, drawn in another way.
 
 Next to a record, steps-{steps}/ has token ids, texts and samples.json, on the frontier for each
 temperature in temperature-{temperature}/. They are not declared, because Snakemake deletes declared

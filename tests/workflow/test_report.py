@@ -15,7 +15,7 @@ from halfstep.workflow.targets import Targets
 CONFIG = {
     "preset": "ci",
     "teachers": {"stories-ci": {"distillation": {"rounds": 1}}},
-    "sampling": {"steps": [8]},
+    "sampling": {"steps": [8], "variants": {"cold": {"temperature": 0.8}}},
 }
 
 

@@ -13,6 +13,7 @@ Then kl_backward makes the samples of a student hotter than its teacher's.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def main(teacher: Path, corpus: Path) -> None:
                 for _ in range(DRAWS)
             ]
         )
-        mean = targets.logsumexp(0) - torch.tensor(float(DRAWS)).log()
+        mean = targets.logsumexp(0) - math.log(DRAWS)
         geometric = torch.log_softmax(targets.mean(0), -1)
         found = [entropy(each) for each in (one_step, targets, mean, geometric)]
         print(tokens, *(f"{value:.3f}" for value in found), sep=" | ", flush=True)

@@ -18,6 +18,7 @@ from halfstep.errors import HalfstepError
 from halfstep.report import style
 from halfstep.report.catalogue import FIGURES, JOURNALS, TABLES
 from halfstep.report.curves import CURVE_POINTS, read_curves, thin_curve
+from halfstep.report.labels import spread
 from halfstep.report.points import POINTS
 from halfstep.report.published import published_rows
 from halfstep.report.rows import read_table
@@ -46,6 +47,23 @@ def inputs(results, name):
     if JOURNALS in needs:
         return [results / "models"]
     return [results / "tables" / f"{need}.csv" for need in needs]
+
+
+def test_the_panel_of_the_default_draws_is_the_first_and_all_have_the_levels(results):
+    """Whatever the variants are called."""
+    tables = frames(results, "ppl_by_variant")
+    table = tables["variants"]
+    renamed = table["variant"].replace("released-noise", "a-variant")
+    tables["variants"] = table.assign(variant=renamed).sort_values("variant", kind="stable")
+    _, points = resolve_name(FIGURES["ppl_by_variant"].draw)(tables)
+    panels = list(dict.fromkeys(points["panel"]))
+    assert [panel.rpartition(" · ")[2] for panel in panels] == [
+        *["default"] * 2,
+        *["a-variant"] * 2,
+    ]
+    levels = points[points["kind"] == "level"]
+    for panel in panels:
+        assert set(levels.loc[levels["panel"] == panel, "series"]) == {"baseline", "data"}
 
 
 def frames(results, name, published=False):
@@ -284,10 +302,10 @@ def test_rounds_differ_in_gray():
 
 
 def test_spread_separates_near_places_and_leaves_the_others():
-    assert style.spread([10, 50, 90], 10, 0, 100) == [10, 50, 90]
-    assert style.spread([50, 50, 50], 10, 0, 100) == [40, 50, 60]
-    assert style.spread([99, 100], 10, 0, 100) == [90, 100]
-    assert numpy.diff(style.spread([1] * 30, 10, 0, 100)).min() == pytest.approx(100 / 29)
+    assert spread([10, 50, 90], 10, 0, 100) == [10, 50, 90]
+    assert spread([50, 50, 50], 10, 0, 100) == [40, 50, 60]
+    assert spread([99, 100], 10, 0, 100) == [90, 100]
+    assert numpy.diff(spread([1] * 30, 10, 0, 100)).min() == pytest.approx(100 / 29)
 
 
 def test_faults_are_one_sentence(results, tmp_path):

@@ -218,7 +218,7 @@ def _print_files(files: list[Path]) -> None:
 def _print_steps(file: Path, others: list[Path], results: Path, width: int) -> None:
     """Print the table of steps, other tables, and for each teacher what the table says."""
     from halfstep.report import sentences
-    from halfstep.report.tables import steps_markdown
+    from halfstep.report.markdown import steps_markdown
 
     table = _read_pooled(file)
     print(steps_markdown(table, ("generative_perplexity", "entropy")))

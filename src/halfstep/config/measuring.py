@@ -29,7 +29,6 @@ from halfstep.config.values import (
 NAIVE = ("unigram", "bigram", "cut_and_paste")
 """samplers without a network (data/naive.py), rows of every table of quality"""
 
-
 NOT_VARIANTS = ("default", "frontier", "naive")  # folders of samples, and what a table says
 
 

@@ -1,7 +1,8 @@
 """The catalogue: one row for each table and figure, read by rules, commands, report and tests.
 
-To add a figure, write a function in figures.py and a row in FIGURES. To add a table, write two
-functions in tables.py and a row in TABLES. A test fails until functions and rows agree.
+To add a figure, write a function in figures.py and a row in FIGURES. To add a table, write a
+function in tables.py, another in markdown.py, and a row in TABLES. A test fails until functions and
+rows agree.
 
 Snakemake imports this module at every start, so it imports nothing heavy. Functions are named as
 "module:function"; `pkgutil.resolve_name` imports them when they are called.
@@ -96,7 +97,7 @@ TABLES: dict[str, Table] = {
             "results/metrics/{teacher}/data.json",
         ),
         select="halfstep.report.tables:select_steps",
-        markdown="halfstep.report.tables:steps_markdown",
+        markdown="halfstep.report.markdown:steps_markdown",
     ),
     "temperatures": Table(
         title="the generative frontier: perplexity at equal entropy, over temperatures",
@@ -112,7 +113,7 @@ TABLES: dict[str, Table] = {
         },
         inputs=("results/metrics/{swept}/frontier.json",),
         select="halfstep.report.tables:select_temperatures",
-        markdown="halfstep.report.tables:temperatures_markdown",
+        markdown="halfstep.report.markdown:temperatures_markdown",
         section="sampling.temperatures",
     ),
     "variants": Table(
@@ -130,7 +131,7 @@ TABLES: dict[str, Table] = {
             "results/metrics/{teacher}/data.json",
         ),
         select="halfstep.report.tables:select_variants",
-        markdown="halfstep.report.tables:variants_markdown",
+        markdown="halfstep.report.markdown:variants_markdown",
         section="sampling.variants",
     ),
     "lambada": Table(
@@ -140,7 +141,7 @@ TABLES: dict[str, Table] = {
         metrics={"lambada_accuracy": "accuracy", "lambada_perplexity": "perplexity"},
         inputs=("results/metrics/{model}/lambada.json",),
         select="halfstep.report.tables:select_lambada",
-        markdown="halfstep.report.tables:lambada_markdown",
+        markdown="halfstep.report.markdown:lambada_markdown",
         section="evaluation.lambada",
     ),
     "tasks": Table(
@@ -151,7 +152,7 @@ TABLES: dict[str, Table] = {
         metrics={"task_score": "score"},
         inputs=("results/metrics/{examined}/tasks.json",),
         select="halfstep.report.tables:select_tasks",
-        markdown="halfstep.report.tables:tasks_markdown",
+        markdown="halfstep.report.markdown:tasks_markdown",
         section="evaluation.tasks",
     ),
     "zero_shot": Table(
@@ -161,7 +162,7 @@ TABLES: dict[str, Table] = {
         metrics={"zero_shot_perplexity": "perplexity per token, lower is better"},
         inputs=("results/metrics/{examined}/zero_shot.json",),
         select="halfstep.report.tables:select_zero_shot",
-        markdown="halfstep.report.tables:zero_shot_markdown",
+        markdown="halfstep.report.markdown:zero_shot_markdown",
         section="evaluation.perplexity",
     ),
     "speed": Table(
@@ -172,7 +173,7 @@ TABLES: dict[str, Table] = {
         metrics={"latency_s": "seconds to write"},
         inputs=("results/benchmarks/{timed}.json",),
         select="halfstep.report.tables:select_speed",
-        markdown="halfstep.report.tables:speed_markdown",
+        markdown="halfstep.report.markdown:speed_markdown",
     ),
     "continuations": Table(
         title="continuations of held-out prompts: MAUVE, self-BLEU, perplexity, distinct bigrams",
@@ -186,7 +187,7 @@ TABLES: dict[str, Table] = {
         },
         inputs=("results/metrics/{continued}/continuations.json",),
         select="halfstep.report.tables:select_continuations",
-        markdown="halfstep.report.tables:continuations_markdown",
+        markdown="halfstep.report.markdown:continuations_markdown",
         section="continuations",
     ),
 }

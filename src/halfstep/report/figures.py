@@ -4,7 +4,7 @@
 
 Tables are those of `halfstep tabulate` by name (steps, lambada, ...). `journals`
 are the curves of all trainings, and `published` the values of others, if --published is given.
-To add a figure, write a function here that selects points and gives them to `style.draw_panels`,
+To add a figure, write a function here that selects points and gives them to a function of `style`,
 and a row in catalogue.FIGURES. Each public function of this file is a figure.
 """
 
@@ -33,7 +33,7 @@ from halfstep.report.points import (
     points_by_run,
     run_names,
 )
-from halfstep.report.rows import LEVELS
+from halfstep.report.rows import DEFAULT, LEVELS
 from halfstep.report.trainings import pool_trainings
 
 Tables = Mapping[str, DataFrame]
@@ -62,14 +62,11 @@ def ppl_vs_steps(tables: Tables) -> Drawn:
     panels = dict.fromkeys(shown)
     points, sources = add_published(points, tables, "generative_perplexity", "steps", panels)
     conditions = describe_conditions(rows)
-    figure = style.draw_panels(
+    figure = style.draw_over_steps(
         points,
         note=f"Generative perplexity, mean and 95% interval. {conditions}{sources}",
-        xlabel="sampling steps",
         ylabel="generative perplexity",
-        x_scale="steps",
         log_y=True,
-        labels="left",
     )
     return figure, points
 
@@ -80,21 +77,19 @@ def ppl_by_variant(tables: Tables) -> Drawn:
     A baseline that is drawn only as `sampling` says is a level in all panels.
     """
     rows = one_metric(tables["variants"], "generative_perplexity")
-    levels = rows[rows["run"].isin(LEVELS) & (rows["variant"] == rows["variant"].iloc[0])]
+    levels = rows[rows["run"].isin(LEVELS) & (rows["variant"] == DEFAULT)]
     parts = []
-    for variant, mine in rows.groupby("variant", sort=False):
+    for variant in dict.fromkeys([DEFAULT, *rows["variant"]]):
+        mine = rows[rows["variant"] == variant]
         absent = levels[~levels["run"].isin(mine["run"])]
         points = points_by_run(pandas.concat([mine, absent]), "steps")
         parts.append(points.assign(panel=points["panel"] + f" · {variant}"))
     points = join_points(parts)
-    figure = style.draw_panels(
+    figure = style.draw_over_steps(
         points,
         note=f"Generative perplexity, mean and 95% interval. {describe_conditions(rows)}",
-        xlabel="sampling steps",
         ylabel="generative perplexity",
-        x_scale="steps",
         log_y=True,
-        labels="left",
     )
     return figure, points
 
@@ -110,13 +105,10 @@ def entropy_vs_steps(tables: Tables) -> Drawn:
     points, sources = add_published(points, tables, "entropy", "steps", panels)
     band = "gray band: within 5% of held-out text"
     conditions = describe_conditions(rows)
-    figure = style.draw_panels(
+    figure = style.draw_over_steps(
         points,
         note=f"Unigram entropy of a sample, mean and 95% interval; {band}. {conditions}{sources}",
-        xlabel="sampling steps",
         ylabel="entropy (nats)",
-        x_scale="steps",
-        labels="left",
         before=_band_around_data,
     )
     return figure, points
@@ -246,12 +238,9 @@ def mauve_vs_steps(tables: Tables) -> Drawn:
     """
     rows = one_metric(tables["continuations"], "mauve")
     points = points_by_run(rows, "steps")
-    figure = style.draw_panels(
+    figure = style.draw_over_steps(
         points,
         note=f"{MAUVE} {describe_conditions(rows)}",
-        xlabel="sampling steps",
         ylabel="MAUVE",
-        x_scale="steps",
-        labels="left",
     )
     return figure, points

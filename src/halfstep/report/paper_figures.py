@@ -34,13 +34,10 @@ def mauve_by_round(tables: Tables) -> Drawn:
     if not parts:
         raise HalfstepError("mauve_by_round: no rounds among the continuations; continue prompts")
     points = join_points(parts)
-    figure = style.draw_panels(
+    figure = style.draw_over_steps(
         points,
         note=f"{MAUVE} {describe_conditions(rows)}",
-        xlabel="sampling steps",
         ylabel="MAUVE",
-        x_scale="steps",
-        labels="left",
     )
     return figure, points
 
@@ -49,15 +46,12 @@ def continuation_ppl_vs_steps(tables: Tables) -> Drawn:
     """Perplexity of continuations, given their prompts, against sampling steps (figure 18)."""
     rows = one_metric(tables["continuations"], "continuation_perplexity")
     points = points_by_run(rows, "steps")
-    figure = style.draw_panels(
+    figure = style.draw_over_steps(
         points,
         note="Generative perplexity of continuations, prompts not counted, mean and 95% interval. "
         f"{describe_conditions(rows)}",
-        xlabel="sampling steps",
         ylabel="perplexity of continuations",
-        x_scale="steps",
         log_y=True,
-        labels="left",
     )
     return figure, points
 

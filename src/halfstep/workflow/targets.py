@@ -134,32 +134,28 @@ class Targets:
         seeds = of_run or self.teacher(wildcards).seeds or [self.config.seed]
         return seeds[0]
 
-    def drawn_model(self, wildcards: Wildcards) -> str:
-        """The model that draws a set of samples; `model` of the job may end in a variant."""
-        return self.varied.get(wildcards.model, (wildcards.model, ""))[0]
+    def _drawn(self, model: str) -> tuple[str, SampledModels]:
+        """The model of a name of samples, which may end in a variant, and how it is drawn."""
+        name, variant = self.varied.get(model, (model, ""))
+        sampling = self.config.sampling
+        return name, sampling.variants[variant] if variant else sampling
 
     def checkpoint(self, wildcards: Wildcards) -> str:
         """The file that stands for the weights of the model that draws."""
-        return f"results/models/{self.drawn_model(wildcards)}/meta.json"
+        return f"results/models/{self._drawn(wildcards.model)[0]}/meta.json"
 
     def variant_flag(self, wildcards: Wildcards) -> str:
         """The flag with the name of the variant, if the samples are of one."""
         name = self.varied.get(wildcards.model, ("", ""))[1]
         return f"--variant {name}" if name else ""
 
-    def _sampling_of(self, model: str) -> SampledModels:
-        """`sampling`, or the variant of it that a name of samples ends in."""
-        sampling = self.config.sampling
-        return sampling.variants[self.varied[model][1]] if model in self.varied else sampling
-
     def sampling(self, wildcards: Wildcards) -> SampledModels:
         """How a model's samples are drawn: each repeat draws with another seed.
 
         It is sampling_seed + the training seed; the first training has sampling_seed.
         """
-        options = self._sampling_of(wildcards.model)
-        repeat = repeat_seed(self.drawn_model(wildcards)) or 0
-        seed = (options.sampling_seed + repeat) % 2**63
+        model, options = self._drawn(wildcards.model)
+        seed = (options.sampling_seed + (repeat_seed(model) or 0)) % 2**63
         return options.model_copy(update={"sampling_seed": seed})
 
     def network_size(self, wildcards: Wildcards) -> str:
@@ -254,10 +250,9 @@ class Targets:
         model was made for and its student's count, where the two are compared. The baseline
         writes one token at a time.
         """
-        steps = set(self._sampling_of(model).steps)
-        drawn, _ = self.varied.get(model, (model, ""))
+        drawn, sampling = self._drawn(model)
         name, kind = first_training(drawn).split("/", 1)
-        teacher = self.config.teachers[name]
+        teacher, steps = self.config.teachers[name], set(sampling.steps)
         if kind == "baseline":
             return [self.config.corpora[teacher.corpus].length]
         if "own" in steps:
@@ -273,10 +268,8 @@ class Targets:
     def sample_folders(self, wildcards: Wildcards) -> list[str]:
         """The folders of a model's samples at each step count, or of the naive samplers'."""
         model = wildcards.model
-        if model.endswith("/naive"):
-            folders = list(NAIVE)
-        else:
-            folders = [f"steps-{steps}" for steps in self.step_counts(model)]
+        is_naive = model.endswith("/naive")
+        folders = NAIVE if is_naive else [f"steps-{steps}" for steps in self.step_counts(model)]
         return [f"results/samples/{model}/{folder}" for folder in folders]
 
     def sampled_models(self) -> list[str]:
@@ -295,9 +288,7 @@ class Targets:
         if not sampling.temperatures:
             return []
         rounds = sampling.frontier_rounds
-        if rounds is not None:
-            return self._of_rounds(rounds)
-        return self.final_models()
+        return self.final_models() if rounds is None else self._of_rounds(rounds)
 
     def final_models(self) -> list[str]:
         """Baselines, teachers, and the last round of each run."""
@@ -366,9 +357,7 @@ class Targets:
     def continued_models(self) -> list[str]:
         """The models that continue prompts: baselines, and the denoisers of the chosen rounds."""
         options = self.config.continuations
-        if options is None:
-            return []
-        return self._of_rounds(options.continuation_rounds)
+        return self._of_rounds(options.continuation_rounds) if options else []
 
     def table_inputs(self) -> dict[str, list[str]]:
         """For each table the files of metric rows that it gathers."""

@@ -9,7 +9,7 @@ the prediction of the rest. Averaged over the targets q of one masked position,
 - kl_backward, KL(student || q), for their geometric mean, normalized.
 
 The geometric mean is flatter than the mean where the targets disagree and their tails are heavy.
-Then kl_backward makes the samples of a student hotter than its teacher's.
+Then kl_backward raises the entropy of a student's samples above its teacher's.
 """
 
 import argparse

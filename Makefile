@@ -1,6 +1,6 @@
 # make demo     the whole graph at the preset of config.yaml, its report and a summary
 #               (a second call has nothing to do and ends in seconds)
-# make test     the tests
+# make test     the tests, in two processes
 # make check    spelling, lint, format and types; `make quick` leaves out the slow two
 # make bench    the hot paths against their textbook versions, into benchmarks/results
 # make lock     envs/ anew from the packages of .venv, with the checksums of their files
@@ -29,7 +29,7 @@ demo: $(READY)
 	@$(BIN)/halfstep summary --results results
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: quick
 	$(BIN)/snakemake --lint

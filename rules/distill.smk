@@ -49,7 +49,7 @@ rule distill_round:
             {params.options} \
             --seed {params.seed} \
             --threads {threads} --micro-batch {resources.micro_batch} \
-            {resources.processes} {resources.limit} \
+            {resources.processes} {resources.limit} {resources.blocks} \
             2>&1 | tee {log:q}
         """
 

@@ -52,7 +52,7 @@ rule pretrain:
             {params.adapt:q} \
             --seed {params.seed} \
             --threads {threads} --micro-batch {resources.micro_batch} \
-            {resources.processes} {resources.limit} \
+            {resources.processes} {resources.limit} {resources.blocks} \
             2>&1 | tee {log:q}
         """
 
@@ -137,7 +137,7 @@ rule train_baseline:
             {params.training} \
             --seed {params.seed} \
             --threads {threads} --micro-batch {resources.micro_batch} \
-            {resources.processes} {resources.limit} \
+            {resources.processes} {resources.limit} {resources.blocks} \
             2>&1 | tee {log:q}
         """
 

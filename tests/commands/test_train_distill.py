@@ -146,6 +146,15 @@ def test_pretraining_learns_and_leaves_a_whole_checkpoint(teacher, corpus):
     assert difference(weights(teacher), weights(teacher, "ema")) > 1e-4
 
 
+def test_recomputed_blocks_change_no_weight(first, teacher, corpus, tmp_path):
+    """Student and teacher of a round, with dropout; validation and its samples included."""
+    machine = MACHINE.model_copy(update={"recompute": True})
+    again = tmp_path / "kl" / "round-1"
+    distill_round(teacher, corpus, 1, again, distillation(), machine, seed=3)
+    for file in checkpoint.FILES.values():
+        assert sha256(again / file) == sha256(first / file)
+
+
 def test_held_out_figure_is_reproduced_from_the_checkpoint(teacher, corpus):
     """val/nelbo is of the averaged weights in eval mode, best is of the best ones.
 

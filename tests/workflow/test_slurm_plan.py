@@ -58,6 +58,16 @@ def test_one_rule_can_be_set_alone(workflow):
     assert "h100" not in resources(plan, "distill_round")
 
 
+def test_blocks_are_prepared_where_the_user_asks_for_it(workflow):
+    changes = ["distill_round:blocks='--compile --recompute'", "pretrain:blocks='--recompute'"]
+    plan = workflow.plan("-p", *SLURM, *TARGETS, "--set-resources", *changes)
+    assert "--compile --recompute" in command(plan, "distill_round")
+    shell = command(plan, "pretrain")
+    assert "--recompute" in shell and "--compile" not in shell
+    plain = workflow.plan("-p", *SLURM, *TARGETS)
+    assert "--recompute" not in plain and "--compile" not in plain
+
+
 @pytest.mark.parametrize("changes, gpus, nodes", [
     ([], 8, 2),
     (["pretrain:gpu=4"], 4, 1),

@@ -24,6 +24,7 @@ from halfstep.metrics.diversity import unigram_entropy
 from halfstep.models import flops
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.records import provenance
+from halfstep.training.blocks import prepare_blocks
 from halfstep.training.ema import EMA
 from halfstep.training.loop import fit
 from halfstep.training.state import Start
@@ -114,12 +115,12 @@ def _begin_round(
     }
     network = checkpoint.build_network(source, run.dropout)
     checkpoint.load_weights(network, weights[begin_with], teacher)
-    network.to(job.device)
-    job.group.shard(network)
+    job.place(network)
     # Every rank has the whole teacher, because the passes of a teacher depend on its texts.
     teacher_weights, device = "ema" if first else run.next_teacher, str(job.device)
     old = checkpoint.load_checkpoint(teacher, teacher_weights, device, run.precision).denoiser
     assert old is not None  # _check_teacher has refused an autoregressive model
+    prepare_blocks(old.network, job.machine, job.device)
     optimizer_state = None
     if not first and not run.reset_optimizer:
         optimizer_state = _read_optimizer_state(teacher, source)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfstep import checkpoint
 from halfstep.commands.origins import Origin, read_origin
@@ -26,6 +26,7 @@ from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.gpt import GPT, save_gpt_neox
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
+from halfstep.training.blocks import prepare_blocks
 from halfstep.training.loop import fit
 from halfstep.training.state import Run, Start, TrainingState
 from halfstep.training.step import Batch, Objective, Tensors, micro_batches, step_generator
@@ -127,6 +128,14 @@ class TrainingJob:
         """Join the other ranks, find the device and open the corpus."""
         group, device = join_group(machine), find_device(machine)
         return cls(node, corpus, output, machine, Windows(corpus, "train"), group, device)
+
+    def place(self, network: nn.Module) -> None:
+        """Move the network that is trained to its device, share it among the ranks, and prepare
+        its blocks as `machine` asks.
+        """
+        network.to(self.device)
+        self.group.shard(network)
+        prepare_blocks(network, self.machine, self.device)
 
     def corpus_facts(self) -> dict:
         """Keys of meta.json that name the corpus."""
@@ -329,8 +338,7 @@ def _train(
         origin.fill(net)
         meta["adapted"] = {"from": origin.name, "sha256": origin.sha256}
         datasets = [{"name": "adapted from", "digest": origin.sha256, "source": origin.name}]
-    net.to(job.device)
-    job.group.shard(net)
+    job.place(net)
     held_out = HeldOut.read(job.corpus, job.device, job.machine, job.group)
     texts, length = training.batch_size, windows.length
     objective: Objective

@@ -288,6 +288,12 @@ class Machine(Section):
     """CPU threads of torch, shared by the processes on this machine; all cores by default"""
     micro_batch: Count = 32
     """windows per forward pass; training accumulates gradients up to batch_size"""
+    recompute: bool = False
+    """a training computes the activations of each block again in the backward pass instead of
+    keeping them: less memory, about a third more time, the same bits"""
+    compile: bool = False
+    """a training compiles the blocks of its networks (torch.compile), for a GPU: the first steps
+    take minutes, all others less time; results differ by rounding"""
     processes: Annotated[Whole, Field(ge=1, le=9999)] | None = None
     """number of processes that share this job, one per GPU; they are started through torchrun,
     unless torchrun started this process (default: one, or as many as torchrun started)"""

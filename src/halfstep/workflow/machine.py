@@ -60,8 +60,8 @@ TASK_HOURS = 4  # of a job that answers tasks, for each hour of one that samples
 JOINED = 2
 """Jobs that continue prompts and score them: a group on Slurm, which gets the sum of their times"""
 RESOURCES = {
-    "pretrain": (*SPREAD, *BASE, "micro_batch", "limit"),
-    "round": (*SPREAD, *BASE, "micro_batch", "limit"),
+    "pretrain": (*SPREAD, *BASE, "micro_batch", "limit", "blocks"),
+    "round": (*SPREAD, *BASE, "micro_batch", "limit", "blocks"),
     "sample": (*SPREAD, *BASE, "micro_batch"),
     "tasks": (*SPREAD, *BASE, "micro_batch"),
     "continuations": (*SPREAD, *BASE, "micro_batch"),
@@ -148,6 +148,7 @@ def base_resources(
         # The time limit by which a training saves its state, in a Slurm job only. It is a resource,
         # because a changed parameter would make the model stale.
         "limit": f"${{SLURM_JOB_ID:+--time-limit {minutes}}}",
+        "blocks": "",  # for a user's --recompute and --compile
     }
 
 

@@ -24,7 +24,7 @@ REPORT := results/report.html
 .PHONY: demo test check quick lock bench
 
 demo: $(READY)
-	$(BIN)/snakemake $(CONFIG)
+	@$(BIN)/snakemake --logger halfstep $(CONFIG)
 	@test $(REPORT) -nt results/mlflow.synced || $(BIN)/snakemake --report $(REPORT) $(CONFIG)
 	@$(BIN)/halfstep summary --results results
 

@@ -59,6 +59,8 @@ onstart:
         "results in results/, logs in results/logs/",
     )
     priced = plan.PricedJobs(graph_jobs(jobs), Path("results"))
+    devices = (None, 0) if ON_CLUSTER else devices_of(workflow)
+    timeline.CURRENT = timeline.Timeline(priced.expected(), len(jobs), *devices)
     if ON_CLUSTER:
         cheaper = plan.cheaper_presets(CONFIG.preset, presets)
         banner(*plan.price_lines(priced), *plan.late_lines(priced), *cheaper)

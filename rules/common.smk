@@ -13,8 +13,8 @@ from halfstep.config import DrawOptions, GenerateOptions, Prompts
 from halfstep.errors import ConfigError
 from halfstep.report import catalogue
 from halfstep.resolve import check_size, flags, read_yaml, resolve, subsection
-from halfstep.workflow import locks, slurm_plugin, task_sources
-from halfstep.workflow.graph import graph_jobs
+from halfstep.workflow import locks, slurm_plugin, task_sources, timeline
+from halfstep.workflow.graph import devices_of, graph_jobs
 from halfstep.workflow.machine import RESOURCES, SPREAD, demand_of, fewest_nodes, names_cluster
 from halfstep.workflow.machine import base_resources, read_site, spread_resources
 from halfstep.workflow.messages import banner, curves, failures, only_looks, resume_command

@@ -15,11 +15,11 @@ from halfstep.records import provenance
 from halfstep.resolve import check_fields
 from halfstep.workflow.graph import PlannedJob, longest_paths, plan_graph
 from halfstep.workflow.machine import names_cluster
-from halfstep.workflow.prices import SOURCES, Estimate, Prices
+from halfstep.workflow.prices import A_DAY, SOURCES, Estimate, Prices, clock
 from halfstep.workflow.rates import Rates, choose_rates
 from halfstep.workflow.slurm_plugin import ask
+from halfstep.workflow.timeline import Expected, seconds_of_graph
 
-A_DAY = 86400.0  # seconds
 LOCAL = {
     "fetch", "tabulate", "plot", "track", "merge_provenance", "list_sizes", "paper",
     "paper_figure", "paper_table", "paper_report",
@@ -76,6 +76,11 @@ class PricedJobs:
         self.prices = Prices(jobs, results, self.rates)
         self.estimates = [self.prices.price(job) for job in jobs]
 
+    def expected(self) -> dict[int, Expected]:
+        """For the timeline of a run: by Snakemake's number of the job."""
+        both = zip(self.jobs, self.estimates, strict=True)
+        return {job.number: Expected(job, estimate.seconds) for job, estimate in both}
+
     def paid(self) -> list[tuple[PlannedJob, Estimate]]:
         """The jobs that cost something, each with its estimate."""
         both = zip(self.jobs, self.estimates, strict=True)
@@ -95,19 +100,6 @@ class Planned(BaseModel):
     """The whole plan.json, by record."""
 
     jobs: dict[str, PlannedFields]
-
-
-def clock(seconds: float) -> str:
-    """Seconds as text, in years, days, hours, minutes or seconds."""
-    if seconds >= 2 * 365 * A_DAY:
-        return f"{seconds / (365 * A_DAY):,.0f} years"
-    if seconds >= 4 * A_DAY:
-        return f"{seconds / A_DAY:,.0f} days"
-    if seconds >= 3600:
-        return f"{seconds / 3600:.1f} h"
-    if seconds >= 60:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds:.0f} s"
 
 
 def price_lines(priced: PricedJobs) -> list[str]:
@@ -152,12 +144,9 @@ def price_lines(priced: PricedJobs) -> list[str]:
 def machine_line(priced: PricedJobs, cores: int, gpus: int) -> str:
     """How long all jobs take on this machine: the longest path, or the load of its devices."""
     seconds = [estimate.seconds for estimate in priced.estimates]
-    jobs = list(zip(priced.jobs, seconds, strict=True))
-    path, _ = max(longest_paths(priced.jobs, seconds), default=(0.0, []))
-    of_cores = sum(s * min(job.threads, cores) for job, s in jobs) / cores
-    of_gpus = sum(s * job.gpu for job, s in jobs) / max(1, gpus)
     device = f" and {gpus} GPU" if gpus else ""
-    return f"on {cores} cores{device} of this machine: {clock(max(path, of_cores, of_gpus))}"
+    takes = seconds_of_graph(priced.jobs, seconds, cores, gpus)
+    return f"on {cores} cores{device} of this machine: {clock(takes)}"
 
 
 def slow_lines(priced: PricedJobs) -> list[str]:

@@ -24,7 +24,7 @@ def prepare_blocks(network: nn.Module, machine: Machine, device: torch.device) -
     """
     if machine.compile:
         _check_compiler(device)
-    for block in network.blocks:
+    for block in network.get_submodule("blocks").children():
         if machine.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if machine.compile:

@@ -28,6 +28,8 @@ class PlannedJob:
     """time limit in minutes"""
     threads: int = 1
     command: Sequence[str] = ()
+    number: int = 0
+    """Snakemake's number of the job"""
 
     @property
     def resumes(self) -> bool:
@@ -63,8 +65,7 @@ def plan_graph(arguments: list[str]) -> Graph:
         dry_run(api, **settings | {"pseudo_executor": "dryrun"})
         workflow = api.workflow_api._workflow
         jobs = graph_jobs(workflow.dag.needrun_jobs(exclude_finished=False))
-        gpus = getattr(workflow.global_resources.get("gpu"), "value", None) or 0
-        found.append(Graph(jobs, workflow.resource_settings.cores or 1, gpus))
+        found.append(Graph(jobs, *devices_of(workflow)))
 
     line = ["--quiet", "rules", "progress", "--nolock", *arguments]
     printed, fault = io.StringIO(), ""
@@ -97,6 +98,12 @@ def _fault_of(printed: str) -> str:
     return shorten((ours or lines[-1:])[0], 300)
 
 
+def devices_of(workflow: Any) -> tuple[int, int]:
+    """Cores and GPUs that Snakemake has for the jobs of a workflow on this machine."""
+    gpus = getattr(workflow.global_resources.get("gpu"), "value", None) or 0
+    return workflow.resource_settings.cores or 1, gpus
+
+
 def graph_jobs(jobs: Iterable[Any]) -> list[PlannedJob]:
     """The jobs of Snakemake's graph that call halfstep."""
     found = []
@@ -112,6 +119,7 @@ def graph_jobs(jobs: Iterable[Any]) -> list[PlannedJob]:
             runtime=job.resources.get("runtime") or 0,
             threads=job.threads,
             command=command,
+            number=job.jobid,
         )
         found.append(one)
     return found

@@ -18,6 +18,7 @@ from halfstep.workflow.networks import UnknownWork
 from halfstep.workflow.rates import Rates
 from halfstep.workflow.work import WORK
 
+A_DAY = 86400.0  # seconds
 SOURCES = ("measured", "assumed", "limit")
 """Of an estimate: finished jobs of the same kind, the assumed speed, or the job's time limit."""
 START_S = 2.3
@@ -35,6 +36,19 @@ STARTS = {
     "merge-provenance": 1.0,
 }
 """The same of commands that import more or less, with what they compute without a network"""
+
+
+def clock(seconds: float) -> str:
+    """Seconds as text, in years, days, hours, minutes or seconds."""
+    if seconds >= 2 * 365 * A_DAY:
+        return f"{seconds / (365 * A_DAY):,.0f} years"
+    if seconds >= 4 * A_DAY:
+        return f"{seconds / A_DAY:,.0f} days"
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    if seconds >= 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.0f} s"
 
 
 class Estimate(NamedTuple):

@@ -22,7 +22,8 @@ def first_sentence(path: Path) -> str:
 def expected() -> str:
     """The tree as it should stand in the page."""
     source = ROOT / "src" / "halfstep"
-    folders = [ROOT / "rules", source, *sorted(p for p in source.iterdir() if p.is_dir())]
+    logger = source.with_name("snakemake_logger_plugin_halfstep")
+    folders = [ROOT / "rules", source, *sorted(p for p in source.iterdir() if p.is_dir()), logger]
     lines = []
     for folder in folders:
         files = [p for p in sorted(folder.iterdir()) if p.suffix in (".py", ".smk")]
@@ -30,7 +31,7 @@ def expected() -> str:
             continue
         lines.append(f"{folder.relative_to(ROOT)}/")
         for file in files:
-            if file.name != "__init__.py" or folder == source:
+            if file.name != "__init__.py" or folder in (source, logger):
                 lines.append(f"  {file.name:22} {first_sentence(file)}")
     return "\n".join(lines) + "\n"
 

@@ -54,12 +54,12 @@ def test_the_version_is_written_once(wheel):
 
 
 def test_the_wheel_holds_every_file_of_the_package(wheel):
-    """Data files and py.typed too, which a package without a declaration would lose."""
+    """Snakemake's logger, data files and py.typed too, which could be forgotten."""
     source = REPOSITORY / "src"
     files = {
         str(path.relative_to(source))
-        for path in source.glob("halfstep/**/*")
-        if path.is_file() and "__pycache__" not in path.parts
+        for path in source.glob("*/**/*")
+        if path.is_file() and "__pycache__" not in path.parts and ".egg-info" not in str(path)
     }
     assert "halfstep/py.typed" in files
     assert files == {name for name in wheel.namelist() if ".dist-info/" not in name}

@@ -157,7 +157,7 @@ def test_tokens_have_the_color_of_their_step(student):
     plan = 1 + ancestral_plan(u.masked_fill(frame != student.mask_id, -1), 4, LogLinear())[0]
     plan[frame != student.mask_id] = GIVEN
     assert torch.equal(view.reveals.step_of, plan)
-    body = view.frame().renderables[0]
+    body = view.body()
     for step in range(5):
         style = "bold" if step == GIVEN else step_color(step, 4)
         found = "".join(body.plain[one.start : one.end] for one in body.spans if one.style == style)

@@ -130,8 +130,16 @@ class DenoisingView:
         return f"{written} of {int((self.reveals.step_of != GIVEN).sum())} tokens"
 
     def frame(self) -> Group:
-        """What the terminal shows now: the text, and below it the step and the colors."""
+        """What the terminal shows now: the text, and below it the colors of the steps so far."""
         from rich.console import Group
+
+        return Group(self.body(), self.legend())
+
+    def body(self) -> Text:
+        """The text as it is now; given tokens are bold, written ones have the color of their step.
+
+        A token that is not revealed is three blocks.
+        """
         from rich.text import Text
 
         body = Text()
@@ -141,9 +149,10 @@ class DenoisingView:
             else:
                 style = "bold" if step == GIVEN else step_color(step, self.steps)
                 body.append(escape_controls(text.replace(SEPARATOR, END)), style)
-        return Group(body, self._legend())
+        return body
 
-    def _legend(self) -> Text:
+    def legend(self) -> Text:
+        """The steps so far in their colors, and how many tokens they have revealed."""
         from rich.text import Text
 
         reveals, blocks = self.reveals, min(self.steps, SCALE)
@@ -151,7 +160,9 @@ class DenoisingView:
         for block in range(blocks):
             step = 1 + block * (self.steps - 1) // max(1, blocks - 1)
             legend.append("■" if step <= reveals.step else "·", step_color(step, self.steps))
-        words = [f" {self.steps}", self._count()]
+        words = [f" {self.steps}"]
+        if self.whole:
+            words.append(self._count())
         if (reveals.step_of == GIVEN).any():
             words.append("bold: given")
         if self.whole and (reveals.ids == self.model.eos_id).any():

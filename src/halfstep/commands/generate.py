@@ -20,7 +20,6 @@ from halfstep.commands.samples import is_written, write_texts
 from halfstep.commands.terminal import (
     LONG_ENOUGH_S,
     DenoisingView,
-    print_text,
     print_title,
     terminal,
 )
@@ -185,7 +184,8 @@ class _Job:
         def show(texts: Samples) -> None:
             nonlocal printed
             for text in separate_documents(model, texts):
-                print_text(text, self._title(one, printed), console)
+                print_title(self._title(one, printed), console)
+                print(text, flush=True)
                 printed += 1
 
         write = text_writer(model, model.length, one.steps, one.options)
@@ -206,7 +206,7 @@ class _Job:
             print_title(self._title(one, i), console)
             texts = view(prompt, i)
             if console is None:
-                print_text(*separate_documents(model, texts), "", console)
+                print(*separate_documents(model, texts), flush=True)
 
     def _title(self, one: SampleSet, number: int) -> str:
         """The number of a text, if there are several, and how it is drawn, if several sets are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 SEPARATOR = f"\n{EOS}\n"  # between two documents of a text
 END = " ¶ "  # the same in the view, whose lines should not jump
-LONG_ENOUGH_S = 4.0  # that the eye can follow the steps of a fast model
+LONG_ENOUGH_S = 4.0  # for all steps of a text together, so that the eye can follow
 SCALE = 12  # blocks of color in the legend, at most
 RAMP = ((66, 133, 244), (150, 90, 235), (225, 70, 150), (240, 120, 40), (215, 165, 20))
 """Colors of the first to the last step, red, green, blue; readable on black and on white."""
@@ -39,7 +40,10 @@ def terminal() -> Console | None:
 
     if not sys.stdout.isatty():
         return None
-    return Console(file=getattr(sys.stdout, "unguarded", sys.stdout))
+    stream = getattr(sys.stdout, "unguarded", sys.stdout)
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # a terminal may not know our blocks
+    return Console(file=stream)
 
 
 def print_title(title: str, console: Console | None) -> None:
@@ -51,12 +55,6 @@ def print_title(title: str, console: Console | None) -> None:
         console.print(Rule(Text(f"text {title}"), align="left", style="bright_black"))
     elif title:
         print(f"=== {title}", flush=True)
-
-
-def print_text(text: str, title: str, console: Console | None) -> None:
-    """Print one text below its title."""
-    print_title(title, console)
-    print(text, flush=True)
 
 
 class DenoisingView:

@@ -17,7 +17,7 @@ import halfstep
 from halfstep.commands import generate as module
 from halfstep.commands.generate import encode_prompt, separate_documents, text_writer
 from halfstep.commands.terminal import DenoisingView, document_end, step_color, text_pieces
-from halfstep.config import DrawOptions
+from halfstep.config import DrawOptions, GenerateOptions
 from halfstep.data.stories import sample_stories
 from halfstep.data.tokenizer import EOS, train_bpe
 from halfstep.diffusion.contracts import Samples
@@ -25,6 +25,7 @@ from halfstep.diffusion.plans import ancestral_plan
 from halfstep.diffusion.samplers import SAMPLERS
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.diffusion.watching import GIVEN, HIDDEN
+from halfstep.distributed.group import Group
 from halfstep.kernels.categorical import uniforms
 from halfstep.sanitize import escape_controls
 
@@ -93,6 +94,25 @@ def test_texts_appear_as_each_micro_batch_is_done(pipeline, monkeypatch):
     line = f"generate --checkpoint {pipeline.student} --num-samples 5 --steps 2 {MACHINE}"
     assert call(line.replace("--micro-batch 8", "--micro-batch 2")) == 0
     assert seen == [0, 2, 4]
+
+
+def test_rank_0_prints_the_texts_of_all_ranks_in_order(printed, student, monkeypatch):
+    """It draws the first two of five; the others reach it at the end."""
+    alone = printed("--num-samples 5 --steps 4").out
+    prompts = encode_prompt(student, "").expand(5, -1)
+    writer = text_writer(student, student.length, 4, GenerateOptions())
+    all_texts = module.draw_texts(writer, prompts, 8)
+
+    class FirstOfTwo(Group):
+        def local_slice(self, n):
+            return slice(0, 2)
+
+        def gather_rows(self, rows):
+            assert len(rows) == 2
+            return (all_texts.ids if rows.ndim == 2 else all_texts.network_evaluations).numpy()
+
+    monkeypatch.setattr(module, "join_group", lambda machine: FirstOfTwo(0, 2))
+    assert printed("--num-samples 5 --steps 4").out == alone
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -56,10 +56,8 @@ def write(
         model: checkpoint folder
     """
     loaded = load_checkpoint(model, drawing.weights, str(find_device(machine)), drawing.precision)
-    is_planned = loaded.denoiser is not None
-    note_unused_options(
-        loaded, loaded.length, drawing.steps if is_planned else loaded.length, drawing
-    )
+    steps = drawing.steps if loaded.denoiser else loaded.length
+    note_unused_options(loaded, loaded.length, steps, drawing)
     console = terminal() if sys.stdin.isatty() else None
     loop = _Loop(loaded, drawing, console)
     loop.writer()  # a sampler may refuse the step count

@@ -4,6 +4,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -21,8 +22,20 @@ def test_the_help_lists_every_command(capsys):
     assert cli.main([]) == cli.main(["--help"]) == cli.main(["-h"]) == 0
     printed = capsys.readouterr().out
     lines = printed[: len(printed) // 3].splitlines()
-    assert [line.split()[0] for line in lines[2:]] == list(cli.COMMANDS)
+    commands = [line.split()[0] for line in lines[2:] if line.startswith("  ")]
+    assert commands == list(cli.COMMANDS)
     assert all(len(line) <= 100 for line in lines)
+
+
+def test_the_help_is_in_groups_and_what_a_person_needs_comes_first(capsys):
+    """Every command is in one group; those of the rules are in the groups below the first."""
+    cli.main(["--help"])
+    titles = re.findall(r"^(\w.*):$", capsys.readouterr().out, re.MULTILINE)
+    assert titles == list(cli.GROUPS)
+    names = [name for group in cli.GROUPS.values() for name in group]
+    assert len(names) == len(set(names)) == len(cli.COMMANDS)
+    assert {"doctor", "generate", "write", "summary", "plan"} <= set(cli.GROUPS[titles[0]])
+    assert "write-schema" in cli.GROUPS[titles[-1]]
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -99,7 +99,7 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
         separate_documents,
         text_writer,
     )
-    from halfstep.config import GenerateOptions, Machine
+    from halfstep.config import DEFAULT_STEPS, GenerateOptions, Machine
     from halfstep.resolve import explain
 
     if model.denoiser is None:
@@ -114,7 +114,7 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
             f"top_p: found {top_p!r}, but only an autoregressive model draws from a nucleus; "
             "leave it out"
         )
-    steps = 8 if steps is None else steps
+    steps = DEFAULT_STEPS if steps is None else steps
     if not isinstance(steps, int) or steps < 1:
         raise HalfstepError(f"steps: found {steps!r}, expected a whole number above zero")
     chosen = {

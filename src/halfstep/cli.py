@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from halfstep import __version__
-from halfstep.commands import COMMANDS
+from halfstep.commands import COMMANDS, GROUPS
 from halfstep.sanitize import guard_output, remember_secrets, shorten
 from halfstep.streams import UnreadStream, reader_may_leave
 
@@ -41,10 +41,12 @@ SHELLS = ("bash", "zsh", "fish")
 
 def usage() -> str:
     """The text of `halfstep --help`."""
-    head = "usage: halfstep <command> [--flags]     (halfstep <command> --help lists its flags)"
-    rows = [f"  {name:19} {text}" for name, (_, text) in COMMANDS.items()]
-    others = f"       halfstep --version | --print-completion {{{','.join(SHELLS)}}}"
-    return "\n".join([head, others, *rows])
+    lines = ["usage: halfstep <command> [--flags]     (halfstep <command> --help lists its flags)"]
+    lines.append(f"       halfstep --version | --print-completion {{{','.join(SHELLS)}}}")
+    for title, group in GROUPS.items():
+        lines += ["", f"{title}:"]
+        lines += [f"  {name:19} {text}" for name, (_, text) in group.items()]
+    return "\n".join(lines)
 
 
 def load_command(name: str) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -11,11 +12,13 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+BAR = "{percentage:3.0f}%|{bar:16}| {desc}"  # tqdm adds nothing of its own to our words
+
 
 class Progress:
     """Context manager around a loop of `total` units, of which `done` are finished already.
 
-    A log gets a line at most every `interval` seconds.
+    A log gets a line at most every `interval` seconds, a terminal the same words after a bar.
     """
 
     def __init__(
@@ -33,33 +36,31 @@ class Progress:
                 total=self.total,
                 initial=self.done,
                 desc=self.label,
-                unit=self.unit,
+                bar_format=BAR,
                 dynamic_ncols=True,
                 mininterval=0.5,
             )
         return self
 
-    def update(self, n: int = 1, **figures: float) -> None:
-        """Count n more units, and show the latest figures."""
+    def update(self, n: int = 1, *words: str) -> None:
+        """Count n more units; `words` are the latest figures, such as "loss 4.213"."""
         self.done += n
-        if self._bar is not None:
-            self._bar.update(n)
-            if figures:
-                self._bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items()}, refresh=False)
-            return
         now = time.monotonic()
+        if self._bar is not None:
+            self._bar.set_description_str(self._line(now, words), refresh=self.done >= self.total)
+            self._bar.update(n)
+            return
         is_due = now - self._last >= self.interval or self.done >= self.total
         if is_due and not self._silent:
             self._last = now
-            print(self._line(now, figures), file=sys.stderr, flush=True)
+            print(self._line(now, words), file=sys.stderr, flush=True)
 
-    def _line(self, now: float, figures: dict[str, float]) -> str:
+    def _line(self, now: float, words: tuple[str, ...]) -> str:
         rate = (self.done - self._first) / max(now - self._start, 1e-9)
-        left = (self.total - self.done) / rate if rate else 0.0
-        shown = [f"{key.replace('_per_', '/')} {value:.4g}" for key, value in figures.items()]
-        count = f"{self.unit} {self.done}/{self.total}"
-        speed = f"{rate:.3g} {self.unit}s/s"
-        return " | ".join([self.label, count, *shown, speed, f"{_clock(left)} left"])
+        line = [self.label, f"{self.unit} {self.done:,} of {self.total:,}", *words]
+        if rate:
+            line += [format_rate(rate, self.unit), time_left(self.total - self.done, rate)]
+        return " | ".join(line)
 
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
@@ -84,6 +85,39 @@ def waiting(label: str, interval: float = 10.0) -> Iterator[None]:
         thread.join()
 
 
+def format_number(value: float) -> str:
+    """A number in at most three digits and a letter: 0.0123, 7.1, 950, 13.7k, 2.4M."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if 0.9995 * size <= abs(value) < math.inf:
+            return f"{_three_digits(value / size)}{letter}"
+    return _three_digits(value)
+
+
+def _three_digits(value: float) -> str:
+    """The value rounded to three digits, without an exponent and without zeros at its end."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    text = f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def format_rate(per_s: float, unit: str) -> str:
+    """A speed: 13.7k tokens/s; slow ones as 2.5 s/step, or 1h02m/step."""
+    if per_s >= 1:
+        number = format_number(per_s)
+        plural = "" if number == "1" or unit == "MB" else "s"
+        return f"{number} {unit}{plural}/s"
+    seconds = 1 / per_s
+    return f"{format_number(seconds) + ' s' if seconds < 60 else _clock(seconds)}/{unit}"
+
+
+def time_left(units: int, per_s: float) -> str:
+    """The time that the rest takes at a speed in units per second: 3m20s left."""
+    return f"{_clock(units / per_s)} left"
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{seconds:02d}s"

@@ -1,6 +1,7 @@
 """Text that may be printed and stored: secrets masked, control characters escaped.
 
-Everything that a command prints goes through `guard_output`, every sentence of an error through
+Everything that a command prints goes through `guard_output` (what moves the cursor on a terminal
+escapes its texts by itself: commands/terminal.py), every sentence of an error through
 `one_line`, and every record of a command (journals, provenance, MLflow) through `mask_secrets`.
 """
 
@@ -91,6 +92,11 @@ class GuardedStream:
 
     def __init__(self, stream: Any):
         self._stream = stream
+
+    @property
+    def unguarded(self) -> Any:
+        """The stream itself, for a program that escapes its texts and moves the cursor."""
+        return self._stream
 
     def write(self, text: str) -> int:
         """Write the text. A progress bar may still go to the start of its line, or one line up."""

@@ -1,15 +1,29 @@
 """`halfstep doctor` finds each fault, says what to do, and sets the exit code."""
 
 import http.server
+import os
+import platform
+import re
+import shlex
 import shutil
+import sys
 import threading
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from halfstep.cli import main
-from halfstep.commands.doctor import file_system_of, parse_time_limit
+from halfstep.commands import doctor
+from halfstep.commands.doctor import (
+    CHECKS,
+    EXTRAS,
+    check_extras,
+    file_system_of,
+    parse_time_limit,
+)
 
 SINFO = """case "$*" in
   *%l*) echo "gpu 3-00:00:00 up"; echo "short 4:00:00 up";;
@@ -51,6 +65,95 @@ def site(tmp_path, monkeypatch, capsys):
         return code, capsys.readouterr().out
 
     return run
+
+
+def alone(monkeypatch, tmp_path):
+    """A machine without a cluster: neither Slurm's commands nor its variables."""
+    for name in [name for name in os.environ if "SLURM_" in name]:
+        monkeypatch.delenv(name)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    for name in ("MLFLOW_TRACKING_URI", "WORLD_SIZE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100e9))
+
+
+def findings(printed: str) -> dict[str, list[tuple[str, str]]]:
+    """(state, message) of each finding by its check, in the order of the lines."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for line in printed.splitlines():
+        state, check, message = line.split(maxsplit=2)
+        found.setdefault(check, []).append((state, message))
+    return found
+
+
+def test_a_laptop_hears_of_itself_and_of_no_cluster(monkeypatch, tmp_path, capsys):
+    alone(monkeypatch, tmp_path)
+    assert main(["doctor", "--results", str(tmp_path / "results")]) == 0
+    found = findings(capsys.readouterr().out)
+    assert list(found) == list(CHECKS)
+    assert list(found)[:6] == ["python", "torch", "cores", "memory", "disk", "extras"]
+    facts = {check: lines[0][1] for check, lines in found.items()}
+    assert facts["python"].startswith(f"Python {platform.python_version()}, halfstep ")
+    assert facts["torch"].startswith(f"torch {torch.__version__}, built for ")
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert facts["cores"].startswith(f"{allowed} of {os.cpu_count()} cores")
+    assert re.match(r"(only )?[\d.]+ of \d+ GB are free", facts["memory"])
+    assert len(found["extras"]) == len(EXTRAS)
+
+
+@pytest.mark.parametrize("name", ["HALFSTEP_SLURM_PARTITION", "SLURM_JOB_ID"])
+def test_a_variable_of_a_cluster_puts_it_in_sight(monkeypatch, tmp_path, capsys, name):
+    alone(monkeypatch, tmp_path)
+    monkeypatch.setenv(name, "7")
+    main(["doctor", "--results", str(tmp_path / "results")])
+    assert "no sbatch here" in findings(capsys.readouterr().out)["slurm"][0][1]
+
+
+def test_the_extras_are_those_of_the_project():
+    """But dev, and all, which has the others."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert EXTRAS.keys() == project["optional-dependencies"].keys() - {"dev", "all"}
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch, tmp_path):
+    """The command installs the checkout that runs; outside of one, the package."""
+    version = doctor.metadata.version
+
+    def without_pandas(name):
+        if name in ("pandas", "scipy"):
+            raise doctor.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", without_pandas)
+    wanted = ["mlflow>=3; extra == 'track'", 'pandas>=2.2 ; extra == "report"', "torch>=2.9"]
+    monkeypatch.setattr(
+        doctor.metadata, "requires", lambda name: [*wanted, "scipy;extra=='report'"]
+    )
+    found = {
+        message.split()[0]: (state, message) for state, message in check_extras(tmp_path, None)
+    }
+    state, message = found["report"]
+    assert state == "warning" and "without pandas, scipy; install: " in message
+    words = shlex.split(message.partition("install: ")[2])
+    checkout = Path(doctor.__file__).parents[3]
+    assert words == [sys.executable, "-m", "pip", "install", "-e", f"{checkout}[report]"]
+    monkeypatch.setattr(doctor.halfstep, "__file__", str(tmp_path / "a/b/halfstep/__init__.py"))
+    assert shlex.split(doctor.install_command("eval"))[-1] == "halfstep[eval]"
+
+
+def test_little_memory_is_a_warning(monkeypatch, tmp_path):
+    memory = SimpleNamespace(available=0.4e9, total=8e9)
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: memory)
+    ((state, message),) = doctor.check_memory(tmp_path, None)
+    assert state == "warning" and message.startswith("only 0.4 of 8 GB are free")
+
+
+def test_a_gpu_that_torch_cannot_use_is_broken(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    ((state, message),) = doctor.check_torch(tmp_path, None)
+    assert state == "broken" and "install a CUDA build of torch" in message
 
 
 def test_a_good_site_has_no_fault(site):

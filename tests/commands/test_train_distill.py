@@ -223,7 +223,7 @@ def test_samples_do_not_depend_on_the_batch_and_record_how_they_were_made(first,
     options = GenerateOptions(num_samples=7, sampling_seed=9)
     for name, micro_batch in (("a", 7), ("b", 2)):
         machine = MACHINE.model_copy(update={"micro_batch": micro_batch})
-        generate(first, tmp_path / name, [4], options, machine)
+        generate(first, options, machine, tmp_path / name, [4])
     facts = json.loads((tmp_path / "a" / "samples.json").read_text())
     ids = np.load(tmp_path / "a" / "samples.npy")
     assert ids.shape == (7, 24) and ids.dtype == np.int32
@@ -236,7 +236,7 @@ def test_samples_do_not_depend_on_the_batch_and_record_how_they_were_made(first,
     assert (tmp_path / "a" / "samples.txt").read_text().count("=== ") == 7
     message = "prompt: .* tokens with BOS, but a text of this model has 24; shorten the prompt"
     with pytest.raises(HalfstepError, match=message):
-        generate(first, tmp_path / "c", [4], options, MACHINE, prompt="kite " * 40)
+        generate(first, options, MACHINE, tmp_path / "c", [4], prompt="kite " * 40)
 
 
 def captured(monkeypatch):

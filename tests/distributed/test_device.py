@@ -73,7 +73,7 @@ def test_the_command_line_prepares_the_process_once(pipeline, tmp_path, threads,
 
 def test_a_command_called_from_python_changes_no_setting(pipeline, tmp_path, threads):
     options, machine = GenerateOptions(num_samples=1), Machine(device="cpu", threads=3)
-    generate(pipeline.teacher, tmp_path / "out", [2], options, machine)
+    generate(pipeline.teacher, options, machine, tmp_path / "out", [2])
     assert threads == []
 
 

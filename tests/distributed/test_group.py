@@ -84,7 +84,7 @@ def test_the_losses_and_batches_are_those_of_one_process(
         assert a.keys() == b.keys()
         # Adam divides by the root of small second moments.
         assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
-    assert sum("step 6/6" in err for _, err in done) == 1  # only rank 0 prints and writes
+    assert sum("step 6 of 6" in err for _, err in done) == 1  # only rank 0 prints and writes
     assert not list((tmp_path / "t/out").glob(".*")) and not (tmp_path / "t/out/state").exists()
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from halfstep.errors import HalfstepError
 from halfstep.records.journal import Journal, read_journal
 from halfstep.training import loop
 from halfstep.training.ema import EMA
-from halfstep.training.loop import Agreement, fit
+from halfstep.training.loop import Agreement, fit, in_words
 from halfstep.training.state import Run, Start
 from halfstep.training.step import Batch, step_generator
 
@@ -429,3 +430,23 @@ def test_over_fitting_is_said_once(tmp_path, capsys, held_out, factor, warned):
     if warned:
         assert "since step 2 the held-out loss rose from 2 to 2.5" in said[0]
         assert "the training loss fell from 8.5 to 7" in said[0]
+
+
+def test_a_line_of_progress_is_in_words():
+    """Losses, epochs and speed have names, and no number has an exponent."""
+    state = SimpleNamespace(
+        step=300, validation={"best": 4.1, "val/entropy": 5, "val/nelbo": 4.3512}
+    )
+    training = SimpleNamespace(batch_size=64, num_steps=6000)
+    figures = {"train/loss": 4.2134, "train/tokens_per_s": 12_490.0}
+    shown = ["loss 4.213", "held-out loss 4.351", "epoch 1.92 of 38.4", "12.5k tokens/s"]
+    run = SimpleNamespace(windows=10_000)
+    assert in_words(figures, state, training, run) == shown
+    figures["train/mfu"] = 0.3421
+    assert in_words(figures, state, training, run) == [*shown, "34% of peak FLOPs"]
+    state.validation = {}
+    assert in_words(figures, state, training, SimpleNamespace(windows=None)) == [
+        "loss 4.213",
+        "12.5k tokens/s",
+        "34% of peak FLOPs",
+    ]

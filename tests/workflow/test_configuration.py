@@ -7,22 +7,24 @@ import pytest
 import yaml
 from dryrun import REPOSITORY
 
-from halfstep import renamed
+from halfstep import cli, renamed
 from halfstep.commands.config import write_schema
 from halfstep.config import (
     Config,
     Continuations,
     Distillation,
+    GenerateOptions,
     Network,
     Pretraining,
     RunOptions,
+    Sampling,
     Section,
     Teacher,
     Training,
 )
 from halfstep.errors import ConfigError
 from halfstep.renamed import Renamed
-from halfstep.resolve import read_yaml, resolve, schema, validate
+from halfstep.resolve import flags, read_yaml, resolve, schema, subsection, validate
 
 PRESETS = REPOSITORY / "workflow/presets"
 
@@ -478,3 +480,16 @@ def test_what_adaptation_rules_out(teacher, message):
     about = {"corpus": "mine", "network": {"size": "tiny"}, **teacher}
     with pytest.raises(ConfigError, match=message):
         validate({**OWN, "teachers": {"t": about}})
+
+
+@pytest.mark.parametrize("count", [1, 8, 1024])
+def test_a_rule_asks_for_as_many_texts_as_the_configuration(count):
+    """A person's call writes one text, and flags leave out what is the default of a call."""
+
+    def draw(sampling: GenerateOptions) -> None: ...
+
+    section = subsection(Sampling(num_samples=count), GenerateOptions)
+    words = flags(section).split()
+    given = cli.parse_arguments(draw, "generate", words)
+    assert given["sampling"] == section and given["sampling"].num_samples == count
+    assert GenerateOptions().num_samples == 1 and Sampling().num_samples == 1024

@@ -1,115 +1,126 @@
 """The commands of halfstep. A command's module is imported only when it is called."""
 
-COMMANDS = {  # name: (module:function, what it does)
-    "prepare-corpus": (
-        "halfstep.commands.data:prepare_corpus",
-        "write the tokens, tokenizer and held-out split of a corpus",
-    ),
-    "pretrain": (
-        "halfstep.commands.train:pretrain",
-        "train the teacher, a masked diffusion language model",
-    ),
-    "train-baseline": (
-        "halfstep.commands.train:train_baseline",
-        "train the autoregressive baseline, which is also the judge at laptop scale",
-    ),
-    "import": (
-        "halfstep.commands.import_weights:import_checkpoint",
-        "make a checkpoint of published weights (MDLM, SDTT), from a file or the hub",
-    ),
-    "import-baseline": (
-        "halfstep.commands.import_baseline:import_baseline",
-        "make an autoregressive baseline of any causal language model of transformers",
-    ),
-    "export": (
-        "halfstep.commands.export_model:export_checkpoint",
-        "write a folder for transformers, with a model card, and push it to the hub",
-    ),
-    "distill-round": (
-        "halfstep.commands.distill:distill_round",
-        "run one round of SDTT: one student step replaces several teacher steps",
-    ),
-    "generate": (
-        "halfstep.commands.generate:generate",
-        "draw samples from a checkpoint, at several step counts and temperatures",
-    ),
-    "draw-naive": (
-        "halfstep.commands.draw_naive:draw_naive",
-        "draw texts of naive samplers without a network, which metrics should rank last",
-    ),
-    "score-samples": (
-        "halfstep.commands.evaluate:score_samples",
-        "measure generative perplexity, entropy and consistency of samples",
-    ),
-    "score-corpus": (
-        "halfstep.commands.evaluate:score_corpus",
-        "measure the same for held-out text",
-    ),
-    "score-frontier": (
-        "halfstep.commands.frontier:score_frontier",
-        "measure the same, and perplexity against entropy over temperatures",
-    ),
-    "score-lambada": (
-        "halfstep.commands.evaluate:score_lambada",
-        "measure last-word accuracy and perplexity through lm-eval",
-    ),
-    "score-tasks": (
-        "halfstep.commands.zero_shot:score_tasks",
-        "answer tasks of lm-eval, such as ARC and HellaSwag",
-    ),
-    "score-perplexity": (
-        "halfstep.commands.zero_shot:score_perplexity",
-        "measure zero-shot perplexity of texts",
-    ),
-    "continue-prompts": (
-        "halfstep.commands.continuations:continue_prompts",
-        "continue the beginnings of held-out documents",
-    ),
-    "score-continuations": (
-        "halfstep.commands.continuations:score_continuations",
-        "measure MAUVE, self-BLEU and perplexity of continuations",
-    ),
-    "latency": (
-        "halfstep.commands.benchmark:latency",
-        "time students at each step count against autoregressive baselines",
-    ),
-    "tabulate": ("halfstep.commands.report:tabulate", "gather metric rows into tables"),
-    "plot": ("halfstep.commands.report:plot", "draw one figure from the tables"),
-    "compare-published": (
-        "halfstep.commands.paper:compare_published",
-        "write published numbers and claims next to ours, with a verdict",
-    ),
-    "list-sizes": (
-        "halfstep.commands.paper:list_sizes",
-        "write the network sizes of the paper with their parameters",
-    ),
-    "track": ("halfstep.commands.track:track", "send the journals to MLflow, idempotently"),
-    "merge-provenance": (
-        "halfstep.commands.verify:merge_provenance",
-        "gather the records of all artifacts in results/provenance.json",
-    ),
-    "verify": (
-        "halfstep.commands.verify:verify",
-        "recompute all checksums, and list what is changed, missing or stale",
-    ),
-    "fetch": (
-        "halfstep.commands.fetch:fetch",
-        "download text, tokenizers, judges and weights for nodes without internet",
-    ),
-    "plan": (
-        "halfstep.commands.plan:plan",
-        "estimate GPU-hours, disk space and the longest path of the graph",
-    ),
-    "doctor": (
-        "halfstep.commands.doctor:doctor",
-        "check Slurm, GPUs, disks, hub cache and MLflow, and say what to do",
-    ),
-    "summary": (
-        "halfstep.commands.report:summary",
-        "print the tables, three texts and the places of the results",
-    ),
-    "write-schema": (
-        "halfstep.commands.config:write_schema",
-        "write the JSON schema of config.yaml, for editors",
-    ),
+GROUPS = {  # title in the help: {name: (module:function, what it does)}
+    "Every day": {
+        "doctor": (
+            "halfstep.commands.doctor:doctor",
+            "check this machine and its cluster, and say what to do",
+        ),
+        "plan": (
+            "halfstep.commands.plan:plan",
+            "estimate GPU-hours, disk space and the longest path of the graph",
+        ),
+        "summary": (
+            "halfstep.commands.report:summary",
+            "print the tables, three texts and the places of the results",
+        ),
+        "generate": (
+            "halfstep.commands.generate:generate",
+            "print texts of a model, show how they are denoised, or write them to files",
+        ),
+        "write": (
+            "halfstep.commands.write:write",
+            "continue or fill in the texts that you type, in a loop",
+        ),
+    },
+    "Commands of the rules": {
+        "fetch": (
+            "halfstep.commands.fetch:fetch",
+            "download text, tokenizers, judges and weights for nodes without internet",
+        ),
+        "prepare-corpus": (
+            "halfstep.commands.data:prepare_corpus",
+            "write the tokens, tokenizer and held-out split of a corpus",
+        ),
+        "pretrain": (
+            "halfstep.commands.train:pretrain",
+            "train the teacher, a masked diffusion language model",
+        ),
+        "train-baseline": (
+            "halfstep.commands.train:train_baseline",
+            "train the autoregressive baseline, which is also the judge at laptop scale",
+        ),
+        "import": (
+            "halfstep.commands.import_weights:import_checkpoint",
+            "make a checkpoint of published weights (MDLM, SDTT), from a file or the hub",
+        ),
+        "import-baseline": (
+            "halfstep.commands.import_baseline:import_baseline",
+            "make an autoregressive baseline of any causal language model of transformers",
+        ),
+        "distill-round": (
+            "halfstep.commands.distill:distill_round",
+            "run one round of SDTT: one student step replaces several teacher steps",
+        ),
+        "draw-naive": (
+            "halfstep.commands.draw_naive:draw_naive",
+            "draw texts of naive samplers without a network, which metrics should rank last",
+        ),
+        "score-samples": (
+            "halfstep.commands.evaluate:score_samples",
+            "measure generative perplexity, entropy and consistency of samples",
+        ),
+        "score-corpus": (
+            "halfstep.commands.evaluate:score_corpus",
+            "measure the same for held-out text",
+        ),
+        "score-frontier": (
+            "halfstep.commands.frontier:score_frontier",
+            "measure the same, and perplexity against entropy over temperatures",
+        ),
+        "score-lambada": (
+            "halfstep.commands.evaluate:score_lambada",
+            "measure last-word accuracy and perplexity through lm-eval",
+        ),
+        "score-tasks": (
+            "halfstep.commands.zero_shot:score_tasks",
+            "answer tasks of lm-eval, such as ARC and HellaSwag",
+        ),
+        "score-perplexity": (
+            "halfstep.commands.zero_shot:score_perplexity",
+            "measure zero-shot perplexity of texts",
+        ),
+        "continue-prompts": (
+            "halfstep.commands.continuations:continue_prompts",
+            "continue the beginnings of held-out documents",
+        ),
+        "score-continuations": (
+            "halfstep.commands.continuations:score_continuations",
+            "measure MAUVE, self-BLEU and perplexity of continuations",
+        ),
+        "latency": (
+            "halfstep.commands.benchmark:latency",
+            "time students at each step count against autoregressive baselines",
+        ),
+        "tabulate": ("halfstep.commands.report:tabulate", "gather metric rows into tables"),
+        "plot": ("halfstep.commands.report:plot", "draw one figure from the tables"),
+        "list-sizes": (
+            "halfstep.commands.paper:list_sizes",
+            "write the network sizes of the paper with their parameters",
+        ),
+        "compare-published": (
+            "halfstep.commands.paper:compare_published",
+            "write published numbers and claims next to ours, with a verdict",
+        ),
+        "track": ("halfstep.commands.track:track", "send the journals to MLflow, idempotently"),
+        "merge-provenance": (
+            "halfstep.commands.verify:merge_provenance",
+            "gather the records of all artifacts in results/provenance.json",
+        ),
+    },
+    "Rarely needed": {
+        "verify": (
+            "halfstep.commands.verify:verify",
+            "recompute all checksums, and list what is changed, missing or stale",
+        ),
+        "export": (
+            "halfstep.commands.export_model:export_checkpoint",
+            "write a folder for transformers, with a model card, and push it to the hub",
+        ),
+        "write-schema": (
+            "halfstep.commands.config:write_schema",
+            "write the JSON schema of config.yaml, for editors",
+        ),
+    },
 }
+COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}

@@ -5,15 +5,22 @@ from __future__ import annotations
 import base64
 import http.client
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+import psutil
+
+import halfstep
 from halfstep.commands.fetch import read_fetched
 from halfstep.distributed.environment import environment_number, world_size
 from halfstep.errors import HalfstepError
@@ -30,15 +37,18 @@ Check = Callable[[Path, Path], Iterator[Finding]]  # of the results and the tabl
 def doctor(results: Path = Path("results"), mounts: Path = Path("/proc/mounts")) -> None:
     """Check everything that a run depends on, and print one line for each finding.
 
-    The command fails if a finding is broken.
+    First comes this machine: Python, torch, cores, memory, disk, and optional packages. Findings of
+    a cluster follow where there is one: Slurm's commands, or its variables in the environment. The
+    command fails if a finding is broken.
 
     Args:
         results: folder of the results, which need not exist yet
         mounts: the table of mounted file systems
     """
+    checks = CHECKS | (CLUSTER_CHECKS if cluster_in_sight() else {})
     findings = [
         (name, state, message)
-        for name, check in CHECKS.items()
+        for name, check in checks.items()
         for state, message in _findings(check, results.absolute(), mounts)
     ]
     for name, state, message in findings:
@@ -69,6 +79,99 @@ def _warning(message: str) -> Finding:
 
 def _broken(message: str) -> Finding:
     return "broken", message
+
+
+def cluster_in_sight() -> bool:
+    """Is this a machine of a cluster, or is one asked for in the environment?"""
+    named = any(name.startswith(("SLURM_", "HALFSTEP_SLURM_")) for name in os.environ)
+    return named or shutil.which("sbatch") is not None
+
+
+def check_python(results: Path, mounts: Path) -> Iterator[Finding]:
+    """The interpreter, and the halfstep that it imports."""
+    folder = Path(halfstep.__file__).parent
+    yield _ok(f"Python {platform.python_version()}, halfstep {halfstep.__version__} in {folder}")
+
+
+def check_torch(results: Path, mounts: Path) -> Iterator[Finding]:
+    """The build of torch fits the machine: CUDA where there is a GPU of NVIDIA."""
+    import torch
+
+    built = f"torch {torch.__version__}, built for " + (
+        f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+    )
+    if torch.cuda.is_available():
+        names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+        yield _ok(f"{built}; it uses {torch.cuda.device_count()} GPUs ({', '.join(names)})")
+    elif shutil.which("nvidia-smi"):
+        yield _broken(
+            f"{built}; this machine has nvidia-smi, but torch cannot use a GPU: "
+            "install a CUDA build of torch (envs/gpu.yaml)"
+        )
+    else:
+        yield _ok(f"{built}; no GPU here, so everything runs on the CPU")
+
+
+def check_cores(results: Path, mounts: Path) -> Iterator[Finding]:
+    """The cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processor = platform.machine() or "unknown processor"
+    yield _ok(f"{allowed} of {os.cpu_count()} cores ({processor}) can be used")
+
+
+def check_memory(results: Path, mounts: Path) -> Iterator[Finding]:
+    """There is memory left."""
+    memory = psutil.virtual_memory()
+    free_gb, all_gb = memory.available / 1e9, memory.total / 1e9
+    if free_gb < 1:
+        yield _warning(f"only {free_gb:.1f} of {all_gb:.0f} GB are free: end other programs")
+    else:
+        yield _ok(f"{free_gb:.1f} of {all_gb:.0f} GB are free")
+
+
+EXTRAS = {  # of pyproject.toml, and what needs them
+    "workflow": "snakemake, which runs everything",
+    "report": "tables and figures",
+    "eval": "judges and texts of the hub, LAMBADA and other tasks, MAUVE",
+    "track": "runs in MLflow",
+}
+
+
+def check_extras(results: Path, mounts: Path) -> Iterator[Finding]:
+    """The optional packages are installed, or are named with the command that installs them."""
+    try:
+        lines = metadata.requires("halfstep") or []
+    except metadata.PackageNotFoundError:
+        yield _warning(f"halfstep is not installed for {sys.executable}: {install_command('all')}")
+        return
+    for extra, use in EXTRAS.items():
+        wanted = [
+            re.match(r"[\w.-]+", line)[0]
+            for line in lines
+            if re.search(rf"extra\s*==\s*['\"]{extra}['\"]", line)
+        ]
+        missing = [name for name in wanted if not _is_installed(name)]
+        if missing:
+            command = install_command(extra)
+            yield _warning(f"{extra} ({use}): without {', '.join(missing)}; install: {command}")
+        else:
+            yield _ok(f"{extra} ({use}) is installed")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra: of the checkout that runs, or of the package."""
+    checkout = Path(halfstep.__file__).parents[2]
+    what = ["-e", f"{checkout}[{extra}]"] if (checkout / "pyproject.toml").is_file() else []
+    words = [sys.executable, "-m", "pip", "install", *(what or [f"halfstep[{extra}]"])]
+    return shlex.join(words)
 
 
 def check_slurm(results: Path, mounts: Path) -> Iterator[Finding]:
@@ -136,19 +239,10 @@ def check_accounting(results: Path, mounts: Path) -> Iterator[Finding]:
 
 
 def check_gpus(results: Path, mounts: Path) -> Iterator[Finding]:
-    """Slurm has the GPUs that jobs will ask for, and torch can use those of this machine."""
+    """Slurm has the GPUs that jobs will ask for."""
     resources = ask("sinfo", "--noheader", "-o", "%G")
     if resources:
         yield _slurm_gpus(resources)
-    import torch
-
-    if torch.cuda.is_available():
-        yield _ok(f"torch uses {torch.cuda.device_count()} GPUs of this machine")
-    elif shutil.which("nvidia-smi"):
-        yield _broken(
-            f"this machine has nvidia-smi but torch {torch.__version__} cannot use a GPU: "
-            "install a CUDA build of torch (envs/gpu.yaml)"
-        )
 
 
 def _slurm_gpus(resources: str) -> Finding:
@@ -318,12 +412,19 @@ def _existing(path: Path) -> Path:
 
 
 CHECKS: dict[str, Check] = {
+    "python": check_python,
+    "torch": check_torch,
+    "cores": check_cores,
+    "memory": check_memory,
+    "disk": check_disk,
+    "extras": check_extras,
+    "hub": check_hub,
+    "mlflow": check_mlflow,
+}
+CLUSTER_CHECKS: dict[str, Check] = {
     "slurm": check_slurm,
     "accounting": check_accounting,
     "gpus": check_gpus,
     "world": check_world_size,
-    "disk": check_disk,
     "shared": check_shared_folder,
-    "hub": check_hub,
-    "mlflow": check_mlflow,
 }

@@ -1,4 +1,4 @@
-"""`halfstep generate`: draw samples from a checkpoint, at several step counts and temperatures."""
+"""`halfstep generate`: print texts of a checkpoint, show how they are denoised, or write them."""
 
 import re
 import sys
@@ -17,7 +17,14 @@ from torch import Tensor
 
 from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
 from halfstep.commands.samples import is_written, write_texts
+from halfstep.commands.terminal import (
+    LONG_ENOUGH_S,
+    DenoisingView,
+    print_title,
+    terminal,
+)
 from halfstep.config import (
+    DEFAULT_STEPS,
     GENERATE_STAGE,
     MOST_STEPS,
     DrawOptions,
@@ -27,8 +34,9 @@ from halfstep.config import (
     Steps,
 )
 from halfstep.data.tokenizer import EOS, encode_texts
-from halfstep.diffusion.contracts import Draws, Samples
+from halfstep.diffusion.contracts import Denoiser, Draws, Samples
 from halfstep.diffusion.samplers import SAMPLERS, sample
+from halfstep.diffusion.watching import Show, watched
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import ALONE, Group, join_group
 from halfstep.errors import HalfstepError
@@ -50,23 +58,34 @@ Writer = Callable[[Tensor, int], Samples]
 
 @dataclass(frozen=True)
 class SampleSet:
-    """One set of samples: how it is drawn, and its folder."""
+    """One set of samples: how it is drawn, and its folder (None: it is printed)."""
 
     steps: int
     options: GenerateOptions
-    folder: Path
+    folder: Path | None
+
+    @property
+    def how(self) -> str:
+        """The step count, and the temperature if it is not 1."""
+        temperature = self.options.temperature
+        words = f"{self.steps} steps"
+        return words if temperature == 1 else f"{words}, temperature {temperature}"
 
 
-def generate(
+def generate(  # noqa: PLR0913  the flags of the command
     checkpoint: Path,
-    output: Path,
-    steps: Annotated[list[Steps], Field(min_length=1)],
     sampling: GenerateOptions,
     machine: Machine,
+    output: Path | None = None,
+    steps: Annotated[list[Steps], Field(min_length=1)] | None = None,
     temperatures: list[Positive] = [],  # noqa: B006
     prompt: str = "",
+    watch: bool = False,
 ) -> None:
-    """Draw samples at every step count: samples.npy (ids [N, L]), samples.txt, samples.json.
+    """Print texts, or write them: samples.npy (ids [N, L]), samples.txt and samples.json.
+
+    Without --output texts are printed, each micro-batch as soon as it is drawn. Several texts are
+    printed as in samples.txt, each below a line `=== number`.
 
     With several step counts the name of the output has {steps} in it: samples/steps-{steps}.
     With --temperatures there is a set for each of them, in temperature-{temperature} inside that
@@ -77,54 +96,137 @@ def generate(
 
     Args:
         checkpoint: checkpoint folder
-        output: folder of the samples, with {steps} where there are several step counts
-        steps: numbers of sampling steps
+        output: folder of the samples, with {steps} where there are several step counts; without it
+            the texts are printed
+        steps: numbers of sampling steps (default: 8)
         temperatures: divisors of the logits, in place of --temperature
         prompt: text that every sample begins with; each <|mask|> in it is one token to fill in,
             and each <|endoftext|> ends a document; a blank before a <|mask|>, or at the end, is
             part of the token that is written there
+        watch: show how each text is revealed, step by step: on a terminal in the colors of the
+            steps, otherwise one line per step
     """
+    if watch and output:
+        raise HalfstepError(
+            f"--watch: found --output {output} too, which writes files and shows no text; "
+            "leave one of them out"
+        )
     group, device = join_group(machine), find_device(machine)
-    sets = sample_sets(output, steps, sampling, temperatures)
+    sets = sample_sets(output, steps or [DEFAULT_STEPS], sampling, temperatures)
     model = load_checkpoint(checkpoint, sampling.weights, str(device), sampling.precision)
+    if steps is None and model.denoiser is None:
+        sets = sample_sets(output, [model.length], sampling, temperatures)
+    if watch and group.size > 1:
+        raise HalfstepError(
+            f"--watch: found {group.size} processes, but one of them shows its texts; "
+            "leave --processes out"
+        )
+    if watch and model.denoiser is None:
+        raise HalfstepError(
+            "--watch: found an autoregressive model, which writes from left to right, but only a "
+            "diffusion model reveals its tokens in steps; leave it out"
+        )
     prompts = encode_prompt(model, prompt).expand(sampling.num_samples, -1)
     for one in sets:  # a sampler may refuse a step count: before anything is drawn
         text_writer(model, model.length, one.steps, one.options)
     if group.is_main:
-        note_unused_options(model, model.length, max(steps), sampling)
-    record = record_of(output)
+        note_unused_options(model, model.length, max(one.steps for one in sets), sampling)
+    record = record_of(output) if output else None
+    job = _Job(checkpoint, model, prompt, prompts, sets, machine.micro_batch, group)
     for one in sets:
-        how: dict[str, Any] = {"prompt": prompt, "stage": GENERATE_STAGE}
-        about = describe(checkpoint, model, one.steps, len(prompts), one.options) | how
-        label = f"generate {model_name(checkpoint)} at {one.steps} steps"
-        if one.options.temperature != 1:
-            label += f", temperature {one.options.temperature}"
-        if group.broadcast(group.is_main and is_written(one.folder, about, model.tokenizer)):
+        if one.folder:
+            job.write_set(one, one.folder)
+        elif watch:
+            job.watch_set(one)
+        else:
+            job.print_set(one)
+    if record and group.is_main:
+        folders = [one.folder for one in sets if one.folder]
+        write_record_of_sets(record, folders, checkpoint_files(checkpoint, sampling.weights))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all sets of one call share: the model, and prompts[N, P], one row for each text."""
+
+    checkpoint: Path
+    model: Model
+    prompt: str
+    prompts: Tensor
+    sets: list[SampleSet]
+    micro_batch: int
+    group: Group
+
+    def write_set(self, one: SampleSet, folder: Path) -> None:
+        """Write a set of samples, unless its folder holds it already."""
+        model, group = self.model, self.group
+        how: dict[str, Any] = {"prompt": self.prompt, "stage": GENERATE_STAGE}
+        about = describe(self.checkpoint, model, one.steps, len(self.prompts), one.options) | how
+        label = f"generate {model_name(self.checkpoint)} at {one.how}"
+        if group.broadcast(group.is_main and is_written(folder, about, model.tokenizer)):
             if group.is_main:
-                print(f"{label}: kept, all {sampling.num_samples} texts are there", file=sys.stderr)
-            continue
+                print(f"{label}: kept, all {len(self.prompts)} texts are there", file=sys.stderr)
+            return
         started = time.monotonic()
         write = text_writer(model, model.length, one.steps, one.options)
-        texts = draw_texts(write, prompts, machine.micro_batch, label, group)
+        texts = draw_texts(write, self.prompts, self.micro_batch, label, group)
         if texts is not None:
             how["elapsed_s"] = time.monotonic() - started
-            save_samples(checkpoint, one.folder, model, one.steps, texts, one.options, **how)
-    if group.is_main:
-        folders = [one.folder for one in sets]
-        write_record_of_sets(record, folders, checkpoint_files(checkpoint, sampling.weights))
+            save_samples(self.checkpoint, folder, model, one.steps, texts, one.options, **how)
+
+    def print_set(self, one: SampleSet) -> None:
+        """Print the texts of a set as they are drawn; rank 0 prints those of all ranks, in order.
+
+        On a terminal the texts themselves are the progress.
+        """
+        model, console, printed = self.model, terminal(), 0
+
+        def show(texts: Samples) -> None:
+            nonlocal printed
+            for text in separate_documents(model, texts):
+                print_title(self._title(one, printed), console)
+                print(text, flush=True)
+                printed += 1
+
+        write = text_writer(model, model.length, one.steps, one.options)
+        label = None if console else f"generate {model_name(self.checkpoint)} at {one.how}"
+        texts = draw_texts(write, self.prompts, self.micro_batch, label, self.group, show)
+        if texts is not None and printed < len(self.prompts):
+            show(Samples(texts.ids[printed:], texts.network_evaluations[printed:]))
+
+    def watch_set(self, one: SampleSet) -> None:
+        """Show how each text of a set is revealed; without a terminal the text itself follows."""
+        model, console = self.model, terminal()
+
+        def make(show: Show) -> Writer:
+            return text_writer(model, model.length, one.steps, one.options, show=show)
+
+        view = DenoisingView(model, one.steps, make, console, LONG_ENOUGH_S if console else 0)
+        for i, prompt in enumerate(self.prompts.split(1)):
+            print_title(self._title(one, i), console)
+            texts = view(prompt, i)
+            if console is None:
+                print(*separate_documents(model, texts), flush=True)
+
+    def _title(self, one: SampleSet, number: int) -> str:
+        """The number of a text, if there are several, and how it is drawn, if several sets are."""
+        if len(self.sets) == len(self.prompts) == 1:
+            return ""
+        return f"{number}, {one.how}" if len(self.sets) > 1 else str(number)
 
 
 STEPS = "{steps}"  # in the name of an output
 
 
 def sample_sets(
-    output: Path,
+    output: Path | None,
     steps: list[int],
     sampling: GenerateOptions,
     temperatures: list[float],
 ) -> list[SampleSet]:
     """The sets of samples that `generate` draws, each with its folder."""
-    folders = step_folders(output, steps)
+    counts = list(dict.fromkeys(steps))
+    folders = step_folders(output, counts) if output else dict.fromkeys(counts)
     if temperatures and sampling.temperature != 1:
         raise HalfstepError(
             f"temperature: found {sampling.temperature:g}, expected only --temperatures, which "
@@ -136,7 +238,8 @@ def sample_sets(
             sets.append(SampleSet(count, sampling, folder))
         for temperature in dict.fromkeys(temperatures):
             options = sampling.model_copy(update={"temperature": temperature})
-            sets.append(SampleSet(count, options, folder / f"temperature-{temperature}"))
+            below = folder / f"temperature-{temperature}" if folder else None
+            sets.append(SampleSet(count, options, below))
     return sets
 
 
@@ -197,11 +300,17 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
 
 
 def text_writer(
-    model: Model, length: int, steps: int, options: DrawOptions, end: int | None = None
+    model: Model,
+    length: int,
+    steps: int,
+    options: DrawOptions,
+    end: int | None = None,
+    show: Show | None = None,
 ) -> Writer:
     """A function that writes one batch of texts of `length` tokens.
 
-    A denoiser can be given a token `end` to the right of each text, which the result leaves out.
+    A denoiser can be given a token `end` to the right of each text, which the result leaves out,
+    and a function `show`, which is called with the texts and their times before each pass.
     Raises HalfstepError if there are more steps than the sampler can use.
     """
     if not 1 <= steps <= MOST_STEPS:
@@ -209,7 +318,7 @@ def text_writer(
     if model.denoiser is None:
         return _AutoregressiveWriter(model, length, options)
     SAMPLERS[options.sampler].check_steps(options.sampler, steps, length)
-    return _DiffusionWriter(model, model.denoiser, length, steps, options, end)
+    return _DiffusionWriter(model, model.denoiser, length, steps, options, end, show)
 
 
 @dataclass
@@ -222,6 +331,7 @@ class _DiffusionWriter:
     steps: int
     options: DrawOptions
     end: int | None
+    show: Show | None
 
     def __call__(self, prompts: Tensor, first: int) -> Samples:
         count, given = prompts.shape
@@ -229,9 +339,12 @@ class _DiffusionWriter:
         frame[:, :given] = prompts
         if self.end is not None:
             frame = torch.cat([frame, torch.full((count, 1), self.end)], 1)
+        denoiser: Denoiser = self.denoiser.inference_copy
+        if self.show:
+            denoiser = watched(denoiser, self.show)
         with computing(self.model.device, self.model.precision):
             written = sample(
-                self.denoiser.inference_copy,
+                denoiser,
                 count,
                 frame.shape[1],
                 self.steps,
@@ -293,11 +406,12 @@ def draw_texts(
     micro_batch: int,
     label: str | None = None,
     group: Group = ALONE,
+    show: Callable[[Samples], None] | None = None,
 ) -> Samples | None:
     """Write one text for each row of prompts[N, P], micro_batch texts at a time.
 
     Each rank of the group writes its own rows. Rank 0 returns all texts in order, the others None.
-    With a label, progress is shown.
+    With a label, progress is shown. Rank 0 calls `show` with each of its batches.
     """
     rows, batches = group.local_slice(len(prompts)), []
     total = rows.stop - rows.start
@@ -306,6 +420,8 @@ def draw_texts(
         for first in range(rows.start, rows.stop, micro_batch):
             batch = prompts[first : min(first + micro_batch, rows.stop)]
             batches.append(write(batch, first))
+            if show and group.is_main:
+                show(batches[-1])
             if progress:
                 progress.update(len(batch))
     ids = _gathered([batch.ids for batch in batches], group)

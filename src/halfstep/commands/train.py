@@ -179,6 +179,7 @@ class TrainingJob:
             group=self.group,
             time_limit=self.machine.time_limit,
             flops_per_token=flops_per_token,
+            windows=len(self.windows),
         )
 
     def finish(self, state: TrainingState, meta: dict, journal: Journal) -> None:

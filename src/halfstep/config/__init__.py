@@ -6,11 +6,13 @@ the key `lr:` are the same field. resolve.py turns the user's YAML into a `Confi
 
 from halfstep.config.measuring import (
     CONTINUE_STAGE,
+    DEFAULT_STEPS,
     GENERATE_STAGE,
     NAIVE,
     Benchmark,
     BenchmarkOptions,
     Continuations,
+    Device,
     DrawOptions,
     Evaluation,
     GenerateOptions,
@@ -18,6 +20,7 @@ from halfstep.config.measuring import (
     Prompts,
     SampledModels,
     Sampling,
+    WriteOptions,
 )
 from halfstep.config.networks import (
     SIZES,
@@ -57,6 +60,7 @@ from halfstep.config.whole import Config, Teacher
 
 __all__ = [
     "CONTINUE_STAGE",
+    "DEFAULT_STEPS",
     "GENERATE_STAGE",
     "MOST_STEPS",
     "NAIVE",
@@ -68,6 +72,7 @@ __all__ = [
     "Continuations",
     "Corpus",
     "Count",
+    "Device",
     "Distillation",
     "DrawOptions",
     "Evaluation",
@@ -92,6 +97,7 @@ __all__ = [
     "Weights",
     "Whole",
     "Word",
+    "WriteOptions",
     "check_path",
     "flag_name",
     "negated_flag",

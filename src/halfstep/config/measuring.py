@@ -61,16 +61,29 @@ CONTINUE_STAGE = 5
 """the same of `halfstep continue-prompts`"""
 
 
+DEFAULT_STEPS = 8
+"""sampling steps of one text for a person, whose call names none"""
+
+
+class WriteOptions(DrawOptions):
+    """How `halfstep write` writes the next text."""
+
+    steps: Steps = DEFAULT_STEPS
+    """number of sampling steps; an autoregressive model takes one per token"""
+
+
 class GenerateOptions(DrawOptions):
     """How one set of samples is drawn."""
 
-    num_samples: Count = 1024
-    """number of texts per model and step count"""
+    num_samples: Count = 1
+    """number of texts per step count and temperature"""
 
 
 class SampledModels(GenerateOptions):
     """How samples are drawn for scoring, at which step counts, and of which rounds."""
 
+    num_samples: Count = 1024
+    """number of texts per model and step count"""
     steps: Annotated[list[StepCount], Field(min_length=1)] = [8, 16, 32, 64, 128, 256, 512, 1024]
     """step counts at which every denoiser is sampled; own: the count that a model was made for, and
     that of its student"""
@@ -279,13 +292,18 @@ class Benchmark(BenchmarkOptions):
     their rows say so"""
 
 
-class Machine(Section):
-    """Speed only: these options change no result, so they make no finished artifact stale."""
+class Device(Section):
+    """Where a command computes; this changes no result."""
 
     device: str = "auto"
     """auto: the first CUDA device, or the CPU if there is none; otherwise a torch device (cpu)"""
     threads: Threads | None = None
     """CPU threads of torch, shared by the processes on this machine; all cores by default"""
+
+
+class Machine(Device):
+    """Speed only: these options change no result, so they make no finished artifact stale."""
+
     micro_batch: Count = 32
     """windows per forward pass; training accumulates gradients up to batch_size"""
     recompute: bool = False

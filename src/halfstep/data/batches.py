@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 
 from halfstep.errors import HalfstepError
+from halfstep.progress import format_number
 
 
 @lru_cache(maxsize=4)
@@ -18,7 +19,7 @@ def describe_epochs(num_windows: int, batch_size: int, num_steps: int) -> str:
     """How often a training reads its corpus, in one sentence."""
     epochs = num_steps * batch_size / num_windows
     return (
-        f"{num_steps:,} steps of {batch_size:,} windows are {epochs:.3g} epochs of "
+        f"{num_steps:,} steps of {batch_size:,} windows are {format_number(epochs)} epochs of "
         f"{num_windows:,} windows"
     )
 

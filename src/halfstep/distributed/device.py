@@ -7,12 +7,12 @@ from contextlib import suppress
 
 import torch
 
-from halfstep.config import Machine
+from halfstep.config import Device
 from halfstep.distributed.environment import environment_number
 from halfstep.errors import HalfstepError, reason
 
 
-def prepare_process(machine: Machine) -> None:
+def prepare_process(machine: Device) -> None:
     """Set the threads of torch and the allocator of glibc; the command line calls this once.
 
     machine.threads is for all ranks of this machine; each rank gets an equal share of it. Without
@@ -24,7 +24,7 @@ def prepare_process(machine: Machine) -> None:
         torch.set_num_threads(max(1, machine.threads // ranks))
 
 
-def find_device(machine: Machine) -> torch.device:
+def find_device(machine: Device) -> torch.device:
     """The device that machine.device names; each rank has its own GPU.
 
     Raises HalfstepError if torch cannot use the device, or if there are fewer GPUs than ranks.

@@ -15,7 +15,7 @@ from halfstep.config import Training
 from halfstep.distributed.group import Group, StopRequest, exit_stopped
 from halfstep.errors import HalfstepError
 from halfstep.kernels.precision import computing
-from halfstep.progress import Progress
+from halfstep.progress import Progress, format_number, format_rate
 from halfstep.training.optim import learning_rate
 from halfstep.training.state import Run, Start, TrainingState, begin, save_state
 from halfstep.training.step import (
@@ -179,17 +179,37 @@ def log_losses(
     check_loss(state, loss, start)
     state.logged = [*state.logged, loss][-RECENT:]
     speed = throughput.tokens_per_s()
-    shown = {"loss": loss, "tokens_per_s": speed}
+    figures = {"train/loss": loss, "train/tokens_per_s": speed}
     peak = peak_flops(run.device, training.precision)
     if peak and run.flops_per_token:
-        shown["mfu"] = speed * run.flops_per_token / (peak * run.group.size)
-    figures = {f"train/{name}": value for name, value in shown.items()}
+        figures["train/mfu"] = speed * run.flops_per_token / (peak * run.group.size)
     figures["train/lr"] = state.optimizer.lr
     figures["train/grad_norm"] = state.grad_norm.item()
     run.journal.log(figures | system_metrics(run.device), state.step)
-    progress.update(state.step - progress.done, **shown)
+    progress.update(state.step - progress.done, *in_words(figures, state, training, run))
     state.loss_sum.zero_()
     state.loss_count = 0
+
+
+def in_words(
+    figures: dict[str, float], state: TrainingState, training: Training, run: Run
+) -> list[str]:
+    """The figures of a line of progress: losses, epochs, speed and use of the GPUs."""
+    words = [f"loss {figures['train/loss']:.4g}"]
+    others = ("best", "val/entropy")  # a resumed training has its figures in another order
+    held_out = [value for name, value in state.validation.items() if name not in others]
+    if held_out:
+        words.append(f"held-out loss {held_out[0]:.4g}")
+    if run.windows:
+        done, asked = (
+            format_number(step * training.batch_size / run.windows)
+            for step in (state.step, training.num_steps)
+        )
+        words.append(f"epoch {done} of {asked}")
+    words.append(format_rate(figures["train/tokens_per_s"], "token"))
+    if "train/mfu" in figures:
+        words.append(f"{figures['train/mfu']:.0%} of peak FLOPs")
+    return words
 
 
 def validate_average(state: TrainingState, objective: Objective, run: Run, precision: str) -> None:

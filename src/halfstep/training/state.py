@@ -53,6 +53,7 @@ class Run:
     label: first words of its lines of progress
     time_limit: minutes after the start of this process (no limit by default)
     flops_per_token: of training, for the MFU in the journal (no MFU by default)
+    windows: number of windows of the corpus, for the epochs in lines of progress
     """
 
     device: torch.device
@@ -63,6 +64,7 @@ class Run:
     group: Group = ALONE
     time_limit: float | None = None
     flops_per_token: float | None = None
+    windows: int | None = None
 
 
 @dataclass

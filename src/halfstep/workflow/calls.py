@@ -13,7 +13,15 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from halfstep.config import Corpus, DrawOptions, GenerateOptions, Network, Prompts, shape_of_size
+from halfstep.config import (
+    Corpus,
+    DrawOptions,
+    GenerateOptions,
+    Network,
+    Prompts,
+    SampledModels,
+    shape_of_size,
+)
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json
 from halfstep.models.flops import Shape, causal_shape, denoiser_shape
@@ -92,7 +100,8 @@ class Facts:
         if name == "import-baseline" and "source" in given:
             self.imported[teacher] = given["source"]
         if name in ("generate", "draw-naive"):
-            default = GenerateOptions.model_fields["num_samples"].default
+            section = GenerateOptions if name == "generate" else SampledModels
+            default = section.model_fields["num_samples"].default
             self.samples[teacher] = int(given.get("num_samples", default))
         if name == "continue-prompts":
             number, each, old, new = (
@@ -255,7 +264,7 @@ class Call:
     @property
     def number_of_samples(self) -> int:
         """Texts in each set of samples of the call's teacher."""
-        default = GenerateOptions.model_fields["num_samples"].default
+        default = SampledModels.model_fields["num_samples"].default
         return self.facts.samples.get(self.teacher, default)
 
     @property

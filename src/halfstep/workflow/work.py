@@ -18,6 +18,7 @@ from halfstep.config import (
     GenerateOptions,
     Pretraining,
     Prompts,
+    SampledModels,
     Training,
 )
 from halfstep.models import flops
@@ -213,7 +214,7 @@ def score_work(call: Call) -> Iterator[Work]:
 
 def corpus_score_work(call: Call) -> Iterator[Work]:
     """Perplexities of held-out windows, and features of two halves."""
-    half = min(call.number("num_samples", GenerateOptions), call.held_out // 2)
+    half = min(call.number("num_samples", SampledModels), call.held_out // 2)
     scored = min(DATA_WINDOWS, call.held_out)
     yield from judge_work(call, scored, _compared(half, half, call), call.length)
 

@@ -114,6 +114,34 @@ def test_gains_at_equal_entropy_are_those_of_the_main_temperature():
     assert sentences.equal_entropy(tidy(pandas.DataFrame(TEACHER)), 1) == []
 
 
+def lead(*ratios, **about):
+    students = [row("kl", 7, 16, 15, 2), row("kl", 7, 64, 5, 0.5), row("kl", 7, 256, 4, 0.5)]
+    name = "perplexity_ratio_at_equal_entropy"
+    ratios = [row("kl", 7, steps, value, 0.1, name) | about for steps, value in ratios]
+    frontier = tidy(pandas.DataFrame(ratios))
+    (text,) = sentences.lead_sentences(tidy(pandas.DataFrame([*TEACHER, *students])), frontier)
+    return text
+
+
+def test_what_comes_first_is_the_ratio_at_equal_entropy_at_the_steps_of_the_headline():
+    """Not at those where the ratio is lowest."""
+    assert lead((16, 0.3), (64, 0.5), (256, 0.2)) == (
+        "a: at equal entropy, kl round 7 with 64 steps (4 tokens each) has 0.50 [0.40, 0.60] times "
+        "the perplexity of its teacher with as many steps (a gain)"
+    )
+
+
+def test_where_the_teacher_does_not_reach_the_entropy_the_next_step_count_comes_first():
+    nan = float("nan")
+    assert "with 256 steps (1 token each) has 1.30 [1.20" in lead((16, 0.3), (64, nan), (256, 1.3))
+    assert "with 16 steps (16 tokens each) has 0.30" in lead((16, 0.3), (64, nan), (256, nan))
+
+
+def test_without_a_ratio_the_headline_comes_first():
+    _, text = sentence(row("kl", 7, 16, 15, 2), row("kl", 7, 64, 5, 0.5))
+    assert lead() == lead((64, float("nan"))) == lead((64, 0.5), temperature=0.8) == text
+
+
 def test_last_words_of_the_last_round_are_compared_with_the_teachers():
     rows = [
         row("teacher", 0, 1, 0.9, 0.05, "lambada_accuracy"),

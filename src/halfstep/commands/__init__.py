@@ -108,6 +108,10 @@ COMMANDS = {  # name: (module:function, what it does)
         "halfstep.commands.report:summary",
         "print the tables, three texts and the places of the results",
     ),
+    "start-page": (
+        "halfstep.commands.start_page:start_page",
+        "write results/index.html, the page to open first, and a page of texts",
+    ),
     "write-schema": (
         "halfstep.commands.config:write_schema",
         "write the JSON schema of config.yaml, for editors",

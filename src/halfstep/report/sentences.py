@@ -22,6 +22,7 @@ LAST_WORDS = {
     "lambada_accuracy": "accuracy of last words",
     "lambada_perplexity": "perplexity of last words",
 }
+RATIO = "perplexity_ratio_at_equal_entropy"
 SHARES = {
     "accepted_share": "stories that the grammar accepts",
     "consistent_share": "consistent stories",
@@ -103,6 +104,37 @@ def _calls(student: Series, best: Series) -> str:
     return f" ({round_number(mine)} calls of the network against {round_number(other)})"
 
 
+def lead_sentences(perplexity: DataFrame, frontier: DataFrame) -> list[str]:
+    """What comes first of each run: its perplexity divided by its teacher's at equal entropy.
+
+    The step count is that of the run's headline, or the next larger one at which the teacher
+    reaches the student's entropy, or the largest such. Without any, and without a frontier, it is
+    the headline.
+
+    Args:
+        perplexity: the rows of generative perplexity of one teacher
+        frontier: its rows of the table `temperatures`; may be empty
+    """
+    perplexity = perplexity.assign(temperature=perplexity["temperature"].fillna(1))
+    ratios = first_protocol(frontier[frontier["metric"] == RATIO]).dropna(subset="value")
+    lines = []
+    for headline in headlines(perplexity):
+        student = headline.student
+        mine = ratios[ratios["model"] == student["model"]].sort_values("steps")
+        mine = mine[mine["temperature"].fillna(1) == student["temperature"]]
+        if mine.empty:
+            lines.append(headline_sentence(headline))
+            continue
+        after = mine[mine["steps"] >= student["steps"]]
+        row = after.iloc[0] if len(after) else mine.iloc[-1]
+        times = " times the perplexity of its teacher with as many steps ("
+        lines.append(
+            f"{row['teacher']}: at equal entropy, {_label(row)} with {_steps(row)} has "
+            f"{_ratio(row).replace(' (', times, 1)}"
+        )
+    return lines
+
+
 def equal_entropy(frontier: DataFrame, temperature: float) -> list[str]:
     """For each run: the last round's perplexity divided by its teacher's at the same entropy.
 
@@ -113,7 +145,7 @@ def equal_entropy(frontier: DataFrame, temperature: float) -> list[str]:
         frontier: the rows of the table `temperatures`
         temperature: that of the other tables
     """
-    ratios = frontier[frontier["metric"] == "perplexity_ratio_at_equal_entropy"]
+    ratios = frontier[frontier["metric"] == RATIO]
     if ratios.empty:
         return []
     ratios = first_protocol(ratios)
@@ -271,8 +303,10 @@ def _by_run(rows: DataFrame) -> Iterator[list[AtSteps]]:
 
 def first_protocol(rows: DataFrame) -> DataFrame:
     """The rows of the first protocol and judge among them."""
+    if rows.empty:
+        return rows
     key = rows["protocol"] + " " + rows["judge"].astype(object).fillna("")
-    return rows[key == key.iloc[0]] if len(rows) else rows
+    return rows[key == key.iloc[0]]
 
 
 def _compare(row: Series, other: Series, lower: str, higher: str) -> str:

@@ -35,6 +35,11 @@ def write_results(folder: Path, *teachers: str, runs=("kl_backward", "mse")) -> 
     return results
 
 
+@pytest.fixture(autouse=True)
+def without_a_server(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     return write_results(tmp_path_factory.mktemp("one"), "a")

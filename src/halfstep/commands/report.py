@@ -79,7 +79,8 @@ def tabulate(
     grids = "\n".join(parts)
     write_atomic(csv, selected.dropna(axis="columns", how="all").to_csv(index=False))
     write_atomic(md, grids)
-    top = as_markup(f"# {table}: {row.title}\n\n{grids}\n\n## All rows")
+    title = row.title[0].upper() + row.title[1:]
+    top = as_markup(f"# {title}\n\n{grids}\n\n## All rows")
     write_atomic(page, make_page(table, top + rows_markup(selected)))
     provenance.write_record(record, [csv, md, page], inputs)
 

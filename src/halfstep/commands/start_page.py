@@ -281,7 +281,7 @@ def _commands(records: dict[str, dict]) -> list[str]:
 
 def _files(results: Path, options: str) -> list[Linked]:
     """The other files: those that are there, and those that a later command makes."""
-    from halfstep.commands.track import how_to_look
+    from halfstep.commands.track import how_to_look, tracking_uri
 
     found = [
         Linked(
@@ -300,7 +300,7 @@ def _files(results: Path, options: str) -> list[Linked]:
     if (results / "paper/report.html").is_file():
         about = ": published numbers next to ours"
         found.append(Linked([("paper/report.html", "paper/report.html")], about))
-    look = how_to_look(f"sqlite:///{results}/mlflow.db").splitlines()[0]
+    look = how_to_look(tracking_uri(results)).splitlines()[0]
     return [
         *found,
         Linked(

@@ -123,18 +123,21 @@ def lead(*ratios, **about):
     return text
 
 
-def test_what_comes_first_is_the_ratio_at_equal_entropy_at_the_steps_of_the_headline():
+def test_what_comes_first_is_the_ratio_at_equal_entropy_at_the_fewest_steps():
     """Not at those where the ratio is lowest."""
-    assert lead((16, 0.3), (64, 0.5), (256, 0.2)) == (
-        "a: at equal entropy, kl round 7 with 64 steps (4 tokens each) has 0.50 [0.40, 0.60] times "
-        "the perplexity of its teacher with as many steps (a gain)"
+    assert lead((16, 0.5), (64, 0.3), (256, float("nan"))) == (
+        "a: at equal entropy, kl round 7 with 16 steps (16 tokens each) has 0.50 [0.40, 0.60] "
+        "times the perplexity of its teacher with as many steps (a gain)"
     )
 
 
-def test_where_the_teacher_does_not_reach_the_entropy_the_next_step_count_comes_first():
-    nan = float("nan")
-    assert "with 256 steps (1 token each) has 1.30 [1.20" in lead((16, 0.3), (64, nan), (256, 1.3))
-    assert "with 16 steps (16 tokens each) has 0.30" in lead((16, 0.3), (64, nan), (256, nan))
+def test_a_clear_gain_comes_before_a_clear_loss_and_names_it():
+    """And a loss comes before what is not clear."""
+    text = lead((16, 1.2), (64, 0.5), (256, 1.4))
+    assert "with 64 steps (4 tokens each) has 0.50 [0.40, 0.60] times" in text
+    assert "(a gain), but with 16 steps (16 tokens each) 1.20 [1.10, 1.30] (a loss" in text
+    assert "with 256 steps (1 token each) has 1.40 [1.30, 1.50] times" in lead((16, 1), (256, 1.4))
+    assert "with 16 steps (16 tokens each) has 1.00 [0.90, 1.10] times" in lead((16, 1), (64, 1))
 
 
 def test_without_a_ratio_the_headline_comes_first():

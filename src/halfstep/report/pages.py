@@ -31,7 +31,6 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --text: #e4e7ec; --soft: #a1a9b6; --line: #343b47; --back: #14171c; --card: #1e232b;
     --mark: #84b6f4 }
-  img { filter: invert(.92) hue-rotate(180deg) }
 }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 72rem; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 3rem;
@@ -69,7 +68,12 @@ figcaption { font-weight: 600; font-size: .875rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem }
 dt { color: var(--soft) }
 dd { margin: 0 }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr } dd { margin-bottom: .4rem } }
+@media (max-width: 40rem) {
+  dl { grid-template-columns: 1fr }
+  dd { margin-bottom: .4rem }
+  th:first-child, td:first-child { min-width: 7rem; max-width: 9rem; white-space: normal;
+    overflow-wrap: break-word }
+}
 """
 
 SORT = """

@@ -107,9 +107,8 @@ def _calls(student: Series, best: Series) -> str:
 def lead_sentences(perplexity: DataFrame, frontier: DataFrame) -> list[str]:
     """What comes first of each run: its perplexity divided by its teacher's at equal entropy.
 
-    The step count is that of the run's headline, or the next larger one at which the teacher
-    reaches the student's entropy, or the largest such. Without any, and without a frontier, it is
-    the headline.
+    It is that at the fewest steps with a clear gain, else with a clear loss, else at the fewest; a
+    gain names the first loss, too. Where the frontier has no ratio, it is the headline.
 
     Args:
         perplexity: the rows of generative perplexity of one teacher
@@ -125,13 +124,17 @@ def lead_sentences(perplexity: DataFrame, frontier: DataFrame) -> list[str]:
         if mine.empty:
             lines.append(headline_sentence(headline))
             continue
-        after = mine[mine["steps"] >= student["steps"]]
-        row = after.iloc[0] if len(after) else mine.iloc[-1]
+        gains, losses = mine[mine["high"] < 1], mine[mine["low"] > 1]
+        row = next(rows.iloc[0] for rows in (gains, losses, mine) if len(rows))
         times = " times the perplexity of its teacher with as many steps ("
-        lines.append(
+        text = (
             f"{row['teacher']}: at equal entropy, {_label(row)} with {_steps(row)} has "
             f"{_ratio(row).replace(' (', times, 1)}"
         )
+        if len(gains) and len(losses):
+            worst = losses.iloc[0]
+            text += f", but with {_steps(worst)} {_ratio(worst)}"
+        lines.append(text)
     return lines
 
 

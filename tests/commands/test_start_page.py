@@ -1,5 +1,6 @@
 """The start page: the numbers of the tables, absent parts by their commands, and escaped texts."""
 
+import json
 import os
 import re
 import shutil
@@ -180,6 +181,23 @@ def test_an_empty_folder_has_a_page_of_commands(tmp_path):
     assert "snakemake results/tables/steps.csv" in page.text
     assert "Texts" not in page.text and "Speed" not in page.text
     assert page.addresses() == ["report.html", "provenance.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"command": []}, {"started": "yesterday"}, {"ended": "2026-01-01"}, {"versions": [1]}],
+    ids=str,
+)
+def test_a_record_that_is_none_is_named(tmp_path, capsys, change):
+    times = dict.fromkeys(("started", "ended"), "2026-01-01T00:00:00+00:00")
+    record = {"format": 1, "outputs": {}, "inputs": {}, "command": ["halfstep", "pretrain"]}
+    file = tmp_path / "provenance.json"
+    file.write_text(json.dumps(record | times))
+    assert call(f"start-page --results {tmp_path}") == 0
+    file.write_text(json.dumps(record | times | change))
+    assert call(f"start-page --results {tmp_path}") == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{file}: {next(iter(change))}" in said
 
 
 def test_no_folder_is_refused(capsys, tmp_path):

@@ -6,18 +6,20 @@ import base64
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import AwareDatetime, BaseModel, Field
 
 from halfstep.commands.plan import clock
 from halfstep.commands.report import median_text, median_texts, read_pooled, teacher_sentences
 from halfstep.config import Word
 from halfstep.errors import HalfstepError
-from halfstep.files import write_atomic
+from halfstep.files import MAKE_AGAIN, write_atomic
 from halfstep.records import provenance
 from halfstep.records.journal import read_run
 from halfstep.report.catalogue import FIGURES, TABLES
+from halfstep.resolve import check_fields
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -122,7 +124,7 @@ def start_page(results: Path = Path("results"), preset: Word | None = None) -> N
     steps = tables["steps"]
     shown = pandas.concat([_main_rows(steps, metric) for metric in METRICS])
     figure, source = _key_figure(results)
-    records = _records(results)
+    jobs = _jobs(results)
     texts = _all_texts(steps, results)
     options = f" --config preset={preset}" if preset else ""
     body = fill(
@@ -132,9 +134,9 @@ def start_page(results: Path = Path("results"), preset: Word | None = None) -> N
         figure=figure,
         grids=as_markup(steps_markdown(shown, METRICS)) if len(shown) else None,
         teachers=[_about_teacher(mine, tables, results) for mine in _by_teacher(shown)],
-        facts=_facts(records, tables, results),
-        costs=_costs(records),
-        commands=_commands(records),
+        facts=_facts(jobs, tables, results),
+        costs=_costs(jobs),
+        commands=_commands(jobs),
         files=_files(results, options),
         missing=_missing(tables, figure, options),
     )
@@ -225,58 +227,69 @@ def _all_texts(steps: DataFrame, results: Path) -> DataFrame:
     return table.dropna(subset="text")
 
 
-def _records(results: Path) -> dict[str, dict]:
-    """All records of jobs but the page's own, which would change it with each call."""
+class _Job(BaseModel):
+    """What the page shows of a record of provenance."""
+
+    command: Annotated[list[str], Field(min_length=2)]
+    started: AwareDatetime
+    ended: AwareDatetime
+    commit: str = ""
+    versions: dict[str, str] = {}
+
+    @property
+    def seconds(self) -> float:
+        return (self.ended - self.started).total_seconds()
+
+
+def _jobs(results: Path) -> list[_Job]:
+    """The jobs of all records but the page's own, which would change it with each call."""
     if not any(results.rglob(f"*{provenance.NAME}")):
-        return {}
-    records = provenance.merge_records(results)["records"]
-    return {name: one for name, one in records.items() if name != f"index.{provenance.NAME}"}
+        return []
+    found = provenance.merge_records(results)["records"]
+    found.pop(f"index.{provenance.NAME}", None)
+    for name, record in found.items():
+        check_fields(record, _Job, results / name, MAKE_AGAIN)
+    return sorted(map(_Job.model_validate, found.values()), key=lambda job: job.ended)
 
 
-def _facts(
-    records: dict[str, dict], tables: dict[str, DataFrame], results: Path
-) -> list[tuple[str, str]]:
+def _facts(jobs: list[_Job], tables: dict[str, DataFrame], results: Path) -> list[tuple[str, str]]:
     """Names and values: commit, machine, versions and time."""
     from halfstep.report.conditions import join_values
 
     runs = [read_run(file.parent) for file in sorted((results / "models").rglob("run.json"))]
-    hosts = join_values(run.get("tags", {}).get("host") for run in runs)
+    hosts = join_values(str(run["tags"]["host"]) for run in runs if "host" in run.get("tags", {}))
     devices = join_values(tables["speed"]["device"])
-    versions: dict[str, str] = defaultdict(str)
-    for record in records.values():
-        for package, version in record.get("versions", {}).items():
-            versions[package] = join_values([*filter(None, [versions[package]]), version])
-    begun, ended = ([record[key] for record in records.values()] for key in ("started", "ended"))
+    versions = defaultdict(list)
+    for job in jobs:
+        for package, version in job.versions.items():
+            versions[package].append(version)
     found = {
-        "Commit": join_values(record.get("commit") for record in records.values()),
+        "Commit": join_values(job.commit for job in jobs if job.commit),
         "Machine": "; ".join(filter(None, [hosts and f"host {hosts}", devices])),
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "Time": f"{min(begun)} to {max(ended)}" if records else "",
+        "Versions": ", ".join(f"{name} {join_values(mine)}" for name, mine in versions.items()),
     }
+    if jobs:
+        first, last = min(job.started for job in jobs), jobs[-1].ended
+        found["Time"] = f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M %Z}"
     return [(name, value) for name, value in found.items() if value]
 
 
-def _seconds(record: dict) -> float:
-    started, ended = (datetime.fromisoformat(record[key]) for key in ("started", "ended"))
-    return (ended - started).total_seconds()
-
-
-def _costs(records: dict[str, dict]) -> list[list[str]]:
+def _costs(jobs: list[_Job]) -> list[list[str]]:
     """Jobs and their time by command, with a header and a last line for all; or nothing."""
-    if not records:
+    if not jobs:
         return []
-    by_command = defaultdict(list)
-    for record in records.values():
-        by_command[record["command"][1]].append(_seconds(record))
-    by_command["all"] = [seconds for jobs in by_command.values() for seconds in jobs]
-    lines = [[name, str(len(jobs)), clock(sum(jobs))] for name, jobs in by_command.items()]
+    names = dict.fromkeys(job.command[1] for job in jobs)
+    parts = {name: [job for job in jobs if job.command[1] == name] for name in names}
+    lines = [
+        [name, str(len(mine)), clock(sum(job.seconds for job in mine))]
+        for name, mine in [*parts.items(), ("all", jobs)]
+    ]
     return [["command", "jobs", "time, summed over jobs"], *lines]
 
 
-def _commands(records: dict[str, dict]) -> list[str]:
+def _commands(jobs: list[_Job]) -> list[str]:
     """The commands that made the models, in the order in which they ended."""
-    made = [one for one in records.values() if set(one["command"][1:2]) & set(TRAININGS)]
-    return [shlex.join(one["command"]) for one in sorted(made, key=lambda one: one["ended"])]
+    return [shlex.join(job.command) for job in jobs if job.command[1] in TRAININGS]
 
 
 def _files(results: Path, options: str) -> list[Linked]:

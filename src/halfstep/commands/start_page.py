@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 NAME = "index.html"
 KEY_FIGURES = ("frontier", "ppl_vs_steps")  # the first one that is there is shown
 METRICS = ("generative_perplexity", "entropy")  # of the table over steps, by their first protocol
+MOST = 4  # sentences of a kind that are shown at once; more are a click away
 TRAININGS = ("pretrain", "train-baseline", "distill-round", "import", "import-baseline")
 PAGE = """
 {%- macro lines(sentence) %}
@@ -34,9 +35,14 @@ PAGE = """
 <p>{{ parts[0] }}</p>
 {% if parts[1:] %}<ul>{% for part in parts[1:] %}<li>{{ part }}</li>{% endfor %}</ul>{% endif %}
 {% endmacro -%}
+{%- macro some(sentences) %}
+{% for sentence in sentences[:MOST] %}{{ lines(sentence) }}{% endfor %}
+{% if sentences[MOST:] %}<details><summary>{{ sentences[MOST:] | length }} more</summary>
+{% for sentence in sentences[MOST:] %}{{ lines(sentence) }}{% endfor %}</details>{% endif %}
+{% endmacro -%}
 <p class="soft">halfstep{% if preset %}, preset {{ preset }}{% endif %}</p>
 <h1>{{ leads[0] if leads else "No model has been compared with its teacher yet" }}</h1>
-{% for lead in leads[1:] %}<p><strong>{{ lead }}</strong></p>{% endfor %}
+{{ some(leads[1:]) }}
 {% if figure %}
 <h2>{{ figure.title[0] | upper }}{{ figure.title[1:] }}</h2>
 <a class="wide" href="{{ figure.name }}"><img alt="{{ figure.title }}" src="{{ figure.data }}"></a>
@@ -62,7 +68,7 @@ them</summary>{% for sentence in teacher.sentences %}{{ lines(sentence) }}{% end
 <h2>Speed at equal quality</h2>
 {% for teacher in teachers if teacher.speed %}
 <p><strong>{{ teacher.name }}: {{ teacher.speed.summary }}</strong></p>
-{% for sentence in teacher.speed.details %}{{ lines(sentence) }}{% endfor %}
+{{ some(teacher.speed.details) }}
 {% endfor %}
 {% endif %}
 <h2>What was run</h2>
@@ -129,6 +135,7 @@ def start_page(results: Path = Path("results"), preset: Word | None = None) -> N
     options = f" --config preset={preset}" if preset else ""
     body = fill(
         PAGE,
+        MOST=MOST,
         preset=preset,
         leads=_leads(tables),
         figure=figure,

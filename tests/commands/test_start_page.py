@@ -14,6 +14,7 @@ from small import call, done
 
 from halfstep.commands.report import tabulate
 from halfstep.commands.start_page import start_page
+from halfstep.commands.track import how_to_look
 from halfstep.records.provenance import read_record
 
 TABLES = ("steps", "temperatures", "speed", "lambada")
@@ -137,7 +138,8 @@ def test_every_address_is_a_file_of_the_folder_or_is_named_with_its_command(resu
         assert re.fullmatch(r"[\w./-]+", address) and not address.startswith(("/", "."))
         later = address in ("report.html", "provenance.json")
         assert later or (results / address).is_file(), address
-    for command in ("snakemake --report results/report.html --config preset=ci", "mlflow ui"):
+    look = how_to_look(f"sqlite:///{results}/mlflow.db").splitlines()[0]
+    for command in ("snakemake --report results/report.html --config preset=ci", look):
         assert command in page.text
     images = [words["src"] for tag, words in page.tags if tag == "img"]
     assert len(images) == 1 and [tag for tag, _ in page.tags].count("script") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable
@@ -301,7 +302,7 @@ def _commands(jobs: list[_Job]) -> list[str]:
 
 def _files(results: Path, options: str) -> list[Linked]:
     """The other files: those that are there, and those that a later command makes."""
-    from halfstep.commands.track import how_to_look, tracking_uri
+    from halfstep.commands.track import how_to_look
 
     found = [
         Linked(
@@ -320,7 +321,8 @@ def _files(results: Path, options: str) -> list[Linked]:
     if (results / "paper/report.html").is_file():
         about = ": published numbers next to ours"
         found.append(Linked([("paper/report.html", "paper/report.html")], about))
-    look = how_to_look(tracking_uri(results)).splitlines()[0]
+    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/mlflow.db"
+    look = how_to_look(store).splitlines()[0]
     return [
         *found,
         Linked(

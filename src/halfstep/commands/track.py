@@ -76,7 +76,7 @@ def track(
             f"--results {results}: no such folder; run the pipeline first, "
             "or name the folder that holds models/ and metrics/"
         )
-    uri = uri or tracking_uri(results)
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/mlflow.db"
     experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "halfstep"
     check_uri(uri)
     if watch:
@@ -85,11 +85,6 @@ def track(
         _sync_and_print(results, uri, experiment)
     else:
         write_atomic(output, _sync_or_warn(results, uri, experiment))
-
-
-def tracking_uri(results: Path) -> str:
-    """MLflow's database or server: $MLFLOW_TRACKING_URI, else a file in the results folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/mlflow.db"
 
 
 def _sync_or_warn(results: Path, uri: str, experiment: str) -> str:

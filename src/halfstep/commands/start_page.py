@@ -25,9 +25,9 @@ from halfstep.resolve import check_fields
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-NAME = "index.html"
 KEY_FIGURES = ("frontier", "ppl_vs_steps")  # the first one that is there is shown
 METRICS = ("generative_perplexity", "entropy")  # of the table over steps, by their first protocol
+READ = ("steps", "temperatures", "speed", "lambada")  # tables
 MOST = 4  # sentences of a kind that are shown at once; more are a click away
 TRAININGS = ("pretrain", "train-baseline", "distill-round", "import", "import-baseline")
 PAGE = """
@@ -127,7 +127,7 @@ def start_page(results: Path = Path("results"), preset: Word | None = None) -> N
         raise HalfstepError(
             f"--results {results}: no such folder; run snakemake, or name another --results"
         )
-    tables = {name: read_pooled(_table(results, name)) for name in TABLES}
+    tables = {name: read_pooled(_table(results, name)) for name in READ}
     steps = tables["steps"]
     shown = pandas.concat([_main_rows(steps, metric) for metric in METRICS])
     figure, source = _key_figure(results)
@@ -148,11 +148,12 @@ def start_page(results: Path = Path("results"), preset: Word | None = None) -> N
         files=_files(results, options),
         missing=_missing(tables, figure, options),
     )
-    page, other = results / NAME, results / "texts.html"
+    page, other = results / "index.html", results / "texts.html"
     write_atomic(page, make_page("halfstep: results", body))
     top = as_markup("# The median text of every model at every step count")
-    write_atomic(other, make_page("halfstep: texts", top + rows_markup(texts)))
-    inputs = [file for name in TABLES if (file := _table(results, name)).is_file()]
+    below = rows_markup(texts) if len(texts) else as_markup("There are no texts yet.")
+    write_atomic(other, make_page("halfstep: texts", top + below))
+    inputs = [file for name in READ if (file := _table(results, name)).is_file()]
     record = results / f"index.{provenance.NAME}"
     provenance.write_record(record, [page, other], [*inputs, *source])
 

@@ -56,7 +56,7 @@ PAGE = """
 them</summary>{% for sentence in teacher.sentences %}{{ lines(sentence) }}{% endfor %}</details>
 {% endfor %}
 {% endif %}
-{% if teachers | selectattr("texts") | list %}
+{% if has_texts %}
 <h2>Texts</h2>
 {% for teacher in teachers %}
 <div class="texts">{% for title, text in teacher.texts %}
@@ -137,6 +137,7 @@ def start_page(results: Path = Path("results"), preset: Word | None = None) -> N
     body = fill(
         PAGE,
         MOST=MOST,
+        has_texts=len(texts) > 0,
         preset=preset,
         leads=_leads(tables),
         figure=figure,

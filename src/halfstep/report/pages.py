@@ -49,7 +49,7 @@ code { font: .875em ui-monospace, monospace; background: var(--card); padding: .
   border-radius: 3px }
 .soft { color: var(--soft); font-size: .875rem }
 .wide { display: block; overflow-x: auto; margin: .6rem 0 }
-.wide img { display: block; min-width: 40rem; width: 100%; max-width: 72rem }
+.wide img { display: block; min-width: 34rem; max-width: 100% }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums;
   overflow-wrap: normal }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left;

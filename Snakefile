@@ -29,7 +29,7 @@ include: "rules/naive.smk"  # draw_naive
 include: "rules/evaluate.smk"  # score_samples, score_corpus, score_lambada
 include: "rules/tasks.smk"  # score_tasks, score_perplexity
 include: "rules/benchmark.smk"  # latency
-include: "rules/report.smk"  # tabulate, plot, track, merge_provenance
+include: "rules/report.smk"  # tabulate, plot, track, start_page, merge_provenance
 include: "rules/paper.smk"  # paper_figure, paper_table, paper_report
 
 
@@ -46,7 +46,8 @@ rule all:
     default_target: True
     input:
         expand("results/figures/{figure}.{kind}", figure=FIGURES, kind=["pdf", "svg"]),
-        expand("results/tables/{table}.{kind}", table=TABLES, kind=["csv", "md"]),
+        expand("results/tables/{table}.{kind}", table=TABLES, kind=["csv", "md", "html"]),
+        "results/index.html",
         "results/mlflow.synced",
         "results/provenance.json",
     localrule: True
@@ -71,7 +72,7 @@ onstart:
 onsuccess:
     banner(
         "done",
-        "figures in results/figures/, tables in results/tables/",
+        "open results/index.html; figures in results/figures/, tables in results/tables/",
         *unsent(),
         *(plan.price_lines(plan.PricedJobs([], Path("results"))) if ON_CLUSTER else []),
         "halfstep summary --results results    "

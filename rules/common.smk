@@ -75,10 +75,11 @@ STAGE = dict(
     tasks=1,
     zero_shot=1,
     latency=6,
-    tabulate=6,
+    tabulate=7,
     plot=6,
     paper_report=1,
     track=1,
+    start_page=1,
     merge_provenance=1,
     fetch=1,
 )

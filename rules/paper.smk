@@ -4,7 +4,7 @@ Inputs:
     results/tables/{table}.csv
     results/metrics/                             rows of scores, for tables
 Outputs:
-    results/paper/{item}                         figures: .pdf, .svg, .csv; tables: .csv, .md
+    results/paper/{item}                         figures: .pdf, .svg, .csv; tables: .csv, .md, .html
     results/paper/table-2                        .csv, .md
     results/paper/report                         .md, .html
 """
@@ -59,7 +59,7 @@ rule paper_table:
     input:
         lambda wildcards: paper.sources(wildcards.item),
     output:
-        multiext("results/paper/{item}", ".csv", ".md", ".provenance.json"),
+        multiext("results/paper/{item}", ".csv", ".md", ".html", ".provenance.json"),
     log:
         "results/logs/paper/{item}.log",
     benchmark:

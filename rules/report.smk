@@ -1,13 +1,16 @@
-"""Tables, figures, curves in MLflow, and one record of where everything comes from.
+"""Tables, figures, curves in MLflow, the page to open first, and one record of all origins.
 
 Inputs:
     results/metrics/                             rows of scores
     results/benchmarks/                          rows of seconds
     results/models/{model}/                      meta.json, and the journal next to it
+    results/samples/                             texts
 Outputs:
-    results/tables/{table}                       .csv, .md
+    results/tables/{table}                       .csv, .md, .html
     results/figures/{figure}                     .pdf, .svg, and .csv with the data behind it
     results/mlflow.synced                        empty, or a warning: why MLflow lacks the data
+    results/index                                .html: the page to open first
+    results/texts.html                           the median text of every model
     results/provenance.json                      the records of all jobs in one file
 """
 
@@ -20,9 +23,9 @@ rule tabulate:
     input:
         lambda wildcards: TABLES[wildcards.table],
     output:
-        multiext("results/tables/{table}", ".md", ".provenance.json"),
-        csv=report(
-            "results/tables/{table}.csv",
+        multiext("results/tables/{table}", ".csv", ".md", ".provenance.json"),
+        html=report(
+            "results/tables/{table}.html",
             caption="../workflow/report/table.rst",
             category="Tables",
             labels=lambda wildcards: {
@@ -39,7 +42,7 @@ rule tabulate:
         "../envs/cpu.yaml"
     params:
         caption=lambda wildcards, output: catalogue.TABLES[wildcards.table].caption,
-        output=subpath(output.csv, strip_suffix=".csv"),
+        output=subpath(output.html, strip_suffix=".html"),
         published="--published" if CONFIG.published else "",
         code=STAGE["tabulate"],
     shell:
@@ -131,11 +134,45 @@ rule track:
         """
 
 
+rule start_page:
+    """Write the page to open first, which shows what the tables say, and a page of texts."""
+    input:
+        expand("results/tables/{table}.csv", table=TABLES),
+        expand("results/figures/{figure}.svg", figure=FIGURES),
+    output:
+        multiext("results/index", ".html", ".provenance.json"),
+        texts=report(
+            "results/texts.html",
+            caption="../workflow/report/texts.rst",
+            category="Texts",
+            labels={"shows": "the median text of every model at every step count"},
+        ),
+    log:
+        "results/logs/start_page.log",
+    benchmark:
+        "results/logs/start_page.tsv"
+    localrule: True
+    conda:
+        "../envs/cpu.yaml"
+    params:
+        results=subpath(output[0], parent=True),
+        preset=CONFIG.preset,
+        code=STAGE["start_page"],
+    shell:
+        r"""
+        halfstep start-page \
+            --results {params.results:q} \
+            --preset {params.preset:q} \
+            2>&1 | tee {log:q}
+        """
+
+
 rule merge_provenance:
     """Merge the provenance records of all jobs into one file."""
     input:  # the ends of the graph: by then every job before them has written its record
         expand("results/tables/{table}.csv", table=TABLES),
         expand("results/figures/{figure}.svg", figure=FIGURES),
+        "results/index.html",
     output:
         "results/provenance.json",
     log:

@@ -191,7 +191,7 @@ def test_jobs_ask_for_what_they_need(run, cluster):
         assert re.search(r"gres.gpu[=:](\d)", about)[1] == gpus, about
     jobs = cluster.call("squeue", "-h", "-t", "all", "-o", "%k|%b")
     assert re.search(r"rule_prepare_corpus\S*\|N/A", jobs), jobs
-    assert not re.search("rule_(plot|tabulate|track|merge_provenance|fetch)", jobs), jobs
+    assert not re.search("rule_(plot|tabulate|track|start_page|merge_provenance|fetch)", jobs), jobs
 
 
 def test_the_run_waits_for_an_absent_controller(run):

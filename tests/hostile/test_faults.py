@@ -39,6 +39,7 @@ LINES = {
     "tabulate": "--table steps --metrics {metrics}",
     "plot": "--figure ppl_vs_steps --tables {results}/tables/steps.csv",
     "merge-provenance": "",
+    "start-page": "",
     "write-schema": "",
 }
 FILES = {  # outputs that are files in the folder
@@ -97,8 +98,9 @@ def test_nothing_is_torn_and_the_next_run_is_right(pipeline, tmp_path, command):
     if command == "score-frontier":
         write = f"--steps 8 --temperature 0.7 --num-samples 4 {MACHINE}"
         done(f"generate --checkpoint {pipeline.teacher} --output {places['cold']} {write}")
-    if command == "merge-provenance":
-        shutil.copytree(pipeline.metrics, out / "metrics")
+    if command in ("merge-provenance", "start-page"):
+        folder = "metrics" if command == "merge-provenance" else "tables"
+        shutil.copytree(pipeline.results / folder, out / folder)
         line = f"{command} --results {out}"
     writes, left, problems = try_all(line, out, tmp_path / "log", save_always)
     print(f"{command}: {writes} writes, {left} different sets of files were left")

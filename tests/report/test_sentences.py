@@ -114,6 +114,37 @@ def test_gains_at_equal_entropy_are_those_of_the_main_temperature():
     assert sentences.equal_entropy(tidy(pandas.DataFrame(TEACHER)), 1) == []
 
 
+def lead(*ratios, **about):
+    students = [row("kl", 7, 16, 15, 2), row("kl", 7, 64, 5, 0.5), row("kl", 7, 256, 4, 0.5)]
+    name = "perplexity_ratio_at_equal_entropy"
+    ratios = [row("kl", 7, steps, value, 0.1, name) | about for steps, value in ratios]
+    frontier = tidy(pandas.DataFrame(ratios))
+    (text,) = sentences.lead_sentences(tidy(pandas.DataFrame([*TEACHER, *students])), frontier)
+    return text
+
+
+def test_what_comes_first_is_the_ratio_at_equal_entropy_at_the_fewest_steps():
+    """Not at those where the ratio is lowest."""
+    assert lead((16, 0.5), (64, 0.3), (256, float("nan"))) == (
+        "a: at equal entropy, kl round 7 with 16 steps (16 tokens each) has 0.50 [0.40, 0.60] "
+        "times the perplexity of its teacher with as many steps (a gain)"
+    )
+
+
+def test_a_clear_gain_comes_before_a_clear_loss_and_names_it():
+    """And a loss comes before what is not clear."""
+    text = lead((16, 1.2), (64, 0.5), (256, 1.4))
+    assert "with 64 steps (4 tokens each) has 0.50 [0.40, 0.60] times" in text
+    assert "(a gain), but with 16 steps (16 tokens each) 1.20 [1.10, 1.30] (a loss" in text
+    assert "with 256 steps (1 token each) has 1.40 [1.30, 1.50] times" in lead((16, 1), (256, 1.4))
+    assert "with 16 steps (16 tokens each) has 1.00 [0.90, 1.10] times" in lead((16, 1), (64, 1))
+
+
+def test_without_a_ratio_the_headline_comes_first():
+    _, text = sentence(row("kl", 7, 16, 15, 2), row("kl", 7, 64, 5, 0.5))
+    assert lead() == lead((64, float("nan"))) == lead((64, 0.5), temperature=0.8) == text
+
+
 def test_last_words_of_the_last_round_are_compared_with_the_teachers():
     rows = [
         row("teacher", 0, 1, 0.9, 0.05, "lambada_accuracy"),

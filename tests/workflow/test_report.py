@@ -1,4 +1,4 @@
-"""The Snakemake report: every table and figure of the graph is in it, with its caption."""
+"""The Snakemake report: every table, figure and text is in it, with its caption."""
 
 import html
 import json
@@ -48,9 +48,11 @@ def test_every_table_and_figure_has_its_title_and_caption_in_the_report(tree):
     targets = Targets(resolve(CONFIG, REPOSITORY / "workflow/presets", quiet=True))
     made = targets.figure_inputs()
     assert made.keys() == {name for name, row in FIGURES.items() if not row.only_in_paper}
-    tables = {f"results/tables/{name}.csv": TABLES[name] for name in targets.table_inputs()}
+    tables = {f"results/tables/{name}.html": TABLES[name] for name in targets.table_inputs()}
     figures = {f"results/figures/{name}.svg": FIGURES[name] for name in made}
-    assert results.keys() == {*tables, *figures}
+    assert results.keys() == {*tables, *figures, "results/texts.html"}
+    shown = {path: result["mime_type"] for path, result in results.items()}
+    assert set(shown.values()) == {"text/html", "image/svg+xml"}  # what the report shows itself
     for path, row in {**tables, **figures}.items():
         caption = re.sub("<[^>]+>", "", html.unescape(results[path]["caption"]))
         assert row.caption.replace("``", "") in caption

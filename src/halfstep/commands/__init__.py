@@ -102,6 +102,10 @@ GROUPS = {  # title in the help: {name: (module:function, what it does)}
             "halfstep.commands.paper:compare_published",
             "write published numbers and claims next to ours, with a verdict",
         ),
+        "start-page": (
+            "halfstep.commands.start_page:start_page",
+            "write results/index.html, the page to open first, and a page of texts",
+        ),
         "track": ("halfstep.commands.track:track", "send the journals to MLflow, idempotently"),
         "merge-provenance": (
             "halfstep.commands.verify:merge_provenance",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,16 +17,6 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 VOCABULARY = 50_257  # of GPT-2, the mask not counted
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Reproduction report</title><style>
-body {{ font: 15px/1.5 sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; font-size: 13px }}
-th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left }}
-</style></head><body>
-<h1>Reproduction report</h1>
-{parts}
-</body></html>
-"""
 
 
 def compare_published(
@@ -50,30 +39,23 @@ def compare_published(
     """
     from tabulate import tabulate
 
+    from halfstep.report.pages import as_markup, make_page
     from halfstep.report.published import FILE, published_rows
     from halfstep.report.reproduction import report_parts
 
     files = [file for path in tables for file in _table_files(path)]
     frames = {file.stem: _read_own(file, teacher) for file in files}
     commands = {
-        name: f"snakemake --config preset={preset} results/tables/{name}.csv" for name in TABLES
+        name: f"snakemake results/tables/{name}.csv --config preset={preset}" for name in TABLES
     }
-    written = {}
-    for kind in ("github", "html"):
-        grid = partial(tabulate, tablefmt=kind, disable_numparse=True)
-        written[kind] = report_parts(published_rows(), frames, size, commands, grid)
+    grid = partial(tabulate, tablefmt="github", disable_numparse=True)
+    parts = report_parts(published_rows(), frames, size, commands, grid)
+    sections = (f"## {heading}\n\n{body}" for heading, body in parts)
+    text = "\n\n".join(["# Reproduction report", *sections]) + "\n"
     md, page, record = output_paths(output, ".md", ".html", f".{provenance.NAME}")
-    text = "\n\n".join(f"## {heading}\n\n{body}" for heading, body in written["github"])
-    write_atomic(md, f"# Reproduction report\n\n{text}\n")
-    parts = [_as_html(heading, body) for heading, body in written["html"]]
-    write_atomic(page, PAGE.format(parts="\n".join(parts)))
+    write_atomic(md, text)
+    write_atomic(page, make_page("Reproduction report", as_markup(text)))
     provenance.write_record(record, [md, page], [*files, FILE])
-
-
-def _as_html(heading: str, body: str) -> str:
-    if not body.startswith("<table"):
-        body = f"<p>{html.escape(body)}</p>"
-    return f"<h2>{html.escape(heading)}</h2>\n{body}"
 
 
 def _table_files(path: Path) -> list[Path]:

@@ -21,8 +21,8 @@ from halfstep.workflow.slurm_plugin import ask
 from halfstep.workflow.timeline import Expected, seconds_of_graph
 
 LOCAL = {
-    "fetch", "tabulate", "plot", "track", "merge_provenance", "list_sizes", "paper",
-    "paper_figure", "paper_table", "paper_report",
+    "fetch", "tabulate", "plot", "track", "start_page", "merge_provenance", "list_sizes",
+    "paper", "paper_figure", "paper_table", "paper_report",
 }  # fmt: skip
 """Rules that run where snakemake runs and cost no job."""
 ATTEMPTS = 4

@@ -22,7 +22,7 @@ from halfstep.report.catalogue import FIGURES, JOURNALS, TABLES
 Width = Annotated[Whole, Field(ge=20, le=1000)]
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
     from halfstep.report.sentences import Headline
 
@@ -34,7 +34,7 @@ def tabulate(
     published: bool = False,
     where: list[str] = [],  # noqa: B006
 ) -> None:
-    """Gather metric rows into one table: {output}.csv (complete) and {output}.md (to read).
+    """Gather metric rows into one table: {output}.csv (complete), .md and .html (to read).
 
     Rows that were measured under different conditions are refused. Rows of more than one commit
     are allowed; a warning and the table name the commits.
@@ -45,7 +45,7 @@ def tabulate(
     Args:
         table: name of the table, as listed above
         metrics: files of metric rows, or folders of such files
-        output: path of the table; an ending .csv or .md is dropped
+        output: path of the table; an ending .csv, .md or .html is dropped
         published: add published values, in separate rows and grids that name their source
         where: only rows with these values, as column=value,value; baselines, teachers and
             held-out text stay among the rows of a run
@@ -53,6 +53,7 @@ def tabulate(
     import pandas
 
     from halfstep.report.conditions import describe_commits
+    from halfstep.report.pages import as_markup, make_page, rows_markup
     from halfstep.report.published import FILE, published_markdown, published_rows
     from halfstep.report.rows import keep_rows, read_rows, row_files
 
@@ -73,10 +74,15 @@ def tabulate(
             frames = [frame for frame in (selected, others) if len(frame)]
             filled = [frame.dropna(axis="columns", how="all") for frame in frames]
             selected = pandas.concat(filled, ignore_index=True)
-    csv, md, record = output_paths(output, ".csv", ".md", f".{provenance.NAME}")
+    endings = (".csv", ".md", ".html", f".{provenance.NAME}")
+    csv, md, page, record = output_paths(output, *endings)
+    grids = "\n".join(parts)
     write_atomic(csv, selected.dropna(axis="columns", how="all").to_csv(index=False))
-    write_atomic(md, "\n".join(parts))
-    provenance.write_record(record, [csv, md], inputs)
+    write_atomic(md, grids)
+    title = row.title[0].upper() + row.title[1:]
+    top = as_markup(f"# {title}\n\n{grids}\n\n## All rows")
+    write_atomic(page, make_page(table, top + rows_markup(selected)))
+    provenance.write_record(record, [csv, md, page], inputs)
 
 
 def plot(
@@ -220,76 +226,90 @@ def _print_steps(file: Path, others: list[Path], results: Path, width: int) -> N
     from halfstep.report import sentences
     from halfstep.report.markdown import steps_markdown
 
-    table = _read_pooled(file)
+    table = read_pooled(file)
     print(steps_markdown(table, ("generative_perplexity", "entropy")))
     _print_files(others)
-    for teacher, mine in table.groupby("teacher", sort=False):
+    for _, mine in table.groupby("teacher", sort=False):
         perplexity = mine[mine["metric"] == "generative_perplexity"]
-        entropy = mine[mine["metric"] == "entropy"]
-        found = sentences.headlines(perplexity)
-        trainings = mine["trainings"].max() if "trainings" in mine else 1
-        over = "trainings, comparisons in pairs of one training" if trainings > 1 else "texts"
-        lines = [
-            f"Number of trainings: {trainings:g}; 95% intervals over {over}.",
-            *_equal_entropy(file.with_name("temperatures.csv"), perplexity),
-            *map(sentences.headline_sentence, found),
-            *sentences.gains(perplexity, entropy),
-            *sentences.own_steps(perplexity, results),
-            *sentences.story_shares(mine),
-            *_last_words(file.with_name("lambada.csv"), str(teacher)),
-        ]
-        print(*lines, sep="\n")
-        for headline in found[:1]:
-            _print_samples(headline, results, width)
+        print(*teacher_sentences(mine, file.parent, results), sep="\n")
+        for headline in sentences.headlines(perplexity)[:1]:
+            for title, text in median_texts(headline, results):
+                _print_text(title, text, width)
 
 
-def _read_pooled(file: Path) -> DataFrame:
-    """Our own rows of a table, with one row for all trainings of a model."""
+def read_pooled(file: Path) -> DataFrame:
+    """Our own rows of a table, with one row for all trainings of a model; none without the file."""
+    from pandas import DataFrame
+
     from halfstep.report.published import without_published
-    from halfstep.report.rows import read_table
+    from halfstep.report.rows import read_table, tidy
     from halfstep.report.trainings import pool_trainings
 
+    if not file.is_file() or file.stat().st_size < 2:  # a table without rows is a line feed
+        return tidy(DataFrame())
     return pool_trainings(without_published(read_table(file)))
 
 
-def _equal_entropy(file: Path, perplexity: DataFrame) -> list[str]:
-    """What the table `temperatures` says of a teacher's runs, where there is such a table."""
+def teacher_sentences(steps: DataFrame, tables: Path, results: Path) -> list[str]:
+    """All sentences on one teacher: equal entropy, headlines, every step count, last words.
+
+    Args:
+        steps: its rows of the table `steps`, pooled
+        tables: the folder of the tables `temperatures` and `lambada`
+        results: the folder with the models
+    """
+    from halfstep.report import sentences
     from halfstep.report.rows import sampled_rows
-    from halfstep.report.sentences import equal_entropy
 
-    if not file.is_file() or perplexity.empty:
-        return []
-    table = _read_pooled(file)
-    mine = table[table["teacher"] == perplexity["teacher"].iloc[0]]
-    return equal_entropy(mine, sampled_rows(perplexity)["temperature"].fillna(1).iloc[0])
+    perplexity = steps[steps["metric"] == "generative_perplexity"]
+    trainings = steps["trainings"].max() if "trainings" in steps else 1
+    over = "trainings, comparisons in pairs of one training" if trainings > 1 else "texts"
+    others = [read_pooled(tables / f"{name}.csv") for name in ("temperatures", "lambada")]
+    teacher = steps["teacher"].iloc[0]
+    frontier, lambada = (table[table["teacher"] == teacher] for table in others)
+    temperatures = sampled_rows(perplexity)["temperature"].fillna(1)
+    return [
+        f"Number of trainings: {trainings:g}; 95% intervals over {over}.",
+        *(sentences.equal_entropy(frontier, temperatures.iloc[0]) if len(temperatures) else []),
+        *map(sentences.headline_sentence, sentences.headlines(perplexity)),
+        *sentences.gains(perplexity, steps[steps["metric"] == "entropy"]),
+        *sentences.own_steps(perplexity, results),
+        *sentences.story_shares(steps),
+        *sentences.last_word_verdicts(lambada),
+    ]
 
 
-def _last_words(file: Path, teacher: str) -> list[str]:
-    """What the table `lambada` says of a teacher's runs, where there is such a table."""
-    from halfstep.report.sentences import last_word_verdicts
+def median_texts(headline: Headline, results: Path) -> list[tuple[str, str]]:
+    """The median text by the judge of each of the three: teacher, student, teacher at its best.
 
-    if not file.is_file():
-        return []
-    table = _read_pooled(file)
-    return last_word_verdicts(table[table["teacher"] == teacher])
+    As (title, text), each once; a text that is not there is left out.
+    """
+    rows = (headline.same_steps, headline.student, headline.best)
+    found = {
+        f"{row['model']}, {row['steps']} steps, the median text by perplexity": median_text(
+            row, results
+        )
+        for row in rows
+    }
+    return [(title, text) for title, text in found.items() if text]
 
 
-def _print_samples(headline: Headline, results: Path, width: int) -> None:
-    """The median text by the judge of each of the three: teacher, student, teacher at its best."""
+def median_text(row: Series, results: Path) -> str | None:
+    """The text of a row of perplexity that is the median of its samples, or None."""
     import pandas
 
     from halfstep.report.sentences import sample_text
 
-    for row in (headline.same_steps, headline.student, headline.best):
-        model, steps = row["model"], row["steps"]
-        file = results / "samples" / model / f"steps-{steps}" / "samples.txt"
-        number = row.get("median_text")
-        text = None if pandas.isna(number) else sample_text(file, int(number))
-        if not text:
-            continue
-        lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width) or [""]]
-        print(f"\n{model}, {steps} steps, the median text by perplexity:")
-        print(textwrap.indent("\n".join(lines), "  "))
+    if pandas.isna(row["median_text"]) or pandas.isna(row["steps"]):
+        return None
+    file = results / "samples" / row["model"] / f"steps-{row['steps']}" / "samples.txt"
+    return sample_text(file, int(row["median_text"]))
+
+
+def _print_text(title: str, text: str, width: int) -> None:
+    lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width) or [""]]
+    print(f"\n{title}:")
+    print(textwrap.indent("\n".join(lines), "  "))
 
 
 def _print_places(results: Path) -> None:
@@ -305,3 +325,5 @@ def _print_places(results: Path) -> None:
             print(f"{name}  {path}")
     if (results / "mlflow.db").exists():
         print(f"runs    {how_to_look(f'sqlite:///{results}/mlflow.db')}")
+    if (page := results / "index.html").exists():
+        print(f"open first: {page}")

@@ -22,6 +22,7 @@ LAST_WORDS = {
     "lambada_accuracy": "accuracy of last words",
     "lambada_perplexity": "perplexity of last words",
 }
+RATIO = "perplexity_ratio_at_equal_entropy"
 SHARES = {
     "accepted_share": "stories that the grammar accepts",
     "consistent_share": "consistent stories",
@@ -103,6 +104,40 @@ def _calls(student: Series, best: Series) -> str:
     return f" ({round_number(mine)} calls of the network against {round_number(other)})"
 
 
+def lead_sentences(perplexity: DataFrame, frontier: DataFrame) -> list[str]:
+    """What comes first of each run: its perplexity divided by its teacher's at equal entropy.
+
+    It is that at the fewest steps with a clear gain, else with a clear loss, else at the fewest; a
+    gain names the first loss, too. Where the frontier has no ratio, it is the headline.
+
+    Args:
+        perplexity: the rows of generative perplexity of one teacher
+        frontier: its rows of the table `temperatures`; may be empty
+    """
+    perplexity = perplexity.assign(temperature=perplexity["temperature"].fillna(1))
+    ratios = first_protocol(frontier[frontier["metric"] == RATIO]).dropna(subset="value")
+    lines = []
+    for headline in headlines(perplexity):
+        student = headline.student
+        mine = ratios[ratios["model"] == student["model"]].sort_values("steps")
+        mine = mine[mine["temperature"].fillna(1) == student["temperature"]]
+        if mine.empty:
+            lines.append(headline_sentence(headline))
+            continue
+        gains, losses = mine[mine["high"] < 1], mine[mine["low"] > 1]
+        row = next(rows.iloc[0] for rows in (gains, losses, mine) if len(rows))
+        times = " times the perplexity of its teacher with as many steps ("
+        text = (
+            f"{row['teacher']}: at equal entropy, {_label(row)} with {_steps(row)} has "
+            f"{_ratio(row).replace(' (', times, 1)}"
+        )
+        if len(gains) and len(losses):
+            worst = losses.iloc[0]
+            text += f", but with {_steps(worst)} {_ratio(worst)}"
+        lines.append(text)
+    return lines
+
+
 def equal_entropy(frontier: DataFrame, temperature: float) -> list[str]:
     """For each run: the last round's perplexity divided by its teacher's at the same entropy.
 
@@ -113,7 +148,7 @@ def equal_entropy(frontier: DataFrame, temperature: float) -> list[str]:
         frontier: the rows of the table `temperatures`
         temperature: that of the other tables
     """
-    ratios = frontier[frontier["metric"] == "perplexity_ratio_at_equal_entropy"]
+    ratios = frontier[frontier["metric"] == RATIO]
     if ratios.empty:
         return []
     ratios = first_protocol(ratios)
@@ -271,8 +306,10 @@ def _by_run(rows: DataFrame) -> Iterator[list[AtSteps]]:
 
 def first_protocol(rows: DataFrame) -> DataFrame:
     """The rows of the first protocol and judge among them."""
+    if rows.empty:
+        return rows
     key = rows["protocol"] + " " + rows["judge"].astype(object).fillna("")
-    return rows[key == key.iloc[0]] if len(rows) else rows
+    return rows[key == key.iloc[0]]
 
 
 def _compare(row: Series, other: Series, lower: str, higher: str) -> str:

@@ -33,6 +33,7 @@ STARTS = {
     "score-lambada": 4.0,
     "tabulate": 1.7,
     "track": 6.0,
+    "start-page": 2.2,
     "merge-provenance": 1.0,
 }
 """The same of commands that import more or less, with what they compute without a network"""

@@ -36,6 +36,7 @@ WORDS = {
     "score_perplexity": "perplexity of other texts under {model}",
     "score_samples": "score samples of {model}",
     "score_tasks": "answer tasks with {model}",
+    "start_page": "write the page to open first",
     "tabulate": "write the table {table}",
     "track": "send curves and results to MLflow",
     "train_baseline": "train the baseline of {teacher}",

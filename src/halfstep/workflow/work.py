@@ -350,6 +350,7 @@ WORK: dict[str, Callable[[Call], Iterator[Work]]] = {
     "tabulate": no_work,
     "plot": no_work,
     "track": no_work,
+    "start-page": no_work,
     "merge-provenance": no_work,
 }
 """The work of a call, by the name of its command; one that is not here counts as its time limit"""

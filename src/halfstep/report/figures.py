@@ -293,12 +293,15 @@ def loss_curves(tables: Tables) -> Drawn:
         )
     points = join_points(parts).reindex(columns=POINTS)
     repeated = "Of several trainings: the mean. "
+    thin = (
+        "Thick: a running mean over a tenth of the training; thin: the logged values, as means "
+        f"over equal stretches of steps (at most {CURVE_POINTS}). "
+    )
     figure = style.draw_panels(
         points,
         title=_title_of_losses(table),
         subtitles=subtitles,
-        note="Thick: a running mean over a tenth of the training; thin: the logged values, as "
-        f"means over equal stretches of steps (at most {CURVE_POINTS}). "
+        note=f"{thin if (points['kind'] == 'raw').any() else ''}"
         f"{repeated if table['training'].any() else ''}"
         f"Models of {join_values(table['teacher'])}.",
         xlabel="optimizer steps",

@@ -25,7 +25,7 @@ BAND = 5.0  # percent around the entropy of held-out text
 
 def title_of_perplexity(rows: DataFrame) -> str:
     """The fewest steps with which a last round is as good as its teacher at its best."""
-    found = headlines(rows)
+    found = headlines(_one_teacher(rows))
     if not found:
         return _from_first_to_last(rows, "generative perplexity")
     student, best = found[0].student, found[0].best
@@ -46,7 +46,8 @@ def title_of_perplexity(rows: DataFrame) -> str:
 
 def title_of_entropy(rows: DataFrame) -> str:
     """How far a last round is from the entropy of held-out text where it is farthest."""
-    data, last = rows[rows["run"] == "data"], _last_round(rows)
+    mine = _one_teacher(rows)
+    data, last = mine[mine["run"] == "data"], _last_round(mine)
     if data.empty or last.empty:
         return _from_first_to_last(rows, "entropy")
     held_out = data["value"].iloc[-1]
@@ -66,7 +67,7 @@ def title_of_entropy(rows: DataFrame) -> str:
 
 def title_of_variants(table: DataFrame) -> str:
     """What a variant of drawing changes of the last round, where it changes most."""
-    rows = first_protocol(table[table["metric"] == "generative_perplexity"])
+    rows = first_protocol(_one_teacher(table[table["metric"] == "generative_perplexity"]))
     last = _last_round(rows)
     last = last if len(last) else sampled_rows(rows)
     usual = last[last["variant"] == DEFAULT].set_index("steps")
@@ -77,7 +78,7 @@ def title_of_variants(table: DataFrame) -> str:
     row = others.loc[(change - 1).abs().idxmax()]
     before = usual.loc[row["steps"]]
     text = (
-        f"Drawn as {row['variant']}, {_who(row, rows, False)} with {_number(row['steps'])} steps "
+        f"Drawn as {row['variant']}, {_who(row, table, False)} with {_number(row['steps'])} steps "
         f"has perplexity {with_interval(row)} instead of {with_interval(before)}"
     )
     word = compare_intervals(row, before, "", "")
@@ -143,7 +144,8 @@ def ratio_text(row: Series) -> str:
 
 def title_of_best(rows: DataFrame, what: str) -> str:
     """The step count where a last round has its highest value, and its teacher with as many."""
-    last, teacher = _last_round(rows), rows[rows["run"] == "teacher"].set_index("steps")
+    mine = _one_teacher(rows)
+    last, teacher = _last_round(mine), mine[mine["run"] == "teacher"].set_index("steps")
     last = last[last["steps"].isin(teacher.index)]
     if last.empty:
         return _from_first_to_last(rows, what)
@@ -159,7 +161,7 @@ def title_of_best(rows: DataFrame, what: str) -> str:
 
 def title_of_last_words(table: DataFrame) -> str:
     """The accuracy of last words before and after all rounds; without it, the perplexity."""
-    models = table[table["run"] != "baseline"]
+    models = _one_teacher(table[table["run"] != "baseline"])
     for metric in ("lambada_accuracy", "lambada_perplexity"):
         rows = models[models["metric"] == metric]
         chosen = [name for name in ("parallel", "elbo-exact") if name in set(rows["protocol"])]
@@ -170,12 +172,19 @@ def title_of_last_words(table: DataFrame) -> str:
             row, other = last.iloc[0], teacher.iloc[0]
             what = f"The {metric.removeprefix('lambada_')} of last words"
             before, after = with_interval(other), with_interval(row)
-            name = _who(row, rows, False)
+            name = _who(row, table[table["run"] != "baseline"], False)
             verb = compare_intervals(row, other, "falls", "rises")
             if verb in ("falls", "rises"):
                 return f"{what} {verb} from {before} for the teacher to {after} for {name}"
             return f"{what} is {before} for the teacher and {after} for {name}: {UNCLEAR}"
     return "Last words (LAMBADA) of the models"
+
+
+def _one_teacher(rows: DataFrame) -> DataFrame:
+    """The rows of the first teacher that has rounds, or of the first one."""
+    students = rows[rows["round"] > 0]
+    first = (students if len(students) else rows)["teacher"].head(1)
+    return rows[rows["teacher"].isin(first)]
 
 
 def _last_round(rows: DataFrame) -> DataFrame:
@@ -202,7 +211,8 @@ def _who(row: Series, rows: DataFrame, starts: bool = True) -> str:
 
 def _from_first_to_last(rows: DataFrame, what: str) -> str:
     """What the teacher's curve does, where no round can be compared."""
-    teacher = first_protocol(rows[rows["run"] == "teacher"].sort_values("steps"))
+    teacher = _one_teacher(rows)
+    teacher = first_protocol(teacher[teacher["run"] == "teacher"].sort_values("steps"))
     if len(teacher) < 2:
         return f"{what[0].upper()}{what[1:]} against sampling steps"
     first, last = teacher.iloc[0], teacher.iloc[-1]

@@ -13,7 +13,6 @@ from pandas import DataFrame, Series
 
 from halfstep.errors import HalfstepError
 from halfstep.report.conditions import describe_conditions
-from halfstep.report.published import PROTOCOL
 from halfstep.report.rows import LEVELS, WITHOUT_STEPS
 
 # kind: line, curve (a line with bars at its points), raw (a line before it was smoothed), level (a
@@ -182,7 +181,7 @@ def add_published(
             series = f"published {letter}: {name}"
             parts.append(make_points(line, panel, series, line[x], unit, kind="published", round=0))
     sources = "; ".join(f"{letter} {name}" for name, letter in letters.items())
-    sentence = f" Published, {PROTOCOL}: {sources}." if sources else ""
+    sentence = f" Published by others: {sources}." if sources else ""
     return pandas.concat(parts, ignore_index=True), sentence
 
 

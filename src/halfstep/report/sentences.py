@@ -309,13 +309,13 @@ def _steps(row: Series) -> str:
 
 
 def with_interval(row: Series, percent: bool = False) -> str:
-    """The value and its interval: 21.4 [20.5, 22.3]"""
+    """The value and its interval, if it has one: 21.4 [20.5, 22.3]"""
     numbers = [row["value"], row["low"], row["high"]]
     if percent:
         value, low, high = (f"{round_number(100 * number)}%" for number in numbers)
     else:
         value, low, high = (round_number(number) for number in numbers)
-    return f"{value} [{low}, {high}]"
+    return value if row["low"] != row["low"] else f"{value} [{low}, {high}]"
 
 
 def sample_text(file: Path, number: int, characters: int = 900) -> str | None:

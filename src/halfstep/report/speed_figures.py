@@ -197,8 +197,12 @@ def _title_of_lengths(points: DataFrame) -> str:
     if students.empty:
         return "Time to write against the number of tokens"
     ends = students.iloc[[0, -1]].drop_duplicates("series")
-    text = f"{longest['x'].iloc[0]:,.0f} tokens take " + " and ".join(
-        f"{_time(row['y'])} with {in_words(row['series'])}" for _, row in ends.iterrows()
+    at_once = longest["panel"].iloc[0]
+    text = (
+        f"{at_once[0].upper()}{at_once[1:]}, {longest['x'].iloc[0]:,.0f} tokens take "
+        + " and ".join(
+            f"{_time(row['y'])} with {in_words(row['series'])}" for _, row in ends.iterrows()
+        )
     )
     if len(baselines):
         text += f", {_time(baselines['y'].iloc[0])} with an autoregressive model"
@@ -255,13 +259,15 @@ def _title_of_speedup(timed: DataFrame) -> str:
     mine = mine[mine["length"] == mine["length"].max()]
     mine = mine[mine["steps"] == mine["steps"].max()].sort_values("batch_size")
     ends = mine.iloc[[0, -1]].drop_duplicates("batch_size")
-    times = []
-    for _, row in ends.iterrows():
-        texts = "one text" if row["batch_size"] == 1 else f"{row['batch_size']} texts"
-        times.append(f"{round_number(row['times_faster'])} times as fast for {texts} at once")
+    texts = [
+        "one text at a time" if size == 1 else f"{size} texts at once"
+        for size in ends["batch_size"]
+    ]
+    times = [f"{round_number(ratio)} times as fast" for ratio in ends["times_faster"]]
     steps, length = mine["steps"].iloc[0], mine["length"].iloc[0]
-    start = f"With {steps} steps, {length:,} tokens a text, a student is"
-    return f"{start} {' and '.join(times)} as an autoregressive model"
+    start = f"With {steps} steps and texts of {length:,} tokens, a student is"
+    text = f"{start} {times[0]} as an autoregressive model with {texts[0]}"
+    return f"{text}, {times[1]} with {texts[1]}" if len(times) > 1 else text
 
 
 def _where_baseline_is_faster(axes: Axes, points: DataFrame) -> None:

@@ -64,7 +64,9 @@ PUBLISHED = {
 }
 GOALS = {"lower": "↓ lower is better", "higher": "↑ higher is better"}
 DARK = (  # of an SVG that is shown by itself or as an image: hues stay, lightness turns
-    "@media (prefers-color-scheme: dark) {svg:root {filter: invert(0.9) hue-rotate(180deg)}}"
+    "@media (prefers-color-scheme: dark) {"
+    "svg:root {filter: invert(0.9) hue-rotate(180deg) brightness(1.3)}"
+    "}"
 )
 SMOOTHED = ", smoothed"  # after the name of a line that is the mean of a `raw` one
 FEWEST_FOR_BAND = 10  # repeats (texts, trainings, timed runs) of which an interval is drawn
@@ -215,7 +217,7 @@ def draw_panels(  # noqa: PLR0913 - the look of a figure, in keywords with defau
                 goal = better if isinstance(better, str) else better.get(panel, "")
                 name = ylabel if isinstance(ylabel, str) else ylabel[panel]
                 axes.set_ylabel(f"{name}\n{GOALS[goal]}" if goal else name)
-            room = _room_at_left(mine, points) / wide if labels == "left" else 0
+            room = _room_at_left(mine) / wide if labels == "left" else 0
             _set_x_axis(axes, mine["x"].dropna(), x_scale, room)
             _add_tokens_axis(axes, mine.dropna(subset="tokens"))
             _set_y_axis(axes, points if share_y else mine, log_y)
@@ -245,11 +247,16 @@ def save_figure(figure: Figure, target: Path, suffix: str) -> None:
         Path(target).write_text(svg.replace("</style>", f"{DARK}</style>", 1), encoding="utf-8")
 
 
-def strong_rounds(points: DataFrame) -> set[int]:
-    """The rounds that are drawn strongly: the first, middle and last of those that are lines."""
-    is_round = points["series"].str.startswith("round ") & points["kind"].isin(("line", "curve"))
-    rounds = sorted(set(points.loc[is_round, "round"].astype(int)))
+def strong_rounds(panel: DataFrame) -> set[int]:
+    """The rounds that a panel draws strongly: the first, middle and last of those it shows."""
+    rounds = _rounds(panel)
     return {rounds[0], rounds[(len(rounds) - 1) // 2], rounds[-1]} if rounds else set()
+
+
+def _rounds(panel: DataFrame) -> list[int]:
+    """The rounds whose lines are in a panel, in order."""
+    is_round = panel["series"].str.startswith("round ") & panel["kind"].isin(("line", "curve"))
+    return sorted(set(panel.loc[is_round, "round"].astype(int)))
 
 
 def has_band(group: DataFrame) -> bool:
@@ -274,9 +281,8 @@ def _explain(points: DataFrame, interval: str) -> list[str]:
     found = []
     if (points["own_steps"] == True).any():  # noqa: E712 - the column has missing values
         found.append("Ring: the number of steps that the round was trained to write in.")
-    faint = _faint_rounds(points)
-    if faint:
-        found.append(f"Faint: round{'s'[: len(faint) - 1]} {', '.join(map(str, faint))}.")
+    if any(len(_rounds(panel)) > 3 for _, panel in points.groupby("panel")):
+        found.append("Faint: the rounds in between.")
     lines = points[~points["kind"].isin(("level", "published", "raw"))]
     with_interval = lines[lines["low"].notna()]
     groups = [group for _, group in with_interval.groupby(["panel", "series"])]
@@ -302,40 +308,28 @@ def _same_levels(points: DataFrame) -> bool:
     return points["panel"].nunique() == len(panels) and all(mine == panels[0] for mine in panels)
 
 
-def _faint_rounds(points: DataFrame) -> list[int]:
-    is_round = points["series"].str.startswith("round ") & points["kind"].isin(("line", "curve"))
-    return sorted(set(points.loc[is_round, "round"].astype(int)) - strong_rounds(points))
-
-
 def _room_at_right(points: DataFrame, labels: str) -> float:
     """Inches at the right of a panel for the strip of levels and the names that are written there.
 
     A level has its value after its name, and an arrow if it is outside of the axis.
     """
-    strong = strong_rounds(points)
     lengths, strip = [0.0], 0.0
-    for series, kind, number in zip(points["series"], points["kind"], points["round"], strict=True):
+    for series, kind in zip(points["series"], points["kind"], strict=True):
         if kind == "level":
             strip = STRIP
             lengths.append(len(in_words(series)) + 8)
         elif kind == "published":
             lengths.append(len(series.partition(":")[0]) + 2)
-        elif labels == "right" and kind != "raw" and _is_strong(series, number, strong):
+        elif labels == "right" and kind != "raw":
             name = in_words(series.removesuffix(SMOOTHED))
             lengths.append(len(name) + (8 if series in LEVELS else 0))
     longest = max(lengths)
     return 0.15 + strip + (0.2 + LETTER * longest if longest else 0)
 
 
-def _room_at_left(mine: DataFrame, points: DataFrame) -> float:
+def _room_at_left(panel: DataFrame) -> float:
     """Inches at the left inside a panel for the names of its lines."""
-    strong = strong_rounds(points)
-    lines = mine[mine["kind"].isin(("line", "curve"))]
-    names = [
-        in_words(series)
-        for series, number in zip(lines["series"], lines["round"], strict=True)
-        if _is_strong(series, number, strong)
-    ]
+    names = panel.loc[panel["kind"].isin(("line", "curve")), "series"].map(in_words)
     return 0.25 + LETTER * max(map(len, names), default=0)
 
 
@@ -414,7 +408,7 @@ def _draw_series(
 ) -> None:
     """All series of a panel and their names; `points` are those of all panels."""
     ours = points[points["kind"] != "published"]
-    rounds, strong = int(ours["round"].fillna(0).max()), strong_rounds(points)
+    rounds, strong = int(ours["round"].fillna(0).max()), strong_rounds(mine)
     plain = dict.fromkeys(name.removesuffix(SMOOTHED) for name in ours["series"])
     names = [name for name in plain if name not in (*LEVELS, "teacher")]
     at_lines, at_right = [], []
@@ -439,7 +433,9 @@ def _draw_series(
             if first["kind"] == "raw":
                 look |= {"marker": "", "linewidth": 0.6, "alpha": 0.3 if is_strong else 0.12}
             elif not is_strong:
-                look |= {"marker": "", "linewidth": 0.8, "alpha": 0.35}
+                look |= {"linewidth": 0.8, "alpha": 0.35}
+                if len(group) > 1:
+                    look["marker"] = ""
             _draw_line(axes, name, group, look, is_strong)
             if is_strong and first["kind"] in ("line", "curve"):
                 end = group["x"].idxmin() if labels == "left" else group["x"].idxmax()
@@ -514,7 +510,8 @@ def _draw_published(axes: Axes, name: str, group: DataFrame) -> Label:
     x, y = group["x"].to_numpy(float), group["y"].to_numpy(float)
     axes.plot(x, y, label=name, gid=name, zorder=2, **PUBLISHED)
     at, text = _pin(axes, y[-1], name.partition(":")[0])
-    return Label(x[-1], at, text, PUBLISHED["color"])
+    end = x[-1] if at == y[-1] else axes.get_xlim()[1]
+    return Label(end, at, text, PUBLISHED["color"])
 
 
 def _draw_line(axes: Axes, name: str, group: DataFrame, look: dict, is_strong: bool) -> None:

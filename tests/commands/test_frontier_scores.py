@@ -1,6 +1,7 @@
 """`halfstep score-frontier`: from samples at several temperatures to rows and a figure."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest

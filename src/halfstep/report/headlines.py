@@ -50,19 +50,24 @@ def title_of_entropy(rows: DataFrame) -> str:
     data, last = mine[mine["run"] == "data"], _last_round(mine)
     if data.empty or last.empty:
         return _from_first_to_last(rows, "entropy")
-    held_out = data["value"].iloc[-1]
-    percent = 100 * (last["value"] / held_out - 1)
+    percent = 100 * (last["value"] / data["value"].iloc[-1] - 1)
+    inside = last[percent.abs() <= BAND]
+    kept = ""
+    if len(inside):
+        far = percent[inside.index].abs().max()
+        counts = [_number(inside["steps"].min()), _number(inside["steps"].max())]
+        span = (
+            f"from {counts[0]} to {counts[1]} steps" if len(inside) > 1 else f"at {counts[0]} steps"
+        )
+        kept = f"within {far:.1f}% {span}"
+    if len(inside) == len(last):
+        return f"{_who(last.iloc[0], rows)} keeps the entropy of held-out text {kept}"
     worst = percent.abs().idxmax()
-    counts, name = sorted(last["steps"]), _who(last.iloc[0], rows)
-    far = f"{abs(percent[worst]):.1f}%"
     side = "below" if percent[worst] < 0 else "above"
-    if abs(percent[worst]) <= BAND:
-        span = f"from {_number(counts[0])} to {_number(counts[-1])} steps"
-        return f"{name} keeps the entropy of held-out text within {far} {span}"
-    return (
-        f"{name} leaves the entropy of held-out text at {_number(last.loc[worst, 'steps'])} steps: "
-        f"{round_number(last.loc[worst, 'value'])} nats are {far} {side} it"
-    )
+    name, steps = _who(last.iloc[0], rows, False), _number(last.loc[worst, "steps"])
+    far = f"{abs(percent[worst]):.1f}% {side} that of held-out text"
+    text = f"At {steps} steps the entropy of {name} is {far}"
+    return f"{text}; it is {kept}" if kept else text
 
 
 def title_of_variants(table: DataFrame) -> str:

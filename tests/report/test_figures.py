@@ -303,7 +303,7 @@ def test_a_protocol_that_says_the_same_as_another_is_not_drawn(results):
     same.loc[is_sure, numbers] = same.loc[is_parallel, numbers].to_numpy()
     figure, points = draw("lambada_vs_round", {"lambada": same})
     assert set(points["panel"]) == panels - {"accuracy, confidence"}
-    assert "all tokens of the word at once: the surest token first." in foot(figure)
+    assert "another panel says the same: the surest token first" in foot(figure)
 
 
 def test_a_smoothed_loss_is_the_running_mean_of_the_logged_one(results, tmp_path):

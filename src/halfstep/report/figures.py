@@ -70,8 +70,8 @@ PROTOCOLS = {  # of last words, in plain words
     "elbo-exact": "from the exact bound",
     "elbo-mc": "from the sampled bound",
 }
-SAME = {"confidence": "parallel", "elbo-mc": "elbo-exact"}
-"""Protocols that can say the same as another"""
+SAME = {"confidence": ("parallel", 0.1), "elbo-mc": ("elbo-exact", 1.0)}
+"""Protocols that can say the same as another one, and how far apart that is in half intervals"""
 MAUVE = "MAUVE of continuations against the documents' own: 1 means that they cannot be told apart."
 PERPLEXITY = "Perplexity is low also where texts repeat themselves: compare the entropy."
 
@@ -231,10 +231,10 @@ def lambada_vs_round(tables: Tables) -> Drawn:
     points = join_points(parts)
     panels = dict.fromkeys(name for name in ylabels if name.endswith("accuracy, parallel"))
     points, sources = add_published(points, tables, "lambada_accuracy", "round", panels)
-    same = [
-        f"Not drawn, because it says the same as {PROTOCOLS[SAME[name]]}: {PROTOCOLS[name]}."
-        for name in left_out
-    ]
+    same = []
+    if left_out:
+        names = "; ".join(PROTOCOLS[name] for name in left_out)
+        same.append(f"Not drawn, because another panel says the same: {names}.")
     note = " ".join(["Round 0 is the teacher.", *same, explain_conditions(table)])
     figure = style.draw_panels(
         points,
@@ -251,17 +251,17 @@ def lambada_vs_round(tables: Tables) -> Drawn:
 
 
 def _repeated_protocols(table: DataFrame) -> list[str]:
-    """The protocols with the values of another one: within a tenth of the half of its interval."""
+    """The protocols whose values are those of another one, or within its intervals (SAME)."""
     key = ["model", "metric"]
     half = (table["high"] - table["low"]).astype(float) / 2
     values = table.assign(half=half).set_index(key)[["protocol", "value", "half"]]
     repeated = []
-    for one, other in SAME.items():
+    for one, (other, halves) in SAME.items():
         mine, theirs = (values[values["protocol"] == name] for name in (one, other))
         if len(mine) and set(mine.index) == set(theirs.index):
             theirs = theirs.loc[mine.index]
             apart = (mine["value"] - theirs["value"]).abs()
-            if (apart <= 0.1 * theirs["half"].fillna(0)).all():
+            if (apart <= halves * theirs["half"].fillna(0)).all():
                 repeated.append(one)
     return repeated
 

@@ -55,10 +55,12 @@ def title_of_entropy(rows: DataFrame) -> str:
     kept = ""
     if len(inside):
         far = percent[inside.index].abs().max()
-        counts = [_number(inside["steps"].min()), _number(inside["steps"].max())]
-        span = (
-            f"from {counts[0]} to {counts[1]} steps" if len(inside) > 1 else f"at {counts[0]} steps"
-        )
+        first, end = inside["steps"].min(), inside["steps"].max()
+        span = f"from {_number(first)} to {_number(end)} steps"
+        if len(inside) == 1:
+            span = f"at {_number(first)} steps"
+        elif last["steps"].between(first, end).sum() > len(inside):
+            span = f"at {len(inside)} of {len(last)} step counts"
         kept = f"within {far:.1f}% {span}"
     if len(inside) == len(last):
         return f"{_who(last.iloc[0], rows)} keeps the entropy of held-out text {kept}"

@@ -1,6 +1,7 @@
 """`halfstep score-frontier`: from samples at several temperatures to rows and a figure."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +71,8 @@ def test_rows_of_samples_are_those_of_score_samples(pipeline, swept, tmp_path):
     done(f"score-samples --samples {folders} --output {output} {score}")
     found = swept / "metrics/student/samples.json"
     assert read_json(found) == read_json(output)
+    made_for = read_json(Path(pipeline.student) / "meta.json")["student_steps"]
+    assert {row["student_steps"] for row in read_json(found)} == {made_for}
     record = read_json(found.with_name("samples.provenance.json"))
     read = [path for path in record["inputs"] if path.endswith("samples.npy")]
     assert len(read) == 2 and not any("temperature" in path for path in read)

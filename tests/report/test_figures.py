@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import re
 from pkgutil import resolve_name
+from xml.etree import ElementTree
 
 import numpy
 import pandas
@@ -18,12 +20,14 @@ from halfstep.errors import HalfstepError
 from halfstep.report import style
 from halfstep.report.catalogue import FIGURES, JOURNALS, TABLES
 from halfstep.report.curves import CURVE_POINTS, read_curves, thin_curve
-from halfstep.report.labels import spread
+from halfstep.report.grids import round_number
+from halfstep.report.labels import in_words, spread
 from halfstep.report.points import POINTS
 from halfstep.report.published import published_rows
 from halfstep.report.rows import read_table
 
 PUBLISHED = [name for name, row in FIGURES.items() if row.published]
+EVERYDAY = [name for name, row in FIGURES.items() if not row.only_in_paper]
 CASES = [(name, False) for name in FIGURES] + [(name, True) for name in PUBLISHED]
 
 
@@ -88,7 +92,25 @@ def lines_of(figure):
 
 def foot(figure):
     """The note at the foot of the figure."""
-    return " ".join(text.get_text() for text in reversed(figure.texts))
+    texts = [text.get_text() for text in figure.texts if text.get_gid() != "title"]
+    return " ".join(reversed(texts))
+
+
+def title_of(figure):
+    """The sentence at the top of the figure."""
+    return " ".join(text.get_text() for text in figure.texts if text.get_gid() == "title")
+
+
+def strong(points):
+    """The points whose lines are drawn strongly: of a panel's rounds the first, middle and last."""
+    kept = []
+    for _, panel in points.groupby("panel"):
+        is_round = panel["series"].str.startswith("round ")
+        is_line = is_round & panel["kind"].isin(["line", "curve"])
+        rounds = sorted(panel.loc[is_line, "round"].unique())
+        shown = {rounds[0], rounds[(len(rounds) - 1) // 2], rounds[-1]} if rounds else set()
+        kept.append(panel[~is_round | panel["round"].isin(shown)])
+    return pandas.concat(kept or [points])
 
 
 @pytest.mark.parametrize("name, published", CASES)
@@ -106,7 +128,8 @@ def test_a_figure_draws_the_points_of_its_csv(results, name, published):
             assert numpy.array_equal(drawn[panel, series], group[["x", "y"]].to_numpy(float))
     bands = sum(len(axes.collections) for axes in figure.axes)
     with_interval = points[points["low"].notna() & (points["kind"] != "level")]
-    assert bands == len(with_interval.drop_duplicates(["panel", "series"]))
+    assert (with_interval["repeats"] >= 10).all()
+    assert bands == len(strong(with_interval).drop_duplicates(["panel", "series"]))
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -136,18 +159,181 @@ def test_the_recorded_command_draws_the_figure_again(results, tmp_path):
     assert (tmp_path / "figure.svg").read_bytes() == before
 
 
-def test_the_foot_names_the_conditions(results):
-    figure, _ = draw("ppl_vs_steps", frames(results, "ppl_vs_steps"))
-    for words in (
-        "95% interval",
-        "Judge results/models/stories-tiny/baseline@aabbccddeeff",
-        "protocol ids v1",
-        "n 512",
-        "seed 1",
-        "weights ema",
-        "commit 0123456789ab",
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_csv_names_the_conditions_and_the_foot_has_plain_words(results, name):
+    figure, points = draw(name, frames(results, name))
+    assert not re.search(r"[0-9a-f]{12}|_|results/", foot(figure))
+    (conditions,) = points["conditions"].unique()
+    assert "commit " in conditions.lower()
+    if name == "ppl_vs_steps":
+        for words in ("512 texts a point", "95% intervals", "Faint: the rounds in between"):
+            assert words in foot(figure)
+        for words in (
+            "Judge results/models/stories-tiny/baseline@aabbccddeeff",
+            "protocol ids v1",
+            "n 512",
+            "seed 1",
+            "weights ema",
+            "commit 0123456789ab",
+        ):
+            assert words in conditions
+
+
+def known_spans(tables):
+    """Every value of the tables with its interval, and every time, as a title writes them."""
+    found = set()
+    for table in tables.values():
+        for row in table.itertuples():
+            if {"low", "high"} <= set(table.columns):
+                numbers = (row.value, row.low, row.high)
+                for text in (round_number, "{:.2f}".format):
+                    value, low, high = ("open" if x != x else text(x) for x in numbers)
+                    found.add(f"{value} [{low}, {high}]")
+            if getattr(row, "metric", "") == "latency_s":
+                found.add(f"{round_number(1000 * row.value)} ms")
+            if not pandas.isna(getattr(row, "times_faster", None)):
+                found.add(f"{round_number(row.times_faster)} times as fast")
+            if "step" in table.columns:
+                found.add(f"{row.value:.3f}")
+    return found
+
+
+SPAN = re.compile(
+    r"[\d.,]*\d \[[\w.,]+, [\w.,]+\]|[\d.,]*\d ms|[\d.,]+ times as fast|\d\.\d{3}(?! \[)"
+)
+
+
+@pytest.mark.parametrize("name", EVERYDAY)
+def test_a_title_is_a_sentence_whose_numbers_are_those_of_the_table(results, name):
+    tables = frames(results, name)
+    title = title_of(draw(name, tables)[0])
+    assert title[0].isupper() or title[0].isdigit()
+    assert "_" not in title and len(title.split()) >= 8
+    if name == "entropy_vs_steps":
+        table = tables["steps"]
+        entropy = table[table["metric"] == "entropy"]
+        (held_out,) = entropy.loc[entropy["run"] == "data", "value"]
+        mine = entropy[(entropy["run"] == "kl_backward") & (entropy["round"] == 7)]
+        assert (
+            f"within {100 * (mine['value'] / held_out - 1).abs().max():.1f}% from 8 to 32" in title
+        )
+    else:
+        spans = SPAN.findall(title)
+        assert spans and set(spans) <= known_spans(tables)
+
+
+def test_a_title_says_no_more_than_the_data(results):
+    """Intervals that overlap show no difference; without students there is no comparison."""
+    steps = frames(results, "ppl_vs_steps")["steps"]
+    wide = steps.assign(low=steps["value"] / 9, high=9 * steps["value"])
+    assert title_of(draw("ppl_vs_steps", {"steps": wide})[0]).endswith(": no clear difference")
+    lambada = frames(results, "lambada_vs_round")["lambada"]
+    unclear = lambada.assign(low=0.0, high=20.0)
+    title = title_of(draw("lambada_vs_round", {"lambada": unclear})[0])
+    assert title.endswith(": no clear difference") and " is 0.410 [" in title
+    alone = steps[steps["round"] == 0]
+    assert title_of(draw("ppl_vs_steps", {"steps": alone})[0]).startswith("The teacher's gen")
+    far = steps.assign(value=steps["value"].where(steps["round"] != 7, 0.9 * steps["value"]))
+    title = title_of(draw("entropy_vs_steps", {"steps": far})[0])
+    assert re.match(
+        r"At 32 steps the entropy of round 7 of reverse KL is 10\.\d% below that of held-out", title
+    )
+    frontier = frames(results, "frontier")
+    table = frontier["temperatures"]
+    is_ratio = table["metric"] == "perplexity_ratio_at_equal_entropy"
+    for low, high, words in (
+        (0.4, 0.8, "has 0.60 [0.40, 0.80] of its teacher's perplexity at equal entropy"),
+        (0.4, 1.2, "perplexity at equal entropy: no clear difference"),
+        (1.1, 1.2, "has 0.60 [1.10, 1.20] times its teacher's"),
     ):
-        assert words in foot(figure)
+        changed = table.copy()
+        changed.loc[is_ratio, ["value", "low", "high"]] = [0.6, low, high]
+        assert words in title_of(draw("frontier", frontier | {"temperatures": changed})[0])
+    gone = table.assign(value=table["value"].where(~is_ratio))
+    title = title_of(draw("frontier", frontier | {"temperatures": gone})[0])
+    assert title.endswith("the teacher reaches the entropy of no student")
+
+
+def test_a_ring_is_at_the_steps_of_each_round(results):
+    """Synthetic round r was made for 1024 / 2**r steps, and 8, 16 and 32 are drawn."""
+    figure, points = draw("ppl_vs_steps", frames(results, "ppl_vs_steps"))
+    own = points[points["own_steps"]]
+    assert set(zip(own["round"], own["x"], strict=True)) == {(7, 8), (6, 16), (5, 32)}
+    rings = [
+        tuple(point)
+        for axes in figure.axes
+        for line in axes.lines
+        if line.get_markerfacecolor() == "none"
+        for point in line.get_xydata()
+    ]
+    assert sorted(rings) == sorted(own[["x", "y"]].itertuples(index=False, name=None))
+    assert "Ring: the number of steps" in foot(figure)
+
+
+def test_levels_do_not_stretch_the_axis_and_those_outside_have_an_arrow(results):
+    figure, points = draw("ppl_vs_steps", frames(results, "ppl_vs_steps"))
+    levels, lines = points[points["kind"] == "level"], points[points["kind"] == "line"]
+    assert set(levels["series"]) == {"baseline", "data", "unigram", "bigram", "cut_and_paste"}
+    low, high = figure.axes[-1].get_ylim()
+    assert low > 0.8 * lines["low"].min() and high < 1.2 * lines["high"].max()
+    named = {text.get_text() for axes in figure.axes for text in axes.texts}
+    assert {"held-out text 7.2 ↓", "random tokens 180 ↑"} <= named
+    drawn = {line.get_gid(): line.get_visible() for line in lines_of(figure)}
+    assert not drawn["data"] and not drawn["unigram"]
+
+
+@pytest.mark.parametrize("runs, shown", [(8, False), (9, False), (10, True)])
+def test_bands_are_of_at_least_ten_repeats(results, runs, shown):
+    speed = frames(results, "latency_vs_length")["speed"]
+    speed = speed.assign(bounds=f"quartiles of {runs}")
+    figure, points = draw("latency_vs_length", {"speed": speed})
+    assert (points["repeats"] == runs).all() and points["low"].notna().all()
+    assert any(axes.collections for axes in figure.axes) == shown
+    assert ("Bands: quartiles." in foot(figure)) == shown
+    assert (f"fewer than 10 repeats (here {runs})" in foot(figure)) != shown
+
+
+def test_a_protocol_that_says_the_same_as_another_is_not_drawn(results):
+    lambada = frames(results, "lambada_vs_round")["lambada"]
+    panels = set(draw("lambada_vs_round", {"lambada": lambada})[1]["panel"])
+    assert "accuracy, confidence" in panels
+    same = lambada.copy()
+    is_sure, is_parallel = (same["protocol"] == name for name in ("confidence", "parallel"))
+    numbers = ["value", "low", "high"]
+    same.loc[is_sure, numbers] = same.loc[is_parallel, numbers].to_numpy()
+    figure, points = draw("lambada_vs_round", {"lambada": same})
+    assert set(points["panel"]) == panels - {"accuracy, confidence"}
+    assert "another panel says the same: the surest token first" in foot(figure)
+
+
+def test_a_smoothed_loss_is_the_running_mean_of_the_logged_one(results, tmp_path):
+    synthetic.write(tmp_path, runs=("mse",), rounds=1, steps=[8], points=40, benchmark=False)
+    figure, points = draw("loss_curves", {"journals": read_curves([tmp_path / "models"])})
+    raw = points[(points["kind"] == "raw") & (points["series"] == "round 1")]
+    smooth = points[points["series"] == "round 1, smoothed"]
+    assert len(raw) == len(smooth) == 40 and raw["x"].tolist() == smooth["x"].tolist()
+    mean = raw["y"].to_numpy()[8:12].mean()  # a tenth of 40 points
+    assert smooth["y"].to_numpy()[10] == pytest.approx(mean)
+    assert smooth["y"].diff().std() < raw["y"].diff().std()
+    labels = {axes.get_label(): axes.get_ylabel() for axes in figure.axes}
+    assert labels["mse: training loss"].startswith("squared difference of log-probabilities")
+    assert labels["mse: held-out loss"].startswith("held-out loss (nats per token)")
+
+
+def test_an_svg_is_dark_where_its_reader_prefers_that(results, tmp_path):
+    plot("entropy_vs_steps", inputs(results, "entropy_vs_steps"), tmp_path / "figure")
+    svg = (tmp_path / "figure.svg").read_text()
+    assert svg.count(style.DARK) == 1
+    root = ElementTree.fromstring(svg)
+    (sheet, *_) = root.iter("{http://www.w3.org/2000/svg}style")
+    assert "prefers-color-scheme: dark" in sheet.text
+
+
+def test_keys_become_words():
+    assert in_words("stories-tiny · kl_backward") == "stories-tiny · reverse KL"
+    assert in_words("data") == "held-out text"
+    assert in_words("mse, round 7") == "squared error, round 7"
+    assert in_words("mse-long") == "mse-long", "a part of a name is no key"
 
 
 @pytest.mark.parametrize("name, published", CASES)

@@ -37,7 +37,8 @@ def write(
         sha = train(results / "models" / model, model, run, r, points)
         samples, continuations = [], []
         for n in steps:
-            samples += sampled(teacher, run, r, model, n, sha)
+            made_for = {"student_steps": 1024 // 2**r} if r else {}
+            samples += [row | made_for for row in sampled(teacher, run, r, model, n, sha)]
             mauve = 0.9 - 0.4 / n + 0.005 * r
             continuations += continued(common(teacher, run, r, model, n, sha), mauve)
             text = f"At {n} steps {name} wrote that Mira found a red kite.\nShe kept it."
@@ -102,6 +103,7 @@ def train(folder: Path, model: str, run: str, r: int, points: int) -> str:
         node=f"distill-round/{model}",
         params={
             "distillation": {"divergence": run, "lr": 6e-5, "rounds": 7},
+            **({"divergence": run} if r else {}),
             "round": r,
             "seed": 1,
         },

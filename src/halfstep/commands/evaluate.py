@@ -81,7 +81,9 @@ def read_texts(samples: list[Path], corpus: Path) -> list[Texts]:
                 f"{folder}: its samples use another vocabulary than the corpus {corpus}; "
                 "name the corpus on which their model was trained"
             )
-        texts.append((ids, sample_columns(facts, ids.shape[-1])))
+        columns = sample_columns(facts, ids.shape[-1])
+        made_for = (facts.get("meta") or {}).get("student_steps")
+        texts.append((ids, columns | ({"student_steps": made_for} if made_for else {})))
     return texts
 
 

@@ -121,6 +121,7 @@ class TableRow(MetricRow):
     seed: Integer = None
     training_seed: Integer = None
     params: Integer = None
+    student_steps: Integer = None
     low: Real = None
     high: Real = None
     network_evaluations: Real = None

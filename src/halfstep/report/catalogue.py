@@ -196,8 +196,10 @@ FIGURES: dict[str, Figure] = {
     "ppl_vs_steps": Figure(
         title="generative perplexity against sampling steps",
         caption="Generative perplexity against sampling steps: the teacher and every round as "
-        "curves, held-out text and the autoregressive baseline, if there is one, as lines. Lower "
-        "is better only where the entropy stays near that of the data.",
+        "curves, a ring at the steps that a round was trained for. Held-out text, naive samplers "
+        "and the autoregressive baseline, if there is one, stand at the right edge, with an arrow "
+        "where they are outside of the axis. Lower is better only where the entropy stays near "
+        "that of held-out text.",
         needs=("steps",),
         draw="halfstep.report.figures:ppl_vs_steps",
         published=True,
@@ -244,7 +246,7 @@ FIGURES: dict[str, Figure] = {
     "latency_vs_length": Figure(
         title="time to write against the number of tokens",
         caption="Time to write against the number of tokens: students at each step count, and "
-        "autoregressive baselines with a KV cache. Medians; the note says what the bands are.",
+        "autoregressive baselines with a KV cache. Medians, with quartiles of at least ten runs.",
         needs=("speed",),
         draw="halfstep.report.speed_figures:latency_vs_length",
         published=True,
@@ -259,8 +261,9 @@ FIGURES: dict[str, Figure] = {
     ),
     "loss_curves": Figure(
         title="training loss and held-out loss of every training",
-        caption="Training loss and held-out loss of every model that is trained here, read from "
-        "the journals of the trainings.",
+        caption="Training loss and held-out loss of every model that is trained here: a running "
+        "mean, and thin lines as logged. Of rounds the training loss is the divergence from the "
+        "teacher.",
         needs=(JOURNALS,),
         draw="halfstep.report.figures:loss_curves",
     ),

@@ -10,6 +10,7 @@ from pandas import DataFrame, Series
 from halfstep.errors import HalfstepError
 from halfstep.report.rows import networks_rows, sampled_rows
 
+USUAL = "ancestral"  # the sampler that a figure does not mention
 MEASURE = (
     "variant", "metric", "task", "measure", "protocol", "judge", "steps", "temperature", "length",
     "batch_size",
@@ -144,6 +145,38 @@ def describe_conditions(table: DataFrame) -> str:
     listed = {name: join_values(values) for name, values in named.items()}
     text = "; ".join(f"{name} {values}" for name, values in listed.items() if values) + "."
     return text[0].upper() + text[1:] + _trainings(table)
+
+
+def explain_conditions(table: DataFrame) -> str:
+    """What a reader of a figure must know of its rows, in plain sentences without checksums."""
+    students = sampled_rows(table)
+    trainings = table.get("trainings", Series(dtype=float)).dropna().astype(int)
+    what = f"{_texts(students if len(students) else table)} a point"
+    if len(trainings):
+        what = f"Means over {join_values(sorted(set(trainings)))} trainings, {what}"
+    sentences = [what]
+    judges = [str(judge) for judge in dict.fromkeys(table["judge"].dropna())]
+    if judges:
+        names = [_judge_in_words(judge) for judge in judges]
+        sentences.append(f"Measured with {' and '.join(dict.fromkeys(names))}")
+    samplers = [name for name in dict.fromkeys(students["sampler"].dropna()) if name != USUAL]
+    if samplers:
+        sentences.append(f"Sampler {join_values(samplers)}".replace("_", " "))
+    return ". ".join([*sentences, "All conditions are in the CSV."])
+
+
+def _texts(rows: DataFrame) -> str:
+    counts = sorted(set(rows["num_samples"].dropna().astype(int)))
+    unit = "questions" if rows["metric"].astype(str).str.startswith("lambada").any() else "texts"
+    numbers = f"{counts[0]:,}" if counts else "an unknown number of"
+    if len(counts) > 1:
+        numbers += f" to {counts[-1]:,}"
+    return f"{numbers} {unit}"
+
+
+def _judge_in_words(judge: str) -> str:
+    name = judge.partition("@")[0].removesuffix("/hf").rpartition("/")[2]
+    return "the autoregressive model of the same corpus" if name == "baseline" else name
 
 
 def _trainings(table: DataFrame) -> str:

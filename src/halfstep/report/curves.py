@@ -12,7 +12,10 @@ from halfstep.records.journal import read_journal
 from halfstep.seeds import first_training, repeat_seed
 
 CURVE_POINTS = 120  # at most, of a curve in a figure
-COLUMNS = ("teacher", "group", "series", "round", "training", "commit", "key", "step", "value")
+COLUMNS = (
+    "teacher", "group", "series", "round", "training", "divergence", "commit",
+    "key", "step", "value",
+)  # fmt: skip
 
 
 def journal_files(paths: Iterable[Path]) -> list[Path]:
@@ -33,7 +36,10 @@ def read_curves(paths: Iterable[Path]) -> DataFrame:
     for file in journal_files(paths):
         folder = file.parent
         run, curve = read_journal(folder)
-        model = _model_of(folder) | {"commit": run["tags"].get("git_commit", "unknown")}
+        model = _model_of(folder) | {
+            "divergence": run["params"].get("divergence"),
+            "commit": run["tags"].get("git_commit", "unknown"),
+        }
         for point in curve:
             for key, value in point["metrics"].items():
                 found.append(model | {"key": key, "step": point["step"], "value": value})

@@ -15,13 +15,24 @@ from collections.abc import Mapping
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from halfstep.errors import HalfstepError
 from halfstep.report import style
-from halfstep.report.conditions import describe_conditions, join_values
+from halfstep.report.conditions import explain_conditions, join_values
 from halfstep.report.curves import CURVE_POINTS, thin_curves
 from halfstep.report.frontier import frontier_points, held_out_points, with_entropy
+from halfstep.report.headlines import (
+    equal_entropy_ratios,
+    ratio_text,
+    title_of_best,
+    title_of_entropy,
+    title_of_frontier,
+    title_of_last_words,
+    title_of_perplexity,
+    title_of_variants,
+)
+from halfstep.report.labels import in_words
 from halfstep.report.points import (
     POINTS,
     add_published,
@@ -32,6 +43,7 @@ from halfstep.report.points import (
     panel_title,
     points_by_run,
     run_names,
+    with_conditions,
 )
 from halfstep.report.rows import DEFAULT, LEVELS
 from halfstep.report.trainings import pool_trainings
@@ -39,36 +51,52 @@ from halfstep.report.trainings import pool_trainings
 Tables = Mapping[str, DataFrame]
 Drawn = tuple[Figure, DataFrame]
 
+HELD_OUT = "held-out loss"
 LOSSES = {  # key of the journals: title; teacher and rounds have val/nelbo, the baseline val/nll
     "train/loss": "training loss",
-    "val/nelbo": "held-out loss",
-    "val/nll": "held-out loss",
+    "val/nelbo": HELD_OUT,
+    "val/nll": HELD_OUT,
 }
-MAUVE = (
-    "MAUVE of continuations against the documents' own, mean and 95% interval over the seeds of "
-    "its k-means."
-)
+UNITS = {  # what the training loss of a round is, by its divergence from the teacher
+    "kl_backward": "reverse KL (nats per masked token)",
+    "kl_forward": "forward KL (nats per masked token)",
+    "mse": "squared difference of log-probabilities",
+    "tvd": "total variation distance",
+    "l1_log_p": "sum of |differences of log-probabilities|",
+}
+PROTOCOLS = {  # of last words, in plain words
+    "parallel": "all tokens of the word at once",
+    "confidence": "the surest token first",
+    "elbo-exact": "from the exact bound",
+    "elbo-mc": "from the sampled bound",
+}
+SAME = {"confidence": ("parallel", 0.1), "elbo-mc": ("elbo-exact", 1.0)}
+"""Protocols that can say the same as another one, and how far apart that is in half intervals"""
+MAUVE = "MAUVE of continuations against the documents' own: 1 means that they cannot be told apart."
+PERPLEXITY = "Perplexity is low also where texts repeat themselves: compare the entropy."
 
 
 def ppl_vs_steps(tables: Tables) -> Drawn:
     """Generative perplexity against sampling steps: the teacher and every round.
 
-    A panel for each run and judge. The baseline and held-out text are levels. Published values are
-    judged by gpt2-large; where there are several judges, only its panels show them.
+    A panel for each run and judge. The baseline, naive samplers and held-out text are levels.
+    Published values are judged by gpt2-large; where there are several judges, only its panels show
+    them.
     """
     rows = one_metric(tables["steps"], "generative_perplexity", all_judges=True)
-    points = points_by_run(rows, "steps")
+    points = points_by_run(rows, "steps", naive=True)
     shown = [name for name in points["panel"] if "judge" not in name or "gpt2-large" in name]
     panels = dict.fromkeys(shown)
     points, sources = add_published(points, tables, "generative_perplexity", "steps", panels)
-    conditions = describe_conditions(rows)
     figure = style.draw_over_steps(
         points,
-        note=f"Generative perplexity, mean and 95% interval. {conditions}{sources}",
+        title=title_of_perplexity(rows),
+        note=f"{PERPLEXITY} {explain_conditions(rows)}{sources}",
         ylabel="generative perplexity",
+        better="lower",
         log_y=True,
     )
-    return figure, points
+    return figure, with_conditions(points, rows)
 
 
 def ppl_by_variant(tables: Tables) -> Drawn:
@@ -87,11 +115,13 @@ def ppl_by_variant(tables: Tables) -> Drawn:
     points = join_points(parts)
     figure = style.draw_over_steps(
         points,
-        note=f"Generative perplexity, mean and 95% interval. {describe_conditions(rows)}",
+        title=title_of_variants(tables["variants"]),
+        note=f"A panel for each way to draw samples. {PERPLEXITY} {explain_conditions(rows)}",
         ylabel="generative perplexity",
+        better="lower",
         log_y=True,
     )
-    return figure, points
+    return figure, with_conditions(points, rows)
 
 
 def entropy_vs_steps(tables: Tables) -> Drawn:
@@ -100,18 +130,18 @@ def entropy_vs_steps(tables: Tables) -> Drawn:
     The gray band is 5% around held-out text. Outside of it a low perplexity is no success.
     """
     rows = one_metric(tables["steps"], "entropy")
-    points = points_by_run(rows, "steps")
+    points = points_by_run(rows, "steps", naive=True)
     panels = dict.fromkeys(points["panel"])
     points, sources = add_published(points, tables, "entropy", "steps", panels)
-    band = "gray band: within 5% of held-out text"
-    conditions = describe_conditions(rows)
     figure = style.draw_over_steps(
         points,
-        note=f"Unigram entropy of a sample, mean and 95% interval; {band}. {conditions}{sources}",
+        title=title_of_entropy(rows),
+        note="Entropy of the tokens of one text, mean over texts. Gray area: within 5% of held-out "
+        f"text; below it texts repeat themselves. {explain_conditions(rows)}{sources}",
         ylabel="entropy (nats)",
         before=_band_around_data,
     )
-    return figure, points
+    return figure, with_conditions(points, rows)
 
 
 def _band_around_data(axes: Axes, points: DataFrame) -> None:
@@ -134,19 +164,37 @@ def frontier(tables: Tables) -> Drawn:
     points = pool_trainings(with_entropy(tables["temperatures"]))
     rows = one_metric(points, "frontier_perplexity")
     points = frontier_points(rows, held_out_points(tables["steps"]))
+    titles = _frontier_titles(points, rows, equal_entropy_ratios(tables["temperatures"]))
+    ratio = "Ratio: the student's perplexity divided by its teacher's at equal entropy. "
+    temperatures = join_values(f"{value:g}" for value in sorted(set(rows["temperature"])))
     figure = style.draw_panels(
         points,
-        note="Generative perplexity and unigram entropy, means over texts; bars: 95% intervals of "
-        "the perplexity; T: temperature at the ends of the teacher's curve, and in the same order "
-        f"on all others; star and dotted line: held-out text. {describe_conditions(rows)}",
+        title=title_of_frontier(tables["temperatures"]),
+        subtitles=titles,
+        note=f"A curve is one model at the temperatures {temperatures}, from left to right. Dotted "
+        f"line: the entropy of held-out text. {ratio if titles else ''}{explain_conditions(rows)}",
         xlabel="entropy (nats)",
         ylabel="generative perplexity",
+        better="lower",
         x_scale="real",
         log_y=True,
         share_y=False,
+        columns=2,
         before=_line_at_data,
     )
-    return figure, points
+    return figure, with_conditions(points, rows)
+
+
+def _frontier_titles(points: DataFrame, rows: DataFrame, ratios: DataFrame) -> dict[str, str]:
+    """The titles of panels with the ratio at equal entropy; none if there are several students."""
+    if rows.loc[rows["round"] > 0, "model"].nunique() != 1:
+        return {}
+    titles = {}
+    for _, row in ratios[ratios["value"].notna()].iterrows():
+        for panel in points["panel"].unique():
+            if panel.split(" ")[0] == str(row["steps"]):
+                titles[panel] = f"{panel}: ratio {ratio_text(row)}"
+    return titles
 
 
 def _line_at_data(axes: Axes, points: DataFrame) -> None:
@@ -158,17 +206,24 @@ def _line_at_data(axes: Axes, points: DataFrame) -> None:
 def lambada_vs_round(tables: Tables) -> Drawn:
     """Last-word accuracy and perplexity against the round; round 0 is the teacher.
 
-    A line for each run, a panel for each metric and protocol.
+    A line for each run, a panel for each metric and protocol. A protocol that says the same as
+    another is left out: for words of one token the order in which tokens are decided is no choice.
     """
     table = tables["lambada"]
     parts = []
-    ylabels = {}
+    ylabels, better, subtitles = {}, {}, {}
+    left_out = _repeated_protocols(table)
     for (teacher, metric), mine in table.groupby(["teacher", "metric"], sort=False):
         is_baseline = mine["run"] == "baseline"
         for protocol, group in mine[~is_baseline].groupby("protocol", sort=False):
+            if protocol in left_out:
+                continue
             name = metric.removeprefix("lambada_")
             panel = panel_title(table, teacher, f"{name}, {protocol}")
-            ylabels[panel] = name
+            words = f"{name.capitalize()}: {PROTOCOLS.get(protocol, protocol)}"
+            subtitles[panel] = panel_title(table, teacher, words)
+            ylabels[panel] = f"{name} of last words"
+            better[panel] = "higher" if name == "accuracy" else "lower"
             for run in run_names(group):
                 line = group[group["run"].isin(("teacher", run))]
                 parts.append(make_points(line, panel, run, line["round"], round=0))
@@ -176,59 +231,123 @@ def lambada_vs_round(tables: Tables) -> Drawn:
     points = join_points(parts)
     panels = dict.fromkeys(name for name in ylabels if name.endswith("accuracy, parallel"))
     points, sources = add_published(points, tables, "lambada_accuracy", "round", panels)
-    words = "Last words (LAMBADA), 95% intervals; round 0 is the teacher."
+    same = []
+    if left_out:
+        names = "; ".join(PROTOCOLS[name] for name in left_out)
+        same.append(f"Not drawn, because another panel says the same: {names}.")
+    note = " ".join(["Round 0 is the teacher.", *same, explain_conditions(table)])
     figure = style.draw_panels(
         points,
-        note=f"{words} {describe_conditions(table)}{sources}",
+        title=title_of_last_words(table),
+        subtitles=subtitles,
+        note=f"{note}{sources}",
         xlabel="round",
         ylabel=ylabels,
+        better=better,
         share_y=False,
-        columns=3 if len(ylabels) % 4 else 2,
+        columns=2,
     )
-    return figure, points
+    return figure, with_conditions(points, table)
+
+
+def _repeated_protocols(table: DataFrame) -> list[str]:
+    """The protocols whose values are those of another one, or within its intervals (SAME)."""
+    key = ["model", "metric"]
+    half = (table["high"] - table["low"]).astype(float) / 2
+    values = table.assign(half=half).set_index(key)[["protocol", "value", "half"]]
+    repeated = []
+    for one, (other, halves) in SAME.items():
+        mine, theirs = (values[values["protocol"] == name] for name in (one, other))
+        if len(mine) and set(mine.index) == set(theirs.index):
+            theirs = theirs.loc[mine.index]
+            apart = (mine["value"] - theirs["value"]).abs()
+            if (apart <= halves * theirs["half"].fillna(0)).all():
+                repeated.append(one)
+    return repeated
 
 
 def loss_curves(tables: Tables) -> Drawn:
     """Training loss and held-out loss against optimizer steps.
 
-    A panel for each run with all its rounds, and one for the teacher and the baseline.
+    A panel for each run with all its rounds, and one for the teacher and the baseline. Training
+    losses are smoothed, with the logged values behind them.
     """
     table = tables["journals"]
     parts = []
-    ylabels = {}
-    for loss in dict.fromkeys(LOSSES.values()):
-        kept = table[table["key"].map(LOSSES) == loss]
-        for (teacher, group), mine in kept.groupby(["teacher", "group"], sort=False):
+    ylabels, subtitles = {}, {}
+    for (teacher, group), mine in table.groupby(["teacher", "group"], sort=False):
+        for loss, kept in mine.groupby(mine["key"].map(LOSSES), sort=False):
             panel = panel_title(table, teacher, f"{group}: {loss}")
-            ylabels[panel] = loss
-            for series, curve in mine.groupby("series", sort=False):
-                part = {
-                    "panel": panel,
-                    "series": series,
-                    "kind": "line",
-                    "round": curve["round"].iloc[0],
-                    **thin_curves(curve),
-                }
-                parts.append(DataFrame(part))
+            words = f"{in_words(group)}: {loss}"
+            subtitles[panel] = panel_title(table, teacher, words[0].upper() + words[1:])
+            ylabels[panel] = f"{loss} (nats per token)"
+            divergence = kept["divergence"].iloc[0]
+            if loss != HELD_OUT and divergence in UNITS:
+                ylabels[panel] = UNITS[divergence]
+            for series, curve in kept.groupby("series", sort=False):
+                parts += _loss_lines(curve, panel, series, loss != HELD_OUT)
     if not parts:
         raise HalfstepError(
             f"loss_curves: the journals hold none of {', '.join(LOSSES)}; "
             "name the folders under results/models with --tables"
         )
     points = join_points(parts).reindex(columns=POINTS)
-    groups = table.drop_duplicates(["teacher", "group"])
-    repeated = "Of several trainings: the mean, with a band from the lowest to the highest. "
+    repeated = "Of several trainings: the mean. "
+    thin = (
+        "Thick: a running mean over a tenth of the training; thin: the logged values, as means "
+        f"over equal stretches of steps (at most {CURVE_POINTS}). "
+    )
     figure = style.draw_panels(
         points,
-        note=f"Means over equal stretches of steps, at most {CURVE_POINTS} a curve. "
+        title=_title_of_losses(table),
+        subtitles=subtitles,
+        note=f"{thin if (points['kind'] == 'raw').any() else ''}"
         f"{repeated if table['training'].any() else ''}"
-        f"Journals of {join_values(table['teacher'])}; commit {join_values(table['commit'])}.",
+        f"Models of {join_values(table['teacher'])}.",
         xlabel="optimizer steps",
         ylabel=ylabels,
+        better="lower",
         share_y=False,
-        columns=min(len(groups), 6),
+        columns=2,
+        interval="lowest and highest training",
     )
-    return figure, points
+    conditions = (
+        f"Journals of {join_values(table['teacher'])}; commit {join_values(table['commit'])}."
+    )
+    return figure, points.assign(conditions=conditions)
+
+
+def _loss_lines(curve: DataFrame, panel: str, series: str, smooth: bool) -> list[DataFrame]:
+    """The points of one curve: as logged and, where it is smoothed, also its running mean."""
+    number = curve["round"].iloc[0]
+    about = {"panel": panel, "round": number, "repeats": curve["training"].nunique()}
+    thin = thin_curves(curve)
+    if not smooth or len(thin["x"]) < 20:
+        return [DataFrame({"series": series, "kind": "line", **about, **thin})]
+    window = max(len(thin["x"]) // 10, 1)
+    mean = Series(thin["y"]).rolling(window, center=True, min_periods=1).mean().to_numpy()
+    about_mean = {"series": series + style.SMOOTHED, "kind": "line", **about}
+    logged = DataFrame({"series": series, "kind": "raw", **about, **thin})
+    return [logged, DataFrame({**about_mean, "x": thin["x"], "y": mean})]
+
+
+def _title_of_losses(table: DataFrame) -> str:
+    """The held-out loss at the end of the first teacher's pretraining, and of its last round."""
+    rows = table[table["key"] == "val/nelbo"]
+    if rows.empty:
+        return "Training losses"
+    rows = rows[rows["teacher"] == rows["teacher"].iloc[0]]
+    ends = []
+    for number in sorted({rows["round"].min(), rows["round"].max()}):
+        mine = rows[rows["round"] == number]
+        mine = mine[mine["group"] == mine["group"].iloc[0]]
+        last = mine[mine["step"] == mine["step"].max()]
+        name = "the teacher" if number == 0 else f"round {number}"
+        if number and rows["group"].nunique() > 2:
+            name += f" of {in_words(mine['group'].iloc[0])}"
+        unit = "" if ends else " nats per token"
+        ends.append(f"{last['value'].mean():.3f}{unit} for {name}")
+    return f"The held-out loss ends at {' and '.join(ends)}"
 
 
 def mauve_vs_steps(tables: Tables) -> Drawn:
@@ -240,7 +359,9 @@ def mauve_vs_steps(tables: Tables) -> Drawn:
     points = points_by_run(rows, "steps")
     figure = style.draw_over_steps(
         points,
-        note=f"{MAUVE} {describe_conditions(rows)}",
+        title=title_of_best(rows, "MAUVE"),
+        note=f"{MAUVE} {explain_conditions(rows)}",
         ylabel="MAUVE",
+        better="higher",
     )
-    return figure, points
+    return figure, with_conditions(points, rows)

@@ -87,9 +87,9 @@ def frontier_points(rows: DataFrame, held_out: DataFrame) -> DataFrame:
         for steps in _chosen(sorted(students["steps"].unique())):
             at_steps = students[students["steps"] == steps]
             tokens = at_steps["tokens_per_step"].iloc[0]
-            title = (
-                f"{steps} steps" if pandas.isna(tokens) else f"{steps} steps of {tokens:.3g} tokens"
-            )
+            title = f"{steps} steps"
+            if not pandas.isna(tokens):
+                title += f" of {tokens:.3g} token{'' if tokens == 1 else 's'}"
             panel = panel_title(rows, teacher, title)
             for _, curve in at_steps.groupby("model", sort=False):
                 parts.append(_curve(curve, panel))
@@ -105,7 +105,7 @@ def _curve(rows: DataFrame, panel: str) -> DataFrame:
     first = rows.iloc[0]
     series = f"{first['run']}, round {first['round']}" if first["round"] else first["run"]
     texts = [f"T {temperature:g}" for temperature in rows["temperature"]]
-    about = {"kind": "curve", "round": 0, "text": texts}
+    about = {"kind": "curve", "round": 0, "text": texts, "own_steps": False}
     return make_points(rows, panel, series, rows["entropy"], **about)
 
 

@@ -1,7 +1,8 @@
-"""Names of lines, written next to their ends so that none covers another."""
+"""Names of lines: keys become words, and stand next to their ends so that none covers another."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,19 @@ from matplotlib.axes import Axes
 
 # Behind a label; an outline around the letters would triple the size of an SVG.
 PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}
+WORDS = {  # of keys and column names in a figure
+    "kl_backward": "reverse KL",
+    "kl_forward": "forward KL",
+    "mse": "squared error",
+    "tvd": "total variation",
+    "l1_log_p": "L1 of log-probabilities",
+    "data": "held-out text",
+    "baseline": "autoregressive",
+    "the baseline's quality": "autoregressive",
+    "unigram": "random tokens",
+    "bigram": "random token pairs",
+    "cut_and_paste": "shuffled sentences",
+}
 GAP = 9.5  # points between two labels
 LETTER = 0.056  # width of a letter of a label, in inches
 
@@ -22,13 +36,21 @@ class Label(NamedTuple):
     color: str
 
 
-def label_lines(axes: Axes, labels: Sequence[Label], side: str) -> None:
+def in_words(text: str) -> str:
+    """A name of lines or panels with its keys as words: `kl_backward, round 7`."""
+    if text in WORDS:
+        return WORDS[text]
+    return re.sub(r"(?<![\w-])\w+(?![\w-])", lambda key: WORDS.get(key[0], key[0]), text)
+
+
+def label_lines(axes: Axes, labels: Sequence[Label], side: str, shift: float = 0) -> None:
     """Write each name next to the end of its line, moved as little as possible, without overlap.
 
     Args:
         axes: the axes of a panel, with their final limits
         labels: the names, and the ends of their lines
         side: left (of the lines) or right (of the axes)
+        shift: inches between the axes and the names at their right
     """
     if not labels:
         return
@@ -39,7 +61,7 @@ def label_lines(axes: Axes, labels: Sequence[Label], side: str) -> None:
     ends_x = [scale * x for x, _ in ends]
     ends_y = [scale * y for _, y in ends]
     places = spread(ends_y, GAP, scale * box.y0 + 3, scale * box.y1 - 3)
-    column = min(ends_x) - 14 if side == "left" else scale * box.x1 + 12
+    column = min(ends_x) - 14 if side == "left" else scale * box.x1 + 12 + 72 * shift
     for label, x, y, place in zip(labels, ends_x, ends_y, places, strict=True):
         # A long leader is dotted, so that it does not look like a line of the figure.
         dashes = "-" if abs(column - x) < 30 else (0, (1, 3))

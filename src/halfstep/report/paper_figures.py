@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from halfstep.errors import HalfstepError
 from halfstep.report import style
-from halfstep.report.conditions import describe_conditions
+from halfstep.report.conditions import explain_conditions
 from halfstep.report.figures import MAUVE, Drawn, Tables
 from halfstep.report.points import (
     join_points,
@@ -14,6 +14,7 @@ from halfstep.report.points import (
     points_by_run,
     run_names,
     short_judge,
+    with_conditions,
 )
 from halfstep.report.rows import LEVELS, sampled_rows
 
@@ -36,10 +37,11 @@ def mauve_by_round(tables: Tables) -> Drawn:
     points = join_points(parts)
     figure = style.draw_over_steps(
         points,
-        note=f"{MAUVE} {describe_conditions(rows)}",
+        note=f"{MAUVE} {explain_conditions(rows)}",
         ylabel="MAUVE",
+        better="higher",
     )
-    return figure, points
+    return figure, with_conditions(points, rows)
 
 
 def continuation_ppl_vs_steps(tables: Tables) -> Drawn:
@@ -48,12 +50,13 @@ def continuation_ppl_vs_steps(tables: Tables) -> Drawn:
     points = points_by_run(rows, "steps")
     figure = style.draw_over_steps(
         points,
-        note="Generative perplexity of continuations, prompts not counted, mean and 95% interval. "
-        f"{describe_conditions(rows)}",
+        note="Generative perplexity of continuations, prompts not counted, mean over texts. "
+        f"{explain_conditions(rows)}",
         ylabel="perplexity of continuations",
+        better="lower",
         log_y=True,
     )
-    return figure, points
+    return figure, with_conditions(points, rows)
 
 
 def quality_vs_self_bleu(tables: Tables) -> Drawn:
@@ -80,14 +83,15 @@ def quality_vs_self_bleu(tables: Tables) -> Drawn:
     points = join_points(parts)
     figure = style.draw_panels(
         points,
-        note="Perplexity of continuations, mean and 95% interval, against their self-BLEU (low is "
-        f"diverse); along a curve the number of sampling steps. {describe_conditions(rows)}",
+        note="Perplexity of continuations, mean over texts, against their self-BLEU (low is "
+        f"diverse); along a curve the number of sampling steps. {explain_conditions(rows)}",
         xlabel="self-BLEU",
         ylabel="perplexity of continuations",
+        better="lower",
         x_scale="real",
         log_y=True,
     )
-    return figure, points
+    return figure, with_conditions(points, rows)
 
 
 def ppl_by_size(tables: Tables) -> Drawn:
@@ -108,13 +112,14 @@ def ppl_by_size(tables: Tables) -> Drawn:
     points = join_points(parts)
     figure = style.draw_panels(
         points,
-        note=f"Generative perplexity, mean and 95% interval. {describe_conditions(rows)}",
+        note=f"Generative perplexity, mean over texts. {explain_conditions(rows)}",
         xlabel="sampling steps",
         ylabel="generative perplexity",
+        better="lower",
         x_scale="steps",
         log_y=True,
     )
-    return figure, points
+    return figure, with_conditions(points, rows)
 
 
 def lambada_by_size(tables: Tables) -> Drawn:
@@ -138,10 +143,9 @@ def lambada_by_size(tables: Tables) -> Drawn:
     points = join_points(parts)
     figure = style.draw_panels(
         points,
-        note=f"Last words (LAMBADA), 95% intervals; round 0 is the teacher. "
-        f"{describe_conditions(table)}",
+        note=f"Last words (LAMBADA); round 0 is the teacher. {explain_conditions(table)}",
         xlabel="round",
         ylabel=ylabels,
         share_y=False,
     )
-    return figure, points
+    return figure, with_conditions(points, table)

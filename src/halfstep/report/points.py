@@ -12,12 +12,17 @@ import pandas
 from pandas import DataFrame, Series
 
 from halfstep.errors import HalfstepError
-from halfstep.report.published import PROTOCOL
+from halfstep.report.conditions import describe_conditions
 from halfstep.report.rows import LEVELS, WITHOUT_STEPS
 
-# kind: line, curve (a line with bars at its points), level (a horizontal line), point or published.
-# text: annotation of the point. tokens: per step, where x are sampling steps
-POINTS = ("panel", "series", "kind", "round", "x", "y", "low", "high", "text", "tokens")
+# kind: line, curve (a line with bars at its points), raw (a line before it was smoothed), level (a
+# horizontal line), point or published. repeats: the texts, trainings or timed runs behind low and
+# high. text: annotation of the point. tokens: per step, where x are sampling steps. own_steps: is
+# the point at the steps that its round was made for? conditions: how the figure's rows were taken
+POINTS = (
+    "panel", "series", "kind", "round", "x", "y", "low", "high", "repeats", "text", "tokens",
+    "own_steps", "conditions",
+)  # fmt: skip
 
 
 def make_points(
@@ -52,10 +57,21 @@ def make_points(
         "y": unit * rows["value"].to_numpy(float),
         "low": unit * rows["low"].to_numpy(float),
         "high": unit * rows["high"].to_numpy(float),
+        "repeats": _repeats(rows),
         "tokens": tokens,
+        "own_steps": (rows["steps"] == rows["student_steps"]).fillna(False).to_numpy(bool),
     }
     points = DataFrame(frame, columns=POINTS, index=range(len(rows)))
     return points.assign(**columns)
+
+
+def _repeats(rows: DataFrame) -> numpy.ndarray:
+    """The texts, trainings or timed runs from which the interval of each row is computed."""
+    timed = rows["bounds"].astype(str).str.extract(r"(\d+)$")[0].astype(float)  # quartiles of 10
+    repeats = timed.fillna(rows["num_samples"].astype(float))
+    if "trainings" in rows:
+        repeats = rows["trainings"].astype(float).fillna(repeats)
+    return repeats.to_numpy(float)
 
 
 def make_level(rows: DataFrame, panel: str, series: str, **columns: object) -> DataFrame:
@@ -69,10 +85,16 @@ def join_points(parts: Sequence[DataFrame]) -> DataFrame:
     return pandas.concat(filled or parts[:1], ignore_index=True)
 
 
-def points_by_run(rows: DataFrame, x: str) -> DataFrame:
+def with_conditions(points: DataFrame, rows: DataFrame) -> DataFrame:
+    """The points with how the rows that they are made from were taken, for the CSV."""
+    return points.assign(conditions=describe_conditions(rows))
+
+
+def points_by_run(rows: DataFrame, x: str, naive: bool = False) -> DataFrame:
     """The teacher, the rounds and the levels against a column, in a panel for each run.
 
-    Where a teacher's rows are of several judges, each judge has its own panels.
+    Levels are the baseline, held-out text and, where asked for, naive samplers. Where a teacher's
+    rows are of several judges, each judge has its own panels.
     """
     parts = []
     several_judges = rows.groupby("teacher")["judge"].nunique() > 1
@@ -88,7 +110,7 @@ def points_by_run(rows: DataFrame, x: str) -> DataFrame:
             lines = mine[mine["run"].isin(("teacher", run))].sort_values(["round", x])
             series = [f"round {r}" if r else "teacher" for r in lines["round"]]
             parts.append(make_points(lines, panel, series, lines[x]))
-            for level in LEVELS:
+            for level in WITHOUT_STEPS if naive else LEVELS:
                 parts.append(make_level(mine[mine["run"] == level], panel, level))
     return join_points(parts)
 
@@ -159,7 +181,7 @@ def add_published(
             series = f"published {letter}: {name}"
             parts.append(make_points(line, panel, series, line[x], unit, kind="published", round=0))
     sources = "; ".join(f"{letter} {name}" for name, letter in letters.items())
-    sentence = f" Published, {PROTOCOL}: {sources}." if sources else ""
+    sentence = f" Published by others: {sources}." if sources else ""
     return pandas.concat(parts, ignore_index=True), sentence
 
 

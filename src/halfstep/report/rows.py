@@ -15,7 +15,7 @@ from halfstep.records.shapes import metric_rows
 
 COLUMNS = (
     "teacher", "run", "round", "training_seed", "model", "variant", "metric", "task", "measure",
-    "protocol", "version", "steps",
+    "protocol", "version", "steps", "student_steps",
     "tokens_per_step", "network_evaluations", "value", "low", "high", "median_text", "judge",
     "judge_dtype", "data", "sampler", "num_samples", "seed", "weights", "draw_dtype", "precision",
     "temperature", "top_p", "length", "batch_size", "bounds", "cache", "tokens_per_s",
@@ -23,8 +23,8 @@ COLUMNS = (
     "checkpoint", "commit", "source",
 )  # fmt: skip
 INTEGERS = (
-    "round", "training_seed", "version", "steps", "median_text", "num_samples", "seed", "length",
-    "batch_size", "params",
+    "round", "training_seed", "version", "steps", "student_steps", "median_text", "num_samples",
+    "seed", "length", "batch_size", "params",
 )  # fmt: skip
 FLOATS = {
     "value", "low", "high", "tokens_per_step", "network_evaluations", "temperature",

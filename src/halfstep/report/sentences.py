@@ -57,7 +57,9 @@ def headlines(perplexity: DataFrame) -> list[Headline]:
     found = []
     for pairs in _by_run(perplexity):
         best = _best(perplexity, pairs[0].teacher)
-        clear = [pair for pair in pairs if _compare(pair.student, best, "lower", "") == "lower"]
+        clear = [
+            pair for pair in pairs if compare_intervals(pair.student, best, "lower", "") == "lower"
+        ]
         equal = [pair for pair in pairs if pair.student["value"] <= best["value"]]
         at_best = min(pairs, key=lambda pair: pair.student["value"])
         chosen = [*clear, *equal, at_best][0]
@@ -77,9 +79,10 @@ def headline_sentence(headline: Headline) -> str:
     student, best = headline.student, headline.best
     text = (
         f"{student['teacher']}: {_label(student)} with {_steps(student)} has perplexity "
-        f"{_span(student)}, its teacher at its best, with {_steps(best)}, {_span(best)}"
+        f"{with_interval(student)}, its teacher at its best, with {_steps(best)}, "
+        f"{with_interval(best)}"
     )
-    word = _compare(student, best, "better", "not reached")
+    word = compare_intervals(student, best, "better", "not reached")
     if word == "not reached":
         return f"{text}: {word}"
     part = f"1/{best['steps'] / student['steps']:.3g} of the steps"
@@ -189,10 +192,10 @@ def gains(perplexity: DataFrame, entropy: DataFrame) -> list[str]:
         rows = first_protocol(perplexity)
         alone = rows[rows["model"] == title["model"]].sort_values("steps")
         for _, row in alone[~alone["steps"].isin([pair.steps for pair in pairs])].iterrows():
-            text = f"{_steps(row)}: {_span(row)}, not sampled from the teacher"
+            text = f"{_steps(row)}: {with_interval(row)}, not sampled from the teacher"
             parts.append(text + _entropy(entropy, row["model"], row["steps"]))
         for _, steps, teacher, student in pairs:
-            text = f"{_steps(student)}: {_span(teacher)} -> {_span(student)}"
+            text = f"{_steps(student)}: {with_interval(teacher)} -> {with_interval(student)}"
             verdict = _times_lower(student, teacher)
             parts.append(f"{text} ({verdict}){_entropy(entropy, student['model'], steps)}")
         lines.append("\n  ".join(parts))
@@ -204,7 +207,7 @@ def _times_lower(student: Series, teacher: Series) -> str:
 
     Of several trainings with the interval of that number over pairs of the same training.
     """
-    word = _compare(student, teacher, "lower", "higher")
+    word = compare_intervals(student, teacher, "lower", "higher")
     change = paired_change(student, teacher)
     if change is None:
         times = f"{teacher['value'] / student['value']:.2g} times "
@@ -235,8 +238,10 @@ def own_steps(perplexity: DataFrame, results: Path) -> list[str]:
             before = f"{base}/{run}/round-{round_ - 1}" if round_ > 1 else f"{base}/teacher"
             teacher, student = at.get((before, made_for)), at.get((model, made_for))
             if teacher is not None and student is not None:
-                word = _compare(student, teacher, "better", "worse")
-                found.append(f"{made_for}: {_span(teacher)} -> {_span(student)} ({word})")
+                word = compare_intervals(student, teacher, "better", "worse")
+                found.append(
+                    f"{made_for}: {with_interval(teacher)} -> {with_interval(student)} ({word})"
+                )
         if found:
             title = f"{base}, {run}: every round at its own step count, its teacher -> the round:"
             lines.append("\n  ".join([title, *found]))
@@ -258,11 +263,11 @@ def story_shares(table: DataFrame) -> list[str]:
         for pairs in _by_run(table[table["metric"] == metric]):
             for run, steps, teacher, student in pairs:
                 if at.get(run) == steps:
-                    word = _compare(student, teacher, "fewer", "more")
+                    word = compare_intervals(student, teacher, "fewer", "more")
                     lines.append(
                         f"{student['teacher']}, {_steps(student)}, {what}: "
-                        f"teacher {_span(teacher, percent=True)}, "
-                        f"{_label(student)} {_span(student, percent=True)} ({word})"
+                        f"teacher {with_interval(teacher, percent=True)}, "
+                        f"{_label(student)} {with_interval(student, percent=True)} ({word})"
                     )
     return lines
 
@@ -279,10 +284,10 @@ def last_word_verdicts(lambada: DataFrame) -> list[str]:
         for _, teacher in rows[rows["run"] == "teacher"].iterrows():
             for _, rounds in rows[rows["round"] > 0].groupby("run", sort=False):
                 student = rounds.loc[rounds["round"].idxmax()]
-                word = _compare(student, teacher, "lower", "higher")
+                word = compare_intervals(student, teacher, "lower", "higher")
                 lines.append(
-                    f"{teacher['teacher']}, {what}: teacher {_span(teacher)}, "
-                    f"{_label(student)} {_span(student)} ({word})"
+                    f"{teacher['teacher']}, {what}: teacher {with_interval(teacher)}, "
+                    f"{_label(student)} {with_interval(student)} ({word})"
                 )
     return lines
 
@@ -312,7 +317,7 @@ def first_protocol(rows: DataFrame) -> DataFrame:
     return rows[key == key.iloc[0]]
 
 
-def _compare(row: Series, other: Series, lower: str, higher: str) -> str:
+def compare_intervals(row: Series, other: Series, lower: str, higher: str) -> str:
     """How the interval of a row compares with another: one of the words, or that they overlap.
 
     Of several trainings, how their paired difference compares with zero.
@@ -340,14 +345,14 @@ def _steps(row: Series) -> str:
     return f"{text} ({tokens:.3g} token{'' if tokens == 1 else 's'} each)"
 
 
-def _span(row: Series, percent: bool = False) -> str:
-    """The value and its interval: 21.4 [20.5, 22.3]"""
+def with_interval(row: Series, percent: bool = False) -> str:
+    """The value and its interval, if it has one: 21.4 [20.5, 22.3]"""
     numbers = [row["value"], row["low"], row["high"]]
     if percent:
         value, low, high = (f"{round_number(100 * number)}%" for number in numbers)
     else:
         value, low, high = (round_number(number) for number in numbers)
-    return f"{value} [{low}, {high}]"
+    return value if row["low"] != row["low"] else f"{value} [{low}, {high}]"
 
 
 def sample_text(file: Path, number: int, characters: int = 900) -> str | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pandas
 from matplotlib.axes import Axes
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from halfstep.errors import HalfstepError
 from halfstep.report import style
-from halfstep.report.conditions import describe_conditions, join_values
+from halfstep.report.conditions import explain_conditions, join_values
 from halfstep.report.figures import Drawn, Tables
+from halfstep.report.grids import round_number
+from halfstep.report.labels import in_words
 from halfstep.report.points import (
     add_published,
     join_points,
@@ -16,8 +19,10 @@ from halfstep.report.points import (
     make_points,
     one_metric,
     panel_title,
+    with_conditions,
 )
 from halfstep.report.rows import baseline_name, sampled_rows
+from halfstep.report.sentences import with_interval
 
 
 def ppl_vs_latency(tables: Tables) -> Drawn:
@@ -34,10 +39,10 @@ def ppl_vs_latency(tables: Tables) -> Drawn:
         parts += _quality_by_latency(mine, timed, teacher)
         if len(timed):
             first = timed.iloc[0]
+            at_once = "one" if first["batch_size"] == 1 else first["batch_size"]
             notes.append(
-                f"{teacher}: texts of {first['length']} tokens, {first['batch_size']} in a batch, "
-                f"{first['device']}, {first['dtype']}, timed {', '.join(timed['model'].unique())}; "
-                "one network size, so one time for all rounds"
+                f"{teacher}: texts of {first['length']:,} tokens, {at_once} at a time, on "
+                f"{first['device']} in {first['dtype']}"
             )
     points = join_points(parts)
     if not (points["kind"] == "line").any():
@@ -47,15 +52,52 @@ def ppl_vs_latency(tables: Tables) -> Drawn:
         )
     figure = style.draw_panels(
         points,
-        note=f"{'. '.join(notes)}. {describe_conditions(quality)}",
-        xlabel="milliseconds to write",
+        title=_title_of_trade(points),
+        note=f"{'. '.join(notes)}. All rounds have one network size, so one time. "
+        f"{explain_conditions(quality)}",
+        xlabel="milliseconds to write a text",
         ylabel="generative perplexity",
+        better="lower",
         x_scale="log",
         log_y=True,
         labels="left",
         share_y=False,
     )
-    return figure, points
+    return figure, with_conditions(points, pandas.concat([quality, tables["speed"]]))
+
+
+def _title_of_trade(points: DataFrame) -> str:
+    """Time and perplexity of a last round at its most steps against those of the baseline.
+
+    Without a baseline it is compared with its teacher.
+    """
+    points = points[points["panel"] == points["panel"].iloc[0]]
+    lines = points[points["kind"] == "line"]
+    students = lines[lines["series"] != "teacher"]
+    mine = students[students["series"] == students["series"].iloc[0]] if len(students) else lines
+    best = mine.loc[mine["x"].idxmax()]
+    run, _, number = best["series"].partition(", ")
+    name = f"{number[0].upper()}{number[1:]} of {in_words(run)}" if number else "The teacher"
+    text = f"{name} writes a text in {_time(best['x'])} with perplexity {_span(best)}"
+    others = [(row, "an autoregressive model") for _, row in points.iterrows() if
+              row["kind"] == "point"] + [(row, "its teacher") for _, row in lines.iterrows() if
+              number and row["series"] == "teacher" and row["x"] == best["x"]]  # fmt: skip
+    if not others:
+        return text
+    other, called = others[0]
+    return f"{text}, {called} in {_time(other['x'])} with {_span(other)}"
+
+
+def _span(point: Series) -> str:
+    """The value of a point and its interval: 12.4 [11.9, 12.9]"""
+    return with_interval(point.rename({"y": "value"}))
+
+
+def _time(milliseconds: float) -> str:
+    """A time in milliseconds or, from ten seconds on, in seconds."""
+    if milliseconds >= 10_000:
+        return f"{round_number(milliseconds / 1000)} s"
+    return f"{round_number(milliseconds)} ms"
 
 
 def _one_text(speed: DataFrame, teacher: str, quality: DataFrame) -> DataFrame:
@@ -133,14 +175,38 @@ def latency_vs_length(tables: Tables) -> Drawn:
     points, sources = add_published(points, tables, "latency_s", "length", batch_sizes, 1000)
     figure = style.draw_panels(
         points,
-        note=f"Medians, bands: {join_values(table['bounds'])}; "
-        f"{_timing_conditions(table)}{sources}",
+        title=_title_of_lengths(points),
+        note=f"Medians. {_timing_conditions(table)}{sources}",
         xlabel="tokens written",
         ylabel="milliseconds",
+        better="lower",
         x_scale="steps",
         log_y=True,
+        interval="quartiles" if (table["bounds"].astype(str).str.startswith("quartiles")).all()
+        else "shortest and longest run",
+    )  # fmt: skip
+    return figure, with_conditions(points, table)
+
+
+def _title_of_lengths(points: DataFrame) -> str:
+    """The times of the fewest and the most steps at the longest length, and of the baseline."""
+    lines = points[(points["panel"] == points["panel"].iloc[0]) & (points["kind"] == "line")]
+    longest = lines[lines["x"] == lines["x"].max()]
+    students = longest[longest["round"] > 0].sort_values("y")
+    baselines = longest[longest["series"].str.startswith("baseline")].sort_values("y")
+    if students.empty:
+        return "Time to write against the number of tokens"
+    ends = students.iloc[[0, -1]].drop_duplicates("series")
+    at_once = longest["panel"].iloc[0]
+    text = (
+        f"{at_once[0].upper()}{at_once[1:]}, {longest['x'].iloc[0]:,.0f} tokens take "
+        + " and ".join(
+            f"{_time(row['y'])} with {in_words(row['series'])}" for _, row in ends.iterrows()
+        )
     )
-    return figure, points
+    if len(baselines):
+        text += f", {_time(baselines['y'].iloc[0])} with an autoregressive model"
+    return text
 
 
 def speedup_vs_batch(tables: Tables) -> Drawn:
@@ -168,29 +234,49 @@ def speedup_vs_batch(tables: Tables) -> Drawn:
             line = line.sort_values("batch_size")
             ratio = line.assign(value=line["times_faster"], low=None, high=None)
             parts.append(make_points(ratio, panel, series, line["batch_size"], round=shade))
-        one = mine.head(1).assign(value=1.0, low=None, high=None)
-        parts.append(make_level(one, panel, "baseline", round=0))
     points = join_points(parts)
     samplers = table.loc[table["run"] == "baseline", "sampler"]
-    baselines = join_values(baseline_name(sampler) for sampler in samplers)
+    baselines = dict.fromkeys(map(baseline_name, samplers))
+    among = f" ({in_words(join_values(baselines))})" if len(baselines) > 1 else ""
     figure = style.draw_panels(
         points,
-        note=f"Ratio of medians to the fastest baseline ({baselines}); {_timing_conditions(table)}",
-        xlabel="texts at once",
-        ylabel="times faster than autoregression",
+        title=_title_of_speedup(timed),
+        note=f"Median time of the fastest autoregressive model{among} divided by the student's. "
+        f"{_timing_conditions(table)}",
+        xlabel="texts written at once",
+        ylabel="times as fast as autoregression",
+        better="higher",
         x_scale="steps",
         log_y=True,
         before=_where_baseline_is_faster,
     )
-    return figure, points
+    return figure, with_conditions(points, table)
+
+
+def _title_of_speedup(timed: DataFrame) -> str:
+    """The speed-up of the most steps at the longest length, for the fewest and the most texts."""
+    mine = timed[timed["teacher"] == timed["teacher"].iloc[0]]
+    mine = mine[mine["length"] == mine["length"].max()]
+    mine = mine[mine["steps"] == mine["steps"].max()].sort_values("batch_size")
+    ends = mine.iloc[[0, -1]].drop_duplicates("batch_size")
+    texts = [
+        "one text at a time" if size == 1 else f"{size} texts at once"
+        for size in ends["batch_size"]
+    ]
+    times = [f"{round_number(ratio)} times as fast" for ratio in ends["times_faster"]]
+    steps, length = mine["steps"].iloc[0], mine["length"].iloc[0]
+    start = f"With {steps} steps and texts of {length:,} tokens, a student is"
+    text = f"{start} {times[0]} as an autoregressive model with {texts[0]}"
+    return f"{text}, {times[1]} with {texts[1]}" if len(times) > 1 else text
 
 
 def _where_baseline_is_faster(axes: Axes, points: DataFrame) -> None:
     bottom, top = axes.get_ylim()
     bottom = min(bottom, 0.7)
     axes.set_ylim(bottom, max(top, 1.5))
+    axes.axhline(1, color="#555", linewidth=0.8, zorder=1)
     axes.axhspan(bottom, 1, color="#999", alpha=0.18, linewidth=0, zorder=0)
-    text, corner = "autoregression wins", (0.02, 0.02)
+    text, corner = "autoregression is faster", (0.02, 0.02)
     axes.annotate(text, corner, xycoords="axes fraction", fontsize=6.5, color="#555")
 
 
@@ -209,9 +295,9 @@ def _lines_by_steps(rows: DataFrame, table: DataFrame) -> list[tuple[str, int, D
 
 
 def _timing_conditions(table: DataFrame) -> str:
-    """Where and how the rows of the speed table were timed, in a sentence."""
+    """Where and how the rows of the speed table were timed, in plain sentences."""
     return (
-        "at each length and batch size all in turns in one process. "
-        f"{join_values(table['device'])}; {join_values(table['dtype'])}; "
-        f"weights {join_values(table['weights'])}; commit {join_values(table['commit'])}."
+        "All models of a length and batch size ran in turns in one process, on "
+        f"{join_values(table['device'])} in {join_values(table['dtype'])}. "
+        "All conditions are in the CSV."
     )

@@ -26,7 +26,8 @@ import pytest
 import synthetic
 
 from halfstep.commands import track as command
-from halfstep.commands.track import MlflowUnreachable, gather_jobs, sync_once, track
+from halfstep.commands.track import MlflowUnreachable, sync_once, track
+from halfstep.commands.tracked import gather_jobs
 from halfstep.errors import HalfstepError
 from halfstep.records import database
 from halfstep.records.journal import Journal

@@ -84,6 +84,7 @@ COMMANDS = {  # name: (module:function, what it does)
         "write the network sizes of the paper with their parameters",
     ),
     "track": ("halfstep.commands.track:track", "send the journals to MLflow, idempotently"),
+    "ui": ("halfstep.commands.ui:ui", "show the runs in MLflow, at the loss curves of three"),
     "merge-provenance": (
         "halfstep.commands.verify:merge_provenance",
         "gather the records of all artifacts in results/provenance.json",

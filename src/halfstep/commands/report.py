@@ -252,6 +252,17 @@ def _read_pooled(file: Path) -> DataFrame:
     return pool_trainings(without_published(read_table(file)))
 
 
+def read_headlines(file: Path) -> dict[str, list[Headline]]:
+    """For each teacher in the table of steps the headlines of its runs, the first one first."""
+    from halfstep.report.sentences import headlines
+
+    table = _read_pooled(file)
+    found = {}
+    for teacher, mine in table.groupby("teacher", sort=False):
+        found[str(teacher)] = headlines(mine[mine["metric"] == "generative_perplexity"])
+    return found
+
+
 def _equal_entropy(file: Path, perplexity: DataFrame) -> list[str]:
     """What the table `temperatures` says of a teacher's runs, where there is such a table."""
     from halfstep.report.rows import sampled_rows

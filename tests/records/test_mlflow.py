@@ -153,7 +153,7 @@ def test_a_run_holds_the_first_texts_of_its_samples(world):
 
 
 def test_the_parent_shows_what_summary_says_first(world, capsys):
-    sync, client, runs, results = world
+    sync, _, runs, results = world
     tabulate("steps", [results / "metrics"], results / "tables" / "steps")
     summary(results)
     printed = capsys.readouterr().out.splitlines()
@@ -175,7 +175,7 @@ def test_the_parent_shows_what_summary_says_first(world, capsys):
 
 
 def test_the_configuration_of_a_parent_holds_the_options_of_each_training(world):
-    sync, client, runs, results = world
+    sync, _, runs, results = world
     sync()
     parent = runs()["stories-tiny"].info.run_id
     text = mlflow.artifacts.load_text(f"runs:/{parent}/configuration.yaml")

@@ -78,7 +78,7 @@ STAGE = dict(
     tabulate=6,
     plot=6,
     paper_report=1,
-    track=1,
+    track=2,
     merge_provenance=1,
     fetch=1,
 )

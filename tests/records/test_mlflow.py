@@ -187,8 +187,12 @@ def test_the_configuration_of_a_parent_holds_the_options_of_each_training(world)
     }
 
 
-def test_a_second_sync_leaves_database_and_files_as_they_are(world, place):
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_second_sync_leaves_database_and_files_as_they_are(world, place, trained):
+    """Also where all models come from elsewhere, without a journal."""
     sync, _, _, results = world
+    if not trained:
+        shutil.rmtree(results / "models")
     tabulate("steps", [results / "metrics"], results / "tables" / "steps")
     file = Path(place[0].removeprefix("sqlite:///"))
 

@@ -53,7 +53,9 @@ def gather_jobs(results: Path) -> list[Job]:
             if checked.get("run") not in NAIVE:
                 _add_row(jobs, checked, file)
     for model, job in jobs.items():
-        job.texts = _sample_texts(results / "samples" / model, job)
+        folder = results / "samples" / model
+        if folder.resolve().is_relative_to((results / "samples").resolve()):  # model: from a row
+            job.texts = _sample_texts(folder, job)
     order = sorted(jobs, key=lambda model: (model.split("/")[0], "round-" in model, model))
     return [jobs[model] for model in order]
 

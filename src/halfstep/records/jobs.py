@@ -79,7 +79,7 @@ def start_times(jobs: list[Job]) -> list[float]:
     first_s = min(trained, default=time.time())
     others = [job for job in reversed(jobs) if not job.run["started"]]
     others.sort(key=lambda job: job.model.endswith(("/data", "/benchmark")))  # stable
-    earlier_s = {job.model: first_s - place for place, job in enumerate(others, start=1)}
+    earlier_s = {job.model: max(first_s - i, 0.0) for i, job in enumerate(others, start=1)}
     return [earlier_s.get(job.model, job.run["started"]) for job in jobs]
 
 

@@ -197,7 +197,7 @@ class Tracker:
         run_id = run.info.run_id
         self._log_description(run_id, job.run)
         model_id = self._logged_model(run_id, job)
-        ended_ms = job.ended_ms
+        ended_ms = max(job.ended_ms, run.info.start_time)
         self._log_journal(run, job)
         self._log_evaluations(run_id, job, sent, model_id, ended_ms)
         for name in job.run.get("artifacts", []):
@@ -327,7 +327,8 @@ class Tracker:
         from mlflow.entities import Metric, RunTag
 
         run_id, known = parent.info.run_id, parent.data.metrics
-        ended_ms = max(job.ended_ms for job in children)
+        ends = [job.ended_ms for job in children if job.run.get("ended")]
+        ended_ms = max(ends, default=parent.info.end_time or parent.info.start_time)
         metrics = [
             Metric(key, value, int(1000 * time.time()), 0)
             for key, value in overview.metrics.items()

@@ -11,6 +11,7 @@ import http.client
 import importlib.util
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -221,6 +222,8 @@ def store(uri: str, experiment: str) -> dict:
         assert model not in content, f"two runs of {model}"
         tags = dict(run.data.tags)
         tags.pop("halfstep.key")  # an id
+        if note := tags.get("mlflow.note.content"):  # with ids in its links
+            tags["mlflow.note.content"] = re.sub(r"/\d+/runs(/[0-9a-f]{32})?", "", note)
         parent = models.get(tags.pop("mlflow.parentRunId", None))
         points = {
             key: [(p.step, p.value) for p in client.get_metric_history(run_id, key)]

@@ -50,6 +50,12 @@ def test_what_was_not_trained_here_has_no_curves(jobs, tmp_path):
     assert choose_jobs([scores, published]) == []
 
 
+def test_a_round_that_failed_is_not_the_last_one(jobs):
+    first, second, third = jobs("kl/round-1 kl/round-2 kl/round-3")
+    third.run["status"], second.run["status"] = "failed", "running"
+    assert choose_jobs([first, second, third]) == [first, second]
+
+
 @pytest.mark.parametrize("teacher", ["stories-tiny", "a b/c:%", "été", "x" * 255])
 def test_the_name_of_a_view_is_safe_in_a_tag_and_in_an_address(teacher):
     tag = view_tag(teacher, "0123456789abcdef" * 2)

@@ -16,6 +16,7 @@ from halfstep.seeds import first_training
 
 TAG = "mlflow.sharedViewState."
 RUNS = 3
+WHOLE = ("finished", "running")
 SCALES = {"train/loss": "log", "val/nelbo": "linear"}  # the charts, with the scales of their values
 
 
@@ -23,10 +24,13 @@ def choose_jobs(children: Sequence[Job]) -> list[Job]:
     """Up to three trainings of a teacher whose losses are worth comparing, the earliest first.
 
     These are the last rounds of its runs; where it has fewer than three, the first round of the
-    first run, the teacher and the baseline follow. Repeats are left out.
+    first run, the teacher and the baseline follow. Repeats and failed trainings are left out.
     """
-    own = [job for job in children if job.journal and job.model == first_training(job.model)]
-    trained = {job.model.partition("/")[2]: job for job in own}
+    trained = {
+        job.model.partition("/")[2]: job
+        for job in children
+        if job.journal and job.status in WHOLE and job.model == first_training(job.model)
+    }
     rounds: dict[str, list[tuple[int, Job]]] = {}
     for name, job in trained.items():
         if found := re.fullmatch(r"(.+)/round-(\d+)", name):

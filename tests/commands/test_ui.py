@@ -184,7 +184,7 @@ def chromium(*flags: str) -> str:
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, to look at MLflow's pages")
 def test_chromium_shows_a_curve_of_each_run_in_one_chart_of_a_shared_key(shown, tmp_path):
     page = html.unescape(chromium("--dump-dom", shown.page))
-    names = [f"{run} r2 ({key})" for key in ("train/loss", "val/nelbo")
+    names = [f"{run} r2 ({key})" for key in ("train/loss", "by_steps/generative_perplexity_ids")
              for run in ("kl_backward", "mse", "tvd")]  # fmt: skip
     assert sorted(set(re.findall(r"\w+ r\d \([\w/]+\)", page)) & set(names)) == sorted(names)
     strokes = re.findall(r'js-line"[^>]*stroke: rgb\((\d+), (\d+), (\d+)\)', page)

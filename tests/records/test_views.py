@@ -70,7 +70,11 @@ def test_views_of_the_user_are_none_of_ours():
     assert view_name("mlflow.note.content") == ""
 
 
-def test_a_view_fits_into_a_tag():
+def test_a_view_of_losses_and_perplexity_fits_into_a_tag():
     """MLflow takes 5000 characters."""
-    state = view_state(["f" * 32] * 3)
+    keys = ("eval/x", "by_steps/entropy_unigram", "by_steps/generative_perplexity_ids_gpt2-large")
+    job = Job("t/x/round-1", {}, evaluations={(key, 8): 1.0 for key in keys})
+    state = view_state(["f" * 32] * 3, [job] * 3)
     assert len(state) < 5000 and json.loads(state)["searchFilter"].count("f" * 32) == 3
+    charts = [chart["metricKey"] for chart in json.loads(state)["compareRunCharts"]]
+    assert charts == ["train/loss", keys[-1]]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from halfstep.records.journal import complete_size, mark, read_points
+from halfstep.records.journal import commit, complete_size, mark, read_points
 from halfstep.seeds import first_training
 
 SHOWN = 2  # raise it when what a run shows changes, and every run is completed by the next sync
@@ -117,14 +117,20 @@ class Overview:
         return f"{text}\n\n{links}" if text else links
 
 
+def parent_job(teacher: str, children: list[Job]) -> Job:
+    """What creates the parent run: it begins with its first child."""
+    run = {"name": teacher, "node": "track", "started": 0.0, "tags": {"git_commit": commit()}}
+    return Job(teacher, run, start_s=min(job.start_s for job in children))
+
+
 def describe_origin(run: dict) -> dict[str, str]:
     """Tags by which MLflow shows where a run comes from: its command, commit and user."""
     tags = {"mlflow.source.name": "halfstep " + str(run.get("node", "")).partition("/")[0]}
     tags["mlflow.source.type"] = "LOCAL"
-    commit = str(run.get("tags", {}).get("git_commit", "unknown"))
-    if commit != "unknown":
-        tags["mlflow.source.git.commit"] = commit.removesuffix("+dirty")
-        tags["mlflow.source.git.dirty"] = str(commit.endswith("+dirty")).lower()
+    code = str(run.get("tags", {}).get("git_commit", "unknown"))
+    if code != "unknown":
+        tags["mlflow.source.git.commit"] = code.removesuffix("+dirty")
+        tags["mlflow.source.git.dirty"] = str(code.endswith("+dirty")).lower()
     with contextlib.suppress(KeyError, OSError):  # a user without a name
         tags["mlflow.user"] = getpass.getuser()
     return tags

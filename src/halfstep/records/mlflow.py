@@ -34,10 +34,11 @@ from halfstep.records.jobs import (
     Overview,
     describe_origin,
     flatten,
+    parent_job,
     run_color,
     start_times,
 )
-from halfstep.records.journal import commit, mark, points_between
+from halfstep.records.journal import mark, points_between
 from halfstep.records.ownership import FOLDER_TAG, KEY_TAG, OwnRuns
 from halfstep.records.views import choose_jobs, view_name, view_page, view_state, view_tag
 
@@ -104,7 +105,7 @@ class Tracker:
             children = [job for job in jobs if job.teacher == teacher]
             for job, start_s in zip(children, start_times(children), strict=True):
                 job.start_s = start_s
-            parents = runs.get(teacher) or [self._create(_parent_job(teacher, children))]
+            parents = runs.get(teacher) or [self._create(parent_job(teacher, children))]
             parent, *doubles = parents
             ids = {
                 job.model: self._sync_job(job, runs.get(job.model, []), parent.info.run_id)
@@ -112,8 +113,7 @@ class Tracker:
             }
             for double in doubles:
                 self._supersede(double, parent.info.run_id)
-            chosen = [ids[job.model] for job in choose_jobs(children)]
-            view = self._share_view(teacher, chosen) if chosen else ""
+            view = self._share_view(teacher, ids, choose_jobs(children))
             self._sync_parent(parent, overviews[teacher], children, view)
 
     def _active_runs(self) -> dict[str, list[Run]]:
@@ -165,9 +165,15 @@ class Tracker:
                 self._supersede(other, run.info.run_id)
         return run.info.run_id
 
-    def _share_view(self, teacher: str, run_ids: list[str]) -> str:
-        """Write the view of a teacher, unless it is there. Returns its address in the pages."""
-        tag, state = view_tag(teacher, self._own.folder_id), view_state(run_ids)
+    def _share_view(self, teacher: str, ids: Mapping[str, str], chosen: list[Job]) -> str:
+        """Write the view of a teacher, unless it is there.
+
+        Returns its address in the pages, or "" without trainings. ids: of the run of each model.
+        """
+        if not chosen:
+            return ""
+        tag = view_tag(teacher, self._own.folder_id)
+        state = view_state([ids[job.model] for job in chosen], chosen)
         if self.client.get_experiment(self.experiment_id).tags.get(tag) != state:
             self.client.set_experiment_tag(self.experiment_id, tag, state)
         return view_page(self.experiment_id, view_name(tag))
@@ -340,7 +346,7 @@ class Tracker:
                 self.client.log_artifact(run_id, str(file), file.parent.name)
             self.client.log_text(run_id, overview.configuration, CONFIGURATION)
             note = overview.note(f"#/experiments/{self.experiment_id}/runs/{run_id}", view)
-            tags = describe_origin(_parent_job("", children).run) | {"mlflow.note.content": note}
+            tags = describe_origin(parent_job("", children).run) | {"mlflow.note.content": note}
             tags["halfstep.state"] = overview.state
             self.client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()])
         if any(job.status == "running" for job in children):
@@ -348,12 +354,6 @@ class Tracker:
                 self.client.update_run(run_id, status="RUNNING")
         elif (parent.info.status, parent.info.end_time) != ("FINISHED", ended_ms):
             self.client.set_terminated(run_id, "FINISHED", end_time=ended_ms)
-
-
-def _parent_job(teacher: str, children: list[Job]) -> Job:
-    """What creates the parent run: it begins with its first child."""
-    run = {"name": teacher, "node": "track", "started": 0.0, "tags": {"git_commit": commit()}}
-    return Job(teacher, run, start_s=min(job.start_s for job in children))
 
 
 def _sent_bytes(run: Run, journal: Path) -> int:

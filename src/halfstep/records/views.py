@@ -1,4 +1,4 @@
-"""A view of MLflow's pages for each teacher: the loss curves of three runs, in a shared chart.
+"""A view of MLflow's pages for each teacher: the loss curves of three runs, in one chart.
 
 The pages read a view from a tag of the experiment, as their button "Share" writes it. The tag holds
 what this module writes as JSON: which runs, in which order, and which charts come first.
@@ -17,7 +17,7 @@ from halfstep.seeds import first_training
 TAG = "mlflow.sharedViewState."
 RUNS = 3
 WHOLE = ("finished", "running")
-SCALES = {"train/loss": "log", "val/nelbo": "linear"}  # the charts, with the scales of their values
+LOSS, PERPLEXITY = "train/loss", "by_steps/generative_perplexity_"
 
 
 def choose_jobs(children: Sequence[Job]) -> list[Job]:
@@ -42,26 +42,29 @@ def choose_jobs(children: Sequence[Job]) -> list[Job]:
     return sorted([*chosen.values()][:RUNS], key=lambda job: job.run["started"])
 
 
-def view_state(run_ids: Sequence[str]) -> str:
-    """What a view holds: these runs, and two charts before all others.
+def view_state(run_ids: Sequence[str], jobs: Sequence[Job]) -> str:
+    """What a view holds: the runs of these jobs, and two charts before all others.
 
-    The runs are sorted by name: sorted by time, MLflow folds them into their parent.
+    They show the losses, and the first perplexity over sampling steps that was measured. The runs
+    are sorted by name: sorted by time, MLflow folds them into their parent.
     """
+    measured = sorted({key for job in jobs for key, _ in job.evaluations})
+    charts = [LOSS, *[key for key in measured if key.startswith(PERPLEXITY)][:1]]
     ids = ",".join(f"'{run_id}'" for run_id in run_ids)
     section = {"uuid": "losses", "name": "losses", "display": True, "isReordered": True}
     state = {
         "searchFilter": f"attributes.run_id IN ({ids})",
         "orderByKey": "tags.`mlflow.runName`",
         "orderByAsc": True,
-        "compareRunCharts": [_chart(key, scale) for key, scale in SCALES.items()],
+        "compareRunCharts": [_chart(key) for key in charts],
         "compareRunSections": [section | {"isGenerated": False, "columns": 2, "cardHeight": 400}],
         "isAccordionReordered": True,
     }
     return json.dumps(state)
 
 
-def _chart(key: str, scale: str) -> dict[str, object]:
-    """The curves of one metric."""
+def _chart(key: str) -> dict[str, object]:
+    """The curves of one metric, on a logarithmic scale."""
     return {
         "type": "LINE",
         "uuid": key,
@@ -74,7 +77,7 @@ def _chart(key: str, scale: str) -> dict[str, object]:
         "runsCountToCompare": RUNS,
         "lineSmoothness": 0,
         "xAxisScaleType": "linear",
-        "scaleType": scale,
+        "scaleType": "log",
         "range": {},
         "xAxisKey": "step",
         "selectedXAxisMetricKey": "",

@@ -75,8 +75,7 @@ onsuccess:
         "open results/index.html; figures in results/figures/, tables in results/tables/",
         *unsent(),
         *(plan.price_lines(plan.PricedJobs([], Path("results"))) if ON_CLUSTER else []),
-        "halfstep summary --results results    "
-        "mlflow ui --backend-store-uri sqlite:///results/mlflow.db",
+        "halfstep summary --results results    halfstep ui --results results",
     )
 
 

@@ -22,7 +22,8 @@ USERINFO = re.compile(
     r"(?<=://)(?:[^\s/?#@:\[]{0,200}:(?!\d{1,5}(?:[/?#\s]|$))\S{0,500}|[^\s/?#@]{1,500})(?=@)"
 )
 QUERY = re.compile(  # ?token=..., &X-Amz-Signature=...
-    r"(?<=[?&;#])([\w.-]{0,60}(?:token|password|passwd|pwd|secret|key|keyid|signature|credential"
+    r"(?<=[?&;#])(?!viewStateShareKey=)"  # the name of a view in MLflow, which is no secret
+    r"([\w.-]{0,60}(?:token|password|passwd|pwd|secret|key|keyid|signature|credential"
     r"|auth|code|odbc_connect)|sig)=[^\s&;#'\"<>]+",
     re.IGNORECASE,
 )

@@ -1,18 +1,26 @@
 """`halfstep track`, counted in MLflow: each point once, one run per job, old runs superseded."""
 
+import contextlib
 import json
 import re
 import shutil
+import sqlite3
 import time
+from pathlib import Path
 
 import pytest
 import synthetic
+import yaml
 
-from halfstep.commands.track import _metrics, gather_jobs, sync_once, track
+from halfstep.commands import COMMANDS
+from halfstep.commands.report import summary, tabulate
+from halfstep.commands.track import sync_once, track
+from halfstep.commands.tracked import _metrics, gather_jobs
 from halfstep.errors import HalfstepError
 from halfstep.records import mlflow as mlflow_records
+from halfstep.records.jobs import run_color
 from halfstep.records.journal import Journal, read_journal
-from halfstep.records.mlflow import Tracker, run_color
+from halfstep.records.mlflow import Tracker
 
 mlflow = pytest.importorskip("mlflow")
 DELETED, ACTIVE = mlflow.entities.ViewType.DELETED_ONLY, mlflow.entities.ViewType.ACTIVE_ONLY
@@ -117,7 +125,8 @@ def test_a_run_holds_params_datasets_files_and_the_logged_model(world):
     assert run.info.status == "FINISHED"
     assert run.data.tags["rule"] == "distill_round"
     assert run.inputs.dataset_inputs[0].dataset.name == "stories"
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"meta.json"}
+    found = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert found == {"meta.json", "samples"}
     models = client.search_logged_models(
         [run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'"
     )
@@ -128,6 +137,111 @@ def test_a_run_holds_params_datasets_files_and_the_logged_model(world):
         "eval/generative_perplexity_ids_at_8_steps",
         "eval/lambada_accuracy_parallel",
     }
+
+
+def test_a_run_holds_the_first_texts_of_its_samples(world):
+    sync, client, runs, results = world
+    folder = results / "samples/stories-tiny/mse/round-2"
+    texts = "".join(f"=== {i}\nText {i} of Mira.\n" for i in range(50))
+    (folder / "steps-8/samples.txt").write_text(texts)
+    sync()
+    run = runs()["stories-tiny/mse/round-2"].info.run_id
+    found = [file.path for file in client.list_artifacts(run, "samples")]
+    assert found == ["samples/steps-16.txt", "samples/steps-8.txt"]
+    text = mlflow.artifacts.load_text(f"runs:/{run}/samples/steps-8.txt")
+    assert text.endswith("\n\n" + texts[: texts.index("=== 3\n")])
+
+
+def test_the_parent_shows_what_summary_says_first(world, capsys):
+    sync, _, runs, results = world
+    tabulate("steps", [results / "metrics"], results / "tables" / "steps")
+    summary(results)
+    printed = capsys.readouterr().out.splitlines()
+    sync()
+    parent = runs()["stories-tiny"]
+    *sentences, links = parent.data.tags["mlflow.note.content"].split("\n\n")
+    assert len(sentences) == 2 and set(sentences) <= set(printed)
+    for run in ("kl_backward", "mse"):
+        [sentence] = [text for text in sentences if f" {run} round 2 with" in text]
+        value = parent.data.metrics[f"summary/perplexity_{run}"]
+        assert f"has perplexity {value:.3g} [" in sentence
+        assert f" with {parent.data.metrics[f'summary/steps_{run}']:g} steps" in sentence
+    pages = re.findall(r"\((#[^)]*)/artifacts/([^)]*)\)", links)
+    assert {page for page, _ in pages} == {f"#/experiments/{parent.info.experiment_id}/runs/"
+                                          f"{parent.info.run_id}"}  # fmt: skip
+    for _, name in pages:
+        assert mlflow.artifacts.load_text(f"runs:/{parent.info.run_id}/{name}")
+    assert {name for _, name in pages} == {"tables/steps.md", "configuration.yaml"}
+
+
+def test_the_configuration_of_a_parent_holds_the_options_of_each_training(world):
+    sync, _, runs, results = world
+    sync()
+    parent = runs()["stories-tiny"].info.run_id
+    text = mlflow.artifacts.load_text(f"runs:/{parent}/configuration.yaml")
+    trained = {job.model: job.run for job in gather_jobs(results) if job.folder}
+    found = yaml.safe_load(text)
+    assert len(found) == 6
+    assert {model: about["options"] for model, about in found.items()} == {
+        model: run["params"] for model, run in trained.items()
+    }
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_second_sync_leaves_database_and_files_as_they_are(world, place, trained):
+    """Also where all models come from elsewhere, without a journal."""
+    sync, _, _, results = world
+    if not trained:
+        shutil.rmtree(results / "models")
+    tabulate("steps", [results / "metrics"], results / "tables" / "steps")
+    file = Path(place[0].removeprefix("sqlite:///"))
+
+    def content():
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            return [*database.iterdump()], [
+                (path, path.stat().st_mtime_ns) for path in sorted(file.parent.rglob("*.*"))
+                if path.name != file.name
+            ]  # fmt: skip
+
+    sync()
+    before = content()
+    assert sync() == 0
+    assert content() == before
+
+
+def test_runs_are_sorted_as_they_began_and_scores_without_a_training_come_last(world):
+    """By MLflow's default: the latest start is first."""
+    sync, client, runs, results = world
+    sync()
+    experiment = runs()["stories-tiny"].info.experiment_id
+    found = client.search_runs([experiment], order_by=["start_time DESC"])
+    order = [run.data.tags["halfstep.model"] for run in found]
+    started = {job.model: job.run["started"] for job in gather_jobs(results) if job.folder}
+    assert order[:6] == sorted(started, key=started.get, reverse=True)
+    assert order[:6] != sorted(order[:6])
+    assert set(order[6:]) == {"stories-tiny/data", "stories-tiny/benchmark", "stories-tiny"}
+    by_model = {run.data.tags["halfstep.model"]: run.info for run in found}
+    parent = by_model.pop("stories-tiny")
+    assert parent.start_time == min(run.start_time for run in by_model.values())
+    assert parent.end_time == max(run.end_time for run in by_model.values())
+
+
+def test_every_run_names_its_command_user_and_commit(world, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "ada")
+    sync, _, runs, results = world
+    file = results / "models/stories-tiny/mse/round-1/run.json"
+    about = json.loads(file.read_text())
+    about["tags"]["git_commit"] = "0123456789ab+dirty"
+    file.write_text(json.dumps(about))
+    sync()
+    tags = {model: run.data.tags for model, run in runs().items()}
+    commands = {model: found["mlflow.source.name"] for model, found in tags.items()}
+    assert commands["stories-tiny/mse/round-1"] == "halfstep distill-round"
+    assert {name.partition(" ")[2] for name in commands.values()} <= COMMANDS.keys()
+    assert {found["mlflow.user"] for found in tags.values()} == {"ada"}
+    mine = tags["stories-tiny/mse/round-1"]
+    assert mine["mlflow.source.git.commit"] == "0123456789ab"
+    assert mine["mlflow.source.git.dirty"] == "true"
 
 
 def test_a_changed_experiment_supersedes_the_run(world):

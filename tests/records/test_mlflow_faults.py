@@ -11,6 +11,7 @@ import http.client
 import importlib.util
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -26,7 +27,8 @@ import pytest
 import synthetic
 
 from halfstep.commands import track as command
-from halfstep.commands.track import MlflowUnreachable, gather_jobs, sync_once, track
+from halfstep.commands.track import MlflowUnreachable, sync_once, track
+from halfstep.commands.tracked import gather_jobs
 from halfstep.errors import HalfstepError
 from halfstep.records import database
 from halfstep.records.journal import Journal
@@ -220,6 +222,8 @@ def store(uri: str, experiment: str) -> dict:
         assert model not in content, f"two runs of {model}"
         tags = dict(run.data.tags)
         tags.pop("halfstep.key")  # an id
+        if note := tags.get("mlflow.note.content"):  # with ids in its links
+            tags["mlflow.note.content"] = re.sub(r"/\d+/runs(/[0-9a-f]{32})?", "", note)
         parent = models.get(tags.pop("mlflow.parentRunId", None))
         points = {
             key: [(p.step, p.value) for p in client.get_metric_history(run_id, key)]

@@ -10,7 +10,7 @@ import scipy.stats
 import synthetic
 
 from halfstep.commands.report import plot, tabulate
-from halfstep.commands.track import gather_jobs
+from halfstep.commands.tracked import gather_jobs
 from halfstep.errors import HalfstepError
 from halfstep.report.catalogue import FIGURES, TABLES
 from halfstep.report.conditions import describe_conditions

@@ -68,10 +68,9 @@ def test_curves_are_at_the_server_or_in_the_store(tmp_path):
     server = {"MLFLOW_TRACKING_URI": "https://mlflow.example"}
     assert curves(server, store) == ["curves: https://mlflow.example"]
     other = {"MLFLOW_TRACKING_URI": "sqlite:///other.db"}
-    expected = "curves: mlflow ui --backend-store-uri sqlite:///"
-    assert curves(other, store) == [f"{expected}other.db"]
+    assert curves(other, store) == ["curves: mlflow ui --backend-store-uri sqlite:///other.db"]
     store.write_text("")
-    assert curves({}, store) == [f"{expected}{store}"]
+    assert curves({}, store) == [f"curves: halfstep ui --results {tmp_path}"]
 
 
 def test_a_banner_is_marked_and_goes_to_stderr(capsys):

@@ -14,6 +14,7 @@ GROUPS = {  # title in the help: {name: (module:function, what it does)}
             "halfstep.commands.report:summary",
             "print the tables, three texts and the places of the results",
         ),
+        "ui": ("halfstep.commands.ui:ui", "show the runs in MLflow, at the loss curves of three"),
         "generate": (
             "halfstep.commands.generate:generate",
             "print texts of a model, show how they are denoised, or write them to files",

@@ -250,6 +250,17 @@ def read_pooled(file: Path) -> DataFrame:
     return pool_trainings(without_published(read_table(file)))
 
 
+def read_headlines(file: Path) -> dict[str, list[Headline]]:
+    """For each teacher in the table of steps the headlines of its runs, the first one first."""
+    from halfstep.report.sentences import headlines
+
+    table = read_pooled(file)
+    found = {}
+    for teacher, mine in table.groupby("teacher", sort=False):
+        found[str(teacher)] = headlines(mine[mine["metric"] == "generative_perplexity"])
+    return found
+
+
 def teacher_sentences(steps: DataFrame, tables: Path, results: Path) -> list[str]:
     """All sentences on one teacher: equal entropy, headlines, every step count, last words.
 

@@ -17,6 +17,7 @@ from halfstep.records.journal import commit
 from halfstep.records.shapes import MODEL_NAME
 from halfstep.resolve import check_fields
 
+BEGINNING = 100_000
 GENERATE_AGAIN = "run halfstep generate again"
 
 
@@ -71,6 +72,13 @@ def decode_texts(ids: np.ndarray, tokenizer: Tokenizer) -> str:
     """The content of samples.txt: every text under its number."""
     decoded = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
     return "".join(f"=== {i}\n{text}\n" for i, text in enumerate(decoded))
+
+
+def first_texts(file: Path, count: int) -> str:
+    """The beginning of a samples.txt with this number of texts, at most BEGINNING bytes of it."""
+    with open_file(file) as opened:
+        beginning = opened.read(BEGINNING).decode(errors="replace")
+    return beginning.partition(f"=== {count}\n")[0]
 
 
 def sample_files(samples: list[Path]) -> list[Path]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import AwareDatetime, BaseModel, Field
 
-from halfstep.commands.plan import clock
 from halfstep.commands.report import median_text, median_texts, read_pooled, teacher_sentences
 from halfstep.config import Word
 from halfstep.errors import HalfstepError
@@ -21,6 +20,7 @@ from halfstep.records import provenance
 from halfstep.records.journal import read_run
 from halfstep.report.catalogue import FIGURES, TABLES
 from halfstep.resolve import check_fields
+from halfstep.workflow.prices import clock
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shlex
 import signal
@@ -15,15 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from halfstep.config import NAIVE
+from halfstep.commands.tracked import gather_jobs, gather_overviews
 from halfstep.errors import HalfstepError, reason
-from halfstep.files import read_json, write_atomic
-from halfstep.records.database import check_uri, lasting_fault
+from halfstep.files import write_atomic
+from halfstep.records.database import DATABASE, check_uri, lasting_fault, sqlite_file
 from halfstep.records.exclusive import exclusive
-from halfstep.records.mlflow import Job, Tracker
-from halfstep.records.shapes import check_row, check_run, student_steps
-from halfstep.sanitize import mask_secrets, one_line
-from halfstep.seeds import first_training, repeat_seed
+from halfstep.records.mlflow import Tracker
+from halfstep.sanitize import one_line
 
 # Seconds before each pass of a sync. A pass can be repeated safely; one request to MLflow cannot.
 WAITS_S = (0, 1, 4)
@@ -76,7 +73,7 @@ def track(
             f"--results {results}: no such folder; run the pipeline first, "
             "or name the folder that holds models/ and metrics/"
         )
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/mlflow.db"
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{results}/{DATABASE}"
     experiment = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "halfstep"
     check_uri(uri)
     if watch:
@@ -152,13 +149,16 @@ def _mtime(file: Path) -> int | None:
 
 
 def how_to_look(uri: str, experiment_id: str = "1") -> str:
-    """The command that starts MLflow's web page (none for a server), and the page of the runs."""
+    """The page of the runs on a server, or the command that starts MLflow's pages here."""
     page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
-    hint = "  (open a teacher's row with +, tick runs, press Compare)"
     if uri.startswith("http"):
+        hint = "  (open a teacher's row with +, choose the symbol of a chart)"
         return f"{uri.rstrip('/')}/{page}\n{hint}"
+    file = sqlite_file(uri)
+    if file and file.name == DATABASE:
+        return f"halfstep ui --results {shlex.quote(str(file.parent))}"
     command = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
-    return f"{command}\n  then http://localhost:5000/{page}\n{hint}"
+    return f"{command}\n  then http://localhost:5000/{page}"
 
 
 def sync_once(results: Path, uri: str, experiment: str) -> Synced:
@@ -168,7 +168,7 @@ def sync_once(results: Path, uri: str, experiment: str) -> Synced:
     most PATIENCE_S seconds. Raises MlflowUnreachable for a fault that may pass by itself.
     """
     jobs = gather_jobs(results)
-    artifacts = _tables_and_figures(results)
+    overviews = gather_overviews(results, jobs)
     deadline = time.monotonic() + PATIENCE_S
     added = 0
     fault: Exception = TimeoutError()
@@ -179,7 +179,7 @@ def sync_once(results: Path, uri: str, experiment: str) -> Synced:
                 tracker = None
                 try:
                     tracker = Tracker(uri, experiment, results)
-                    tracker.sync(jobs, artifacts)
+                    tracker.sync(jobs, overviews)
                     added += tracker.added
                     return Synced(added, len(jobs), tracker.experiment_id, warning)
                 except Exception as error:
@@ -223,12 +223,6 @@ def _is_raised_by_mlflow(error: Exception) -> bool:
     return str(frames[-1].f_globals.get("__name__", "")).startswith((*FAULTS, "importlib", "_"))
 
 
-def _tables_and_figures(results: Path) -> list[Path]:
-    kinds = (".svg", ".pdf", ".csv", ".md", ".json")
-    files = [file for kind in ("tables", "figures") for file in (results / kind).glob("*")]
-    return sorted(file for file in files if file.suffix in kinds and file.is_file())
-
-
 @contextlib.contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
     """Raise TimeoutError after `seconds`, also while waiting for a lock or for an answer.
@@ -249,122 +243,3 @@ def _alarm(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
-
-
-def gather_jobs(results: Path) -> list[Job]:
-    """Every model with a journal or a measurement; of each teacher, the rounds come last.
-
-    Naive samplers are no models: only the tables have them.
-    """
-    jobs: dict[str, Job] = {}
-    for file in sorted((results / "models").rglob("run.json")):
-        # If the job starts anew meanwhile, a few new points reach its old run. That does no harm:
-        # the next sync replaces the old run.
-        model = file.parent.relative_to(results / "models").as_posix()
-        run = check_run(mask_secrets(read_json(file)), file)
-        steps = student_steps(file.parent)
-        jobs[model] = Job(model, _with_seed(run, model), file.parent, own_steps=steps)
-    measurements = [
-        *(results / "metrics").rglob("*.json"),
-        *(results / "benchmarks").rglob("*.json"),
-    ]
-    for file in sorted(measurements):
-        rows = read_json(file)
-        for number, row in enumerate(rows if isinstance(rows, list) else [], start=1):
-            checked = check_row(row, file, number)
-            if checked.get("run") not in NAIVE:
-                _add_row(jobs, checked, file)
-    order = sorted(jobs, key=lambda model: (model.split("/")[0], "round-" in model, model))
-    return [jobs[model] for model in order]
-
-
-def _with_seed(run: dict, model: str) -> dict:
-    """run.json of a repeat with its seed in the name and in the tags; others stay the same."""
-    seed = repeat_seed(model)
-    if seed is None:
-        return run
-    name = f"{first_training(run['name'])} seed {seed}"
-    return run | {"name": name, "tags": run.get("tags", {}) | {"training_seed": seed}}
-
-
-def _add_row(jobs: dict[str, Job], row: dict, file: Path) -> None:
-    """Add a metric row to the job of its model; skip it if the job's checkpoint is another one."""
-    model = _model_of(row)
-    if model not in jobs:
-        jobs[model] = _untrained_job(model, row)
-    job = jobs[model]
-    digests = (job.run.get("checkpoint") or {}).get("sha256", {}).values()
-    measured = row.get("checkpoint")
-    if measured and digests and not any(digest.startswith(measured) for digest in digests):
-        return
-    steps = int(row.get("steps") or 0)
-    for (key, step), value in _metrics(row, job.own_steps).items():
-        if value is None or not math.isfinite(value):
-            continue
-        known = job.evaluations.setdefault((key, step), value)
-        if known != value:
-            raise HalfstepError(
-                f"{file}: {key} of {model} at {steps} steps is {value:g}, "
-                f"but {known:g} in another row; keep one of them"
-            )
-
-
-def _is_timing(row: dict) -> bool:
-    return row["metric"] == "latency_s"
-
-
-def _model_of(row: dict) -> str:
-    """The model of a row. All timings of a teacher's models belong to one run."""
-    if _is_timing(row):
-        return f"{row['teacher']}/benchmark"
-    return row["model"] if "/" in row["model"] else f"{row['teacher']}/{row['model']}"
-
-
-def _untrained_job(model: str, row: dict) -> Job:
-    """A job without a journal: held-out text, timings, or weights from elsewhere."""
-    checkpoint = None
-    if row.get("checkpoint") and not _is_timing(row):
-        checkpoint = {"folder": "", "sha256": {row.get("weights") or "model": row["checkpoint"]}}
-    name = model.split("/", 1)[1]
-    run = {"name": name, "node": f"score/{model}", "started": 0.0, "checkpoint": checkpoint}
-    return Job(model, run)
-
-
-def _metrics(row: dict, own_steps: int | None = None) -> dict[tuple[str, int], float | None]:
-    """The values of a row by MLflow's keys and steps.
-
-    What is measured at several step counts has a curve over them, `by_steps/...`, and a key for
-    each count, `eval/..._at_8_steps`. MLflow shows one number for each key: of a curve it is that
-    of the largest count, by which runs must not be sorted. `at_own_steps` is the count that a
-    student was made for. The keys are the same for every model, so that MLflow can compare runs.
-    Each judge has its own curve, and so have each task, each variant of the draws, and each
-    temperature but 1, which have no further keys.
-    """
-    if _is_timing(row):
-        name = row["model"].split("/", 1)[-1].replace("/", "-")
-        if not row.get("steps") and row.get("sampler") not in (None, "kv_cache"):
-            name += f"-{row['sampler']}"  # another decoder of the same baseline
-        case = f"{name}_length_{row['length']}_batch_{row['batch_size']}"
-        steps = int(row.get("steps") or 0)
-        return {
-            (f"speed/latency_s_{case}", steps): row["value"],
-            (f"speed/tokens_per_s_{case}", steps): row.get("tokens_per_s"),
-        }
-    judge = (row.get("judge") or "").partition("@")[0]
-    suffix = f"_{judge.rpartition('/')[2]}" if judge and "/baseline" not in judge else ""
-    if task := row.get("task"):
-        suffix += f"_{task}" + (f"_{row['measure']}" if row.get("measure") else "")
-    if variant := row.get("variant"):
-        suffix += f"_{variant}"
-    if temperature := row.get("temperature"):
-        suffix += f"_temperature_{temperature:g}"
-    name, value = f"{row['metric']}_{row['protocol']}{suffix}", row["value"]
-    steps = row.get("steps")
-    if steps is None:
-        return {(f"eval/{name}", 0): value}
-    found = {(f"by_steps/{name}", steps): value}
-    if not (row.get("temperature") or row.get("variant")):
-        found[f"eval/{name}_at_{steps}_steps", 0] = value
-        if steps == own_steps:
-            found[f"eval/{name}_at_own_steps", 0] = value
-    return found

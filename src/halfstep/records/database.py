@@ -18,6 +18,7 @@ CONNECT_S = 10  # for a connection to a database server
 ANSWER_S = 20  # for each answer of a server
 SERVERS = ("http", "https", "databricks")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+DATABASE = "mlflow.db"  # its name in a results folder
 ARTIFACTS = "mlflow-artifacts"  # folder of the uploaded files, next to a SQLite database
 # What SQLite says about a file that no later call can use.
 DAMAGED = ("file is not a database", "malformed", "unsupported file format")
@@ -50,6 +51,33 @@ def check_uri(uri: str) -> None:
             f"MLflow at {uri!r}: {fault}; expected http://, https://, sqlite:///file.db, "
             "postgresql:// or mysql://; change --uri or MLFLOW_TRACKING_URI"
         )
+
+
+def open_database(uri: str) -> str:
+    """Make sure that a database is there and whole. Returns its address, with time limits."""
+    file = sqlite_file(uri)
+    if file:
+        prepare_sqlite(file)
+        follow_move(file)
+    elif not is_web_server(uri):
+        uri = with_timeouts(uri)
+        try_connection(uri)
+    return uri
+
+
+def is_web_server(uri: str) -> bool:
+    """Does the address name a server that keeps artifacts itself, and not a database?"""
+    return uri.partition(":")[0] in SERVERS
+
+
+def new_artifact_folder(uri: str, results: Path) -> str | None:
+    """A new folder next to a SQLite file, or in the results; None for a server."""
+    if is_web_server(uri):
+        return None
+    file = sqlite_file(uri)
+    folder = (file.parent if file else results).resolve() / ARTIFACTS
+    folder.mkdir(exist_ok=True)
+    return folder.as_uri()
 
 
 def sqlite_file(uri: str) -> Path | None:

@@ -1,8 +1,8 @@
 """Write journals and metric rows to MLflow, so that a repeated sync changes nothing.
 
-    parent run    one for each teacher: holds the tables and figures
+    parent run    one for each teacher: description, summary, configuration, tables and figures
       child run   one for each job (teacher, baseline, every round): params, tags, datasets, curves,
-                  evaluations, logged model
+                  evaluations, texts, logged model
 
 MLflow itself holds what was sent, so the next sync completes an interrupted one. The tags
 `halfstep.model`, `halfstep.fingerprint` and `halfstep.started` identify a run. A new run replaces
@@ -18,72 +18,37 @@ MLflow has. So if a resumed job repeats some steps, the earlier points stay.
 
 from __future__ import annotations
 
-import colorsys
-import hashlib
-import json
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halfstep.errors import HalfstepError
 from halfstep.records import database
-from halfstep.records.journal import complete_size, mark, points_between, read_points
+from halfstep.records.jobs import (
+    CONFIGURATION,
+    Evaluations,
+    Job,
+    Overview,
+    describe_origin,
+    flatten,
+    parent_job,
+    run_color,
+    start_times,
+)
+from halfstep.records.journal import mark, points_between
 from halfstep.records.ownership import FOLDER_TAG, KEY_TAG, OwnRuns
-from halfstep.seeds import first_training
+from halfstep.records.views import choose_jobs, view_name, view_page, view_state, view_tag
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, LoggedModel, Metric, Run
 
 BATCH = 999  # metrics of one request; MLflow takes 1000 entries, and one is the tag below
 SENT_TAG = "halfstep.sent"  # the mark of the last line that was sent
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow then shows no chat pages
 STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
-
-Evaluations = dict[tuple[str, int], float]  # (metric key, step) -> value
-
-
-@dataclass
-class Job:
-    """Everything on disk about one model: its journal and its measurements."""
-
-    model: str  # the folder under results/models, "stories-tiny/kl_backward/round-3"
-    run: dict  # run.json; of a model that was not trained here: name, node, started, checkpoint
-    folder: Path | None = None  # with the journal
-    evaluations: Evaluations = field(default_factory=dict)
-    own_steps: int | None = None  # sampling steps that a student was made for
-
-    def __post_init__(self) -> None:
-        # A job that runs appends lines meanwhile: the next sync sends them.
-        self.size = complete_size(self.journal) if self.journal else 0
-        self.mark = mark(self.journal, self.size) if self.journal else ""
-
-    @property
-    def journal(self) -> Path | None:
-        file = self.folder / "journal.jsonl" if self.folder else None
-        return file if file and file.exists() else None
-
-    @property
-    def points(self) -> Iterator[dict]:
-        """The points of the journal, which is read line by line."""
-        return read_points(self.journal) if self.journal else iter(())
-
-    @property
-    def teacher(self) -> str:
-        return first_training(self.model).split("/")[0]
-
-    @property
-    def status(self) -> str:
-        return self.run.get("status", "finished")
-
-    @property
-    def state(self) -> str:
-        """Digest of everything to send; a run with this digest in its tags is up to date."""
-        evaluations = sorted([*key, value] for key, value in self.evaluations.items())
-        content = [self.run, self.mark, evaluations]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Tracker:
@@ -107,35 +72,25 @@ class Tracker:
         # A sync that failed is repeated, and its fault is one sentence of `halfstep track`.
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         self.added = 0  # points sent
-        self.uri = self._open_database(uri)
+        self.uri = database.open_database(uri)
         self._own = OwnRuns(results)
         mlflow.set_tracking_uri(self.uri)
         self.client = mlflow.MlflowClient(self.uri)
         self.experiment_id = self._open_experiment(experiment, results)
 
-    def _open_database(self, uri: str) -> str:
-        """Make sure that a database is there and whole. Returns its address, with time limits."""
-        file = database.sqlite_file(uri)
-        if file:
-            database.prepare_sqlite(file)
-            database.follow_move(file)
-        elif not _is_web_server(uri):
-            uri = database.with_timeouts(uri)
-            database.try_connection(uri)
-        return uri
-
     def _open_experiment(self, name: str, results: Path) -> str:
         """The experiment's id. A server chooses where it keeps artifacts; a database uses ours."""
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
-            return self.client.create_experiment(name, self._new_artifact_folder(results))
+            folder = database.new_artifact_folder(self.uri, results)
+            return self.client.create_experiment(name, folder, KIND)
         if experiment.lifecycle_stage != "active":
             raise HalfstepError(
                 f"experiment {name!r} at {self.uri} was deleted; "
                 "restore it there, or choose another name with --experiment"
             )
         place = experiment.artifact_location
-        is_folder = place.startswith("file:") and not _is_web_server(self.uri)
+        is_folder = place.startswith("file:") and not database.is_web_server(self.uri)
         if is_folder and not database.local_folder(place).is_dir():
             raise HalfstepError(
                 f"experiment {name!r} at {self.uri} keeps its files in {place}, which is not "
@@ -143,30 +98,23 @@ class Tracker:
             )
         return experiment.experiment_id
 
-    def _new_artifact_folder(self, results: Path) -> str | None:
-        """A new folder next to a SQLite file, or in the results; None for a server."""
-        if _is_web_server(self.uri):
-            return None
-        file = database.sqlite_file(self.uri)
-        folder = (file.parent if file else results).resolve() / database.ARTIFACTS
-        folder.mkdir(exist_ok=True)
-        return folder.as_uri()
-
-    def sync(self, jobs: list[Job], artifacts: list[Path]) -> None:
-        """Bring MLflow up to date with the files. `artifacts` belong to every parent run."""
+    def sync(self, jobs: list[Job], overviews: Mapping[str, Overview]) -> None:
+        """Bring MLflow up to date with the files. Each teacher has an overview."""
         runs = self._active_runs()
         for teacher in dict.fromkeys(job.teacher for job in jobs):
             children = [job for job in jobs if job.teacher == teacher]
-            parents = runs.get(teacher)
-            if not parents:
-                parents = [self._create(Job(teacher, {"name": teacher, "started": 0.0}))]
+            for job, start_s in zip(children, start_times(children), strict=True):
+                job.start_s = start_s
+            parents = runs.get(teacher) or [self._create(parent_job(teacher, children))]
             parent, *doubles = parents
-            for job in children:
-                self._sync_job(job, runs.get(job.model, []), parent.info.run_id)
+            ids = {
+                job.model: self._sync_job(job, runs.get(job.model, []), parent.info.run_id)
+                for job in children
+            }
             for double in doubles:
                 self._supersede(double, parent.info.run_id)
-            running = any(job.status == "running" for job in children)
-            self._sync_parent(parent, artifacts, "RUNNING" if running else "FINISHED")
+            view = self._share_view(teacher, ids, choose_jobs(children))
+            self._sync_parent(parent, overviews[teacher], children, view)
 
     def _active_runs(self) -> dict[str, list[Run]]:
         """The runs that this results folder created, by model, without the deleted ones."""
@@ -195,15 +143,18 @@ class Tracker:
             tags["mlflow.parentRunId"] = parent
         run = self.client.create_run(
             self.experiment_id,
-            start_time=int(1000 * job.run["started"]) or None,
+            start_time=int(1000 * job.start_s),
             tags=tags,
             run_name=job.run["name"].replace("/round-", " r"),
         )
         self._own.confirm(key, run.info.run_id)
         return run
 
-    def _sync_job(self, job: Job, active: list[Run], parent: str) -> None:
-        """Write one job into one run, and supersede every other active run of the same model."""
+    def _sync_job(self, job: Job, active: list[Run], parent: str) -> str:
+        """Write one job into one run, and supersede every other active run of the same model.
+
+        Returns the id of the run.
+        """
         candidates = [run for run in active if _is_run_of(run, job)]
         complete = [run for run in candidates if run.data.tags.get("halfstep.state") == job.state]
         run = complete[0] if complete else self._update_or_create(candidates, job, parent)
@@ -212,6 +163,20 @@ class Tracker:
         for other in active:
             if other.info.run_id != run.info.run_id:
                 self._supersede(other, run.info.run_id)
+        return run.info.run_id
+
+    def _share_view(self, teacher: str, ids: Mapping[str, str], chosen: list[Job]) -> str:
+        """Write the view of a teacher, unless it is there.
+
+        Returns its address in the pages, or "" without trainings. ids: of the run of each model.
+        """
+        if not chosen:
+            return ""
+        tag = view_tag(teacher, self._own.folder_id)
+        state = view_state([ids[job.model] for job in chosen], chosen)
+        if self.client.get_experiment(self.experiment_id).tags.get(tag) != state:
+            self.client.set_experiment_tag(self.experiment_id, tag, state)
+        return view_page(self.experiment_id, view_name(tag))
 
     def _update_or_create(self, candidates: list[Run], job: Job, parent: str) -> Run:
         """Complete the first candidate that the files do not contradict, else a new run."""
@@ -238,12 +203,14 @@ class Tracker:
         run_id = run.info.run_id
         self._log_description(run_id, job.run)
         model_id = self._logged_model(run_id, job)
-        ended_ms = int(1000 * (job.run.get("ended") or job.run["started"] or time.time()))
+        ended_ms = max(job.ended_ms, run.info.start_time)
         self._log_journal(run, job)
         self._log_evaluations(run_id, job, sent, model_id, ended_ms)
         for name in job.run.get("artifacts", []):
             if (job.folder / name).is_file():
                 self.client.log_artifact(run_id, str(job.folder / name))
+        for name, text in job.texts.items():
+            self.client.log_text(run_id, text, name)
         if job.status == "running":
             self.client.update_run(run_id, status="RUNNING")
         else:
@@ -256,7 +223,8 @@ class Tracker:
         from mlflow.entities import Param, RunTag
 
         params = [Param(key, str(value)) for key, value in flatten(run.get("params", {})).items()]
-        tags = [RunTag(key, str(value)) for key, value in run.get("tags", {}).items()]
+        described = run.get("tags", {}) | describe_origin(run)
+        tags = [RunTag(key, str(value)) for key, value in described.items()]
         for batch in _batches(params, 100):
             self.client.log_batch(run_id, params=batch)
         self.client.log_batch(run_id, tags=tags)
@@ -360,22 +328,32 @@ class Tracker:
         # Last, because the next sync does not see a deleted run and so could not finish the above.
         self.client.delete_run(run_id)
 
-    def _sync_parent(self, parent: Run, artifacts: list[Path], status: str) -> None:
-        digest = hashlib.sha256()
-        for file in artifacts:
-            digest.update(str(file).encode() + hashlib.sha256(file.read_bytes()).digest())
-        state = digest.hexdigest()
-        if parent.data.tags.get("halfstep.state") != state:
-            for file in artifacts:
-                self.client.log_artifact(parent.info.run_id, str(file), file.parent.name)
-            self.client.set_tag(parent.info.run_id, "halfstep.state", state)
-        if parent.info.status != status:
-            self.client.update_run(parent.info.run_id, status=status)
+    def _sync_parent(self, parent: Run, overview: Overview, children: list[Job], view: str) -> None:
+        """Send the overview, and set the state and the end of the parent run."""
+        from mlflow.entities import Metric, RunTag
 
-
-def _is_web_server(uri: str) -> bool:
-    """Does the address name a server that keeps artifacts itself, and not a database?"""
-    return uri.partition(":")[0] in database.SERVERS
+        run_id, known = parent.info.run_id, parent.data.metrics
+        ends = [job.ended_ms for job in children if job.run.get("ended")]
+        ended_ms = max(ends, default=parent.info.end_time or parent.info.start_time)
+        metrics = [
+            Metric(key, value, int(1000 * time.time()), 0)
+            for key, value in overview.metrics.items()
+            if known.get(key) != value
+        ]
+        self._log_metrics(run_id, metrics)
+        if parent.data.tags.get("halfstep.state") != overview.state:
+            for file in overview.files:
+                self.client.log_artifact(run_id, str(file), file.parent.name)
+            self.client.log_text(run_id, overview.configuration, CONFIGURATION)
+            note = overview.note(f"#/experiments/{self.experiment_id}/runs/{run_id}", view)
+            tags = describe_origin(parent_job("", children).run) | {"mlflow.note.content": note}
+            tags["halfstep.state"] = overview.state
+            self.client.log_batch(run_id, tags=[RunTag(*tag) for tag in tags.items()])
+        if any(job.status == "running" for job in children):
+            if parent.info.status != "RUNNING":
+                self.client.update_run(run_id, status="RUNNING")
+        elif (parent.info.status, parent.info.end_time) != ("FINISHED", ended_ms):
+            self.client.set_terminated(run_id, "FINISHED", end_time=ended_ms)
 
 
 def _sent_bytes(run: Run, journal: Path) -> int:
@@ -413,37 +391,6 @@ def _dataset_input(data: dict) -> DatasetInput:
     dataset = MetaDataset(source, name=str(data["name"]), digest=digest)._to_mlflow_entity()
     context = InputTag("mlflow.data.context", data.get("context", "training"))
     return DatasetInput(dataset, [context])
-
-
-def run_color(model: str) -> str:
-    """Color of a run in MLflow's charts, "#rrggbb".
-
-    One hue for each run of a distillation, because MLflow's own colors may be nearly alike; the
-    earlier a round, the paler. Everything else is a shade of gray.
-    """
-    run = model.split("/")[1] if "/" in model else ""
-    grays = {"": 0.3, "teacher": 0.0, "baseline": 0.45, "data": 0.65, "benchmark": 0.3}
-    if run in grays:
-        return _hex((grays[run],) * 3)
-    hues = {"kl_backward": 0.58, "mse": 0.06, "tvd": 0.38, "kl_forward": 0.86}
-    hashed = int(hashlib.sha256(run.encode()).hexdigest(), 16) % 360 / 360
-    later = min(int(model.rpartition("-")[2]) / 7, 1)
-    return _hex(colorsys.hls_to_rgb(hues.get(run, hashed), 0.82 - 0.44 * later, 0.75))
-
-
-def _hex(rgb: Iterable[float]) -> str:
-    return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
-
-
-def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
-    """Join the keys of nested dicts by dots: {"training": {"lr": 1}} -> {"training.lr": 1}."""
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _batches(items: list, size: int) -> Iterable[list]:

@@ -62,6 +62,8 @@ def curves(environment: Mapping[str, str], store: Path = Path("results/mlflow.db
     uri = uri or f"sqlite:///{store}"
     if uri.startswith("http"):
         return [f"curves: {uri}"]
+    if uri == f"sqlite:///{store}":
+        return [f"curves: halfstep ui --results {shlex.quote(str(store.parent))}"]
     return [f"curves: mlflow ui --backend-store-uri {shlex.quote(uri)}"]
 
 

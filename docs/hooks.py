@@ -49,6 +49,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = re.sub(r"^```sh (test|plan)$", "```sh", markdown, flags=re.MULTILINE)
     if page.file.src_uri == "results/gallery.md":
         markdown = gallery(markdown)
+    markdown = markdown.replace("denoising.ipynb)", "denoising.md)")
     depth = page.file.src_uri.count("/")
     out = "../" * (depth + 1)
     for name in PAGES_OF_ROOT:
@@ -176,7 +177,7 @@ def metrics_page() -> str:
     for metric, versions in PROTOCOLS.items():
         protocols = ", ".join(f"`{name}` ({version})" for name, version in versions.items())
         lines.append(f"| `{metric}` | {cell(titles[metric])} | {protocols} |")
-    lines += ["", "## Definitions", "", "The definitions are in the docstrings of these modules.", ""]
+    lines += ["", "## Definitions", "", "From the docstrings of these modules.", ""]
     for name in ("perplexity", "diversity", "mauve", "lambada", "elbo", "tasks", "frontier"):
         path = f"halfstep.metrics.{name}"
         lines += [f"### {path}", "", *quoted(importlib.import_module(path)), ""]
@@ -200,8 +201,9 @@ def figures_page() -> str:
         "",
     ]
     for name, table in TABLES.items():
-        needs = f" It exists where the configuration has `{table.section}`." if table.section else ""
-        lines += [f"### {name}", "", cell(table.caption) + needs, ""]
+        lines += [f"### {name}", "", cell(table.caption), ""]
+        if table.section:
+            lines += [f"It exists where the configuration has `{table.section}`.", ""]
         lines += [f"- `{metric}`: {cell(text)}" for metric, text in table.metrics.items()]
         lines += ["", "```sh", f"snakemake results/tables/{name}.md", "```", ""]
     lines += ["## Figures", ""]
@@ -235,8 +237,8 @@ def presets_page() -> str:
         keys = ", ".join(f"`{key}`" for key in yaml.safe_load(file.read_text()))
         lines += [f"## {file.stem}", "", cell(" ".join(comment)), "", f"It sets {keys}.", ""]
         body = "\n".join(rows[len(comment) :])
-        lines += ["??? note \"The file\"", "", "    ```yaml", *("    " + r for r in body.splitlines())]
-        lines += ["    ```", ""]
+        block = ["```yaml", *body.splitlines(), "```"]
+        lines += ['??? note "The file"', "", *("    " + line for line in block), ""]
     return "\n".join(lines)
 
 
@@ -267,9 +269,7 @@ def notebook_page(path: Path) -> str:
         lines += ["```python", block.source, "```", ""]
         for output in block.outputs:
             data = output.get("data", {})
-            if "image/svg+xml" in data:
-                lines += [data["image/svg+xml"].split("?>")[-1].split(".dtd\">")[-1], ""]
-            elif "image/png" in data:
+            if "image/png" in data:
                 picture = data["image/png"].strip()
                 lines += [f"![what the cell above draws](data:image/png;base64,{picture})", ""]
             elif output.get("name") != "stderr":

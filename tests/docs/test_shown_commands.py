@@ -22,6 +22,8 @@ from pathlib import Path
 import pytest
 from dryrun import clean_environment, copy
 
+from halfstep.commands.verify import merge_provenance
+
 ROOT = Path(__file__).parents[2]
 PAGES = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != "extending.md"]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -52,6 +54,7 @@ def workspace(tmp_path, pipeline):
     shutil.copytree(pipeline.results, tmp_path / "results", symlinks=True)
     student = tmp_path / "results/models/stories-tiny/kl_backward"
     shutil.copytree(student / "round-1", student / "round-7")
+    merge_provenance(tmp_path / "results")
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/one.txt").write_text("Dear reader, this is a letter.\n" * 40)

@@ -54,7 +54,8 @@ $(READY): envs/requirements.txt pyproject.toml
 	touch $@
 
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html, or with search: $(BIN)/python -m http.server -d site"
 
 lock: $(READY)
 	$(BIN)/python -m pip install uv

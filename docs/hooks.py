@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from halfstep.resolve import schema
 
 ROOT = Path(__file__).parents[1]
 PAGES_OF_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+COLUMNS = 84  # of the help of a command
 NOTEBOOK = "notebooks/denoising.ipynb"
 
 
@@ -83,7 +85,7 @@ def configuration_page() -> str:
     seen: set[str] = set()
 
     def section(path: str, model: dict) -> None:
-        lines.extend([f"## {path or 'Top level'}", "", model.get("description", ""), ""])
+        lines.extend([f"## `{path}`" if path else "## Top level", "", model["description"], ""])
         title, nested = model["title"], []
         if title in seen:
             lines.extend([f"The keys are those of the section that describes `{title}`.", ""])
@@ -99,7 +101,8 @@ def configuration_page() -> str:
                 nested.append((f"{full}.<name>" if repeated else full, below))
             kind = f"section{'s' * repeated}" if below else values_of(about)
             default = "" if below or "default" not in about else f"`{json.dumps(about['default'])}`"
-            lines.append(f"| `{key}` | {kind} | {default} | {cell(about.get('description', ''))} |")
+            meaning = about.get("description") or (below or {}).get("description", "")
+            lines.append(f"| `{key}` | {kind} | {default} | {cell(meaning)} |")
         lines.append("")
         for place, below in nested:
             section(place, below)
@@ -125,7 +128,7 @@ def values_of(about: dict) -> str:
     if about.get("type") == "array":
         return f"list of {values_of(about['items'])}"
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {about[name]:g}" for name, sign in bounds.items() if name in about]
+    limits = [f"{sign} {about[name]:,}" for name, sign in bounds.items() if name in about]
     kind = about.get("type", "anything")
     words = {"integer": "whole number", "string": "text", "boolean": "`true`, `false`"}
     return " ".join([words.get(kind, kind), *limits])
@@ -148,14 +151,16 @@ def commands_page() -> str:
         f"```text\n{usage()}\n```",
         "",
     ]
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = str(COLUMNS)
     for name, (_, what) in COMMANDS.items():
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             parse_arguments(load_command(name), name, ["--help"])
-        text = re.sub(r"[╭╰─│]+|[╮╯]", "", printed.getvalue())
-        text = "\n".join(line.rstrip() for line in text.splitlines())
-        lines += [f"## {name}", "", f"{what.capitalize()}.", "", f"```text\n{text}\n```", ""]
+        text = re.sub(r"[╭╰│]|[─-]{9,}|[╮╯]", "", printed.getvalue())
+        text = "\n".join(textwrap.fill(line, COLUMNS) for line in text.splitlines())
+        text = re.sub(r"\n{3,}", "\n\n", text)
+        what = what[0].upper() + what[1:]
+        lines += [f"## {name}", "", f"{what}.", "", f"```text\n{text}\n```", ""]
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ import nbformat
 import yaml
 from mkdocs.structure.files import File, Files
 
-from halfstep.cli import load_command, parse_arguments, usage
+from halfstep.cli import load_command, parse_arguments
 from halfstep.commands import COMMANDS
 from halfstep.metrics.protocols import PROTOCOLS
 from halfstep.report.catalogue import FIGURES, JOURNALS, TABLES
@@ -23,7 +23,8 @@ from halfstep.resolve import schema
 
 ROOT = Path(__file__).parents[1]
 PAGES_OF_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
-COLUMNS = 84  # of the help of a command
+LARGE = 1_000_000_000  # a bound that no reader wants to know
+COLUMNS = 80  # of the help of a command
 NOTEBOOK = "notebooks/denoising.ipynb"
 
 
@@ -91,7 +92,7 @@ def configuration_page() -> str:
             lines.extend([f"The keys are those of the section that describes `{title}`.", ""])
             return
         seen.add(title)
-        lines.extend(["| key | value | default | meaning |", "|---|---|---|---|"])
+        lines.extend(["| key | meaning | default | values |", "|---|---|---|---|"])
         for key, about in model["properties"].items():
             if about.get("deprecated"):
                 continue
@@ -102,7 +103,7 @@ def configuration_page() -> str:
             kind = f"section{'s' * repeated}" if below else values_of(about)
             default = "" if below or "default" not in about else f"`{json.dumps(about['default'])}`"
             meaning = about.get("description") or (below or {}).get("description", "")
-            lines.append(f"| `{key}` | {kind} | {default} | {cell(meaning)} |")
+            lines.append(f"| `{key}` | {cell(meaning)} | {default} | {kind} |")
         lines.append("")
         for place, below in nested:
             section(place, below)
@@ -128,7 +129,9 @@ def values_of(about: dict) -> str:
     if about.get("type") == "array":
         return f"list of {values_of(about['items'])}"
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {about[name]:,}" for name, sign in bounds.items() if name in about]
+    limits = [
+        f"{sign} {about[name]:,}" for name, sign in bounds.items() if about.get(name, LARGE) < LARGE
+    ]
     kind = about.get("type", "anything")
     words = {"integer": "whole number", "string": "text", "boolean": "`true`, `false`"}
     return " ".join([words.get(kind, kind), *limits])
@@ -148,7 +151,9 @@ def commands_page() -> str:
         "The help of each command, as `halfstep <command> --help` prints it. A rule of the graph "
         "calls one command, and `snakemake -np` prints the calls with all their flags.",
         "",
-        f"```text\n{usage()}\n```",
+        "| command | what it does |",
+        "|---|---|",
+        *(f"| [`{name}`](#{name}) | {what} |" for name, (_, what) in COMMANDS.items()),
         "",
     ]
     os.environ["COLUMNS"] = str(COLUMNS)

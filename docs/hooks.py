@@ -173,7 +173,11 @@ def metrics_page() -> str:
     """The protocols of every metric with their versions, and what the module says of them."""
     module = importlib.import_module("halfstep.metrics.protocols")
     title, why, _ = inspect.getdoc(module).split("\n\n", 2)
-    titles = {name: text for table in TABLES.values() for name, text in table.metrics.items()}
+    titles = {
+        metric: (cell(text), f"[`{name}`](figures.md#{name})")
+        for name, table in reversed(TABLES.items())
+        for metric, text in table.metrics.items()
+    }
     lines = [
         "# Metrics and protocols",
         "",
@@ -181,12 +185,13 @@ def metrics_page() -> str:
         "",
         why.replace("\n", " "),
         "",
-        "| metric | what it is | protocols (version) |",
-        "|---|---|---|",
+        "| metric | what it is | table | protocols (version) |",
+        "|---|---|---|---|",
     ]
     for metric, versions in PROTOCOLS.items():
         protocols = ", ".join(f"`{name}` ({version})" for name, version in versions.items())
-        lines.append(f"| `{metric}` | {cell(titles[metric])} | {protocols} |")
+        text, table = titles[metric]
+        lines.append(f"| `{metric}` | {text} | {table} | {protocols} |")
     lines += ["", "## Definitions", "", "From the docstrings of these modules.", ""]
     for name in ("perplexity", "diversity", "mauve", "lambada", "elbo", "tasks", "frontier"):
         path = f"halfstep.metrics.{name}"

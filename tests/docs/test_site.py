@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from dryrun import copy, counts
 
 from halfstep.commands import COMMANDS
 from halfstep.metrics.protocols import PROTOCOLS
@@ -16,6 +17,11 @@ from halfstep.report.catalogue import FIGURES, TABLES
 from halfstep.resolve import schema
 
 ROOT = Path(__file__).parents[2]
+ALL_TABLES = """
+preset: laptop-losses
+sampling: {variants: {released-noise: {sampler: ancestral_float32}}}
+evaluation: {tasks: [arc_easy], perplexity: [ptb]}
+"""
 
 
 def build(settings: Path, site: Path) -> subprocess.CompletedProcess:
@@ -87,6 +93,20 @@ def test_generated_pages_are_complete(site):
         assert f'<h3 id="{name}">' in reference["figures"]
     presets = {file.stem for file in (ROOT / "workflow/presets").glob("*.yaml")}
     assert set(re.findall(r'<h2 id="([\w-]+)">', reference["presets"])) == presets
+
+
+def test_every_figure_and_table_is_made_by_the_command_under_it(site, tmp_path):
+    """In a configuration that asks for all of them."""
+    pages = [site / "reference/figures.html", site / "results/gallery.html"]
+    shown = re.sub("<[^>]+>", "", "".join(page.read_text() for page in pages))
+    targets = set(re.findall(r"snakemake (results/(?:figures|tables)/\w+\.\w+)", shown))
+    assert targets == {f"results/tables/{name}.md" for name in TABLES} | {
+        f"results/figures/{name}.svg" for name, row in FIGURES.items() if not row.only_in_paper
+    }
+    tree = copy(tmp_path)
+    (tmp_path / "config.yaml").write_text(ALL_TABLES)
+    jobs = counts(tree.plan(*sorted(targets)))
+    assert jobs["plot"] + jobs["tabulate"] == len(targets)
 
 
 def test_no_generated_page_is_in_the_repository(site):

@@ -2,6 +2,7 @@
 #               (a second call has nothing to do and ends in seconds)
 # make test     the tests, in two processes
 # make check    spelling, lint, format and types; `make quick` leaves out the slow two
+# make docs     the documentation as a site in site/; a broken link or a warning is an error
 # make bench    the hot paths against their textbook versions, into benchmarks/results
 # make lock     envs/ anew from the packages of .venv, with the checksums of their files
 #
@@ -21,7 +22,7 @@ READY := .venv/ready
 CONFIG := $(PRESET:%=--config preset=%)
 REPORT := results/report.html
 
-.PHONY: demo test check quick lock bench
+.PHONY: demo test check quick docs lock bench
 
 demo: $(READY)
 	@$(BIN)/snakemake --logger halfstep $(CONFIG)
@@ -51,6 +52,10 @@ $(READY): envs/requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --no-deps --require-hashes -r envs/requirements.txt
 	$(BIN)/python -m pip install --no-deps -e .
 	touch $@
+
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html, or with search: $(BIN)/python -m http.server -d site"
 
 lock: $(READY)
 	$(BIN)/python -m pip install uv

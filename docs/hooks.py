@@ -11,7 +11,6 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import yaml
 from mkdocs.structure.files import File, Files
 
@@ -276,18 +275,19 @@ def gallery(page: str) -> str:
 
 def notebook_page(path: Path) -> str:
     """A notebook as a page: its text, its code, and the text and pictures that it printed."""
-    book, lines = nbformat.read(path, 4), []
-    for block in book.cells:
-        if block.cell_type == "markdown":
-            lines += [block.source, ""]
+    lines = []
+    for block in json.loads(path.read_text())["cells"]:
+        source = "".join(block["source"])
+        if block["cell_type"] == "markdown":
+            lines += [source, ""]
             continue
-        lines += ["```python", block.source, "```", ""]
-        for output in block.outputs:
+        lines += ["```python", source, "```", ""]
+        for output in block["outputs"]:
             data = output.get("data", {})
             if "image/png" in data:
-                picture = data["image/png"].strip()
+                picture = "".join(data["image/png"]).strip()
                 lines += [f"![what the cell above draws](data:image/png;base64,{picture})", ""]
             elif output.get("name") != "stderr":
-                text = output.get("text") or data.get("text/plain", "")
+                text = "".join(output.get("text") or data.get("text/plain", ""))
                 lines += ["```text", text.rstrip(), "```", ""]
     return "\n".join(lines)

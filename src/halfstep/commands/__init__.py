@@ -12,7 +12,7 @@ GROUPS = {  # title in the help: {name: (module:function, what it does)}
         ),
         "summary": (
             "halfstep.commands.report:summary",
-            "print the tables, three texts and the places of the results",
+            "print what was found, three texts, and where the rest is",
         ),
         "ui": ("halfstep.commands.ui:ui", "show the runs in MLflow, at the loss curves of three"),
         "generate": (

@@ -194,47 +194,46 @@ _complete_help()
 
 
 def summary(results: Path = Path("results"), width: Width = 100) -> None:
-    """Print the tables, three texts, and the places of figure, report and runs.
+    """Print what was found, three texts of each teacher, and where the rest is.
 
-    What is not there (yet) is left out.
+    What is not there (yet) is left out. Without a table of steps the other tables are printed.
 
     Args:
         results: the folder with tables, samples and figures
         width: of the texts, in characters
     """
     tables = results / "tables"
-    texts = [tables / f"{name}.md" for name in ("lambada", "speed")]
-    if not any(file.is_file() for file in [tables / "steps.csv", *texts]):
-        raise HalfstepError(f"{tables}: holds no tables; run snakemake, or name another --results")
+    others = [file for name in ("lambada", "speed") if (file := tables / f"{name}.md").is_file()]
     if (tables / "steps.csv").is_file():
-        _print_steps(tables / "steps.csv", texts, results, width)
+        _print_findings(results, width)
+    elif others:
+        print(*(file.read_text(errors="replace") for file in others), sep="\n")
     else:
-        _print_files(texts)
+        raise HalfstepError(f"{tables}: holds no tables; run snakemake, or name another --results")
     print()
     _print_places(results)
 
 
-def _print_files(files: list[Path]) -> None:
-    """Print the texts of these files, where they exist."""
-    for file in files:
-        if file.is_file():
-            print(file.read_text(errors="replace"))
+def _print_findings(results: Path, width: int) -> None:
+    """For each teacher the main result of each run, three texts, all comparisons, and speed."""
+    from halfstep.report.equal_quality import speed_verdict
+    from halfstep.report.sentences import headlines, lead_sentences
 
-
-def _print_steps(file: Path, others: list[Path], results: Path, width: int) -> None:
-    """Print the table of steps, other tables, and for each teacher what the table says."""
-    from halfstep.report import sentences
-    from halfstep.report.markdown import steps_markdown
-
-    table = read_pooled(file)
-    print(steps_markdown(table, ("generative_perplexity", "entropy")))
-    _print_files(others)
-    for _, mine in table.groupby("teacher", sort=False):
+    tables = results / "tables"
+    steps, *others = (
+        read_pooled(tables / f"{name}.csv") for name in ("steps", "temperatures", "speed")
+    )
+    for teacher, mine in steps.groupby("teacher", sort=False):
+        frontier, speed = (table[table["teacher"] == teacher] for table in others)
         perplexity = mine[mine["metric"] == "generative_perplexity"]
-        print(*teacher_sentences(mine, file.parent, results), sep="\n")
-        for headline in sentences.headlines(perplexity)[:1]:
+        print(*lead_sentences(perplexity, frontier), sep="\n")
+        for headline in headlines(perplexity)[:1]:
             for title, text in median_texts(headline, results):
                 _print_text(title, text, width)
+        print("", *teacher_sentences(mine, tables, results), sep="\n")
+        if len(speed):
+            verdict = speed_verdict(speed, mine, frontier)
+            print(f"{teacher}: {verdict.summary}", *verdict.details, sep="\n")
 
 
 def read_pooled(file: Path) -> DataFrame:
@@ -337,4 +336,4 @@ def _print_places(results: Path) -> None:
     if (results / "mlflow.db").exists():
         print(f"runs    {how_to_look(f'sqlite:///{results}/mlflow.db')}")
     if (page := results / "index.html").exists():
-        print(f"open first: {page}")
+        print(f"open    {page}")

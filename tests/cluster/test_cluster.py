@@ -28,7 +28,7 @@ SMALL = [
     'teachers={"stories-ci": {"distillation": {"rounds": 2, "teacher_steps": 32}}}',
     "continuations=null",
 ]
-LIMIT_S = 420
+LIMIT_S = 1200  # of a graph on two busy cores
 
 
 def snakemake(cluster, folder, *words: str) -> subprocess.Popen:

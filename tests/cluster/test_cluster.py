@@ -145,6 +145,7 @@ def finish(cluster, process, each=lambda: None) -> int:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from halfstep.errors import HalfstepError
 from halfstep.records.journal import Journal, read_journal
 from halfstep.training import loop
 from halfstep.training.ema import EMA
-from halfstep.training.loop import Agreement, fit, in_words
+from halfstep.training.loop import Agreement, fit, progress_words
 from halfstep.training.state import Run, Start
 from halfstep.training.step import Batch, step_generator
 
@@ -441,11 +441,11 @@ def test_a_line_of_progress_is_in_words():
     figures = {"train/loss": 4.2134, "train/tokens_per_s": 12_490.0}
     shown = ["loss 4.213", "held-out loss 4.351", "epoch 1.92 of 38.4", "12.5k tokens/s"]
     run = SimpleNamespace(windows=10_000)
-    assert in_words(figures, state, training, run) == shown
+    assert progress_words(figures, state, training, run) == shown
     figures["train/mfu"] = 0.3421
-    assert in_words(figures, state, training, run) == [*shown, "34% of peak FLOPs"]
+    assert progress_words(figures, state, training, run) == [*shown, "34% of peak FLOPs"]
     state.validation = {}
-    assert in_words(figures, state, training, SimpleNamespace(windows=None)) == [
+    assert progress_words(figures, state, training, SimpleNamespace(windows=None)) == [
         "loss 4.213",
         "12.5k tokens/s",
         "34% of peak FLOPs",

@@ -53,6 +53,7 @@ def test_a_first_try_asks_for_the_row(size, kind):
         "micro_batch": MACHINE[size].micro_batch,
         "runtime": hours * 60,
         "limit": f"${{SLURM_JOB_ID:+--time-limit {hours * 60}}}",
+        "blocks": "",
     }
 
 

@@ -9,7 +9,7 @@ from dryrun import Workflow, copy
 
 from halfstep.workflow import timeline
 from halfstep.workflow.graph import PlannedJob
-from halfstep.workflow.timeline import WORDS, Expected, Timeline, in_words
+from halfstep.workflow.timeline import WORDS, Expected, Timeline, describe_job
 from snakemake_logger_plugin_halfstep import LogHandler
 
 
@@ -79,7 +79,7 @@ def test_every_rule_has_words_that_its_wildcards_fill(workflow):
 
 
 def test_a_rule_of_another_workflow_goes_by_its_name():
-    assert in_words("make_tea", {"kind": "green"}) == "make tea green"
+    assert describe_job("make_tea", {"kind": "green"}) == "make tea green"
 
 
 def handler(**changes) -> LogHandler:

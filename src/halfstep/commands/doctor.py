@@ -134,6 +134,7 @@ EXTRAS = {  # of pyproject.toml, and what needs them
     "report": "tables and figures",
     "eval": "judges and texts of the hub, LAMBADA and other tasks, MAUVE",
     "track": "runs in MLflow",
+    "docs": "the documentation as a site",
 }
 
 

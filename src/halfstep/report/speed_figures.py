@@ -250,7 +250,9 @@ def speedup_vs_batch(tables: Tables) -> Drawn:
         log_y=True,
         before=_where_baseline_is_faster,
     )
-    return figure, with_conditions(points, table)
+    points = with_conditions(points, table)
+    points["conditions"] = f"Against {join_values(baselines)}. " + points["conditions"]
+    return figure, points
 
 
 def _title_of_speedup(timed: DataFrame) -> str:

@@ -186,12 +186,12 @@ def log_losses(
     figures["train/lr"] = state.optimizer.lr
     figures["train/grad_norm"] = state.grad_norm.item()
     run.journal.log(figures | system_metrics(run.device), state.step)
-    progress.update(state.step - progress.done, *in_words(figures, state, training, run))
+    progress.update(state.step - progress.done, *progress_words(figures, state, training, run))
     state.loss_sum.zero_()
     state.loss_count = 0
 
 
-def in_words(
+def progress_words(
     figures: dict[str, float], state: TrainingState, training: Training, run: Run
 ) -> list[str]:
     """The figures of a line of progress: losses, epochs, speed and use of the GPUs."""

@@ -71,7 +71,7 @@ class Timeline:
         """Note that a job starts, also for another time; its line."""
         self.numbers.setdefault(job, len(self.numbers) + 1)
         self.began[job] = now
-        return f"{self._number(job)} {in_words(rule, wildcards)}"
+        return f"{self._number(job)} {describe_job(rule, wildcards)}"
 
     def finish(self, job: int, now: float) -> str | None:
         """Note that a job has ended; its line, None for a quick one and for the last one."""
@@ -112,7 +112,7 @@ CURRENT: Timeline | None = None
 """The run of this process: the Snakefile sets it, the logger reads it."""
 
 
-def in_words(rule: str, wildcards: Mapping[str, str]) -> str:
+def describe_job(rule: str, wildcards: Mapping[str, str]) -> str:
     """A job as a person says it."""
     known = dict(wildcards.items())
     try:

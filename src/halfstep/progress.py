@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-BAR = "{percentage:3.0f}%|{bar:16}| {desc}"  # tqdm adds nothing of its own to our words
+BAR = "{percentage:3.0f}%|{bar:16}| {desc}"  # the description is our whole line
 
 
 class Progress:

@@ -78,6 +78,21 @@ def test_quality_is_read_at_equal_entropy_where_the_frontier_has_it():
     )
 
 
+def test_a_frontier_at_other_steps_than_the_timed_ones_leaves_the_generative_perplexity():
+    """Its readings at 32 steps cannot be compared, those of the table of steps can."""
+    name = "perplexity_at_data_entropy"
+    frontier = [scored("baseline", None, 25, name), scored("kl", 32, 24, name)]
+    found = verdict([*QUALITY, BASELINE], [*TIMES, timed("baseline", None, 2.0)], frontier)
+    assert found.details[1].startswith("kl round 3, 64 steps: generative perplexity 12.0")
+
+
+def test_nothing_is_said_about_autoregression_if_no_step_count_is_timed_and_scored():
+    times = [timed("kl", 32, 1.0), timed("baseline", None, 2.0)]
+    found = verdict([*QUALITY, BASELINE], times)
+    assert found.summary.startswith("No step count was both timed and scored")
+    assert not found.details
+
+
 def test_a_student_is_timed_against_its_teacher_at_its_best_without_any_baseline():
     """16 steps of the student are better than 64 of the teacher."""
     found = verdict(QUALITY, TIMES)

@@ -1,7 +1,7 @@
 """Speed at equal quality: the time of the fewest steps that write as well as another model does.
 
-Quality is the perplexity at the entropy of held-out text where the frontier has it, else the
-generative perplexity. A student is compared with the autoregressive baseline, and with its teacher
+Quality is the perplexity at the entropy of held-out text where the frontier has it for step counts
+that were timed, else the generative perplexity. A student is compared with the autoregressive baseline, and with its teacher
 at the teacher's best. Times are those of texts as long as the samples.
 """
 
@@ -50,16 +50,17 @@ def speed_verdict(speed: DataFrame, steps: DataFrame, temperatures: DataFrame) -
         for headline in headlines(perplexity)
         for sentence in _against_teacher(headline, timed)
     ]
-    name, quality = _quality(perplexity, temperatures)
-    baseline = quality[quality["run"] == "baseline"]
-    if baseline.empty or (timed["run"] != "baseline").all():
+    name, quality = _quality(perplexity, temperatures, timed)
+    baseline, models = quality[quality["run"] == "baseline"], list(_last_models(quality))
+    missing = "autoregressive baseline" if models else "step count"
+    if not models or baseline.empty or (timed["run"] != "baseline").all():
         summary = (
-            "No autoregressive baseline was both timed and scored, so there is no comparison with "
+            f"No {missing} was both timed and scored, so there is no comparison with "
             "autoregression."
         )
         return SpeedVerdict(summary, against_teacher)
     level = _lowest(baseline)
-    found = [_against_baseline(name, rows, level, timed) for rows in _last_models(quality)]
+    found = [_against_baseline(name, rows, level, timed) for rows in models]
     gains = sum(is_gain for _, is_gain in found)
     summary = f"At equal quality {NO_GAIN}."
     if gains:
@@ -70,10 +71,15 @@ def speed_verdict(speed: DataFrame, steps: DataFrame, temperatures: DataFrame) -
     return SpeedVerdict(summary, [*(sentence for sentence, _ in found), *against_teacher])
 
 
-def _quality(perplexity: DataFrame, temperatures: DataFrame) -> tuple[str, DataFrame]:
-    """The measure by which models are compared: its name, and its rows."""
+def _quality(
+    perplexity: DataFrame, temperatures: DataFrame, timed: DataFrame
+) -> tuple[str, DataFrame]:
+    """The measure by which models are compared: its name, and its rows of timed step counts."""
     found = first_protocol(temperatures[temperatures["metric"] == AT_DATA])
-    found = found.dropna(subset="value")
+    found, perplexity = (
+        rows[rows["steps"].isin(timed["steps"].dropna()) | (rows["run"] == "baseline")]
+        for rows in (found.dropna(subset="value"), perplexity)
+    )
     is_baseline = found["run"] == "baseline"
     if is_baseline.any() and not is_baseline.all():
         return "perplexity at the entropy of held-out text", found
@@ -90,14 +96,11 @@ def _against_baseline(
     name: str, rows: DataFrame, baseline: Any, timed: DataFrame
 ) -> tuple[str, bool]:
     """A sentence on the fewest timed steps that are as good as the baseline; is it faster?"""
-    both = rows[rows["steps"].isin(timed["steps"].dropna())]
-    if both.empty:
-        return f"{model_label(_lowest(rows))}: no step count is both timed and scored", False
-    equal = both[both["value"] <= baseline.value]
-    best = _lowest(both)
+    equal = rows[rows["value"] <= baseline.value]
+    best = _lowest(rows)
     if equal.empty:
         text = (
-            f"{model_label(best)}: at none of {join_values(both['steps'])} steps is its {name} as "
+            f"{model_label(best)}: at none of {join_values(rows['steps'])} steps is its {name} as "
             f"low as the baseline's {reading_cell(baseline)}; the lowest is {reading_cell(best)} "
             f"with {best.steps} steps: {NO_GAIN}"
         )

@@ -18,8 +18,8 @@ from rich.rule import Rule
 from rich.text import Text
 
 from halfstep.checkpoint import load_checkpoint
-from halfstep.commands.generate import encode_prompt, text_writer
 from halfstep.commands.terminal import DenoisingView
+from halfstep.commands.writers import encode_prompt, text_writer
 from halfstep.config import DEFAULT_STEPS, DrawOptions
 from halfstep.diffusion.watching import HIDDEN
 from halfstep.metrics.rows import model_name

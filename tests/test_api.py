@@ -110,7 +110,7 @@ def test_every_option_reaches_the_sampler(student, monkeypatch):
         calls.append((arguments[1:], options))
         return sample(*arguments, **options)
 
-    monkeypatch.setattr("halfstep.commands.generate.sample", spy)
+    monkeypatch.setattr("halfstep.commands.writers.sample", spy)
     halfstep.generate(
         student, 5, 3, "Tom", 7, sampler="first_hitting", temperature=0.5, micro_batch=2
     )

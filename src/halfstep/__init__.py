@@ -93,12 +93,7 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
     """
     import pydantic
 
-    from halfstep.commands.generate import (
-        draw_texts,
-        encode_prompt,
-        separate_documents,
-        text_writer,
-    )
+    from halfstep.commands.writers import draw_texts, encode_prompt, separate_documents, text_writer
     from halfstep.config import DEFAULT_STEPS, GenerateOptions, Machine
     from halfstep.resolve import explain
 

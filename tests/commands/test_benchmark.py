@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halfstep import timing
-from halfstep.commands import benchmark, generate
+from halfstep.commands import benchmark, writers
 from halfstep.commands.decoders import Side
 from halfstep.config import BenchmarkOptions, Machine
 from halfstep.errors import HalfstepError
@@ -36,7 +36,7 @@ def latency_rows(
 @pytest.fixture
 def calls(monkeypatch):
     """The calls of generate's own functions: a step count, or `baseline`."""
-    made, sample, decode = [], generate.sample, gpt.Decoder.write
+    made, sample, decode = [], writers.sample, gpt.Decoder.write
 
     def record_sample(*args, **options):
         made.append(args[3])  # steps
@@ -46,7 +46,7 @@ def calls(monkeypatch):
         made.append("baseline")
         return decode(*args, **options)
 
-    monkeypatch.setattr(generate, "sample", record_sample)
+    monkeypatch.setattr(writers, "sample", record_sample)
     monkeypatch.setattr(gpt.Decoder, "write", record_decode)
     return made
 
@@ -91,7 +91,7 @@ def test_a_student_without_a_baseline_is_timed_alone(world, tmp_path, calls):
 def test_both_sides_compute_in_the_timed_dtype(world, tmp_path, monkeypatch, dtype):
     """Blocks, the KV cache, and the matrix of our decoder's readout."""
     found = []
-    sample, decode = generate.sample, gpt.Decoder.write
+    sample, decode = writers.sample, gpt.Decoder.write
 
     def record_sample(*args, **options):
         found.append(args[0].network.blocks[0].attn_qkv.weight.dtype)
@@ -104,7 +104,7 @@ def test_both_sides_compute_in_the_timed_dtype(world, tmp_path, monkeypatch, dty
         assert rounded == (dtype == "bfloat16")
         return decode(self, *args)
 
-    monkeypatch.setattr(generate, "sample", record_sample)
+    monkeypatch.setattr(writers, "sample", record_sample)
     monkeypatch.setattr(gpt.Decoder, "write", record_decode)
     monkeypatch.setattr(gpt, "pack_weight", lambda weight: weight)  # a packed one has no values
     latency_rows(world, tmp_path, lengths=[6], baselines=["halfstep"], timed_dtype=dtype)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from halfstep import checkpoint
 from halfstep.cli import main
-from halfstep.commands import continuations, generate
+from halfstep.commands import continuations, writers
 from halfstep.commands.continuations import continue_prompts, references, score_continuations
 from halfstep.commands.generate import save_samples
 from halfstep.config import DrawOptions, Evaluation, Machine, Prompts
@@ -176,13 +176,13 @@ def test_several_step_counts_need_several_folders(world, tmp_path):
 
 def test_a_denoiser_is_given_eos_to_the_right_of_each_text(world, tmp_path, monkeypatch):
     """As in every training window; the EOS is not kept."""
-    frames, sample = [], generate.sample
+    frames, sample = [], writers.sample
 
     def record(*args, given, **options):
         frames.append(given)
         return sample(*args, given=given, **options)
 
-    monkeypatch.setattr(generate, "sample", record)
+    monkeypatch.setattr(writers, "sample", record)
     write(world, "teacher", tmp_path)
     frame = torch.cat(frames)
     assert frame.shape == (60, 23)

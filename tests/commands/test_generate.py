@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from halfstep.commands.generate import encode_prompt, separate_documents
+from halfstep.commands.writers import encode_prompt, separate_documents
 from halfstep.data.stories import sample_stories
 from halfstep.data.tokenizer import EOS, train_bpe
 from halfstep.diffusion.contracts import Samples

@@ -16,7 +16,7 @@ from small import CORPUS, MACHINE, call, done, trainings
 import halfstep
 from halfstep import checkpoint
 from halfstep.commands import train
-from halfstep.commands.generate import draw_texts, encode_prompt, text_writer
+from halfstep.commands.writers import draw_texts, encode_prompt, text_writer
 from halfstep.config import GenerateOptions
 from halfstep.data import pack
 from halfstep.training import loop

@@ -15,8 +15,9 @@ from small import MACHINE, call
 
 import halfstep
 from halfstep.commands import generate as module
-from halfstep.commands.generate import encode_prompt, separate_documents, text_writer
+from halfstep.commands import writers
 from halfstep.commands.terminal import DenoisingView, document_end, step_color, text_pieces
+from halfstep.commands.writers import encode_prompt, separate_documents, text_writer
 from halfstep.config import DrawOptions, GenerateOptions
 from halfstep.data.stories import sample_stories
 from halfstep.data.tokenizer import EOS, train_bpe
@@ -83,13 +84,13 @@ def test_several_sets_say_how_their_texts_are_drawn(printed):
 
 def test_texts_appear_as_each_micro_batch_is_done(pipeline, monkeypatch):
     """The first two texts are on standard output before the third is begun."""
-    seen, sample, out = [], module.sample, io.StringIO()
+    seen, sample, out = [], writers.sample, io.StringIO()
 
     def noted(*given, **options):
         seen.append(out.getvalue().count("=== "))
         return sample(*given, **options)
 
-    monkeypatch.setattr(module, "sample", noted)
+    monkeypatch.setattr(writers, "sample", noted)
     monkeypatch.setattr(sys, "stdout", out)
     line = f"generate --checkpoint {pipeline.student} --num-samples 5 --steps 2 {MACHINE}"
     assert call(line.replace("--micro-batch 8", "--micro-batch 2")) == 0
@@ -101,7 +102,7 @@ def test_rank_0_prints_the_texts_of_all_ranks_in_order(printed, student, monkeyp
     alone = printed("--num-samples 5 --steps 4").out
     prompts = encode_prompt(student, "").expand(5, -1)
     writer = text_writer(student, student.length, 4, GenerateOptions())
-    all_texts = module.draw_texts(writer, prompts, 8)
+    all_texts = writers.draw_texts(writer, prompts, 8)
 
     class FirstOfTwo(Group):
         def local_slice(self, n):

@@ -14,8 +14,9 @@ from halfstep import checkpoint
 from halfstep.commands import distill, train
 from halfstep.commands.data import prepare_corpus
 from halfstep.commands.distill import DistillationObjective, distill_round, watch_entropy
-from halfstep.commands.generate import draw_texts, encode_prompt, generate, text_writer
+from halfstep.commands.generate import generate
 from halfstep.commands.train import DiffusionObjective, HeldOut, pretrain, train_baseline
+from halfstep.commands.writers import draw_texts, encode_prompt, text_writer
 from halfstep.config import (
     Corpus,
     Distillation,

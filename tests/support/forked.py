@@ -16,7 +16,7 @@ import torch
 import torch.distributed
 
 from halfstep.cli import main
-from halfstep.commands import distill, generate, train
+from halfstep.commands import distill, train, writers
 from halfstep.distributed import group as distributed
 from halfstep.distributed.launch import MEETING
 from halfstep.errors import HalfstepError
@@ -166,7 +166,7 @@ def note_rows(log: Path) -> None:
     every file that it writes.
     """
     file = open(log / f"rows-{os.environ['RANK']}", "w", buffering=1)  # noqa: SIM115 - until the rank ends
-    embedding, sample = torch.nn.functional.embedding, generate.sample
+    embedding, sample = torch.nn.functional.embedding, writers.sample
     drawing = []
 
     def noted(x, table, *more):
@@ -187,7 +187,7 @@ def note_rows(log: Path) -> None:
         if event == "os.rename" and str(about[1]).startswith(f"{log}/"):
             file.write(f"file {os.path.relpath(about[1], log)}\n")
 
-    torch.nn.functional.embedding, generate.sample = noted, begun
+    torch.nn.functional.embedding, writers.sample = noted, begun
     sys.addaudithook(audit)
 
 

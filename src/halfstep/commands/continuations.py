@@ -19,15 +19,13 @@ from halfstep.checkpoint import checkpoint_files, load_checkpoint
 from halfstep.commands.evaluate import corpus_name, load_judges, sample_columns
 from halfstep.commands.generate import (
     describe,
-    draw_texts,
-    note_unused_options,
     record_of,
     save_samples,
     step_folders,
-    text_writer,
     write_record_of_sets,
 )
 from halfstep.commands.samples import is_written, read_samples, sample_files
+from halfstep.commands.writers import draw_texts, note_unused_options, text_writer
 from halfstep.config import CONTINUE_STAGE, DrawOptions, Evaluation, Machine, Prompts, Steps
 from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer, read_manifest
 from halfstep.distributed.device import find_device

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfstep.checkpoint import Model
-from halfstep.commands.generate import text_writer
+from halfstep.commands.writers import text_writer
 from halfstep.config import BenchmarkOptions, DrawOptions
 from halfstep.errors import HalfstepError
 from halfstep.models.gpt import GPT, gpt_neox_config

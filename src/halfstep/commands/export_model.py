@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from halfstep import __version__
 from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
-from halfstep.commands.generate import MASK
+from halfstep.commands.writers import MASK
 from halfstep.config import Network
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import write_atomic, write_json, write_tensors

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.text import Text
 
-    from halfstep.commands.generate import Writer
+    from halfstep.commands.writers import Writer
 
 SEPARATOR = f"\n{EOS}\n"  # between two documents of a text
 END = " ¶ "  # the same in the view, whose lines should not jump

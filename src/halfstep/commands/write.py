@@ -15,7 +15,8 @@ import tyro
 from torch import Tensor
 
 from halfstep.checkpoint import Model, load_checkpoint
-from halfstep.commands.generate import (
+from halfstep.commands.terminal import DenoisingView, document_end, terminal
+from halfstep.commands.writers import (
     MASK,
     Writer,
     encode_prompt,
@@ -23,7 +24,6 @@ from halfstep.commands.generate import (
     separate_documents,
     text_writer,
 )
-from halfstep.commands.terminal import DenoisingView, document_end, terminal
 from halfstep.config import Device, WriteOptions
 from halfstep.diffusion.contracts import Samples
 from halfstep.diffusion.watching import Show

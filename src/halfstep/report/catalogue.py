@@ -223,8 +223,8 @@ FIGURES: dict[str, Figure] = {
     "frontier": Figure(
         title="generative perplexity against entropy over temperatures",
         caption="The generative frontier: perplexity against entropy, a curve over temperatures "
-        "for each model. Lower is better at equal entropy. A dotted line is the entropy of held-out "
-        "text; references outside of the axes are named at the edge, with an arrow.",
+        "for each model. Lower is better at equal entropy. The dotted line is the entropy of "
+        "held-out text; references outside of the axes are named at the edge, with an arrow.",
         needs=("temperatures", "steps"),
         draw="halfstep.report.figures:frontier",
     ),

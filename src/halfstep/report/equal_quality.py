@@ -1,8 +1,8 @@
 """Speed at equal quality: the time of the fewest steps that write as well as another model does.
 
 Quality is the perplexity at the entropy of held-out text where the frontier has it for step counts
-that were timed, else the generative perplexity. A student is compared with the autoregressive baseline, and with its teacher
-at the teacher's best. Times are those of texts as long as the samples.
+that were timed, else the generative perplexity. A student is compared with the autoregressive
+baseline, and with its teacher at the teacher's best. Times are those of texts as long as samples.
 """
 
 from __future__ import annotations

@@ -1,0 +1,215 @@
+"""Texts of a checkpoint: prompts as ids, functions that write batches, and ids as words."""
+
+import re
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from halfstep.checkpoint import Model
+from halfstep.config import MOST_STEPS, DrawOptions
+from halfstep.data.tokenizer import EOS, encode_texts
+from halfstep.diffusion.contracts import Denoiser, Draws, Samples
+from halfstep.diffusion.samplers import SAMPLERS, sample
+from halfstep.diffusion.watching import Show, watched
+from halfstep.distributed.group import ALONE, Group
+from halfstep.errors import HalfstepError
+from halfstep.kernels.categorical import uniforms
+from halfstep.kernels.precision import computing
+from halfstep.models.causal_lm import CachedDecoder, CausalLM
+from halfstep.models.denoiser import SubsDenoiser
+from halfstep.models.gpt import GPT, Decoder
+from halfstep.progress import Progress
+
+MASK = "<|mask|>"
+SPECIAL = re.compile(f"( ?{re.escape(MASK)}|{re.escape(EOS)})")
+
+Writer = Callable[[Tensor, int], Samples]
+"""(prompts[n, P], first) -> n texts that begin with the prompts, numbered from `first` on."""
+
+
+def encode_prompt(model: Model, prompt: str) -> Tensor:
+    """BOS and the tokens of a prompt, int64 [P]; none for "".
+
+    MASK becomes the mask token and EOS its own id; other special tokens are text. Words of a BPE
+    begin with their blank. So a blank before a position that the model writes, which is a MASK or
+    the end of the prompt, is left out: the token there brings it.
+    """
+    if not prompt:
+        return torch.empty(0, dtype=torch.long)
+    if MASK in prompt and model.denoiser is None:
+        raise HalfstepError(
+            f"prompt: found {MASK}, but an autoregressive model cannot fill in a position; "
+            "use a diffusion model"
+        )
+    ids = [model.eos_id]
+    for piece in SPECIAL.split(prompt.removesuffix(" ")):
+        if piece.endswith(MASK):
+            ids.append(model.mask_id)
+        elif piece == EOS:
+            ids.append(model.eos_id)
+        elif piece:
+            ids += encode_texts(model.tokenizer, [piece])[0]
+    if len(ids) >= model.length:
+        raise HalfstepError(
+            f"prompt: {len(ids)} tokens with BOS, but a text of this model has {model.length}; "
+            "shorten the prompt"
+        )
+    return torch.tensor(ids)
+
+
+def text_writer(
+    model: Model,
+    length: int,
+    steps: int,
+    options: DrawOptions,
+    end: int | None = None,
+    show: Show | None = None,
+) -> Writer:
+    """A function that writes one batch of texts of `length` tokens.
+
+    A denoiser can be given a token `end` to the right of each text, which the result leaves out,
+    and a function `show`, which is called with the texts and their times before each pass.
+    Raises HalfstepError if there are more steps than the sampler can use.
+    """
+    if not 1 <= steps <= MOST_STEPS:
+        raise HalfstepError(f"steps: found {steps}, expected 1 to {MOST_STEPS}; change it")
+    if model.denoiser is None:
+        return _AutoregressiveWriter(model, length, options)
+    SAMPLERS[options.sampler].check_steps(options.sampler, steps, length)
+    return _DiffusionWriter(model, model.denoiser, length, steps, options, end, show)
+
+
+@dataclass
+class _DiffusionWriter:
+    """A Writer that fills in masked texts with a sampler."""
+
+    model: Model
+    denoiser: SubsDenoiser
+    length: int
+    steps: int
+    options: DrawOptions
+    end: int | None
+    show: Show | None
+
+    def __call__(self, prompts: Tensor, first: int) -> Samples:
+        count, given = prompts.shape
+        frame = torch.full((count, self.length), self.model.mask_id)
+        frame[:, :given] = prompts
+        if self.end is not None:
+            frame = torch.cat([frame, torch.full((count, 1), self.end)], 1)
+        denoiser: Denoiser = self.denoiser.inference_copy
+        if self.show:
+            denoiser = watched(denoiser, self.show)
+        with computing(self.model.device, self.model.precision):
+            written = sample(
+                denoiser,
+                count,
+                frame.shape[1],
+                self.steps,
+                sampler=self.options.sampler,
+                draws=Draws(self.options.sampling_seed, first, self.options.temperature),
+                given=frame,
+                device=self.model.device,
+            )
+        return Samples(written.ids[:, : self.length].cpu(), written.network_evaluations.cpu())
+
+
+@dataclass
+class _AutoregressiveWriter:
+    """A Writer that appends token by token; batches of one size share a decoder and its memory."""
+
+    model: Model
+    length: int
+    options: DrawOptions
+    decoder: Decoder | CachedDecoder | None = None
+
+    def __call__(self, prompts: Tensor, first: int) -> Samples:
+        count, given = prompts.shape
+        options = self.options
+        start = prompts if given else torch.tensor([self.model.eos_id])
+        u = uniforms(options.sampling_seed, first, count, self.length)
+        with computing(self.model.device, self.model.precision):
+            if self.decoder is None or len(self.decoder.ids) != count:
+                network = cast(GPT | CausalLM, self.model.network)
+                draws = options.temperature, options.top_p
+                self.decoder = network.decoder(count, self.length, *draws)
+            ids = self.decoder.write(start, u)
+        evaluations = self.length - start.shape[-1]  # the first token takes no pass
+        return Samples(ids.cpu(), torch.full((count,), evaluations))
+
+
+def note_unused_options(model: Model, length: int, steps: int, options: DrawOptions) -> None:
+    """Tell the user about options that have no effect on this kind of model."""
+    notes = []
+    if model.denoiser is not None:
+        if steps > length:
+            notes.append(
+                f"{steps} steps for texts of {length} tokens: at most {length} steps reveal "
+                "a token, and the others take no pass"
+            )
+        if options.top_p != 1:
+            notes.append(f"--top-p {options.top_p} has no effect on a diffusion model")
+    else:
+        if steps != length:
+            notes.append(f"--steps {steps} has no effect: this model takes one step per token")
+        if options.sampler != "ancestral":
+            notes.append(f"--sampler {options.sampler} has no effect on an autoregressive model")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def draw_texts(
+    write: Writer,
+    prompts: Tensor,
+    micro_batch: int,
+    label: str | None = None,
+    group: Group = ALONE,
+    show: Callable[[Samples], None] | None = None,
+) -> Samples | None:
+    """Write one text for each row of prompts[N, P], micro_batch texts at a time.
+
+    Each rank of the group writes its own rows. Rank 0 returns all texts in order, the others None.
+    With a label, progress is shown. Rank 0 calls `show` with each of its batches.
+    """
+    rows, batches = group.local_slice(len(prompts)), []
+    total = rows.stop - rows.start
+    bar = Progress(label, total, "text") if label and group.is_main else nullcontext()
+    with bar as progress:
+        for first in range(rows.start, rows.stop, micro_batch):
+            batch = prompts[first : min(first + micro_batch, rows.stop)]
+            batches.append(write(batch, first))
+            if show and group.is_main:
+                show(batches[-1])
+            if progress:
+                progress.update(len(batch))
+    ids = _gathered([batch.ids for batch in batches], group)
+    evaluations = _gathered([batch.network_evaluations for batch in batches], group)
+    return None if ids is None or evaluations is None else Samples(ids, evaluations)
+
+
+def _gathered(batches: list[Tensor], group: Group) -> Tensor | None:
+    rows = group.gather_rows(torch.cat(batches).numpy() if batches else None)
+    return None if rows is None else torch.from_numpy(rows)
+
+
+def separate_documents(model: Model, texts: Samples) -> list[str]:
+    """The texts without BOS and EOS; a line <|endoftext|> is between two documents of a text."""
+    decoded = []
+    for ids in texts.ids.tolist():
+        documents: list[list[int]] = [[]]
+        for token in ids:
+            if token == model.eos_id:
+                documents.append([])
+            else:
+                documents[-1].append(token)
+        if not documents[0]:
+            documents = documents[1:]  # BOS
+        if not documents[-1]:
+            documents = documents[:-1]  # EOS
+        decoded.append(f"\n{EOS}\n".join(model.tokenizer.decode_batch(documents)))
+    return decoded

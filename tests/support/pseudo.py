@@ -51,7 +51,7 @@ class Terminal:
         """Read until a pattern is printed after what was read before; what was read now."""
         read, end = "", time.monotonic() + SECONDS
         while not re.search(pattern, without_escapes(read)):
-            assert time.monotonic() < end, f"no {pattern!r} in {read!r}"
+            assert time.monotonic() < end, f"no {pattern!r} in {read!r}, after {self.printed[-300:]!r}"
             if select.select([self.own], [], [], 0.5)[0]:
                 read += os.read(self.own, 1 << 16).decode(errors="replace")
         self.printed += read
@@ -59,6 +59,14 @@ class Terminal:
 
     def press(self, keys: str) -> None:
         os.write(self.own, keys.encode())
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C while the program waits for a key.
+
+        Just after a key Python may be on its way to wait, and then sees the signal at the next key.
+        """
+        time.sleep(1)
+        self.press("\x03")
 
     def end(self) -> int:
         """Read all that is left; the exit code."""

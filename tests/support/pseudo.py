@@ -51,7 +51,8 @@ class Terminal:
         """Read until a pattern is printed after what was read before; what was read now."""
         read, end = "", time.monotonic() + SECONDS
         while not re.search(pattern, without_escapes(read)):
-            assert time.monotonic() < end, f"no {pattern!r} in {read!r}, after {self.printed[-99:]!r}"
+            before = self.printed[-99:]
+            assert time.monotonic() < end, f"no {pattern!r} in {read!r}, after {before!r}"
             if select.select([self.own], [], [], 0.5)[0]:
                 read += os.read(self.own, 1 << 16).decode(errors="replace")
         self.printed += read

@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from halfstep.cli import main
 from halfstep.commands.report import plot, summary, tabulate
 from halfstep.errors import HalfstepError
-from halfstep.report import style
+from halfstep.report import marks, style
 from halfstep.report.catalogue import FIGURES, JOURNALS, TABLES
 from halfstep.report.curves import CURVE_POINTS, read_curves, thin_curve
 from halfstep.report.grids import round_number
@@ -371,8 +371,8 @@ def test_published_values_are_gray_lines_under_ours_with_their_source(results, n
     before = {line.get_gid(): line.get_color() for line in lines_of(plain)}
     after = {line.get_gid(): line.get_color() for line in lines_of(figure)}
     assert before.items() <= after.items()
-    assert {after[series] for series in theirs["series"]} == {style.PUBLISHED["color"]}
-    assert style.PUBLISHED["linewidth"] < 1
+    assert {after[series] for series in theirs["series"]} == {marks.PUBLISHED["color"]}
+    assert marks.PUBLISHED["linewidth"] < 1
     our_lines = set(mine.loc[mine["kind"] == "line", "series"])
     their_lines = set(theirs["series"])
     lowest = min(line.get_zorder() for line in lines_of(figure) if line.get_gid() in our_lines)
@@ -478,11 +478,11 @@ def test_a_curve_over_lengths_has_several_of_them(results):
 
 
 def test_rounds_differ_in_gray():
-    looks = [style.series_style(f"round {number}", number, 7, 0) for number in range(1, 8)]
+    looks = [marks.series_style(f"round {number}", number, 7, 0) for number in range(1, 8)]
     gray = [numpy.dot(to_rgb(look["color"]), (0.299, 0.587, 0.114)) for look in looks]
     assert all(a - b > 0.06 for a, b in itertools.pairwise(gray))
     markers = {look["marker"] for look in looks} | {
-        style.series_style("teacher", 0, 7, 0)["marker"]
+        marks.series_style("teacher", 0, 7, 0)["marker"]
     }
     assert len(markers) == 8
 

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
 from halfstep.errors import HalfstepError
-from halfstep.report import style
+from halfstep.report import marks, style
 from halfstep.report.conditions import explain_conditions, join_values
 from halfstep.report.curves import CURVE_POINTS, thin_curves
 from halfstep.report.frontier import frontier_points, held_out_points, with_entropy
@@ -199,7 +199,7 @@ def _frontier_titles(points: DataFrame, rows: DataFrame, ratios: DataFrame) -> d
 
 def _line_at_data(axes: Axes, points: DataFrame) -> None:
     for x in points.loc[points["series"] == "data", "x"]:
-        color, dashes = style.LEVELS["data"]
+        color, dashes = marks.LEVELS["data"]
         axes.axvline(x, color=color, linestyle=dashes, linewidth=0.8, zorder=0)
 
 
@@ -326,7 +326,7 @@ def _loss_lines(curve: DataFrame, panel: str, series: str, smooth: bool) -> list
         return [DataFrame({"series": series, "kind": "line", **about, **thin})]
     window = max(len(thin["x"]) // 10, 1)
     mean = Series(thin["y"]).rolling(window, center=True, min_periods=1).mean().to_numpy()
-    about_mean = {"series": series + style.SMOOTHED, "kind": "line", **about}
+    about_mean = {"series": series + marks.SMOOTHED, "kind": "line", **about}
     logged = DataFrame({"series": series, "kind": "raw", **about, **thin})
     return [logged, DataFrame({**about_mean, "x": thin["x"], "y": mean})]
 

@@ -14,12 +14,19 @@ import matplotlib
 import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from pandas import DataFrame, Series
 
-from halfstep.config import NAIVE
-from halfstep.report.labels import LETTER, PLATE, Label, in_words, label_lines
+from halfstep.report.labels import LETTER, in_words
+from halfstep.report.marks import (
+    FEWEST_FOR_BAND,
+    LEVELS,
+    SMOOTHED,
+    STRIP,
+    draw_series,
+    has_band,
+    rounds_of,
+)
 
 RC = {
     "font.family": "DejaVu Sans",
@@ -46,75 +53,15 @@ RC = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "halfstep",
 }
-MARKERS = "ov^D<>X"
-RUNS = (  # color and dashes of runs that are not drawn by rounds
-    ("#123a6b", "-"),
-    ("#c4542d", (0, (5, 1.5))),
-    ("#4f9d69", (0, (1, 1))),
-    ("#8d5a97", (0, (4, 1, 1, 1))),
-    ("#a8842c", (0, (7, 2, 1, 2))),
-)
-LEVELS = {"baseline": ("#555", (0, (5, 2))), "data": ("#555", (0, (1, 1.5)))}
-PUBLISHED = {
-    "color": "#8c8c8c",
-    "linewidth": 0.7,
-    "linestyle": "-",
-    "marker": ".",
-    "markersize": 3.5,
-}
 GOALS = {"lower": "↓ lower is better", "higher": "↑ higher is better"}
 DARK = (  # of an SVG that is shown by itself or as an image: hues stay, lightness turns
     "@media (prefers-color-scheme: dark) {"
     "svg:root {filter: invert(0.9) hue-rotate(180deg) brightness(1.3)}"
     "}"
 )
-SMOOTHED = ", smoothed"  # after the name of a line that is the mean of a `raw` one
-FEWEST_FOR_BAND = 10  # repeats (texts, trainings, timed runs) of which an interval is drawn
 PLAIN = FuncFormatter(lambda value, _: f"{value:.6g}")
-STRIP = 0.16  # inches of the strip of levels, with the space before it
 LEFT, ABOVE, BELOW = 0.82, 0.4, 0.5  # inches around the axes of a panel
 TOKENS = 0.3  # inches of the axis of tokens per step, above the panel
-
-
-def series_style(series: str, round_: int, rounds: int, order: int) -> dict:
-    """Color, marker and dashes of a line.
-
-    The teacher is black with hollow squares, rounds go from light orange to dark blue, and runs
-    without rounds differ in hue, lightness and dashes.
-
-    Args:
-        series: name of the line, without SMOOTHED
-        round_: its round (0: none)
-        rounds: number of rounds in the figure
-        order: position of the series among those of the figure
-    """
-    if series == "teacher":
-        return {
-            "color": "black",
-            "marker": "s",
-            "markerfacecolor": "white",
-            "linewidth": 1.5,
-            "linestyle": "-",
-        }
-    if series == "data":
-        return {"color": LEVELS["data"][0], "marker": "*", "linestyle": ""}
-    if series.startswith("baseline"):
-        other = series in ("baseline, transformers", "baseline, vLLM")
-        return {
-            "color": LEVELS["baseline"][0],
-            "marker": "P" if other else "D",
-            "markerfacecolor": "white",
-            "linestyle": LEVELS["data" if other else "baseline"][1],
-        }
-    if round_:
-        shade = matplotlib.colormaps["plasma"](0.8 - 0.78 * (round_ - 1) / max(rounds - 1, 1))
-        return {
-            "color": matplotlib.colors.to_hex(shade),
-            "marker": MARKERS[(round_ - 1) % len(MARKERS)],
-            "linestyle": "-",
-        }
-    color, dashes = RUNS[order % len(RUNS)]
-    return {"color": color, "marker": MARKERS[order % len(MARKERS)], "linestyle": dashes}
 
 
 def draw_over_steps(
@@ -224,7 +171,7 @@ def draw_panels(  # noqa: PLR0913 - the look of a figure, in keywords with defau
             if before:
                 before(axes, mine)
             is_last = column == columns - 1 or i == len(panels) - 1
-            _draw_series(axes, mine, points, labels, is_last or not once)
+            draw_series(axes, mine, points, labels, is_last or not once)
         for i, line in enumerate(head):
             place = (0.12 / width, 1 - (0.22 + 0.19 * i) / height)
             figure.text(*place, line, fontsize=9.5, fontweight="bold", color="#111", gid="title")
@@ -247,24 +194,6 @@ def save_figure(figure: Figure, target: Path, suffix: str) -> None:
         Path(target).write_text(svg.replace("</style>", f"{DARK}</style>", 1), encoding="utf-8")
 
 
-def strong_rounds(panel: DataFrame) -> set[int]:
-    """The rounds that a panel draws strongly: the first, middle and last of those it shows."""
-    rounds = _rounds(panel)
-    return {rounds[0], rounds[(len(rounds) - 1) // 2], rounds[-1]} if rounds else set()
-
-
-def _rounds(panel: DataFrame) -> list[int]:
-    """The rounds whose lines are in a panel, in order."""
-    is_round = panel["series"].str.startswith("round ") & panel["kind"].isin(("line", "curve"))
-    return sorted(set(panel.loc[is_round, "round"].astype(int)))
-
-
-def has_band(group: DataFrame) -> bool:
-    """Does a line have intervals, each of at least FEWEST_FOR_BAND repeats?"""
-    found = group[group["low"].notna()]
-    return len(found) > 0 and bool((found["repeats"] >= FEWEST_FOR_BAND).all())
-
-
 def _panel_titles(panels: Sequence[str], has_title: bool) -> dict[str, str]:
     """What each panel is called: the parts of its name that not all panels have, in words."""
     parts = {panel: panel.split(" · ") for panel in panels}
@@ -281,7 +210,7 @@ def _explain(points: DataFrame, interval: str) -> list[str]:
     found = []
     if (points["own_steps"] == True).any():  # noqa: E712 - the column has missing values
         found.append("Ring: the number of steps that the round was trained to write in.")
-    if any(len(_rounds(panel)) > 3 for _, panel in points.groupby("panel")):
+    if any(len(rounds_of(panel)) > 3 for _, panel in points.groupby("panel")):
         found.append("Faint: the rounds in between.")
     lines = points[~points["kind"].isin(("level", "published", "raw"))]
     with_interval = lines[lines["low"].notna()]
@@ -331,11 +260,6 @@ def _room_at_left(panel: DataFrame) -> float:
     """Inches at the left inside a panel for the names of its lines."""
     names = panel.loc[panel["kind"].isin(("line", "curve")), "series"].map(in_words)
     return 0.25 + LETTER * max(map(len, names), default=0)
-
-
-def _is_strong(series: str, number: float, strong: set[int]) -> bool:
-    """Is this a line with a name? All are but those of rounds in between."""
-    return not series.startswith("round ") or number in strong
 
 
 def _set_x_axis(axes: Axes, x: Series, scale: str, room: float) -> None:
@@ -401,148 +325,3 @@ def _set_y_axis(axes: Axes, points: DataFrame, log: bool) -> None:
         space = 0.06 * (y.max() - y.min() or abs(y.max()) or 1)
         axes.set_ylim(y.min() - space, y.max() + space)
     axes.yaxis.set_major_formatter(PLAIN)
-
-
-def _draw_series(
-    axes: Axes, mine: DataFrame, points: DataFrame, labels: str, names_levels: bool
-) -> None:
-    """All series of a panel and their names; `points` are those of all panels."""
-    ours = points[points["kind"] != "published"]
-    rounds, strong = int(ours["round"].fillna(0).max()), strong_rounds(mine)
-    plain = dict.fromkeys(name.removesuffix(SMOOTHED) for name in ours["series"])
-    names = [name for name in plain if name not in (*LEVELS, "teacher")]
-    at_lines, at_right = [], []
-    if (mine["kind"] == "level").any():
-        _draw_strip(axes)
-    for name, group in mine.groupby("series", sort=False):
-        first = group.iloc[0]
-        if first["kind"] == "level":
-            at_right.append(_draw_level(axes, name, first["y"]))
-        elif first["kind"] == "published":
-            at_right.append(_draw_published(axes, name, group))
-        else:
-            base = name.removesuffix(SMOOTHED)
-            round_ = int(first["round"]) if first["round"] == first["round"] else 0
-            order = names.index(base) if base in names else 0
-            look = series_style(base, round_, rounds, order)
-            is_strong = _is_strong(name, round_, strong)
-            if len(group) > 20:
-                look |= {"marker": "", "linewidth": 1.3}
-            if first["kind"] == "point":
-                look |= {"linestyle": "", "markersize": 6}
-            if first["kind"] == "raw":
-                look |= {"marker": "", "linewidth": 0.6, "alpha": 0.3 if is_strong else 0.12}
-            elif not is_strong:
-                look |= {"linewidth": 0.8, "alpha": 0.35}
-                if len(group) > 1:
-                    look["marker"] = ""
-            _draw_line(axes, name, group, look, is_strong)
-            if is_strong and first["kind"] in ("line", "curve"):
-                end = group["x"].idxmin() if labels == "left" else group["x"].idxmax()
-                x, y = group.loc[end, ["x", "y"]]
-                text = in_words(base)
-                if first["kind"] == "curve" and name in LEVELS:
-                    y, text = _pin(axes, y, f"{text} {y:.3g}" if len(group) == 1 else text)
-                at_lines.append(Label(x, y, text, look["color"]))
-    shift = STRIP if (mine["kind"] == "level").any() else 0
-    if labels == "left":
-        label_lines(axes, at_lines, "left")
-        label_lines(axes, at_right if names_levels else [], "right", shift)
-    else:
-        label_lines(axes, at_lines + at_right, "right", shift)
-
-
-def _pin(axes: Axes, y: float, text: str) -> tuple[float, str]:
-    """A value and its text; outside of the axis it stands at the axis's end, with an arrow."""
-    low, high = axes.get_ylim()
-    if y < low:
-        return low, f"{text} ↓"
-    if y > high:
-        return high, f"{text} ↑"
-    return y, text
-
-
-def _draw_strip(axes: Axes) -> None:
-    """The narrow strip at the right edge in which levels stand."""
-    left, wide = _strip(axes)
-    strip = Rectangle(
-        (1 + left, 0),
-        wide,
-        1,
-        transform=axes.transAxes,
-        clip_on=False,
-        color="#f1f1f1",
-        linewidth=0,
-    )
-    axes.add_patch(strip)
-
-
-def _strip(axes: Axes) -> tuple[float, float]:
-    """Left end and width of the strip, in shares of the width of the axes."""
-    inches = axes.get_position().width * axes.figure.get_figwidth()
-    return 0.05 / inches, (STRIP - 0.05) / inches
-
-
-def _draw_level(axes: Axes, name: str, y: float) -> Label:
-    """A short line in the strip at the right, and a hairline across the panel."""
-    color, dashes = LEVELS.get(name, ("#777", "-"))
-    left, wide = _strip(axes)
-    at, text = _pin(axes, y, f"{in_words(name)} {y:.3g}")
-    is_inside = at == y
-    axes.plot(
-        [1 + left, 1 + left + wide], [y, y], transform=axes.get_yaxis_transform(), color=color,
-        linestyle="-", linewidth=1.6, label=name, gid=name, clip_on=False, visible=is_inside,
-    )  # fmt: skip
-    if not is_inside:
-        marker = "v" if y < at else "^"
-        axes.plot(
-            [1 + left + wide / 2], [at], transform=axes.get_yaxis_transform(), color=color,
-            marker=marker, markersize=3.5, clip_on=False, linestyle="",
-        )  # fmt: skip
-    elif name not in NAIVE:
-        axes.axhline(y, color=color, linestyle=dashes, linewidth=0.6, alpha=0.7, zorder=1)
-    end = axes.transData.inverted().transform(axes.transAxes.transform((1 + left + wide, 0)))
-    return Label(end[0], at, text, color)
-
-
-def _draw_published(axes: Axes, name: str, group: DataFrame) -> Label:
-    """A published line, called by what is before the colon of its name."""
-    x, y = group["x"].to_numpy(float), group["y"].to_numpy(float)
-    axes.plot(x, y, label=name, gid=name, zorder=2, **PUBLISHED)
-    at, text = _pin(axes, y[-1], name.partition(":")[0])
-    end = x[-1] if at == y[-1] else axes.get_xlim()[1]
-    return Label(end, at, text, PUBLISHED["color"])
-
-
-def _draw_line(axes: Axes, name: str, group: DataFrame, look: dict, is_strong: bool) -> None:
-    """A line or a point, with its interval, its ring and the annotations of its points."""
-    x, y = group["x"].to_numpy(float), group["y"].to_numpy(float)
-    axes.plot(x, y, label=name, gid=name, zorder=3 if is_strong else 2.5, **look)
-    if is_strong and has_band(group):
-        low, high = group["low"].to_numpy(float), group["high"].to_numpy(float)
-        if group["kind"].iloc[0] in ("point", "curve"):
-            axes.vlines(x, low, high, color=look["color"], linewidth=1)
-        else:
-            axes.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0, zorder=1)
-    own = (group["own_steps"] == True).to_numpy()  # noqa: E712 - the column has missing values
-    if own.any():
-        ring = {"markersize": 8.5 if is_strong else 6.5, "markeredgewidth": 0.9, "linestyle": ""}
-        color = {"markerfacecolor": "none", "markeredgecolor": look["color"]}
-        alpha = look.get("alpha", 1)
-        axes.plot(x[own], y[own], marker="o", zorder=4, alpha=alpha, **ring, **color)
-    if group["kind"].iloc[0] != "curve":
-        _annotate(axes, group.dropna(subset="text"))
-
-
-def _annotate(axes: Axes, points: DataFrame) -> None:
-    """Write the texts of points next to them."""
-    for point in points.itertuples():
-        axes.annotate(
-            point.text,
-            (point.x, point.y),
-            (5, 3),
-            textcoords="offset points",
-            fontsize=6.5,
-            color="#444",
-            bbox=PLATE,
-        )

@@ -249,15 +249,16 @@ def read_pooled(file: Path) -> DataFrame:
     return pool_trainings(without_published(read_table(file)))
 
 
-def read_headlines(file: Path) -> dict[str, list[Headline]]:
-    """For each teacher in the table of steps the headlines of its runs, the first one first."""
-    from halfstep.report.sentences import headlines
+def read_headlines(tables: Path) -> dict[str, tuple[list[str], list[Headline]]]:
+    """For each teacher the first sentence on each of its runs, and their headlines."""
+    from halfstep.report.sentences import headlines, leads_by_teacher
 
-    table = read_pooled(file)
-    found = {}
-    for teacher, mine in table.groupby("teacher", sort=False):
-        found[str(teacher)] = headlines(mine[mine["metric"] == "generative_perplexity"])
-    return found
+    steps, frontier = (read_pooled(tables / f"{name}.csv") for name in ("steps", "temperatures"))
+    perplexity = steps[steps["metric"] == "generative_perplexity"]
+    return {
+        teacher: (leads, headlines(perplexity[perplexity["teacher"] == teacher]))
+        for teacher, leads in leads_by_teacher(steps, frontier).items()
+    }
 
 
 def teacher_sentences(steps: DataFrame, tables: Path, results: Path) -> list[str]:

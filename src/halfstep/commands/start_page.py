@@ -7,6 +7,7 @@ import os
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -122,6 +123,7 @@ def start_page(results: Path = Path("results"), preset: Word | None = None) -> N
 
     from halfstep.report.markdown import steps_markdown
     from halfstep.report.pages import as_markup, fill, make_page, rows_markup
+    from halfstep.report.sentences import leads_by_teacher
 
     if not results.is_dir():
         raise HalfstepError(
@@ -139,7 +141,7 @@ def start_page(results: Path = Path("results"), preset: Word | None = None) -> N
         MOST=MOST,
         has_texts=len(texts) > 0,
         preset=preset,
-        leads=_leads(tables),
+        leads=[*chain(*leads_by_teacher(steps, tables["temperatures"]).values())],
         figure=figure,
         grids=as_markup(steps_markdown(shown, METRICS)) if len(shown) else None,
         teachers=[_about_teacher(mine, tables, results) for mine in _by_teacher(shown)],
@@ -175,18 +177,6 @@ def _main_rows(steps: DataFrame, metric: str) -> DataFrame:
 
     rows = steps[steps["metric"] == metric]
     return pandas.concat([rows[:0], *map(first_protocol, _by_teacher(rows))])
-
-
-def _leads(tables: dict[str, DataFrame]) -> list[str]:
-    """The sentence on each run, those of the first teacher first."""
-    from halfstep.report.sentences import lead_sentences
-
-    steps, frontier = tables["steps"], tables["temperatures"]
-    return [
-        sentence
-        for mine in _by_teacher(steps[steps["metric"] == "generative_perplexity"])
-        for sentence in lead_sentences(mine, _same_teacher(frontier, mine))
-    ]
 
 
 def _same_teacher(table: DataFrame, rows: DataFrame) -> DataFrame:
@@ -240,11 +230,16 @@ def _all_texts(steps: DataFrame, results: Path) -> DataFrame:
 class _Job(BaseModel):
     """What the page shows of a record of provenance."""
 
-    command: Annotated[list[str], Field(min_length=2)]
+    command: Annotated[list[str], Field(min_length=1)]
     started: AwareDatetime
     ended: AwareDatetime
     commit: str = ""
     versions: dict[str, str] = {}
+
+    @property
+    def name(self) -> str:
+        """The command of halfstep; of a call from Python, the program."""
+        return self.command[:2][-1]
 
     @property
     def seconds(self) -> float:
@@ -288,8 +283,8 @@ def _costs(jobs: list[_Job]) -> list[list[str]]:
     """Jobs and their time by command, with a header and a last line for all; or nothing."""
     if not jobs:
         return []
-    names = dict.fromkeys(job.command[1] for job in jobs)
-    parts = {name: [job for job in jobs if job.command[1] == name] for name in names}
+    names = dict.fromkeys(job.name for job in jobs)
+    parts = {name: [job for job in jobs if job.name == name] for name in names}
     lines = [
         [name, str(len(mine)), clock(sum(job.seconds for job in mine))]
         for name, mine in [*parts.items(), ("all", jobs)]
@@ -299,7 +294,7 @@ def _costs(jobs: list[_Job]) -> list[list[str]]:
 
 def _commands(jobs: list[_Job]) -> list[str]:
     """The commands that made the models, in the order in which they ended."""
-    return [shlex.join(job.command) for job in jobs if job.command[1] in TRAININGS]
+    return [shlex.join(job.command) for job in jobs if job.name in TRAININGS]
 
 
 def _files(results: Path, options: str) -> list[Linked]:

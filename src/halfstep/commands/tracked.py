@@ -82,9 +82,9 @@ def gather_overviews(results: Path, jobs: list[Job]) -> dict[str, Overview]:
     files = _tables_and_figures(results)
     overviews = {}
     for teacher in dict.fromkeys(job.teacher for job in jobs):
-        mine = found.get(teacher, [])
+        leads, mine = found.get(teacher, ([], []))
         overviews[teacher] = Overview(
-            sentences=_sentences(mine),
+            sentences=leads,
             linked=[name for name in LINKED if results / name in files],
             metrics=_summary_metrics(mine),
             files=files,
@@ -93,20 +93,14 @@ def gather_overviews(results: Path, jobs: list[Job]) -> dict[str, Overview]:
     return overviews
 
 
-def _headlines(results: Path) -> dict[str, list[Headline]]:
-    """The headlines of each teacher in the table of steps; none without such a table."""
+def _headlines(results: Path) -> dict[str, tuple[list[str], list[Headline]]]:
+    """The first sentences and the headlines of each teacher; none without a table of steps."""
     from halfstep.commands.report import read_headlines
 
-    file = results / "tables" / "steps.csv"
     with contextlib.suppress(HalfstepError):  # summary names the fault; curves are sent without it
-        return read_headlines(file) if file.is_file() else {}
+        if (results / "tables" / "steps.csv").is_file():
+            return read_headlines(results / "tables")
     return {}
-
-
-def _sentences(headlines: list[Headline]) -> list[str]:
-    from halfstep.report.sentences import headline_sentence
-
-    return [headline_sentence(headline) for headline in headlines]
 
 
 def _summary_metrics(headlines: list[Headline]) -> dict[str, float]:

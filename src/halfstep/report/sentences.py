@@ -141,6 +141,15 @@ def lead_sentences(perplexity: DataFrame, frontier: DataFrame) -> list[str]:
     return lines
 
 
+def leads_by_teacher(steps: DataFrame, frontier: DataFrame) -> dict[str, list[str]]:
+    """`lead_sentences` of every teacher, from the pooled tables `steps` and `temperatures`."""
+    perplexity = steps[steps["metric"] == "generative_perplexity"]
+    return {
+        str(teacher): lead_sentences(mine, frontier[frontier["teacher"] == teacher])
+        for teacher, mine in perplexity.groupby("teacher", sort=False)
+    }
+
+
 def equal_entropy(frontier: DataFrame, temperature: float) -> list[str]:
     """For each run: the last round's perplexity divided by its teacher's at the same entropy.
 

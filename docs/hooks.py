@@ -28,7 +28,7 @@ NOTEBOOK = "notebooks/denoising.ipynb"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the generated pages, and those that lie at the root of the repository."""
+    """Add the generated pages, and those at the root of the repository."""
     made = {
         "reference/configuration.md": configuration_page(),
         "reference/commands.md": commands_page(),

@@ -136,6 +136,44 @@ class Samples:
 
 
 class SamplerFunction(Protocol):
-    """Fill the mask tokens of x[N, L] int64 in at most `steps` steps; other tokens are given."""
+    """Fill the mask tokens of x[N, L] int64 in at most `steps` steps; other tokens are given.
 
-    def __call__(self, denoiser: Denoiser, x: Tensor, draws: Draws, steps: int) -> Samples: ...
+    A sampler's own options are keywords with defaults.
+    """
+
+    def __call__(
+        self, denoiser: Denoiser, x: Tensor, draws: Draws, steps: int, **options: Any
+    ) -> Samples: ...
+
+
+class Reader(Protocol):
+    """Reads B texts part by part and keeps their keys and values, each text at its own place."""
+
+    def read(self, tokens: Tensor, start: Tensor) -> Tensor:
+        """Logits of the token after each of tokens[B, n], which begin at the positions start[B].
+
+        They read what was read before at earlier positions; what was read at these positions or
+        later is forgotten. Result [B, n, V] float32.
+        """
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows[K] of the texts alone, in this order."""
+        ...
+
+
+class Autoregressor(Protocol):
+    """An autoregressive model: p(x_l | x_<l) of every token but the first, which is given."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of tokens that it can predict."""
+        ...
+
+    def token_log_p(self, x: Tensor) -> Tensor:
+        """log p of the tokens 1 to L - 1 of x[B, L] int64, given those before: [B, L - 1]."""
+        ...
+
+    def reader(self, texts: int, length: int) -> Reader:
+        """A reader of texts of up to `length` tokens, none of which is read yet."""
+        ...

@@ -122,28 +122,29 @@ class Draws:
     first: int = 0
     temperature: float = 1.0
 
-    def uniforms(self, texts: int, n: int) -> Tensor:
-        """[texts, n] float64 uniforms on [0, 1)."""
-        return uniforms(self.seed, self.first, texts, n)
+    def uniforms(self, texts: int, n: int, stream: int = 0) -> Tensor:
+        """[texts, n] float64 uniforms on [0, 1); those of two streams are independent."""
+        return uniforms(self.seed, self.first, texts, n, stream)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Token ids[N, L] int64, and the network evaluations [N] that each text took."""
+    """Token ids[N, L] int64, and what each text took.
+
+    network_evaluations [N]: passes of the denoiser, or of an autoregressive model that writes alone
+    autoregressive_passes [N]: passes of the autoregressive model that a sampler asks; None if none
+    """
 
     ids: Tensor
     network_evaluations: Tensor
+    autoregressive_passes: Tensor | None = None
 
 
-class SamplerFunction(Protocol):
-    """Fill the mask tokens of x[N, L] int64 in at most `steps` steps; other tokens are given.
+SamplerFunction = Callable[..., Samples]
+"""(denoiser, x[N, L] int64, draws, steps, **its own options, which have defaults) -> Samples.
 
-    A sampler's own options are keywords with defaults.
-    """
-
-    def __call__(
-        self, denoiser: Denoiser, x: Tensor, draws: Draws, steps: int, **options: Any
-    ) -> Samples: ...
+It fills the mask tokens of x in at most `steps` steps; other tokens are given.
+"""
 
 
 class Reader(Protocol):

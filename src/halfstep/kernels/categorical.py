@@ -16,13 +16,15 @@ from halfstep.kernels.logits import exp_
 WIDTH = 32  # tokens in one block of the CDF
 
 
-def uniforms(seed: int, first: int, count: int, n: int) -> Tensor:
+def uniforms(seed: int, first: int, count: int, n: int, stream: int = 0) -> Tensor:
     """[count, n] float64 uniforms on [0, 1): row i belongs to sample first + i of `seed`.
 
-    Counter-based (Philox).
+    Counter-based (Philox). Each sample has 2^63 independent streams.
     """
+    counter = [0, 0, stream, 0]
     rows = [
-        np.random.Generator(np.random.Philox(key=[seed, first + i])).random(n) for i in range(count)
+        np.random.Generator(np.random.Philox(key=[seed, first + i], counter=counter)).random(n)
+        for i in range(count)
     ]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, n, dtype=torch.float64)
 

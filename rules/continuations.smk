@@ -22,6 +22,7 @@ rule continue_prompts:
     input:
         checkpoint="results/models/{model}/meta.json",
         corpus=targets.manifest,
+        scorer=targets.scorer,
     output:
         record="results/continuations/{model}/provenance.json",
     log:

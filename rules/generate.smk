@@ -21,6 +21,7 @@ rule generate:
     """Draw samples of one model at all its step counts, for a variant in another way."""
     input:
         checkpoint=targets.checkpoint,
+        scorer=targets.scorer,
     output:
         record="results/samples/{model}/provenance.json",
     log:
@@ -56,6 +57,7 @@ rule generate_frontier:
     """Draw samples of one model at the other temperatures of the frontier."""
     input:
         checkpoint="results/models/{model}/meta.json",
+        scorer=targets.scorer,
     output:
         record="results/samples/{model}/frontier/provenance.json",
     log:

@@ -196,6 +196,95 @@ def first_hitting_law(denoiser: Perfect, steps: int, start: Tensor) -> Tensor:
     return law
 
 
+def law_of_choice(denoiser: Perfect, steps: int, start: Tensor, choose) -> tuple[Tensor, float]:
+    """Law over states [S] of a sampler that chooses its positions by what it sees, and the mean
+    number of its passes.
+
+    choose(p[L, V], the masked positions, passes left) -> the positions that are revealed, with
+    tokens drawn independently from p.
+    """
+    language, table, passes = denoiser.language, denoiser.table(1.0), 0.0
+    law = {tuple(start.tolist()): 1.0}
+    for step in range(steps):
+        then: dict[tuple, float] = {}
+        for state, chance in law.items():
+            masked = [i for i, token in enumerate(state) if token == language.V]
+            if not masked:
+                then[state] = then.get(state, 0) + chance
+                continue
+            passes += chance
+            p = table[language.index(torch.tensor(state))]
+            chosen = choose(p, masked, steps - step)
+            for tokens in product(range(language.V), repeat=len(chosen)):
+                after, q = list(state), chance
+                for i, token in zip(chosen, tokens, strict=True):
+                    after[i], q = token, q * p[i, token].item()
+                if q:
+                    then[tuple(after)] = then.get(tuple(after), 0) + q
+        law = then
+    out = torch.zeros(len(language.states), dtype=torch.float64)
+    for state, chance in law.items():
+        out[language.index(torch.tensor(state))] = chance
+    return out, passes
+
+
+def remasking_law(denoiser: Perfect, alphas: list, sigmas: list, start: Tensor) -> Tensor:
+    """Law over states [S] of ReMDM's transitions: alphas [n + 1] from time 1 to 0, sigmas [n]."""
+    language, table = denoiser.language, denoiser.table(1.0)
+    S, V = len(language.states), language.V
+    given = start != V
+    law = torch.zeros(S, dtype=torch.float64)
+    law[language.index(start)] = 1
+    for a_t, a_s, sigma in zip(alphas[:-1], alphas[1:], sigmas, strict=True):
+        move = torch.ones(S, S, dtype=torch.float64)
+        shown = (a_s - (1 - sigma) * a_t) / (1 - a_t)
+        for i in range(language.L):
+            now, after = language.states[:, i][:, None], language.states[:, i][None]
+            token = table[:, i].gather(1, after.clamp(max=V - 1).expand(S, -1))
+            from_mask = torch.where(after == V, 1 - shown, shown * token)
+            s = 0.0 if given[i] else sigma
+            stays = torch.where(after == now, torch.tensor(1 - s, dtype=torch.float64), 0.0)
+            from_token = torch.where(after == V, torch.tensor(s, dtype=torch.float64), stays)
+            move *= torch.where(now == V, from_mask, from_token)
+        law = law @ move
+    return law
+
+
+class PerfectReader:
+    """The Autoregressor and the Reader of an enumerated language: exact p(x_l | x_<l)."""
+
+    def __init__(self, language: Language, x: Tensor | None = None):
+        self.language, self.vocab_size, self.x = language, language.V, x
+        self.known = torch.zeros(0, dtype=torch.long) if x is None else torch.zeros(len(x)).long()
+
+    def next_log_p(self, x: Tensor) -> Tensor:
+        """log p of the token after each of x[B, L], [B, L, V]; there is none after the last."""
+        language, out = self.language, []
+        for end in range(1, x.shape[1] + 1):
+            seen = torch.full((len(x), language.L), language.V)
+            seen[:, :end] = x[:, :end]
+            place = min(end, language.L - 1)
+            out.append(language.posterior[language.index(seen), place].log())
+        return torch.stack(out, 1)
+
+    def token_log_p(self, x: Tensor) -> Tensor:
+        return self.next_log_p(x)[:, :-1].gather(2, x[:, 1:, None])[..., 0]
+
+    def reader(self, texts: int, length: int) -> "PerfectReader":
+        return PerfectReader(self.language, torch.zeros(texts, length, dtype=torch.long))
+
+    def read(self, tokens: Tensor, start: Tensor) -> Tensor:
+        assert (start <= self.known).all() and (start + tokens.shape[1] <= self.x.shape[1]).all()
+        place = start[:, None] + torch.arange(tokens.shape[1])
+        self.x.scatter_(1, place, tokens)
+        self.known = start + tokens.shape[1]
+        log_p = self.next_log_p(self.x)
+        return log_p.gather(1, place[..., None].expand(-1, -1, self.vocab_size)).float()
+
+    def keep(self, rows: Tensor) -> None:
+        self.x, self.known = self.x[rows], self.known[rows]
+
+
 def grid(name: str, t: float, dt: float, substeps: int) -> list[float]:
     """Starts of the teacher's substeps: Algorithm 1's, or the released code's (deviation Q1)."""
     if name == "exact":

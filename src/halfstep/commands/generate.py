@@ -23,7 +23,9 @@ from halfstep.commands.writers import (
     Writer,
     draw_texts,
     encode_prompt,
+    load_scorer,
     note_unused_options,
+    sampler_name,
     separate_documents,
     text_writer,
 )
@@ -88,7 +90,8 @@ def generate(  # noqa: PLR0913  the flags of the command
         checkpoint: checkpoint folder
         output: folder of the samples, with {steps} where there are several step counts; without it
             the texts are printed
-        steps: numbers of sampling steps (default: 8)
+        steps: numbers of sampling steps (default: 8; as many as a text has tokens for a sampler
+            that takes as many as it needs)
         temperatures: divisors of the logits, in place of --temperature
         prompt: text that every sample begins with; each <|mask|> in it is one token to fill in,
             and each <|endoftext|> ends a document; a blank before a <|mask|>, or at the end, is
@@ -104,7 +107,7 @@ def generate(  # noqa: PLR0913  the flags of the command
     group, device = join_group(machine), find_device(machine)
     sets = sample_sets(output, steps or [DEFAULT_STEPS], sampling, temperatures)
     model = load_checkpoint(checkpoint, sampling.weights, str(device), sampling.precision)
-    if steps is None and model.denoiser is None:
+    if steps is None and (model.denoiser is None or SAMPLERS[sampling.sampler].own_pace):
         sets = sample_sets(output, [model.length], sampling, temperatures)
     if watch and group.size > 1:
         raise HalfstepError(
@@ -191,7 +194,9 @@ class _Job:
         def make(show: Show) -> Writer:
             return text_writer(model, model.length, one.steps, one.options, show=show)
 
-        view = DenoisingView(model, one.steps, make, console, LONG_ENOUGH_S if console else 0)
+        least_s = LONG_ENOUGH_S if console else 0
+        by_time = SAMPLERS[one.options.sampler].by_time
+        view = DenoisingView(model, one.steps, make, console, least_s, by_time=by_time)
         for i, prompt in enumerate(self.prompts.split(1)):
             print_title(self._title(one, i), console)
             texts = view(prompt, i)
@@ -266,9 +271,11 @@ def describe(
     sampler: str = "autoregressive"
     draw_dtype, top_p = "float64", options.top_p
     if model.denoiser is not None:
-        sampler, top_p = options.sampler, 1.0
-        draw_dtype = SAMPLERS[options.sampler].draw_dtype
-    return {
+        sampler, row = sampler_name(options), SAMPLERS[options.sampler]
+        top_p = options.top_p if "top_p" in row.options else 1.0
+        draw_dtype = row.draw_dtype
+    about = {} if not options.asks_scorer else {"scorer": load_scorer(model, options).sha256}
+    return about | {
         "model": model_name(checkpoint),
         "checkpoint": model.sha256,
         "kind": model.kind,
@@ -296,4 +303,6 @@ def save_samples(
     """Write the samples of a model; `how` are further entries of samples.json."""
     about = describe(checkpoint, model, steps, len(texts.ids), options)
     about["network_evaluations"] = float(np.mean(texts.network_evaluations.numpy()))
+    if texts.autoregressive_passes is not None:
+        about["autoregressive_passes"] = float(np.mean(texts.autoregressive_passes.numpy()))
     write_texts(output, texts.ids.numpy(), model.tokenizer, about | how, model.meta)

@@ -74,9 +74,10 @@ class DenoisingView:
         console: Console | None = None,
         least_s: float = 0.0,
         whole: bool = True,
+        by_time: bool = True,
     ):
         self.model, self.steps, self.console, self.least_s = model, steps, console, least_s
-        self.whole = whole
+        self.whole, self.by_time = whole, by_time
         self.write = make(self._before_pass)
 
     def __call__(self, prompts: Tensor, first: int) -> Samples:
@@ -84,7 +85,7 @@ class DenoisingView:
         self.given = prompts.shape[1]
         given = torch.full((self.model.length,), self.model.mask_id)
         given[: self.given] = prompts[0]
-        self.reveals = Reveals(given, self.model.mask_id, self.steps)
+        self.reveals = Reveals(given, self.model.mask_id, self.steps, self.by_time)
         self.started = time.monotonic()
         if self.console is None:
             self.redraw = lambda: print(self._line(), flush=True)

@@ -26,6 +26,7 @@ from halfstep.commands.writers import (
 )
 from halfstep.config import Device, WriteOptions
 from halfstep.diffusion.contracts import Samples
+from halfstep.diffusion.samplers import SAMPLERS
 from halfstep.diffusion.watching import Show
 from halfstep.distributed.device import find_device
 from halfstep.errors import HalfstepError
@@ -155,7 +156,11 @@ class _Loop:
         assert self.prompt is not None
         model, prompt, steps = self.model, self.prompt[None], self.options.steps
         if self.console and model.denoiser:
-            DenoisingView(model, steps, self.writer, self.console, whole=False)(prompt, self.number)
+            by_time = SAMPLERS[self.options.sampler].by_time
+            view = DenoisingView(
+                model, steps, self.writer, self.console, whole=False, by_time=by_time
+            )
+            view(prompt, self.number)
             return ""
         texts = self.writer()(prompt, self.number)
         ids = texts.ids[:, : document_end(model, texts.ids[0], len(self.prompt))]

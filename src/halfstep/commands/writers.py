@@ -5,12 +5,14 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import cast
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from halfstep.checkpoint import Model
+from halfstep.checkpoint import Model, load_checkpoint
 from halfstep.config import MOST_STEPS, DrawOptions
 from halfstep.data.tokenizer import EOS, encode_texts
 from halfstep.diffusion.contracts import Denoiser, Draws, Samples
@@ -23,6 +25,7 @@ from halfstep.kernels.precision import computing
 from halfstep.models.causal_lm import CachedDecoder, CausalLM
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.gpt import GPT, Decoder
+from halfstep.models.readers import autoregressor
 from halfstep.progress import Progress
 
 MASK = "<|mask|>"
@@ -74,14 +77,65 @@ def text_writer(
 
     A denoiser can be given a token `end` to the right of each text, which the result leaves out,
     and a function `show`, which is called with the texts and their times before each pass.
-    Raises HalfstepError if there are more steps than the sampler can use.
+    The options name a scorer where the sampler asks one. Raises HalfstepError if there are more
+    steps than the sampler can use, or no such scorer.
     """
     if not 1 <= steps <= MOST_STEPS:
         raise HalfstepError(f"steps: found {steps}, expected 1 to {MOST_STEPS}; change it")
     if model.denoiser is None:
         return _AutoregressiveWriter(model, length, options)
     SAMPLERS[options.sampler].check_steps(options.sampler, steps, length)
-    return _DiffusionWriter(model, model.denoiser, length, steps, options, end, show)
+    own = sampler_options(options)
+    if options.asks_scorer:
+        own["scorer"] = autoregressor(cast(GPT | CausalLM, load_scorer(model, options).network))
+    return _DiffusionWriter(model, model.denoiser, length, steps, options, own, end, show)
+
+
+def sampler_options(options: DrawOptions) -> dict[str, Any]:
+    """The sampler's own options, those that are left out with their defaults; no scorer."""
+    own = {
+        name: default if getattr(options, name) is None else getattr(options, name)
+        for name, default in SAMPLERS[options.sampler].options.items()
+    }
+    own.pop("scorer", None)
+    return own
+
+
+def sampler_name(options: DrawOptions) -> str:
+    """The sampler with its own options, as rows of metrics name it: threshold(threshold=0.9)."""
+    own = ", ".join(f"{name}={value}" for name, value in sampler_options(options).items())
+    return f"{options.sampler}({own})" if own else options.sampler
+
+
+def load_scorer(model: Model, options: DrawOptions) -> Model:
+    """The autoregressive checkpoint that the sampler asks; HalfstepError if there is none.
+
+    It computes in the precision of the model, and on its device.
+    """
+    sampler = options.sampler
+    if options.scorer is None:
+        raise HalfstepError(
+            f"scorer: found none, but sampler {sampler} asks an autoregressive model; "
+            "name its checkpoint folder"
+        )
+    scorer = _checkpoint_of_scorer(options.scorer, str(model.device), model.precision)
+    if scorer.denoiser is not None:
+        raise HalfstepError(
+            f"scorer: found {options.scorer}, a diffusion model, but sampler {sampler} asks an "
+            "autoregressive one; `halfstep import-baseline` makes one of a model of transformers"
+        )
+    if scorer.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise HalfstepError(
+            f"scorer: found {options.scorer} with a vocabulary of {scorer.vocab_size:,} tokens, "
+            f"but the diffusion model has another one, of {model.vocab_size:,}; choose a scorer "
+            "with the same tokenizer"
+        )
+    return scorer
+
+
+@lru_cache(1)
+def _checkpoint_of_scorer(folder: str, device: str, precision: str) -> Model:
+    return load_checkpoint(Path(folder), "ema", device, precision)
 
 
 @dataclass
@@ -93,6 +147,7 @@ class _DiffusionWriter:
     length: int
     steps: int
     options: DrawOptions
+    own: dict[str, Any]
     end: int | None
     show: Show | None
 
@@ -100,7 +155,10 @@ class _DiffusionWriter:
         count, given = prompts.shape
         frame = torch.full((count, self.length), self.model.mask_id)
         frame[:, :given] = prompts
-        if self.end is not None:
+        from_left = SAMPLERS[self.options.sampler].needs_first
+        if from_left and not given:
+            frame[:, 0] = self.model.eos_id
+        if self.end is not None and not from_left:
             frame = torch.cat([frame, torch.full((count, 1), self.end)], 1)
         denoiser: Denoiser = self.denoiser.inference_copy
         if self.show:
@@ -115,8 +173,14 @@ class _DiffusionWriter:
                 draws=Draws(self.options.sampling_seed, first, self.options.temperature),
                 given=frame,
                 device=self.model.device,
+                **self.own,
             )
-        return Samples(written.ids[:, : self.length].cpu(), written.network_evaluations.cpu())
+        asked = written.autoregressive_passes
+        return Samples(
+            written.ids[:, : self.length].cpu(),
+            written.network_evaluations.cpu(),
+            None if asked is None else asked.cpu(),
+        )
 
 
 @dataclass
@@ -152,7 +216,7 @@ def note_unused_options(model: Model, length: int, steps: int, options: DrawOpti
                 f"{steps} steps for texts of {length} tokens: at most {length} steps reveal "
                 "a token, and the others take no pass"
             )
-        if options.top_p != 1:
+        if options.top_p != 1 and "top_p" not in SAMPLERS[options.sampler].options:
             notes.append(f"--top-p {options.top_p} has no effect on a diffusion model")
     else:
         if steps != length:
@@ -189,7 +253,10 @@ def draw_texts(
                 progress.update(len(batch))
     ids = _gathered([batch.ids for batch in batches], group)
     evaluations = _gathered([batch.network_evaluations for batch in batches], group)
-    return None if ids is None or evaluations is None else Samples(ids, evaluations)
+    asked = [batch.autoregressive_passes for batch in batches]
+    # Only samplers that ask an autoregressive model have these, on all ranks that have texts.
+    passes = _gathered([one for one in asked if one is not None], group)
+    return None if ids is None or evaluations is None else Samples(ids, evaluations, passes)
 
 
 def _gathered(batches: list[Tensor], group: Group) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -32,15 +32,65 @@ NAIVE = ("unigram", "bigram", "cut_and_paste")
 NOT_VARIANTS = ("default", "frontier", "naive")  # folders of samples, and what a table says
 
 
+SAMPLER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "threshold": ("threshold",),
+    "entropy_bounded": ("entropy_bound",),
+    "remask": ("remasking", "eta", "by_confidence"),
+    "energy": ("scorer", "candidates", "scored"),
+    "speculative": ("scorer", "draft_tokens", "draft_passes", "relaxation"),
+}
+"""the options of its own that a sampler has (diffusion/samplers.py); others have none"""
+
+OF_SAMPLERS = sorted({option for options in SAMPLER_OPTIONS.values() for option in options})
+
+
 class DrawOptions(Section):
     """How texts are drawn."""
 
-    sampler: Literal["ancestral", "analytic", "first_hitting", "block", "ancestral_float32"] = (
-        "ancestral"
-    )
+    sampler: Literal[
+        "ancestral",
+        "analytic",
+        "first_hitting",
+        "block",
+        "ancestral_float32",
+        "threshold",
+        "entropy_bounded",
+        "remask",
+        "energy",
+        "speculative",
+    ] = "ancestral"
     """how a denoiser's positions are revealed; block: 16 tokens at a time from left to right, with
     the keys and values of all others cached (an approximation); ancestral_float32: with the
-    truncated noise of the released code (slow)"""
+    truncated noise of the released code (slow); threshold: all positions that the network is sure
+    of; entropy_bounded: as many as a bound on their joint error allows; remask: tokens may be taken
+    back; energy: whole candidate texts, weighted by an autoregressive model; speculative: drafts
+    that an autoregressive model accepts or corrects, so that the texts have its law"""
+    threshold: Annotated[Float, Field(gt=0, le=1)] | None = None
+    """sampler threshold: the probability of its likeliest token from which a position is revealed
+    (0.9)"""
+    entropy_bound: Annotated[Float, Field(ge=0)] | None = None
+    """sampler entropy_bounded: nats of joint error that one pass may have (0.1)"""
+    remasking: Literal["cap", "rescale", "loop"] | None = None
+    """sampler remask: the schedule of ReMDM: cap (as by default), rescale or loop"""
+    eta: Annotated[Float, Field(ge=0, le=1)] | None = None
+    """sampler remask: the largest chance that a token is taken back in a step (0.02), or with
+    rescale the share of the largest possible chance"""
+    by_confidence: bool = False
+    """sampler remask: tokens that were unlikely when they were drawn are taken back more often"""
+    candidates: Count | None = None
+    """sampler energy: texts per step among which the scorer chooses (8)"""
+    scored: Annotated[Float, Field(gt=0, le=1)] | None = None
+    """sampler energy: the share of the steps, the last ones, in which the scorer chooses (1)"""
+    draft_tokens: Count | None = None
+    """sampler speculative: tokens of a draft (4)"""
+    draft_passes: Count | None = None
+    """sampler speculative: passes of the denoiser for a draft (1)"""
+    relaxation: Annotated[Float, Field(ge=0, lt=1)] | None = None
+    """sampler speculative: probability of near tokens that may count for a drafted one; above 0 the
+    texts no longer have the law of the autoregressive model (0)"""
+    scorer: Word | None = None
+    """samplers energy and speculative: checkpoint folder of the autoregressive model; in the
+    workflow by default the baseline of the teacher"""
     weights: Weights = "ema"
     """weights of the checkpoint: moving average, raw, or the average at the lowest held-out loss"""
     temperature: Positive = 1.0
@@ -51,6 +101,23 @@ class DrawOptions(Section):
     """seed of the draws; sample i depends only on this seed and i"""
     precision: Precision = "float32"
     """autocast dtype of the network; logits are always float32, and draws float64"""
+
+    @model_validator(mode="after")
+    def _check_sampler_options(self) -> Self:
+        for name in OF_SAMPLERS:
+            value, default = getattr(self, name), DrawOptions.model_fields[name].default
+            if value != default and name not in SAMPLER_OPTIONS.get(self.sampler, ()):
+                having = [key for key, options in SAMPLER_OPTIONS.items() if name in options]
+                raise ValueError(
+                    f"{name}: found {value}, but sampler {self.sampler} has no such option, which "
+                    f"is one of {' and '.join(having)}; leave it out, or change the sampler"
+                )
+        return self
+
+    @property
+    def asks_scorer(self) -> bool:
+        """True if the sampler needs an autoregressive model."""
+        return "scorer" in SAMPLER_OPTIONS.get(self.sampler, ())
 
 
 GENERATE_STAGE = 4
@@ -124,8 +191,15 @@ class Sampling(SampledModels):
         if not isinstance(raw, dict) or not isinstance(raw.get("variants"), dict):
             return raw
         shared = {key: value for key, value in raw.items() if key in SampledModels.model_fields}
+
+        def filled(given: dict[str, Any]) -> dict[str, Any]:
+            """With another sampler the options of the section's sampler do not apply."""
+            other = given.get("sampler", raw.get("sampler")) != raw.get("sampler")
+            left_out = OF_SAMPLERS if other else []
+            return {key: shared[key] for key in shared if key not in left_out} | given
+
         variants = {
-            name: {**shared, **(given or {})} if isinstance(given, dict | None) else given
+            name: filled(given or {}) if isinstance(given, dict | None) else given
             for name, given in raw["variants"].items()
         }
         return raw | {"variants": variants}

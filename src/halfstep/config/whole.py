@@ -229,6 +229,12 @@ class Config(Section):
             most = max(own if count == "own" else count for count in sampling.steps)
             if most > corpus.length and sampling.sampler != "ancestral":  # spares torch's import
                 _check_steps(f"{place}.steps", sampling.sampler, most, corpus.length, of)
+            if sampling.asks_scorer and sampling.scorer is None and not teacher.baseline:
+                raise ValueError(
+                    f"{place}.sampler: found {sampling.sampler}, which asks an autoregressive "
+                    f"model, but a teacher {of} has baseline: null; give it a baseline, or name "
+                    f"a checkpoint folder in {place}.scorer"
+                )
         prompts = self.continuations
         if prompts and self.sampling.sampler != "ancestral":
             written = prompts.prompt_tokens + prompts.continuation_tokens

@@ -5,7 +5,7 @@ its token from p(x0 | xt). So the steps of all positions are drawn first. Each t
 only for its own non-empty steps, and only revealed positions are read out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 from halfstep.diffusion.contracts import Denoiser, Draws, Samples, Schedule
 from halfstep.diffusion.masking import mask_indices, to_device
 from halfstep.kernels.categorical import inverse_cdf_chunked
-from halfstep.kernels.logits import CACHED, row_chunks, vocab_chunks
+from halfstep.kernels.logits import CACHED, log_softmax_, row_chunks, vocab_chunks
 
 Plan = Callable[[Tensor, int, Schedule], Tensor]
 """(uniforms u[B, L], steps, schedule) -> step of each position [B, L]; u < 0 marks given ones."""
@@ -61,6 +61,16 @@ def draw_tokens(denoiser: Denoiser, h: Tensor, u: Tensor, temperature: float = 1
 
         tokens[rows] = inverse_cdf_chunked(logits, logits_at, chunks, u[rows])
     return tokens
+
+
+def normalized(
+    denoiser: Denoiser, h: Tensor, temperature: float = 1.0
+) -> Iterator[tuple[slice, Tensor]]:
+    """log p(x0 | xt) at a temperature for chunks of the rows of h[N, D]: (rows, [n, V])."""
+    chunks = vocab_chunks(denoiser.vocab_size, h.device)
+    for rows in row_chunks(len(h), denoiser.vocab_size, h.device):
+        z = torch.cat([denoiser.logits(h[rows], chunk) for chunk in chunks], -1)
+        yield rows, log_softmax_(_divide_(z, temperature))
 
 
 def _divide_(z: Tensor, temperature: float) -> Tensor:

@@ -4,17 +4,23 @@ To add one: write a `SamplerFunction` (contracts.py), add a row to SAMPLERS, and
 `DrawOptions.sampler` in config/measuring.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from halfstep.diffusion.adaptive import entropy_bounded, threshold
 from halfstep.diffusion.block_sampler import block
 from halfstep.diffusion.contracts import Denoiser, Draws, SamplerFunction, Samples
+from halfstep.diffusion.energy import energy
 from halfstep.diffusion.masking import reveal_probability
 from halfstep.diffusion.plans import ancestral_plan, first_hitting_plan, write_planned
+from halfstep.diffusion.remasking import remask
+from halfstep.diffusion.speculative import speculative
 from halfstep.errors import HalfstepError
 from halfstep.kernels.categorical import float32_uniforms, released_race
 
@@ -60,14 +66,27 @@ def ancestral_float32(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int) -
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of SAMPLERS: the function, its largest useful step count, the noise of its draws.
+    """A row of SAMPLERS: the function, and what its callers must know.
 
-    max_steps(length) is the limit (default: none).
+    max_steps: (length) -> the largest useful step count (default: there is none)
+    draw_dtype: the noise of its draws
+    own_pace: it takes as many steps as it needs, and the step count is only a limit
+    by_time: the time of a pass says which of the equal steps it is
+    needs_first: the first token of a text must be given
     """
 
     write: SamplerFunction
     max_steps: Callable[[int], int] | None = None
     draw_dtype: str = "float64"
+    own_pace: bool = False
+    by_time: bool = True
+    needs_first: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its own options with their defaults; `scorer` is among them if it asks one."""
+        parameters = signature(self.write).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is Parameter.KEYWORD_ONLY}
 
     def check_steps(self, name: str, steps: int, length: int) -> None:
         """Raise HalfstepError if the sampler has no use for as many steps at this length."""
@@ -87,6 +106,11 @@ SAMPLERS: dict[str, Sampler] = {
     "first_hitting": Sampler(first_hitting, max_steps=lambda length: length),
     "block": Sampler(block),
     "ancestral_float32": Sampler(ancestral_float32, draw_dtype="float32-released"),
+    "threshold": Sampler(threshold, own_pace=True, by_time=False),
+    "entropy_bounded": Sampler(entropy_bounded, own_pace=True, by_time=False),
+    "remask": Sampler(remask, by_time=False),
+    "energy": Sampler(energy),
+    "speculative": Sampler(speculative, own_pace=True, by_time=False, needs_first=True),
 }
 
 
@@ -100,16 +124,17 @@ def sample(  # noqa: PLR0913 (the four of every sampler, and what it writes)
     draws: Draws | None = None,
     given: Tensor | None = None,
     device: str | torch.device = "cpu",
+    **options: Any,
 ) -> Samples:
     """Write `num_samples` texts of `length` tokens in at most `steps` sampling steps.
 
     `given` int64, [length] or [num_samples, length], fixes positions (a prompt, or a frame to fill
-    in) and holds the mask token elsewhere. Text i has the random numbers of draws.first + i. Raises
-    HalfstepError for impossible arguments.
+    in) and holds the mask token elsewhere. Text i has the random numbers of draws.first + i.
+    `options` are the sampler's own, such as threshold=0.9. Raises HalfstepError for impossible
+    arguments.
     """
     draws = draws or Draws()
-    if sampler not in SAMPLERS:
-        raise HalfstepError(f"sampler: found {sampler!r}, allowed are {', '.join(SAMPLERS)}")
+    check_options(sampler, options)
     for name, value in (("steps", steps), ("temperature", draws.temperature)):
         if value <= 0:
             raise HalfstepError(f"{name}: found {value}, expected a number above zero")
@@ -121,4 +146,18 @@ def sample(  # noqa: PLR0913 (the four of every sampler, and what it writes)
             f"or [{num_samples}, {length}], with the mask token where text is wanted"
         )
     x = given.to(device).expand(num_samples, length)
-    return SAMPLERS[sampler].write(denoiser, x, draws, steps)
+    return SAMPLERS[sampler].write(denoiser, x, draws, steps, **options)
+
+
+def check_options(sampler: str, options: Iterable[str]) -> None:
+    """Raise HalfstepError unless there is such a sampler, and it has options of these names."""
+    if sampler not in SAMPLERS:
+        raise HalfstepError(f"sampler: found {sampler!r}, allowed are {', '.join(SAMPLERS)}")
+    for name in options:
+        if name not in SAMPLERS[sampler].options:
+            knowing = [other for other, row in SAMPLERS.items() if name in row.options]
+            has_it = f"has no such option, which is one of {' and '.join(knowing)}"
+            raise HalfstepError(
+                f"{name}: found a value, but sampler {sampler} "
+                f"{has_it if knowing else 'has no such option'}; leave it out"
+            )

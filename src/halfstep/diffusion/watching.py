@@ -53,21 +53,24 @@ class Reveals:
     step_of: int64 [L]; k from 1 to `steps` for what step k revealed, GIVEN, or HIDDEN
     step: the step that runs now, from 1 on; 0 before the first pass
     passes: passes of the network so far
+
+    The time of a pass says which step it is; with by_time=False each pass is the next step.
     """
 
-    def __init__(self, frame: Tensor, mask_id: int, steps: int):
-        self.ids, self.mask_id, self.steps = frame, mask_id, steps
+    def __init__(self, frame: Tensor, mask_id: int, steps: int, by_time: bool = True):
+        self.ids, self.mask_id, self.steps, self.by_time = frame, mask_id, steps, by_time
         self.step_of = torch.where(frame == mask_id, HIDDEN, GIVEN)
         self.step = self.passes = 0
 
     def before_pass(self, xt: Tensor, t: Tensor) -> None:
         """Note what the last step revealed, and which one begins: xt[1, L] at its time t[1]."""
         self.note(xt[0])
-        self.step = 1 + round((1 - t[0].item()) * self.steps)
         self.passes += 1
+        self.step = 1 + round((1 - t[0].item()) * self.steps) if self.by_time else self.passes
 
     def note(self, ids: Tensor) -> None:
-        """Note that the step that runs now has revealed what is new in ids[L]."""
+        """Note that the step that runs now has revealed what is new in ids[L], or taken it back."""
         self.ids = ids.cpu().clone()  # a sampler may go on to write into its own
+        self.step_of[self.ids == self.mask_id] = HIDDEN
         is_new = (self.step_of == HIDDEN) & (self.ids != self.mask_id)
         self.step_of[is_new] = self.step

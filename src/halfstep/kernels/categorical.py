@@ -102,6 +102,21 @@ def _block_sums(z: Tensor, start: int) -> tuple[Tensor, Tensor]:
     return blocks, top
 
 
+def nucleus(log_p: Tensor, top_p: float) -> Tensor:
+    """Keep the fewest most likely tokens whose probability reaches top_p; the rest get -inf.
+
+    Nucleus sampling (Holtzman et al., arXiv 1904.09751).
+
+    log_p[N, V] -> [N, V], not renormalized.
+    """
+    if top_p >= 1:
+        return log_p
+    values, order = log_p.sort(-1, descending=True)
+    p = values.exp()
+    values = values.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
+    return torch.empty_like(log_p).scatter_(-1, order, values)
+
+
 def float32_uniforms(seed: int, sample: int, step: int, rows: int, n: int) -> Tensor:
     """[rows, n] float32 uniforms of one step of one sample, on torch.rand's grid k / 2^24.
 

@@ -16,10 +16,11 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from halfstep.config import (
     NAIVE,
+    OF_SAMPLERS,
     BenchmarkOptions,
     Config,
     Distillation,
@@ -156,7 +157,18 @@ class Targets:
         """
         model, options = self._drawn(wildcards.model)
         seed = (options.sampling_seed + (repeat_seed(model) or 0)) % 2**63
-        return options.model_copy(update={"sampling_seed": seed})
+        changed: dict[str, Any] = {"sampling_seed": seed}
+        if model.endswith("/baseline"):  # it has no sampler
+            fields = SampledModels.model_fields
+            changed |= {name: fields[name].default for name in ("sampler", *OF_SAMPLERS)}
+        elif options.asks_scorer and options.scorer is None:
+            changed["scorer"] = f"results/models/{teacher_name(wildcards)}/baseline"
+        return options.model_copy(update=changed)
+
+    def scorer(self, wildcards: Wildcards) -> list[str]:
+        """The file that stands for the baseline that a sampler asks, if it asks one of ours."""
+        folder = self.sampling(wildcards).scorer
+        return [f"{folder}/meta.json"] if folder and folder.startswith("results/models/") else []
 
     def network_size(self, wildcards: Wildcards) -> str:
         """The size of the networks that a job trains, samples from, scores or times."""

@@ -165,9 +165,18 @@ def draw_work(
         texts -= number - batches
     wanted = texts * length if sampler == "ancestral_float32" else None
     work = flops.forward_flops(network, texts, length, number * rows, wanted=wanted)
+    if sampler in SCORED:  # the baseline has the denoiser's size, or nearly so
+        asked = number * SCORED[sampler](call, passes)
+        work += flops.forward_flops(network, asked, length, asked * length)
     moved = batches * passes * network.weights * BYTES[precision]
     yield Work(work, network.width, precision, moved)
 
+
+SCORED: dict[str, Callable[[Call, float], float]] = {
+    "energy": lambda call, passes: passes * int(call.text("candidates", "8")),
+    "speculative": lambda call, passes: 2,  # each token is read once or, in a draft, twice
+}
+"""(call, passes of a text) -> texts that the autoregressive model reads for it"""
 
 BYTES = {"float32": 4, "bfloat16": 2}  # of a number
 
@@ -200,8 +209,19 @@ SAMPLER_PASSES: dict[str, Callable[[int, int, int], tuple[float, float]]] = {
     "first_hitting": lambda steps, length, free: (min(steps, free), free),
     "block": _block_passes,
     "ancestral_float32": lambda steps, length, free: (steps, free * (steps + 1) / 2),
+    # Their passes depend on the text: these are the most.
+    "threshold": lambda steps, length, free: _all_masked(min(steps, free), free),
+    "entropy_bounded": lambda steps, length, free: _all_masked(min(steps, free), free),
+    "remask": lambda steps, length, free: (steps, 2 * free),
+    "energy": lambda steps, length, free: _all_masked(nonempty_steps(steps, free), free),
+    "speculative": lambda steps, length, free: (min(steps, free), free),
 }
 """(steps, length, free positions) -> passes of a text, and positions that it reads out"""
+
+
+def _all_masked(passes: float, free: int) -> tuple[float, float]:
+    """Each pass reads out all positions that are still masked."""
+    return passes, free * (passes + 1) / 2
 
 
 def score_work(call: Call) -> Iterator[Work]:

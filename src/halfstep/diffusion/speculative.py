@@ -1,0 +1,247 @@
+"""The sampler `speculative`: a diffusion model drafts, an autoregressive model accepts or corrects.
+
+The texts have the law of the autoregressive model, whatever the draft is worth.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from halfstep.diffusion.contracts import Autoregressor, Denoiser, Draws, KVDenoiser, Samples
+from halfstep.diffusion.energy import needed_scorer
+from halfstep.errors import HalfstepError
+from halfstep.kernels.categorical import inverse_cdf, nucleus
+
+NEIGHBORS = 16  # tokens that a relaxed acceptance may count as equal to a drafted one
+
+
+@torch.no_grad()
+def speculative(  # noqa: PLR0913 (the four of every sampler, and its options)
+    denoiser: Denoiser,
+    x: Tensor,
+    draws: Draws,
+    steps: int,
+    *,
+    scorer: Autoregressor | None = None,
+    draft_tokens: int = 4,
+    draft_passes: int = 1,
+    relaxation: float = 0.0,
+    top_p: float = 1.0,
+) -> Samples:
+    """Draft the next tokens with the denoiser, verify them in one pass of the scorer.
+
+    A draft of n tokens is written in contiguous groups from left to right, one for each of
+    `draft_passes` passes. Within a group the tokens are drawn independently, given all tokens to
+    their left and masks to their right. So the chance q of a drafted token, given the tokens to its
+    left, is known: it is the denoiser's prediction itself. (A token that was drawn after one to its
+    right would have another chance, given those to its left, and the text another law.)
+
+    The scorer reads the draft in one pass with its cache. From left to right a token is accepted
+    with probability min(1, p / q); the first that is not is drawn again from the residual law,
+    max(p - q, 0) normalized, and ends the draft; after a draft without rejection, one more token is
+    drawn from p (Leviathan et al., arXiv 2211.17192, algorithm 1). The result has exactly the law
+    p, the scorer's at this temperature and nucleus `top_p`, which shape the draft as well.
+
+    With relaxation > 0 the texts have another law (LANTERN, arXiv 2410.03355): a drafted token is
+    accepted with the summed p of itself and its nearest tokens by the angle between rows of the
+    denoiser's readout, as many of NEIGHBORS as have together less than this probability, and the
+    residual is that of p with their probability moved to the drafted token.
+
+    A denoiser that keeps keys and values computes only the tokens from the last accepted ones to
+    the end of the draft; the others' keys and values are older. That changes the draft, not the
+    law. A text takes at most `steps` network evaluations; after them the scorer writes alone. All
+    texts must begin with equally many given tokens, one at least, and no other token may be given.
+    """
+    scorer = needed_scorer("speculative", denoiser, scorer)
+    for name, value in (("draft_tokens", draft_tokens), ("draft_passes", draft_passes)):
+        if value < 1:
+            raise HalfstepError(
+                f"{name}: found {value}, expected a whole number above zero; change it"
+            )
+    if not 0 <= relaxation < 1:
+        raise HalfstepError(
+            f"relaxation: found {relaxation:g}, expected a probability from 0 to below 1; change it"
+        )
+    acceptance = Acceptance(draws.temperature, top_p, relaxation)
+    texts = _Texts(denoiser, scorer, acceptance, x.clone(), draws)
+    while texts.going:
+        texts.advance(draft_tokens, min(draft_passes, steps - texts.drafts))
+    return Samples(texts.x, texts.passes, texts.verifications)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """The laws that are compared, and the rule by which a drafted token is accepted."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    relaxation: float = 0.0
+
+    def law(self, logits: Tensor) -> Tensor:
+        """Logits [..., V] -> probabilities at the temperature within the nucleus, float64."""
+        log_p = (logits / self.temperature).log_softmax(-1)
+        if self.top_p < 1:
+            log_p = nucleus(log_p.flatten(0, -2), self.top_p).view_as(log_p)
+        return log_p.double().softmax(-1)
+
+    def relaxed(self, p: Tensor, tokens: Tensor, readout: Tensor) -> Tensor:
+        """p[K, V] with the probability of the nearest tokens moved to tokens[K] (LANTERN).
+
+        In order of nearness by the rows of readout[V, D], as long as what is moved is below
+        `relaxation`.
+        """
+        if not self.relaxation:
+            return p
+        unit = torch.nn.functional.normalize(readout.float(), dim=-1)
+        near = unit[tokens] @ unit.T
+        near.scatter_(1, tokens[:, None], -torch.inf)
+        nearest = near.topk(min(NEIGHBORS, p.shape[1] - 1), sorted=True).indices
+        share = p.gather(1, nearest)
+        share = share * (share.cumsum(1) < self.relaxation)
+        moved = p.scatter_add(1, nearest, -share)
+        return moved.scatter_add(1, tokens[:, None], share.sum(1, keepdim=True))
+
+
+class _Texts:
+    """Texts x[N, L] that are written, and how far each has come.
+
+    end [N]: number of tokens of each text that are accepted
+    rows [R]: the texts that the reader reads; those that are finished leave when they are a half
+    drafts: passes of the denoiser so far; a text counts those of its own in passes [N], in shares
+        of a whole text, and the reader's in verifications [N]
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scorer: Autoregressor,
+        acceptance: Acceptance,
+        x: Tensor,
+        draws: Draws,
+    ):
+        N, self.length = x.shape
+        given = x != denoiser.mask_id
+        begun = given.long().cumprod(1).sum(1)
+        if N and not (
+            1 <= begun[0] and (begun == begun[0]).all() and (begun == given.sum(1)).all()
+        ):
+            raise HalfstepError(
+                "given: found texts that do not all begin with the same number of given tokens, "
+                "one at least, with masks behind them; sampler speculative continues texts from "
+                "left to right: choose another sampler"
+            )
+        self.denoiser, self.acceptance, self.x = denoiser, acceptance, x
+        self.begun = int(begun[0]) if N else self.length
+        self.end, self.rows = begun, (begun < self.length).nonzero()[:, 0]
+        self.passes = torch.zeros(N, dtype=torch.float64, device=x.device)
+        self.verifications = torch.zeros(N, dtype=torch.long, device=x.device)
+        self.drafts = 0
+        u = draws.uniforms(N, 3 * self.length).to(x.device)
+        self.u_draft, self.u_accept, self.u_correct = u.split(self.length, 1)
+        self.kv: list[Any] | None = None
+        self.read_until = begun.clone()  # tokens whose keys and values the denoiser has kept
+        if len(self.rows):
+            self.reader = scorer.reader(len(self.rows), self.length)
+            if self.begun > 1:
+                self._read(self.x[self.rows, : self.begun - 1], torch.zeros_like(self.rows))
+
+    @property
+    def going(self) -> bool:
+        """True if a text is not finished."""
+        return bool((self.end[self.rows] < self.length).any())
+
+    def advance(self, tokens: int, passes: int) -> None:
+        """Draft up to `tokens` tokens of each text in `passes` passes, verify and accept them.
+
+        Without a pass there is no draft: the reader's model writes one token.
+        """
+        rows, L = self.rows, self.length
+        end = self.end[rows, None]
+        n = min(tokens, L - int(end.min())) if passes else 0
+        columns = end + torch.arange(n, device=end.device)
+        drafted, q = self._draft(columns, passes)
+        # A text that ends before its draft would reads some of its accepted tokens again.
+        start = (end - 1).clamp(max=L - 1 - n)
+        read = start + torch.arange(n + 1, device=end.device)
+        there = drafted.gather(1, read)
+        p = self.acceptance.law(self._read(there, start[:, 0]))  # [R, n + 1, V]
+
+        def p_at(columns: Tensor) -> Tensor:
+            """p[R, k, V] of the tokens at columns[R, k]; any, where there is no such token."""
+            place = (columns - start - 1).clamp(0, n)
+            return p.gather(1, place[..., None].expand(*place.shape, p.shape[-1]))
+
+        exists = columns < L
+        proposed = drafted.gather(1, columns.clamp(max=L - 1))
+        wanted = p_at(columns)
+        flat = self.acceptance.relaxed(
+            wanted.flatten(0, 1), proposed.flatten(), self.denoiser.readout[0][: p.shape[-1]]
+        )
+        wanted = flat.view_as(wanted)
+        ratio_p, ratio_q = (law.gather(2, proposed[..., None])[..., 0] for law in (wanted, q))
+        u = self.u_accept[rows].gather(1, columns.clamp(max=L - 1))
+        accepted = (u * ratio_q < ratio_p) & exists
+        count = accepted.long().cumprod(1).sum(1, keepdim=True)
+        last = end + count  # the place of the token that is drawn again, or comes after the draft
+        rejected = count < exists.sum(1, keepdim=True)
+        law = p_at(last)[:, 0]
+        if n:
+            at = count.clamp(max=n - 1)[..., None].expand(-1, 1, p.shape[-1])
+            residual = (wanted.gather(1, at) - q.gather(1, at))[:, 0].clamp(min=0)
+            usable = rejected & (residual.sum(1, keepdim=True) > 0)
+            law = torch.where(usable, residual, law)
+        correct = inverse_cdf(
+            law.log(), self.u_correct[rows].gather(1, last.clamp(max=L - 1))[:, 0]
+        )
+        place = torch.arange(L, device=end.device)
+        new = torch.where((place >= end) & (place < last), drafted, self.x[rows])
+        self.x[rows] = torch.where(place == last, correct[:, None], new)
+        self.end[rows] = (last[:, 0] + 1).clamp(max=L)
+        self._drop_finished()
+
+    def _draft(self, columns: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+        """The texts [R, L] with tokens at columns[R, n], and the law of each, [R, n, V] float64."""
+        rows, L = self.rows, self.length
+        x, n = self.x[rows], columns.shape[1]
+        q = torch.zeros(
+            *columns.shape, self.denoiser.vocab_size, dtype=torch.float64, device=x.device
+        )
+        for group in torch.arange(n, device=x.device).tensor_split(min(passes, n)) if n else ():
+            exists = columns[:, group] < L
+            texts, place = exists.nonzero(as_tuple=True)
+            at = columns[texts, group[place]]
+            law = self.acceptance.law(self._logits(x, texts, at, int(columns.max()) + 1))
+            q[texts, group[place]] = law
+            x[texts, at] = inverse_cdf(law.log(), self.u_draft[rows[texts], at])
+        return x, q
+
+    def _logits(self, x: Tensor, texts: Tensor, columns: Tensor, end: int) -> Tensor:
+        """The denoiser's logits of x[R, L] at these places [K], all before `end`: [K, V]."""
+        L, denoiser = self.length, self.denoiser
+        left = L - self.end[self.rows]
+        t, going = (left / (L - self.begun)).float(), self.rows[left > 0]
+        self.drafts += 1
+        if not hasattr(denoiser, "features_and_kv"):
+            self.passes[going] += 1
+            return denoiser.logits(denoiser.features(x, t, (texts, columns)))
+        first = 0 if self.kv is None else int(self.read_until[going].min())
+        part = slice(first, min(end, L) if self.kv else L)
+        h, self.kv = cast(KVDenoiser, denoiser).features_and_kv(x, t, part, self.kv)
+        self.read_until[self.rows] = self.end[self.rows]
+        self.passes[going] += (part.stop - part.start) / L
+        return denoiser.logits(h[texts, columns - first])
+
+    def _read(self, tokens: Tensor, start: Tensor) -> Tensor:
+        """Logits [R, n, V] after tokens[R, n] at the positions from start[R] on."""
+        self.verifications[self.rows[self.end[self.rows] < self.length]] += 1
+        return self.reader.read(tokens, start)
+
+    def _drop_finished(self) -> None:
+        """Let the finished texts go, if they are half of all; keys and values begin anew."""
+        going = self.end[self.rows] < self.length
+        if 0 < 2 * int(going.sum()) <= len(going):
+            kept = going.nonzero()[:, 0]
+            self.reader.keep(kept)
+            self.rows, self.kv = self.rows[kept], None

@@ -13,7 +13,7 @@ from oracle import (
     first_hitting_law,
 )
 
-from halfstep.config import DrawOptions
+from halfstep.config import SAMPLER_OPTIONS, DrawOptions
 from halfstep.diffusion.contracts import Draws
 from halfstep.diffusion.plans import ancestral_plan, first_hitting_plan, run_plan
 from halfstep.diffusion.samplers import SAMPLERS, sample
@@ -300,6 +300,17 @@ def test_released_noise_has_nearly_the_law_and_belongs_to_the_text(steps):
     assert torch.equal(some.network_evaluations, out.network_evaluations[7:12])
     frame = torch.tensor([1, 4, 2])
     assert (draw_float32(given=frame, n=4).ids[:, [0, 2]] == frame[[0, 2]]).all()
+
+
+def test_the_configuration_has_the_options_of_every_sampler():
+    """An option that the configuration lacks, or gives to another sampler, could not be used."""
+    for name, row in SAMPLERS.items():
+        own = row.options.keys() - {"top_p"}  # an option of all draws
+        assert own == set(SAMPLER_OPTIONS.get(name, ())), name
+    with pytest.raises(ValueError, match="eta: found 0.1, but sampler ancestral has no such"):
+        DrawOptions(eta=0.1)
+    with pytest.raises(HalfstepError, match="eta: found a value, but sampler ancestral has no"):
+        sample(Perfect(LONG), 1, 5, 2, eta=0.1)
 
 
 def test_the_configuration_names_every_sampler():

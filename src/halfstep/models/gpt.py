@@ -70,6 +70,15 @@ class GPT(nn.Module):
         head_width = self.width // self.heads
         return [KVCache(batch, self.heads, length, head_width, like) for _ in self.blocks]
 
+    def rotation(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [length, head_width] of which q cos + q.roll(head_width / 2) sin rotates q.
+
+        The first half of each sin is negated.
+        """
+        cos, sin = self.rotary_emb(torch.arange(length, device=self.vocab_embed.embedding.device))
+        half = sin.shape[1] // 2
+        return cos, torch.cat([-sin[:, :half], sin[:, half:]], 1)
+
     def decoder(self, batch: int, length: int, temperature: float, top_p: float) -> "Decoder":
         """A decoder of `batch` texts of `length` tokens."""
         return Decoder(self, batch, length, temperature, top_p)
@@ -99,13 +108,40 @@ def draw_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> T
     return inverse_cdf(logits, u)
 
 
+class CastReadout:
+    """The readout of a network without gradients: features h[..., D] -> logits [..., V] float32.
+
+    Inside autocast, matrix and features are rounded to its dtype. The matrix is rounded once, so a
+    readout is made and used inside the same autocast, or outside of any.
+    """
+
+    def __init__(self, gpt: GPT):
+        weight = gpt.output_layer.linear.weight
+        kind = weight.device.type
+        low = torch.is_autocast_enabled(kind)
+        self.compute = torch.get_autocast_dtype(kind) if low else torch.float32
+        rounded = weight.to(self.compute)
+        with torch.autocast(kind, enabled=False):
+            # A CPU has no product of low matrices with a float32 result, so there it is float32
+            # again, with the rounded values.
+            self.weight = rounded if weight.is_cuda else pack_weight(rounded.float())
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """Logits of features h[..., D], a new tensor."""
+        with torch.autocast(h.device.type, enabled=False):
+            low = h.to(self.compute)
+            if self.weight.dtype == torch.float32:
+                return matmul(low.float(), self.weight)
+            rows = torch.mm(low.flatten(0, -2), self.weight.t(), out_dtype=torch.float32)
+            return rows.view(*h.shape[:-1], -1)
+
+
 class Decoder:
     """Writes `batch` texts of `length` tokens, one per step, in memory allocated once.
 
     No step waits for the host or changes its shape. On CUDA a step is one CUDA graph, captured once
     for each window of keys (powers of two). On a CPU a step reads exactly the keys that exist,
-    without a mask. It is made and used inside the same autocast, or outside of any. The readout
-    multiplies matrices of the same dtype as the blocks, and its logits are float32.
+    without a mask. It is made and used inside the same autocast, or outside of any.
     """
 
     SMALLEST = 64  # keys that the first graph reads
@@ -121,34 +157,18 @@ class Decoder:
         table = gpt.vocab_embed.embedding
         device = table.device
         self.gpt, self.length = gpt, length
-        low = torch.is_autocast_enabled(device.type)
-        self.compute = torch.get_autocast_dtype(device.type) if low else torch.float32
         self.temperature, self.top_p = temperature, top_p
-        self.caches = gpt.new_caches(batch, length, self.compute if low else None)
-        self.cos, sin = gpt.rotary_emb(torch.arange(length, device=device))
-        half = sin.shape[1] // 2
-        self.sin = torch.cat([-sin[:, :half], sin[:, half:]], 1)
+        low = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if low else None
+        self.caches = gpt.new_caches(batch, length, dtype)
+        self.cos, self.sin = gpt.rotation(length)
         self.blocks = cast(Iterable[Block], pack_network(gpt).blocks)
-        self.head = self._cast_head(gpt.output_layer.linear.weight)
+        self.logits = CastReadout(gpt)
         self.ids = torch.zeros(batch, length, dtype=torch.long, device=device)
         self.u = torch.zeros(batch, length, dtype=torch.float64, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.keys = torch.arange(length, device=device)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-
-    def _cast_head(self, weight: Tensor) -> Tensor:
-        """The readout's matrix, cast once. A CPU has no product of low matrices with a float32
-        result, so there it is float32 again, with the rounded values."""
-        low = weight.to(self.compute)
-        with torch.autocast(weight.device.type, enabled=False):
-            return low if weight.is_cuda else pack_weight(low.float())
-
-    def _logits(self, h: Tensor) -> Tensor:
-        """Features h[B, D] -> logits[B, V] float32."""
-        low = h.to(self.compute)
-        if self.head.dtype == torch.float32:
-            return matmul(low.float(), self.head)
-        return torch.mm(low, self.head.t(), out_dtype=torch.float32)
 
     @torch.inference_mode()
     def write(self, start: Tensor, u: Tensor) -> Tensor:
@@ -194,7 +214,7 @@ class Decoder:
             x = x + linear(out.reshape(B, -1), block.attn_out)
             x = x + mlp(_norm(x, block.norm2), block.mlp.up, block.mlp.down)
         with torch.autocast(x.device.type, enabled=False):
-            logits = self._logits(_norm(x, self.gpt.output_layer.norm_final))
+            logits = self.logits(_norm(x, self.gpt.output_layer.norm_final))
             self.position += 1
             u = self.u.index_select(1, self.position)[:, 0]
             drawn = draw_token(logits, self.temperature, self.top_p, u)

@@ -19,9 +19,9 @@ class KVCache:
     """Keys and values of one block, allocated once for the whole length."""
 
     def __init__(self, batch: int, heads: int, length: int, head_width: int, like: Tensor):
-        shape = batch, heads, length, head_width
-        self.k = torch.empty(shape, device=like.device, dtype=like.dtype)
-        self.v = torch.empty(shape, device=like.device, dtype=like.dtype)
+        # Cleared: attention multiplies what a mask hides by zero, and NaN would stay.
+        self.k = like.new_zeros(batch, heads, length, head_width)
+        self.v = torch.zeros_like(self.k)
         self.end = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,8 +99,9 @@ def test_both_sides_compute_in_the_timed_dtype(world, tmp_path, monkeypatch, dty
         return sample(*args, **options)
 
     def record_decode(self, *args):
-        found.extend([self.compute or torch.float32, self.caches[0].k.dtype])
-        rounded = torch.equal(self.head, self.head.bfloat16().float())
+        found.extend([self.logits.compute, self.caches[0].k.dtype])
+        matrix = self.logits.weight
+        rounded = torch.equal(matrix, matrix.bfloat16().float())
         assert rounded == (dtype == "bfloat16")
         return decode(self, *args)
 

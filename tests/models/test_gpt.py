@@ -86,7 +86,7 @@ def test_the_windows_of_the_graphs_equal_the_exact_ones(monkeypatch):
     gpt, u = tiny(), uniforms(4, 0, 5, 30)
     exact, decoder, windows, step = Decoder(gpt, 5, 30), Decoder(gpt, 5, 30), [], Decoder.step
     for cache in decoder.caches:
-        cache.k.fill_(1e3), cache.v.fill_(1e3)  # memory is not cleared
+        cache.k.fill_(1e3), cache.v.fill_(1e3)  # as another text leaves them
 
     def wider(self, window, masked=False):
         windows.append(min(max(8, 1 << (window - 1).bit_length()), 30))

@@ -127,7 +127,7 @@ class _Ends:
 
     def __init__(self, texts: int, length: int, device: torch.device):
         self.ends, self.length = [0] * texts, length
-        self.range = torch.arange(max(texts, length), device=device)
+        self.range = torch.arange(length, device=device)
 
     def place(self, tokens: Tensor, start: Tensor) -> _Place:
         """The place of tokens[B, n] that begin at start[B]. ValueError if they do not fit."""
@@ -141,16 +141,15 @@ class _Ends:
             if not 0 <= begin <= end or begin + n > self.length:
                 raise ValueError(
                     f"start: found {begin} for {n} tokens of text {row}, of which {end} tokens are "
-                    f"read; expected 0 to {min(end, self.length - n)}, because the reader keeps "
-                    f"{self.length} tokens"
+                    f"read; expected 0 to {end}, and an end of at most {self.length}"
                 )
         self.ends = [begin + n for begin in starts]
-        window, first = max(self.ends), starts[0]
+        window, device = max(self.ends), self.range.device
+        rows = torch.arange(B, device=device)[:, None]
         if window == min(self.ends):
-            alike = slice(first, window)
-            return _Place(self.range[:B, None], self.range[None, alike], alike, window)
-        positions = start.to(self.range.device)[:, None] + self.range[:n]
-        return _Place(self.range[:B, None], positions, None, window)
+            alike = slice(starts[0], window)
+            return _Place(rows, self.range[None, alike], alike, window)
+        return _Place(rows, start.to(device)[:, None] + self.range[:n], None, window)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows of the texts alone."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from halfstep.files import write_atomic, write_tensors
-from halfstep.kernels.categorical import inverse_cdf
+from halfstep.kernels.categorical import inverse_cdf, nucleus
 from halfstep.kernels.linear import linear, matmul, mlp, pack_network, pack_weight
 from halfstep.models.layers import Block, Embedding, Head, LayerNorm, Rotary
 
@@ -82,21 +82,6 @@ class GPT(nn.Module):
     def decoder(self, batch: int, length: int, temperature: float, top_p: float) -> "Decoder":
         """A decoder of `batch` texts of `length` tokens."""
         return Decoder(self, batch, length, temperature, top_p)
-
-
-def nucleus(log_p: Tensor, top_p: float) -> Tensor:
-    """Keep the fewest most likely tokens whose probability reaches top_p; the rest get -inf.
-
-    Nucleus sampling (Holtzman et al., arXiv 1904.09751).
-
-    log_p[N, V] -> [N, V], not renormalized.
-    """
-    if top_p >= 1:
-        return log_p
-    values, order = log_p.sort(-1, descending=True)
-    p = values.exp()
-    values = values.masked_fill(p.cumsum(-1) - p >= top_p, -torch.inf)
-    return torch.empty_like(log_p).scatter_(-1, order, values)
 
 
 def draw_token(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from halfstep.diffusion.contracts import Autoregressor, Denoiser, Draws, KVDenoiser, Samples
 from halfstep.diffusion.energy import needed_scorer
 from halfstep.errors import HalfstepError
-from halfstep.kernels.categorical import inverse_cdf, nucleus
+from halfstep.kernels.categorical import nucleus
 
 NEIGHBORS = 16  # tokens that a relaxed acceptance may count as equal to a drafted one
 
@@ -81,10 +81,12 @@ class Acceptance:
 
     def law(self, logits: Tensor) -> Tensor:
         """Logits [..., V] -> probabilities at the temperature within the nucleus, float64."""
-        log_p = (logits / self.temperature).log_softmax(-1)
+        if self.temperature != 1:
+            logits = logits / self.temperature
         if self.top_p < 1:
-            log_p = nucleus(log_p.flatten(0, -2), self.top_p).view_as(log_p)
-        return log_p.double().softmax(-1)
+            rows = logits.log_softmax(-1).flatten(0, -2)
+            logits = nucleus(rows, self.top_p).view_as(logits)
+        return logits.double().softmax(-1)
 
     def relaxed(self, p: Tensor, tokens: Tensor, readout: Tensor) -> Tensor:
         """p[K, V] with the probability of the nearest tokens moved to tokens[K] (LANTERN).
@@ -102,6 +104,14 @@ class Acceptance:
         share = share * (share.cumsum(1) < self.relaxation)
         moved = p.scatter_add(1, nearest, -share)
         return moved.scatter_add(1, tokens[:, None], share.sum(1, keepdim=True))
+
+
+def draw_from(p: Tensor, u: Tensor) -> Tensor:
+    """Draw one token per row in proportion to p[N, V] float64 by its uniform u[N]: [N] int64."""
+    cdf = p.cumsum(-1)
+    total = cdf[:, -1:]
+    goal = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cdf, goal, right=True)[:, 0]  # the first whose CDF is above the goal
 
 
 class _Texts:
@@ -192,9 +202,8 @@ class _Texts:
             residual = (wanted.gather(1, at) - q.gather(1, at))[:, 0].clamp(min=0)
             usable = rejected & (residual.sum(1, keepdim=True) > 0)
             law = torch.where(usable, residual, law)
-        correct = inverse_cdf(
-            law.log(), self.u_correct[rows].gather(1, last.clamp(max=L - 1))[:, 0]
-        )
+        u = self.u_correct[rows].gather(1, last.clamp(max=L - 1))[:, 0]
+        correct = draw_from(law, u)
         place = torch.arange(L, device=end.device)
         new = torch.where((place >= end) & (place < last), drafted, self.x[rows])
         self.x[rows] = torch.where(place == last, correct[:, None], new)
@@ -214,7 +223,7 @@ class _Texts:
             at = columns[texts, group[place]]
             law = self.acceptance.law(self._logits(x, texts, at, int(columns.max()) + 1))
             q[texts, group[place]] = law
-            x[texts, at] = inverse_cdf(law.log(), self.u_draft[rows[texts], at])
+            x[texts, at] = draw_from(law, self.u_draft[rows[texts], at])
         return x, q
 
     def _logits(self, x: Tensor, texts: Tensor, columns: Tensor, end: int) -> Tensor:

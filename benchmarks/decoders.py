@@ -111,7 +111,16 @@ def written(model: Model, decoder: Decoder, temperature: float, texts: int):
     return np.concatenate(ids), float(np.concatenate(passes).mean()), scorings, min(seconds)
 
 
-def main(models: Path, corpus: Path, run: str, texts: int, steps: list[int], only: str) -> None:
+def main(
+    models: Path,
+    corpus: Path,
+    run: str,
+    texts: int,
+    steps: list[int],
+    only: list[str],
+    folders: list[str],
+) -> None:
+    """Print the table: each decoder for the teacher, the last round, and the baseline."""
     judge = load_judge(str(models / "baseline" / "hf"))
     rounds = sorted(models.glob(f"{run}/round-*"), key=lambda folder: int(folder.name[6:]))
     real = held_out_texts(corpus, 512)
@@ -135,11 +144,12 @@ def main(models: Path, corpus: Path, run: str, texts: int, steps: list[int], onl
     ]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     scorer = str(models / "baseline")
-    for folder in [models / "teacher", rounds[-1], models / "baseline"]:
+    chosen = folders or ["teacher", f"{run}/{rounds[-1].name}", "baseline"]
+    for folder in [models / name for name in chosen]:
         model = load_checkpoint(folder, "ema", "cpu", "float32")
         some = decoders(scorer, steps) if model.denoiser else [Decoder("", None, {})]
         for decoder in some:
-            if only and decoder.name and only != decoder.name:
+            if only and decoder.name and decoder.name not in only:
                 continue
             curve, shown = [], []
             for temperature in TEMPERATURES:
@@ -245,7 +255,8 @@ if __name__ == "__main__":
     parser.add_argument("--run", default="kl_backward")
     parser.add_argument("--texts", type=int, default=64, help=f"a multiple of {BATCH}")
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 64])
-    parser.add_argument("--only", default="", help="one sampler by name")
+    parser.add_argument("--only", nargs="+", default=[], help="samplers by name")
+    parser.add_argument("--folders", nargs="+", default=[], help="models, such as teacher baseline")
     parser.add_argument("--speed", type=int, nargs="+", help="time batches of these sizes instead")
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
@@ -253,4 +264,4 @@ if __name__ == "__main__":
     if given.speed:
         speed(given.models, given.run, given.speed, given.repeats)
         raise SystemExit
-    main(given.models, given.corpus, given.run, given.texts, given.steps, given.only)
+    main(given.models, given.corpus, given.run, given.texts, given.steps, given.only, given.folders)

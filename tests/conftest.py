@@ -21,6 +21,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes by their number.
+
+    All processes of pytest-xdist must collect the same names, and gzip writes the time.
+    """
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
     """A small finished results/ folder; whoever spoils it takes a copy."""

@@ -77,7 +77,7 @@ def undisturbed(line, tmp_path_factory):
     return folder
 
 
-def wait_for(what, child, seconds=60):
+def wait_for(what, child, seconds=300):
     until = time.monotonic() + seconds
     while not what():
         assert child.is_alive() and time.monotonic() < until
@@ -127,8 +127,8 @@ def test_asked_to_stop(line, undisturbed, tmp_path, number, code):
     wait_for(lambda: steps_done(folder) > 5, child)
     os.kill(child.pid, number)
     asked = time.monotonic()
-    child.join(30)
-    assert child.exitcode == code and time.monotonic() - asked < 10, errors.read_text()
+    child.join(120)
+    assert child.exitcode == code and time.monotonic() - asked < 60, errors.read_text()
     assert f"received {number.name}; {STOPPED}" in errors.read_text()
     assert journal.read_journal(folder)[0]["status"] == "killed"
     reached = curve(folder)[-1][0]
@@ -183,7 +183,7 @@ def hang(holds_lock: bool) -> None:
 def test_a_stopped_process_that_hangs_is_ended(line, tmp_path, holds_lock):
     """With its own code, or with 1 and the stacks of its threads if Python itself hangs."""
     options = f"--output {tmp_path}/t/out --time-limit 1e-6"
-    stopped = launch(f"{line} {options}", 2, tmp_path, hang, holds_lock, timeout=60)
+    stopped = launch(f"{line} {options}", 2, tmp_path, hang, holds_lock)
     assert [code for code, _ in stopped] == [1 if holds_lock else OUT_OF_TIME] * 2, stopped
     for _, err in stopped:
         assert f"the time limit is near; {STOPPED}" in err

@@ -211,7 +211,7 @@ def test_tasks_and_texts_are_shared_by_the_ranks(pipeline, tmp_path):
 )
 def test_an_error_of_one_rank_ends_all(pipeline, samples, tmp_path, name, rank, how):
     line = scoring(pipeline, samples, tmp_path)[name]
-    done = launch(line, 3, tmp_path, break_down, rank, how, timeout=60)
+    done = launch(line, 3, tmp_path, break_down, rank, how)
     code, err = done.pop(rank)
     if how == "killed":
         assert code == -9

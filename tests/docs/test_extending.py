@@ -34,12 +34,12 @@ def apply(folder: Path, path: str, hunk: str) -> None:
     file.write_text(text.replace(old, new))
 
 
-def run_tests(folder: Path, recipe: str) -> subprocess.CompletedProcess:
-    """The recipe's own test command, against the source in `folder`."""
-    (words,) = re.findall(r"^```sh test\npython -m (.*?)^```", recipe, re.MULTILINE | re.DOTALL)
-    call = re.findall(r'"[^"]*"|\S+', words)
+def run_tests(folder: Path, recipe: str, *more: str) -> subprocess.CompletedProcess:
+    """The recipe's own test command, with `more` words, against the source in `folder`."""
+    (line,) = re.findall(r"^```sh test\npython -m (.*?)^```", recipe, re.MULTILINE | re.DOTALL)
+    words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
     return subprocess.run(
-        [sys.executable, "-m", *(word.strip('"') for word in call), "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", *words, "-q", "-p", "no:cacheprovider", *more],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(folder / "src")},
         capture_output=True,
@@ -74,7 +74,7 @@ def test_a_recipe_passes_its_tests_and_half_of_it_does_not(copy, name):
     first = [hunk for hunk in hunks if hunk[0] == hunks[0][0]]
     for path, hunk in first:
         apply(copy, path, hunk)
-    half = run_tests(copy, RECIPES[name])
+    half = run_tests(copy, RECIPES[name], "-x")
     assert half.returncode == 1, f"nothing fails without the second file:\n{half.stdout}"
     for path, hunk in hunks:
         if (path, hunk) not in first:

@@ -35,6 +35,7 @@ from halfstep.records.journal import Journal
 
 mlflow = pytest.importorskip("mlflow")
 DELETED, ACTIVE = mlflow.entities.ViewType.DELETED_ONLY, mlflow.entities.ViewType.ACTIVE_ONLY
+SECONDS = 240  # for a server to start, or a curve to arrive, on a busy machine
 
 
 def free_port() -> int:
@@ -68,12 +69,13 @@ class Server:
             self.process = subprocess.Popen(
                 call, env=env, stdout=log, stderr=log, start_new_session=True
             )
-        for _ in range(600):
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
             if self.is_healthy():
                 return self
             assert self.process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
             time.sleep(0.1)
-        raise AssertionError("mlflow server did not start within a minute")
+        raise AssertionError(f"mlflow server did not start within {SECONDS} s")
 
     def is_healthy(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
@@ -292,7 +294,7 @@ def test_every_kind_of_fault_is_a_warning_and_repaired_later(world, hurried, fau
     proxy.fault = lambda number, _: fault if number > 20 else None  # in the middle of a pass
     start = time.monotonic()
     track(results, proxy.uri, name, output=marker)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < SECONDS  # and not the hour that the proxy asks for
     warning = capsys.readouterr().err
     assert warning.count("WARNING") == 1
     assert "hold everything" in warning
@@ -371,22 +373,23 @@ def test_a_server_stopped_and_started_during_a_watch(world, hurried):
     model = "stories-tiny/kl_backward/round-9"
     folder = results / "models" / model
     call = [sys.executable, "-m", "halfstep.cli", "track", "--results", str(results)]
-    call += ["--uri", proxy.uri, "--experiment", "watch", "--watch", "--every", "0.2"]
+    call += ["--uri", proxy.uri, "--experiment", "watch", "--watch"]
 
-    def start_watch():
-        return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def start_watch(every):
+        words = [*call, "--every", every]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def steps():
         return points_of(server.store, "watch", model)
 
-    def wait_for(expected, seconds=30):
-        end = time.monotonic() + seconds
+    def wait_for(expected):
+        end = time.monotonic() + SECONDS
         while steps() != expected:
             assert child.poll() is None, child.stdout.read()
             assert time.monotonic() < end, "too late"
             time.sleep(0.1)
 
-    child = start_watch()
+    child = start_watch("0.2")
     with Journal(folder, name="kl_backward/round-9", node="n", params={}) as journal:
         journal.log({"train/loss": 2.0}, 50)
         wait_for([50])
@@ -399,19 +402,17 @@ def test_a_server_stopped_and_started_during_a_watch(world, hurried):
         with open(folder / "journal.jsonl", "ab") as torn:
             torn.write(b'{"step": 200, "ti')
     (results / "mlflow.synced").write_text("")
-    printed, _ = child.communicate(timeout=30)
+    printed, _ = child.communicate(timeout=SECONDS)
     assert child.returncode == 0
     assert printed.count("nothing is lost") == 1
     assert_complete_but_for_superseded(server.store, results, "watch")
     assert steps() == [50, 100, 150]
 
-    child = start_watch()
+    child = start_watch("3600")
     time.sleep(4)
     child.send_signal(signal.SIGTERM)
-    start = time.monotonic()
-    child.communicate(timeout=5)
+    child.communicate(timeout=SECONDS)  # far less than it waits between two passes
     assert child.returncode in (0, -signal.SIGTERM)
-    assert time.monotonic() - start < 3
 
 
 def test_rewound_resumed_and_trained_again(world):

@@ -1,5 +1,6 @@
 """Figures: each draws, shows exactly the points of its CSV, is reproducible, has free labels."""
 
+import functools
 import itertools
 import json
 import re
@@ -85,6 +86,12 @@ def draw(name, tables):
     return resolve_name(FIGURES[name].draw)(tables)
 
 
+@functools.cache
+def picture(results, name, published=False):
+    """A figure of the unchanged tables, and its points: drawn once, and only looked at."""
+    return draw(name, frames(results, name, published))
+
+
 def lines_of(figure):
     """The lines of series in all panels."""
     return [line for axes in figure.axes for line in axes.lines if line.get_gid()]
@@ -115,7 +122,7 @@ def strong(points):
 
 @pytest.mark.parametrize("name, published", CASES)
 def test_a_figure_draws_the_points_of_its_csv(results, name, published):
-    figure, points = draw(name, frames(results, name, published))
+    figure, points = picture(results, name, published)
     assert list(points.columns) == list(POINTS) and len(points)
     drawn = {
         (line.axes.get_label(), line.get_gid()): line.get_xydata() for line in lines_of(figure)
@@ -161,7 +168,7 @@ def test_the_recorded_command_draws_the_figure_again(results, tmp_path):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_csv_names_the_conditions_and_the_foot_has_plain_words(results, name):
-    figure, points = draw(name, frames(results, name))
+    figure, points = picture(results, name)
     assert not re.search(r"[0-9a-f]{12}|_|results/", foot(figure))
     (conditions,) = points["conditions"].unique()
     assert "commit " in conditions.lower()
@@ -206,7 +213,7 @@ SPAN = re.compile(
 @pytest.mark.parametrize("name", EVERYDAY)
 def test_a_title_is_a_sentence_whose_numbers_are_those_of_the_table(results, name):
     tables = frames(results, name)
-    title = title_of(draw(name, tables)[0])
+    title = title_of(picture(results, name)[0])
     assert title[0].isupper() or title[0].isdigit()
     assert "_" not in title and len(title.split()) >= 8
     if name == "entropy_vs_steps":
@@ -256,7 +263,7 @@ def test_a_title_says_no_more_than_the_data(results):
 
 def test_a_ring_is_at_the_steps_of_each_round(results):
     """Synthetic round r was made for 1024 / 2**r steps, and 8, 16 and 32 are drawn."""
-    figure, points = draw("ppl_vs_steps", frames(results, "ppl_vs_steps"))
+    figure, points = picture(results, "ppl_vs_steps")
     own = points[points["own_steps"]]
     assert set(zip(own["round"], own["x"], strict=True)) == {(7, 8), (6, 16), (5, 32)}
     rings = [
@@ -271,7 +278,7 @@ def test_a_ring_is_at_the_steps_of_each_round(results):
 
 
 def test_levels_do_not_stretch_the_axis_and_those_outside_have_an_arrow(results):
-    figure, points = draw("ppl_vs_steps", frames(results, "ppl_vs_steps"))
+    figure, points = picture(results, "ppl_vs_steps")
     levels, lines = points[points["kind"] == "level"], points[points["kind"] == "line"]
     assert set(levels["series"]) == {"baseline", "data", "unigram", "bigram", "cut_and_paste"}
     low, high = figure.axes[-1].get_ylim()
@@ -338,7 +345,7 @@ def test_keys_become_words():
 
 @pytest.mark.parametrize("name, published", CASES)
 def test_labels_do_not_overlap_and_stay_on_the_page(results, name, published):
-    figure, _ = draw(name, frames(results, name, published))
+    figure, _ = picture(results, name, published)
     renderer = FigureCanvasAgg(figure).get_renderer()
     page = figure.bbox
     for axes in figure.axes:
@@ -360,8 +367,8 @@ def test_published_values_are_gray_lines_under_ours_with_their_source(results, n
 
     The foot explains the letter of every line.
     """
-    plain, ours = draw(name, frames(results, name))
-    figure, points = draw(name, frames(results, name, published=True))
+    plain, ours = picture(results, name)
+    figure, points = picture(results, name, published=True)
     mine, theirs = points[points["kind"] != "published"], points[points["kind"] == "published"]
     pandas.testing.assert_frame_equal(mine, ours)
     assert len(theirs) and theirs["x"].between(ours["x"].min(), ours["x"].max()).all()
@@ -382,8 +389,8 @@ def test_published_values_are_gray_lines_under_ours_with_their_source(results, n
 
 @pytest.mark.parametrize("name", [name for name in FIGURES if name not in PUBLISHED])
 def test_a_figure_without_published_values_in_the_catalogue_ignores_them(results, name):
-    _, plain = draw(name, frames(results, name))
-    _, points = draw(name, frames(results, name, published=True))
+    _, plain = picture(results, name)
+    _, points = picture(results, name, published=True)
     pandas.testing.assert_frame_equal(points, plain)
 
 
@@ -391,7 +398,7 @@ def test_a_figure_without_published_values_in_the_catalogue_ignores_them(results
 def test_a_figure_without_published_values_in_its_range_draws_ours_alone(results, name):
     tables = frames(results, name, published=True)
     _, ours = draw(name, tables | {"published": tables["published"].assign(in_figures=False)})
-    pandas.testing.assert_frame_equal(ours, draw(name, frames(results, name))[1])
+    pandas.testing.assert_frame_equal(ours, picture(results, name)[1])
 
 
 def test_published_rows_of_a_table_are_drawn_only_with_the_flag(results, tmp_path):
@@ -583,13 +590,13 @@ def test_summary_prints_the_result_three_texts_comparisons_and_places(results, c
 
 
 def test_figures_over_steps_show_the_tokens_per_step_along_the_top(results):
-    figure, points = draw("ppl_vs_steps", frames(results, "ppl_vs_steps"))
+    figure, points = picture(results, "ppl_vs_steps")
     lines = points[points["kind"] == "line"]
     assert (lines["tokens"] * lines["x"] == 1024).all()  # tokens of a synthetic text
     (top,) = figure.axes[0].child_axes
     assert [tick.get_text() for tick in top.get_xticklabels()] == ["128", "64", "32"]
     assert top.get_xticks().tolist() == [8, 16, 32]
-    other, _ = draw("latency_vs_length", frames(results, "latency_vs_length"))
+    other, _ = picture(results, "latency_vs_length")
     assert not other.axes[0].child_axes
 
 

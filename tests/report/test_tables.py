@@ -20,9 +20,13 @@ from halfstep.report.rows import read_rows, read_table
 QUALITY = [name for name in TABLES if name != "speed"]
 
 
+def write(folder):
+    return synthetic.write(folder, runs=("kl_backward", "mse"), rounds=2, steps=[8, 16], points=2)
+
+
 @pytest.fixture
 def results(tmp_path):
-    return synthetic.write(tmp_path, runs=("kl_backward", "mse"), rounds=2, steps=[8, 16], points=2)
+    return write(tmp_path)
 
 
 def rewrite(file, change):
@@ -37,13 +41,20 @@ def make_tables(results, folder="tables", **options):
     return {name: read_table(results / folder / f"{name}.csv") for name in TABLES}
 
 
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """(results, all their tables) for tests that only look at them."""
+    folder = write(tmp_path_factory.mktemp("unchanged"))
+    return folder, make_tables(folder)
+
+
 def cells_of(line):
     """The cells of a line of a Markdown grid."""
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
 
-def test_csv_holds_every_row_with_its_interval_and_origin(results):
-    found = make_tables(results)
+def test_csv_holds_every_row_with_its_interval_and_origin(unchanged):
+    results, found = unchanged
     files = results.rglob("metrics/**/*.json")
     rows = [row for file in files for row in json.loads(file.read_text())]
     drawn = found["variants"]
@@ -58,9 +69,9 @@ def test_csv_holds_every_row_with_its_interval_and_origin(results):
     assert row["low"] < row["value"] < row["high"]
 
 
-def test_variants_of_samples_are_compared_with_those_of_the_same_models(results):
+def test_variants_of_samples_are_compared_with_those_of_the_same_models(unchanged):
     """No other table has them."""
-    found = make_tables(results)
+    _, found = unchanged
     table = found["variants"]
     perplexity = table.query("metric == 'generative_perplexity' and protocol == 'ids'")
     drawn = perplexity[~perplexity["run"].isin(("baseline", "data"))]
@@ -72,14 +83,14 @@ def test_variants_of_samples_are_compared_with_those_of_the_same_models(results)
         assert name == "variants" or found[name]["variant"].isna().all()
 
 
-def test_entropy_is_compared_with_held_out_text(results):
-    table = make_tables(results)["steps"]
+def test_entropy_is_compared_with_held_out_text(unchanged):
+    table = unchanged[1]["steps"]
     row = table.query("metric == 'entropy' and run == 'teacher' and steps == 8").iloc[0]
     assert row["vs_data_percent"] == pytest.approx(100 * (row["value"] / 3.95 - 1))
 
 
-def test_ratio_to_the_baseline_is_of_the_same_case(results):
-    speed = make_tables(results)["speed"]
+def test_ratio_to_the_baseline_is_of_the_same_case(unchanged):
+    speed = unchanged[1]["speed"]
     for row in speed[speed["run"] != "baseline"].itertuples():
         base = speed.query(
             "run == 'baseline' and length == @row.length and batch_size == @row.batch_size"
@@ -88,8 +99,8 @@ def test_ratio_to_the_baseline_is_of_the_same_case(results):
     assert (speed.loc[speed["run"] == "baseline", "times_faster"] == 1).all()
 
 
-def test_markdown_reads_as_a_grid_with_conditions_below(results):
-    make_tables(results)
+def test_markdown_reads_as_a_grid_with_conditions_below(unchanged):
+    results, _ = unchanged
     text = (results / "tables" / "steps.md").read_text()
     rows = [cells_of(line) for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == ["sampling steps (tokens per step)", "8 (128)", "16 (64)"]
@@ -312,8 +323,8 @@ def test_every_file_that_is_no_module_is_in_the_package():
     assert found == expected
 
 
-def test_two_protocols_for_every_model_are_two_grids(results):
-    make_tables(results)
+def test_two_protocols_for_every_model_are_two_grids(unchanged):
+    results, _ = unchanged
     text = (results / "tables" / "steps.md").read_text()
     assert text.count("(protocol ids)") == text.count("(protocol retokenized)") == 1
 
@@ -361,7 +372,7 @@ def naive_sentences(results, metric, half=0.0, **values):
     for run, value in values.items():
         for key, number in (("value", value), ("low", value - half), ("high", value + half)):
             rewrite(file, changed(key, number, metric=metric, run=run))
-    make_tables(results)
+    tabulate("steps", [results / "metrics"], results / "tables" / "steps")
     text = (results / "tables" / "steps.md").read_text()
     return [line for line in text.splitlines() if " above the teacher" in line]
 
@@ -398,8 +409,9 @@ def test_the_steps_at_which_a_naive_sampler_ranks_above_the_teacher_are_named(re
     assert lines[:1] == [first]
 
 
-def test_naive_samplers_have_a_line_in_tables_and_are_levels_in_figures(results):
-    table = make_tables(results)["steps"]
+def test_naive_samplers_have_a_line_in_tables_and_are_levels_in_figures(unchanged):
+    results, tables = unchanged
+    table = tables["steps"]
     text = (results / "tables" / "steps.md").read_text()
     assert "Naive samplers: unigram: 180 ±7; bigram: 180 ±7; cut_and_paste: 180 ±7." in text
     assert set(NAIVE) <= set(table["run"])

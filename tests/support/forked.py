@@ -23,6 +23,8 @@ from halfstep.errors import HalfstepError
 from halfstep.training import loop
 from halfstep.training.step import Batch
 
+PATIENCE_S = 600  # with commands of several ranks on a busy machine
+
 _context = multiprocessing.get_context("forkserver")
 # Not this file: Python 3.11's server does not know the path of the tests.
 _context.set_forkserver_preload(
@@ -84,9 +86,7 @@ def _run(line: str, errors: Path, before, args, env: dict[str, str]) -> None:
             sys.exit(code)
 
 
-def launch(
-    line: str, size: int, log: Path, before=None, *args: object, timeout: float = 120
-) -> list[tuple[int, str]]:
+def launch(line: str, size: int, log: Path, before=None, *args: object) -> list[tuple[int, str]]:
     """(exit code, standard error) of each of `size` ranks that run one command together.
 
     They have torchrun's variables, and a file as their meeting point.
@@ -99,7 +99,7 @@ def launch(
         meeting = log / "meeting", rank, size, before, *args
         children.append(start(line, errors[rank], _meet, *meeting, env=env))
     for child in children:
-        child.join(timeout)
+        child.join(PATIENCE_S)
         assert child.exitcode is not None, [file.read_text() for file in errors]
     codes = [child.exitcode for child in children]
     return [(code, file.read_text()) for code, file in zip(codes, errors, strict=True)]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 SECONDS = 120  # a program may take to start, on a busy machine
 
@@ -65,8 +66,16 @@ class Terminal:
         """Press Ctrl-C while the program waits for a key.
 
         Just after a key Python may be on its way to wait, and then sees the signal at the next key.
+        So nothing of the program may change for half a second, and it sleeps.
         """
-        time.sleep(1)
+        status, before, unchanged = Path(f"/proc/{self.program.pid}/status"), "", 0
+        end = time.monotonic() + SECONDS
+        while unchanged < 5:
+            assert time.monotonic() < end, before
+            now = status.read_text()
+            unchanged = unchanged + 1 if now == before and "State:\tS" in now else 0
+            before = now
+            time.sleep(0.1)
         self.press("\x03")
 
     def end(self) -> int:

@@ -5,9 +5,9 @@ import re
 from types import SimpleNamespace
 
 import pytest
-import yaml
 from dryrun import REPOSITORY, copy
 from hub_files import MDLM, folder, lightning, networks
+from whole_graph import run_graph
 
 from halfstep.checkpoint import read_meta
 from halfstep.data.pack import read_manifest
@@ -156,24 +156,24 @@ CONFIG = {
 }
 
 
+CORPUS = "results/data/stories-ci/manifest.json"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished graph: an imported teacher, two imported students, and a trained one."""
+    """A finished graph: an imported teacher, two imported students, and a trained one.
+
+    The commands that Snakemake prints run one after another in one process.
+    """
     tree = copy(tmp_path_factory.mktemp("imported"))
-    tree.patience_s = 1200  # two minutes on a quiet machine
-    (tree.folder / "config.yaml").write_text("preset: ci")
-    corpus = "results/data/stories-ci"
-    done = tree.run(f"{corpus}/manifest.json", "--cores", "1", "--quiet")
-    assert done.returncode == 0, done.stderr
-    raw, ema = networks(read_manifest(tree.folder / corpus)["vocab_size"])
-    (tree.folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    corpus = run_graph(tree, {"preset": "ci"}, CORPUS) / "data/stories-ci"
+    raw, ema = networks(read_manifest(corpus)["vocab_size"])
     folder(tree.folder / "mdlm", raw, "backbone.", MDLM)
     (tree.folder / "kld").mkdir()
     for number in (1, 2):
         shifted = {key: value + 0.01 * number for key, value in ema.items()}
         lightning(tree.folder / f"kld/round-{number}.ckpt", raw, shifted)
-    done = tree.run("--cores", "2", "--quiet")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_graph(tree, CONFIG, "all")
     return tree
 
 

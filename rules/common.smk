@@ -17,8 +17,8 @@ from halfstep.workflow import locks, slurm_plugin, task_sources, timeline
 from halfstep.workflow.graph import devices_of, graph_jobs
 from halfstep.workflow.machine import RESOURCES, SPREAD, demand_of, fewest_nodes, names_cluster
 from halfstep.workflow.machine import base_resources, read_site, spread_resources
-from halfstep.workflow.messages import banner, curves, failures, only_looks, resume_command
-from halfstep.workflow.messages import typed, unsent
+from halfstep.workflow.messages import banner, curves, failures, only_looks, typed, unsent
+from halfstep.workflow.packaged import resume_command
 from halfstep.workflow.sources import check_sources, local_file
 from halfstep.workflow.targets import CHECKPOINT, Targets, one_of
 

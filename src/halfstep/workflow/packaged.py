@@ -7,7 +7,9 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
+from halfstep import __version__
 from halfstep.errors import HalfstepError
+from halfstep.records.journal import direct_url
 
 PACKAGED = Path(__file__).parents[1] / "packaged"
 """Snakefile, rules, presets, profiles and schema: links in a clone, files in a wheel"""
@@ -64,6 +66,17 @@ def with_preset(words: list[str], preset: str) -> list[str]:
             return [*words[: i + 1], f"preset={preset}", *words[i + 1 :]]
     end = words.index("--") if "--" in words else len(words)
     return [*words[:end], "--config", f"preset={preset}", *words[end:]]
+
+
+def pip_argument() -> str:
+    """The halfstep of this process as `pip install` takes it: its clone, its address or version."""
+    clone = PACKAGED.parents[2]
+    if (clone / "pyproject.toml").is_file():
+        return f"--editable={clone}"
+    about = direct_url()
+    if commit := about.get("vcs_info"):
+        return f"halfstep @ {commit['vcs']}+{about['url']}@{commit['commit_id']}"
+    return f"halfstep @ {about['url']}" if about else f"halfstep=={__version__}"
 
 
 def resume_command(arguments: list[str]) -> str:

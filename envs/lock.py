@@ -8,8 +8,8 @@ None of these files is edited by hand. To move to newer packages:
    (`make lock` does both with .venv.)
 
 The lock holds the dependencies of the extra `all` of pyproject.toml, direct and indirect. A conda
-file holds those of the extras that its jobs need (KINDS). Other installed packages do not enter. The CUDA packages of torch stay out, because the chosen wheel
-of torch brings its own.
+file holds those of the extras that its jobs need (KINDS). Other installed packages do not enter.
+The CUDA packages of torch stay out, because the chosen wheel of torch brings its own.
 
 requirements.txt has the sha256 of every file that PyPI has of each version, for all platforms, so
 pip refuses any other file. The conda files have none: a list for pip with hashes must have those

@@ -26,12 +26,13 @@ def build_wheel(folder: Path) -> Path:
             shutil.copytree(REPOSITORY / part, copy / part, symlinks=True, ignore=generated)
         else:
             shutil.copy(REPOSITORY / part, copy)
-    _pip("wheel", "--no-build-isolation", "--wheel-dir", str(built), str(copy))
+    run_pip("wheel", "--no-build-isolation", "--wheel-dir", str(built), str(copy))
     (wheel,) = built.glob("*.whl")
     return wheel
 
 
-def _pip(command: str, *words: str, options: tuple[str, ...] = ()) -> None:
+def run_pip(command: str, *words: str, options: tuple[str, ...] = ()) -> None:
+    """Run pip without dependencies and without the network; it must succeed."""
     call = [sys.executable, "-m", "pip", *options, command, "--no-deps", "--no-index", *words]
     done = subprocess.run(call, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -55,7 +56,7 @@ class Installed:
         # A path in a .pth is searched last, and its own .pth files, an editable halfstep among
         # them, are not read.
         (site / "others.pth").write_text("\n".join(sorted(others)) + "\n")
-        _pip("install", str(wheel), options=("--python", str(folder / "bin/python")))
+        run_pip("install", str(wheel), options=("--python", str(folder / "bin/python")))
 
     def call(self, here: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
         """Run a program of the environment, as one types it after its activation, in `here`."""

@@ -174,7 +174,7 @@ def config_text(
     of_round = max(10, round(OF_ROUND * steps))
     values = recipe._asdict() | {
         "schema": PACKAGED / "workflow/schemas/config.schema.json",
-        "machine": about[0],
+        "machine": one_line(about[0]),
         "text": one_line(about[1]),
         "files": json.dumps(files),
         "held_out": max(1, min(1000, round(HELD_OUT * documents))),

@@ -1,4 +1,4 @@
-"""Suggested sizes and steps: within the text and the hours, and at the prices of `halfstep plan`."""
+"""Suggested sizes and steps: within text and hours, and at the prices of `halfstep plan`."""
 
 import itertools
 

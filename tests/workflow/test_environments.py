@@ -110,9 +110,9 @@ def packages_of(kind: str) -> set[str]:
     return set(LOCK["closure"]("halfstep", frozenset(LOCK["KINDS"][kind][1])))
 
 
-REFUSE = """
+KEEP = """
 import importlib.metadata, json, sys
-from pathlib import Path
+from importlib.machinery import PathFinder
 
 kept = set(json.loads(sys.argv[1])) | {"halfstep", "pip"}
 others = {
@@ -124,13 +124,13 @@ others = {
 assert len(others) > 20
 
 
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in others:
-            raise ModuleNotFoundError(f"{name} is not in this environment", name=name)
+class Kept(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in others else super().find_spec(name, path, target)
 
 
-sys.meta_path.insert(0, Refuse())
+sys.meta_path = [Kept if finder is PathFinder else finder for finder in sys.meta_path]
 from halfstep.cli import main
 
 for line in json.loads(sys.argv[2]):
@@ -141,7 +141,7 @@ for line in json.loads(sys.argv[2]):
 
 def run_with_packages_of(kind: str, lines: list[str]) -> None:
     """Run lines of halfstep in a process that finds no other packages than a conda file names."""
-    call = [sys.executable, "-c", REFUSE, json.dumps(sorted(packages_of(kind))), json.dumps(lines)]
+    call = [sys.executable, "-c", KEEP, json.dumps(sorted(packages_of(kind))), json.dumps(lines)]
     done = subprocess.run(call, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -20,7 +20,7 @@ from halfstep.resolve import resolve
 from halfstep.sanitize import one_line
 from halfstep.workflow.packaged import PACKAGED
 from halfstep.workflow.prices import clock
-from halfstep.workflow.suggestions import OF_ROUND, Hardware, Suggestion, suggest
+from halfstep.workflow.suggestions import EPOCHS, OF_ROUND, Hardware, Suggestion, suggest
 
 PATTERN = "text/*.txt"  # where no text is named
 ASSUMED_BYTES, ASSUMED_DOCUMENTS = 1_000_000, 1000  # of it
@@ -117,6 +117,8 @@ def init(
         f"({suggestion.epochs:.1f} times through the text); "
         f"trainings take about {clock(suggestion.seconds)} (assumed)"
     )
+    if suggestion.epochs > EPOCHS + 1:
+        print("note: this is little text, which the models will learn by heart")
     if not text:
         print(f"put your text into {path / PATTERN}, or write its place into {path}/config.yaml")
     print(f"next: cd {shlex.quote(str(path))}; halfstep plan; halfstep run")
@@ -208,14 +210,14 @@ def _reference() -> str:
 
 
 def _packaged(name: str) -> str:
-    return (PACKAGED / name).read_text()
+    return (PACKAGED / name).read_text(encoding="utf-8")
 
 
 def write_new(file: Path, content: str) -> bool:
     """Write a file that does not exist; False if it does, and then nothing is changed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(file, "x") as opened:
+        with open(file, "x", encoding="utf-8") as opened:
             opened.write(content)
     except FileExistsError:
         return False

@@ -43,7 +43,7 @@ CASES = [
     case("a word that is left out", "write --steps 8", "Missing from halfstep write: PATH"),
     case("a folder that is no model", "write gone", "gone: not a finished checkpoint"),
     case("texts that are watched and written", f"{WRITE} --watch", "--watch: found --output out t"),
-    case("a project without configuration", "run all", "config.yaml: not found in .*`halfstep init"),
+    case("a project without configuration", "run all", "config.yaml: not found.*halfstep init"),
     case("a text that is not there", "init --text gone", "files: 'gone' matches nothing"),
     case("a name that is no text", "init --text", "'bad.udcff' matches nothing",
          last=[os.fsdecode(b"bad\xff")]),

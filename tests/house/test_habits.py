@@ -110,7 +110,8 @@ def test_every_tolerated_warning_is_named():
 
 def test_lines_that_ruff_does_not_read_are_as_short():
     """Rules, configuration, Makefile and shell scripts."""
-    files = [REPOSITORY / name for name in ("Makefile", "Snakefile", ".ci/run", "config.yaml")]
+    named = ("Makefile", "Snakefile", "Dockerfile", ".ci/run", "config.yaml")
+    files = [REPOSITORY / name for name in named]
     patterns = ("rules/*.smk", "workflow/**/*.smk", "workflow/**/*.yaml", "envs/*", "tests/**/*.sh")
     for pattern in patterns:
         files += [path for path in REPOSITORY.glob(pattern) if path.is_file()]

@@ -73,32 +73,36 @@ def test_the_price_is_that_of_the_packaged_workflow(installed, tmp_path):
 def test_the_profile_of_a_cluster_is_packaged(installed, tmp_path):
     """It runs the paper in place of the default preset; a project keeps its own teachers."""
     write_text(tmp_path)
-    teachers = {}
-    for name, line in {"paper": "preset: laptop\n", "own": None}.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        if line:
-            (folder / "config.yaml").write_text(line)
-        else:
-            made = installed.call(folder, "halfstep", "init", "--text", "../diary.txt")
-            assert made.returncode == 0, made.stderr
-        plan = installed.call(folder, "halfstep", "run", "-n", "--profile", "slurm")
+    made = installed.call(tmp_path, "halfstep", "init", "my-text-tiny", "--text", "diary.txt")
+    assert made.returncode == 0, made.stderr
+    (tmp_path / "owt-small").mkdir()
+    (tmp_path / "owt-small/config.yaml").write_text("preset: laptop\n")
+    for teacher, gpus in {"my-text-tiny": 0, "owt-small": 8}.items():
+        target = f"results/models/{teacher}/teacher/meta.json"
+        words = ["run", target, "-n", "--profile", "slurm"]
+        plan = installed.call(tmp_path / teacher, "halfstep", *words)
         assert plan.returncode == 0, plan.stderr
-        assert "runtime=" in plan.stdout
-        teachers[name] = set(re.findall(r"results/models/([\w-]+)/teacher", plan.stdout))
-    assert teachers == {"paper": {"owt-small"}, "own": {"my-text-tiny"}}
+        asked = re.search(r"resources: (.*)", plan.stdout.split("rule pretrain:")[1])[1]
+        assert f"gpu={gpus}," in asked and "runtime=" in asked
 
 
-@pytest.mark.parametrize("words", [["results/no-such-file"], ["--no-such-option"]])
-def test_the_exit_code_is_snakemakes(installed, tmp_path, words):
-    done = installed.call(tmp_path, "halfstep", "run", "--preset", "ci", "--cores", "1", *words)
+def test_the_exit_code_is_snakemakes(installed, tmp_path):
+    words = ["results/no-such-file", "--cores", "1"]
+    done = installed.call(tmp_path, "halfstep", "run", "--preset", "ci", *words)
     snakefile = installed.package / "packaged" / "Snakefile"
     direct = installed.call(
         *(tmp_path, "python", "-m", "snakemake", "--snakefile", str(snakefile)),
-        *("--configfile", str(REPOSITORY / "config.yaml"), "--config", "preset=ci"),
-        *("--cores", "1", *words),
+        *(
+            "--configfile",
+            str(REPOSITORY / "config.yaml"),
+            "--config",
+            "preset=ci",
+            "--",
+            *words[:1],
+        ),
     )
     assert done.returncode == direct.returncode != 0
+    assert "results/no-such-file" in done.stdout + done.stderr
 
 
 def test_a_fetched_commit_is_in_records_and_in_conda_environments(installed, tmp_path):

@@ -1,15 +1,15 @@
-"""Write envs/requirements.txt, envs/cpu.yaml and envs/gpu.yaml from the installed packages.
+"""Write envs/requirements.txt and the conda files of the rules from the installed packages.
 
-None of the three files is edited by hand. To move to newer packages:
+None of these files is edited by hand. To move to newer packages:
 
 1. In a fresh virtual environment run `pip install torch`, then `pip install -e .[all]`.
 2. Make the tests pass there.
 3. Run `pip install uv`, then `python envs/lock.py`, with the Python of that environment.
    (`make lock` does both with .venv.)
 
-The lock holds the dependencies of the extra `all` of pyproject.toml, direct and indirect. Other
-installed packages do not enter it. The CUDA packages of torch stay out, because the chosen wheel
-of torch brings its own.
+The lock holds the dependencies of the extra `all` of pyproject.toml, direct and indirect. A conda
+file holds those of the extras that its jobs need (KINDS). Other installed packages do not enter.
+The CUDA packages of torch stay out, because the chosen wheel of torch brings its own.
 
 requirements.txt has the sha256 of every file that PyPI has of each version, for all platforms, so
 pip refuses any other file. The conda files have none: a list for pip with hashes must have those
@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).parent
-HEADER = "# Written by envs/lock.py from pyproject.toml's extra `all`; do not edit."
+HEADER = "# Written by envs/lock.py from pyproject.toml's {extras}; do not edit."
 BROUGHT_BY_TORCH = re.compile(r"nvidia-|cuda-|triton")
 CONDA = """{header}
 # {about}
@@ -35,18 +35,33 @@ dependencies:
   - pip
   - pip:
 """
-KINDS = {  # file: its purpose, options of pip, suffix of torch's version
+CPU = "--extra-index-url https://download.pytorch.org/whl/cpu", "+cpu"
+KINDS = {  # file: its purpose, extras of pyproject.toml, option of pip, suffix of torch's version
     "cpu.yaml": (
-        "For machines without a GPU, and for tables and figures.",
-        ["--extra-index-url https://download.pytorch.org/whl/cpu"],
-        "+cpu",
+        "For corpora. Those of kind `docs` are the docstrings of all these packages.",
+        ["all"],
+        *CPU,
     ),
-    "gpu.yaml": ("For machines with an NVIDIA GPU.", [], ""),
+    "gpu.yaml": (
+        "For trainings, samples, scores and timings, on a machine with an NVIDIA GPU or without.",
+        ["eval"],
+        *("", ""),
+    ),
+    "report.yaml": ("For tables, figures, pages and MLflow.", ["report", "track"], *CPU),
+}
+CONDA_PYTHON = {  # the Python and the platform of the conda files
+    "python_version": "3.11",
+    "python_full_version": "3.11.14",
+    "platform_system": "Linux",
+    "platform_machine": "x86_64",
+    "sys_platform": "linux",
 }
 
 
-def closure(name: str, extras: frozenset[str]) -> dict[str, str]:
-    """Installed version of every package that `name[extras]` needs on this Python and platform."""
+def closure(
+    name: str, extras: frozenset[str], platform: dict[str, str] | None = None
+) -> dict[str, str]:
+    """Installed version of every package that `name[extras]` needs here, or on another platform."""
     pins: dict[str, str] = {}
     seen = set()
     todo = [(canonicalize_name(name), extras)]
@@ -59,7 +74,8 @@ def closure(name: str, extras: frozenset[str]) -> dict[str, str]:
         pins[key] = found.version.split("+")[0]  # 2.13.0+cpu and 2.13.0+cu130 are one source
         for requirement in map(Requirement, found.requires or []):
             marker = requirement.marker
-            if marker is None or any(marker.evaluate({"extra": e}) for e in extras or {""}):
+            wanted = [{**(platform or {}), "extra": extra} for extra in extras or {""}]
+            if marker is None or any(map(marker.evaluate, wanted)):
                 todo.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
     del pins[canonicalize_name(name)]
     return dict(sorted(pins.items()))
@@ -81,18 +97,22 @@ def published_hashes(pins: dict[str, str]) -> dict[str, list[str]]:
 
 def requirements(pins: dict[str, str], hashes: dict[str, list[str]]) -> str:
     """The text of requirements.txt."""
-    lines = [HEADER]
+    lines = [HEADER.format(extras="extra `all`")]
     for name, pin in zip(pins, pinned(pins), strict=True):
         lines.append(" \\\n    ".join([pin, *(f"--hash=sha256:{h}" for h in hashes[name])]))
     return "\n".join(lines) + "\n"
 
 
 def conda(kind: str, pins: dict[str, str]) -> str:
-    """The text of a conda file: cpu.yaml or gpu.yaml."""
-    about, options, suffix = KINDS[kind]
-    pins = pins | {"torch": pins["torch"] + suffix}
-    lines = [*options, *pinned(pins)]
-    return CONDA.format(header=HEADER, about=about) + "".join(f"      - {line}\n" for line in lines)
+    """The text of a conda file, a key of KINDS, with the versions of the lock."""
+    about, extras, option, suffix = KINDS[kind]
+    needed = closure("halfstep", frozenset(extras), CONDA_PYTHON)
+    pins = {name: version for name, version in pins.items() if name in needed}
+    pins["torch"] += suffix
+    named = f"extra{'s' * (len(extras) > 1)} " + " and ".join(f"`{extra}`" for extra in extras)
+    lines = [option] * bool(option) + pinned(pins)
+    head = CONDA.format(header=HEADER.format(extras=named), about=about)
+    return head + "".join(f"      - {line}\n" for line in lines)
 
 
 def read(lock: Path = HERE / "requirements.txt") -> dict[str, str]:

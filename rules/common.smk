@@ -17,14 +17,15 @@ from halfstep.workflow import locks, slurm_plugin, task_sources, timeline
 from halfstep.workflow.graph import devices_of, graph_jobs
 from halfstep.workflow.machine import RESOURCES, SPREAD, demand_of, fewest_nodes, names_cluster
 from halfstep.workflow.machine import base_resources, read_site, spread_resources
-from halfstep.workflow.messages import banner, curves, failures, only_looks, resume_command
-from halfstep.workflow.messages import typed, unsent
+from halfstep.workflow.messages import banner, curves, failures, only_looks, typed, unsent
+from halfstep.workflow.packaged import pip_argument, resume_command
 from halfstep.workflow.sources import check_sources, local_file
 from halfstep.workflow.targets import CHECKPOINT, Targets, one_of
 
 # Jobs find `halfstep` without an activated environment, and its lines reach their logs at once.
+# The scripts in envs/ install it into conda environments.
 path = os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
-os.environ.update(PATH=path, PYTHONUNBUFFERED="1")
+os.environ.update(PATH=path, PYTHONUNBUFFERED="1", HALFSTEP_SOURCE=pip_argument())
 if "SLURM_JOB_ID" in os.environ:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 slurm_plugin.patch_plugin()

@@ -35,7 +35,7 @@ rule paper_figure:
         item=one_of(PAPER_FIGURES),
     localrule: True
     conda:
-        "../envs/cpu.yaml"
+        "../envs/report.yaml"
     params:
         figure=lambda wildcards: ITEMS[wildcards.item].shows,
         where=lambda wildcards: paper.rows(wildcards.item),
@@ -68,7 +68,7 @@ rule paper_table:
         item=one_of(PAPER_TABLES),
     localrule: True
     conda:
-        "../envs/cpu.yaml"
+        "../envs/report.yaml"
     params:
         table=lambda wildcards: ITEMS[wildcards.item].shows,
         where=lambda wildcards: paper.rows(wildcards.item),
@@ -97,7 +97,7 @@ rule list_sizes:
         "results/logs/paper/table-2.tsv"
     localrule: True
     conda:
-        "../envs/cpu.yaml"
+        "../envs/report.yaml"
     params:
         output=subpath(output[0], strip_suffix=".csv"),
         code=STAGE["paper_report"],
@@ -121,7 +121,7 @@ rule paper_report:
         "results/logs/paper/report.tsv"
     localrule: True
     conda:
-        "../envs/cpu.yaml"
+        "../envs/report.yaml"
     params:
         output=subpath(output[0], strip_suffix=".md"),
         teacher=paper.compared_teacher(),

@@ -39,7 +39,7 @@ rule tabulate:
         "results/logs/tabulate/{table}.tsv"
     localrule: True
     conda:
-        "../envs/cpu.yaml"
+        "../envs/report.yaml"
     params:
         caption=lambda wildcards, output: catalogue.TABLES[wildcards.table].caption,
         output=subpath(output.html, strip_suffix=".html"),
@@ -79,7 +79,7 @@ rule plot:
         "results/logs/plot/{figure}.tsv"
     localrule: True
     conda:
-        "../envs/cpu.yaml"
+        "../envs/report.yaml"
     params:
         tables=lambda wildcards: FIGURES[wildcards.figure],
         caption=lambda wildcards, output: catalogue.FIGURES[wildcards.figure].caption,
@@ -119,7 +119,7 @@ rule track:
         "results/logs/track.tsv"
     localrule: True
     conda:
-        "../envs/cpu.yaml"
+        "../envs/report.yaml"
     params:
         results=subpath(output[0], parent=True),
         experiment=flags(CONFIG, "experiment"),
@@ -153,7 +153,7 @@ rule start_page:
         "results/logs/start_page.tsv"
     localrule: True
     conda:
-        "../envs/cpu.yaml"
+        "../envs/report.yaml"
     params:
         results=subpath(output[0], parent=True),
         preset=CONFIG.preset,
@@ -181,7 +181,7 @@ rule merge_provenance:
         "results/logs/merge_provenance.tsv"
     localrule: True
     conda:
-        "../envs/cpu.yaml"
+        "../envs/report.yaml"
     params:
         results=subpath(output[0], parent=True),
         code=STAGE["merge_provenance"],

@@ -44,6 +44,14 @@ def pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def wheel_file(tmp_path_factory) -> Path:
+    """The wheel of this checkout, built without the network."""
+    from wheels import build_wheel
+
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder ../shared next to the checkout, which only developers have."""
     folder = Path(__file__).resolve().parents[2] / "shared"

@@ -37,6 +37,7 @@ ADVICE = {  # error of the file system: what to do
 
 
 SHELLS = ("bash", "zsh", "fish")
+PASSED_ON = "snakemake"  # parameter of a command that takes the words which are none of its flags
 
 
 def usage() -> str:
@@ -82,6 +83,9 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
 
     from halfstep.renamed import rename_flags
 
+    passes_on, after = PASSED_ON in inspect.signature(command).parameters, []
+    if passes_on and "--" in words:
+        words, after = words[: words.index("--")], words[words.index("--") :]
     words, notices = rename_flags(words, command)
     for notice in notices:
         _print_once(f"halfstep {name}: {notice}\n")
@@ -96,7 +100,11 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
                 args=words,
                 config=(tyro.conf.OmitArgPrefixes,),
                 registry=_whole_numbers(),
+                return_unknown_args=passes_on,
             )
+        if passes_on:
+            given, others = given
+            given[PASSED_ON] = [*others, *after]
         return check_parameters(command, given)
     except SystemExit as error:
         cause = error.__context__

@@ -57,7 +57,7 @@ def workspace(tmp_path, pipeline):
     merge_provenance(tmp_path / "results")
     (tmp_path / "docs").symlink_to(ROOT / "docs")
     (tmp_path / "letters").mkdir()
-    (tmp_path / "letters/one.txt").write_text("Dear reader, this is a letter.\n" * 40)
+    (tmp_path / "letters/one.txt").write_text("Dear reader, this is a letter.\n\n" * 40)
     return tree
 
 

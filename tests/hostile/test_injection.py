@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from halfstep.errors import ConfigError
 from halfstep.resolve import flags, resolve
 from halfstep.workflow import messages
+from halfstep.workflow.packaged import resume_command
 from halfstep.workflow.sources import check_sources
 
 PRESETS = REPOSITORY / "workflow" / "presets"
@@ -348,7 +349,7 @@ def test_banners_show_the_log_of_a_failed_job_without_escapes(tmp_path, capsys):
     own, log = tmp_path / "own.log", tmp_path / "snakemake.log"
     own.write_text(f"halfstep import: key {ESCAPE}{OVERRIDE} http://me:s3cr3t@h\n")
     log.write_text(f"Error in rule import_teacher:\n    log: {own} (check log)\n")
-    messages.banner(*messages.failures(log), messages.resume_command(["--config", f"a={ESCAPE}"]))
+    messages.banner(*messages.failures(log), resume_command(["--config", f"a={ESCAPE}"]))
     said = capsys.readouterr().err
     assert printed.control_characters(said) == []
     assert r"key \x1b[31m\u202e http://***@h" in said

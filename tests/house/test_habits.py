@@ -2,9 +2,7 @@
 
 import os
 import re
-import shutil
 import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
@@ -29,18 +27,8 @@ def recipe(target: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """The wheel of this checkout, built without the network."""
-    copy, built = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("built")
-    for part in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / part, copy)
-    generated = shutil.ignore_patterns("*.egg-info", "__pycache__")
-    shutil.copytree(REPOSITORY / "src", copy / "src", ignore=generated)
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", built]
-    command = [sys.executable, "-m", "pip", "wheel", *options, copy]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    with zipfile.ZipFile(next(built.glob("*.whl"))) as found:
+def wheel(wheel_file) -> zipfile.ZipFile:
+    with zipfile.ZipFile(wheel_file) as found:
         yield found
 
 
@@ -54,15 +42,17 @@ def test_the_version_is_written_once(wheel):
 
 
 def test_the_wheel_holds_every_file_of_the_package(wheel):
-    """Snakemake's logger, data files and py.typed too, which could be forgotten."""
+    """Snakemake's logger, data files, py.typed and the workflow too, which could be forgotten."""
     source = REPOSITORY / "src"
     files = {
-        str(path.relative_to(source))
-        for path in source.glob("*/**/*")
-        if path.is_file() and "__pycache__" not in path.parts and ".egg-info" not in str(path)
+        str(Path(folder).relative_to(source) / name)
+        for folder, _, names in os.walk(source, followlinks=True)
+        for name in names
+        if "__pycache__" not in folder and ".egg-info" not in folder
     }
-    assert "halfstep/py.typed" in files
-    assert files == {name for name in wheel.namelist() if ".dist-info/" not in name}
+    needless = {f"halfstep/packaged/envs/{name}" for name in ("lock.py", "requirements.txt")}
+    assert "halfstep/py.typed" in files and "halfstep/packaged/Snakefile" in files
+    assert files - needless == {name for name in wheel.namelist() if ".dist-info/" not in name}
 
 
 def test_commit_hooks_are_the_quick_checks():
@@ -120,7 +110,8 @@ def test_every_tolerated_warning_is_named():
 
 def test_lines_that_ruff_does_not_read_are_as_short():
     """Rules, configuration, Makefile and shell scripts."""
-    files = [REPOSITORY / name for name in ("Makefile", "Snakefile", ".ci/run", "config.yaml")]
+    named = ("Makefile", "Snakefile", "Dockerfile", ".ci/run", "config.yaml")
+    files = [REPOSITORY / name for name in named]
     patterns = ("rules/*.smk", "workflow/**/*.smk", "workflow/**/*.yaml", "envs/*", "tests/**/*.sh")
     for pattern in patterns:
         files += [path for path in REPOSITORY.glob(pattern) if path.is_file()]

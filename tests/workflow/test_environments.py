@@ -1,12 +1,15 @@
 """envs/: the lock pins every requirement of pyproject.toml to a version that it admits.
 
-The conda files have the same versions. Every pin has the hashes of its files.
+The conda files have the same versions, of what their jobs need. Every pin has the hashes of its
+files.
 """
 
+import json
 import re
 import runpy
 import shutil
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import distribution
 
@@ -14,6 +17,7 @@ import pytest
 from dryrun import REPOSITORY
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from small import MACHINE, ROUND
 
 LOCK = runpy.run_path(str(REPOSITORY / "envs/lock.py"))
 REMEDY = "run `make lock`"
@@ -100,6 +104,91 @@ def test_the_conda_files_equal_the_lock():
     for kind in LOCK["KINDS"]:
         text = (REPOSITORY / "envs" / kind).read_text()
         assert text == LOCK["conda"](kind, LOCK["read"]()), f"envs/{kind} differs: {REMEDY}"
+
+
+def packages_of(kind: str) -> set[str]:
+    return set(LOCK["closure"]("halfstep", frozenset(LOCK["KINDS"][kind][1])))
+
+
+KEEP = """
+import importlib.metadata, json, sys
+from importlib.machinery import PathFinder
+
+kept = set(json.loads(sys.argv[1])) | {"halfstep", "pip"}
+others = {
+    module
+    for module, names in importlib.metadata.packages_distributions().items()
+    if not kept & {name.lower().replace("_", "-").replace(".", "-") for name in names}
+    and not module.startswith(("nvidia", "triton"))
+}
+assert len(others) > 20
+
+
+class Kept(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in others else super().find_spec(name, path, target)
+
+
+sys.meta_path = [Kept if finder is PathFinder else finder for finder in sys.meta_path]
+from halfstep.cli import main
+
+for line in json.loads(sys.argv[2]):
+    code = main(line.split())
+    assert code == 0, f"{line}: {code}"
+"""
+
+
+def run_with_packages_of(kind: str, lines: list[str]) -> None:
+    """Run lines of halfstep in a process that finds no other packages than a conda file names."""
+    call = [sys.executable, "-c", KEEP, json.dumps(sorted(packages_of(kind))), json.dumps(lines)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tables_figures_and_mlflow_need_only_the_packages_of_their_conda_file(pipeline, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(pipeline.results, results, symlinks=True)
+    tables = f"--metrics {results}/metrics --output {results}/tables"
+    lines = [
+        f"tabulate --table steps {tables}/steps.csv",
+        f"plot --figure ppl_vs_steps --tables {results}/tables/steps.csv "
+        f"--output {results}/figures/ppl_vs_steps",
+        f"track --results {results} --output {results}/mlflow.synced",
+    ]
+    run_with_packages_of("report.yaml", lines)
+    assert (results / "mlflow.synced").read_text() == ""
+
+
+def test_models_need_only_the_packages_of_their_conda_file(pipeline, tmp_path):
+    write = f"--num-samples 4 {MACHINE}"
+    judge = f"--corpus {pipeline.corpus} --judge {pipeline.baseline}/hf --bootstrap 100 {MACHINE}"
+    lines = [
+        f"distill-round --output {tmp_path}/round --teacher {pipeline.teacher} "
+        f"--corpus {pipeline.corpus} {ROUND}",
+        f"generate --checkpoint {pipeline.teacher} --output {tmp_path}/samples --steps 8 {write}",
+        f"score-samples --samples {tmp_path}/samples --output {tmp_path}/samples.json {judge}",
+        f"score-lambada --checkpoint {pipeline.teacher} --corpus {pipeline.corpus} "
+        f"--output {tmp_path}/words.json --lambada last_words --lambada-items 2 "
+        f"--bootstrap 100 {MACHINE}",
+        f"latency --checkpoint {pipeline.teacher} --baseline {pipeline.baseline} --lengths 8 "
+        f"--batch-sizes 1 --benchmark-steps 2 --baselines halfstep transformers --repeats 3 "
+        f"--output {tmp_path}/seconds.json {MACHINE}",
+    ]
+    run_with_packages_of("gpu.yaml", lines)
+
+
+def test_each_rule_has_a_conda_file_of_its_kind():
+    """Rules of models have that of models; what runs where Snakemake runs has no GPU's."""
+    found = {
+        file.stem: set(re.findall(r"\.\./envs/(.+?)\"", file.read_text()))
+        for file in (REPOSITORY / "rules").glob("*.smk")
+    }
+    for name, kinds in found.items():
+        expected = {"report": "report.yaml", "paper": "report.yaml", "common": None}
+        expected |= dict.fromkeys(("data", "fetch", "naive"), "cpu.yaml")
+        assert kinds == {expected.get(name, "gpu.yaml")} - {None}, name
+    assert len(packages_of("report.yaml")) < 120 > len(packages_of("gpu.yaml"))
 
 
 def test_make_without_a_python_names_the_version_it_needs(tmp_path):

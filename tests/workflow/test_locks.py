@@ -110,7 +110,7 @@ def test_a_run_of_another_host_or_of_a_cluster_keeps_its_locks(locked):
         folder = locked(mark)
         for _ in range(2):
             said = locks.take_over(folder)
-            assert "snakemake --unlock" in said and list(folder.glob("locks/*.lock"))
+            assert "halfstep run --unlock" in said and list(folder.glob("locks/*.lock"))
             end_of_process()
 
 

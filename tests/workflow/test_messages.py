@@ -1,7 +1,6 @@
 """What a run prints at its start and end, and how it reads its command line, without Snakemake."""
 
 import json
-import shlex
 
 import pytest
 
@@ -11,7 +10,6 @@ from halfstep.workflow.messages import (
     curves,
     failures,
     only_looks,
-    resume_command,
     typed,
     unsent,
 )
@@ -46,11 +44,6 @@ def test_nested_values_get_their_types_back():
 ])  # fmt: skip
 def test_some_calls_only_look(arguments, expected):
     assert only_looks(arguments) == expected
-
-
-def test_the_resume_command_is_the_call_itself():
-    arguments = ["all", "--config", 'sampling={"steps": [8]}', "--keep-going"]
-    assert shlex.split(resume_command(arguments)) == ["snakemake", *arguments]
 
 
 def test_a_warning_is_shown_until_all_was_sent(tmp_path):

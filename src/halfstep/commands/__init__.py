@@ -2,6 +2,14 @@
 
 GROUPS = {  # title in the help: {name: (module:function, what it does)}
     "Every day": {
+        "init": (
+            "halfstep.commands.init:init",
+            "write a project for your own text, with sizes and steps for this machine",
+        ),
+        "run": (
+            "halfstep.commands.run:run",
+            "run the workflow in this folder, with any options of snakemake",
+        ),
         "doctor": (
             "halfstep.commands.doctor:doctor",
             "check this machine and its cluster, and say what to do",

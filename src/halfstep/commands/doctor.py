@@ -324,8 +324,7 @@ def check_shared_folder(results: Path, mounts: Path) -> Iterator[Finding]:
         )
     elif Path(probe.name).name not in listed:
         yield _broken(
-            f"a compute node does not see {folder}: "
-            "clone the repository into a folder that all nodes share"
+            f"a compute node does not see {folder}: work in a folder that all nodes share"
         )
     else:
         yield _ok(f"a compute node sees {folder}")

@@ -15,6 +15,7 @@ from halfstep.records import provenance
 from halfstep.resolve import check_fields
 from halfstep.workflow.graph import PlannedJob, longest_paths, plan_graph
 from halfstep.workflow.machine import names_cluster
+from halfstep.workflow.packaged import snakemake_words
 from halfstep.workflow.prices import A_DAY, SOURCES, Estimate, Prices, clock
 from halfstep.workflow.rates import Rates, choose_rates
 from halfstep.workflow.slurm_plugin import ask
@@ -52,7 +53,7 @@ def plan(
     on_cluster, profile = names_cluster(arguments, os.environ), []
     if not on_cluster and ask("sinfo", "--noheader", timeout=5) is not None:
         on_cluster, profile = True, ["--profile", "slurm"]
-    graph = plan_graph(["all", *profile, *arguments])
+    graph = plan_graph(snakemake_words(["all", *profile, *arguments]))
     priced = PricedJobs(graph.jobs, results, rates)
     print("planned for the cluster" if on_cluster else "planned for this machine")
     print("\n".join(price_lines(priced)))

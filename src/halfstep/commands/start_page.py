@@ -21,6 +21,7 @@ from halfstep.records import provenance
 from halfstep.records.journal import read_run
 from halfstep.report.catalogue import FIGURES, TABLES
 from halfstep.resolve import check_fields
+from halfstep.workflow.packaged import caller
 from halfstep.workflow.prices import clock
 
 if TYPE_CHECKING:
@@ -305,7 +306,7 @@ def _files(results: Path, options: str) -> list[Linked]:
         Linked(
             [("report.html", "report.html")],
             ", Snakemake's report: the graph, every table, figure and text; made by",
-            f"snakemake --report results/report.html{options}",
+            f"{caller()} --report results/report.html{options}",
         )
     ]
     tables, figures = (".html", ".md", ".csv"), (".svg", ".pdf", ".csv")
@@ -340,9 +341,9 @@ def _missing(
         if tables[name].empty:
             section = TABLES[name].section
             needs = f" (needs {section} in config.yaml)" if section else ""
-            command = f"snakemake results/tables/{name}.csv{options}"
+            command = f"{caller()} results/tables/{name}.csv{options}"
             found.append((f"{TABLES[name].title}{needs}", command))
     if figure is None:
         name = KEY_FIGURES[-1]
-        found.append((FIGURES[name].title, f"snakemake results/figures/{name}.svg{options}"))
+        found.append((FIGURES[name].title, f"{caller()} results/figures/{name}.svg{options}"))
     return found

@@ -317,8 +317,8 @@ CODE = ("src", "rules", "workflow/report", "Snakefile")  # config.yaml and prese
 def commit() -> str:
     """Commit of halfstep's own source tree, with `+dirty` if its tracked code was changed.
 
-    `unknown` where the code is installed, or unpacked from an archive: a repository around it that
-    does not track it says nothing about it.
+    Of installed code it is the one that pip fetched. `unknown` where pip fetched none, or where the
+    code was unpacked from an archive: a repository around it that does not track it says nothing.
     """
     try:
         _git("ls-files", "--error-unmatch", Path(__file__).name)
@@ -327,8 +327,20 @@ def commit() -> str:
         code = [str(root / name) for name in CODE if (root / name).exists()]
         changes = _git("status", "--porcelain", "--untracked-files=no", "--", *code)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return direct_url().get("vcs_info", {}).get("commit_id", "unknown")[:12]
     return f"{head}+dirty" if changes else head
+
+
+def direct_url() -> dict:
+    """What pip recorded about where it got this halfstep (PEP 610); {} if from an index, or if
+    it installed none."""
+    try:
+        found = metadata.distribution("halfstep")
+        if not Path(str(found.locate_file("halfstep"))).samefile(Path(__file__).parents[1]):
+            return {}
+        return json.loads(found.read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, OSError, ValueError):
+        return {}
 
 
 def _git(*arguments: str) -> str:

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 from halfstep.errors import HalfstepError
 from halfstep.sanitize import shorten
+from halfstep.workflow.packaged import NO_SNAKEMAKE
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,7 @@ def plan_graph(arguments: list[str]) -> Graph:
         from snakemake.api import DAGApi
         from snakemake.cli import args_to_api, parse_args
     except ImportError:
-        raise HalfstepError(
-            "snakemake is not installed here; install it: pip install snakemake"
-        ) from None
+        raise HalfstepError(NO_SNAKEMAKE) from None
     found: list[Graph] = []
     dry_run = DAGApi.execute_workflow
 

@@ -11,8 +11,9 @@ from typing import IO
 
 import psutil
 
+from halfstep.workflow.packaged import caller
+
 MARK = "halfstep.run"  # in .snakemake: locked by each run while it lives; holds its host
-UNLOCK = "snakemake --unlock"
 _held: list[IO[str]] = []  # the open mark: the system gives the lock back when this process ends
 
 
@@ -55,7 +56,7 @@ def _remove_locks(locks: Path, before: str) -> str:
     if before != _this_host():
         return (
             f"{locks} has locks of a run that may be alive elsewhere ({before or 'unknown'}); "
-            f"if it is not, call: {UNLOCK}"
+            f"if it is not, call: {caller()} --unlock"
         )
     jobs = _processes_here()
     if jobs:

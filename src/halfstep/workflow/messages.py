@@ -44,11 +44,6 @@ def only_looks(arguments: list[str]) -> bool:
     return any(re.fullmatch(pattern, word) for word in arguments)
 
 
-def resume_command(arguments: list[str]) -> str:
-    """The command line that continues the run with these arguments of snakemake."""
-    return shlex.join(["snakemake", *arguments])
-
-
 def unsent(marker: Path = Path("results/mlflow.synced")) -> list[str]:
     """The warning that `halfstep track` left when MLflow could not be brought up to date."""
     return marker.read_text().splitlines() if marker.exists() else []

@@ -135,8 +135,9 @@ DEFAULT_STEPS = 8
 class WriteOptions(DrawOptions):
     """How `halfstep write` writes the next text."""
 
-    steps: Steps = DEFAULT_STEPS
-    """number of sampling steps; an autoregressive model takes one per token"""
+    steps: Steps | None = None
+    """number of sampling steps (8; as many as a text has tokens for a sampler that takes as many as
+    it needs); an autoregressive model takes one per token"""
 
 
 class GenerateOptions(DrawOptions):

@@ -183,7 +183,8 @@ class Sampling(SampledModels):
     variants: dict[Name, SampledModels] = {}
     """other ways to draw, by names of your choice, each with only the options that differ from
     these: `released-noise: {sampler: ancestral_float32}`. They have a table and a figure, a panel
-    for each; the baseline is drawn again unless only its sampler differs, of which it has none"""
+    for each; the baseline, which has no sampler, is drawn again unless only the sampler and its own
+    options differ"""
 
     @model_validator(mode="before")
     @classmethod

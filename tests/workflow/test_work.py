@@ -76,7 +76,7 @@ def test_samples_of_a_denoiser(pipeline, counted, tmp_path, how, tolerance):
     ("entropy_bounded --entropy-bound 0", 0.9),
     ("remask --eta 0.5", 0.5),
     ("energy --candidates 3", 0.9),
-    ("speculative --draft-tokens 1", 0.3),
+    ("speculative --draft-tokens 1", 0.2),  # a draft reads out a share of a text
 ])  # fmt: skip
 def test_samplers_whose_passes_depend_on_the_text_are_priced_at_their_most(
     pipeline, counted, tmp_path, sampler, least

@@ -44,7 +44,9 @@ def test_names_and_defaults():
     assert defaults.pop("path") is inspect.Parameter.empty
     assert defaults == {"device": "auto", "weights": "ema", "precision": "float32"}
     by_name = [name for name, p in generate.items() if p.kind is p.KEYWORD_ONLY]
-    assert by_name == ["sampler", "temperature", "top_p", "micro_batch"]
+    assert by_name == [
+        *("sampler", "sampler_options", "scorer", "temperature", "top_p", "micro_batch")
+    ]
     assert [p.default for p in generate.values()][1:5] == [None, 1, "", 1]
     assert all(p.kind is not p.VAR_KEYWORD for p in generate.values())
 
@@ -92,6 +94,9 @@ def test_texts_are_those_of_the_command(pipeline, kind, tmp_path):
         {"sampler": "block"},
         {"sampler": "first_hitting"},
         {"sampler": "ancestral_float32"},
+        {"sampler": "threshold"},
+        {"sampler": "entropy_bounded", "sampler_options": {"entropy_bound": 1.0}},
+        {"sampler": "remask", "sampler_options": {"eta": 0.5}},
         {"temperature": 0.5},
     ],
     ids=str,
@@ -119,6 +124,37 @@ def test_every_option_reaches_the_sampler(student, monkeypatch):
     assert [options["draws"] for _, options in calls] == [Draws(7, 0, 0.5), Draws(7, 2, 0.5)]
 
 
+@pytest.mark.parametrize(
+    ("sampler", "steps"), [("threshold", 24), ("remask", 8), ("energy", 8), ("speculative", 24)]
+)
+def test_a_sampler_has_its_options_its_scorer_and_its_steps(
+    student, baseline, monkeypatch, sampler, steps
+):
+    """Without a step count, a sampler of its own pace has as many as a text has tokens."""
+    calls = []
+
+    def spy(*arguments, **options):
+        calls.append((arguments[3], options))
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr("halfstep.commands.writers.sample", spy)
+    asked = {"scorer": baseline} if sampler in ("energy", "speculative") else {}
+    own = {"threshold": {"threshold": 0.5}, "energy": {"candidates": 2}}.get(sampler, {})
+    halfstep.generate(student, sampler=sampler, sampler_options=own, **asked)
+    ((found, options),) = calls
+    assert found == steps and own.items() <= options.items()
+    assert ("scorer" in options) == bool(asked)
+
+
+def test_the_scorer_writes_the_law_of_its_model(student, baseline, pipeline):
+    """A loaded model and the checkpoint folder that the command takes give the same texts."""
+    options = {"num_samples": 3, "prompt": "Tom", "sampler": "speculative"}
+    texts = halfstep.generate(student, scorer=baseline, **options)
+    raw = halfstep.load(pipeline.baseline, "cpu", "raw")
+    assert texts != halfstep.generate(student, scorer=raw, **options)
+    assert texts == halfstep.generate(student, scorer=baseline, **options)
+
+
 def test_the_weights_and_the_nucleus_change_the_texts(pipeline, baseline):
     raw, ema = (halfstep.load(pipeline.baseline, "cpu", name) for name in ("raw", "ema"))
     assert raw.sha256 != ema.sha256 == baseline.sha256
@@ -143,6 +179,27 @@ FAULTS = {  # arguments: sentence
     "nucleus": ({"top_p": 0.9}, "top_p: found 0.9, but only an autoregressive model draws from"),
     "seed": ({"seed": -1}, "^seed: found -1: input should be greater than or equal to 0"),
     "batch": ({"micro_batch": 0}, "micro_batch: found 0: input should be greater than 0"),
+    "option of no sampler": (
+        {"sampler": "threshold", "sampler_options": {"temperature": 2}},
+        "sampler_options: found 'temperature', expected some of by_confidence, .*; leave it out",
+    ),
+    "option of another sampler": (
+        {"sampler_options": {"threshold": 0.8}},
+        "threshold: found 0.8, but sampler ancestral has no such option, which is one of threshold",
+    ),
+    "option out of range": (
+        {"sampler": "threshold", "sampler_options": {"threshold": 2}},
+        "threshold: found 2: input should be less than or equal to 1",
+    ),
+    "no options": ({"sampler_options": [0.8]}, r"sampler_options: found \[0.8\], expected names"),
+    "no scorer": (
+        {"sampler": "energy"},
+        "scorer: found none, but sampler energy asks an autoregressive model",
+    ),
+    "a folder as scorer": (
+        {"sampler": "energy", "scorer": "baseline"},
+        "scorer: found 'baseline', expected an autoregressive model; load it",
+    ),
     "long prompt": ({"prompt": "kite " * 40}, "prompt: .* has 24; shorten the prompt"),
 }
 
@@ -155,9 +212,26 @@ def test_what_a_diffusion_model_cannot_do(student, fault):
     assert "\n" not in str(error.value)
 
 
+def test_a_scorer_fits_its_model_and_its_sampler(student, baseline, pipeline):
+    low = halfstep.load(pipeline.baseline, "cpu", precision="bfloat16")
+    for scorer, sampler, sentence in (
+        (student, "energy", "scorer: found a model, a diffusion model, but sampler energy asks"),
+        (baseline, "threshold", "scorer: found a model, but sampler threshold asks none; leave"),
+        (
+            low,
+            "energy",
+            "scorer: .* on cpu in bfloat16, but the diffusion model is on cpu in float",
+        ),
+    ):
+        with pytest.raises(HalfstepError, match=sentence) as error:
+            halfstep.generate(student, sampler=sampler, scorer=scorer)
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        ({"sampler_options": {}}, "^sampler_options: found {}, but .* has no sampler"),
         ({"steps": 16}, "^steps: found 16, but .* takes one step per token; leave it out"),
         ({"steps": 8}, "^steps: found 8, but .* takes one step per token; leave it out"),
         ({"sampler": "ancestral"}, "^sampler: found .ancestral., but an autoregressive model"),

@@ -10,8 +10,9 @@ Nothing heavy is imported before it is used.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from halfstep.errors import HalfstepError
 
@@ -61,6 +62,8 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
     seed: int = 1,
     *,
     sampler: str | None = None,
+    sampler_options: Mapping[str, Any] | None = None,
+    scorer: Model | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     micro_batch: int = 32,
@@ -76,14 +79,19 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
 
     Args:
         model: a model from `load`
-        steps: sampling steps of a diffusion model (8); an autoregressive model takes one per token
+        steps: sampling steps of a diffusion model (8); a sampler that takes as many as it needs has
+            them as its limit (the tokens of a text); an autoregressive model takes one per token
         num_samples: number of texts
         prompt: text that each text begins with; each <|mask|> in it is one token to fill in, which
             only a diffusion model can, and each <|endoftext|> ends a document; a blank before a
             <|mask|>, or at the end, is part of the token that is written there
         seed: seed of the draws
         sampler: how a diffusion model reveals its tokens: ancestral (by default), analytic,
-            first_hitting, block or ancestral_float32 (`halfstep generate --help` explains them)
+            first_hitting, block, ancestral_float32, threshold, entropy_bounded, remask, energy or
+            speculative (`halfstep generate --help` explains them and their options)
+        sampler_options: options of the sampler by name, such as {"threshold": 0.8}
+        scorer: an autoregressive model from `load`, for the samplers energy and speculative; its
+            tokenizer, device and precision are those of the model
         temperature: divisor of the logits before a draw
         top_p: nucleus of the draws of an autoregressive model
         micro_batch: texts per forward pass; affects only speed and memory
@@ -93,12 +101,20 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
     """
     import pydantic
 
-    from halfstep.commands.writers import draw_texts, encode_prompt, separate_documents, text_writer
-    from halfstep.config import DEFAULT_STEPS, GenerateOptions, Machine
+    from halfstep.checkpoint import Model
+    from halfstep.commands.writers import (
+        default_steps,
+        draw_texts,
+        encode_prompt,
+        separate_documents,
+        text_writer,
+    )
+    from halfstep.config import GenerateOptions, Machine
     from halfstep.resolve import explain
 
     if model.denoiser is None:
-        for name, value in (("steps", steps), ("sampler", sampler)):
+        chosen = {"steps": steps, "sampler": sampler, "sampler_options": sampler_options}
+        for name, value in (chosen | {"scorer": scorer}).items():
             if value is not None:
                 raise HalfstepError(
                     f"{name}: found {value!r}, but an autoregressive model has no sampler and "
@@ -109,10 +125,9 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
             f"top_p: found {top_p!r}, but only an autoregressive model draws from a nucleus; "
             "leave it out"
         )
-    steps = DEFAULT_STEPS if steps is None else steps
-    if not isinstance(steps, int) or steps < 1:
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise HalfstepError(f"steps: found {steps!r}, expected a whole number above zero")
-    chosen = {
+    chosen = _checked_options(sampler_options) | {
         "num_samples": num_samples,
         "sampling_seed": seed,
         "sampler": "ancestral" if sampler is None else sampler,
@@ -125,8 +140,37 @@ def generate(  # noqa: PLR0913  the options of one draw, each by its name
     except pydantic.ValidationError as error:
         faults = [line.removeprefix("sampling_") for line in explain(error, GenerateOptions)]
         raise HalfstepError("; ".join(faults)) from None
-    write = text_writer(model, model.length, steps, options)
+    if not isinstance(scorer, Model | None):
+        raise HalfstepError(
+            f"scorer: found {scorer!r}, expected an autoregressive model; load it with "
+            "halfstep.load"
+        )
+    if scorer is not None and not options.asks_scorer:
+        raise HalfstepError(
+            f"scorer: found a model, but sampler {options.sampler} asks none; leave it out"
+        )
+    steps = default_steps(model, options.sampler) if steps is None else steps
+    write = text_writer(model, model.length, steps, options, scorer=scorer)
     prompts = encode_prompt(model, prompt).expand(num_samples, -1)
     texts = draw_texts(write, prompts, machine.micro_batch)
     assert texts is not None  # only ranks above 0 get None
     return separate_documents(model, texts)
+
+
+def _checked_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a sampler; HalfstepError if no sampler has one of these names."""
+    from halfstep.config import OF_SAMPLERS
+
+    if not isinstance(options, Mapping | None):
+        raise HalfstepError(
+            f"sampler_options: found {options!r}, expected names with values, such as "
+            '{"threshold": 0.8}; change it'
+        )
+    names = [name for name in OF_SAMPLERS if name != "scorer"]  # which has its own argument
+    for name in options or {}:
+        if name not in names:
+            raise HalfstepError(
+                f"sampler_options: found {name!r}, expected some of {', '.join(names)}; leave it "
+                "out"
+            )
+    return dict(options or {})

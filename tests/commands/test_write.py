@@ -72,6 +72,14 @@ def test_flags_are_where_it_begins(write, student):
     ]
 
 
+def test_a_sampler_of_its_own_pace_has_as_many_steps_as_a_text_has_tokens(write, student):
+    """Unless a person names a number, which is then its limit."""
+    text = document(student, "Tom", sampler="threshold", steps=24)
+    found = write("Tom", "/steps", "/steps 3", "Tom", flags=["--sampler", "threshold"])
+    assert found[:3] == [text, "steps: 24", "steps: 3"]
+    assert found[3] == document(student, "Tom", sampler="threshold", steps=3)
+
+
 FAULTS = [
     ("/frobnicate", "/frobnicate: unknown command; /help lists all"),
     ("/", "/: unknown command"),

@@ -204,6 +204,60 @@ def test_a_variant_draws_the_chosen_models_again():
     assert found.sampling(SimpleNamespace(model="stories-ci/baseline/cold")).top_p == 0.9
 
 
+@pytest.mark.parametrize("sampler", ["energy", "speculative"])
+def test_a_variant_whose_sampler_asks_a_scorer_needs_the_baseline(sampler):
+    """By default that of its teacher, which is then an input and a flag; nothing else needs it."""
+    variants = {"asked": {"sampler": sampler}, "noise": NOISE}
+    found = targets(sampling={"variants": variants})
+    for model in found.denoisers:
+        asked, noise, plain = (
+            SimpleNamespace(model=name) for name in (f"{model}/asked", f"{model}/noise", model)
+        )
+        assert found.scorer(asked) == ["results/models/stories-ci/baseline/meta.json"]
+        assert found.sampling(asked).scorer == "results/models/stories-ci/baseline"
+        assert found.scorer(noise) == found.scorer(plain) == []
+        assert found.sampling(plain).scorer is None
+    other = {"asked": {"sampler": sampler, "scorer": "elsewhere/baseline"}}
+    found = targets(sampling={"variants": other})
+    asked = SimpleNamespace(model="stories-ci/teacher/asked")
+    assert found.sampling(asked).scorer == "elsewhere/baseline" and found.scorer(asked) == []
+
+
+def test_a_scorer_that_is_not_there_is_a_fault_of_the_configuration():
+    variants = {"asked": {"sampler": "energy"}}
+    teachers = {"stories-ci": {"baseline": None}}
+    evaluation = {"judge": "gpt2"}
+    words = r"sampling\.variants\.asked\.sampler: found energy, .* baseline: null; give it a"
+    with pytest.raises(ConfigError, match=words) as error:
+        targets(sampling={"variants": variants}, teachers=teachers, evaluation=evaluation)
+    assert len(str(error.value).splitlines()) == 1
+    variants["asked"]["scorer"] = "elsewhere/baseline"
+    targets(sampling={"variants": variants}, teachers=teachers, evaluation=evaluation)
+
+
+def test_a_variant_with_another_sampler_has_none_of_the_options_of_the_first():
+    """One with the same sampler has them, and any other option of the section."""
+    section = {"sampler": "threshold", "threshold": 0.7, "num_samples": 5}
+    variants = {"plain": {"sampler": "remask"}, "sure": {"temperature": 0.9}}
+    found = targets(sampling=section | {"variants": variants}).config.sampling.variants
+    assert (found["plain"].threshold, found["sure"].threshold) == (None, 0.7)
+    assert found["plain"].num_samples == found["sure"].num_samples == 5
+
+
+@pytest.mark.parametrize("variant", [
+    {"sampler": "threshold", "threshold": 0.7},
+    {"sampler": "energy", "candidates": 3},
+    {"sampler": "remask", "remasking": "loop", "by_confidence": True},
+])  # fmt: skip
+def test_the_baseline_is_not_drawn_again_for_a_sampler_and_its_options(variant):
+    found = targets(sampling={"variants": {"other": variant}})
+    assert list(found.varied) == [f"{model}/other" for model in found.denoisers]
+    found = targets(sampling={"variants": {"other": variant | {"sampling_seed": 9}}})
+    assert "stories-ci/baseline/other" in found.varied
+    baseline = found.sampling(SimpleNamespace(model="stories-ci/baseline/other"))
+    assert (baseline.sampler, baseline.scorer, baseline.sampling_seed) == ("ancestral", None, 9)
+
+
 @pytest.mark.parametrize("variants, words", [
     ({"plain": {"num_samples": 8}}, "variants.plain: found no option of the draws that differs"),
     ({"plain": None}, "variants.plain: found no option of the draws that differs"),

@@ -71,6 +71,24 @@ def test_samples_of_a_denoiser(pipeline, counted, tmp_path, how, tolerance):
     assert counted(f"{line} {MACHINE}") == pytest.approx(1, abs=tolerance)
 
 
+@pytest.mark.parametrize("sampler, least", [
+    ("threshold --threshold 1", 0.9),
+    ("entropy_bounded --entropy-bound 0", 0.9),
+    ("remask --eta 0.5", 0.5),
+    ("energy --candidates 3", 0.9),
+    ("speculative --draft-tokens 1", 0.2),  # a draft reads out a share of a text
+])  # fmt: skip
+def test_samplers_whose_passes_depend_on_the_text_are_priced_at_their_most(
+    pipeline, counted, tmp_path, sampler, least
+):
+    """With options that make most of them."""
+    asked = "energy" in sampler or "speculative" in sampler
+    scorer = f"--scorer {pipeline.baseline}" if asked else ""
+    line = f"generate --steps 24 --num-samples 20 --sampler {sampler} {scorer}"
+    found = counted(f"{line} --checkpoint {pipeline.teacher} --output {tmp_path}/x {MACHINE}")
+    assert least < found < 1.1
+
+
 @pytest.mark.parametrize("how", ["generate --steps 24 --num-samples 20", "continue-prompts"])
 def test_samples_of_a_baseline(pipeline, counted, tmp_path, how):
     """The last token of a text is not read, and a prompt's first ones have fewer keys."""

@@ -188,6 +188,8 @@ def sample_columns(facts: dict[str, Any], written: int) -> dict[str, Any]:
     columns["precision"] = facts.get("precision", "float32")  # older samples have none
     if facts.get("kind") == "naive":
         columns |= {"weights": None, "precision": None}
+    if "autoregressive_passes" in facts:  # of a sampler that asks an autoregressive model
+        columns["autoregressive_passes"] = facts["autoregressive_passes"]
     tokens = written / steps if steps else None
     about = {"checkpoint": facts["checkpoint"][:16], "steps": steps, "tokens_per_step": tokens}
     return columns | about

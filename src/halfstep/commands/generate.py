@@ -21,9 +21,11 @@ from halfstep.commands.terminal import (
 )
 from halfstep.commands.writers import (
     Writer,
+    default_steps,
     draw_texts,
     encode_prompt,
     load_scorer,
+    note_costs,
     note_unused_options,
     sampler_name,
     separate_documents,
@@ -107,8 +109,9 @@ def generate(  # noqa: PLR0913  the flags of the command
     group, device = join_group(machine), find_device(machine)
     sets = sample_sets(output, steps or [DEFAULT_STEPS], sampling, temperatures)
     model = load_checkpoint(checkpoint, sampling.weights, str(device), sampling.precision)
-    if steps is None and (model.denoiser is None or SAMPLERS[sampling.sampler].own_pace):
-        sets = sample_sets(output, [model.length], sampling, temperatures)
+    if steps is None:
+        steps = [default_steps(model, sampling.sampler)]
+        sets = sample_sets(output, steps, sampling, temperatures)
     if watch and group.size > 1:
         raise HalfstepError(
             f"--watch: found {group.size} processes, but one of them shows its texts; "
@@ -186,6 +189,8 @@ class _Job:
         texts = draw_texts(write, self.prompts, self.micro_batch, label, self.group, show)
         if texts is not None and printed < len(self.prompts):
             show(Samples(texts.ids[printed:], texts.network_evaluations[printed:]))
+        if texts is not None:
+            self._note_costs(texts, one)
 
     def watch_set(self, one: SampleSet) -> None:
         """Show how each text of a set is revealed; without a terminal the text itself follows."""
@@ -202,6 +207,13 @@ class _Job:
             texts = view(prompt, i)
             if console is None:
                 print(*separate_documents(model, texts), flush=True)
+            self._note_costs(texts, one)
+
+    def _note_costs(self, texts: Samples, one: SampleSet) -> None:
+        """Print what the texts took, on standard error."""
+        if self.model.denoiser is not None:
+            given = int((self.prompts[:1] != self.model.mask_id).sum())
+            note_costs(texts, self.model.length - given, one.options)
 
     def _title(self, one: SampleSet, number: int) -> str:
         """The number of a text, if there are several, and how it is drawn, if several sets are."""

@@ -32,6 +32,7 @@ class SamplesFacts(BaseModel):
     sha256: str
     sampler: str
     network_evaluations: Annotated[float, Field(ge=0)]
+    autoregressive_passes: Annotated[float, Field(ge=0)] | None = None
     num_samples: Annotated[int, Field(ge=0)]
     seed: int
     weights: str

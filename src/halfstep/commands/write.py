@@ -19,6 +19,7 @@ from halfstep.commands.terminal import DenoisingView, document_end, terminal
 from halfstep.commands.writers import (
     MASK,
     Writer,
+    default_steps,
     encode_prompt,
     note_unused_options,
     separate_documents,
@@ -57,10 +58,10 @@ def write(
         model: checkpoint folder
     """
     loaded = load_checkpoint(model, drawing.weights, str(find_device(machine)), drawing.precision)
-    steps = drawing.steps if loaded.denoiser else loaded.length
-    note_unused_options(loaded, loaded.length, steps, drawing)
     console = terminal() if sys.stdin.isatty() else None
     loop = _Loop(loaded, drawing, console)
+    steps = loop.steps if loaded.denoiser else loaded.length
+    note_unused_options(loaded, loaded.length, steps, drawing)
     loop.writer()  # a sampler may refuse the step count
     if console:
         print(HELP)
@@ -144,17 +145,21 @@ class _Loop:
             except HalfstepError:
                 self.options = before
                 raise
-        return f"{name}: {getattr(self.options, key)}"
+        return f"{name}: {self.steps if name == 'steps' else getattr(self.options, key)}"
+
+    @property
+    def steps(self) -> int:
+        """The number of sampling steps of now."""
+        return self.options.steps or default_steps(self.model, self.options.sampler)
 
     def writer(self, show: Show | None = None) -> Writer:
         """A function that writes texts with the options of now."""
-        steps = self.options.steps
-        return text_writer(self.model, self.model.length, steps, self.options, show=show)
+        return text_writer(self.model, self.model.length, self.steps, self.options, show=show)
 
     def _write(self) -> str:
         """Write the text. On a terminal the view shows that of a diffusion model, step by step."""
         assert self.prompt is not None
-        model, prompt, steps = self.model, self.prompt[None], self.options.steps
+        model, prompt, steps = self.model, self.prompt[None], self.steps
         if self.console and model.denoiser:
             by_time = SAMPLERS[self.options.sampler].by_time
             view = DenoisingView(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from halfstep.checkpoint import Model, load_checkpoint
-from halfstep.config import MOST_STEPS, DrawOptions
+from halfstep.config import DEFAULT_STEPS, MOST_STEPS, DrawOptions
 from halfstep.data.tokenizer import EOS, encode_texts
 from halfstep.diffusion.contracts import Denoiser, Draws, Samples
 from halfstep.diffusion.samplers import SAMPLERS, sample
@@ -72,13 +72,14 @@ def text_writer(
     options: DrawOptions,
     end: int | None = None,
     show: Show | None = None,
+    scorer: Model | None = None,
 ) -> Writer:
     """A function that writes one batch of texts of `length` tokens.
 
     A denoiser can be given a token `end` to the right of each text, which the result leaves out,
     and a function `show`, which is called with the texts and their times before each pass.
-    The options name a scorer where the sampler asks one. Raises HalfstepError if there are more
-    steps than the sampler can use, or no such scorer.
+    Where the sampler asks a scorer, it is given, or the options name its checkpoint. Raises
+    HalfstepError if there are more steps than the sampler can use, or no such scorer.
     """
     if not 1 <= steps <= MOST_STEPS:
         raise HalfstepError(f"steps: found {steps}, expected 1 to {MOST_STEPS}; change it")
@@ -87,8 +88,15 @@ def text_writer(
     SAMPLERS[options.sampler].check_steps(options.sampler, steps, length)
     own = sampler_options(options)
     if options.asks_scorer:
-        own["scorer"] = autoregressor(cast(GPT | CausalLM, load_scorer(model, options).network))
+        scorer = load_scorer(model, options, scorer)
+        own["scorer"] = autoregressor(cast(GPT | CausalLM, scorer.network))
     return _DiffusionWriter(model, model.denoiser, length, steps, options, own, end, show)
+
+
+def default_steps(model: Model, sampler: str) -> int:
+    """The steps of a call that names none: a text's tokens for who takes as many as are needed."""
+    own_pace = sampler in SAMPLERS and SAMPLERS[sampler].own_pace
+    return model.length if model.denoiser is None or own_pace else DEFAULT_STEPS
 
 
 def sampler_options(options: DrawOptions) -> dict[str, Any]:
@@ -107,28 +115,35 @@ def sampler_name(options: DrawOptions) -> str:
     return f"{options.sampler}({own})" if own else options.sampler
 
 
-def load_scorer(model: Model, options: DrawOptions) -> Model:
-    """The autoregressive checkpoint that the sampler asks; HalfstepError if there is none.
+def load_scorer(model: Model, options: DrawOptions, given: Model | None = None) -> Model:
+    """The autoregressive model that the sampler asks: a given one, or the options' checkpoint.
 
-    It computes in the precision of the model, and on its device.
+    It computes in the precision of the model, and on its device. HalfstepError if there is none, or
+    if it does not fit.
     """
-    sampler = options.sampler
-    if options.scorer is None:
+    sampler, name = options.sampler, options.scorer or "a model"
+    if given is None and options.scorer is None:
         raise HalfstepError(
             f"scorer: found none, but sampler {sampler} asks an autoregressive model; "
             "name its checkpoint folder"
         )
-    scorer = _checkpoint_of_scorer(options.scorer, str(model.device), model.precision)
+    here = str(model.device), model.precision
+    scorer = given or _checkpoint_of_scorer(name, *here)
     if scorer.denoiser is not None:
         raise HalfstepError(
-            f"scorer: found {options.scorer}, a diffusion model, but sampler {sampler} asks an "
+            f"scorer: found {name}, a diffusion model, but sampler {sampler} asks an "
             "autoregressive one; `halfstep import-baseline` makes one of a model of transformers"
         )
     if scorer.tokenizer.get_vocab() != model.tokenizer.get_vocab():
         raise HalfstepError(
-            f"scorer: found {options.scorer} with a vocabulary of {scorer.vocab_size:,} tokens, "
+            f"scorer: found {name} with a vocabulary of {scorer.vocab_size:,} tokens, "
             f"but the diffusion model has another one, of {model.vocab_size:,}; choose a scorer "
             "with the same tokenizer"
+        )
+    if (str(scorer.device), scorer.precision) != here:
+        raise HalfstepError(
+            f"scorer: found {name} on {scorer.device} in {scorer.precision}, but the diffusion "
+            f"model is on {' in '.join(here)}; load both alike"
         )
     return scorer
 
@@ -205,6 +220,24 @@ class _AutoregressiveWriter:
             ids = self.decoder.write(start, u)
         evaluations = self.length - start.shape[-1]  # the first token takes no pass
         return Samples(ids.cpu(), torch.full((count,), evaluations))
+
+
+def note_costs(texts: Samples, tokens: int, options: DrawOptions) -> None:
+    """Tell the user the passes of a text, if they do not follow from the step count.
+
+    `tokens` are those that the model has written of each text.
+    """
+    asked = texts.autoregressive_passes
+    if asked is None and not SAMPLERS[options.sampler].own_pace:
+        return
+    evaluations = float(texts.network_evaluations.double().mean())
+    text = f"{round(evaluations, 1):,g} network evaluations a text"
+    if evaluations:
+        text += f" ({round(tokens / evaluations, 1):,g} tokens each)"
+    if asked is not None:
+        passes = round(float(asked.double().mean()), 1)
+        text += f", {passes:,g} passes of the autoregressive model"
+    print(text, file=sys.stderr)
 
 
 def note_unused_options(model: Model, length: int, steps: int, options: DrawOptions) -> None:

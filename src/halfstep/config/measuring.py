@@ -135,8 +135,9 @@ DEFAULT_STEPS = 8
 class WriteOptions(DrawOptions):
     """How `halfstep write` writes the next text."""
 
-    steps: Steps = DEFAULT_STEPS
-    """number of sampling steps; an autoregressive model takes one per token"""
+    steps: Steps | None = None
+    """number of sampling steps (8; as many as a text has tokens for a sampler that takes as many as
+    it needs); an autoregressive model takes one per token"""
 
 
 class GenerateOptions(DrawOptions):
@@ -182,7 +183,8 @@ class Sampling(SampledModels):
     variants: dict[Name, SampledModels] = {}
     """other ways to draw, by names of your choice, each with only the options that differ from
     these: `released-noise: {sampler: ancestral_float32}`. They have a table and a figure, a panel
-    for each; the baseline is drawn again unless only its sampler differs, of which it has none"""
+    for each; the baseline, which has no sampler, is drawn again unless only the sampler and its own
+    options differ"""
 
     @model_validator(mode="before")
     @classmethod

@@ -125,6 +125,7 @@ class TableRow(MetricRow):
     low: Real = None
     high: Real = None
     network_evaluations: Real = None
+    autoregressive_passes: Real = None
     top_p: Real = None
     tokens_per_forward: Real = None
     energy_j: Real = None

@@ -220,6 +220,16 @@ FIGURES: dict[str, Figure] = {
         needs=("variants",),
         draw="halfstep.report.figures:ppl_by_variant",
     ),
+    "decoders": Figure(
+        title="generative perplexity against network evaluations per text, for several ways to "
+        "draw",
+        caption="Generative perplexity against passes of the network per text: a line for each way "
+        "to draw, in a panel for the teacher and for each last round. Passes of an autoregressive "
+        "model that a sampler asks are not counted: they are in the table ``variants``. H is the "
+        "entropy, where it differs by more than 2% from that of the default draws.",
+        needs=("variants",),
+        draw="halfstep.report.speed_figures:decoders",
+    ),
     "frontier": Figure(
         title="generative perplexity against entropy over temperatures",
         caption="The generative frontier: perplexity against entropy, a curve over temperatures "

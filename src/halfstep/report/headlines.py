@@ -9,6 +9,7 @@ from __future__ import annotations
 import pandas
 from pandas import DataFrame, Series
 
+from halfstep.report.decoders import APART
 from halfstep.report.grids import round_number
 from halfstep.report.labels import in_words
 from halfstep.report.rows import DEFAULT, sampled_rows
@@ -91,6 +92,46 @@ def title_of_variants(table: DataFrame) -> str:
     word = compare_intervals(row, before, "", "")
     entropies = _entropies(table, row)
     return f"{text}{entropies}" + (f": {UNCLEAR}" if word else "")
+
+
+def title_of_decoders(rows: DataFrame) -> str:
+    """The fewest network evaluations with which a way to draw is as good as the default's best.
+
+    A way to draw is not as good if its entropy is more than 2% below. The default draws count with
+    the fewest evaluations with which they are as good as at their best. `rows` have costs
+    (decoders.py).
+    """
+    mine = first_protocol(_one_teacher(rows))
+    last = _last_round(mine)
+    last = last if len(last) else mine
+    usual = last[last["variant"] == DEFAULT]
+    if usual.empty:
+        return _from_first_to_last(mine, "generative perplexity")
+    best = usual.loc[usual["value"].idxmin()]
+    words = last.apply(compare_intervals, axis=1, args=(best, "lower", "higher"))
+    is_varied = last["entropy"].isna() | (last["entropy"] >= (1 - APART) * best["entropy"])
+    good = last[(words != "higher") & is_varied].sort_values("network_evaluations", kind="stable")
+    row, other = good.iloc[0], good[good["variant"] == DEFAULT].iloc[0]
+    name = _who(row, rows, False)
+    if row["variant"] == DEFAULT:
+        return (
+            f"No other way to draw lets {name} write as well with fewer network evaluations than "
+            f"by default: perplexity {with_interval(row)} with {_cost(row)} a text"
+        )
+    verdict = compare_intervals(row, other, "lower", "higher")
+    return (
+        f"Drawn as {in_words(row['variant'])}, {name} has perplexity {with_interval(row)} with "
+        f"{_cost(row)} a text, by default {with_interval(other)} with {_cost(other)}"
+        + ("" if verdict in ("lower", "higher") else f": {UNCLEAR}")
+    )
+
+
+def _cost(row: Series) -> str:
+    """The passes of a text, those of an autoregressive model too, if the sampler asks one."""
+    text = f"{round_number(row['network_evaluations'])} network evaluations"
+    if pandas.isna(row["autoregressive_passes"]):
+        return text
+    return f"{text} and {round_number(row['autoregressive_passes'])} autoregressive passes"
 
 
 def _entropies(table: DataFrame, row: Series) -> str:

@@ -14,6 +14,7 @@ from pandas import DataFrame
 from halfstep.config import NAIVE
 from halfstep.report.catalogue import TABLES
 from halfstep.report.conditions import describe_conditions, join_values
+from halfstep.report.decoders import cost_grid, with_costs
 from halfstep.report.frontier import (
     explain_readings,
     label_with_steps,
@@ -59,7 +60,7 @@ def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) ->
 
 
 def variants_markdown(table: DataFrame) -> str:
-    """One grid for each teacher, metric and way to draw: models down, step counts across."""
+    """One grid for each teacher, metric and way to draw, and for each model one of their costs."""
     titles = TABLES["variants"].metrics
     parts = []
     for teacher, mine in pool_trainings(table).groupby("teacher", sort=False):
@@ -71,6 +72,10 @@ def variants_markdown(table: DataFrame) -> str:
                     parts.append(f"### {variant}: {about}, ± 95% interval")
                     parts.append(make_grid(sampled_rows(group), "steps", "sampling steps"))
                     parts += [*_levels(group), *_conditions(group)]
+        for _, protocol, judge, group in _by_metric(mine, ("generative_perplexity",)):
+            for model, drawn in with_costs(group, mine).groupby("model", sort=False):
+                parts.append(f"### Costs of {model} (protocol {protocol}){judge}, ± 95% interval")
+                parts.append(cost_grid(drawn))
     return "\n\n".join(parts) + "\n"
 
 

@@ -17,6 +17,8 @@ RUNS = (  # color and dashes of runs that are not drawn by rounds
     ("#4f9d69", (0, (1, 1))),
     ("#8d5a97", (0, (4, 1, 1, 1))),
     ("#a8842c", (0, (7, 2, 1, 2))),
+    ("#2f8f9d", (0, (2, 2))),
+    ("#c2618c", (0, (6, 1, 2, 1))),
 )
 LEVELS = {"baseline": ("#555", (0, (5, 2))), "data": ("#555", (0, (1, 1.5)))}
 PUBLISHED = {
@@ -212,7 +214,7 @@ def _draw_line(axes: Axes, name: str, group: DataFrame, look: dict, is_strong: b
     axes.plot(x, y, label=name, gid=name, zorder=3 if is_strong else 2.5, **look)
     if is_strong and has_band(group):
         low, high = group["low"].to_numpy(float), group["high"].to_numpy(float)
-        if group["kind"].iloc[0] in ("point", "curve"):
+        if group["kind"].iloc[0] in ("point", "curve") or len(group) == 1:
             axes.vlines(x, low, high, color=look["color"], linewidth=1)
         else:
             axes.fill_between(x, low, high, color=look["color"], alpha=0.16, linewidth=0, zorder=1)

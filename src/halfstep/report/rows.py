@@ -16,19 +16,19 @@ from halfstep.records.shapes import metric_rows
 COLUMNS = (
     "teacher", "run", "round", "training_seed", "model", "variant", "metric", "task", "measure",
     "protocol", "version", "steps", "student_steps",
-    "tokens_per_step", "network_evaluations", "value", "low", "high", "median_text", "judge",
-    "judge_dtype", "data", "sampler", "num_samples", "seed", "weights", "draw_dtype", "precision",
-    "temperature", "top_p", "length", "batch_size", "bounds", "cache", "tokens_per_s",
-    "tokens_per_forward", "energy_j", "device", "dtype", "params", "at_entropy", "reached",
-    "checkpoint", "commit", "source",
+    "tokens_per_step", "network_evaluations", "autoregressive_passes", "value", "low", "high",
+    "median_text", "judge", "judge_dtype", "data", "sampler", "num_samples", "seed", "weights",
+    "draw_dtype", "precision", "temperature", "top_p", "length", "batch_size", "bounds", "cache",
+    "tokens_per_s", "tokens_per_forward", "energy_j", "device", "dtype", "params", "at_entropy",
+    "reached", "checkpoint", "commit", "source",
 )  # fmt: skip
 INTEGERS = (
     "round", "training_seed", "version", "steps", "student_steps", "median_text", "num_samples",
     "seed", "length", "batch_size", "params",
 )  # fmt: skip
 FLOATS = {
-    "value", "low", "high", "tokens_per_step", "network_evaluations", "temperature",
-    "tokens_per_s", "at_entropy",
+    "value", "low", "high", "tokens_per_step", "network_evaluations",
+    "autoregressive_passes", "temperature", "tokens_per_s", "at_entropy",
 }  # fmt: skip
 # within a teacher and run
 ORDER = (

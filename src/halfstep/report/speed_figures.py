@@ -1,4 +1,4 @@
-"""The figures of speed; otherwise as those of figures.py."""
+"""The figures of speed and of costs; otherwise as those of figures.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pandas import DataFrame, Series
 from halfstep.errors import HalfstepError
 from halfstep.report import style
 from halfstep.report.conditions import explain_conditions, join_values
+from halfstep.report.decoders import decoder_points, with_costs
 from halfstep.report.figures import Drawn, Tables
 from halfstep.report.grids import round_number
+from halfstep.report.headlines import title_of_decoders
 from halfstep.report.labels import in_words
 from halfstep.report.points import (
     add_published,
@@ -21,7 +23,7 @@ from halfstep.report.points import (
     panel_title,
     with_conditions,
 )
-from halfstep.report.rows import baseline_name, sampled_rows
+from halfstep.report.rows import DEFAULT, LEVELS, baseline_name, sampled_rows
 from halfstep.report.sentences import with_interval
 
 
@@ -64,6 +66,45 @@ def ppl_vs_latency(tables: Tables) -> Drawn:
         share_y=False,
     )
     return figure, with_conditions(points, pandas.concat([quality, tables["speed"]]))
+
+
+def decoders(tables: Tables) -> Drawn:
+    """Generative perplexity against network evaluations per text: a line for each way to draw.
+
+    A panel for the teacher and for the last round of each run. The baseline and held-out text are
+    levels.
+    """
+    table = tables["variants"]
+    perplexity = one_metric(table, "generative_perplexity")
+    rows = with_costs(perplexity, table)
+    if rows.empty:
+        raise HalfstepError(
+            "decoders: no row of the table variants has network evaluations; draw the samples again"
+        )
+    levels = perplexity[perplexity["run"].isin(LEVELS) & (perplexity["variant"] == DEFAULT)]
+    points = decoder_points(rows, levels)
+    entropies = (
+        "H: the entropy in nats, where it is more than 2% from that of the default draws with the "
+        "most similar number of network evaluations. "
+    )
+    asking = list(dict.fromkeys(rows.loc[rows["autoregressive_passes"].notna(), "variant"]))
+    asked = (
+        "Not counted: the passes of the autoregressive model that a sampler asks "
+        f"({join_values(map(in_words, asking))}); the table has them. "
+    )
+    figure = style.draw_panels(
+        points,
+        title=title_of_decoders(rows),
+        note=f"{entropies if points['text'].notna().any() else ''}{asked if asking else ''}"
+        f"{explain_conditions(perplexity)}",
+        xlabel="network evaluations per text",
+        ylabel="generative perplexity",
+        better="lower",
+        x_scale="log",
+        log_y=True,
+        columns=2,
+    )
+    return figure, with_conditions(points, perplexity)
 
 
 def _title_of_trade(points: DataFrame) -> str:

@@ -11,6 +11,7 @@ from halfstep.report.conditions import MEASURE, join_values
 CELL = ("teacher", "run", "round", *MEASURE)  # what the trainings of a model have in common
 MEANS = (
     "network_evaluations",
+    "autoregressive_passes",
     "vs_data_percent",
     "entropy",
 )  # other columns of which the mean is shown

@@ -108,7 +108,8 @@ class Targets:
             f"{model}/{name}": (model, name)
             for name, variant in config.sampling.variants.items()
             for model in self._of_rounds(variant.rounds)
-            if not model.endswith("/baseline") or config.sampling.changed_by(variant) != {"sampler"}
+            if not model.endswith("/baseline")
+            or config.sampling.changed_by(variant) - {"sampler", *OF_SAMPLERS}
         }
         """model and variant of `sampling` by their name in paths: {model}/{variant}"""
         self.timings = {

@@ -143,6 +143,7 @@ def test_cheaper_presets_are_those_that_exist(tmp_path):
 @pytest.mark.parametrize("arguments", [[], ["--config", "preset=ci"]])
 def test_a_plan_is_for_this_machine_unless_slurm_answers(monkeypatch, capsys, tmp_path, arguments):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("preset: laptop\n")
     calls = []
 
     def plan_graph(call):

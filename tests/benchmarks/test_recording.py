@@ -7,6 +7,7 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
+import pytest
 from dryrun import REPOSITORY
 
 SCRIPT = REPOSITORY / "benchmarks/recording.py"
@@ -120,3 +121,10 @@ def test_a_text_is_seen_after_each_of_its_steps(pipeline, tmp_path):
             masked.append(text.count("░░░"))
     assert masked == sorted(masked, reverse=True) and masked[-1] == 0
     assert 6 <= len(masked) <= 9, masked
+
+
+@pytest.mark.parametrize("name", ["denoising"])
+def test_a_kept_picture_is_whole(name):
+    picture = Picture(REPOSITORY / f"docs/results/{name}.svg")
+    assert picture.at(1) == picture.without_animation()
+    assert len({tuple(picture.at(step / 100)) for step in range(101)}) > 8

@@ -16,6 +16,7 @@ from pathlib import Path
 from PIL import Image, ImageChops
 
 WIDE, NARROW = 1280, 390  # pixels: a laptop, a phone
+MLFLOW = (1900, 1000)  # with room for its assistant, which is open at first
 NAMES = ("chromium", "google-chrome", "chrome")
 FRAME = '<style>* {{margin: 0; border: 0}}</style><iframe src="{}" width={} height={}></iframe>'
 
@@ -60,8 +61,9 @@ def screens(results: Path, target: Path) -> None:
                 if line.startswith("Ctrl-C"):
                     break
             curves = shown.get("loss") or sys.exit(f"screens.py: halfstep ui printed {shown}")
-            take(curves.partition("?")[0], target / "mlflow-runs.png", 1300, 760)
-            take(curves, target / "mlflow-compare.png", 1300, 760)
+            all_runs = curves.partition("?")[0] + "?workflowType=machine_learning"
+            take(all_runs, target / "mlflow-runs.png", *MLFLOW)
+            take(curves, target / "mlflow-compare.png", *MLFLOW)
         finally:
             pages.terminate()
 

@@ -16,7 +16,6 @@ from dryrun import copy, counts
 from halfstep.commands import COMMANDS
 from halfstep.metrics.protocols import PROTOCOLS
 from halfstep.report.catalogue import FIGURES, TABLES
-from halfstep.report.paper import ITEMS
 from halfstep.resolve import schema
 
 ROOT = Path(__file__).parents[2]
@@ -133,17 +132,6 @@ def test_every_figure_is_made_by_the_command_under_it(site, tmp_path):
     for options, names in targets.items():
         jobs = counts(tree.plan(*options, *names))
         assert jobs.get("plot", 0) + jobs.get("paper_figure", 0) == len(names)
-
-
-def test_every_figure_of_a_network_of_one_size_has_a_picture():
-    """Drawn from the tables of a run. No machine of ours can train the sizes of the others."""
-    several = {item.shows for item in ITEMS.values() if len(item.sizes) > 2}
-    pictures = {file.stem for file in (ROOT / "docs/results/gallery").glob("*.svg")}
-    assert pictures == FIGURES.keys() - several
-    for name in pictures:
-        drawing = (ROOT / f"docs/results/gallery/{name}.svg").read_text()
-        assert "prefers-color-scheme: dark" in drawing
-        assert ('id="title"' in drawing) or FIGURES[name].only_in_paper
 
 
 def test_no_generated_page_is_in_the_repository(site):

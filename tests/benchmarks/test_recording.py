@@ -123,7 +123,7 @@ def test_a_text_is_seen_after_each_of_its_steps(pipeline, tmp_path):
     assert 6 <= len(masked) <= 9, masked
 
 
-@pytest.mark.parametrize("name", ["denoising"])
+@pytest.mark.parametrize("name", ["demo", "denoising"])
 def test_a_kept_picture_is_whole(name):
     picture = Picture(REPOSITORY / f"docs/results/{name}.svg")
     assert picture.at(1) == picture.without_animation()

@@ -18,6 +18,7 @@ from halfstep.cli import load_command, parse_arguments
 from halfstep.commands import COMMANDS
 from halfstep.metrics.protocols import PROTOCOLS
 from halfstep.report.catalogue import FIGURES, JOURNALS, TABLES
+from halfstep.report.paper import ITEMS
 from halfstep.resolve import schema
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,16 @@ PAGES_OF_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 LARGE = 1_000_000_000  # a bound that no reader wants to know
 COLUMNS = 80  # of the help of a command
 NOTEBOOK = "notebooks/denoising.ipynb"
+LOSSES = "--config preset=laptop-losses -- "
+MORE = {  # figures that `make demo` does not make, and the options that do
+    "ppl_by_variant": "--configfile docs/results/released-noise.yaml -- ",
+    "mauve_vs_steps": LOSSES,
+    "mauve_by_round": LOSSES,
+    "continuation_ppl_vs_steps": LOSSES,
+    "quality_vs_self_bleu": LOSSES,
+    "ppl_by_size": "--config preset=sdtt-scaling -- ",
+    "lambada_by_size": "--config preset=sdtt-scaling -- ",
+}
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -230,9 +241,12 @@ def about_figure(name: str, figure: Any) -> list[str]:
     """Caption, needs and command of a figure."""
     needs = " and ".join("the journals" if n == JOURNALS else f"`{n}`" for n in figure.needs)
     lines = [cell(figure.caption), "", f"Drawn from {needs}."]
+    target = f"figures/{name}"
     if figure.only_in_paper:
-        return [*lines, "Only a figure of the paper shows it: see [the list](../paper.md).", ""]
-    return [*lines, "", "```sh", f"snakemake results/figures/{name}.svg", "```", ""]
+        lines.append("Only [figures of the paper](../paper.md) show it; this is one of them.")
+        target = "paper/" + next(name_ for name_, item in ITEMS.items() if item.shows == name)
+    command = f"snakemake {MORE.get(name, '')}results/{target}.svg"
+    return [*lines, "", "```sh", command, "```", ""]
 
 
 def presets_page() -> str:
@@ -257,18 +271,14 @@ def presets_page() -> str:
 
 
 def gallery(page: str) -> str:
-    """The gallery with every figure that a graph can make, and the command that makes it."""
-    folder, lines = ROOT / "docs" / "results", []
+    """The gallery with every figure of the catalogue, and the command that makes it."""
+    lines = []
     for name, figure in FIGURES.items():
-        if figure.only_in_paper:
-            continue
         lines += [f"## {name}", ""]
-        for place in ("gallery/", ""):
-            if (folder / place / f"{name}.svg").exists():
-                lines += [f"![{cell(figure.title)}]({place}{name}.svg)", ""]
-                break
+        if (ROOT / f"docs/results/gallery/{name}.svg").exists():
+            lines += [f"![{cell(figure.title)}](gallery/{name}.svg)", ""]
         else:
-            lines += ["There is no picture of it here yet.", ""]
+            lines += ["It needs models of several sizes, and was never run.", ""]
         lines += about_figure(name, figure)
     return page + "\n".join(lines)
 

@@ -284,7 +284,7 @@ def test_levels_do_not_stretch_the_axis_and_those_outside_have_an_arrow(results)
     low, high = figure.axes[-1].get_ylim()
     assert low > 0.8 * lines["low"].min() and high < 1.2 * lines["high"].max()
     named = {text.get_text() for axes in figure.axes for text in axes.texts}
-    assert {"held-out text 7.2 ↓", "random tokens 180 ↑"} <= named
+    assert {"held-out text 7.20 ↓", "random tokens 180 ↑"} <= named
     drawn = {line.get_gid(): line.get_visible() for line in lines_of(figure)}
     assert not drawn["data"] and not drawn["unigram"]
 

@@ -25,7 +25,7 @@ def value_cell(row: Any) -> str:
         text += f" [texts ±{half:.{_decimals(text)}f}]"
     difference = getattr(row, "vs_data_percent", None)
     if row.metric == "entropy" and row.run != "data" and not pandas.isna(difference):
-        return f"{text} ({difference:+.1f}%)"
+        return f"{text} ({round(difference, 1) + 0.0:+.1f}%)"  # no -0.0
     return text
 
 
@@ -97,7 +97,7 @@ def _interval(row: Any, unit: float = 1) -> str:
     if pandas.isna(row.low) or pandas.isna(row.high):
         return text
     half = unit * max(row.high - row.value, row.value - row.low)
-    return f"{text} ±{half:.{_decimals(text)}f}"
+    return f"{text} ±{half:,.{_decimals(text)}f}"
 
 
 def _decimals(text: str) -> int:

@@ -199,12 +199,12 @@ def title_of_best(rows: DataFrame, what: str) -> str:
         return _from_first_to_last(rows, what)
     row = last.loc[last["value"].idxmax()]
     other = teacher.loc[row["steps"]]
-    word = compare_intervals(row, other, "lower", "higher")
-    verdict = "" if word in ("lower", "higher") else f", {UNCLEAR}"
-    return (
-        f"{_who(row, rows)} is best with {_number(row['steps'])} steps: {what} "
-        f"{with_interval(row)}, its teacher's {with_interval(other)}{verdict}"
-    )
+    text = f"{_who(row, rows)} is best with {_number(row['steps'])} steps: {what}"
+    mine, theirs = with_interval(row), f"its teacher's {with_interval(other)}"
+    word = compare_intervals(row, other, "below", "above")
+    if word in ("below", "above"):
+        return f"{text} {mine}, {word} {theirs}"
+    return f"{text} {mine}, {theirs}, {UNCLEAR}"
 
 
 def title_of_last_words(table: DataFrame) -> str:

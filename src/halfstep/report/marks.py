@@ -8,6 +8,7 @@ from matplotlib.patches import Rectangle
 from pandas import DataFrame
 
 from halfstep.config import NAIVE
+from halfstep.report.grids import round_number
 from halfstep.report.labels import PLATE, Label, in_words, label_lines
 
 MARKERS = "ov^D<>X"
@@ -136,7 +137,8 @@ def draw_series(
                 x, y = group.loc[end, ["x", "y"]]
                 text = in_words(base)
                 if first["kind"] == "curve" and name in LEVELS:
-                    y, text = _pin(axes, y, f"{text} {y:.3g}" if len(group) == 1 else text)
+                    value = f" {round_number(y)}" if len(group) == 1 else ""
+                    y, text = _pin(axes, y, text + value)
                 at_lines.append(Label(x, y, text, look["color"]))
     shift = STRIP if (mine["kind"] == "level").any() else 0
     if labels == "left":
@@ -181,7 +183,7 @@ def _draw_level(axes: Axes, name: str, y: float) -> Label:
     """A short line in the strip at the right, and a hairline across the panel."""
     color, dashes = LEVELS.get(name, ("#777", "-"))
     left, wide = _strip(axes)
-    at, text = _pin(axes, y, f"{in_words(name)} {y:.3g}")
+    at, text = _pin(axes, y, f"{in_words(name)} {round_number(y)}")
     is_inside = at == y
     axes.plot(
         [1 + left, 1 + left + wide], [y, y], transform=axes.get_yaxis_transform(), color=color,

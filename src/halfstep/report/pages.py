@@ -33,7 +33,7 @@ STYLE = """
     --mark: #84b6f4 }
 }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 3rem;
+body { margin: 0 auto; max-width: 80rem; padding: 1.5rem clamp(1rem, 4vw, 2.5rem) 3rem;
   background: var(--back); color: var(--text); font: 16px/1.55 system-ui, sans-serif;
   overflow-wrap: anywhere }
 h1 { font-size: clamp(1.3rem, 3vw, 1.75rem); line-height: 1.35; margin: .3rem 0 1rem;
@@ -41,7 +41,7 @@ h1 { font-size: clamp(1.3rem, 3vw, 1.75rem); line-height: 1.35; margin: .3rem 0 
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .8rem; padding-top: 1rem;
   border-top: 1px solid var(--line) }
 h3, h4 { font-size: 1rem; margin: 1.4rem 0 .5rem }
-p, ul { margin: .5rem 0 }
+p, ul { margin: .5rem 0; max-width: 68rem }
 li { margin: .2rem 0 }
 a, summary { color: var(--mark) }
 summary { cursor: pointer; margin: .6rem 0 }

@@ -6,6 +6,8 @@ from halfstep.errors import HalfstepError
 from halfstep.report import style
 from halfstep.report.conditions import explain_conditions
 from halfstep.report.figures import MAUVE, Drawn, Tables
+from halfstep.report.headlines import title_of_best, title_of_perplexity
+from halfstep.report.labels import in_words
 from halfstep.report.points import (
     join_points,
     make_level,
@@ -37,6 +39,7 @@ def mauve_by_round(tables: Tables) -> Drawn:
     points = join_points(parts)
     figure = style.draw_over_steps(
         points,
+        title=title_of_best(rows, "MAUVE"),
         note=f"{MAUVE} {explain_conditions(rows)}",
         ylabel="MAUVE",
         better="higher",
@@ -50,6 +53,7 @@ def continuation_ppl_vs_steps(tables: Tables) -> Drawn:
     points = points_by_run(rows, "steps")
     figure = style.draw_over_steps(
         points,
+        title=title_of_perplexity(rows),
         note="Generative perplexity of continuations, prompts not counted, mean over texts. "
         f"{explain_conditions(rows)}",
         ylabel="perplexity of continuations",
@@ -79,7 +83,8 @@ def quality_vs_self_bleu(tables: Tables) -> Drawn:
         parts.append(make_points(mine, run, series, mine["self_bleu"], kind="curve"))
         baseline = rows[rows["run"] == "baseline"]
         place = baseline["self_bleu"]
-        parts.append(make_points(baseline, run, "baseline", place, kind="point"))
+        named = dict(kind="point", text=in_words("baseline"))
+        parts.append(make_points(baseline, run, "baseline", place, **named))
     points = join_points(parts)
     figure = style.draw_panels(
         points,

@@ -18,8 +18,7 @@ from small import MACHINE, TRAINING, call, done
 
 import halfstep
 from halfstep.files import sha256
-from halfstep.kernels.categorical import inverse_cdf, uniforms
-from halfstep.kernels.categorical import nucleus
+from halfstep.kernels.categorical import inverse_cdf, nucleus, uniforms
 from halfstep.records import provenance
 from halfstep.records.journal import read_journal
 

@@ -22,6 +22,7 @@ from halfstep.errors import HalfstepError
 from halfstep.files import read_json, sha256, write_json
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.metrics.perplexity import ids_nll, load_judge, retokenized_nll
+from halfstep.report.rows import read_rows
 
 MACHINE = Machine(device="cpu", threads=1)
 
@@ -231,6 +232,17 @@ def test_temperature_and_nucleus_are_null_where_they_are_1(world, tmp_path):
     write_json(folder / "samples.json", facts | {"temperature": 0.9, "top_p": 1.0})
     rows = score(world, [folder], tmp_path / "rows.json")
     assert {(row["temperature"], row["top_p"]) for row in rows} == {(0.9, None)}
+
+
+def test_rows_have_the_passes_of_a_scorer_where_the_samples_have_them(world, tmp_path):
+    folders = [shutil.copytree(world.samples / f"steps-{n}", tmp_path / str(n)) for n in (8, 16)]
+    facts = read_json(folders[0] / "samples.json")
+    write_json(folders[0] / "samples.json", facts | {"autoregressive_passes": 31.5})
+    rows = score(world, folders, tmp_path / "rows.json")
+    found = {(row["steps"], row.get("autoregressive_passes", "none")) for row in rows}
+    assert found == {(8, 31.5), (16, "none")}
+    table = read_rows([tmp_path / "rows.json"])
+    assert table["autoregressive_passes"].dropna().unique() == [31.5]
 
 
 @pytest.mark.parametrize("shape", [(0, 128), (128,)])

@@ -109,6 +109,8 @@ def test_rank_0_prints_the_texts_of_all_ranks_in_order(printed, student, monkeyp
             return slice(0, 2)
 
         def gather_rows(self, rows):
+            if rows is None:  # no passes of an autoregressive model
+                return None
             assert len(rows) == 2
             return (all_texts.ids if rows.ndim == 2 else all_texts.network_evaluations).numpy()
 
@@ -118,8 +120,11 @@ def test_rank_0_prints_the_texts_of_all_ranks_in_order(printed, student, monkeyp
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_watched_text_has_the_same_ids(student, sampler, prompt):
-    options, ids = DrawOptions(sampler=sampler), encode_prompt(student, prompt)[None]
+def test_a_watched_text_has_the_same_ids(pipeline, student, sampler, prompt):
+    asked = {"scorer": str(pipeline.baseline)} if sampler in ("energy", "speculative") else {}
+    options, ids = DrawOptions(sampler=sampler, **asked), encode_prompt(student, prompt)[None]
+    if sampler == "speculative" and (ids == student.mask_id).any():
+        pytest.skip("it continues texts from left to right")
 
     def writer(show=None):
         return text_writer(student, student.length, 6, options, show=show)

@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import json
 import os
 import re
 import shlex
@@ -137,6 +138,23 @@ def test_judges_weights_and_published_values_reach_their_commands(workflow):
         assert "--weights raw " in call
     assert [call.split()[-1] for call in calls["tabulate"] + calls["plot"]] == ["--published"] * 3
     assert "--published" not in workflow.plan("-p", *targets, "--config", "preset=ci")
+
+
+def test_a_variant_that_asks_a_scorer_is_drawn_after_the_baseline_and_names_it(workflow):
+    """Other variants are not, and do not."""
+    variants = {"asked": {"sampler": "energy", "candidates": 3}, "sure": {"sampler": "threshold"}}
+    sampling = json.dumps({"steps": [8], "rounds": [0], "variants": variants})
+    settings = ("--config", "preset=ci", f"sampling={sampling}")
+    folder = "results/samples/stories-ci/teacher"
+    calls = {}
+    for name in variants:
+        plan = workflow.plan("-p", f"{folder}/{name}/provenance.json", *settings)
+        plan = plan.replace("\\\n", " ")
+        calls[name] = " ".join(re.search(r"halfstep generate (.*?) 2>&1", plan)[1].split())
+        assert ("train_baseline" in plan) == (name == "asked")
+    flags = "--scorer results/models/stories-ci/baseline"
+    assert "--sampler energy --candidates 3" in calls["asked"] and flags in calls["asked"]
+    assert "--sampler threshold" in calls["sure"] and "--scorer" not in calls["sure"]
 
 
 def test_a_failed_run_ends_with_what_failed_and_how_to_continue(tmp_path):

@@ -10,6 +10,7 @@ from pandas import DataFrame
 from halfstep.config import NAIVE
 from halfstep.report.grids import round_number
 from halfstep.report.labels import PLATE, Label, in_words, label_lines
+from halfstep.report.rows import DEFAULT
 
 MARKERS = "ov^D<>X"
 RUNS = (  # color and dashes of runs that are not drawn by rounds
@@ -21,6 +22,7 @@ RUNS = (  # color and dashes of runs that are not drawn by rounds
     ("#2f8f9d", (0, (2, 2))),
     ("#c2618c", (0, (6, 1, 2, 1))),
 )
+FIRST = ("teacher", DEFAULT)  # with which the other lines of a panel are compared
 LEVELS = {"baseline": ("#555", (0, (5, 2))), "data": ("#555", (0, (1, 1.5)))}
 PUBLISHED = {
     "color": "#8c8c8c",
@@ -37,8 +39,8 @@ STRIP = 0.16  # inches of the strip of levels, with the space before it
 def series_style(series: str, round_: int, rounds: int, order: int) -> dict:
     """Color, marker and dashes of a line.
 
-    The teacher is black with hollow squares, rounds go from light orange to dark blue, and runs
-    without rounds differ in hue, lightness and dashes.
+    The teacher, and the default of several ways to draw, are black with hollow squares. Rounds go
+    from light orange to dark blue. Runs without rounds differ in hue, lightness and dashes.
 
     Args:
         series: name of the line, without SMOOTHED
@@ -46,7 +48,7 @@ def series_style(series: str, round_: int, rounds: int, order: int) -> dict:
         rounds: number of rounds in the figure
         order: position of the series among those of the figure
     """
-    if series == "teacher":
+    if series in FIRST:
         return {
             "color": "black",
             "marker": "s",
@@ -105,7 +107,7 @@ def draw_series(
     ours = points[points["kind"] != "published"]
     rounds, strong = int(ours["round"].fillna(0).max()), strong_rounds(mine)
     plain = dict.fromkeys(name.removesuffix(SMOOTHED) for name in ours["series"])
-    names = [name for name in plain if name not in (*LEVELS, "teacher")]
+    names = [name for name in plain if name not in (*LEVELS, *FIRST)]
     at_lines, at_right = [], []
     if (mine["kind"] == "level").any():
         _draw_strip(axes)
@@ -227,11 +229,11 @@ def _draw_line(axes: Axes, name: str, group: DataFrame, look: dict, is_strong: b
         alpha = look.get("alpha", 1)
         axes.plot(x[own], y[own], marker="o", zorder=4, alpha=alpha, **ring, **color)
     if group["kind"].iloc[0] != "curve":
-        _annotate(axes, group.dropna(subset="text"))
+        _annotate(axes, group.dropna(subset="text"), look["color"])
 
 
-def _annotate(axes: Axes, points: DataFrame) -> None:
-    """Write the texts of points next to them."""
+def _annotate(axes: Axes, points: DataFrame, color: str) -> None:
+    """Write the texts of points next to them, in the color of their line."""
     for point in points.itertuples():
         axes.annotate(
             point.text,
@@ -239,6 +241,6 @@ def _annotate(axes: Axes, points: DataFrame) -> None:
             (5, 3),
             textcoords="offset points",
             fontsize=6.5,
-            color="#444",
+            color=color,
             bbox=PLATE,
         )

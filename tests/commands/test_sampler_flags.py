@@ -20,7 +20,7 @@ OPTIONS = {  # sampler: its flags, and what samples.json calls it
     "energy": ("--candidates 2", "energy(candidates=2, scored=1.0)"),
     "speculative": (
         "--draft-tokens 3",
-        "speculative(draft_tokens=3, draft_passes=1, relaxation=0.0, top_p=1.0)",
+        "speculative(draft_tokens=3, draft_passes=1, relaxation=0.0)",
     ),
 }
 ASKING = ("energy", "speculative")

@@ -192,7 +192,7 @@ def test_same_seed_same_text_whatever_the_batch(sampler):
         for first, n in ((0, 1), (1, 30), (31, 33))
     ]
     assert torch.equal(whole.ids, torch.cat([p.ids for p in parts]))
-    if sampler not in ("block", "speculative"):  # whose texts share their passes
+    if sampler != "block":  # whose texts share their passes
         evaluations = torch.cat([p.network_evaluations for p in parts])
         assert torch.equal(whole.network_evaluations, evaluations)
     assert not torch.equal(whole.ids, draw(denoiser, 3, sampler, n=64, seed=6).ids)

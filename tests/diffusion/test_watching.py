@@ -65,7 +65,7 @@ def test_the_reveals_are_those_of_the_text_that_an_unwatched_sampler_draws(sampl
         assert torch.equal(reveals.ids, plain.ids[0])
         assert torch.equal(reveals.step_of == GIVEN, frame != MASK)
         assert reveals.passes == len(states)
-        if sampler not in ("block", "speculative"):  # where a pass may be a part of an evaluation
+        if sampler != "block":  # where a pass over a block is a part of an evaluation
             assert reveals.passes == plain.network_evaluations.item()
         begun = [step for step, _, _ in states]
         assert begun == sorted(set(begun)) and all(1 <= step <= steps for step in begun)

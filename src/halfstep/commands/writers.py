@@ -111,7 +111,9 @@ def sampler_options(options: DrawOptions) -> dict[str, Any]:
 
 def sampler_name(options: DrawOptions) -> str:
     """The sampler with its own options, as rows of metrics name it: threshold(threshold=0.9)."""
-    own = ", ".join(f"{name}={value}" for name, value in sampler_options(options).items())
+    chosen = sampler_options(options)
+    chosen.pop("top_p", None)  # a column of its own
+    own = ", ".join(f"{name}={value}" for name, value in chosen.items())
     return f"{options.sampler}({own})" if own else options.sampler
 
 

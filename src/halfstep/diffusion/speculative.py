@@ -119,8 +119,8 @@ class _Texts:
 
     end [N]: number of tokens of each text that are accepted
     rows [R]: the texts that the reader reads; those that are finished leave when they are a half
-    drafts: passes of the denoiser so far; a text counts those of its own in passes [N], in shares
-        of a whole text, and the reader's in verifications [N]
+    drafts: passes of the denoiser so far; a text counts those of its own in passes [N], also those
+        that compute only a part of it, and the reader's in verifications [N]
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class _Texts:
         self.denoiser, self.acceptance, self.x = denoiser, acceptance, x
         self.begun = int(begun[0]) if N else self.length
         self.end, self.rows = begun, (begun < self.length).nonzero()[:, 0]
-        self.passes = torch.zeros(N, dtype=torch.float64, device=x.device)
+        self.passes = torch.zeros(N, dtype=torch.long, device=x.device)
         self.verifications = torch.zeros(N, dtype=torch.long, device=x.device)
         self.drafts = 0
         u = draws.uniforms(N, 3 * self.length).to(x.device)
@@ -232,14 +232,13 @@ class _Texts:
         left = L - self.end[self.rows]
         t, going = (left / (L - self.begun)).float(), self.rows[left > 0]
         self.drafts += 1
+        self.passes[going] += 1
         if not hasattr(denoiser, "features_and_kv"):
-            self.passes[going] += 1
             return denoiser.logits(denoiser.features(x, t, (texts, columns)))
         first = 0 if self.kv is None else int(self.read_until[going].min())
         part = slice(first, min(end, L) if self.kv else L)
         h, self.kv = cast(KVDenoiser, denoiser).features_and_kv(x, t, part, self.kv)
         self.read_until[self.rows] = self.end[self.rows]
-        self.passes[going] += (part.stop - part.start) / L
         return denoiser.logits(h[texts, columns - first])
 
     def _read(self, tokens: Tensor, start: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ NOTEBOOK = "notebooks/denoising.ipynb"
 LOSSES = "--config preset=laptop-losses -- "
 MORE = {  # figures that `make demo` does not make, and the options that do
     "ppl_by_variant": "--configfile docs/results/released-noise.yaml -- ",
+    "decoders": "--configfile docs/results/decoders.yaml -- ",
     "mauve_vs_steps": LOSSES,
     "mauve_by_round": LOSSES,
     "continuation_ppl_vs_steps": LOSSES,

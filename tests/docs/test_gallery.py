@@ -11,7 +11,7 @@ from halfstep.report.paper import ITEMS
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
 NEVER_RUN = {item.shows for item in ITEMS.values() if len(item.sizes) > 2}
-TABLES = {"decoders": "decoders"}  # a figure's own table, where another run made it
+FOLDERS = {"decoders": "tables/decoders"}  # of a figure's own tables, where another run made them
 DRAWN = [name for name in FIGURES if name not in NEVER_RUN]
 
 
@@ -32,7 +32,8 @@ def test_a_picture_is_what_the_code_draws(name, tmp_path):
     row = FIGURES[name]
     runs = next((item.runs for item in ITEMS.values() if item.shows == name), ())
     where = [f"run={','.join(runs)}"] if row.only_in_paper else []
-    tables = [RESULTS / f"tables/{TABLES.get(name, need)}.csv" for need in row.needs]
+    folder = RESULTS / FOLDERS.get(name, "tables")
+    tables = [folder / f"{need}.csv" for need in row.needs]
     plot(name, tables, tmp_path / name, where=where)
     again = tmp_path / f"{name}.svg"
     assert len(texts(again)) > 10

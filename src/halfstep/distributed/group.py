@@ -97,7 +97,8 @@ class Group:
     def gather_rows(self, rows: np.ndarray | None) -> np.ndarray | None:
         """Concatenate the rows of all ranks, in rank order, on rank 0; other ranks get None.
 
-        A rank without rows gives None. The rows travel in NumPy's format, without pickles.
+        A rank without rows gives None; if all do, rank 0 gets None too. The rows travel in NumPy's
+        format, without pickles.
         """
         if self.size == 1:
             return rows
@@ -105,6 +106,8 @@ class Group:
         if rows is not None:
             np.save(file, rows, allow_pickle=False)
         (length,) = self.all_max(len(file.getvalue()))
+        if not length:
+            return None
         content = _as_tensor(file.getvalue(), int(length))
         every = [torch.empty_like(content) for _ in range(self.size)]
         dist.gather(content, every if self.is_main else None)

@@ -12,7 +12,7 @@ from small import MACHINE, done
 import halfstep
 from halfstep import HalfstepError
 from halfstep.diffusion.contracts import Draws
-from halfstep.diffusion.samplers import sample
+from halfstep.diffusion.samplers import SAMPLERS, sample
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,19 @@ def test_an_option_changes_the_texts(attentive, change):
     )
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_text_does_not_depend_on_its_batch(attentive, baseline, sampler):
+    """`micro_batch` is a matter of speed: also where texts of a batch end at different times."""
+    options = {"sampler": sampler, "num_samples": 6, "steps": 12, "seed": 5}
+    options |= {"scorer": baseline} if sampler in ("energy", "speculative") else {}
+    if sampler == "speculative":
+        options |= {"sampler_options": {"draft_tokens": 5, "draft_passes": 2}}
+    texts = halfstep.generate(attentive, **options)
+    assert len(set(texts)) > 3
+    assert texts == halfstep.generate(attentive, **options, micro_batch=1)
+    assert texts == halfstep.generate(attentive, **options, micro_batch=4)
+
+
 def test_every_option_reaches_the_sampler(student, monkeypatch):
     """The network of this test is hardly trained, so not every option shows in its texts."""
     calls = []
@@ -130,7 +143,7 @@ def test_every_option_reaches_the_sampler(student, monkeypatch):
 def test_a_sampler_has_its_options_its_scorer_and_its_steps(
     student, baseline, monkeypatch, sampler, steps
 ):
-    """Without a step count, a sampler of its own pace has as many as a text has tokens."""
+    """`threshold` and `speculative` may take a step for each token where no step count is named."""
     calls = []
 
     def spy(*arguments, **options):

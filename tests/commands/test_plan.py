@@ -148,14 +148,14 @@ def test_a_plan_is_for_this_machine_unless_slurm_answers(monkeypatch, capsys, tm
 
     def plan_graph(call):
         calls.append(call)
-        return Graph([CORPUS], 2, 0)
+        return Graph([CORPUS], 2, 0, "laptop")
 
     monkeypatch.setattr(module, "plan_graph", plan_graph)
     for answer, where in (None, "this machine"), ("gpu up", "the cluster"):
         monkeypatch.setattr(module, "ask", lambda *words, timeout, answer=answer: answer)
         module.plan(arguments)
         printed = capsys.readouterr().out
-        assert printed.startswith(f"planned for {where}")
+        assert printed.startswith(f"planned for {where}: preset laptop\n")
         assert ("\non 2 cores of this machine: " in printed) == (answer is None)
         assert ("--profile" in calls[-1]) == (answer is not None)
         assert calls[-1][len(calls[-1]) - len(arguments) :] == arguments

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import chi_square
 
-from halfstep.kernels.categorical import inverse_cdf, uniforms
+from halfstep.kernels.categorical import draw_from, inverse_cdf, uniforms
 
 LAST = 1 - 2**-53  # the largest uniform there is
 
@@ -107,6 +107,20 @@ def test_inverse_cdf_keeps_the_tail_that_float32_noise_cuts_off():
     tiny = torch.tensor([[0.0, float(np.log(1e-12))]])
     u = torch.tensor([1 - 1e-11, 1 - 1e-13], dtype=torch.float64)
     assert inverse_cdf(tiny.expand(2, 2), u).tolist() == [0, 1]
+
+
+def test_draws_from_probabilities_are_those_of_inverse_cdf():
+    """Whatever their sum; the last uniform below 1 gives no token without a probability."""
+    p = torch.rand(50, 70, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) ** 4
+    p[:, 60:] = 0
+    u = uniforms(3, 0, 50, 8)
+    tokens = draw_from(p, u)
+    expected = [inverse_cdf(p.log(), column) for column in u.unbind(1)]
+    assert torch.equal(tokens, torch.stack(expected, 1))
+    assert torch.equal(draw_from(p, u[:, 0]), expected[0])
+    last = torch.full((50,), 1 - 2**-53, dtype=torch.float64)
+    assert (p.gather(1, draw_from(p, last)[:, None]) > 0).all()
+    assert (p.gather(1, draw_from(p, torch.zeros_like(last))[:, None]) > 0).all()
 
 
 def test_inverse_cdf_has_the_exact_law():

@@ -55,7 +55,7 @@ def plan(
         on_cluster, profile = True, ["--profile", "slurm"]
     graph = plan_graph(snakemake_words(["all", *profile, *arguments]))
     priced = PricedJobs(graph.jobs, results, rates)
-    print("planned for the cluster" if on_cluster else "planned for this machine")
+    print(f"planned for {'the cluster' if on_cluster else 'this machine'}: preset {graph.preset}")
     print("\n".join(price_lines(priced)))
     if not on_cluster:
         print(machine_line(priced, graph.cores, graph.gpus))

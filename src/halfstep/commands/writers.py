@@ -94,7 +94,7 @@ def text_writer(
 
 
 def default_steps(model: Model, sampler: str) -> int:
-    """The steps of a call that names none: a text's tokens for who takes as many as are needed."""
+    """The steps of a call that names none; a sampler that takes what it needs may take them all."""
     own_pace = sampler in SAMPLERS and SAMPLERS[sampler].own_pace
     return model.length if model.denoiser is None or own_pace else DEFAULT_STEPS
 
@@ -112,7 +112,7 @@ def sampler_options(options: DrawOptions) -> dict[str, Any]:
 def sampler_name(options: DrawOptions) -> str:
     """The sampler with its own options, as rows of metrics name it: threshold(threshold=0.9)."""
     chosen = sampler_options(options)
-    chosen.pop("top_p", None)  # a column of its own
+    chosen.pop("top_p", None)  # rows have a column for it
     own = ", ".join(f"{name}={value}" for name, value in chosen.items())
     return f"{options.sampler}({own})" if own else options.sampler
 

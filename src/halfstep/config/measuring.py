@@ -39,7 +39,7 @@ SAMPLER_OPTIONS: dict[str, tuple[str, ...]] = {
     "energy": ("scorer", "candidates", "scored"),
     "speculative": ("scorer", "draft_tokens", "draft_passes", "relaxation"),
 }
-"""the options of its own that a sampler has (diffusion/samplers.py); others have none"""
+"""options that only one or two samplers have (diffusion/samplers.py)"""
 
 OF_SAMPLERS = sorted({option for options in SAMPLER_OPTIONS.values() for option in options})
 

@@ -42,10 +42,7 @@ def threshold(
 
     def choose(surprise: Tensor, least: Tensor) -> Tensor:
         rank = surprise.argsort(stable=True, dim=1).argsort(1)
-        # A probability in float32 may miss 1 by its rounding.
-        return (-surprise).exp().ge(threshold).logical_and(surprise.isfinite()) | (
-            rank < least[:, None]
-        )
+        return ((-surprise).exp() >= threshold) | (rank < least[:, None])
 
     return _write(denoiser, x, draws, steps, lambda log_p: -log_p.amax(-1), choose)
 

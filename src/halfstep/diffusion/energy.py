@@ -6,7 +6,7 @@ from torch import Tensor
 from halfstep.diffusion.contracts import Autoregressor, Denoiser, Draws, Samples
 from halfstep.diffusion.plans import ancestral_plan, normalized
 from halfstep.errors import HalfstepError
-from halfstep.kernels.categorical import inverse_cdf
+from halfstep.kernels.categorical import draw_from, inverse_cdf
 
 
 @torch.no_grad()
@@ -82,11 +82,10 @@ def draw_candidates(
     drawn = xt[:, None].repeat(1, u.shape[1], 1)
     log_q = torch.zeros(u.shape, dtype=torch.float64, device=xt.device)
     for rows, log_p in normalized(denoiser, h, temperature):
-        for k in range(u.shape[1]):
-            place = texts[rows], k, columns[rows]
-            tokens = inverse_cdf(log_p, u[place])
-            drawn[place] = tokens
-            log_q[place] = log_p.gather(1, tokens[:, None])[:, 0].double()
+        place = texts[rows], slice(None), columns[rows]
+        tokens = draw_from(log_p.double().exp(), u[place])
+        drawn[place] = tokens
+        log_q[place] = log_p.gather(1, tokens).double()
     return drawn, log_q[..., 1:].sum(-1)
 
 

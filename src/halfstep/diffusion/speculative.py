@@ -12,7 +12,7 @@ from torch import Tensor
 from halfstep.diffusion.contracts import Autoregressor, Denoiser, Draws, KVDenoiser, Samples
 from halfstep.diffusion.energy import needed_scorer
 from halfstep.errors import HalfstepError
-from halfstep.kernels.categorical import nucleus
+from halfstep.kernels.categorical import draw_from, nucleus
 
 NEIGHBORS = 16  # tokens that a relaxed acceptance may count as equal to a drafted one
 
@@ -50,9 +50,10 @@ def speculative(  # noqa: PLR0913 (the four of every sampler, and its options)
     residual is that of p with their probability moved to the drafted token.
 
     A denoiser that keeps keys and values computes only the tokens from the last accepted ones to
-    the end of the draft; the others' keys and values are older. That changes the draft, not the
-    law. A text takes at most `steps` network evaluations; after them the scorer writes alone. All
-    texts must begin with equally many given tokens, one at least, and no other token may be given.
+    the end of the draft, each text for itself; the others' keys and values are older. That changes
+    the draft, not the law. A text takes at most `steps` network evaluations; after them the scorer
+    writes alone. All texts must begin with equally many given tokens, one at least, and no other
+    token may be given.
     """
     scorer = needed_scorer("speculative", denoiser, scorer)
     for name, value in (("draft_tokens", draft_tokens), ("draft_passes", draft_passes)):
@@ -65,9 +66,12 @@ def speculative(  # noqa: PLR0913 (the four of every sampler, and its options)
             f"relaxation: found {relaxation:g}, expected a probability from 0 to below 1; change it"
         )
     acceptance = Acceptance(draws.temperature, top_p, relaxation)
+    group_of = torch.empty(draft_tokens, dtype=torch.long, device=x.device)
+    for i, group in enumerate(group_of.tensor_split(min(draft_passes, draft_tokens))):
+        group.fill_(i)  # a view: the pass that draws each token of a draft
     texts = _Texts(denoiser, scorer, acceptance, x.clone(), draws)
     while texts.going:
-        texts.advance(draft_tokens, min(draft_passes, steps - texts.drafts))
+        texts.advance(group_of, steps)
     return Samples(texts.x, texts.passes, texts.verifications)
 
 
@@ -106,21 +110,13 @@ class Acceptance:
         return moved.scatter_add(1, tokens[:, None], share.sum(1, keepdim=True))
 
 
-def draw_from(p: Tensor, u: Tensor) -> Tensor:
-    """Draw one token per row in proportion to p[N, V] float64 by its uniform u[N]: [N] int64."""
-    cdf = p.cumsum(-1)
-    total = cdf[:, -1:]
-    goal = torch.minimum(u[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cdf, goal, right=True)[:, 0]  # the first whose CDF is above the goal
-
-
 class _Texts:
     """Texts x[N, L] that are written, and how far each has come.
 
     end [N]: number of tokens of each text that are accepted
-    rows [R]: the texts that the reader reads; those that are finished leave when they are a half
-    drafts: passes of the denoiser so far; a text counts those of its own in passes [N], also those
-        that compute only a part of it, and the reader's in verifications [N]
+    rows [R]: the texts that the reader reads; finished ones leave as soon as they are half of them
+    passes [N]: passes of the denoiser over each text or over a part of it
+    verifications [N]: passes of the autoregressive model over each text
     """
 
     def __init__(
@@ -147,11 +143,10 @@ class _Texts:
         self.end, self.rows = begun, (begun < self.length).nonzero()[:, 0]
         self.passes = torch.zeros(N, dtype=torch.long, device=x.device)
         self.verifications = torch.zeros(N, dtype=torch.long, device=x.device)
-        self.drafts = 0
         u = draws.uniforms(N, 3 * self.length).to(x.device)
         self.u_draft, self.u_accept, self.u_correct = u.split(self.length, 1)
-        self.kv: list[Any] | None = None
-        self.read_until = begun.clone()  # tokens whose keys and values the denoiser has kept
+        self.kept: dict[int, tuple[int, list[Any]]] = {}
+        """of a text: keys and values of the denoiser, and how many of its tokens they are of"""
         if len(self.rows):
             self.reader = scorer.reader(len(self.rows), self.length)
             if self.begun > 1:
@@ -162,16 +157,18 @@ class _Texts:
         """True if a text is not finished."""
         return bool((self.end[self.rows] < self.length).any())
 
-    def advance(self, tokens: int, passes: int) -> None:
-        """Draft up to `tokens` tokens of each text in `passes` passes, verify and accept them.
+    def advance(self, group_of: Tensor, steps: int) -> None:
+        """Draft tokens of each text, verify and accept them; group_of[n] are their passes.
 
-        Without a pass there is no draft: the reader's model writes one token.
+        A text that has taken `steps` passes has no draft: the reader's model writes one token.
         """
         rows, L = self.rows, self.length
         end = self.end[rows, None]
-        n = min(tokens, L - int(end.min())) if passes else 0
-        columns = end + torch.arange(n, device=end.device)
-        drafted, q = self._draft(columns, passes)
+        columns = end + torch.arange(len(group_of), device=end.device)
+        exists = (columns < L) & (group_of < (steps - self.passes[rows])[:, None])
+        n = int(exists.sum(1).max())
+        columns, exists = columns[:, :n], exists[:, :n]
+        drafted, q = self._draft(columns, exists, group_of[:n])
         # A text that ends before its draft would reads some of its accepted tokens again.
         start = (end - 1).clamp(max=L - 1 - n)
         read = start + torch.arange(n + 1, device=end.device)
@@ -183,7 +180,6 @@ class _Texts:
             place = (columns - start - 1).clamp(0, n)
             return p.gather(1, place[..., None].expand(*place.shape, p.shape[-1]))
 
-        exists = columns < L
         proposed = drafted.gather(1, columns.clamp(max=L - 1))
         wanted = p_at(columns)
         flat = self.acceptance.relaxed(
@@ -210,36 +206,40 @@ class _Texts:
         self.end[rows] = (last[:, 0] + 1).clamp(max=L)
         self._drop_finished()
 
-    def _draft(self, columns: Tensor, passes: int) -> tuple[Tensor, Tensor]:
-        """The texts [R, L] with tokens at columns[R, n], and the law of each, [R, n, V] float64."""
-        rows, L = self.rows, self.length
-        x, n = self.x[rows], columns.shape[1]
-        q = torch.zeros(
-            *columns.shape, self.denoiser.vocab_size, dtype=torch.float64, device=x.device
-        )
-        for group in torch.arange(n, device=x.device).tensor_split(min(passes, n)) if n else ():
-            exists = columns[:, group] < L
-            texts, place = exists.nonzero(as_tuple=True)
-            at = columns[texts, group[place]]
-            law = self.acceptance.law(self._logits(x, texts, at, int(columns.max()) + 1))
-            q[texts, group[place]] = law
+    def _draft(self, columns: Tensor, exists: Tensor, group_of: Tensor) -> tuple[Tensor, Tensor]:
+        """The texts [R, L] with tokens at columns[R, n] that exist, and their laws [R, n, V]."""
+        rows, x = self.rows, self.x[self.rows]
+        q = self.u_draft.new_zeros(*columns.shape, self.denoiser.vocab_size)
+        for group in group_of.unique():
+            texts, place = (exists & (group_of == group)).nonzero(as_tuple=True)
+            at = columns[texts, place]
+            law = self.acceptance.law(self._logits(x, texts, at))
+            q[texts, place] = law
             x[texts, at] = draw_from(law, self.u_draft[rows[texts], at])
         return x, q
 
-    def _logits(self, x: Tensor, texts: Tensor, columns: Tensor, end: int) -> Tensor:
-        """The denoiser's logits of x[R, L] at these places [K], all before `end`: [K, V]."""
-        L, denoiser = self.length, self.denoiser
-        left = L - self.end[self.rows]
-        t, going = (left / (L - self.begun)).float(), self.rows[left > 0]
-        self.drafts += 1
-        self.passes[going] += 1
+    def _logits(self, x: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
+        """The denoiser's logits of x[R, L] at these places [K], in the order of the texts."""
+        denoiser, drafting = self.denoiser, texts.unique()
+        left = self.length - self.end[self.rows]
+        t = (left / (self.length - self.begun)).float()
+        self.passes[self.rows[drafting]] += 1
         if not hasattr(denoiser, "features_and_kv"):
             return denoiser.logits(denoiser.features(x, t, (texts, columns)))
-        first = 0 if self.kv is None else int(self.read_until[going].min())
-        part = slice(first, min(end, L) if self.kv else L)
-        h, self.kv = cast(KVDenoiser, denoiser).features_and_kv(x, t, part, self.kv)
-        self.read_until[self.rows] = self.end[self.rows]
-        return denoiser.logits(h[texts, columns - first])
+        h = [
+            self._features(row, x[row : row + 1], t[row : row + 1], columns[texts == row])
+            for row in drafting.tolist()
+        ]
+        return denoiser.logits(torch.cat(h))
+
+    def _features(self, row: int, x: Tensor, t: Tensor, columns: Tensor) -> Tensor:
+        """Features [K, D] of one text x[1, L] at these columns [K], of which its draft ends."""
+        text = int(self.rows[row])
+        first, kv = self.kept.get(text, (0, None))
+        part = slice(first, int(columns[-1]) + 1 if kv else self.length)
+        h, kv = cast(KVDenoiser, self.denoiser).features_and_kv(x, t, part, kv)
+        self.kept[text] = int(self.end[text]), kv
+        return h[0, columns - first]
 
     def _read(self, tokens: Tensor, start: Tensor) -> Tensor:
         """Logits [R, n, V] after tokens[R, n] at the positions from start[R] on."""
@@ -247,9 +247,9 @@ class _Texts:
         return self.reader.read(tokens, start)
 
     def _drop_finished(self) -> None:
-        """Let the finished texts go, if they are half of all; keys and values begin anew."""
+        """Let the finished texts go, if they are half of all."""
         going = self.end[self.rows] < self.length
         if 0 < 2 * int(going.sum()) <= len(going):
             kept = going.nonzero()[:, 0]
             self.reader.keep(kept)
-            self.rows, self.kv = self.rows[kept], None
+            self.rows = self.rows[kept]

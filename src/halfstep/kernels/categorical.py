@@ -117,6 +117,17 @@ def nucleus(log_p: Tensor, top_p: float) -> Tensor:
     return torch.empty_like(log_p).scatter_(-1, order, values)
 
 
+def draw_from(p: Tensor, u: Tensor) -> Tensor:
+    """Draw tokens in proportion to p[N, V] float64 by the uniforms u[N] or u[N, k]: int64 as u.
+
+    The token is the smallest v with CDF(v) > u, as in `inverse_cdf`.
+    """
+    cdf = p.cumsum(-1)
+    total = cdf[:, -1:]
+    goal = torch.minimum(u.view(len(p), -1) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cdf, goal, right=True).view(u.shape)
+
+
 def float32_uniforms(seed: int, sample: int, step: int, rows: int, n: int) -> Tensor:
     """[rows, n] float32 uniforms of one step of one sample, on torch.rand's grid k / 2^24.
 

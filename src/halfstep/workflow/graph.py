@@ -39,11 +39,12 @@ class PlannedJob:
 
 
 class Graph(NamedTuple):
-    """Jobs to run, and what snakemake has for them on this machine."""
+    """Jobs to run, what snakemake has for them on this machine, and the preset of the graph."""
 
     jobs: list[PlannedJob]
     cores: int
     gpus: int
+    preset: str
 
 
 def plan_graph(arguments: list[str]) -> Graph:
@@ -64,7 +65,7 @@ def plan_graph(arguments: list[str]) -> Graph:
         dry_run(api, **settings | {"pseudo_executor": "dryrun"})
         workflow = api.workflow_api._workflow
         jobs = graph_jobs(workflow.dag.needrun_jobs(exclude_finished=False))
-        found.append(Graph(jobs, *devices_of(workflow)))
+        found.append(Graph(jobs, *devices_of(workflow), workflow.globals["CONFIG"].preset))
 
     line = ["--quiet", "rules", "progress", "--nolock", *arguments]
     printed, fault = io.StringIO(), ""

@@ -76,7 +76,7 @@ def test_samples_of_a_denoiser(pipeline, counted, tmp_path, how, tolerance):
     ("entropy_bounded --entropy-bound 0", 0.9),
     ("remask --eta 0.5", 0.5),
     ("energy --candidates 3", 0.9),
-    ("speculative --draft-tokens 1", 0.2),  # a draft reads out a share of a text
+    ("speculative --draft-tokens 1", 0.5),  # if all are accepted, half as many drafts
 ])  # fmt: skip
 def test_samplers_whose_passes_depend_on_the_text_are_priced_at_their_most(
     pipeline, counted, tmp_path, sampler, least
@@ -86,7 +86,7 @@ def test_samplers_whose_passes_depend_on_the_text_are_priced_at_their_most(
     scorer = f"--scorer {pipeline.baseline}" if asked else ""
     line = f"generate --steps 24 --num-samples 20 --sampler {sampler} {scorer}"
     found = counted(f"{line} --checkpoint {pipeline.teacher} --output {tmp_path}/x {MACHINE}")
-    assert least < found < 1.1
+    assert least <= found < 1.1
 
 
 @pytest.mark.parametrize("how", ["generate --steps 24 --num-samples 20", "continue-prompts"])
@@ -157,7 +157,7 @@ def test_timings(pipeline, counted, tmp_path):
 
 
 def test_shares_of_masked_tokens_are_those_of_training():
-    assert MASKED.keys() == SCHEDULES.keys() and SAMPLER_PASSES.keys() == SAMPLERS.keys()
+    assert MASKED.keys() == SCHEDULES.keys() and {*SAMPLER_PASSES, "speculative"} == SAMPLERS.keys()
     for name, schedule in SCHEDULES.items():
         assert masked_share(schedule()) == pytest.approx(MASKED[name], rel=2e-3)
 

@@ -159,24 +159,41 @@ def draw_work(
     if call.is_baseline:
         yield decode_work(network, number, batches, length, free, precision)
         return
+    if sampler == "speculative":
+        yield from _speculative_work(call, number, length, free, steps)
+        return
     passes, rows = SAMPLER_PASSES[sampler](steps, length, free)
     texts = number * passes
     if alike and sampler in ("ancestral", "analytic", "first_hitting"):
         texts -= number - batches
     wanted = texts * length if sampler == "ancestral_float32" else None
     work = flops.forward_flops(network, texts, length, number * rows, wanted=wanted)
-    if sampler in SCORED:  # the baseline has the denoiser's size, or nearly so
-        asked = number * SCORED[sampler](call, passes)
+    if sampler == "energy":  # the baseline has the denoiser's size, or nearly so
+        asked = texts * int(call.text("candidates", "8"))
         work += flops.forward_flops(network, asked, length, asked * length)
     moved = batches * passes * network.weights * BYTES[precision]
     yield Work(work, network.width, precision, moved)
 
 
-SCORED: dict[str, Callable[[Call, float], float]] = {
-    "energy": lambda call, passes: passes * int(call.text("candidates", "8")),
-    "speculative": lambda call, passes: 2,  # each token is read once or, in a draft, twice
-}
-"""(call, passes of a text) -> texts that the autoregressive model reads for it"""
+def _speculative_work(
+    call: Call, number: int, length: int, free: int, steps: int
+) -> Iterator[Work]:
+    """Drafts of which no token is accepted: their number depends on the text, and this is the most.
+
+    A pass computes the tokens of its draft and what was accepted before, of the first one the whole
+    text; the autoregressive model, about as large, reads each draft and the token before it.
+    """
+    network, precision = call.network, call.inference_precision
+    drafts, drafted = min(steps, free), int(call.text("draft_tokens", "4"))
+    written = length + drafts * (1 + drafted)
+    read = length - free + drafts * (1 + drafted) + free - drafts
+    work = flops.forward_flops(
+        network, number * written / length, length, number * drafts * drafted
+    )
+    work += flops.forward_flops(network, number * read / length, length, number * read)
+    moved = number * (drafts + free) * network.weights * BYTES[precision]
+    yield Work(work, network.width, precision, moved)
+
 
 BYTES = {"float32": 4, "bfloat16": 2}  # of a number
 
@@ -214,7 +231,6 @@ SAMPLER_PASSES: dict[str, Callable[[int, int, int], tuple[float, float]]] = {
     "entropy_bounded": lambda steps, length, free: _all_masked(min(steps, free), free),
     "remask": lambda steps, length, free: (steps, 2 * free),
     "energy": lambda steps, length, free: _all_masked(nonempty_steps(steps, free), free),
-    "speculative": lambda steps, length, free: (min(steps, free), free),
 }
 """(steps, length, free positions) -> passes of a text, and positions that it reads out"""
 

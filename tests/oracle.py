@@ -73,6 +73,16 @@ class Language:
         return -(self.p * self.log_p.clamp(min=-1e9)).sum().item()
 
 
+class KeptText:
+    """What a perfect denoiser keeps of texts instead of keys and values: their tokens [N, L]."""
+
+    def __init__(self, text: Tensor):
+        self.text = text
+
+    def keep(self, rows: Tensor) -> None:
+        self.text = self.text[rows]
+
+
 class Perfect:
     """The Denoiser that never errs; with `heat` it errs in a known way that depends on time: p ~
     posterior^(1 + heat t), renormalised.
@@ -107,13 +117,12 @@ class Perfect:
         log_p = log_p.log_softmax(-1).nan_to_num(nan=0.0, neginf=-torch.inf)
         return log_p if where is None else log_p[where]
 
-    def features_and_kv(
-        self, xt: Tensor, t: Tensor, part: slice = slice(None), kv: list | None = None
-    ):
+    def features_and_kv(self, xt: Tensor, t: Tensor, places: Tensor, kv: list | None = None):
         """Keys and values that are always up to date: the whole text itself."""
-        kv = kv or [xt.clone()]
-        kv[0][:, part] = xt[:, part]
-        return self.features(kv[0], t)[:, part], kv
+        kv = kv or [KeptText(xt.clone())]
+        places = places.expand(len(xt), -1)
+        kv[0].text.scatter_(1, places, xt.gather(1, places))
+        return self.features(kv[0].text, t)[torch.arange(len(xt))[:, None], places], kv
 
     def log_p(self, h: Tensor) -> Tensor:
         return h.log_softmax(-1)

@@ -68,9 +68,10 @@ def test_kept_keys_are_exact_where_nothing_outside_of_the_block_changed():
     """With one layer, a pass over a block equals a whole pass in which other keys are unchanged."""
     denoiser, x = small()
     denoiser.network.blocks = denoiser.network.blocks[:1]
-    _, kept = denoiser.features_and_kv(x, torch.zeros(3))
+    places, t = torch.arange(8, 24), torch.zeros(3)
+    _, kept = denoiser.features_and_kv(x, t, places)
     x[:, 8:24] = (x[:, 8:24] + 1) % 12
-    found, _ = denoiser.features_and_kv(x, torch.zeros(3), slice(8, 24), kept)
+    found, _ = denoiser.features_and_kv(x, t, places, kept)
     assert torch.allclose(found, denoiser.features(x, torch.zeros(3))[:, 8:24], atol=1e-5)
 
 

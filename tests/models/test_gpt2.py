@@ -89,9 +89,12 @@ def test_wanted_positions_and_kept_keys_are_those_of_a_whole_pass(ours, copied):
     assert torch.allclose(whole, ours(x).roll(1, 1), atol=1e-5)
     for where in (x == V, (torch.tensor([2, 0]), torch.tensor([0, 11]))):
         assert torch.allclose(denoiser.features(x, t, where), whole[where], atol=1e-5)
-    _, kv = denoiser.features_and_kv(x, t)
-    found, _ = denoiser.features_and_kv(x, t, slice(4, 8), kv)
+    _, kv = denoiser.features_and_kv(x, t, torch.arange(4, 8))
+    found, _ = denoiser.features_and_kv(x, t, torch.arange(4, 8), kv)
     assert torch.allclose(found, whole[:, 4:8], atol=1e-5)
+    places = torch.tensor([4, 0, 8])[:, None] + torch.arange(4)  # of each text others
+    found, _ = denoiser.features_and_kv(x, t, places, kv)
+    assert torch.allclose(found, whole[torch.arange(3)[:, None], places], atol=1e-5)
     h = whole[x == V]
     expected = (h @ ours.vocab_embed.embedding[:V].t()).log_softmax(-1)
     assert torch.allclose(denoiser.log_p(h), expected, atol=1e-5)

@@ -46,6 +46,7 @@ def block(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int, keep_kv: bool
     first_step = 0
     for start, end, count in blocks(L, steps):
         part, kv = slice(start, end), None
+        places = torch.arange(start, end, device=x.device)
         plan = ancestral_plan(u_reveal[:, part], count, denoiser.schedule)
         plan = plan.masked_fill(x[:, part] != denoiser.mask_id, -1)
         for step in range(count):
@@ -54,10 +55,10 @@ def block(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int, keep_kv: bool
                 continue
             t = torch.full((N,), 1 - (first_step + step) / steps, device=x.device)
             if kv is None or not keep_kv:
-                h, kv = denoiser.features_and_kv(x, t, part)
+                h, kv = denoiser.features_and_kv(x, t, places)
                 evaluations += 1
             else:
-                h, kv = denoiser.features_and_kv(x, t, part, kv)
+                h, kv = denoiser.features_and_kv(x, t, places, kv)
                 evaluations += (end - start) / L
             new = x[:, part].clone()
             new[reveal] = draw_tokens(

@@ -7,7 +7,7 @@ it need not inherit from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,16 +96,25 @@ class Denoiser(Protocol):
         ...
 
 
+class KeptKV(Protocol):
+    """Keys and values of all positions of B texts in one block of a network."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows[K] of the texts alone, in this order."""
+        ...
+
+
 class KVDenoiser(Denoiser, Protocol):
     """A denoiser that can keep the keys and values of a pass; the sampler `block` needs one."""
 
     def features_and_kv(
-        self, xt: Tensor, t: Tensor, part: slice = slice(None), kv: list[Any] | None = None
-    ) -> tuple[Tensor, list[Any]]:
-        """`features` of a part of xt[B, L], and the blocks' keys and values.
+        self, xt: Tensor, t: Tensor, places: Tensor, kv: Any = None
+    ) -> tuple[Tensor, Sequence[KeptKV]]:
+        """`features` h[B, n, D] of consecutive places of xt[B, L], and the blocks' keys and values.
 
-        The first call computes the whole text. With its `kv`, a later call computes the tokens of
-        the part alone, which read the keys and values of the other positions from there.
+        The places are [n], the same for all texts, or [B, n]. The first call computes the whole
+        text. With its `kv`, a later call computes the tokens at the places alone, which read the
+        keys and values of the other positions from there.
         """
         ...
 

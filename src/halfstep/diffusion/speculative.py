@@ -3,13 +3,21 @@
 The texts have the law of the autoregressive model, whatever the draft is worth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from halfstep.diffusion.contracts import Autoregressor, Denoiser, Draws, KVDenoiser, Samples
+from halfstep.diffusion.contracts import (
+    Autoregressor,
+    Denoiser,
+    Draws,
+    KeptKV,
+    KVDenoiser,
+    Samples,
+)
 from halfstep.diffusion.energy import needed_scorer
 from halfstep.errors import HalfstepError
 from halfstep.kernels.categorical import draw_from, nucleus
@@ -49,11 +57,11 @@ def speculative(  # noqa: PLR0913 (the four of every sampler, and its options)
     denoiser's readout, as many of NEIGHBORS as have together less than this probability, and the
     residual is that of p with their probability moved to the drafted token.
 
-    A denoiser that keeps keys and values computes only the tokens from the last accepted ones to
-    the end of the draft, each text for itself; the others' keys and values are older. That changes
-    the draft, not the law. A text takes at most `steps` network evaluations; after them the scorer
-    writes alone. All texts must begin with equally many given tokens, one at least, and no other
-    token may be given.
+    A denoiser that keeps keys and values computes only the last 2 draft_tokens + 1 tokens up to the
+    end of the draft: all that can have been accepted since the last draft, and the draft. The
+    others' keys and values are older. That changes the draft, not the law. A text takes at most
+    `steps` network evaluations; after them the scorer writes alone. All texts must begin with
+    equally many given tokens, one at least, and no other token may be given.
     """
     scorer = needed_scorer("speculative", denoiser, scorer)
     for name, value in (("draft_tokens", draft_tokens), ("draft_passes", draft_passes)):
@@ -145,8 +153,8 @@ class _Texts:
         self.verifications = torch.zeros(N, dtype=torch.long, device=x.device)
         u = draws.uniforms(N, 3 * self.length).to(x.device)
         self.u_draft, self.u_accept, self.u_correct = u.split(self.length, 1)
-        self.kept: dict[int, tuple[int, list[Any]]] = {}
-        """of a text: keys and values of the denoiser, and how many of its tokens they are of"""
+        self.kv: Sequence[KeptKV] | None = None
+        """of the denoiser, of the texts `rows`"""
         if len(self.rows):
             self.reader = scorer.reader(len(self.rows), self.length)
             if self.begun > 1:
@@ -164,11 +172,8 @@ class _Texts:
         """
         rows, L = self.rows, self.length
         end = self.end[rows, None]
-        columns = end + torch.arange(len(group_of), device=end.device)
-        exists = (columns < L) & (group_of < (steps - self.passes[rows])[:, None])
-        n = int(exists.sum(1).max())
-        columns, exists = columns[:, :n], exists[:, :n]
-        drafted, q = self._draft(columns, exists, group_of[:n])
+        drafted, columns, exists, q = self._draft(group_of, steps)
+        n = columns.shape[1]
         # A text that ends before its draft would reads some of its accepted tokens again.
         start = (end - 1).clamp(max=L - 1 - n)
         read = start + torch.arange(n + 1, device=end.device)
@@ -206,40 +211,47 @@ class _Texts:
         self.end[rows] = (last[:, 0] + 1).clamp(max=L)
         self._drop_finished()
 
-    def _draft(self, columns: Tensor, exists: Tensor, group_of: Tensor) -> tuple[Tensor, Tensor]:
-        """The texts [R, L] with tokens at columns[R, n] that exist, and their laws [R, n, V]."""
-        rows, x = self.rows, self.x[self.rows]
-        q = self.u_draft.new_zeros(*columns.shape, self.denoiser.vocab_size)
-        for group in group_of.unique():
-            texts, place = (exists & (group_of == group)).nonzero(as_tuple=True)
-            at = columns[texts, place]
-            law = self.acceptance.law(self._logits(x, texts, at))
-            q[texts, place] = law
-            x[texts, at] = draw_from(law, self.u_draft[rows[texts], at])
-        return x, q
+    def _draft(self, group_of: Tensor, steps: int) -> tuple[Tensor, ...]:
+        """The texts [R, L] with their drafts, the columns [R, n] of these, which exist, and q.
 
-    def _logits(self, x: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
-        """The denoiser's logits of x[R, L] at these places [K], in the order of the texts."""
-        denoiser, drafting = self.denoiser, texts.unique()
-        left = self.length - self.end[self.rows]
+        q[R, n, V] are the laws that the drafted tokens come from, 0 for those that do not exist.
+        """
+        rows, x, end = self.rows, self.x[self.rows], self.end[self.rows]
+        left = self.length - end
         t = (left / (self.length - self.begun)).float()
-        self.passes[self.rows[drafting]] += 1
-        if not hasattr(denoiser, "features_and_kv"):
-            return denoiser.logits(denoiser.features(x, t, (texts, columns)))
-        h = [
-            self._features(row, x[row : row + 1], t[row : row + 1], columns[texts == row])
-            for row in drafting.tolist()
-        ]
-        return denoiser.logits(torch.cat(h))
+        columns = end[:, None] + torch.arange(len(group_of), device=end.device)
+        passes = (steps - self.passes[rows]).where(left > 0, 0).clamp(max=int(group_of[-1]) + 1)
+        exists = (columns < self.length) & (group_of < passes[:, None])
+        q = self.u_draft.new_zeros(*columns.shape, self.denoiser.vocab_size)
+        for i in range(int(passes.max())):
+            texts, at = (exists & (group_of == i)).nonzero(as_tuple=True)
+            places = columns[texts, at]
+            stop = (end + (group_of <= i).sum()).clamp(max=self.length)
+            h = self._features(x, t, stop, len(group_of), (texts, places))
+            if len(texts):  # at the end of a text a pass may have no token to draw
+                law = self.acceptance.law(self.denoiser.logits(h))
+                q[texts, at] = law
+                x[texts, places] = draw_from(law, self.u_draft[rows[texts], places])
+        self.passes[rows] += passes
+        n = int(exists.sum(1).max())
+        return x, columns[:, :n], exists[:, :n], q[:, :n]
 
-    def _features(self, row: int, x: Tensor, t: Tensor, columns: Tensor) -> Tensor:
-        """Features [K, D] of one text x[1, L] at these columns [K], of which its draft ends."""
-        text = int(self.rows[row])
-        first, kv = self.kept.get(text, (0, None))
-        part = slice(first, int(columns[-1]) + 1 if kv else self.length)
-        h, kv = cast(KVDenoiser, self.denoiser).features_and_kv(x, t, part, kv)
-        self.kept[text] = int(self.end[text]), kv
-        return h[0, columns - first]
+    def _features(
+        self, x: Tensor, t: Tensor, stop: Tensor, n: int, where: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The denoiser's features [K, D] of x[R, L] at K places, after one pass for all texts.
+
+        The pass ends at stop[R] and computes equally many tokens of each text, so that no draft
+        depends on how many tokens of another text are accepted.
+        """
+        if not hasattr(self.denoiser, "features_and_kv"):
+            return self.denoiser.features(x, t, where)
+        denoiser, width = cast(KVDenoiser, self.denoiser), min(2 * n + 1, self.length)
+        start = (stop - width).clamp(min=0)
+        places = start[:, None] + torch.arange(width, device=x.device)
+        h, self.kv = denoiser.features_and_kv(x, t, places, self.kv)
+        texts, columns = where
+        return h[texts, columns - start[texts]]
 
     def _read(self, tokens: Tensor, start: Tensor) -> Tensor:
         """Logits [R, n, V] after tokens[R, n] at the positions from start[R] on."""
@@ -252,4 +264,6 @@ class _Texts:
         if 0 < 2 * int(going.sum()) <= len(going):
             kept = going.nonzero()[:, 0]
             self.reader.keep(kept)
+            for block in self.kv or []:
+                block.keep(kept)
             self.rows = self.rows[kept]

@@ -65,22 +65,24 @@ class SubsDenoiser:
         return self._pass(xt, self._sigma(t), (texts, (places - 1) % xt.shape[1]))
 
     def features_and_kv(
-        self, xt: Tensor, t: Tensor, part: slice = slice(None), kv: list[BlockKV] | None = None
+        self, xt: Tensor, t: Tensor, places: Tensor, kv: list[BlockKV] | None = None
     ) -> tuple[Tensor, list[BlockKV]]:
-        """`features` of a part of xt[B, L], and the keys and values of every block.
+        """`features` of consecutive places of xt[B, L], and the keys and values of every block.
 
-        With `kv` given back, only the tokens of the part are computed; with `shifted` also the
-        token before it.
+        With `kv` given back, only the tokens there are computed; with `shifted` also the token
+        before them.
         """
-        sigma, L = self._sigma(t), xt.shape[1]
+        sigma, (B, L) = self._sigma(t), xt.shape
+        if self.shifted:
+            places = torch.cat([places[..., :1] - 1, places], -1) % L
         if kv is None:
             kv = [BlockKV() for _ in self.network.blocks]
             h = self.network(xt, sigma, kept=kv)
-            return (h.roll(1, 1) if self.shifted else h)[:, part], kv
-        start, end, _ = part.indices(L)
-        positions = torch.arange(start - self.shifted, end, device=xt.device) % L
-        h = self.network(xt[:, positions], sigma, positions=positions, kept=kv)
-        return h[:, : end - start], kv
+            h = h.gather(1, places.expand(B, -1)[..., None].expand(-1, -1, h.shape[-1]))
+        else:
+            x = xt.gather(1, places.expand(B, -1))
+            h = self.network(x, sigma, positions=places, kept=kv)
+        return h[:, :-1] if self.shifted else h, kv
 
     def reading(self, pairs: Tensor) -> SubsDenoiser:
         """The same denoiser, in which position i reads the positions j with pairs[i, j].

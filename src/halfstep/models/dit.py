@@ -42,9 +42,13 @@ class BlockKV:
         self.positions: Tensor | None = None
 
     def at(self, positions: Tensor | None) -> BlockKV:
-        """The next `append` writes at these positions [l]; at all of them if None."""
+        """The next `append` writes at these positions, [l] or [B, l]; at all of them if None."""
         self.positions = positions
         return self
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows[K] of the texts alone, in this order."""
+        self.kv = self.kv and (self.kv[0][rows], self.kv[1][rows])
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v [B, heads, l, head_width]; return those of all positions.
@@ -56,8 +60,9 @@ class BlockKV:
         elif self.kv is None:
             raise ValueError("the first pass must compute the whole text")
         else:
+            places = self.positions.expand(len(k), -1)[:, None, :, None].expand_as(k)
             for old, new in zip(self.kv, (k, v), strict=True):
-                old[:, :, self.positions] = new
+                old.scatter_(2, places, new)
         return self.kv
 
 
@@ -99,9 +104,9 @@ class DiT(nn.Module):
 
         With `where` (a mask [B, L], or its nonzero(as_tuple=True)) only the features of these
         positions, in row order, h[N, D]: the last block's attention reads all positions, its output
-        layer and MLP compute these. With `kept` and `positions`[L], x are the tokens there, which
-        read the keys and values of all other positions from `kept`. With pairs[L, L] bool, position
-        i reads the positions j of which pairs[i, j] is true (all by default).
+        layer and MLP compute these. With `kept` and `positions`, [L] or [B, L], x are the tokens
+        there, which read the keys and values of all other positions from `kept`. With pairs[L, L]
+        bool, position i reads the positions j of which pairs[i, j] is true (all by default).
         """
         rows, N = wanted_rows(where, x)
         cond = self.sigma_map(torch.zeros(1, device=x.device) if sigma is None else sigma)

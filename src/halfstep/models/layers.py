@@ -78,9 +78,11 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", 1e4**-exponents)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin [L, head_width] of integer positions [L]."""
-        angles = torch.outer(positions.to(self.inv_freq.dtype), self.inv_freq)
+        """cos, sin [L, head_width] of integer positions [L], or [B, 1, L, head_width] of [B, L]."""
+        angles = positions[..., None].to(self.inv_freq.dtype) * self.inv_freq
         angles = torch.cat([angles, angles], -1)
+        if positions.dim() == 2:
+            angles = angles[:, None]  # the same for all heads
         return angles.cos(), angles.sin()
 
 
@@ -88,8 +90,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x[..., L, head_width] by the angles of its positions."""
     half = x.shape[-1] // 2
     out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[:, :half], value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin[:, half:])
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return out.to(x.dtype)
 
 

@@ -180,12 +180,12 @@ def _speculative_work(
 ) -> Iterator[Work]:
     """Drafts of which no token is accepted: their number depends on the text, and this is the most.
 
-    A pass computes the tokens of its draft and what was accepted before, of the first one the whole
-    text; the autoregressive model, about as large, reads each draft and the token before it.
+    The first pass computes the whole text, later ones two drafts and a token; the autoregressive
+    model, about as large, reads each draft and the token before it.
     """
     network, precision = call.network, call.inference_precision
     drafts, drafted = min(steps, free), int(call.text("draft_tokens", "4"))
-    written = length + drafts * (1 + drafted)
+    written = length + drafts * min(2 * drafted + 1, length)
     read = length - free + drafts * (1 + drafted) + free - drafts
     work = flops.forward_flops(
         network, number * written / length, length, number * drafts * drafted

@@ -3,6 +3,8 @@
 The texts have the law of the autoregressive model, whatever the draft is worth.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -118,6 +120,21 @@ class Acceptance:
         return moved.scatter_add(1, tokens[:, None], share.sum(1, keepdim=True))
 
 
+@dataclass(frozen=True)
+class _Draft:
+    """Drafts of up to n tokens in R texts.
+
+    texts [R, L]: the texts with their drafts
+    columns [R, n], exists [R, n]: the places of the drafted tokens, of which a text may lack some
+    q [R, n, V]: the laws that the tokens come from; 0 for those that do not exist
+    """
+
+    texts: Tensor
+    columns: Tensor
+    exists: Tensor
+    q: Tensor
+
+
 class _Texts:
     """Texts x[N, L] that are written, and how far each has come.
 
@@ -170,52 +187,19 @@ class _Texts:
 
         A text that has taken `steps` passes has no draft: the reader's model writes one token.
         """
-        rows, L = self.rows, self.length
-        end = self.end[rows, None]
-        drafted, columns, exists, q = self._draft(group_of, steps)
-        n = columns.shape[1]
-        # A text that ends before its draft would reads some of its accepted tokens again.
-        start = (end - 1).clamp(max=L - 1 - n)
-        read = start + torch.arange(n + 1, device=end.device)
-        there = drafted.gather(1, read)
-        p = self.acceptance.law(self._read(there, start[:, 0]))  # [R, n + 1, V]
-
-        def p_at(columns: Tensor) -> Tensor:
-            """p[R, k, V] of the tokens at columns[R, k]; any, where there is no such token."""
-            place = (columns - start - 1).clamp(0, n)
-            return p.gather(1, place[..., None].expand(*place.shape, p.shape[-1]))
-
-        proposed = drafted.gather(1, columns.clamp(max=L - 1))
-        wanted = p_at(columns)
-        flat = self.acceptance.relaxed(
-            wanted.flatten(0, 1), proposed.flatten(), self.denoiser.readout[0][: p.shape[-1]]
-        )
-        wanted = flat.view_as(wanted)
-        ratio_p, ratio_q = (law.gather(2, proposed[..., None])[..., 0] for law in (wanted, q))
-        u = self.u_accept[rows].gather(1, columns.clamp(max=L - 1))
-        accepted = (u * ratio_q < ratio_p) & exists
-        count = accepted.long().cumprod(1).sum(1, keepdim=True)
+        rows, end = self.rows, self.end[self.rows, None]
+        draft = self._draft(group_of, steps)
+        count, law = self._accepted(draft, self._verify(draft))
         last = end + count  # the place of the token that is drawn again, or comes after the draft
-        rejected = count < exists.sum(1, keepdim=True)
-        law = p_at(last)[:, 0]
-        if n:
-            at = count.clamp(max=n - 1)[..., None].expand(-1, 1, p.shape[-1])
-            residual = (wanted.gather(1, at) - q.gather(1, at))[:, 0].clamp(min=0)
-            usable = rejected & (residual.sum(1, keepdim=True) > 0)
-            law = torch.where(usable, residual, law)
-        u = self.u_correct[rows].gather(1, last.clamp(max=L - 1))[:, 0]
-        correct = draw_from(law, u)
-        place = torch.arange(L, device=end.device)
-        new = torch.where((place >= end) & (place < last), drafted, self.x[rows])
-        self.x[rows] = torch.where(place == last, correct[:, None], new)
-        self.end[rows] = (last[:, 0] + 1).clamp(max=L)
+        u = self.u_correct[rows].gather(1, last.clamp(max=self.length - 1))[:, 0]
+        place = torch.arange(self.length, device=end.device)
+        x = torch.where((place >= end) & (place < last), draft.texts, self.x[rows])
+        self.x[rows] = torch.where(place == last, draw_from(law, u)[:, None], x)
+        self.end[rows] = (last[:, 0] + 1).clamp(max=self.length)
         self._drop_finished()
 
-    def _draft(self, group_of: Tensor, steps: int) -> tuple[Tensor, ...]:
-        """The texts [R, L] with their drafts, the columns [R, n] of these, which exist, and q.
-
-        q[R, n, V] are the laws that the drafted tokens come from, 0 for those that do not exist.
-        """
+    def _draft(self, group_of: Tensor, steps: int) -> _Draft:
+        """Write a draft of each text that is not finished and has passes left."""
         rows, x, end = self.rows, self.x[self.rows], self.end[self.rows]
         left = self.length - end
         t = (left / (self.length - self.begun)).float()
@@ -234,7 +218,40 @@ class _Texts:
                 x[texts, places] = draw_from(law, self.u_draft[rows[texts], places])
         self.passes[rows] += passes
         n = int(exists.sum(1).max())
-        return x, columns[:, :n], exists[:, :n], q[:, :n]
+        return _Draft(x, columns[:, :n], exists[:, :n], q[:, :n])
+
+    def _verify(self, draft: _Draft) -> Tensor:
+        """The scorer's laws p[R, n + 1, V] at the drafted places and the one behind, by one read.
+
+        A text that ends before reads some of its accepted tokens again. The laws of places that it
+        does not have are any.
+        """
+        end, n = self.end[self.rows, None], draft.columns.shape[1]
+        start = (end - 1).clamp(max=self.length - 1 - n)
+        new = torch.arange(n + 1, device=end.device)
+        p = self.acceptance.law(self._read(draft.texts.gather(1, start + new), start[:, 0]))
+        places = (end - 1 - start + new).clamp(max=n)
+        return p.gather(1, places[..., None].expand_as(p))
+
+    def _accepted(self, draft: _Draft, p: Tensor) -> tuple[Tensor, Tensor]:
+        """How many drafted tokens are accepted, [R, 1], and the law [R, V] of the token after."""
+        n, V = draft.columns.shape[1], p.shape[-1]
+        columns = draft.columns.clamp(max=self.length - 1)
+        proposed = draft.texts.gather(1, columns)
+        wanted = self.acceptance.relaxed(
+            p[:, :n].flatten(0, 1), proposed.flatten(), self.denoiser.readout[0][:V]
+        ).view_as(draft.q)
+        ratio_p, ratio_q = (law.gather(2, proposed[..., None])[..., 0] for law in (wanted, draft.q))
+        u = self.u_accept[self.rows].gather(1, columns)
+        accepted = (u * ratio_q < ratio_p) & draft.exists
+        count = accepted.long().cumprod(1).sum(1, keepdim=True)
+        law = p.gather(1, count[..., None].expand(-1, 1, V))[:, 0]
+        if n:
+            at = count.clamp(max=n - 1)[..., None].expand(-1, 1, V)
+            residual = (wanted.gather(1, at) - draft.q.gather(1, at))[:, 0].clamp(min=0)
+            rejected = count < draft.exists.sum(1, keepdim=True)
+            law = torch.where(rejected & (residual.sum(1, keepdim=True) > 0), residual, law)
+        return count, law
 
     def _features(
         self, x: Tensor, t: Tensor, stop: Tensor, n: int, where: tuple[Tensor, Tensor]

@@ -6,8 +6,13 @@ from oracle import Language, Perfect, PerfectReader, chi_square
 
 from halfstep.diffusion.contracts import Draws
 from halfstep.diffusion.samplers import sample
+from halfstep.diffusion.schedules import LogLinear
 from halfstep.diffusion.speculative import NEIGHBORS, Acceptance
 from halfstep.errors import HalfstepError
+from halfstep.models.denoiser import SubsDenoiser
+from halfstep.models.dit import DiT
+from halfstep.models.gpt import GPT
+from halfstep.models.readers import autoregressor
 
 ALPHA = 1e-4 / 60
 DRAWS = 10_000
@@ -107,24 +112,38 @@ def test_an_exact_draft_of_one_token_is_always_accepted():
     assert worse.autoregressive_passes.double().mean() > 2.2
 
 
-def test_a_text_does_not_depend_on_the_others():
-    together = write(DRAFTS[KEPT], [1], n=64, draft_tokens=3, draft_passes=2, seed=14)
-    frame = torch.full((LANGUAGE.L,), LANGUAGE.V)
-    frame[0] = 1
-    for i in range(0, 64, 16):
-        alone = sample(
-            DRAFTS[KEPT],
-            1,
-            LANGUAGE.L,
-            64,
-            sampler="speculative",
-            draws=Draws(seed=14, first=i),
-            given=frame,
-            scorer=PerfectReader(LANGUAGE),
-            draft_tokens=3,
-            draft_passes=2,
+@pytest.fixture(scope="module")
+def networks():
+    """A denoiser that keeps keys and values, with an autoregressive model that partly agrees."""
+    torch.manual_seed(0)
+    both = DiT(11, 32, 3, 4), GPT(11, 32, 2, 4)
+    for network in both:
+        network.eval().requires_grad_(False)
+        for p in network.parameters():
+            torch.nn.init.normal_(p, std=0.2) if p.ndim > 1 else torch.nn.init.normal_(p, 1.0, 0.1)
+    return SubsDenoiser(both[0], LogLinear()), autoregressor(both[1])
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_a_text_does_not_depend_on_the_others(networks, passes):
+    """Drafts neither, though what they read was computed in passes for all texts."""
+    denoiser, scorer = networks
+    given = torch.full((24,), 11)
+    given[0] = 1
+    options = {"scorer": scorer, "draft_tokens": 4, "draft_passes": passes}
+
+    def written(first, n):
+        draws = Draws(seed=14, first=first, temperature=2.0)  # so that some are accepted
+        return sample(
+            denoiser, n, 24, 24, sampler="speculative", draws=draws, given=given, **options
         )
+
+    together = written(0, 40)
+    assert together.autoregressive_passes.unique().numel() > 3
+    for i in range(0, 40, 2):
+        alone = written(i, 1)
         assert torch.equal(alone.ids[0], together.ids[i])
+        assert alone.network_evaluations[0] == together.network_evaluations[i]
         assert alone.autoregressive_passes[0] == together.autoregressive_passes[i]
 
 

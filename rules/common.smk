@@ -38,7 +38,9 @@ except ConfigError as error:
     sys.exit(f"configuration: {error}")
 
 
-configfile: "config.yaml"
+if os.path.lexists("config.yaml") or "preset" not in config:
+
+    configfile: "config.yaml"
 
 
 try:

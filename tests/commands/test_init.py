@@ -75,6 +75,19 @@ def test_every_key_is_explained_in_comments(here):
     assert yaml.safe_load(text)["corpora"]["my-text"]["files"] == ["text/*.txt"]
 
 
+def test_keys_that_the_user_of_a_clone_has_set_are_comments_in_a_project(here, monkeypatch):
+    text = (PACKAGED / "config.yaml").read_text()
+    edited = text.replace("# seed: 1 ", "seed: 7 ").replace("# published: false", "published: true")
+    packaged = init_command._packaged
+    monkeypatch.setattr(
+        init_command, "_packaged", lambda name: edited if name == "config.yaml" else packaged(name)
+    )
+    assert call("init") == 0
+    config = resolve(read_yaml(Path("config.yaml")), PRESETS)
+    assert config.seed == 1 and not config.published
+    assert "\n# seed: 7 " in Path("config.yaml").read_text()
+
+
 @pytest.mark.parametrize("flag, expected", [("", FILES), ("--slurm", FILES | SLURM)])
 def test_profiles_are_those_of_the_package(here, flag, expected):
     assert call(f"init project {flag}") == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from itertools import islice
 from pathlib import Path
@@ -204,9 +205,12 @@ def _lines(options: dict[str, str]) -> str:
 
 
 def _reference() -> str:
-    """The keys in the comments of the packaged config.yaml, without its introduction."""
-    text = _packaged("config.yaml")
-    return text[text.index("# seed:") :]
+    """The keys in the comments of the packaged config.yaml, without its introduction.
+
+    In an editable install its user may have set some of them, which are comments here again.
+    """
+    keys = _packaged("config.yaml").rpartition("\n##")[2].partition("\n\n")[2]
+    return re.sub(r"^(?=[^#\n])", "# ", keys, flags=re.MULTILINE)
 
 
 def _packaged(name: str) -> str:

@@ -131,6 +131,33 @@ def test_paths_are_those_that_the_project_sees(here, folder, pattern, expected):
     assert found == expected.format(here=here)
 
 
+def stored(command: str) -> list[str]:
+    assert call(f"init project {command}") == 0
+    return resolve(read_yaml(Path("project/config.yaml")), PRESETS).corpora["my-text"].files
+
+
+def test_a_pattern_that_the_shell_expanded_is_stored_as_a_pattern(here, capsys):
+    """So that files which come later are found."""
+    assert stored("--text texts/2.txt texts/1.txt") == [str(here / "texts/*.txt")]
+    said = capsys.readouterr().out
+    assert "stored as the pattern texts/*.txt: files that match it later are found" in said
+
+
+@pytest.mark.parametrize("names", ["1.txt 2.txt", "1.txt 2.txt 3.txt 4.jsonl"])
+def test_files_that_are_no_pattern_are_stored_by_name_and_a_note_says_so(here, capsys, names):
+    Path("texts/3.txt").write_text("One.\n\nTwo.\n")
+    Path("texts/4.jsonl").write_text('{"text": "Three."}\n')
+    names = [f"texts/{name}" for name in names.split()]
+    assert stored(f"--text {' '.join(names)}") == [str(here / name) for name in names]
+    assert f"note: {len(names)} files are stored by their names" in capsys.readouterr().out
+
+
+def test_one_file_stays_one_file(here, capsys):
+    Path("texts/2.txt").unlink()
+    assert stored("--text texts/1.txt") == [str(here / "texts/1.txt")]
+    assert "stored" not in capsys.readouterr().out
+
+
 def test_text_is_measured_in_bytes_and_documents(here):
     size = sum(path.stat().st_size for path in here.glob("texts/*"))
     assert measure_text(["texts/*.txt"]) == (size, 300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import tyro
 import yaml
 
 from halfstep.config import Word
-from halfstep.data.files import find_files, read_documents
+from halfstep.data.files import READERS, find_files, read_documents
 from halfstep.errors import ConfigError, HalfstepError
 from halfstep.resolve import resolve
 from halfstep.sanitize import one_line
@@ -98,6 +99,8 @@ def init(
         slurm: write the profile of a cluster too: `halfstep run --profile slurm`
     """
     hardware = this_hardware()
+    by_name = sum(map(os.path.lexists, text))
+    text = as_pattern(text)
     size, documents = measure_text(text) if text else (ASSUMED_BYTES, ASSUMED_DOCUMENTS)
     suggestion = suggest(size, hardware)
     named = [seen_from(path, pattern) for pattern in text] or [PATTERN]
@@ -120,6 +123,13 @@ def init(
     )
     if suggestion.epochs > EPOCHS + 1:
         print("note: this is little text, which the models will learn by heart")
+    if by_name > 1 and len(text) == 1:
+        print(f"stored as the pattern {text[0]}: files that match it later are found, too")
+    elif by_name > 1:
+        print(
+            f"note: {by_name} files are stored by their names, so new files are not found; "
+            "for a pattern that your shell leaves alone, quote it: --text 'letters/*.txt'"
+        )
     if not text:
         print(f"put your text into {path / PATTERN}, or write its place into {path}/config.yaml")
     print(f"next: cd {shlex.quote(str(path))}; halfstep plan; halfstep run")
@@ -149,6 +159,20 @@ def measure_text(patterns: list[str]) -> tuple[int, int]:
             "held out; end each document of a .txt with a line <|endoftext|> or a blank line"
         )
     return sum(file.stat().st_size for file in files), found
+
+
+def as_pattern(text: list[str]) -> list[str]:
+    """The files of a pattern that a shell has expanded, as this pattern again.
+
+    They are several, and all files of one suffix in one folder; any others stay as they are.
+    """
+    paths = {Path(name) for name in text}
+    folders = {path.parent for path in paths}
+    suffixes = {suffix for path in paths for suffix in READERS if path.name.endswith(suffix)}
+    if len(paths) < 2 or len(folders) > 1 or len(suffixes) != 1:
+        return text
+    pattern = str(folders.pop() / f"*{suffixes.pop()}")
+    return [pattern] if {Path(name) for name in glob.glob(pattern)} == paths else text
 
 
 def seen_from(folder: Path, pattern: str) -> str:

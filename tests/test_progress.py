@@ -157,6 +157,12 @@ def test_bars_of_a_library_are_switched_off_and_ours_are_not(monkeypatch):
     assert "theirs" not in shown and "ours" in shown and "later" in shown
 
 
+def test_a_unit_stands_behind_its_number(capsys):
+    with Progress("verify", 202, "MB") as progress:
+        progress.update(202)
+    assert capsys.readouterr().err.startswith("verify | 202 of 202 MB | ")
+
+
 def test_only_the_first_rank_shows_progress(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     with Progress("pretrain x", 3) as progress:

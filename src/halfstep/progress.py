@@ -66,7 +66,8 @@ class Progress:
 
     def _line(self, now: float, words: tuple[str, ...]) -> str:
         rate = (self.done - self._first) / max(now - self._start, 1e-9)
-        parts = [f"{self.unit} {self.done:,} of {self.total:,}", *words]
+        count = f"{self.done:,} of {self.total:,}"
+        parts = [f"{count} MB" if self.unit == "MB" else f"{self.unit} {count}", *words]
         if rate:
             parts += [format_rate(rate, self.unit), time_left(self.total - self.done, rate)]
         return fit_line(self.label, parts, terminal_columns() - self._before)

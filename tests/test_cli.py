@@ -237,8 +237,9 @@ def test_help_fits_a_terminal_of_80_columns(monkeypatch, capsys, name):
 
 
 @pytest.mark.parametrize("name", ["init", "generate"])
-def test_help_on_a_terminal_has_no_colors(name):
+def test_help_on_a_terminal_has_no_colors(monkeypatch, name):
     """They are control characters, which would be printed as words."""
+    monkeypatch.delenv("PYTHON_TYRO_ANSI_CODES", raising=False)
     with Terminal(name, "--help") as terminal:
         assert terminal.end() == 0
     assert f"usage: halfstep {name} " in terminal.printed and "x1b" not in repr(terminal.printed)

@@ -96,7 +96,7 @@ def test_a_finished_job_is_the_measure_of_its_kind(tmp_path):
 
 
 def test_a_job_that_hardly_computes_measures_no_speed(tmp_path):
-    """One text of one step took 9 s, nearly all of it to start; many texts take no hour for that."""
+    """One text of one step took 9 s, nearly all of it to start; that is no speed of many texts."""
     train = job(PRETRAIN.replace("--size small", "--size tiny"))
     texts = job(f"generate --checkpoint {TEACHER} --num-samples 64 --steps 64 --micro-batch 1")
     one = f"generate --checkpoint {TEACHER} --num-samples 1 --steps 1 --micro-batch 1"

@@ -210,7 +210,7 @@ def _unboxed(printed: str) -> str:
         for text in paragraphs
         if text.strip() and not re.match(" *(Argument helptext|For full help)", text)
     ]
-    return "; ".join(said)
+    return re.sub(r"^Missing from [^:]+: ", "missing: ", "; ".join(said))
 
 
 def _print_once(text: str) -> None:

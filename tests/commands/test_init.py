@@ -152,6 +152,11 @@ def test_files_that_are_no_pattern_are_stored_by_name_and_a_note_says_so(here, c
     assert f"note: {len(names)} files are stored by their names" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("size, words", [(120, "120 bytes"), (10_000, "0.01 MB")])
+def test_a_short_text_has_a_size(size, words):
+    assert init_command.size_in_words(size) == words
+
+
 def test_one_file_stays_one_file(here, capsys):
     Path("texts/2.txt").unlink()
     assert stored("--text texts/1.txt") == [str(here / "texts/1.txt")]

@@ -370,7 +370,7 @@ def check_hub(results: Path, mounts: Path) -> Iterator[Finding]:
             f"rule fetch, or provide everything in {cache}"
         )
     else:
-        yield _ok(f"the rule fetch fills {cache} from here; jobs run with the hub switched off")
+        yield _ok(f"nothing is fetched yet; what a run takes from the hub goes to {cache}")
 
 
 def check_mlflow(results: Path, mounts: Path) -> Iterator[Finding]:

@@ -104,7 +104,7 @@ def init(
     size, documents = measure_text(text) if text else (ASSUMED_BYTES, ASSUMED_DOCUMENTS)
     suggestion = suggest(size, hardware)
     named = [seen_from(path, pattern) for pattern in text] or [PATTERN]
-    about = f"{' '.join(text) or PATTERN}: {'' if text else 'assumed '}{size / 1e6:,.2f} MB"
+    about = f"{' '.join(text) or PATTERN}: {'' if text else 'assumed '}{size_in_words(size)}"
     files = {
         "config.yaml": config_text(suggestion, named, documents, (str(hardware), about)),
         "profiles/default/config.yaml": _packaged("profiles/default/config.yaml"),
@@ -118,7 +118,7 @@ def init(
     print(f"this machine: {hardware}")
     print(
         f"text: {about}; suggested: {suggestion.recipe.size}, {suggestion.num_steps:,} steps "
-        f"({suggestion.epochs:.1f} times through the text); "
+        f"({suggestion.epochs:,.1f} times through the text); "
         f"trainings take about {clock(suggestion.seconds)} (assumed)"
     )
     if suggestion.epochs > EPOCHS + 1:
@@ -159,6 +159,11 @@ def measure_text(patterns: list[str]) -> tuple[int, int]:
             "held out; end each document of a .txt with a line <|endoftext|> or a blank line"
         )
     return sum(file.stat().st_size for file in files), found
+
+
+def size_in_words(size: int) -> str:
+    """Bytes as a reader sees them: 1.25 MB, and 820 bytes of a short text."""
+    return f"{size / 1e6:,.2f} MB" if size >= 10_000 else f"{size:,} bytes"
 
 
 def as_pattern(text: list[str]) -> list[str]:

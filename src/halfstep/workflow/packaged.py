@@ -44,7 +44,8 @@ def snakemake_words(words: list[str]) -> list[str]:
     if not names_one and not Path("config.yaml").exists():
         raise HalfstepError(
             f"config.yaml: not found in {Path.cwd()}, expected the configuration of a project; "
-            "call `halfstep init .`, or name a preset: halfstep run --preset laptop"
+            "call `halfstep init .`, or name a preset: halfstep run --preset laptop "
+            "(halfstep plan -- --config preset=laptop)"
         )
     if not Path("slurm").is_dir():
         profile = str(PACKAGED / "profiles" / "slurm")

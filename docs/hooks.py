@@ -23,6 +23,12 @@ from halfstep.resolve import schema
 
 ROOT = Path(__file__).parents[1]
 PAGES_OF_ROOT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
+MADE_FROM = {  # a link names the source, which a clone has; on the site it opens the page
+    "config.yaml": "reference/configuration.md",
+    "src/halfstep/commands/__init__.py": "reference/commands.md",
+    "src/halfstep/metrics/protocols.py": "reference/metrics.md",
+    "src/halfstep/report/catalogue.py": "reference/figures.md",
+}
 LARGE = 1_000_000_000  # a bound that no reader wants to know
 COLUMNS = 80  # of the help of a command
 NOTEBOOK = "notebooks/denoising.ipynb"
@@ -66,9 +72,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = markdown.replace("denoising.ipynb)", "denoising.md)")
     depth = page.file.src_uri.count("/")
     out = "../" * (depth + 1)
-    for name in PAGES_OF_ROOT:
-        inside = "../" * depth + f"project/{name.lower()}"
-        markdown = markdown.replace(f"]({out}{name}", f"]({inside}")
+    pages = MADE_FROM | {name: f"project/{name.lower()}" for name in PAGES_OF_ROOT}
+    for name, inside in pages.items():
+        markdown = markdown.replace(f"]({out}{name}", f"]({'../' * depth}{inside}")
     return markdown
 
 

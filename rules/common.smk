@@ -38,7 +38,9 @@ except ConfigError as error:
     sys.exit(f"configuration: {error}")
 
 
-configfile: "config.yaml"
+if os.path.lexists("config.yaml") or "preset" not in config:
+
+    configfile: "config.yaml"
 
 
 try:
@@ -76,11 +78,11 @@ STAGE = dict(
     tasks=1,
     zero_shot=1,
     latency=6,
-    tabulate=8,
-    plot=8,
+    tabulate=9,
+    plot=9,
     paper_report=1,
-    track=2,
-    start_page=2,
+    track=3,
+    start_page=3,
     merge_provenance=1,
     fetch=1,
 )

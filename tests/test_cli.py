@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from pseudo import Terminal
 from small import MACHINE, call
 
 import halfstep
@@ -224,6 +225,24 @@ def test_a_reader_that_leaves_is_no_error(unread, capsys, name):
 def test_a_command_ends_its_work_after_its_reader_has_left(unread, tmp_path):
     assert cli.main(["write-schema", "--output", f"{tmp_path}/schema.json"]) == 0
     assert json.loads((tmp_path / "schema.json").read_text())
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_fits_a_terminal_of_80_columns(monkeypatch, capsys, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("name", ["init", "generate"])
+def test_help_on_a_terminal_has_no_colors(monkeypatch, name):
+    """They are control characters, which would be printed as words."""
+    monkeypatch.delenv("PYTHON_TYRO_ANSI_CODES", raising=False)
+    with Terminal(name, "--help") as terminal:
+        assert terminal.end() == 0
+    assert f"usage: halfstep {name} " in terminal.printed and "x1b" not in repr(terminal.printed)
 
 
 def test_head_reads_what_a_shell_pipes(tmp_path):

@@ -12,7 +12,9 @@ import inspect
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -51,7 +53,8 @@ def usage() -> str:
 
 
 def load_command(name: str) -> Callable[..., None]:
-    """The function of a command."""
+    """The function of a command. Its module may import tyro, which reads its settings then."""
+    os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # colors are control characters
     module, function = COMMANDS[name][0].split(":")
     return getattr(importlib.import_module(module), function)
 
@@ -77,7 +80,6 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
     Raises ValidationError for a value that a section of the configuration refuses, HalfstepError
     for one that a renamed flag refuses. tyro explains any other fault and exits.
     """
-    os.environ.setdefault("PYTHON_TYRO_ANSI_CODES", "False")  # colors are control characters
     import tyro
     from pydantic import ValidationError
 
@@ -149,11 +151,21 @@ def _has_bounds(annotation: Any) -> bool:
 
 
 class _HelpStream(UnreadStream):
-    """A stream for tyro's help that leaves out `(default: None)`, which says nothing."""
+    """A stream for tyro's help: paragraphs fit the terminal, and `(default: None)` is left out."""
 
     def write(self, text: str) -> int:
         pattern = r"\(default:([\s│]+)None\)"
-        return super().write(re.sub(pattern, lambda found: f"{'':9}{found[1]}{'':5}", text))
+        text = re.sub(pattern, lambda found: f"{'':9}{found[1]}{'':5}", text)
+        width = min(100, shutil.get_terminal_size().columns)
+        return super().write("\n".join(_wrapped(line, width) for line in text.split("\n")))
+
+
+def _wrapped(line: str, width: int) -> str:
+    """The line, or lines with its indentation if it is wider; boxes stay as they are."""
+    if len(line) <= width or "│" in line:
+        return line
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _whole_numbers() -> Any:
@@ -198,7 +210,7 @@ def _unboxed(printed: str) -> str:
         for text in paragraphs
         if text.strip() and not re.match(" *(Argument helptext|For full help)", text)
     ]
-    return "; ".join(said)
+    return re.sub(r"^Missing from [^:]+: ", "missing: ", "; ".join(said))
 
 
 def _print_once(text: str) -> None:

@@ -9,16 +9,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 
 from tqdm import tqdm
 
 BAR = "{percentage:3.0f}%|{bar:16}| {desc}"  # the description is our whole line
+WITHOUT_BAR = "{percentage:3.0f}% {desc}"  # on a narrow terminal
+NARROW = 110  # columns
+MANY = 1000  # columns of a log that nobody watches
+LEAST_LABEL = 8  # letters of a label that are always shown
 
 
 class Progress:
     """Context manager around a loop of `total` units, of which `done` are finished already.
 
-    A log gets a line at most every `interval` seconds, a terminal the same words after a bar.
+    A log gets a line at most every `interval` seconds, a terminal the same words after a bar. Where
+    the program runs in a terminal, no line is wider: the least important words are left out.
     """
 
     def __init__(
@@ -26,19 +32,22 @@ class Progress:
     ):
         self.label, self.total, self.unit = label, total, unit
         self.interval, self.done = interval, done
-        self._first, self._bar = done, None
+        self._first, self._bar, self._before = done, None, 0  # columns before our line
         self._silent = os.environ.get("RANK", "0") != "0"
 
     def __enter__(self) -> Progress:
         self._start = self._last = time.monotonic()
         if sys.stderr.isatty() and not self._silent:
+            shape = WITHOUT_BAR if terminal_columns() < NARROW else BAR
+            self._before = len("100% ") if shape == WITHOUT_BAR else len("100%|| ") + 16
             self._bar = tqdm(
                 total=self.total,
                 initial=self.done,
                 desc=self.label,
-                bar_format=BAR,
+                bar_format=shape,
                 dynamic_ncols=True,
                 mininterval=0.5,
+                disable=False,  # within `only_our_bars`, too
             )
         return self
 
@@ -57,14 +66,56 @@ class Progress:
 
     def _line(self, now: float, words: tuple[str, ...]) -> str:
         rate = (self.done - self._first) / max(now - self._start, 1e-9)
-        line = [self.label, f"{self.unit} {self.done:,} of {self.total:,}", *words]
+        count = f"{self.done:,} of {self.total:,}"
+        parts = [f"{count} MB" if self.unit == "MB" else f"{self.unit} {count}", *words]
         if rate:
-            line += [format_rate(rate, self.unit), time_left(self.total - self.done, rate)]
-        return " | ".join(line)
+            parts += [format_rate(rate, self.unit), time_left(self.total - self.done, rate)]
+        return fit_line(self.label, parts, terminal_columns() - self._before)
 
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def terminal_columns() -> int:
+    """$COLUMNS, or the width of the terminal that this program was started in; without one, many.
+
+    Its output may go to `tee` and so come to the terminal all the same.
+    """
+    if os.environ.get("COLUMNS", "").isdecimal():
+        return int(os.environ["COLUMNS"]) or MANY
+    try:
+        with open("/dev/tty", "rb", buffering=0) as terminal:
+            return os.get_terminal_size(terminal.fileno()).columns or MANY
+    except OSError:
+        return MANY
+
+
+def fit_line(label: str, parts: list[str], columns: int) -> str:
+    """`label | part | ...` in fewer than `columns` columns, which no terminal wraps.
+
+    What is left out, until the line fits: the parts between the second and the last one, from the
+    right; then the beginning of the label, and the second part.
+    """
+    parts, least = list(parts), min(len(label), LEAST_LABEL)
+    while len(parts) > 2 and least + len(" | ".join(["", *parts])) >= columns:
+        del parts[-2]
+    rest = " | ".join(["", *parts])
+    room = max(1, columns - 1 - len(rest))
+    if len(label) > room:
+        label = "…" + label[len(label) - room + 1 :]
+    return (label + rest)[: columns - 1]
+
+
+@contextmanager
+def only_our_bars() -> Iterator[None]:
+    """Around calls of a library that shows bars of tqdm: they are switched off, by `disable`."""
+    before = tqdm.__init__
+    tqdm.__init__ = partialmethod(before, disable=True)
+    try:
+        yield
+    finally:
+        tqdm.__init__ = before
 
 
 @contextmanager

@@ -220,6 +220,31 @@ def test_a_broken_finding_is_named_and_fails(site, commands, variables, check, a
     assert advice in line
 
 
+UNCONFIGURED = "echo 'sinfo: fatal: Could not establish a configuration source' >&2; exit 1"
+ABSENT = "echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1"
+
+
+@pytest.mark.parametrize(
+    ("sinfo", "variables", "state"),
+    [
+        (UNCONFIGURED, {}, "ok"),  # a laptop with Slurm's packages
+        (UNCONFIGURED, {"SNAKEMAKE_PROFILE": "slurm"}, "broken"),
+        (UNCONFIGURED, slurm(PARTITION="gpu"), "broken"),
+        (ABSENT, {}, "broken"),  # a cluster whose controller is down
+    ],
+)
+def test_slurm_is_broken_only_where_a_cluster_is_configured_or_asked_for(
+    site, monkeypatch, sinfo, variables, state
+):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SNAKEMAKE_"))]:
+        monkeypatch.delenv(name)
+    commands = dict.fromkeys(("sinfo", "scontrol", "sacct", "srun"), sinfo)
+    code, printed = site(commands, **variables)
+    ((found, message),) = findings(printed)["slurm"]
+    assert (found, code) == (state, int(state == "broken"))
+    assert ("everything runs on this machine" in message) == (state == "ok")
+
+
 def test_warnings_do_not_fail(site):
     code, printed = site({"srun": "exit 1"}, kind="nfs4", HF_HUB_OFFLINE="1")
     assert code == 0

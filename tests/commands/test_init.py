@@ -75,6 +75,19 @@ def test_every_key_is_explained_in_comments(here):
     assert yaml.safe_load(text)["corpora"]["my-text"]["files"] == ["text/*.txt"]
 
 
+def test_keys_that_the_user_of_a_clone_has_set_are_comments_in_a_project(here, monkeypatch):
+    text = (PACKAGED / "config.yaml").read_text()
+    edited = text.replace("# seed: 1 ", "seed: 7 ").replace("# published: false", "published: true")
+    packaged = init_command._packaged
+    monkeypatch.setattr(
+        init_command, "_packaged", lambda name: edited if name == "config.yaml" else packaged(name)
+    )
+    assert call("init") == 0
+    config = resolve(read_yaml(Path("config.yaml")), PRESETS)
+    assert config.seed == 1 and not config.published
+    assert "\n# seed: 7 " in Path("config.yaml").read_text()
+
+
 @pytest.mark.parametrize("flag, expected", [("", FILES), ("--slurm", FILES | SLURM)])
 def test_profiles_are_those_of_the_package(here, flag, expected):
     assert call(f"init project {flag}") == 0
@@ -116,6 +129,38 @@ def test_a_link_to_nothing_is_not_followed(here):
 def test_paths_are_those_that_the_project_sees(here, folder, pattern, expected):
     found = seen_from(Path(folder), pattern.format(here=here))
     assert found == expected.format(here=here)
+
+
+def stored(command: str) -> list[str]:
+    assert call(f"init project {command}") == 0
+    return resolve(read_yaml(Path("project/config.yaml")), PRESETS).corpora["my-text"].files
+
+
+def test_a_pattern_that_the_shell_expanded_is_stored_as_a_pattern(here, capsys):
+    """So that files which come later are found."""
+    assert stored("--text texts/2.txt texts/1.txt") == [str(here / "texts/*.txt")]
+    said = capsys.readouterr().out
+    assert "stored as the pattern texts/*.txt: files that match it later are found" in said
+
+
+@pytest.mark.parametrize("names", ["1.txt 2.txt", "1.txt 2.txt 3.txt 4.jsonl"])
+def test_files_that_are_no_pattern_are_stored_by_name_and_a_note_says_so(here, capsys, names):
+    Path("texts/3.txt").write_text("One.\n\nTwo.\n")
+    Path("texts/4.jsonl").write_text('{"text": "Three."}\n')
+    names = [f"texts/{name}" for name in names.split()]
+    assert stored(f"--text {' '.join(names)}") == [str(here / name) for name in names]
+    assert f"note: {len(names)} files are stored by their names" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size, words", [(120, "120 bytes"), (10_000, "0.01 MB")])
+def test_a_short_text_has_a_size(size, words):
+    assert init_command.size_in_words(size) == words
+
+
+def test_one_file_stays_one_file(here, capsys):
+    Path("texts/2.txt").unlink()
+    assert stored("--text texts/1.txt") == [str(here / "texts/1.txt")]
+    assert "stored" not in capsys.readouterr().out
 
 
 def test_text_is_measured_in_bytes_and_documents(here):

@@ -48,6 +48,17 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_relative_link_leads_to_a_file_of_a_clone(page):
+    """The site has more pages, which are made when it is built; hooks.py turns links to them."""
+    links = re.findall(r"\]\(([^)\s#]+)", page.read_text())
+    places = [link for link in links if not re.match(r"\w+:", link)]
+    assert [place for place in places if not (page.parent / place).exists()] == []
+
+
 class Loaded(HTMLParser):
     """The addresses that a browser loads by itself when it shows a page."""
 

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 from math import exp, log
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,13 +67,15 @@ def digest(texts) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
-def test_lm_eval_end_to_end_by_hand(tmp_path):
+def test_lm_eval_end_to_end_by_hand(tmp_path, capsys):
     """Only mat and rug are in doubt.
 
     EOS on the right is visible, so `a cat ran to` does not compete with `a cat ran to the door`.
     """
     items = write_items(tmp_path / "items.jsonl", STORIES)
     found = evaluate_lambada(known_model(), items, micro_batch=2)
+    said = capsys.readouterr().err.splitlines()
+    assert said and all(re.match(r"[\w-]+ \| item \d+ of \d+ \| ", line) for line in said), said
     np.testing.assert_allclose(np.exp(-found["nll"]["elbo-exact"]), [0.6, 0.4, 1, 1], rtol=1e-9)
     for protocol in ("parallel", "confidence"):
         assert found["hits"][protocol].tolist() == [True, False, True, True]

@@ -163,12 +163,13 @@ def test_more_draws_change_nothing_where_masks_are_enumerated(tmp_path):
     }
 
 
-def test_the_number_of_questions_can_be_limited_and_names_the_data(tmp_path):
+def test_the_number_of_questions_can_be_limited_and_names_the_data(tmp_path, capsys):
     task = write_task(tmp_path, "mine", ROWS)
     all_of_them, two = scores(diffusion(), [task]), scores(diffusion(), [task], items=2)
     key = ("mine", "acc", "elbo")
     assert (all_of_them[key].count, two[key].count) == (3, 2)
     assert all_of_them[key].data.split("@")[1] != two[key].data.split("@")[1]
+    assert "it/s" not in capsys.readouterr().err  # a bar of lm-eval
 
 
 def test_whole_texts_and_last_words_are_answered_too(tmp_path, monkeypatch):

@@ -161,8 +161,8 @@ def test_the_parent_shows_what_summary_says_first(world, capsys):
     parent = runs()["stories-tiny"]
     *sentences, links = parent.data.tags["mlflow.note.content"].split("\n\n")
     assert len(sentences) == 2 and set(sentences) <= set(printed)
-    for run in ("kl_backward", "mse"):
-        [sentence] = [text for text in sentences if f" {run} round 2 with" in text]
+    for run, in_words in {"kl_backward": "reverse KL", "mse": "squared error"}.items():
+        [sentence] = [text for text in sentences if f" {in_words} round 2 with" in text]
         value = parent.data.metrics[f"summary/perplexity_{run}"]
         assert f"has perplexity {value:.3g} [" in sentence
         assert f" with {parent.data.metrics[f'summary/steps_{run}']:g} steps" in sentence

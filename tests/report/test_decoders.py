@@ -46,7 +46,7 @@ def test_points_are_perplexities_over_passes_of_teacher_and_last_round(plain):
     lines = points[points["kind"] == "line"]
     assert set(lines["panel"]) == {
         "stories-tiny · teacher",
-        "stories-tiny · kl_backward round 3",
+        "stories-tiny · reverse KL round 3",
     }
     shown = table[(table["metric"] == "generative_perplexity") & (table["protocol"] == "ids")]
     shown = shown[shown["model"].isin(("stories-tiny/teacher", LAST))]

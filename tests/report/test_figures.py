@@ -556,6 +556,20 @@ def test_a_table_of_two_teachers_draws_a_panel_for_each_run(results, tmp_path):
     ]
 
 
+def test_summary_fits_a_terminal(results, monkeypatch, capsys):
+    """With the words that a pipe gets, where a sentence is one line."""
+    summary(results)
+    piped = capsys.readouterr().out
+    assert max(map(len, piped.splitlines())) > 100
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    summary(results, width=80)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    summary_words = shown[shown.index("Number of trainings") :].split()
+    assert summary_words == piped[piped.index("Number of trainings") :].split()
+
+
 def test_summary_prints_the_result_three_texts_comparisons_and_places(results, capsys):
     """In this order. The tables are not among it."""
     steps = results / "tables" / "steps.csv"
@@ -566,19 +580,19 @@ def test_summary_prints_the_result_three_texts_comparisons_and_places(results, c
     found = [
         out.index(words)
         for words in (
-            "stories-tiny: at equal entropy, kl_backward round 7 with ",
+            "stories-tiny: at equal entropy, reverse KL round 7 with ",
             "At 16 steps teacher wrote",
             "At 16 steps kl_backward/round-7 wrote",
             "At 32 steps teacher wrote",
             "Number of trainings: 1; 95% intervals over texts.",
-            "stories-tiny: kl_backward round 7 with 16 steps (64 tokens each) has perplexity",
+            "stories-tiny: reverse KL round 7 with 16 steps (64 tokens each) has perplexity",
             "better with 1/2 of the steps",
             "  8 steps (128 tokens each): 150 [144, 156] -> ",
             "times lower",
-            "kl_backward: every round at its own step count, its teacher -> the round:\n"
+            "reverse KL: every round at its own step count, its teacher -> the round:\n"
             "  32: 21.4 [20.5, 22.3] -> 19.2 [18.4, 19.9] (better)\n  16: 29.6",
             "16 steps (64 tokens each), consistent stories: teacher 71.2% [69.2%, 73.2%], "
-            "kl_backward round 7 92.2% [90.2%, 94.2%] (more)",
+            "reverse KL round 7 92.2% [90.2%, 94.2%] (more)",
             "accuracy of last words",
             "stories-tiny: At equal quality ",
             "ppl_vs_steps.pdf",
@@ -586,7 +600,7 @@ def test_summary_prints_the_result_three_texts_comparisons_and_places(results, c
         )
     ]
     assert found == sorted(found)
-    assert "Another text" not in out and "| kl_backward round 7 |" not in out
+    assert "Another text" not in out and "| reverse KL round 7 |" not in out
 
 
 def test_figures_over_steps_show_the_tokens_per_step_along_the_top(results):

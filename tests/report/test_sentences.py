@@ -158,8 +158,8 @@ def test_last_words_of_the_last_round_are_compared_with_the_teachers():
     assert sentences.last_word_verdicts(tidy(pandas.DataFrame(rows))) == [
         "a, accuracy of last words: teacher 0.900 [0.850, 0.950], kl round 7 0.880 [0.830, 0.930] "
         "(intervals overlap)",
-        "a, accuracy of last words: teacher 0.900 [0.850, 0.950], mse round 7 0.700 [0.650, 0.750] "
-        "(lower)",
+        "a, accuracy of last words: teacher 0.900 [0.850, 0.950], "
+        "squared error round 7 0.700 [0.650, 0.750] (lower)",
         "a, perplexity of last words: teacher 1.30 [1.20, 1.40], kl round 7 1.70 [1.60, 1.80] "
         "(higher)",
     ]

@@ -106,10 +106,10 @@ def test_markdown_reads_as_a_grid_with_conditions_below(unchanged):
     assert rows[0] == ["sampling steps (tokens per step)", "8 (128)", "16 (64)"]
     assert [row[0] for row in rows[2:7]] == [
         "teacher",
-        "kl_backward round 1",
-        "kl_backward round 2",
-        "mse round 1",
-        "mse round 2",
+        "reverse KL round 1",
+        "reverse KL round 2",
+        "squared error round 1",
+        "squared error round 2",
     ]
     assert rows[2][1] == "150 ±6"
     assert "Without sampling steps: baseline: 9.40 ±0.38; data: 7.20 ±0.29." in text

@@ -166,7 +166,7 @@ def test_a_grid_has_one_line_for_all_trainings_and_both_intervals(results):
     (grid, *_) = text.split("### ")[1:]
     lines = [line for line in grid.splitlines() if line.startswith("|")]
     models = [line.split("|")[1].strip() for line in lines[2:]]
-    assert models == ["teacher", "kl_backward round 1", "kl_backward round 2"]
+    assert models == ["teacher", "reverse KL round 1", "reverse KL round 2"]
     mean = 150 * (1.2 * 0.95) ** (1 / 3)
     logs = numpy.log([150, 180, 142.5])
     high = numpy.exp(logs.mean() + scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(logs))
@@ -223,7 +223,7 @@ def test_a_repeat_of_a_run_shares_the_line_of_its_run(tmp_path):
     repeat(results, 2, of_run="mse")
     tabulate("steps", [results / "metrics"], results / "steps")
     grid = (results / "steps.md").read_text().split("### ")[1]
-    assert grid.count("\n| mse round 1 ") == 1 and grid.count("[texts") == 1
+    assert grid.count("\n| squared error round 1 ") == 1 and grid.count("[texts") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A program on a pseudo-terminal of 80 columns: what it prints, and keys that are pressed."""
+"""A program on a pseudo-terminal: what it prints, and keys that are pressed."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ START = """  # with the terminal as the one that Ctrl-C comes from
 import fcntl, os, signal, sys, termios
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets its background jobs ignore it
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.executable, [sys.executable, "-m", "halfstep.cli", *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
 class Terminal:
-    """`halfstep <words>` on a pseudo-terminal; at the end of its context it is killed."""
+    """`halfstep <words>` on a pseudo-terminal; at the end of its context it is killed.
 
-    def __init__(self, *words: str):
+    program: what Python starts with these words
+    """
+
+    def __init__(
+        self, *words: str, columns: int = 80, program: tuple[str, ...] = ("-m", "halfstep.cli")
+    ):
         self.own, there = pty.openpty()
-        fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         variables = os.environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
         for name in ("COLUMNS", "LINES", "NO_COLOR"):
             variables.pop(name, None)
-        command = [sys.executable, "-c", START, *words]
+        command = [sys.executable, "-c", START, *program, *words]
         streams = dict(stdin=there, stdout=there, stderr=there)
         self.program = subprocess.Popen(command, env=variables, start_new_session=True, **streams)
         os.close(there)

@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import pytest
-from dryrun import REPOSITORY
+from dryrun import REPOSITORY, Workflow, copy
 from wheels import Installed
 
 from halfstep.errors import HalfstepError
@@ -171,9 +171,23 @@ def test_without_configuration_and_preset_the_sentence_says_what_to_call(empty):
     with pytest.raises(HalfstepError, match=r"^config.yaml: not found in .*halfstep init \.`, or"):
         snakemake_words(["all"])
     found = snakemake_words(["all", "--config", "preset=ci"])
-    assert found == [OURS, f"--configfile={PACKAGED / 'config.yaml'}", "all", "--config", found[-1]]
+    assert found == [OURS, "all", "--config", "preset=ci"]
     own = ["--configfile", "mine.yaml"]
     assert snakemake_words(own) == [OURS, *own]
+
+
+def test_a_preset_in_an_empty_folder_is_the_one_that_is_shipped(workflow, empty, monkeypatch):
+    """An editable install has the clone's config.yaml, which its user may have edited."""
+    for name in ("clone", "project"):
+        (empty / name).mkdir()
+    clone, project = copy(empty / "clone"), Workflow(empty / "project")
+    clone.edit("config.yaml", lambda text: text + "\nseed: 7\n")
+    monkeypatch.setattr(packaged, "PACKAGED", clone.folder)
+    monkeypatch.setattr(packaged, "OURS", f"--snakefile={clone.folder / 'Snakefile'}")
+    monkeypatch.chdir(project.folder)
+    words = with_preset(["-p", "--cores", "1"], "ci")
+    plan = project.plan(*snakemake_words(words))
+    assert commands(plan) == commands(workflow.plan(*words)) and len(commands(plan)) > 40
 
 
 def test_a_profile_of_the_project_goes_before_the_packaged_one(empty):

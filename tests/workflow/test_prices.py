@@ -95,6 +95,17 @@ def test_a_finished_job_is_the_measure_of_its_kind(tmp_path):
     assert prices.price(baseline).source == "assumed"
 
 
+def test_a_job_that_hardly_computes_measures_no_speed(tmp_path):
+    """One text of one step took 9 s, nearly all of it to start; that is no speed of many texts."""
+    train = job(PRETRAIN.replace("--size small", "--size tiny"))
+    texts = job(f"generate --checkpoint {TEACHER} --num-samples 64 --steps 64 --micro-batch 1")
+    one = f"generate --checkpoint {TEACHER} --num-samples 1 --steps 1 --micro-batch 1"
+    alone = Prices([CORPUS, train, texts], tmp_path).price(texts)
+    record(tmp_path, "samples/t/teacher/provenance.json", 9, one)
+    assert Prices([CORPUS, train, texts], tmp_path).price(texts) == alone
+    assert alone.source == "assumed"
+
+
 def test_a_frontier_costs_its_sets(tmp_path):
     """Three step counts and two temperatures; all steps but the last few reveal a token."""
     common = f"--checkpoint {TEACHER} --num-samples 64 --micro-batch 1"

@@ -30,6 +30,7 @@ NETWORK_FILE_SYSTEMS = (
     *("nfs", "nfs4", "cifs", "lustre", "gpfs", "beegfs", "ceph", "fuse.sshfs", "9p", "afs"),
     *("panfs", "wekafs"),
 )
+NO_CLUSTER = "Could not establish a configuration source"  # sinfo, without slurm.conf and DNS
 Finding = tuple[str, str]  # ok, warning or broken; a sentence that says what to do
 Check = Callable[[Path, Path], Iterator[Finding]]  # of the results and the table of mounts
 
@@ -39,7 +40,7 @@ def doctor(results: Path = Path("results"), mounts: Path = Path("/proc/mounts"))
 
     First comes this machine: Python, torch, cores, memory, disk, and optional packages. Findings of
     a cluster follow where there is one: Slurm's commands, or its variables in the environment. The
-    command fails if a finding is broken.
+    command fails if a finding is broken. Slurm's commands without a cluster are not broken.
 
     Args:
         results: folder of the results, which need not exist yet
@@ -83,8 +84,13 @@ def _broken(message: str) -> Finding:
 
 def cluster_in_sight() -> bool:
     """Is this a machine of a cluster, or is one asked for in the environment?"""
-    named = any(name.startswith(("SLURM_", "HALFSTEP_SLURM_")) for name in os.environ)
-    return named or shutil.which("sbatch") is not None
+    return cluster_named() or shutil.which("sbatch") is not None
+
+
+def cluster_named() -> bool:
+    """Is a cluster asked for in the environment: by Slurm's variables, ours, or a profile?"""
+    asked = any(name.startswith(("SLURM_", "HALFSTEP_SLURM_")) for name in os.environ)
+    return asked or "slurm" in os.environ.get("SNAKEMAKE_PROFILE", "")
 
 
 def check_python(results: Path, mounts: Path) -> Iterator[Finding]:
@@ -184,6 +190,12 @@ def check_slurm(results: Path, mounts: Path) -> Iterator[Finding]:
         )
         return
     sinfo = ask("sinfo", "--noheader", "-o", "%R %l %a")
+    if sinfo is None and not cluster_named() and NO_CLUSTER in _answer(["sinfo"])[1]:
+        yield _ok(
+            "Slurm's commands are installed, but no cluster is configured here, so everything runs "
+            "on this machine; --profile slurm needs a cluster's login node"
+        )
+        return
     if sinfo is None:
         yield _broken(
             "sinfo gets no answer from Slurm's controller: wait, or ask the administrators; "
@@ -316,7 +328,7 @@ def check_shared_folder(results: Path, mounts: Path) -> Iterator[Finding]:
         if value := os.environ.get(f"HALFSTEP_SLURM_{key.upper()}"):
             call.append(f"--{key}={value}")
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as probe:
-        listed = _output([*call, "ls", "-d", "/", probe.name])  # a node that answers has a /
+        listed, _ = _answer([*call, "ls", "-d", "/", probe.name])  # a node that answers has a /
     if not listed.startswith("/"):
         yield _warning(
             "no compute node was free within 30 s, so whether it sees this folder is not known: "
@@ -330,12 +342,13 @@ def check_shared_folder(results: Path, mounts: Path) -> Iterator[Finding]:
         yield _ok(f"a compute node sees {folder}")
 
 
-def _output(words: list[str]) -> str:
-    """What a command prints, whatever its exit code; "" if it cannot be run, or not in time."""
+def _answer(words: list[str]) -> tuple[str, str]:
+    """The output and the errors of a command, whatever its exit code; blank without an answer."""
     try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=60).stdout
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return "", ""
+    return done.stdout, done.stderr
 
 
 def check_hub(results: Path, mounts: Path) -> Iterator[Finding]:
@@ -357,7 +370,7 @@ def check_hub(results: Path, mounts: Path) -> Iterator[Finding]:
             f"rule fetch, or provide everything in {cache}"
         )
     else:
-        yield _ok(f"the rule fetch fills {cache} from here; jobs run with the hub switched off")
+        yield _ok(f"nothing is fetched yet; what a run takes from the hub goes to {cache}")
 
 
 def check_mlflow(results: Path, mounts: Path) -> Iterator[Finding]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import shlex
 from itertools import islice
 from pathlib import Path
@@ -14,7 +16,7 @@ import tyro
 import yaml
 
 from halfstep.config import Word
-from halfstep.data.files import find_files, read_documents
+from halfstep.data.files import READERS, find_files, read_documents
 from halfstep.errors import ConfigError, HalfstepError
 from halfstep.resolve import resolve
 from halfstep.sanitize import one_line
@@ -97,10 +99,12 @@ def init(
         slurm: write the profile of a cluster too: `halfstep run --profile slurm`
     """
     hardware = this_hardware()
+    by_name = sum(map(os.path.lexists, text))
+    text = as_pattern(text)
     size, documents = measure_text(text) if text else (ASSUMED_BYTES, ASSUMED_DOCUMENTS)
     suggestion = suggest(size, hardware)
     named = [seen_from(path, pattern) for pattern in text] or [PATTERN]
-    about = f"{' '.join(text) or PATTERN}: {'' if text else 'assumed '}{size / 1e6:,.2f} MB"
+    about = f"{' '.join(text) or PATTERN}: {'' if text else 'assumed '}{size_in_words(size)}"
     files = {
         "config.yaml": config_text(suggestion, named, documents, (str(hardware), about)),
         "profiles/default/config.yaml": _packaged("profiles/default/config.yaml"),
@@ -114,11 +118,18 @@ def init(
     print(f"this machine: {hardware}")
     print(
         f"text: {about}; suggested: {suggestion.recipe.size}, {suggestion.num_steps:,} steps "
-        f"({suggestion.epochs:.1f} times through the text); "
+        f"({suggestion.epochs:,.1f} times through the text); "
         f"trainings take about {clock(suggestion.seconds)} (assumed)"
     )
     if suggestion.epochs > EPOCHS + 1:
         print("note: this is little text, which the models will learn by heart")
+    if by_name > 1 and len(text) == 1:
+        print(f"stored as the pattern {text[0]}: files that match it later are found, too")
+    elif by_name > 1:
+        print(
+            f"note: {by_name} files are stored by their names, so new files are not found; "
+            "for a pattern that your shell leaves alone, quote it: --text 'letters/*.txt'"
+        )
     if not text:
         print(f"put your text into {path / PATTERN}, or write its place into {path}/config.yaml")
     print(f"next: cd {shlex.quote(str(path))}; halfstep plan; halfstep run")
@@ -148,6 +159,25 @@ def measure_text(patterns: list[str]) -> tuple[int, int]:
             "held out; end each document of a .txt with a line <|endoftext|> or a blank line"
         )
     return sum(file.stat().st_size for file in files), found
+
+
+def size_in_words(size: int) -> str:
+    """Bytes as a reader sees them: 1.25 MB, and 820 bytes of a short text."""
+    return f"{size / 1e6:,.2f} MB" if size >= 10_000 else f"{size:,} bytes"
+
+
+def as_pattern(text: list[str]) -> list[str]:
+    """The files of a pattern that a shell has expanded, as this pattern again.
+
+    They are several, and all files of one suffix in one folder; any others stay as they are.
+    """
+    paths = {Path(name) for name in text}
+    folders = {path.parent for path in paths}
+    suffixes = {suffix for path in paths for suffix in READERS if path.name.endswith(suffix)}
+    if len(paths) < 2 or len(folders) > 1 or len(suffixes) != 1:
+        return text
+    pattern = str(folders.pop() / f"*{suffixes.pop()}")
+    return [pattern] if {Path(name) for name in glob.glob(pattern)} == paths else text
 
 
 def seen_from(folder: Path, pattern: str) -> str:
@@ -204,9 +234,12 @@ def _lines(options: dict[str, str]) -> str:
 
 
 def _reference() -> str:
-    """The keys in the comments of the packaged config.yaml, without its introduction."""
-    text = _packaged("config.yaml")
-    return text[text.index("# seed:") :]
+    """The keys in the comments of the packaged config.yaml, without its introduction.
+
+    In an editable install its user may have set some of them, which are comments here again.
+    """
+    keys = _packaged("config.yaml").rpartition("\n##")[2].partition("\n\n")[2]
+    return re.sub(r"^(?=[^#\n])", "# ", keys, flags=re.MULTILINE)
 
 
 def _packaged(name: str) -> str:

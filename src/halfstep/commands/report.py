@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import pkgutil
+import shutil
 import sys
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -200,7 +201,7 @@ def summary(results: Path = Path("results"), width: Width = 100) -> None:
 
     Args:
         results: the folder with tables, samples and figures
-        width: of the texts, in characters
+        width: of the texts, and on a terminal of all lines, in characters
     """
     tables = results / "tables"
     others = [file for name in ("lambada", "speed") if (file := tables / f"{name}.md").is_file()]
@@ -226,14 +227,15 @@ def _print_findings(results: Path, width: int) -> None:
     for teacher, mine in steps.groupby("teacher", sort=False):
         frontier, speed = (table[table["teacher"] == teacher] for table in others)
         perplexity = mine[mine["metric"] == "generative_perplexity"]
-        print(*lead_sentences(perplexity, frontier), sep="\n")
+        _print_sentences(lead_sentences(perplexity, frontier), width)
         for headline in headlines(perplexity)[:1]:
             for title, text in median_texts(headline, results):
                 _print_text(title, text, width)
-        print("", *teacher_sentences(mine, tables, results), sep="\n")
+        print()
+        _print_sentences(teacher_sentences(mine, tables, results), width)
         if len(speed):
             verdict = speed_verdict(speed, mine, frontier)
-            print(f"{teacher}: {verdict.summary}", *verdict.details, sep="\n")
+            _print_sentences([f"{teacher}: {verdict.summary}", *verdict.details], width)
 
 
 def read_pooled(file: Path) -> DataFrame:
@@ -321,6 +323,16 @@ def _print_text(title: str, text: str, width: int) -> None:
     lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width) or [""]]
     print(f"\n{title}:")
     print(textwrap.indent("\n".join(lines), "  "))
+
+
+def _print_sentences(sentences: Iterable[str], width: int) -> None:
+    """Print sentences; a terminal gets lines that fit, a file or a pipe one line for each."""
+    for line in "\n".join(sentences).splitlines():
+        if sys.stdout.isatty():
+            columns = min(width, shutil.get_terminal_size().columns)
+            inner = " " * (len(line) - len(line.lstrip()) + 4)
+            line = textwrap.fill(line, columns, subsequent_indent=inner, break_on_hyphens=False)
+        print(line)
 
 
 def _print_places(results: Path) -> None:

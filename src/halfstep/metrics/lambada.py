@@ -45,7 +45,7 @@ from halfstep.metrics.likelihood import (
     diffusion_nll,
     monte_carlo_nll,
 )
-from halfstep.progress import Progress
+from halfstep.progress import Progress, only_our_bars
 from halfstep.texts import check_regular, items_file, read_lines, reading, row_text
 
 if TYPE_CHECKING:
@@ -382,6 +382,7 @@ def _run_lm_eval(lm: HalfstepLM, data: str, items: int | None) -> tuple[list[dic
         ) from error
     (task,) = loaded["tasks"].values()
     task.set_config(key="num_fewshot", value=0)
-    found: Any = evaluate(lm, loaded, limit=items, bootstrap_iters=0)
+    with only_our_bars():
+        found: Any = evaluate(lm, loaded, limit=items, bootstrap_iters=0)
     ((name, samples),) = found["samples"].items()
     return sorted(samples, key=lambda sample: sample["doc_id"]), found["results"][name]

@@ -39,6 +39,7 @@ from halfstep.errors import HalfstepError, reason
 from halfstep.metrics.elbo import text_nelbo
 from halfstep.metrics.lambada import ACCURACY, HalfstepLM, Request
 from halfstep.metrics.likelihood import EXACT, Question, Tick
+from halfstep.progress import only_our_bars
 from halfstep.texts import check_regular, is_task_file
 
 if TYPE_CHECKING:
@@ -282,7 +283,7 @@ def _run(
     inner = {child.name for group in groups.values() for child in group.get_all_groups()}
     asked = [group for name, group in groups.items() if name not in inner]
     asked += [task for name, task in tasks.items() if name not in grouped]
-    with _one_process():
+    with _one_process(), only_our_bars():
         found: Any = simple_evaluate(
             model=lm,
             tasks=asked,

@@ -9,10 +9,12 @@ import pandas
 from pandas import DataFrame
 from tabulate import tabulate
 
+from halfstep.report.labels import name_model
+
 
 def model_label(row: Any) -> str:
-    """The name of a row's model in a grid: teacher, baseline, `run round 3`."""
-    return f"{row.run} round {row.round}" if row.round else row.run
+    """The name of a row's model in a grid: teacher, baseline, `reverse KL round 3`."""
+    return name_model(row.run, row.round)
 
 
 def value_cell(row: Any) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from matplotlib.axes import Axes
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Behind a label; an outline around the letters would triple the size of an SVG.
 PLATE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}
@@ -41,6 +42,11 @@ def in_words(text: str) -> str:
     if text in WORDS:
         return WORDS[text]
     return re.sub(r"(?<![\w-])\w+(?![\w-])", lambda key: WORDS.get(key[0], key[0]), text)
+
+
+def name_model(run: str, round_: int) -> str:
+    """A model as a reader sees it in a sentence or a grid: `reverse KL round 7`, `teacher`."""
+    return f"{in_words(run)} round {round_}" if round_ else run
 
 
 def label_lines(axes: Axes, labels: Sequence[Label], side: str, shift: float = 0) -> None:

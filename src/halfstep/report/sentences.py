@@ -16,6 +16,7 @@ from pandas import DataFrame, Series
 
 from halfstep.records.shapes import student_steps
 from halfstep.report.grids import round_number
+from halfstep.report.labels import in_words, name_model
 from halfstep.report.trainings import paired_change
 
 LAST_WORDS = {
@@ -252,8 +253,8 @@ def own_steps(perplexity: DataFrame, results: Path) -> list[str]:
                     f"{made_for}: {with_interval(teacher)} -> {with_interval(student)} ({word})"
                 )
         if found:
-            title = f"{base}, {run}: every round at its own step count, its teacher -> the round:"
-            lines.append("\n  ".join([title, *found]))
+            title = "every round at its own step count, its teacher -> the round:"
+            lines.append("\n  ".join([f"{base}, {in_words(run)}: {title}", *found]))
     return lines
 
 
@@ -342,7 +343,7 @@ def compare_intervals(row: Series, other: Series, lower: str, higher: str) -> st
 
 
 def _label(student: Series) -> str:
-    return f"{student['run']} round {student['round']}"
+    return name_model(student["run"], student["round"])
 
 
 def _steps(row: Series) -> str:

@@ -33,30 +33,27 @@ def caller() -> str:
 def snakemake_words(words: list[str]) -> list[str]:
     """The arguments of snakemake in the current folder, from those that a user gives.
 
-    Without a Snakefile here they name the packaged one, its profile for `--profile slurm`, and, for
-    a preset without a config.yaml, its configuration. HalfstepError if there is neither of the two,
-    or no snakemake.
+    Without a Snakefile here they name the packaged one, and its profile for `--profile slurm`.
+    HalfstepError without snakemake, or if there is neither a config.yaml nor a preset.
     """
     if find_spec("snakemake") is None:
         raise HalfstepError(NO_SNAKEMAKE)
     if has_snakefile() or any(word.split("=")[0] in ("--snakefile", "-s") for word in words):
         return words
-    own = [OURS]
-    if not Path("config.yaml").exists():
-        if not any(word.startswith(("preset=", "--configfile")) for word in words):
-            raise HalfstepError(
-                f"config.yaml: not found in {Path.cwd()}, expected the configuration of a project; "
-                "call `halfstep init .`, or name a preset: halfstep run --preset laptop"
-            )
-        if not any(word.startswith("--configfile") for word in words):
-            own.append(f"--configfile={PACKAGED / 'config.yaml'}")
+    names_one = any(word.startswith(("preset=", "--configfile")) for word in words)
+    if not names_one and not Path("config.yaml").exists():
+        raise HalfstepError(
+            f"config.yaml: not found in {Path.cwd()}, expected the configuration of a project; "
+            "call `halfstep init .`, or name a preset: halfstep run --preset laptop "
+            "(halfstep plan -- --config preset=laptop)"
+        )
     if not Path("slurm").is_dir():
         profile = str(PACKAGED / "profiles" / "slurm")
         words = [
             profile if (before, word) == ("--profile", "slurm") else word
             for before, word in pairwise(["", *words])
         ]
-    return [*own, *words]
+    return [OURS, *words]
 
 
 def with_preset(words: list[str], preset: str) -> list[str]:

@@ -136,11 +136,14 @@ class Prices:
         return Estimate(start + computes * ratio, "measured")
 
     def _measured_ratio(self, kind: tuple, gpu: int, start: float) -> float | None:
-        """Time of finished jobs of a kind over its assumption, without starts; None without any."""
+        """Time of finished jobs of a kind over its assumption, without starts; None without any.
+
+        A job that computes for less time than it starts, as in the preset ci, measures no speed.
+        """
         ratios = []
         for command, seconds in self.finished[kind]:
             assumed = self.compute_seconds(Call(command, self.facts, self.rates, gpu))
-            if assumed:
+            if assumed and assumed > start:
                 ratios.append(max(seconds - start, seconds / 10) / assumed)
         return median(ratios) if ratios else None
 

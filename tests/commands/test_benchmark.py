@@ -287,7 +287,7 @@ def other_student(world, name="round-1"):
     return name
 
 
-@pytest.mark.parametrize("draws", [DRAFTS, {"sampler": "threshold", "threshold": 0.05}], ids=str)
+@pytest.mark.parametrize("draws", [DRAFTS, {"sampler": "threshold", "threshold": 0.025}], ids=str)
 def test_a_variant_is_timed_with_the_passes_of_its_own_texts(world, tmp_path, draws):
     """As the sampler itself writes the texts of the three repeats, 2 to 7, with trained weights."""
     students = ["teacher", other_student(world)]

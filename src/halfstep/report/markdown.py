@@ -6,6 +6,7 @@ cell (trainings.py). Published values (published.py) have grids apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -181,6 +182,7 @@ def _timed_variants(table: DataFrame) -> list[str]:
     for row in students.sort_values(order, kind="stable").itertuples():
         text, token = 1000 / row.batch_size, 1000 / row.batch_size / row.length
         low, high = round_number(text * row.low), round_number(text * row.high)
+        faster = math.nan if pandas.isna(row.times_faster) else row.times_faster
         line = {
             "way to draw": row.variant,
             "model": model_label(row),
@@ -191,8 +193,8 @@ def _timed_variants(table: DataFrame) -> list[str]:
             "tokens a verification": _number_cell(row.tokens_per_verification),
             "ms a text": f"{round_number(text * row.value)} [{low}, {high}]",
             "ms a token": round_number(token * row.value),
-            "baseline, ms a token": _number_cell(token * row.value * row.times_faster),
-            "times faster": _number_cell(row.times_faster),
+            "baseline, ms a token": _number_cell(token * row.value * faster),
+            "times faster": _number_cell(faster),
         }
         lines.append(line)
     shown = [title for title in lines[0] if any(line[title] for line in lines)]

@@ -147,31 +147,38 @@ def speed_markdown(table: DataFrame) -> str:
     """
     parts = []
     for teacher, rows in table.groupby("teacher", sort=False):
-        mine = usual_rows(rows)
-        mine = mine.assign(case=[_decoder(row) for row in mine.itertuples()])
-        shown: dict[str, Callable[[Any], str]] = {
-            LATENCY: latency_cell,
-            "tokens per second": lambda row: f"{row.tokens_per_s:,.0f}",
-            "tokens per forward pass of a text": lambda row: round_number(row.tokens_per_forward),
-        }
-        if mine["energy_j"].notna().all():
-            shown["joules per text"] = lambda row: round_number(row.energy_j / row.batch_size)
-        for title, cell in shown.items():
-            parts.append(f"## {teacher}: {title}")
-            parts.append(make_grid(mine, "case", "tokens × texts", cell, _length_and_batch))
-        is_baseline = mine["run"] == "baseline"
-        students, baselines = mine.loc[~is_baseline, "model"], mine.loc[is_baseline, "case"]
-        parts.append(
-            f"Timed: {join_values([*students, *baselines])}, at each length and batch size in "
-            f"turns in one process; weights {join_values(mine['weights'])}; "
-            f"± is the farther bound ({join_values(mine['bounds'])}); "
-            f"{join_values(mine['device'])}, {join_values(mine['dtype'])}; "
-            f"commit {join_values(mine['commit'])}."
-        )
-        varied = rows[rows["variant"].notna()]
+        usual, varied = usual_rows(rows), rows[rows["variant"].notna()]
+        if len(usual):
+            parts += _timed_steps(teacher, usual)
         if len(varied):
             parts += [f"## {teacher}: time to write in other ways", *_timed_variants(varied)]
     return "\n\n".join(parts) + "\n"
+
+
+def _timed_steps(teacher: str, mine: DataFrame) -> list[str]:
+    """Grids of one teacher's students and baselines, and how they were timed."""
+    parts = []
+    mine = mine.assign(case=[_decoder(row) for row in mine.itertuples()])
+    shown: dict[str, Callable[[Any], str]] = {
+        LATENCY: latency_cell,
+        "tokens per second": lambda row: f"{row.tokens_per_s:,.0f}",
+        "tokens per forward pass of a text": lambda row: round_number(row.tokens_per_forward),
+    }
+    if mine["energy_j"].notna().all():
+        shown["joules per text"] = lambda row: round_number(row.energy_j / row.batch_size)
+    for title, cell in shown.items():
+        parts.append(f"## {teacher}: {title}")
+        parts.append(make_grid(mine, "case", "tokens × texts", cell, _length_and_batch))
+    is_baseline = mine["run"] == "baseline"
+    students, baselines = mine.loc[~is_baseline, "model"], mine.loc[is_baseline, "case"]
+    parts.append(
+        f"Timed: {join_values([*students, *baselines])}, at each length and batch size in "
+        f"turns in one process; weights {join_values(mine['weights'])}; "
+        f"± is the farther bound ({join_values(mine['bounds'])}); "
+        f"{join_values(mine['device'])}, {join_values(mine['dtype'])}; "
+        f"commit {join_values(mine['commit'])}."
+    )
+    return parts
 
 
 def _timed_variants(table: DataFrame) -> list[str]:

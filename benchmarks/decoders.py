@@ -1,5 +1,7 @@
 """Decoders on one frontier: quality at equal entropy, passes, and time, in one process.
 
+`halfstep latency --variant` times them in turns with the cached autoregressive decoder.
+
     python benchmarks/decoders.py results/models/stories-tiny results/data/stories --texts 64
 
 Writes a Markdown table. Every row is a sampler with its options and a step count, for the teacher
@@ -193,61 +195,6 @@ def main(
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def speed(models: Path, run: str, batches: list[int], repeats: int) -> None:
-    """Print the time of speculative decoding next to the cached autoregressive decoder's, in turns.
-
-    A row is a draft model, its tokens a draft and a batch size. Times are medians; the ratio is
-    that of the medians, and above 1 where speculative decoding is faster.
-    """
-    scorer = models / "baseline"
-    alone = load_checkpoint(scorer, "ema", "cpu", "float32")
-    rounds = sorted(models.glob(f"{run}/round-*"), key=lambda folder: int(folder.name[6:]))
-    head = [
-        "draft",
-        "tokens a draft",
-        "texts",
-        "tokens a verification",
-        "ms a token",
-        "ms a token, autoregressive",
-        "times faster",
-    ]
-    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for folder in [models / "teacher", rounds[3], rounds[-1]]:
-        model = load_checkpoint(folder, "ema", "cpu", "float32")
-        for tokens in (1, 2, 4, 8):
-            options = DrawOptions(sampler="speculative", scorer=str(scorer), draft_tokens=tokens)
-            for batch in batches:
-                prompts = torch.empty(batch, 0, dtype=torch.long)
-                writers = {
-                    "draft": text_writer(model, model.length, model.length, options),
-                    "alone": text_writer(alone, alone.length, alone.length, DrawOptions()),
-                }
-                found: dict[str, list[float]] = {name: [] for name in writers}
-                for repeat in range(repeats + 1):
-                    for name, write in writers.items():
-                        started = time.perf_counter()
-                        texts = write(prompts, repeat * batch)
-                        spent = time.perf_counter() - started
-                        if texts.autoregressive_passes is not None:
-                            passes = texts.autoregressive_passes.double().mean().item()
-                        found[name] += [spent] if repeat else []  # the first one is a warm-up
-                written_tokens = model.length - 1
-                ms = {
-                    name: 1000 * float(np.median(times)) / batch / written_tokens
-                    for name, times in found.items()
-                }
-                cells = [
-                    folder.name,
-                    str(tokens),
-                    str(batch),
-                    f"{written_tokens / passes:.2f}",
-                    f"{ms['draft']:.3f}",
-                    f"{ms['alone']:.3f}",
-                    f"{ms['alone'] / ms['draft']:.2f}",
-                ]
-                print("| " + " | ".join(cells) + " |", flush=True)
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, help="results/models/<teacher>")
@@ -257,11 +204,6 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--only", nargs="+", default=[], help="samplers by name")
     parser.add_argument("--folders", nargs="+", default=[], help="models, such as teacher baseline")
-    parser.add_argument("--speed", type=int, nargs="+", help="time batches of these sizes instead")
-    parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.speed:
-        speed(given.models, given.run, given.speed, given.repeats)
-        raise SystemExit
     main(given.models, given.corpus, given.run, given.texts, given.steps, given.only, given.folders)

@@ -2,11 +2,13 @@
 
 Inputs:
     results/models/{teacher}/teacher/meta.json   a student has the same network
+    results/models/{model}/meta.json             of each model that a timed variant draws, instead
     results/models/{teacher}/baseline/           its checkpoint, and hf/ for other engines
 Outputs, for `trained` and for each size that is timed with untrained weights:
     results/benchmarks/{teacher}/{size}/{cases}.json
                                                  rows of seconds, one for each timed case; {cases}
-                                                 is length-N, length-N-M or length-N-batch-B
+                                                 is length-N, length-N-M or length-N-batch-B, and
+                                                 variant-V for a variant of `sampling`
     and next to it its .provenance.json
     While a job runs, {cases}.partial has the rows that are finished. It is no output of the rule,
     so Snakemake does not delete it after a stopped job, and the next try continues there.
@@ -16,7 +18,8 @@ Outputs, for `trained` and for each size that is timed with untrained weights:
 rule latency:
     """Time how long students and baselines take to write texts of one length."""
     input:
-        checkpoint="results/models/{teacher}/teacher/meta.json",  # a student has the same network
+        checkpoint=targets.timed_models,
+        scorer=targets.timed_scorer,
         baseline=lambda wildcards: [
             f"{folder}/{file}"
             for folder in targets.timed_baseline(wildcards)
@@ -38,14 +41,16 @@ rule latency:
     resources:
         **machine("latency"),
     params:
-        checkpoint=subpath(input.checkpoint, parent=True),
+        checkpoint=lambda wildcards: " ".join(
+            str(Path(file).parent) for file in targets.timed_models(wildcards)
+        ),
         network=targets.timed_network,
         benchmark=lambda wildcards: flags(targets.timed(wildcards)),
         code=STAGE["latency"],
     shell:
         r"""
         halfstep latency \
-            --checkpoint {params.checkpoint:q} \
+            --checkpoint {params.checkpoint} \
             {params.network} \
             --output {output.rows:q} \
             {params.benchmark} \

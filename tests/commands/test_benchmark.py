@@ -1,34 +1,48 @@
 """latency: which cases are timed, in which order, what a stopped job keeps, and the rows."""
 
+import shutil
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count, product
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from halfstep import timing
+from halfstep import checkpoint, timing
 from halfstep.commands import benchmark, writers
-from halfstep.commands.decoders import Side
-from halfstep.config import BenchmarkOptions, Machine
+from halfstep.commands.decoders import Side, TimedDraws
+from halfstep.config import BenchmarkOptions, DrawOptions, Machine
+from halfstep.diffusion.contracts import Draws
+from halfstep.diffusion.samplers import sample
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_json
 from halfstep.models import gpt
+from halfstep.models.readers import autoregressor
 
 MACHINE = Machine(device="cpu", threads=1)
 
 
 def latency_rows(
-    world, output, student="teacher", baseline="baseline", size=None, **keys
+    world,
+    output,
+    student="teacher",
+    baseline="baseline",
+    size=None,
+    variant=None,
+    draws=None,
+    **keys,
 ) -> list[dict]:
     keys = {"batch_sizes": [2], "benchmark_steps": [2], "repeats": 3} | keys
     benchmark.latency(
-        world.models / student,
+        [world.models / name for name in student.split()],
         output / "rows.json",
         BenchmarkOptions(**keys),
+        draws or DrawOptions(),
         MACHINE,
         baseline=world.models / baseline if baseline else None,
         size=size,
+        variant=variant,
     )
     return read_json(output / "rows.json")
 
@@ -152,11 +166,11 @@ def test_a_stopped_job_is_continued(world, tmp_path, calls, monkeypatch, capsys)
 def test_rows_of_other_settings_are_measured_again(world, tmp_path, capsys, change):
     keys = {"lengths": [6], "baselines": ["halfstep"]}
     rows = latency_rows(world, tmp_path, **keys)
-    pair = benchmark._trained_pair(
-        world.models / "teacher", world.models / "baseline", BenchmarkOptions(), torch.device("cpu")
-    )
+    device = torch.device("cpu")
+    teacher, baseline = world.models / "teacher", world.models / "baseline"
+    sides = benchmark._trained_sides([teacher], baseline, BenchmarkOptions(), TimedDraws(), device)
     options = BenchmarkOptions(**{"batch_sizes": [2], "benchmark_steps": [2], "repeats": 3} | keys)
-    settings = benchmark._settings(pair, options, torch.device("cpu"))
+    settings = benchmark._settings(sides, options, device)
     partial = tmp_path / "rows.partial"
     write_json(partial, {"settings": settings, "rows": [row | {"value": 77.0} for row in rows]})
     assert {row["value"] for row in latency_rows(world, tmp_path, **keys)} == {77.0}
@@ -233,8 +247,8 @@ def test_lengths_beyond_the_positions_of_a_network_of_transformers(world, tmp_pa
     baseline = Side("t/baseline", replace(student, network=network), tmp_path / "hf")
     options = BenchmarkOptions(lengths=[8, 9], batch_sizes=[1], benchmark_steps=[2], repeats=3)
     kept = benchmark.KeptRows(tmp_path / "rows.partial", {})
-    pair = benchmark.Pair(Side("t/teacher", student), baseline, "ema")
-    benchmark._time_pair(pair, options, torch.device("cpu"), kept)
+    sides = benchmark.Sides([Side("t/teacher", student)], baseline)
+    benchmark._time_sides(sides, options, torch.device("cpu"), kept)
     found = [(row["length"], row["sampler"]) for row in kept.rows]
     assert found == [(8, "ancestral"), (8, "transformers"), (9, "ancestral")]
     note = "note: t/baseline, transformers: its network has 8 positions; left out at 9 tokens\n"
@@ -255,3 +269,97 @@ def test_the_student_must_be_a_denoiser(world, tmp_path):
 def test_an_untrained_size_has_no_trained_baseline(world, tmp_path):
     with pytest.raises(HalfstepError, match="networks of --size tiny are untrained"):
         latency_rows(world, tmp_path, size="tiny")
+
+
+DRAFTS = {"sampler": "speculative", "draft_tokens": 3}
+
+
+def other_student(world, name="round-1"):
+    """A model of other weights than those of the teacher, next to it."""
+    folder = world.models / name
+    if not folder.exists():
+        shutil.copytree(world.models / "teacher", folder)
+        state = load_file(folder / "ema.safetensors")
+        state["output_layer.linear.weight"] = -state["output_layer.linear.weight"]
+        meta = read_json(folder / "meta.json")
+        weights = {"model.safetensors": state, "ema.safetensors": state}
+        checkpoint.save_checkpoint(folder, weights, meta, folder / "tokenizer.json")
+    return name
+
+
+@pytest.mark.parametrize("draws", [DRAFTS, {"sampler": "threshold", "threshold": 0.025}], ids=str)
+def test_a_variant_is_timed_with_the_passes_of_its_own_texts(world, tmp_path, draws):
+    """As the sampler itself writes the texts of the three repeats, 2 to 7, with trained weights."""
+    students = ["teacher", other_student(world)]
+    rows = latency_rows(
+        world,
+        tmp_path,
+        student=" ".join(students),
+        variant="mine",
+        draws=DrawOptions(**draws),
+        lengths=[12],
+        benchmark_steps=[12],
+        baselines=["halfstep"],
+    )
+    assert [row["variant"] for row in rows] == ["mine"] * 3
+    assert rows[2]["sampler"] == "kv_cache" and rows[2]["network_evaluations"] == 11
+    options = dict(draws)
+    if draws["sampler"] == "speculative":
+        scorer = checkpoint.load_checkpoint(world.models / "baseline")
+        options["scorer"] = autoregressor(scorer.network)
+    passes = []
+    for name, row in zip(students, rows, strict=False):
+        model = checkpoint.load_checkpoint(world.models / name)
+        given = torch.full((12,), model.mask_id)
+        if draws["sampler"] == "speculative":
+            given[0] = model.eos_id
+        texts = sample(model.denoiser, 6, 12, 12, draws=Draws(1, 2), given=given, **options)
+        passes.append(texts.network_evaluations.double().mean().item())
+        assert (row["weights"], row["steps"], row["seed"]) == ("ema", 12, 1)
+        assert model.sha256.startswith(row["checkpoint"])
+        assert row["network_evaluations"] == pytest.approx(passes[-1])
+        if texts.autoregressive_passes is not None:
+            asked = texts.autoregressive_passes.double().mean().item()
+            assert row["autoregressive_passes"] == pytest.approx(asked)
+            assert row["tokens_per_verification"] == pytest.approx(11 / asked)
+            assert row["sampler"].startswith("speculative(draft_tokens=3,")
+    assert len(set(passes)) == 2, "these weights would make no difference"
+
+
+def test_a_stopped_variant_is_continued_only_with_the_same_draws(world, tmp_path, capsys):
+    keys = {"lengths": [6], "baselines": ["halfstep"], "variant": "drafts", "repeats": 3}
+    keys |= {"batch_sizes": [2], "benchmark_steps": [6]}
+    options = BenchmarkOptions(**{k: keys[k] for k in BenchmarkOptions.model_fields if k in keys})
+    draws, device = DrawOptions(**DRAFTS), torch.device("cpu")
+    named = TimedDraws("drafts", draws)
+    teacher, baseline = world.models / "teacher", world.models / "baseline"
+    sides = benchmark._trained_sides([teacher], baseline, options, named, device)
+    assert sides.scorer is sides.baseline.model
+    settings = benchmark._settings(sides, options, device)
+    rows = latency_rows(world, tmp_path, draws=draws, **keys)
+    kept = {"settings": settings, "rows": [row | {"value": 77.0} for row in rows]}
+    write_json(tmp_path / "rows.partial", kept)
+    again = latency_rows(world, tmp_path, draws=draws, **keys)
+    assert {row["value"] for row in again} == {77.0}
+    write_json(tmp_path / "rows.partial", kept)
+    other = DrawOptions(**DRAFTS | {"draft_tokens": 2})
+    assert 77.0 not in {row["value"] for row in latency_rows(world, tmp_path, draws=other, **keys)}
+    assert "not of these settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"draws": DRAFTS, "variant": "a", "baseline": None}, "baseline: found none, but sampler"),
+        ({"draws": DRAFTS}, "variant: found none, but students write by speculative"),
+        ({"draws": {"precision": "bfloat16"}, "variant": "a"}, "latency computes in --timed-dtype"),
+        ({"size": "tiny", "baseline": None, "variant": "a"}, "variant: found a, but networks of"),
+        ({"size": "tiny", "baseline": None, "student": "teacher teacher"}, "checkpoint: found 2"),
+        ({"student": "teacher teacher"}, "checkpoint: found two of the name"),
+    ],
+    ids=str,
+)
+def test_variants_that_cannot_be_timed(world, tmp_path, flags, message):
+    flags = flags | {"draws": DrawOptions(**flags.get("draws", {}))}
+    with pytest.raises(HalfstepError, match=message):
+        latency_rows(world, tmp_path, **flags)

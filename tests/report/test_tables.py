@@ -8,13 +8,15 @@ from pathlib import Path
 import pandas
 import pytest
 import synthetic
+from synthetic import dump, timing
 
 from halfstep.commands.report import tabulate
 from halfstep.config import NAIVE
 from halfstep.errors import HalfstepError
-from halfstep.report import figures, published
+from halfstep.report import figures, published, speed_figures
 from halfstep.report.catalogue import TABLES
 from halfstep.report.grids import round_number
+from halfstep.report.reproduction import speed_claim
 from halfstep.report.rows import read_rows, read_table
 
 QUALITY = [name for name in TABLES if name != "speed"]
@@ -432,3 +434,32 @@ def test_published_weights_may_stand_next_to_chosen_ones(results):
         table = {"samples": "steps", "lambada": "lambada"}[name]
         tabulate(table, [results / "metrics"], results / "tables" / table)
         assert "published raw" in (results / f"tables/{table}.md").read_text()
+
+
+def test_variants_are_compared_with_the_baseline_of_their_own_turns(tmp_path):
+    """And nothing but the table `speed` shows them."""
+    usual = [timing("t", "kl", 1, 8, 64, 1, 0.1), timing("t", "baseline", 0, None, 64, 1, 0.4)]
+    drafts = timing("t", "kl", 1, 64, 64, 1, 0.25) | {
+        "sampler": "speculative(draft_tokens=4)",
+        "network_evaluations": 20.0,
+        "autoregressive_passes": 21.0,
+        "tokens_per_verification": 3.0,
+    }
+    alone = timing("t", "baseline", 0, None, 64, 1, 0.5)
+    varied = [row | {"variant": "drafts"} for row in (drafts, alone)]
+    dump(tmp_path / "a.json", usual)
+    dump(tmp_path / "b.json", varied)
+    tabulate("speed", [tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "speed")
+    table = read_table(tmp_path / "speed.csv")
+    ratio = table[table["run"] != "baseline"].set_index("steps")["times_faster"].to_dict()
+    assert ratio == pytest.approx({8: 4.0, 64: 2.0})
+    text = (tmp_path / "speed.md").read_text()
+    line = next(cells_of(line) for line in text.splitlines() if line.startswith("| drafts"))
+    assert line[:7] == ["drafts", "kl round 1", "64", "64 × 1", "20.0", "21.0", "3.00"]
+    assert line[7:] == ["250 [242, 265]", "3.91", "7.81", "2.00"]
+    assert "64 steps" not in text
+    _, points = speed_figures.latency_vs_length({"speed": table})
+    assert set(points["y"]) == {100.0, 400.0}
+    _, points = speed_figures.speedup_vs_batch({"speed": table})
+    assert set(points["y"]) == {4.0}
+    assert speed_claim(table, 64, 1.0)[0].word == "not measured"

@@ -1,10 +1,12 @@
 """The jobs of `latency`: a grid that is asked for, in jobs that fit into their time limits."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from halfstep.config import SIZES, Benchmark, BenchmarkOptions
+from halfstep.config import SIZES, Benchmark, BenchmarkOptions, DrawOptions
+from halfstep.errors import ConfigError
 from halfstep.resolve import flags, resolve
 from halfstep.workflow.machine import Site, base_resources
 from halfstep.workflow.targets import Targets
@@ -146,3 +148,73 @@ def test_a_dry_run_lists_a_job_for_each_network_and_length(workflow):
         size = name.split("/")[0]
         assert ("--baseline results/models/owt-small/baseline" in command) == (size == "trained")
         assert (f"--size {size}" in command) == (size != "trained")
+
+
+VARIANTS = {
+    "sure": {"sampler": "threshold", "steps": [16, 64]},
+    "drafts": {"sampler": "speculative", "draft_tokens": 8, "steps": [256], "rounds": [4, 7]},
+    "scored": {"sampler": "energy", "steps": [16], "rounds": [0]},
+}
+
+
+def with_variants(**benchmark):
+    names = {"timed_variants": ["sure", "drafts", "scored"], "more_batch_sizes": [64]}
+    sampling = {"variants": VARIANTS}
+    return resolve({"preset": "laptop", "sampling": sampling, "benchmark": names | benchmark})
+
+
+def test_a_variant_is_timed_with_the_models_that_it_draws():
+    """By default the teacher and the last round; in a job of its own, in all batch sizes."""
+    found = Targets(with_variants())
+    models = {}
+    for name, options in found.timings.items():
+        if "variant-" in name:
+            teacher, size, cases = name.split("/")
+            job = SimpleNamespace(teacher=teacher, size=size, cases=cases)
+            models[cases] = [file.split("/", 3)[3] for file in found.timed_models(job)]
+            assert (options.lengths, options.batch_sizes[-1]) == ([256], 64)
+            assert found.minutes(job, "latency") >= FEWEST_MINUTES
+            assert "--baseline results/models/stories-tiny/baseline" in found.timed_network(job)
+    teacher, last = "teacher/meta.json", "kl_backward/round-7/meta.json"
+    assert models == {
+        "variant-sure": [teacher, last],
+        "variant-drafts": ["kl_backward/round-4/meta.json", last],
+        "variant-scored": [teacher],
+    }
+    assert found.timings["stories-tiny/trained/variant-sure"].benchmark_steps == [16, 64]
+    assert not [name for name in Targets(with_variants(timed_variants=[])).timings if "var" in name]
+
+
+def test_another_option_of_a_variant_reruns_its_job_alone():
+    """The flags of all other jobs stay the same."""
+
+    def flags_of(config):
+        found = Targets(config)
+        jobs = {}
+        for name, options in found.timings.items():
+            teacher, size, cases = name.split("/")
+            job = SimpleNamespace(teacher=teacher, size=size, cases=cases)
+            jobs[cases] = flags(options), found.timed_network(job), found.timed_models(job)
+        return jobs
+
+    before = flags_of(with_variants())
+    config = with_variants()
+    drafts = config.sampling.variants["drafts"].model_copy(update={"draft_tokens": 2})
+    changed = config.sampling.model_copy(
+        update={"variants": config.sampling.variants | {"drafts": drafts}}
+    )
+    after = flags_of(config.model_copy(update={"sampling": changed}))
+    assert [name for name in before if before[name] != after[name]] == ["variant-drafts"]
+
+
+def test_a_timed_variant_must_be_one_of_the_samples():
+    with pytest.raises(ConfigError, match="timed_variants: found other, which is not a key of"):
+        with_variants(timed_variants=["other"])
+
+
+def test_the_time_limit_of_a_variant_grows_with_its_texts():
+    options = BenchmarkOptions(lengths=[256], batch_sizes=[64], benchmark_steps=[256])
+    few, more = DrawOptions(sampler="speculative"), DrawOptions(sampler="energy", candidates=64)
+    plain, drafted, scored = (latency_minutes("tiny", options, 1, how) for how in (None, few, more))
+    assert plain < scored and drafted > FEWEST_MINUTES
+    assert latency_minutes("tiny", options, 3, more) > latency_minutes("tiny", options, 1, more)

@@ -156,6 +156,15 @@ def test_timings(pipeline, counted, tmp_path):
     assert counted(line) == pytest.approx(1, abs=0.06)
 
 
+def test_timings_of_a_variant(pipeline, counted, tmp_path):
+    """Two students write as `generate` does, in turns with the baseline."""
+    students = f"{pipeline.teacher} {pipeline.models}/kl_backward/round-1"
+    line = f"latency --checkpoint {students} --baseline {pipeline.baseline} --lengths 24 "
+    line += "--batch-sizes 4 --benchmark-steps 24 --baselines halfstep --repeats 3 --variant sure "
+    line += f"--sampler threshold --threshold 1 --device cpu --threads 1 --output {tmp_path}/"
+    assert 0.9 < counted(f"{line}benchmarks/stories-tiny/trained/variant-sure.json") < 1.1
+
+
 def test_shares_of_masked_tokens_are_those_of_training():
     assert MASKED.keys() == SCHEDULES.keys() and {*SAMPLER_PASSES, "speculative"} == SAMPLERS.keys()
     for name, schedule in SCHEDULES.items():

@@ -1,16 +1,17 @@
-"""`halfstep latency`: time a student at each step count against autoregressive baselines."""
+"""`halfstep latency`: time students at each step count against autoregressive baselines."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 
 from halfstep import timing
 from halfstep.checkpoint import (
@@ -22,9 +23,19 @@ from halfstep.checkpoint import (
     load_checkpoint,
     read_meta,
 )
-from halfstep.commands.decoders import BASELINES, SEED, Side, TimedDecoder, Write
-from halfstep.config import BenchmarkOptions, Machine, Network, Size
+from halfstep.commands.decoders import (
+    BASELINES,
+    SEED,
+    Side,
+    TimedDecoder,
+    TimedDraws,
+    TimedTexts,
+    Write,
+)
+from halfstep.commands.writers import load_scorer, sampler_name
+from halfstep.config import BenchmarkOptions, DrawOptions, Machine, Network, Size
 from halfstep.data.tokenizer import read_tokenizer
+from halfstep.diffusion.samplers import SAMPLERS
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError
@@ -37,21 +48,26 @@ from halfstep.progress import Progress
 from halfstep.records.journal import commit
 
 PROTOCOL = "interleaved"
-SAMPLER = "ancestral"  # of the students
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A student, and the baseline that it is compared with, if there is one."""
+class Sides:
+    """The students, how they write, and the baseline that they are compared with, if there is one.
 
-    student: Side
+    scorer: the autoregressive model that the sampler asks, if it asks one
+    """
+
+    students: list[Side]
     baseline: Side | None
-    weights: str
-    """column `weights` of the rows: ema or untrained"""
+    draws: TimedDraws = field(default_factory=TimedDraws)
+    scorer: Model | None = None
 
 
 class Case(NamedTuple):
-    """What is timed: a student at a step count, or a decoder of the baseline (steps is None)."""
+    """What is timed: a student at a step count, or a decoder of the baseline (steps is None).
+
+    sampler: as rows name it; of a student with its own options
+    """
 
     model: str
     sampler: str
@@ -66,13 +82,15 @@ class TextShape(NamedTuple):
     batch: int
 
 
-def latency(
-    checkpoint: Path,
+def latency(  # noqa: PLR0913  the flags of the command
+    checkpoint: Annotated[list[Path], Field(min_length=1)],
     output: Path,
     benchmark: BenchmarkOptions,
+    sampling: DrawOptions,
     machine: Machine,
     baseline: Path | None = None,
     size: Size | None = None,
+    variant: str | None = None,
 ) -> None:
     """Time whole calls and write rows of median seconds, with an interval as low and high.
 
@@ -81,39 +99,87 @@ def latency(
     one counts. Texts may be longer than those of training: positions are rotary, so the time is not
     affected. A case that does not fit into the memory of a CUDA device is reported and left out.
 
+    Students write by the sampler `ancestral`, whose time does not depend on the weights. With
+    --variant they write as the other options say, each call the next texts, with the weights of
+    their own checkpoints. A sampler that asks an autoregressive model asks the baseline, unless
+    --scorer names another one. The baseline always draws from all tokens at temperature 1.
+
     Rows of a finished length and batch size are kept in {output without its ending}.partial until
     all are finished. So a call that was stopped is continued by the next one, unless the device,
     the weights, the code or another setting differ.
 
     Args:
-        checkpoint: a diffusion checkpoint; its network runs at every step count
+        checkpoint: diffusion checkpoints; their networks run at every step count
         output: JSON file of the rows
-        baseline: an autoregressive checkpoint; without it the student is timed alone
+        baseline: an autoregressive checkpoint; without it the students are timed alone
         size: time an untrained student and an untrained baseline of this size, with the vocabulary
             and architecture of the checkpoint
+        variant: name of this way to draw, in all rows; without it the options of the draws have to
+            be the default
     """
     if join_group(machine).size > 1:
         raise HalfstepError(
             "processes: latency times one process, and others would disturb it; "
             "leave --processes out"
         )
+    _check_untrained(checkpoint, baseline, size, variant)
+    draws = _checked_draws(sampling, variant, baseline)
+    device = find_device(machine)
+    if size:
+        sides = _untrained_sides(checkpoint[0], size, benchmark, device)
+        inputs = [checkpoint[0] / "meta.json"]
+    else:
+        sides = _trained_sides(checkpoint, baseline, benchmark, draws, device)
+        inputs = [file for one in checkpoint for file in checkpoint_files(one, sampling.weights)]
+        scorer = Path(sampling.scorer) if sampling.scorer else None
+        for folder in dict.fromkeys(filter(None, (baseline, scorer))):
+            inputs += checkpoint_files(folder, "ema")
+    kept = KeptRows(output.with_suffix(".partial"), _settings(sides, benchmark, device))
+    _time_sides(sides, benchmark, device, kept)
+    write_rows(output, kept.of(_shapes(benchmark)), inputs)
+    kept.file.unlink(missing_ok=True)
+
+
+def _check_untrained(
+    checkpoint: list[Path], baseline: Path | None, size: str | None, variant: str | None
+) -> None:
+    """Refuse flags that untrained networks of a size cannot have."""
     if size and baseline:
         raise HalfstepError(
             f"baseline: found {baseline}, but networks of --size {size} are untrained, and so is "
             "their baseline; leave --baseline or --size out"
         )
-    device = find_device(machine)
-    if size:
-        pair = _untrained_pair(checkpoint, size, benchmark, device)
-        inputs = [checkpoint / "meta.json"]
-    else:
-        pair = _trained_pair(checkpoint, baseline, benchmark, device)
-        folders = [checkpoint, baseline] if baseline else [checkpoint]
-        inputs = [file for folder in folders for file in checkpoint_files(folder, "ema")]
-    kept = KeptRows(output.with_suffix(".partial"), _settings(pair, benchmark, device))
-    _time_pair(pair, benchmark, device, kept)
-    write_rows(output, kept.of(_shapes(benchmark)), inputs)
-    kept.file.unlink(missing_ok=True)
+    if size and variant:
+        raise HalfstepError(
+            f"variant: found {variant}, but networks of --size {size} are untrained, and the time "
+            "of a sampler may depend on the text; leave --variant or --size out"
+        )
+    if size and len(checkpoint) > 1:
+        raise HalfstepError(
+            f"checkpoint: found {len(checkpoint)}, but networks of --size {size} have the "
+            "vocabulary of one; name one, or leave --size out"
+        )
+
+
+def _checked_draws(sampling: DrawOptions, variant: str | None, baseline: Path | None) -> TimedDraws:
+    """How the students write; HalfstepError for options that rows would not tell."""
+    usual = DrawOptions()
+    if sampling.precision != usual.precision:
+        raise HalfstepError(
+            f"precision: found {sampling.precision}, but latency computes in --timed-dtype; "
+            "leave --precision out"
+        )
+    if sampling != usual and variant is None:
+        raise HalfstepError(
+            f"variant: found none, but students write by {sampling.sampler} with options of the "
+            "draws that are not the default; name this way to draw, for the column of the rows"
+        )
+    if sampling.asks_scorer and sampling.scorer is None and baseline is None:
+        raise HalfstepError(
+            f"baseline: found none, but sampler {sampling.sampler} asks an autoregressive model; "
+            "name its checkpoint folder as --baseline or --scorer"
+        )
+    return TimedDraws(variant, sampling)
 
 
 def _shapes(benchmark: BenchmarkOptions) -> list[TextShape]:
@@ -121,12 +187,15 @@ def _shapes(benchmark: BenchmarkOptions) -> list[TextShape]:
     return [TextShape(*shape) for shape in dict.fromkeys(shapes)]
 
 
-def _settings(pair: Pair, benchmark: BenchmarkOptions, device: torch.device) -> dict[str, Any]:
+def _settings(sides: Sides, benchmark: BenchmarkOptions, device: torch.device) -> dict[str, Any]:
     """What rows must have in common with those of an earlier call."""
-    sides = [pair.student, pair.baseline] if pair.baseline else [pair.student]
+    timed = [*sides.students, *([sides.baseline] if sides.baseline else [])]
     return {
-        "models": [[side.name, side.model.sha256] for side in sides],
+        "models": [[side.name, side.model.sha256] for side in timed],
         "options": benchmark.model_dump(exclude={"lengths", "batch_sizes"}),
+        "variant": sides.draws.variant,
+        "draws": sides.draws.options.model_dump(),
+        "scorer": sides.scorer.sha256 if sides.scorer else None,
         "machine": timing.machine(device),
         "version": PROTOCOLS["latency_s"][PROTOCOL],
         "commit": commit(),
@@ -166,24 +235,45 @@ class KeptRows:
         write_json(self.file, {"settings": self.settings, "rows": self.rows})
 
 
-def _trained_pair(
-    folder: Path, baseline: Path | None, benchmark: BenchmarkOptions, device: torch.device
-) -> Pair:
-    student = _load_side(folder, "diffusion", benchmark, device)
-    network = student.model.network
-    if isinstance(network, GPT2) and max(benchmark.lengths) > network.length:
+def _trained_sides(
+    folders: list[Path],
+    baseline: Path | None,
+    benchmark: BenchmarkOptions,
+    draws: TimedDraws,
+    device: torch.device,
+) -> Sides:
+    """The models of checkpoints; only students have other weights than the moving average."""
+    students = [
+        _load_side(folder, "diffusion", draws.options.weights, benchmark, device)
+        for folder in folders
+    ]
+    for folder, student in zip(folders, students, strict=True):
+        network = student.model.network
+        if isinstance(network, GPT2) and max(benchmark.lengths) > network.length:
+            raise HalfstepError(
+                f"lengths: found {max(benchmark.lengths)}, but {folder} has the positions of "
+                f"{network.length} tokens; lower benchmark.lengths"
+            )
+    names = [student.name for student in students]
+    if twice := [name for name in names if names.count(name) > 1]:
         raise HalfstepError(
-            f"lengths: found {max(benchmark.lengths)}, but {folder} has the positions of "
-            f"{network.length} tokens; lower benchmark.lengths"
+            f"checkpoint: found two of the name {twice[0]}, but rows tell students by their names; "
+            "leave one of them out"
         )
-    if baseline is None:
-        return Pair(student, None, student.model.weights)
-    other = _load_side(baseline, "autoregressive", benchmark, device)
-    return Pair(student, other, student.model.weights)
+    other = None
+    if baseline is not None:
+        other = _load_side(baseline, "autoregressive", "ema", benchmark, device)
+    scorer = None
+    if draws.options.asks_scorer:
+        given = other.model if other and draws.options.scorer is None else None
+        scorer = load_scorer(students[0].model, draws.options, given)
+    return Sides(students, other, draws, scorer)
 
 
-def _load_side(folder: Path, kind: str, benchmark: BenchmarkOptions, device: torch.device) -> Side:
-    model = load_checkpoint(folder, "ema", str(device), benchmark.timed_dtype)
+def _load_side(
+    folder: Path, kind: str, weights: str, benchmark: BenchmarkOptions, device: torch.device
+) -> Side:
+    model = load_checkpoint(folder, weights, str(device), benchmark.timed_dtype)
     if model.kind != kind:
         raise HalfstepError(
             f"{folder}: holds a model of kind {model.kind}, expected {kind}; "
@@ -192,9 +282,9 @@ def _load_side(folder: Path, kind: str, benchmark: BenchmarkOptions, device: tor
     return Side(model_name(folder), model, folder / "hf")
 
 
-def _untrained_pair(
+def _untrained_sides(
     folder: Path, size: str, benchmark: BenchmarkOptions, device: torch.device
-) -> Pair:
+) -> Sides:
     """Networks of another size, with the checkpoint's vocabulary and architecture."""
     meta = read_meta(folder)
     architecture = meta["network"].get("architecture", "dit")
@@ -213,38 +303,38 @@ def _untrained_pair(
         )
         return Side(f"{size}-untrained/{name}", model)
 
-    return Pair(
-        untrained("diffusion", "teacher"), untrained("autoregressive", "baseline"), "untrained"
-    )
+    return Sides([untrained("diffusion", "teacher")], untrained("autoregressive", "baseline"))
 
 
-def _time_pair(
-    pair: Pair, benchmark: BenchmarkOptions, device: torch.device, kept: KeptRows
+def _time_sides(
+    sides: Sides, benchmark: BenchmarkOptions, device: torch.device, kept: KeptRows
 ) -> None:
     """Measure the shapes that are not finished, and keep the rows of each as soon as it is."""
     shapes = _shapes(benchmark)
     left = [shape for shape in shapes if not kept.of([shape])]
-    decoders = _decoders(pair, benchmark, device) if left else []
-    cases = len(set(benchmark.benchmark_steps)) + len(decoders)
+    decoders = _decoders(sides.baseline, benchmark, device) if left else []
+    cases = len(sides.students) * len(set(benchmark.benchmark_steps)) + len(decoders)
     each = cases * benchmark.repeats
     finished = each * (len(shapes) - len(left))
     with Progress("latency", each * len(shapes), "call", done=finished) as progress:
         for shape in left:
-            kept.add(_time_shape(pair, decoders, shape, benchmark, device, progress))
+            kept.add(_time_shape(sides, decoders, shape, benchmark, device, progress))
 
 
-def _decoders(pair: Pair, benchmark: BenchmarkOptions, device: torch.device) -> list[TimedDecoder]:
+def _decoders(
+    baseline: Side | None, benchmark: BenchmarkOptions, device: torch.device
+) -> list[TimedDecoder]:
     """The decoders of the baseline; a line tells which lengths are too long for one."""
-    if pair.baseline is None:
+    if baseline is None:
         return []
     decoders: list[TimedDecoder] = []
     for name in dict.fromkeys(benchmark.baselines):
-        found = BASELINES[name](pair.baseline, benchmark, device)
+        found = BASELINES[name](baseline, benchmark, device)
         longest = found[0].longest if found else None
         beyond = [str(n) for n in benchmark.lengths if longest and n > longest]
         if beyond:
             print(
-                f"note: {pair.baseline.name}, {name}: its network has {longest} positions; left "
+                f"note: {baseline.name}, {name}: its network has {longest} positions; left "
                 f"out at {', '.join(beyond)} tokens",
                 file=sys.stderr,
             )
@@ -253,7 +343,7 @@ def _decoders(pair: Pair, benchmark: BenchmarkOptions, device: torch.device) -> 
 
 
 def _time_shape(
-    pair: Pair,
+    sides: Sides,
     decoders: list[TimedDecoder],
     shape: TextShape,
     benchmark: BenchmarkOptions,
@@ -263,11 +353,10 @@ def _time_shape(
     """The rows of one length and batch size: all cases in turns."""
     length, batch = shape
     calls: dict[Case, Write] = {}
-    evaluations: dict[Case, float] = {}
-    for case, make in _cases(pair, decoders, shape, benchmark).items():
+    for case, make in _cases(sides, decoders, shape, benchmark).items():
         try:
             call = make()
-            written = call()  # the warm-up, which also finds out whether it fits into memory
+            call()  # the warm-up, which also finds out whether it fits into memory
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
             print(
@@ -277,29 +366,26 @@ def _time_shape(
             )
             continue
         calls[case] = call
-        evaluations[case] = max(length - 1.0, 1.0)
-        if case.steps:
-            evaluations[case] = written.network_evaluations.double().mean().item()
     timed = timing.measure_in_turns(calls, benchmark.repeats, 0, device, progress.update)
     return [
-        _row(pair, case, took, evaluations[case], shape, benchmark, device)
+        _row(sides, case, took, calls[case], shape, benchmark, device)
         for case, took in _faster_caches(timed).items()
     ]
 
 
 def _cases(
-    pair: Pair, decoders: list[TimedDecoder], shape: TextShape, benchmark: BenchmarkOptions
+    sides: Sides, decoders: list[TimedDecoder], shape: TextShape, benchmark: BenchmarkOptions
 ) -> dict[Case, Callable[[], Write]]:
     """Every case of a length and batch size, with a function that makes its call."""
     length, batch = shape
-    student, baseline = pair.student, pair.baseline
+    sampler = sampler_name(sides.draws.options)
     cases: dict[Case, Callable[[], Write]] = {}
-    for steps in benchmark.benchmark_steps:
-        case = Case(student.name, SAMPLER, steps, None)
-        cases[case] = partial(student.writer, batch, length, steps)
+    for student, steps in product(sides.students, benchmark.benchmark_steps):
+        case = Case(student.name, sampler, steps, None)
+        cases[case] = partial(student.writer, batch, length, steps, sides.draws, sides.scorer)
     for decoder in decoders:
-        if baseline and length <= (decoder.longest or length):
-            case = Case(baseline.name, decoder.sampler, None, decoder.cache)
+        if sides.baseline and length <= (decoder.longest or length):
+            case = Case(sides.baseline.name, decoder.sampler, None, decoder.cache)
             cases[case] = partial(decoder.writer, batch, length)
     return cases
 
@@ -315,39 +401,69 @@ def _faster_caches(timed: dict[Case, timing.Timing]) -> dict[Case, timing.Timing
 
 
 def _row(
-    pair: Pair,
+    sides: Sides,
     case: Case,
     took: timing.Timing,
-    evaluations: float,
+    call: Write,
     shape: TextShape,
     benchmark: BenchmarkOptions,
     device: torch.device,
 ) -> dict[str, Any]:
     length, batch = shape
-    side = pair.student if case.steps or pair.baseline is None else pair.baseline
-    written = length if case.steps else length - 1  # a baseline is given BOS
-    return row(
-        "latency_s",
-        PROTOCOL,
-        took.median_s,
-        (took.low_s, took.high_s),
-        **name_parts(side.name),
-        steps=case.steps,
-        sampler=case.sampler,
-        network_evaluations=evaluations,
-        num_samples=batch,
-        seed=SEED,
-        weights=pair.weights,
-        draw_dtype="float64" if case.sampler in (SAMPLER, "kv_cache") else None,
-        checkpoint=side.checkpoint,
-        length=length,
-        batch_size=batch,
-        bounds=took.bounds,
-        cache=case.cache,
-        tokens_per_s=batch * length / took.median_s,
-        tokens_per_forward=written / evaluations,
-        energy_j=took.joules,
-        device=timing.device_name(device),
-        dtype=benchmark.timed_dtype,
-        params=side.num_params,
-    )
+    side = _side_of(sides, case)
+    columns = name_parts(side.name) | {
+        "steps": case.steps,
+        "sampler": case.sampler,
+        "num_samples": batch,
+        "weights": side.model.weights,
+        "checkpoint": side.checkpoint,
+        "length": length,
+        "batch_size": batch,
+        "bounds": took.bounds,
+        "cache": case.cache,
+        "tokens_per_s": batch * length / took.median_s,
+        "energy_j": took.joules,
+        "device": timing.device_name(device),
+        "dtype": benchmark.timed_dtype,
+        "params": side.num_params,
+    }
+    if case.steps and isinstance(call, TimedTexts):
+        columns |= _columns_of_draws(sides.draws, call, length)
+    else:
+        evaluations = max(length - 1.0, 1.0)  # a baseline is given BOS
+        columns |= {
+            "seed": SEED,
+            "draw_dtype": "float64" if case.sampler == "kv_cache" else None,
+            "network_evaluations": evaluations,
+            "tokens_per_forward": (length - 1) / evaluations,
+        }
+    if sides.draws.variant is not None:
+        columns["variant"] = sides.draws.variant
+    return row("latency_s", PROTOCOL, took.median_s, (took.low_s, took.high_s), **columns)
+
+
+def _side_of(sides: Sides, case: Case) -> Side:
+    """The model of a case."""
+    if case.steps is None and sides.baseline:
+        return sides.baseline
+    return next(student for student in sides.students if student.name == case.model)
+
+
+def _columns_of_draws(draws: TimedDraws, call: TimedTexts, length: int) -> dict[str, Any]:
+    """Columns of a student's row that say how it draws, and what its timed texts took."""
+    options, sampler = draws.options, SAMPLERS[draws.options.sampler]
+    evaluations, asked = call.passes()
+    written = length - sampler.needs_first
+    columns = {
+        "seed": options.sampling_seed,
+        "draw_dtype": sampler.draw_dtype,
+        "temperature": options.temperature,
+        "top_p": options.top_p if "top_p" in sampler.options else None,
+        "network_evaluations": evaluations,
+        "tokens_per_forward": written / evaluations,
+    }
+    if asked is not None:
+        columns["autoregressive_passes"] = asked
+    if asked and options.sampler == "speculative":
+        columns["tokens_per_verification"] = written / asked
+    return columns

@@ -1,4 +1,4 @@
-"""The autoregressive decoders that `halfstep latency` times.
+"""What `halfstep latency` times: texts of a model, and the decoders of an autoregressive baseline.
 
 A row of BASELINES is a function that makes the decoders of a baseline. To add one, write such a
 function and a row.
@@ -7,7 +7,7 @@ function and a row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfstep.checkpoint import Model
-from halfstep.commands.writers import text_writer
+from halfstep.commands.writers import Writer, text_writer
 from halfstep.config import BenchmarkOptions, DrawOptions
 from halfstep.errors import HalfstepError
 from halfstep.models.gpt import GPT, gpt_neox_config
@@ -24,7 +24,7 @@ from halfstep.models.gpt import GPT, gpt_neox_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SEED = 1
+SEED = DrawOptions().sampling_seed
 Write = Callable[[], Any]
 """A call that writes texts."""
 
@@ -48,10 +48,50 @@ class Side:
         """Number of parameters of the network."""
         return sum(parameter.numel() for parameter in self.model.network.parameters())
 
-    def writer(self, batch: int, length: int, steps: int) -> Write:
+    def writer(
+        self, batch: int, length: int, steps: int, draws: TimedDraws, scorer: Model | None = None
+    ) -> TimedTexts:
         """A call that writes `batch` texts of `length` tokens as `halfstep generate` does."""
-        write = text_writer(self.model, length, steps, DrawOptions(sampling_seed=SEED))
-        return partial(write, torch.empty(batch, 0, dtype=torch.long), 0)
+        write = text_writer(self.model, length, steps, draws.options, scorer=scorer)
+        return TimedTexts(write, batch, draws.variant is not None)
+
+
+@dataclass(frozen=True)
+class TimedDraws:
+    """How texts are drawn, and the name of this way in the rows (None: as students are timed)."""
+
+    variant: str | None = None
+    options: DrawOptions = field(default_factory=DrawOptions)
+
+
+@dataclass
+class TimedTexts:
+    """A call that writes `batch` texts, and the passes of each of them.
+
+    It writes the same texts in each call, or where it `goes_on` the next ones, because the time of
+    some samplers depends on the text.
+    """
+
+    write: Writer
+    batch: int
+    goes_on: bool
+    evaluations: list[Tensor] = field(default_factory=list)
+    """network evaluations [batch] of each call"""
+    asked: list[Tensor] = field(default_factory=list)
+    """autoregressive passes [batch] of each call; empty if the sampler asks no such model"""
+
+    def __call__(self) -> None:
+        first = self.batch * len(self.evaluations) if self.goes_on else 0
+        texts = self.write(torch.empty(self.batch, 0, dtype=torch.long), first)
+        self.evaluations.append(texts.network_evaluations)
+        if texts.autoregressive_passes is not None:
+            self.asked.append(texts.autoregressive_passes)
+
+    def passes(self) -> tuple[float, float | None]:
+        """Mean network evaluations and autoregressive passes of a text, without the warm-up's."""
+        evaluations = torch.cat(self.evaluations[1:]).double().mean().item()
+        asked = torch.cat(self.asked[1:]).double().mean().item() if self.asked else None
+        return evaluations, asked
 
 
 @dataclass(frozen=True)
@@ -76,7 +116,7 @@ def own_decoder(
         return []
 
     def writer(batch: int, length: int) -> Write:
-        return baseline.writer(batch, length, length)
+        return baseline.writer(batch, length, length, TimedDraws())
 
     return [TimedDecoder("kv_cache", "static", writer)]
 

@@ -200,6 +200,8 @@ def _metrics(row: dict, own_steps: int | None = None) -> dict[tuple[str, int], f
         name = row["model"].split("/", 1)[-1].replace("/", "-")
         if not row.get("steps") and row.get("sampler") not in (None, "kv_cache"):
             name += f"-{row['sampler']}"  # another decoder of the same baseline
+        if row.get("variant"):
+            name += f"-{row['variant']}"
         case = f"{name}_length_{row['length']}_batch_{row['batch_size']}"
         steps = int(row.get("steps") or 0)
         return {

@@ -363,6 +363,10 @@ class Benchmark(BenchmarkOptions):
     more_steps: list[Steps] = []
     """further step counts of the trained network, only at the length of its samples and in the
     batches of batch_sizes"""
+    timed_variants: list[Name] = []
+    """other ways to draw, by their names in `sampling.variants`, that are timed too: the models
+    that a variant draws, by default teachers and the last round of each run, at its step counts and
+    at the length of the samples, in all batch sizes, in turns with the baseline in one process"""
     sizes: list[Size] = []
     """further network sizes, timed with untrained weights and the vocabulary of the first teacher;
     their rows say so"""

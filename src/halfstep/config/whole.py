@@ -184,6 +184,16 @@ class Config(Section):
         _check_endings("teacher", self.teachers)
         return self
 
+    @model_validator(mode="after")
+    def _check_timed_variants(self) -> Config:
+        for name in self.benchmark.timed_variants:
+            if name not in self.sampling.variants:
+                raise ValueError(
+                    f"benchmark.timed_variants: found {name}, which is not a key of "
+                    f"sampling.variants: {', '.join(self.sampling.variants) or 'it has none'}"
+                )
+        return self
+
     def _check_baseline(self, name: str, teacher: Teacher) -> None:
         """Refuse what needs a baseline where there is none, and weights that nobody chose."""
         if teacher.baseline is None and teacher.adapt == "baseline":

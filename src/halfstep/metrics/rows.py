@@ -24,11 +24,12 @@ COLUMNS = (
 )  # fmt: skip
 # Only some rows have these: timings, continuations, perplexities, repeats, frontier, tasks,
 # samples of a variant, samples of a round (the steps that it was made for), samples of a sampler
-# that asks an autoregressive model.
+# that asks an autoregressive model, timings of drafts that it verifies.
 MORE_COLUMNS = (
     "autoregressive_passes", "variant", "task", "measure", "training_seed", "median_text", "length",
     "batch_size", "bounds", "cache", "tokens_per_s", "student_steps",
-    "tokens_per_forward", "energy_j", "device", "dtype", "params", "at_entropy", "reached",
+    "tokens_per_forward", "tokens_per_verification", "energy_j", "device", "dtype", "params",
+    "at_entropy", "reached",
 )  # fmt: skip
 
 

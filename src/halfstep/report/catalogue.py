@@ -167,8 +167,9 @@ TABLES: dict[str, Table] = {
     ),
     "speed": Table(
         title="time to write: students at every step count, and autoregressive baselines",
-        caption="Time to write: one row per model, step count, length and batch size. The value "
-        "is the median in seconds; the column ``bounds`` says what ``low`` and ``high`` are: "
+        caption="Time to write: one row per model, step count, length and batch size. Rows with a "
+        "``variant`` are of another way to draw, and of the baselines that took turns with it. The "
+        "value is the median in seconds; the column ``bounds`` says what ``low`` and ``high`` are: "
         "quartiles, or with fewer than eight runs the shortest and the longest run.",
         metrics={"latency_s": "seconds to write"},
         inputs=("results/benchmarks/{timed}.json",),

@@ -16,7 +16,7 @@ from pandas import DataFrame
 from halfstep.report.conditions import join_values
 from halfstep.report.frontier import label_with_steps, reading_cell
 from halfstep.report.grids import model_label, round_number
-from halfstep.report.rows import sampled_rows
+from halfstep.report.rows import sampled_rows, usual_rows
 from halfstep.report.sentences import Headline, first_protocol, headlines
 
 NO_GAIN = "nothing is gained over autoregression"
@@ -42,7 +42,8 @@ def speed_verdict(speed: DataFrame, steps: DataFrame, temperatures: DataFrame) -
     perplexity = first_protocol(steps[steps["metric"] == "generative_perplexity"])
     samples = sampled_rows(perplexity)
     lengths = (samples["steps"] * samples["tokens_per_step"]).dropna().astype(float).round()
-    timed = speed[speed["length"].astype(float) == lengths.max()]
+    usual = usual_rows(speed)
+    timed = usual[usual["length"].astype(float) == lengths.max()]
     if timed.empty:
         return SpeedVerdict("Texts as long as the samples were not timed.", [])
     against_teacher = [

@@ -6,10 +6,13 @@ cell (trainings.py). Published values (published.py) have grids apart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import pandas
 from pandas import DataFrame
+from tabulate import tabulate
 
 from halfstep.config import NAIVE
 from halfstep.report.catalogue import TABLES
@@ -23,7 +26,7 @@ from halfstep.report.frontier import (
     with_entropy,
 )
 from halfstep.report.grids import latency_cell, make_grid, model_label, round_number, value_cell
-from halfstep.report.rows import LEVELS, baseline_name, sampled_rows
+from halfstep.report.rows import LEVELS, baseline_name, sampled_rows, usual_rows
 from halfstep.report.trainings import pool_trainings
 
 SAMPLES = TABLES["steps"].metrics
@@ -138,30 +141,85 @@ def zero_shot_markdown(table: DataFrame) -> str:
 
 
 def speed_markdown(table: DataFrame) -> str:
-    """Grids for each teacher: lengths and batch sizes down, step counts and baselines across."""
+    """Grids for each teacher: lengths and batch sizes down, step counts and baselines across.
+
+    Other ways to draw have a grid of their own, with a line for each of them.
+    """
     parts = []
-    for teacher, mine in table.groupby("teacher", sort=False):
-        mine = mine.assign(case=[_decoder(row) for row in mine.itertuples()])
-        shown: dict[str, Callable[[Any], str]] = {
-            LATENCY: latency_cell,
-            "tokens per second": lambda row: f"{row.tokens_per_s:,.0f}",
-            "tokens per forward pass of a text": lambda row: round_number(row.tokens_per_forward),
-        }
-        if mine["energy_j"].notna().all():
-            shown["joules per text"] = lambda row: round_number(row.energy_j / row.batch_size)
-        for title, cell in shown.items():
-            parts.append(f"## {teacher}: {title}")
-            parts.append(make_grid(mine, "case", "tokens × texts", cell, _length_and_batch))
-        is_baseline = mine["run"] == "baseline"
-        students, baselines = mine.loc[~is_baseline, "model"], mine.loc[is_baseline, "case"]
-        parts.append(
-            f"Timed: {join_values([*students, *baselines])}, at each length and batch size in "
-            f"turns in one process; weights {join_values(mine['weights'])}; "
-            f"± is the farther bound ({join_values(mine['bounds'])}); "
-            f"{join_values(mine['device'])}, {join_values(mine['dtype'])}; "
-            f"commit {join_values(mine['commit'])}."
-        )
+    for teacher, rows in table.groupby("teacher", sort=False):
+        usual, varied = usual_rows(rows), rows[rows["variant"].notna()]
+        if len(usual):
+            parts += _timed_steps(teacher, usual)
+        if len(varied):
+            parts += [f"## {teacher}: time to write in other ways", *_timed_variants(varied)]
     return "\n\n".join(parts) + "\n"
+
+
+def _timed_steps(teacher: str, mine: DataFrame) -> list[str]:
+    """Grids of one teacher's students and baselines, and how they were timed."""
+    parts = []
+    mine = mine.assign(case=[_decoder(row) for row in mine.itertuples()])
+    shown: dict[str, Callable[[Any], str]] = {
+        LATENCY: latency_cell,
+        "tokens per second": lambda row: f"{row.tokens_per_s:,.0f}",
+        "tokens per forward pass of a text": lambda row: round_number(row.tokens_per_forward),
+    }
+    if mine["energy_j"].notna().all():
+        shown["joules per text"] = lambda row: round_number(row.energy_j / row.batch_size)
+    for title, cell in shown.items():
+        parts.append(f"## {teacher}: {title}")
+        parts.append(make_grid(mine, "case", "tokens × texts", cell, _length_and_batch))
+    is_baseline = mine["run"] == "baseline"
+    students, baselines = mine.loc[~is_baseline, "model"], mine.loc[is_baseline, "case"]
+    parts.append(
+        f"Timed: {join_values([*students, *baselines])}, at each length and batch size in "
+        f"turns in one process; weights {join_values(mine['weights'])}; "
+        f"± is the farther bound ({join_values(mine['bounds'])}); "
+        f"{join_values(mine['device'])}, {join_values(mine['dtype'])}; "
+        f"commit {join_values(mine['commit'])}."
+    )
+    return parts
+
+
+def _timed_variants(table: DataFrame) -> list[str]:
+    """A grid with a line for each way to draw, model and batch size, and how it was timed."""
+    students, baselines = sampled_rows(table), table[table["run"] == "baseline"]
+    order = ["variant", "model", "steps", "batch_size"]
+    lines: list[dict[str, str]] = []
+    for row in students.sort_values(order, kind="stable").itertuples():
+        text, token = 1000 / row.batch_size, 1000 / row.batch_size / row.length
+        low, high = round_number(text * row.low), round_number(text * row.high)
+        faster = math.nan if pandas.isna(row.times_faster) else row.times_faster
+        line = {
+            "way to draw": row.variant,
+            "model": model_label(row),
+            "steps": f"{row.steps:,}",
+            "tokens × texts": _length_and_batch(row),
+            "network evaluations": round_number(row.network_evaluations),
+            "autoregressive passes": _number_cell(row.autoregressive_passes),
+            "tokens a verification": _number_cell(row.tokens_per_verification),
+            "ms a text": f"{round_number(text * row.value)} [{low}, {high}]",
+            "ms a token": round_number(token * row.value),
+            "baseline, ms a token": _number_cell(token * row.value * faster),
+            "times faster": _number_cell(faster),
+        }
+        lines.append(line)
+    shown = [title for title in lines[0] if any(line[title] for line in lines)]
+    body = [[line[title] for title in shown] for line in lines]
+    align = ["left", "left", *("right" for _ in shown[2:])]
+    names = dict.fromkeys(map(baseline_name, baselines["sampler"]))
+    turns = f"in turns with {join_values(names)} in one process" if names else "without a baseline"
+    return [
+        tabulate(body, shown, "github", disable_numparse=True, colalign=align),
+        f"Medians, with the bounds in brackets ({join_values(table['bounds'])}); passes are means "
+        f"over the timed texts. Each way to draw and batch size was timed {turns}; weights "
+        f"{join_values(students['weights'])}; {join_values(table['device'])}, "
+        f"{join_values(table['dtype'])}; commit {join_values(table['commit'])}.",
+    ]
+
+
+def _number_cell(value: float) -> str:
+    return "" if pandas.isna(value) else round_number(value)
 
 
 def continuations_markdown(table: DataFrame) -> str:

@@ -20,6 +20,7 @@ from halfstep.report.conditions import join_values
 from halfstep.report.grids import round_number
 from halfstep.report.paper import KLD, ON_HUB
 from halfstep.report.points import one_metric, short_judge
+from halfstep.report.rows import usual_rows
 
 Tables = Mapping[str, DataFrame]
 AGREES, DIFFERS, NOT_COMPARABLE, MISSING = "agrees", "differs", "not comparable", "not measured"
@@ -299,7 +300,8 @@ def speed_claim(speed: DataFrame | None, steps: int, factor: float) -> tuple[Com
     """
     if speed is None or speed.empty or "times_faster" not in speed:
         return Comparison(MISSING, "the table speed"), ""
-    mine = speed[(speed["steps"] == steps) & speed["times_faster"].notna()]
+    usual = usual_rows(speed)
+    mine = usual[(usual["steps"] == steps) & usual["times_faster"].notna()]
     if mine.empty:
         return Comparison(MISSING, f"a student with {steps} steps, timed with a baseline"), ""
     mine = mine[mine["params"] == mine["params"].max()]

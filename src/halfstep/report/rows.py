@@ -19,8 +19,8 @@ COLUMNS = (
     "tokens_per_step", "network_evaluations", "autoregressive_passes", "value", "low", "high",
     "median_text", "judge", "judge_dtype", "data", "sampler", "num_samples", "seed", "weights",
     "draw_dtype", "precision", "temperature", "top_p", "length", "batch_size", "bounds", "cache",
-    "tokens_per_s", "tokens_per_forward", "energy_j", "device", "dtype", "params", "at_entropy",
-    "reached", "checkpoint", "commit", "source",
+    "tokens_per_s", "tokens_per_forward", "tokens_per_verification", "energy_j", "device", "dtype",
+    "params", "at_entropy", "reached", "checkpoint", "commit", "source",
 )  # fmt: skip
 INTEGERS = (
     "round", "training_seed", "version", "steps", "student_steps", "median_text", "num_samples",
@@ -28,7 +28,7 @@ INTEGERS = (
 )  # fmt: skip
 FLOATS = {
     "value", "low", "high", "tokens_per_step", "network_evaluations",
-    "autoregressive_passes", "temperature", "tokens_per_s", "at_entropy",
+    "autoregressive_passes", "temperature", "tokens_per_s", "tokens_per_verification", "at_entropy",
 }  # fmt: skip
 # within a teacher and run
 ORDER = (
@@ -138,6 +138,11 @@ def keep_rows(table: DataFrame, where: Iterable[str]) -> DataFrame:
 def sampled_rows(table: DataFrame) -> DataFrame:
     """The rows of models that write in sampling steps: no baselines and no naive samplers."""
     return table[~table["run"].isin(WITHOUT_STEPS)]
+
+
+def usual_rows(table: DataFrame) -> DataFrame:
+    """The rows without those of variants: other ways to draw, and the baselines timed with them."""
+    return table[table["variant"].isna()]
 
 
 def networks_rows(table: DataFrame) -> DataFrame:

@@ -23,7 +23,7 @@ from halfstep.report.points import (
     panel_title,
     with_conditions,
 )
-from halfstep.report.rows import DEFAULT, LEVELS, baseline_name, sampled_rows
+from halfstep.report.rows import DEFAULT, LEVELS, baseline_name, sampled_rows, usual_rows
 from halfstep.report.sentences import with_interval
 
 
@@ -35,9 +35,10 @@ def ppl_vs_latency(tables: Tables) -> Drawn:
     meet at a speed-up of equal quality.
     """
     quality = one_metric(tables["steps"], "generative_perplexity")
+    speed = usual_rows(tables["speed"])
     parts, notes = [], []
     for teacher, mine in quality.groupby("teacher", sort=False):
-        timed = _one_text(tables["speed"], teacher, mine)
+        timed = _one_text(speed, teacher, mine)
         parts += _quality_by_latency(mine, timed, teacher)
         if len(timed):
             first = timed.iloc[0]
@@ -65,7 +66,7 @@ def ppl_vs_latency(tables: Tables) -> Drawn:
         labels="left",
         share_y=False,
     )
-    return figure, with_conditions(points, pandas.concat([quality, tables["speed"]]))
+    return figure, with_conditions(points, pandas.concat([quality, speed]))
 
 
 def decoders(tables: Tables) -> Drawn:
@@ -195,7 +196,7 @@ def latency_vs_length(tables: Tables) -> Drawn:
     A panel for each network and batch size that was timed at several lengths, or for all where none
     was. The paper's figures 3b and 20 have batch size 8, figure 21 has 4.
     """
-    table = tables["speed"]
+    table = usual_rows(tables["speed"])
     lengths = table.groupby(["teacher", "batch_size"])["length"].transform("nunique")
     if (lengths > 1).any():
         table = table[lengths > 1]
@@ -257,7 +258,7 @@ def speedup_vs_batch(tables: Tables) -> Drawn:
     the longest, and one with the most batch sizes. Below one, in the gray area, the baseline is
     faster.
     """
-    table = tables["speed"]
+    table = usual_rows(tables["speed"])
     timed = table[(table["run"] != "baseline") & table["times_faster"].notna()]
     if timed.empty:
         raise HalfstepError(

@@ -14,7 +14,7 @@ from pandas import DataFrame
 
 from halfstep.report.catalogue import TABLES
 from halfstep.report.conditions import check_comparable
-from halfstep.report.rows import DEFAULT, LEVELS, sampled_rows
+from halfstep.report.rows import DEFAULT, LEVELS, sampled_rows, usual_rows
 
 # Of stories, whose number differs between models, or of fewer texts.
 OF_OTHER_NUMBERS = (
@@ -91,18 +91,21 @@ def select_zero_shot(table: DataFrame) -> DataFrame:
 
 
 def select_speed(table: DataFrame) -> DataFrame:
-    """Time to write, for every model, step count, length and batch size.
+    """Time to write, for every model, step count, length and batch size, and way to draw.
 
     `times_faster` is the latency of the fastest baseline at the same length and batch size,
-    divided by the latency of the row.
+    divided by the latency of the row. A variant is compared with the baselines that it took turns
+    with, whose rows have its name.
     """
     table = _of_table("speed", table)
     check_comparable(table, ("device", "dtype"))
-    check_comparable(table[table["run"] != "baseline"], ("draw_dtype",))
-    key = ["teacher", "length", "batch_size"]
-    fastest = table[table["run"] == "baseline"].groupby(key)["value"].min()
+    usual = usual_rows(table)
+    check_comparable(usual[usual["run"] != "baseline"], ("draw_dtype",))
+    key = ["teacher", "variant", "length", "batch_size"]
+    known = table.assign(variant=table["variant"].astype(object).fillna(""))
+    fastest = known[known["run"] == "baseline"].groupby(key)["value"].min()
     ratios = []
-    for *case, value in table[[*key, "value"]].itertuples(index=False):
+    for *case, value in known[[*key, "value"]].itertuples(index=False):
         ratios.append(fastest[tuple(case)] / value if tuple(case) in fastest.index else None)
     return table.assign(times_faster=ratios)
 
@@ -139,6 +142,6 @@ def _check_draws(students: DataFrame, conditions: Sequence[str]) -> None:
 
 
 def _of_table(name: str, rows: DataFrame) -> DataFrame:
-    """The rows of a table's metrics; one table alone has the variants of samples."""
+    """The rows of a table's metrics; of samples one table alone has the variants."""
     rows = rows[rows["metric"].isin(TABLES[name].metrics.keys())]
-    return rows if name == "variants" else rows[rows["variant"].isna()]
+    return rows if name in ("variants", "speed") else usual_rows(rows)

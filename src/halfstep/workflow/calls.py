@@ -258,8 +258,8 @@ class Call:
 
     @property
     def inference_precision(self) -> str:
-        """The precision in which the call samples and scores."""
-        return self.text("precision", DrawOptions)
+        """The precision in which the call samples, scores and times."""
+        return self.text("timed_dtype", self.text("precision", DrawOptions))
 
     @property
     def number_of_samples(self) -> int:

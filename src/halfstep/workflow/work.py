@@ -329,6 +329,11 @@ def latency_work(call: Call) -> Iterator[Work]:
     ):
         student, baseline = call.denoiser_of(size), call.causal_of(size)
         for steps in _counts(call, "benchmark_steps"):
+            if call.values("variant"):
+                sampler, times = call.text("sampler", DrawOptions), len(call.values("checkpoint"))
+                for work in draw_work(call, batch, length, length, steps, sampler, alike=True):
+                    yield work.times(times * calls)
+                continue
             passes = nonempty_steps(steps, length)
             texts = 1 + batch * (passes - 1)
             work = flops.forward_flops(student, texts, length, batch * length)

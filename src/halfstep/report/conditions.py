@@ -13,7 +13,7 @@ from halfstep.report.rows import networks_rows, sampled_rows
 USUAL = "ancestral"  # the sampler that a figure does not mention
 MEASURE = (
     "variant", "metric", "task", "measure", "protocol", "judge", "steps", "temperature", "length",
-    "batch_size",
+    "batch_size", "sampler",
 )  # fmt: skip
 """The columns that say what was measured of a model."""
 

@@ -138,7 +138,8 @@ rule score_frontier:
         teacher=lambda wildcards, input: ["--teacher", *input.teacher] if input.teacher else [],
         judge=targets.judges,
         evaluation=flags(CONFIG.evaluation, "bootstrap", "precision"),
-        variant=targets.variant_flag,
+        # With `input` Snakemake does not compare it: a model's path says it, and older scores stay.
+        variant=lambda wildcards, input: targets.variant_flag(wildcards),
         code=STAGE["score"],
     shell:
         r"""

@@ -193,6 +193,7 @@ def test_the_grid_has_all_measures_of_the_same_samples(plain):
         else:
             assert line["at held-out entropy"].split()[0] == round_number(read)
         assert line["MAUVE"].split()[0] == round_number(0.5 + int(line["steps"]) / 100)
-        assert line["accepted stories"].split()[0] == round_number(0.1 + int(line["steps"]) / 100)
+        share = f"{10 + int(line['steps'])}.0% [5.0, 20.0]"
+        assert line["accepted stories"] == share
     assert [line["way to draw"] for line in grid] == ["default"] * 3 + ["threshold"]
     assert "Not reached: the entropy is above or below all points of the curve" in text

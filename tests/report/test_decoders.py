@@ -50,8 +50,8 @@ def test_points_are_perplexities_over_passes_of_teacher_and_last_round(plain):
     lines = points[points["kind"] == "line"]
     assert list(dict.fromkeys(lines["panel"])) == [
         "stories-tiny · teacher, as drawn",
-        "stories-tiny · teacher, at the entropy of held-out text",
         "stories-tiny · kl_backward round 3, as drawn",
+        "stories-tiny · teacher, at the entropy of held-out text",
         "stories-tiny · kl_backward round 3, at the entropy of held-out text",
     ]
     lines = lines[lines["panel"].str.endswith("as drawn")]
@@ -68,7 +68,7 @@ def test_points_are_perplexities_over_passes_of_teacher_and_last_round(plain):
 
 
 def test_perplexities_at_equal_entropy_stand_at_the_passes_of_their_samples(plain):
-    """In a panel next to that of the same model; what no curve reaches is no point."""
+    """In panels of their own; what no curve reaches is no point."""
     table = with_variant(plain, "energy", 16, 12.5, 0.7, passes=64.0)
     table = with_variant(table, "threshold", 8, 7.0)
     _, points = decoders({"variants": table})
@@ -84,6 +84,23 @@ def test_perplexities_at_equal_entropy_stand_at_the_passes_of_their_samples(plai
     at_data = table[(table["metric"] == AT_DATA) & (table["run"] == "baseline")]
     value = at_data.loc[at_data["protocol"] == "ids", "value"].item()
     assert set(levels.loc[levels["series"] == "baseline", "y"]) == {value}
+
+
+def test_a_model_whose_curves_reach_nothing_has_one_panel(plain):
+    """Even if the baseline's curve does."""
+    table = plain.copy()
+    gone = (table["metric"] == AT_DATA) & (table["model"] == LAST)
+    table.loc[gone, NUMBERS] = None
+    _, points = decoders({"variants": table})
+    assert [panel for panel in dict.fromkeys(points["panel"]) if "at the entropy" in panel] == [
+        "stories-tiny · teacher, at the entropy of held-out text"
+    ]
+    table.loc[(table["metric"] == AT_DATA) & (table["run"] != "baseline"), NUMBERS] = None
+    _, points = decoders({"variants": table})
+    assert set(points["panel"]) == {
+        "stories-tiny · teacher",
+        "stories-tiny · kl_backward round 3",
+    }
 
 
 def test_without_a_frontier_a_model_has_one_panel(plain):

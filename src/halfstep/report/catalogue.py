@@ -234,7 +234,7 @@ FIGURES: dict[str, Figure] = {
         "to draw, in a panel for the teacher and for each last round. Passes of an autoregressive "
         "model that a sampler asks are not counted: they are in the table ``variants``. H is the "
         "entropy, where it differs by more than 2% from that of the default draws. Where there is "
-        "a frontier, the panels at the right have the perplexity at the entropy of held-out text: "
+        "a frontier, further panels have the perplexity at the entropy of held-out text: "
         "it shows what remains of a gain at equal entropy.",
         needs=("variants",),
         draw="halfstep.report.speed_figures:decoders",

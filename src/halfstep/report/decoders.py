@@ -60,7 +60,8 @@ def with_costs(rows: DataFrame, table: DataFrame) -> DataFrame:
 def at_held_out_entropy(rows: DataFrame, table: DataFrame) -> DataFrame:
     """Perplexities at the entropy of held-out text, with the costs of their samples.
 
-    Those of baselines are among them; where a curve does not reach this entropy there is none.
+    Those of baselines are among them. Where a curve does not reach this entropy there is none, and
+    where no model's curve does there is no row at all.
 
     Args:
         rows: perplexities `with_costs`
@@ -71,8 +72,8 @@ def at_held_out_entropy(rows: DataFrame, table: DataFrame) -> DataFrame:
     read = one_metric(table, AT_DATA).dropna(subset="value")
     costs = rows.drop_duplicates(SAME_DRAWS)[[*SAME_DRAWS, *IN_CSV]]
     mine = sampled_rows(read).drop(columns=list(IN_CSV), errors="ignore")
-    parts = [mine.merge(costs, on=SAME_DRAWS), read[read["run"] == "baseline"]]
-    return join_points(parts)
+    mine = mine.merge(costs, on=SAME_DRAWS)
+    return join_points([mine, read[read["run"] == "baseline"]]) if len(mine) else mine
 
 
 def decoder_points(rows: DataFrame, read: DataFrame, levels: DataFrame) -> DataFrame:
@@ -80,7 +81,7 @@ def decoder_points(rows: DataFrame, read: DataFrame, levels: DataFrame) -> DataF
 
     x are network evaluations. The text of a point is its entropy, where it differs by more than
     APART from that of the default draws with the most similar number of network evaluations. Where
-    perplexities at the entropy of held-out text are known, a second panel has them.
+    perplexities at the entropy of held-out text are known, further panels have them.
 
     Args:
         rows: perplexities `with_costs`
@@ -90,11 +91,12 @@ def decoder_points(rows: DataFrame, read: DataFrame, levels: DataFrame) -> DataF
     at_data = join_points([levels[levels["run"] == "data"], read[read["run"] == "baseline"]])
     shown = [("as drawn", rows, levels), ("at the entropy of held-out text", read, at_data)]
     parts = []
-    for (teacher, model), mine in rows.groupby(["teacher", "model"], sort=False):
-        name = f"{teacher} · {model_label(next(mine.itertuples()))}"
-        for title, table, references in shown if len(read) else shown[:1]:
+    for title, table, references in shown if len(read) else shown[:1]:
+        mine = sampled_rows(table)
+        for (teacher, _), drawn in mine.groupby(["teacher", "model"], sort=False):
+            name = f"{teacher} · {model_label(next(drawn.itertuples()))}"
             panel = f"{name}, {title}" if len(read) else name
-            parts += _lines(table[table["model"] == model], panel, table is rows)
+            parts += _lines(drawn, panel, table is rows)
             for level in LEVELS:
                 is_level = (references["teacher"] == teacher) & (references["run"] == level)
                 parts.append(make_level(references[is_level], panel, level))

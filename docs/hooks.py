@@ -33,7 +33,7 @@ LARGE = 1_000_000_000  # a bound that no reader wants to know
 COLUMNS = 80  # of the help of a command
 NOTEBOOK = "notebooks/denoising.ipynb"
 LOSSES = "--config preset=laptop-losses -- "
-MORE = {  # figures that `make demo` does not make, and the options that do
+MORE = {  # figures whose picture is not of `make demo`, and the options of the run that made it
     "ppl_by_variant": "--configfile docs/results/released-noise.yaml -- ",
     "decoders": "--configfile docs/results/decoders.yaml -- ",
     "mauve_vs_steps": LOSSES,

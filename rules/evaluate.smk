@@ -40,8 +40,7 @@ rule score_samples:
         "results/logs/score_samples/{model}.tsv"
     wildcard_constraints:
         model=one_of(
-            [name for name in targets.scored if name not in targets.frontier_models()]
-            + list(targets.varied)
+            name for name in [*targets.scored, *targets.varied] if name not in targets.on_frontier
         ),
     conda:
         "../envs/gpu.yaml"
@@ -107,7 +106,7 @@ rule score_corpus:
 
 
 rule score_frontier:
-    """Score all samples of a model that is on the frontier: perplexity against entropy too."""
+    """Score all samples of a model or variant on the frontier: perplexity against entropy too."""
     input:
         samples=targets.samples,
         swept="results/samples/{model}/frontier/provenance.json",
@@ -125,7 +124,7 @@ rule score_frontier:
     benchmark:
         "results/logs/score_frontier/{model}.tsv"
     wildcard_constraints:
-        model=one_of(targets.frontier_models()),
+        model=one_of(targets.on_frontier),
     conda:
         "../envs/gpu.yaml"
     threads: threads_by_size
@@ -139,12 +138,15 @@ rule score_frontier:
         teacher=lambda wildcards, input: ["--teacher", *input.teacher] if input.teacher else [],
         judge=targets.judges,
         evaluation=flags(CONFIG.evaluation, "bootstrap", "precision"),
+        # With `input` Snakemake does not compare it: a model's path says it, and older scores stay.
+        variant=lambda wildcards, input: targets.variant_flag(wildcards),
         code=STAGE["score"],
     shell:
         r"""
         {resources.srun}halfstep score-frontier \
             --samples {params.samples:q} \
             --frontier {params.frontier:q} \
+            {params.variant} \
             --held-out {input.held_out:q} \
             {params.teacher} \
             --judge {params.judge:q} \

@@ -54,9 +54,9 @@ rule generate:
 
 
 rule generate_frontier:
-    """Draw samples of one model at the other temperatures of the frontier."""
+    """Draw samples of one model, or of a variant, at the other temperatures of the frontier."""
     input:
-        checkpoint="results/models/{model}/meta.json",
+        checkpoint=targets.checkpoint,
         scorer=targets.scorer,
     output:
         record="results/samples/{model}/frontier/provenance.json",
@@ -65,7 +65,7 @@ rule generate_frontier:
     benchmark:
         "results/logs/generate_frontier/{model}.tsv"
     wildcard_constraints:
-        model=one_of(targets.frontier_models()),
+        model=one_of(targets.on_frontier),
     conda:
         "../envs/gpu.yaml"
     threads: threads_by_size
@@ -75,7 +75,7 @@ rule generate_frontier:
         checkpoint=subpath(input.checkpoint, parent=True),
         output=lambda wildcards, output: str(Path(output.record).parent / "steps-{steps}"),
         steps=lambda wildcards: targets.frontier_steps(wildcards.model),
-        temperatures=CONFIG.sampling.other_temperatures,
+        temperatures=lambda wildcards: targets.other_temperatures(wildcards.model),
         writing=lambda wildcards: flags(
             subsection(targets.sampling(wildcards), GenerateOptions).model_copy(
                 update={"temperature": 1.0}

@@ -63,6 +63,18 @@ def test_points_are_the_scores_of_their_samples(pipeline, swept, tmp_path):
                 assert found[key] == expected[key], key
 
 
+def test_a_variant_is_a_column_of_all_rows(pipeline, swept, tmp_path):
+    """And nothing else changes."""
+    score = f"--corpus {pipeline.corpus} --judge {pipeline.baseline}/hf --bootstrap 100 {MACHINE}"
+    folders = " ".join(map(str, folders_of(swept, "teacher")))
+    sets = f"--samples {swept}/teacher/steps-4 {swept}/teacher/steps-8 --frontier {folders}"
+    held_out = f"--held-out {pipeline.metrics}/data.json"
+    done(f"score-frontier {sets} {held_out} --variant sure --output {tmp_path} {score}")
+    for name in ("samples.json", "frontier.json"):
+        plain = read_json(swept / "metrics/teacher" / name)
+        assert read_json(tmp_path / name) == [row | {"variant": "sure"} for row in plain]
+
+
 def test_rows_of_samples_are_those_of_score_samples(pipeline, swept, tmp_path):
     """At every step count, whether it is on the frontier or not; and the record names the files."""
     score = f"--corpus {pipeline.corpus} --judge {pipeline.baseline}/hf --bootstrap 100 {MACHINE}"

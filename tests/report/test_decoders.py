@@ -5,7 +5,8 @@ import pytest
 import synthetic
 
 from halfstep.commands.report import tabulate
-from halfstep.report.decoders import cost_grid, with_costs
+from halfstep.report.decoders import AT_DATA, cost_grid, with_costs
+from halfstep.report.grids import round_number
 from halfstep.report.headlines import title_of_decoders
 from halfstep.report.markdown import variants_markdown
 from halfstep.report.points import one_metric
@@ -18,7 +19,10 @@ NUMBERS = ["value", "low", "high"]
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The default draws of a teacher and three rounds at 8, 16 and 32 steps of 1024 tokens."""
+    """The default draws of a teacher and three rounds at 8, 16 and 32 steps of 1024 tokens.
+
+    The entropy of held-out text is not reached with 8 steps.
+    """
     folder = tmp_path_factory.mktemp("decoders")
     synthetic.write(folder, runs=("kl_backward",), rounds=3, steps=[8, 16, 32], points=2)
     tabulate("variants", [folder / "metrics"], folder / "variants")
@@ -29,7 +33,7 @@ def plain(tmp_path_factory):
 def with_variant(table, name, steps, evaluations, perplexity=1.0, entropy=1.0, passes=None):
     """The table and a variant: the default draws at a step count, times these factors."""
     mine = table[(table["variant"] == "default") & (table["steps"] == steps)]
-    factor = mine["metric"].map({"generative_perplexity": perplexity, "entropy": entropy})
+    factor = mine["metric"].map({"entropy": entropy}).fillna(perplexity)
     about = {"variant": name, "network_evaluations": evaluations, "autoregressive_passes": passes}
     mine = mine.assign(**about, **{number: factor * mine[number] for number in NUMBERS})
     return pandas.concat([table, mine], ignore_index=True)
@@ -44,10 +48,13 @@ def test_points_are_perplexities_over_passes_of_teacher_and_last_round(plain):
     table = with_variant(plain, "energy", 16, 16, 0.7, passes=64.0)
     _, points = decoders({"variants": table})
     lines = points[points["kind"] == "line"]
-    assert set(lines["panel"]) == {
-        "stories-tiny · teacher",
-        "stories-tiny · reverse KL round 3",
-    }
+    assert list(dict.fromkeys(lines["panel"])) == [
+        "stories-tiny · teacher, as drawn",
+        "stories-tiny · reverse KL round 3, as drawn",
+        "stories-tiny · teacher, at the entropy of held-out text",
+        "stories-tiny · reverse KL round 3, at the entropy of held-out text",
+    ]
+    lines = lines[lines["panel"].str.endswith("as drawn")]
     shown = table[(table["metric"] == "generative_perplexity") & (table["protocol"] == "ids")]
     shown = shown[shown["model"].isin(("stories-tiny/teacher", LAST))]
     columns = ["variant", "network_evaluations", "value"]
@@ -60,6 +67,52 @@ def test_points_are_perplexities_over_passes_of_teacher_and_last_round(plain):
     assert set(points.loc[points["kind"] == "level", "series"]) == {"baseline", "data"}
 
 
+def test_perplexities_at_equal_entropy_stand_at_the_passes_of_their_samples(plain):
+    """In panels of their own; what no curve reaches is no point."""
+    table = with_variant(plain, "energy", 16, 12.5, 0.7, passes=64.0)
+    table = with_variant(table, "threshold", 8, 7.0)
+    _, points = decoders({"variants": table})
+    lines = points[(points["kind"] == "line") & points["panel"].str.contains("at the entropy")]
+    read = table[(table["metric"] == AT_DATA) & (table["protocol"] == "ids")]
+    read = read[read["model"].isin(("stories-tiny/teacher", LAST)) & read["value"].notna()]
+    passes = {("default", 16): 16.0, ("default", 32): 32.0, ("energy", 16): 12.5}
+    cases = zip(read["variant"], read["steps"], read["value"], strict=True)
+    expected = [(variant, passes[variant, steps], value) for variant, steps, value in cases]
+    found = lines[["series", "x", "y"]].itertuples(index=False, name=None)
+    assert sorted(found) == sorted(expected) and len(expected) == 6
+    levels = points[(points["kind"] == "level") & points["panel"].str.contains("at the entropy")]
+    at_data = table[(table["metric"] == AT_DATA) & (table["run"] == "baseline")]
+    value = at_data.loc[at_data["protocol"] == "ids", "value"].item()
+    assert set(levels.loc[levels["series"] == "baseline", "y"]) == {value}
+
+
+def test_a_model_whose_curves_reach_nothing_has_one_panel(plain):
+    """Even if the baseline's curve does."""
+    table = plain.copy()
+    gone = (table["metric"] == AT_DATA) & (table["model"] == LAST)
+    table.loc[gone, NUMBERS] = None
+    _, points = decoders({"variants": table})
+    assert [panel for panel in dict.fromkeys(points["panel"]) if "at the entropy" in panel] == [
+        "stories-tiny · teacher, at the entropy of held-out text"
+    ]
+    table.loc[(table["metric"] == AT_DATA) & (table["run"] != "baseline"), NUMBERS] = None
+    _, points = decoders({"variants": table})
+    assert set(points["panel"]) == {
+        "stories-tiny · teacher",
+        "stories-tiny · kl_backward round 3",
+    }
+
+
+def test_without_a_frontier_a_model_has_one_panel(plain):
+    table = with_variant(plain[plain["metric"] != AT_DATA], "energy", 16, 16)
+    _, points = decoders({"variants": table})
+    assert set(points["panel"]) == {
+        "stories-tiny · teacher",
+        "stories-tiny · kl_backward round 3",
+    }
+    assert "held-out entropy" not in variants_markdown(table)
+
+
 @pytest.mark.parametrize("factor, named", [(0.97, True), (0.985, False), (1.03, True)])
 def test_an_entropy_is_named_where_it_is_not_that_of_the_default_draws(plain, factor, named):
     """Those of as many passes: 14 evaluations are compared with 16, whatever the limit of steps."""
@@ -70,8 +123,9 @@ def test_an_entropy_is_named_where_it_is_not_that_of_the_default_draws(plain, fa
     table.loc[mine, "value"] = factor * table.loc[mine, "model"].map(usual)
     _, points = decoders({"variants": table})
     texts = points[points["series"] == "threshold"].set_index("panel")["text"]
+    assert texts[texts.index.str.contains("at the entropy")].isna().all()
     expected = f"H {factor * usual['stories-tiny/teacher']:.2f}" if named else None
-    assert texts["stories-tiny · teacher"] == expected
+    assert texts["stories-tiny · teacher, as drawn"] == expected
     assert points.loc[points["series"] == "default", "text"].isna().all()
 
 
@@ -111,7 +165,8 @@ def test_tokens_and_evaluations_of_the_grid_make_a_text(plain):
     made = rows["tokens_per_evaluation"] * rows["network_evaluations"]
     assert made.to_list() == pytest.approx([1024] * len(rows))
     mine = rows[rows["model"] == LAST]
-    header, _, *lines = cost_grid(mine).splitlines()
+    table = with_variant(plain, "threshold", 32, 12.5)
+    header, _, *lines = cost_grid(mine, table).splitlines()
     assert "autoregressive passes" not in header and len(lines) == len(mine) == 4
     cells = [cell.strip() for cell in lines[-1].split("|")[1:-1]]
     assert cells[:2] == ["threshold", "32"] and cells[-2:] == ["12.5", "81.9"]
@@ -120,3 +175,42 @@ def test_tokens_and_evaluations_of_the_grid_make_a_text(plain):
     grid = text[text.index(f"### Costs of {LAST}") :]
     line = next(line for line in grid.splitlines() if line.startswith("| energy"))
     assert [cell.strip() for cell in line.split("|")[-4:-1]] == ["16.0", "64.0", "64.0"]
+
+
+def test_the_grid_has_all_measures_of_the_same_samples(plain):
+    """Of stories their accepted share, and MAUVE; a column that nothing fills is not there."""
+    table = with_variant(plain, "threshold", 16, 12.5, 0.5, 0.9)
+    mine = table[(table["model"] == LAST) & (table["metric"] == "entropy")]
+    more = [
+        mine.assign(metric=metric, value=value + mine["steps"].astype(float) / 100, **changes)
+        for metric, value, changes in (
+            ("sample_mauve", 0.5, {"protocol": "windows"}),
+            ("accepted_share", 0.1, {"protocol": "grammar", "low": 0.05, "high": 0.2}),
+        )
+    ]
+    table = pandas.concat([table, *more], ignore_index=True)
+    text = variants_markdown(table)
+    header, _, *lines = text[text.index(f"### Costs of {LAST} (protocol ids)") :].split("\n")[2:8]
+    names = [cell.strip() for cell in header.split("|")[1:-1]]
+    assert names == [
+        "way to draw", "steps", "perplexity", "at held-out entropy", "entropy", "MAUVE",
+        "accepted stories", "network evaluations", "tokens per network evaluation",
+    ]  # fmt: skip
+    grid = [dict(zip(names, map(str.strip, line.split("|")[1:-1]), strict=True)) for line in lines]
+    rows = table[(table["model"] == LAST) & (table["protocol"] == "ids")]
+    for line in grid:
+        same = rows[
+            (rows["variant"] == line["way to draw"]) & (rows["steps"] == int(line["steps"]))
+        ]
+        values = same.set_index("metric")["value"]
+        assert line["perplexity"].split()[0] == round_number(values["generative_perplexity"])
+        read = values[AT_DATA]
+        if line["steps"] == "8":
+            assert line["at held-out entropy"] == "not reached: below the curve"
+        else:
+            assert line["at held-out entropy"].split()[0] == round_number(read)
+        assert line["MAUVE"].split()[0] == round_number(0.5 + int(line["steps"]) / 100)
+        share = f"{10 + int(line['steps'])}.0% [5.0, 20.0]"
+        assert line["accepted stories"] == share
+    assert [line["way to draw"] for line in grid] == ["default"] * 3 + ["threshold"]
+    assert "Not reached: the entropy is above or below all points of the curve" in text

@@ -60,8 +60,9 @@ def test_csv_holds_every_row_with_its_interval_and_origin(unchanged):
     files = results.rglob("metrics/**/*.json")
     rows = [row for file in files for row in json.loads(file.read_text())]
     drawn = found["variants"]
-    again = drawn["variant"] == "default"  # rows of the table `steps`, to compare with
-    assert sum(len(found[name]) for name in QUALITY) - again.sum() == len(rows)
+    again = drawn["variant"] == "default"  # rows of other tables, to compare with
+    points = [row for row in rows if "variant" in row and "frontier" in row["metric"]]
+    assert sum(len(found[name]) for name in QUALITY) - again.sum() == len(rows) - len(points) > 0
     case = {"model": "stories-tiny/mse/round-2", "steps": 16, "protocol": "ids"}
     case |= {"metric": "generative_perplexity"}
     query = "model == @case['model'] and steps == @case['steps'] and protocol == @case['protocol']"
@@ -83,6 +84,35 @@ def test_variants_of_samples_are_compared_with_those_of_the_same_models(unchange
     assert table.drop_duplicates("variant")["variant"].to_list() == ["default", "released-noise"]
     for name in QUALITY:
         assert name == "variants" or found[name]["variant"].isna().all()
+
+
+def test_variants_are_compared_at_the_entropy_of_held_out_text_too(unchanged):
+    """Each value read off a curve is in the table, and no point of a curve."""
+    results, found = unchanged
+    read = found["variants"].query("metric == 'perplexity_at_data_entropy'")
+    files = results.rglob("metrics/**/frontier.json")
+    rows = [row for file in files for row in json.loads(file.read_text())]
+    expected = [row for row in rows if row["metric"] == "perplexity_at_data_entropy"]
+    by = ["model", "variant", "steps", "protocol", "value"]
+    key = {tuple(row.get(name) for name in by) for row in expected}
+    mine = read[by].astype(object).where(read[by].notna(), None)
+    mine["variant"] = mine["variant"].replace("default", None)
+    assert set(mine.itertuples(index=False, name=None)) == key and len(read) == len(expected)
+    assert set(read["variant"]) == {"default", "released-noise"}
+    assert not found["variants"]["metric"].str.startswith("frontier").any()
+
+
+@pytest.mark.parametrize("metric, changes, words", [
+    ("perplexity_at_data_entropy", {"at_entropy": 3.5}, "has at_entropy 3.5"),
+    ("generative_perplexity", {"num_samples": 8}, "has num_samples 8"),
+])  # fmt: skip
+def test_variants_of_other_conditions_are_refused(results, metric, changes, words):
+    """The number of stories in as many texts differs by itself."""
+    folder = results / "metrics/stories-tiny/teacher/released-noise"
+    file = folder / ("frontier.json" if "at_data" in metric else "samples.json")
+    rewrite(file, lambda row: row | (changes if row["metric"] == metric else {}))
+    with pytest.raises(HalfstepError, match=words):
+        tabulate("variants", [results / "metrics"], results / "variants")
 
 
 def test_entropy_is_compared_with_held_out_text(unchanged):

@@ -178,7 +178,7 @@ def test_a_grid_has_one_line_for_all_trainings_and_both_intervals(results):
         assert "[texts ±" in (results / f"tables/{name}.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["ppl_vs_steps", "lambada_vs_round", "frontier"])
+@pytest.mark.parametrize("name", ["ppl_vs_steps", "lambada_vs_round", "frontier", "decoders"])
 def test_a_figure_has_one_line_for_all_trainings_and_a_band_over_them(results, name):
     tables = [results / f"tables/{need}.csv" for need in FIGURES[name].needs]
     plot(name, tables, results / "figures" / name)

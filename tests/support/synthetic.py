@@ -49,6 +49,9 @@ def write(
         dump(metrics / "released-noise" / "samples.json", varied(samples))
         if r in (0, rounds):
             dump(metrics / "frontier.json", swept(samples))
+            drawn = swept(varied(samples))
+            curves = [row for row in drawn if "ratio" not in row["metric"]]
+            dump(metrics / "released-noise" / "frontier.json", curves)
             base = common(teacher, run, r, model, None, sha) | NO_JUDGE | {"sampler": None}
             dump(metrics / "tasks.json", answered(base, ("elbo", "elbo-per-token")))
             dump(metrics / "zero_shot.json", zero_shot(base, "elbo", 30.0 + r))

@@ -191,8 +191,9 @@ def test_a_variant_draws_the_chosen_models_again():
     drawn = [*(f"{model}/noise" for model in found.denoisers), "stories-ci/baseline/cold"]
     assert list(found.varied) == [*drawn, "stories-ci/teacher/cold"]
     scored = [f"{name}/samples.json" for name in (*found.varied, *found.sampled_models())]
-    rows = [f"results/metrics/{file}" for file in (*scored, "stories-ci/data.json")]
-    assert found.table_inputs()["variants"] == rows
+    scored += [f"{name}/frontier.json" for name in found.on_frontier]
+    rows = {f"results/metrics/{file}" for file in (*scored, "stories-ci/data.json")}
+    assert set(found.table_inputs()["variants"]) == rows
     for model in found.denoisers:
         plain, noise = SimpleNamespace(model=model), SimpleNamespace(model=f"{model}/noise")
         assert found.checkpoint(noise) == found.checkpoint(plain)
@@ -202,6 +203,43 @@ def test_a_variant_draws_the_chosen_models_again():
         assert (found.variant_flag(plain), found.variant_flag(noise)) == ("", "--variant noise")
     assert found.step_counts("stories-ci/teacher/cold") == [4]
     assert found.sampling(SimpleNamespace(model="stories-ci/baseline/cold")).top_p == 0.9
+
+
+def test_variants_are_on_the_frontier_with_their_models():
+    """At their own step counts, or those of the frontier, and around their own temperature. One
+    that changes only the temperature is a point of its model's curve."""
+    variants = {
+        "noise": NOISE,
+        "cold": COLD,
+        "asked": {"sampler": "energy", "temperature": 1.1, "steps": [16], "rounds": [0, 1]},
+    }
+    changes = TWO_RUNS | {"seeds": [1, 2]}
+    sampling = SWEEP | {"frontier_steps": [4], "variants": variants}
+    found = targets(sampling=sampling, teachers={"stories-ci": changes})
+    named = set(found.frontier_models()) - {"stories-ci/baseline"}
+    assert "stories-ci-seed-2/a/round-2" in named and "stories-ci/a/round-1" not in named
+    asked = {f"{name}/asked" for name in named if name[-1] != "2" or name.endswith("b/round-1")}
+    # The baseline is drawn again at another temperature, and has no sampler.
+    expected = {f"{name}/noise" for name in named} | asked | {"stories-ci/baseline/asked"}
+    assert set(found.varied_frontier) == expected < set(found.varied)
+    assert len(found.on_frontier) == len(set(found.on_frontier))
+    noise, asked = "stories-ci/a/round-2/noise", "stories-ci/teacher/asked"
+    assert (found.frontier_steps(noise), found.frontier_steps(asked)) == ([4], [16])
+    assert found.drawn_steps(noise) == found.drawn_steps("stories-ci/a/round-2")
+    assert found.drawn_steps(asked) == [16]
+    assert found.other_temperatures(noise) == [0.7, 1.1]
+    folder = f"results/samples/{asked}"
+    assert found.frontier_folders(asked) == [
+        f"{folder}/steps-16",
+        f"{folder}/frontier/steps-16/temperature-0.7",
+        f"{folder}/frontier/steps-16/temperature-0.9",
+    ]
+    assert found.frontier_of_teacher("stories-ci/a/round-2") != []
+    assert found.frontier_of_teacher(noise) == found.frontier_of_teacher(asked) == []
+    tables, file = found.table_inputs(), "results/metrics/{}/frontier.json"
+    curves = [row for row in tables["variants"] if row.endswith("frontier.json")]
+    assert set(curves) == {*map(file.format, found.on_frontier)}
+    assert tables["temperatures"] == [file.format(name) for name in found.frontier_models()]
 
 
 @pytest.mark.parametrize("sampler", ["energy", "speculative"])

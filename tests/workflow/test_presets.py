@@ -28,6 +28,9 @@ PUBLISHED = {  # preset with published teachers: teachers, rounds trained, round
 STEPS = (8, 16, 32, 64, 128, 256, 512, 1024)  # the paper's
 SAMPLED = {"laptop": 2, "laptop-losses": 10}  # denoisers of the rounds that are sampled
 FRONTIER = {"laptop": 3, "laptop-losses": 5, "ci": 3}  # models at several temperatures
+# Models that are drawn in other ways, which are on the frontier too. laptop: two by confidence, one
+# from drafts; laptop-losses: four in each of seven ways, and three from drafts.
+VARIED = {"laptop": 2 + 1, "laptop-losses": 4 * 7 + 3}
 TIMED = {  # jobs of latency: lengths, further batch sizes and untrained sizes
     "laptop": 1,
     "laptop-losses": 1,
@@ -56,18 +59,20 @@ def test_preset_resolves(workflow, preset):
     assert jobs["distill_round"] == rounds
     assert jobs["score_lambada"] == rounds + 2 * teachers
     scored = SAMPLED.get(preset, rounds + teachers)
-    assert jobs["generate"] == scored + teachers and jobs["draw_naive"] == teachers
+    varied, swept = VARIED.get(preset, 0), FRONTIER.get(preset, 0)
+    assert jobs["generate"] == scored + teachers + varied and jobs["draw_naive"] == teachers
     prompts = preset != "laptop"  # whether held-out prompts are continued
     frontier = preset in FRONTIER
     examined = preset in ("owt-small", "owt-adapted")  # tasks of lm-eval, zero-shot texts
-    tables = 3 + prompts + frontier + 2 * examined
-    assert (jobs["plot"], jobs["tabulate"]) == (7 + prompts + frontier, tables)
+    drawn = preset in VARIED
+    tables = 3 + prompts + frontier + drawn + 2 * examined
+    assert (jobs["plot"], jobs["tabulate"]) == (7 + prompts + frontier + 2 * drawn, tables)
     of_last_rounds = examined * (2 * teachers + GRAPHS[preset][0])
     for rule in ("score_tasks", "score_perplexity"):
         assert jobs.get(rule, 0) == of_last_rounds
-    assert jobs.get("score_frontier", 0) == FRONTIER.get(preset, 0)
-    assert jobs.get("generate_frontier", 0) == FRONTIER.get(preset, 0)
-    assert jobs["score_samples"] == scored + 2 * teachers - jobs.get("score_frontier", 0)
+    assert jobs.get("score_frontier", 0) == swept + varied
+    assert jobs.get("generate_frontier", 0) == swept + varied
+    assert jobs["score_samples"] == scored + 2 * teachers - swept
     assert jobs["track"] == 1
     assert jobs.get("score_continuations", 0) == prompts * (
         2 if preset == "ci" else rounds + 2 * teachers

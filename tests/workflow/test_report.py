@@ -12,10 +12,11 @@ from halfstep.report.catalogue import FIGURES, TABLES
 from halfstep.resolve import resolve
 from halfstep.workflow.targets import Targets
 
+SURE = {"sampler": "threshold", "rounds": [0]}
 CONFIG = {
     "preset": "ci",
     "teachers": {"stories-ci": {"distillation": {"rounds": 1}}},
-    "sampling": {"steps": [8], "variants": {"cold": {"temperature": 0.8}}},
+    "sampling": {"steps": [8], "variants": {"cold": {"temperature": 0.8}, "sure": SURE}},
 }
 
 

@@ -115,6 +115,7 @@ def test_scores(pipeline, counted, tmp_path, monkeypatch):
         f"score-samples {folders} {output}/teacher/samples.json",
         f"score-corpus {output}/data.json",
         f"score-frontier {swept} {held_out} {output}/teacher",
+        f"score-frontier {swept} {held_out} {output}/teacher/sure --variant sure",
     ):
         assert counted(f"{line} {judge}") == pytest.approx(1, abs=0.02), line
 

@@ -62,17 +62,21 @@ def score_samples(
         output: JSON file of the rows
         variant: name of the way in which these samples were drawn, a column of the rows
     """
-    group, named = join_group(machine), {"variant": variant} if variant else {}
-    texts = [(ids, columns | named) for ids, columns in read_texts(samples, corpus)]
+    group = join_group(machine)
+    texts = read_texts(samples, corpus, variant)
     rows = score_texts(texts, corpus, evaluation, machine, group)
     if group.is_main:
         read = corpus_files(corpus, "validation")
         write_rows(output, rows, [*sample_files(samples), *read, *evaluation.judge])
 
 
-def read_texts(samples: list[Path], corpus: Path) -> list[Texts]:
-    """The texts of folders of samples; HalfstepError if they are not in the corpus's vocabulary."""
+def read_texts(samples: list[Path], corpus: Path, variant: Word | None = None) -> list[Texts]:
+    """The texts of folders of samples, and their columns, of which one may be a variant's name.
+
+    HalfstepError if they are not in the corpus's vocabulary.
+    """
     vocabulary = vocabulary_sha256(corpus_tokenizer(corpus))
+    named = {"variant": variant} if variant else {}
     texts = []
     for folder in samples:
         ids, facts = read_samples(folder)
@@ -81,7 +85,7 @@ def read_texts(samples: list[Path], corpus: Path) -> list[Texts]:
                 f"{folder}: its samples use another vocabulary than the corpus {corpus}; "
                 "name the corpus on which their model was trained"
             )
-        columns = sample_columns(facts, ids.shape[-1])
+        columns = sample_columns(facts, ids.shape[-1]) | named
         made_for = (facts.get("meta") or {}).get("student_steps")
         texts.append((ids, columns | ({"student_steps": made_for} if made_for else {})))
     return texts

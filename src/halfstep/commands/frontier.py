@@ -19,7 +19,7 @@ from halfstep.commands.evaluate import (
 )
 from halfstep.commands.samples import sample_files
 from halfstep.commands.variety import Texts
-from halfstep.config import Evaluation, Machine
+from halfstep.config import Evaluation, Machine, Word
 from halfstep.data.pack import corpus_files
 from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError, reason
@@ -77,6 +77,7 @@ def score_frontier(
     output: Path,
     evaluation: Evaluation,
     machine: Machine,
+    variant: Word | None = None,
 ) -> None:
     """Score the samples of one model, and its frontier: perplexity against entropy.
 
@@ -90,12 +91,13 @@ def score_frontier(
         samples: folders of `halfstep generate` at one temperature, one per step count
         corpus: folder of `halfstep prepare-corpus` on which the model was trained
         output: folder of samples.json and frontier.json
+        variant: name of the way in which these samples were drawn, a column of the rows
     """
     group = join_group(machine)
     target, teachers = held_out_entropy(files.held_out, corpus), read_curves_of(files.teacher)
     data = {"data": corpus_name(corpus)}
     folders = list(dict.fromkeys([*samples, *files.frontier]))
-    found = [(ids, columns | data) for ids, columns in read_texts(folders, corpus)]
+    found = [(ids, columns | data) for ids, columns in read_texts(folders, corpus, variant)]
     check_sets(found)
     texts = dict(zip(folders, found, strict=True))
     plain, swept = ([texts[one] for one in those] for those in (samples, files.frontier))

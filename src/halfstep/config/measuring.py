@@ -182,9 +182,10 @@ class Sampling(SampledModels):
     run. The baseline always is"""
     variants: dict[Name, SampledModels] = {}
     """other ways to draw, by names of your choice, each with only the options that differ from
-    these: `released-noise: {sampler: ancestral_float32}`. They have a table and two figures; the
-    baseline, which has no sampler, is drawn again unless only the sampler and its own options
-    differ"""
+    these: `released-noise: {sampler: ancestral_float32}`. They have a table and two figures. With
+    temperatures, those of the models on the frontier are on it too, at their own step counts, but
+    for one in which only the temperature differs. The baseline, which has no sampler, is drawn
+    again unless only the sampler and its own options differ"""
 
     @model_validator(mode="before")
     @classmethod

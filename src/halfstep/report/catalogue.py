@@ -32,7 +32,8 @@ class Table:
         inputs: files of metric rows. {model} and {teacher} stand for every one; {sampled},
             {continued}, {swept} and {examined} for every model that is sampled, that continues
             prompts, that is on the frontier, or that answers tasks; {varied} for every model and
-            variant of its samples; {timed} for every job that times
+            variant of its samples, {varied_frontier} for those on the frontier; {timed} for every
+            job that times
         select: "module:function", from all metric rows to the rows of this table
         markdown: "module:function", from the rows of this table to its Markdown
         section: the section or key of config.yaml without which the table does not exist, if any
@@ -120,14 +121,20 @@ TABLES: dict[str, Table] = {
         title="quality of samples that are drawn in several ways",
         caption="The same models, drawn in several ways (column ``variant``): with the options of "
         "``sampling`` (default), and with those of each variant. 95% intervals are in the columns "
-        "``low`` and ``high``.",
+        "``low`` and ``high``. Perplexities at the entropy of held-out text are read off the curve "
+        "over temperatures; the column ``reached`` says where it has no such entropy.",
         metrics={
             "generative_perplexity": "Generative perplexity, lower is better",
             "entropy": "Unigram entropy of a sample in nats",
+            "perplexity_at_data_entropy": "Perplexity at the entropy of held-out text",
+            "sample_mauve": "MAUVE against windows of the corpus, higher is better",
+            "accepted_share": "Share of stories that the grammar accepts",
         },
         inputs=(
             "results/metrics/{varied}/samples.json",
+            "results/metrics/{varied_frontier}/frontier.json",
             "results/metrics/{sampled}/samples.json",
+            "results/metrics/{swept}/frontier.json",
             "results/metrics/{teacher}/data.json",
         ),
         select="halfstep.report.tables:select_variants",
@@ -227,7 +234,9 @@ FIGURES: dict[str, Figure] = {
         caption="Generative perplexity against passes of the network per text: a line for each way "
         "to draw, in a panel for the teacher and for each last round. Passes of an autoregressive "
         "model that a sampler asks are not counted: they are in the table ``variants``. H is the "
-        "entropy, where it differs by more than 2% from that of the default draws.",
+        "entropy, where it differs by more than 2% from that of the default draws. Where there is "
+        "a frontier, further panels have the perplexity at the entropy of held-out text: "
+        "it shows what remains of a gain at equal entropy.",
         needs=("variants",),
         draw="halfstep.report.speed_figures:decoders",
     ),

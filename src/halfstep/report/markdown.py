@@ -17,7 +17,7 @@ from tabulate import tabulate
 from halfstep.config import NAIVE
 from halfstep.report.catalogue import TABLES
 from halfstep.report.conditions import describe_conditions, join_values
-from halfstep.report.decoders import cost_grid, with_costs
+from halfstep.report.decoders import AT_DATA, cost_grid, with_costs
 from halfstep.report.frontier import (
     explain_readings,
     label_with_steps,
@@ -63,22 +63,25 @@ def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) ->
 
 
 def variants_markdown(table: DataFrame) -> str:
-    """One grid for each teacher, metric and way to draw, and for each model one of their costs."""
+    """For each model one grid of all measures and costs of the ways to draw, then more of some."""
     titles = TABLES["variants"].metrics
     parts = []
     for teacher, mine in pool_trainings(table).groupby("teacher", sort=False):
         parts.append(f"## {teacher}: samples drawn in several ways")
-        for metric in titles:
+        for _, protocol, judge, group in _by_metric(mine, ("generative_perplexity",)):
+            rows = with_costs(group, mine)
+            for model, drawn in rows.groupby("model", sort=False):
+                parts.append(f"### Costs of {model} (protocol {protocol}){judge}, ± 95% interval")
+                parts.append(cost_grid(drawn, mine))
+            read = mine[(mine["metric"] == AT_DATA) & (mine["protocol"] == protocol)]
+            parts += explain_readings(read[read["model"].isin(rows["model"])])
+        for metric in ("generative_perplexity", "entropy"):
             for variant, drawn in mine.groupby("variant", sort=False):
                 for _, protocol, judge, group in _by_metric(drawn, (metric,)):
                     about = f"{titles[metric]} (protocol {protocol}){judge}"
                     parts.append(f"### {variant}: {about}, ± 95% interval")
                     parts.append(make_grid(sampled_rows(group), "steps", "sampling steps"))
                     parts += [*_levels(group), *_conditions(group)]
-        for _, protocol, judge, group in _by_metric(mine, ("generative_perplexity",)):
-            for model, drawn in with_costs(group, mine).groupby("model", sort=False):
-                parts.append(f"### Costs of {model} (protocol {protocol}){judge}, ± 95% interval")
-                parts.append(cost_grid(drawn))
     return "\n\n".join(parts) + "\n"
 
 

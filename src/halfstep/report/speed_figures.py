@@ -9,7 +9,7 @@ from pandas import DataFrame, Series
 from halfstep.errors import HalfstepError
 from halfstep.report import style
 from halfstep.report.conditions import explain_conditions, join_values
-from halfstep.report.decoders import decoder_points, with_costs
+from halfstep.report.decoders import at_held_out_entropy, decoder_points, with_costs
 from halfstep.report.figures import Drawn, Tables
 from halfstep.report.grids import round_number
 from halfstep.report.headlines import title_of_decoders
@@ -72,7 +72,8 @@ def ppl_vs_latency(tables: Tables) -> Drawn:
 def decoders(tables: Tables) -> Drawn:
     """Generative perplexity against network evaluations per text: a line for each way to draw.
 
-    A panel for the teacher and for the last round of each run. The baseline and held-out text are
+    A panel for the teacher and for the last round of each run, and where there is a frontier
+    another one of perplexities at the entropy of held-out text. The baseline and held-out text are
     levels.
     """
     table = tables["variants"]
@@ -83,7 +84,8 @@ def decoders(tables: Tables) -> Drawn:
             "decoders: no row of the table variants has network evaluations; draw the samples again"
         )
     levels = perplexity[perplexity["run"].isin(LEVELS) & (perplexity["variant"] == DEFAULT)]
-    points = decoder_points(rows, levels)
+    read = at_held_out_entropy(rows, table)
+    points = decoder_points(rows, read, levels)
     entropies = (
         "H: the entropy in nats, where it is more than 2% from that of the default draws with the "
         "most similar number of network evaluations. "
@@ -93,10 +95,15 @@ def decoders(tables: Tables) -> Drawn:
         "Not counted: the passes of the autoregressive model that a sampler asks "
         f"({join_values(map(in_words, asking))}); the table has them. "
     )
+    missing = (
+        "At the entropy of held-out text: read off the curve over temperatures, which not every "
+        "way to draw reaches. "
+    )
     figure = style.draw_panels(
         points,
         title=title_of_decoders(rows),
-        note=f"{entropies if points['text'].notna().any() else ''}{asked if asking else ''}"
+        note=f"{entropies if points['text'].notna().any() else ''}"
+        f"{missing if len(read) else ''}{asked if asking else ''}"
         f"{explain_conditions(perplexity)}",
         xlabel="network evaluations per text",
         ylabel="generative perplexity",

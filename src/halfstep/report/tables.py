@@ -46,9 +46,11 @@ def select_steps(table: DataFrame) -> DataFrame:
 
 
 def select_variants(table: DataFrame) -> DataFrame:
-    """Perplexity and entropy of the models that are drawn in several ways, by the way to draw.
+    """Measures of the models that are drawn in several ways, by the way to draw.
 
-    The column `variant` is `default` for the options of `sampling`, whose rows come first.
+    They are those of samples and, where there is a frontier, perplexities at the entropy of
+    held-out text. The column `variant` is `default` for the options of `sampling`, whose rows come
+    first.
     """
     table = _of_table("variants", table)
     varied = table.loc[table["variant"].notna(), "model"]
@@ -58,7 +60,10 @@ def select_variants(table: DataFrame) -> DataFrame:
     parts += [mine for name, mine in table.groupby("variant", sort=False) if name != DEFAULT]
     for mine in parts:
         check_comparable(mine, ("data",), same_protocols=False)
-        _check_draws(sampled_rows(mine), (*STUDENTS_SHARE, "num_samples"))
+        students = sampled_rows(mine)
+        _check_draws(students, STUDENTS_SHARE)
+        check_comparable(students[~students["metric"].isin(OF_OTHER_NUMBERS)], ("num_samples",))
+    check_comparable(table[table["metric"] == "perplexity_at_data_entropy"], ("at_entropy",))
     return pandas.concat(parts, ignore_index=True)
 
 

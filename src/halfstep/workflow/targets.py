@@ -120,6 +120,17 @@ class Targets:
             or config.sampling.changed_by(variant) - {"sampler", *OF_SAMPLERS}
         }
         """model and variant of `sampling` by their name in paths: {model}/{variant}"""
+        swept = set(self.frontier_models())
+        self.varied_frontier = [
+            name
+            for name, (model, variant) in self.varied.items()
+            if model in swept
+            and config.sampling.changed_by(config.sampling.variants[variant]) != {"temperature"}
+        ]
+        """variants on the frontier, each of a model that is there; one that changes only the
+        temperature is a point of its model's curve, and has none itself"""
+        self.on_frontier = [*self.frontier_models(), *self.varied_frontier]
+        """all whose samples are on the frontier, models and variants"""
         self.timings = {
             f"{name}/{job}": options
             for name in self.teachers
@@ -381,34 +392,53 @@ class Targets:
         ]
 
     def frontier_steps(self, model: str) -> list[int]:
-        """Numbers of sampling steps at which a model is on the frontier."""
-        if model.endswith("/baseline"):
+        """Numbers of sampling steps at which a model, or a variant of it, is on the frontier.
+
+        A variant with step counts of its own is there at these.
+        """
+        drawn, options = self._drawn(model)
+        sampling = self.config.sampling
+        if drawn.endswith("/baseline") or options.steps != sampling.steps:
             return self.step_counts(model)
-        return self.config.sampling.frontier_counts
+        return sampling.frontier_counts
+
+    def other_temperatures(self, model: str) -> list[float]:
+        """The temperatures of a model's frontier that are not the temperature of its samples."""
+        sampling = self.config.sampling
+        return sorted(
+            {*sampling.temperatures, sampling.temperature} - {self._drawn(model)[1].temperature}
+        )
 
     def drawn_steps(self, model: str) -> list[int]:
         """Numbers of sampling steps at which a model is sampled, for its scores and the frontier.
 
         A model that is on the frontier alone is sampled only at the step counts of the frontier.
         """
-        swept = self.frontier_steps(model) if model in self.frontier_models() else []
-        if swept and model not in self.sampled_models():
+        swept = self.frontier_steps(model) if model in self.on_frontier else []
+        if swept and model not in [*self.sampled_models(), *self.varied]:
             return swept
         return sorted({*self.step_counts(model), *swept})
 
     def frontier_folders(self, model: str) -> list[str]:
-        """Folders of samples at all temperatures. Those of `temperature` are all other tables'."""
+        """Folders of samples at all temperatures. Those of `temperature` are all other tables'.
+
+        `model` may end in a variant.
+        """
         folder, folders = f"results/samples/{model}", []
         for steps in self.frontier_steps(model):
             folders.append(f"{folder}/steps-{steps}")
-            for temperature in self.config.sampling.other_temperatures:
+            for temperature in self.other_temperatures(model):
                 folders.append(f"{folder}/frontier/steps-{steps}/temperature-{temperature}")
         return folders
 
     def frontier_of_teacher(self, model: str) -> list[str]:
-        """The scores of a student's first teacher on the frontier, to which it is compared."""
+        """The scores of a student's first teacher on the frontier, to which it is compared.
+
+        A variant is compared with its model's ordinary samples, in the table `variants`, instead.
+        """
         teacher = f"{model.split('/')[0]}/teacher"
-        if not _round_of(model) or teacher not in self.frontier_models():
+        is_student = model not in self.varied and _round_of(model)
+        if not is_student or teacher not in self.frontier_models():
             return []
         return [f"results/metrics/{teacher}/frontier.json"]
 
@@ -448,6 +478,7 @@ class Targets:
             sampled=self.sampled_models(),
             swept=self.frontier_models(),
             varied=self.varied,
+            varied_frontier=self.varied_frontier,
             examined=self.final_models(),
             timed=self.timings,
         )

@@ -164,6 +164,8 @@ def draw_work(
         return
     passes, rows = SAMPLER_PASSES[sampler](steps, length, free)
     texts = number * passes
+    if sampler == "speculative":  # a pass reads the last accepted tokens and a draft
+        texts *= min(1, (int(call.text("draft_tokens", "4")) + 2) / length)
     if alike and sampler in ("ancestral", "analytic", "first_hitting"):
         texts -= number - batches
     wanted = texts * length if sampler == "ancestral_float32" else None

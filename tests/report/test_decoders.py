@@ -99,7 +99,7 @@ def test_a_model_whose_curves_reach_nothing_has_one_panel(plain):
     _, points = decoders({"variants": table})
     assert set(points["panel"]) == {
         "stories-tiny · teacher",
-        "stories-tiny · kl_backward round 3",
+        "stories-tiny · reverse KL round 3",
     }
 
 
@@ -108,7 +108,7 @@ def test_without_a_frontier_a_model_has_one_panel(plain):
     _, points = decoders({"variants": table})
     assert set(points["panel"]) == {
         "stories-tiny · teacher",
-        "stories-tiny · kl_backward round 3",
+        "stories-tiny · reverse KL round 3",
     }
     assert "held-out entropy" not in variants_markdown(table)
 

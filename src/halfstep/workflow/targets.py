@@ -303,6 +303,14 @@ class Targets:
         rounds = sampling.frontier_rounds
         return self.final_models() if rounds is None else self._of_rounds(rounds)
 
+    def infilled(self) -> list[str]:
+        """The denoisers that are sampled, and the variants of their samples, that fill in items."""
+        if self.config.evaluation.infilling_items is None:
+            return []
+        names = {model: model for model in self.sampled_models()}
+        names |= {name: model for name, (model, _) in self.varied.items()}
+        return [name for name, model in names.items() if not model.endswith("/baseline")]
+
     def final_models(self) -> list[str]:
         """Baselines, teachers, and the last round of each run."""
         last = {
@@ -382,6 +390,7 @@ class Targets:
             sampled=self.sampled_models(),
             swept=self.frontier_models(),
             varied=self.varied,
+            infilled=self.infilled(),
             examined=self.final_models(),
             timed=self.timings,
         )

@@ -36,6 +36,7 @@ NAMES = {
     "swept": ["t/teacher", "t/baseline"],
     "examined": ["t/teacher", "t/baseline"],
     "varied": ["t/teacher/released-noise"],
+    "infilled": ["t/teacher"],
     "timed": ["t/trained/length-64-256-512-1024"],
 }
 

@@ -60,8 +60,10 @@ def test_preset_resolves(workflow, preset):
     prompts = preset != "laptop"  # whether held-out prompts are continued
     frontier = preset in FRONTIER
     examined = preset in ("owt-small", "owt-adapted")  # tasks of lm-eval, zero-shot texts
-    tables = 3 + prompts + frontier + 2 * examined
-    assert (jobs["plot"], jobs["tabulate"]) == (7 + prompts + frontier, tables)
+    fills_in = preset in ("ci", "laptop", "laptop-losses")
+    tables = 3 + prompts + frontier + 2 * examined + fills_in
+    assert (jobs["plot"], jobs["tabulate"]) == (7 + prompts + frontier + fills_in, tables)
+    assert jobs.get("score_infilling", 0) == fills_in * scored
     of_last_rounds = examined * (2 * teachers + GRAPHS[preset][0])
     for rule in ("score_tasks", "score_perplexity"):
         assert jobs.get(rule, 0) == of_last_rounds

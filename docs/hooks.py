@@ -27,9 +27,10 @@ LARGE = 1_000_000_000  # a bound that no reader wants to know
 COLUMNS = 80  # of the help of a command
 NOTEBOOK = "notebooks/denoising.ipynb"
 LOSSES = "--config preset=laptop-losses -- "
-MORE = {  # figures that `make demo` does not make, and the options that do
+MORE = {  # figures that `make demo` does not make, or not so, and the options that do
     "ppl_by_variant": "--configfile docs/results/released-noise.yaml -- ",
     "decoders": "--configfile docs/results/decoders.yaml -- ",
+    "accuracy_vs_parallelism": "--configfile docs/results/decoders.yaml -- ",
     "mauve_vs_steps": LOSSES,
     "mauve_by_round": LOSSES,
     "continuation_ppl_vs_steps": LOSSES,

@@ -19,7 +19,8 @@ Outputs:
                                                  `infilling_items`
     and next to each its .provenance.json
 
-The {model} of samples and of filled-in positions may end in the name of a variant of `sampling`, {model}/{variant}.
+The {model} of samples and of filled-in positions may end in the name of a variant of `sampling`,
+{model}/{variant}.
 """
 
 

@@ -26,7 +26,7 @@ include: "rules/pretrain.smk"  # pretrain, train_baseline, import_teacher, impor
 include: "rules/distill.smk"  # distill_round
 include: "rules/generate.smk"  # generate
 include: "rules/naive.smk"  # draw_naive
-include: "rules/evaluate.smk"  # score_samples, score_corpus, score_lambada
+include: "rules/evaluate.smk"  # score_samples, score_corpus, score_lambada, score_infilling
 include: "rules/tasks.smk"  # score_tasks, score_perplexity
 include: "rules/benchmark.smk"  # latency
 include: "rules/report.smk"  # tabulate, plot, track, start_page, merge_provenance

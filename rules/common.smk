@@ -75,6 +75,7 @@ STAGE = dict(
     score_continuations=5,
     score=7,
     lambada=6,
+    infilling=1,
     tasks=1,
     zero_shot=1,
     latency=6,

@@ -5,7 +5,7 @@ Inputs:
     results/samples/{model}/frontier/provenance.json
                                                  the same at other temperatures, where there are any
     results/samples/{teacher}/naive/provenance.json
-    results/models/{model}/meta.json             for LAMBADA
+    results/models/{model}/meta.json             for LAMBADA and infilling
     results/models/{teacher}/baseline/hf/        only where the baseline is a judge
     results/data/{corpus}/manifest.json
     results/hub.json                             only where something comes from the hub
@@ -15,9 +15,12 @@ Outputs:
     results/metrics/{model}/frontier             .json, rows of the frontier, and .npy, values of
                                                  single texts; not without temperatures
     results/metrics/{model}/lambada.json         rows of last words; not with `lambada: null`
+    results/metrics/{model}/infilling.json       rows of filled-in positions; only with
+                                                 `infilling_items`
     and next to each its .provenance.json
 
-The {model} of samples may end in the name of a variant of `sampling`, {model}/{variant}.
+The {model} of samples and of filled-in positions may end in the name of a variant of `sampling`,
+{model}/{variant}.
 """
 
 
@@ -192,6 +195,49 @@ rule score_lambada:
             --weights {params.weights} \
             --corpus {params.corpus:q} \
             --output {output.rows:q} \
+            {params.evaluation} \
+            --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
+            2>&1 | tee {log:q}
+        """
+
+
+rule score_infilling:
+    """Let a denoiser fill in masked positions, at several numbers of tokens per forward."""
+    input:
+        checkpoint=targets.checkpoint,
+        scorer=targets.scorer,
+        corpus=targets.manifest,
+        last_words=targets.sources.last_words(),
+        hub=fetched(targets.sources.lambada_of_hub()),
+    output:
+        rows="results/metrics/{model}/infilling.json",
+        record="results/metrics/{model}/infilling.provenance.json",
+    log:
+        "results/logs/score_infilling/{model}.log",
+    benchmark:
+        "results/logs/score_infilling/{model}.tsv"
+    wildcard_constraints:
+        model=one_of(targets.infilled()),
+    conda:
+        "../envs/gpu.yaml"
+    threads: threads_by_size
+    resources:
+        **machine("sample"),
+    params:
+        checkpoint=subpath(input.checkpoint, parent=True),
+        corpus=subpath(input.corpus, parent=True),
+        variant=targets.variant_flag,
+        drawing=lambda wildcards: flags(subsection(targets.sampling(wildcards), DrawOptions)),
+        evaluation=flags(CONFIG.evaluation, "lambada", "infilling_items", "bootstrap"),
+        code=STAGE["infilling"],
+    shell:
+        r"""
+        {resources.srun}halfstep score-infilling \
+            --checkpoint {params.checkpoint:q} \
+            --corpus {params.corpus:q} \
+            --output {output.rows:q} \
+            {params.variant} \
+            {params.drawing} \
             {params.evaluation} \
             --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}

@@ -11,7 +11,10 @@ from halfstep.report.paper import ITEMS
 
 RESULTS = Path(__file__).parents[2] / "docs/results"
 NEVER_RUN = {item.shows for item in ITEMS.values() if len(item.sizes) > 2}
-FOLDERS = {"decoders": "tables/decoders"}  # of a figure's own tables, where another run made them
+FOLDERS = {  # of a figure's own tables, where another run made them
+    "decoders": "tables/decoders",
+    "accuracy_vs_parallelism": "tables/decoders",
+}
 DRAWN = [name for name in FIGURES if name not in NEVER_RUN]
 
 

@@ -23,7 +23,9 @@ from halfstep.report.catalogue import (
 ROWS = {**TABLES, **FIGURES}
 EVERYDAY = {name for name, row in FIGURES.items() if not row.only_in_paper}
 EXAMINED = {
-    "evaluation": SimpleNamespace(lambada="last_words", tasks=["piqa"], perplexity=["ptb"]),
+    "evaluation": SimpleNamespace(
+        lambada="last_words", infilling_items=24, tasks=["piqa"], perplexity=["ptb"]
+    ),
     "sampling": SimpleNamespace(temperatures=[0.8], variants={"released-noise": {}}),
 }
 NAMES = {
@@ -35,6 +37,7 @@ NAMES = {
     "examined": ["t/teacher", "t/baseline"],
     "varied": ["t/teacher/released-noise"],
     "varied_frontier": ["t/teacher/released-noise"],
+    "infilled": ["t/teacher"],
     "timed": ["t/trained/length-64-256-512-1024"],
 }
 

@@ -57,6 +57,8 @@ def write(
             dump(metrics / "zero_shot.json", zero_shot(base, "elbo", 30.0 + r))
         dump(metrics / "continuations.json", continuations)
         dump(metrics / "lambada.json", last_words(teacher, run, r, model, sha))
+        filled = filled_in(common(teacher, run, r, model, None, sha) | NO_JUDGE, r)
+        dump(metrics / "infilling.json", filled)
     write_baseline(results, teacher, points)
     data = common(teacher, "data", 0, "data", None, None) | {"sampler": None, "weights": None}
     dump(results / "metrics" / teacher / "data.json", quality(data, 7.2, 3.95, 1.0))
@@ -258,6 +260,23 @@ def last_words(teacher, run, r, model, sha) -> list[dict]:
         base | row("lambada_perplexity", "elbo-exact", 9.1 + 0.2 * r, 0.5),
         base | row("lambada_perplexity", "elbo-mc", 9.3 + 0.2 * r, 0.6),
     ]
+
+
+def filled_in(base, r) -> list[dict]:
+    """The rows of two infilling tasks."""
+    tasks = {"last_words": ("exact",), "infilling": ("grammar", "tokens")}
+    rows = []
+    for task, protocols in tasks.items():
+        about = base | {"task": task, "data": f"{task}[24 windows, 200 positions]@0123456789ab"}
+        about |= {"num_samples": 24, "network_evaluations": None}
+        for name in protocols:
+            area = row("accuracy_under_parallelism", name, 0.4 + 0.01 * r, 0.05)
+            rows.append(about | area)
+            for limit in (8, 4, 2, 1):
+                counted = {"network_evaluations": 0.8 * limit, "tokens_per_forward": 10 / limit}
+                accuracy = row("infilling_accuracy", name, 0.5 - 0.2 / limit + 0.01 * r, 0.08)
+                rows.append(about | {"steps": limit} | counted | accuracy)
+    return rows
 
 
 def answered(base, protocols) -> list[dict]:

@@ -411,6 +411,21 @@ def test_tables_gather_the_rows_of_all_models():
     ]
 
 
+def test_denoisers_fill_in_positions_in_all_ways_to_draw():
+    """Those that are sampled, in all rounds of a variant; an autoregressive model cannot."""
+    variants = {"sure": {"sampler": "threshold", "rounds": [7]}, "cold": {"temperature": 0.9}}
+    sampling = {"rounds": [0, 7], "variants": variants}
+    found = targets(sampling=sampling)
+    last = "stories-ci/kl_backward/round-7"
+    models = ["stories-ci/teacher", last]
+    expected = [*models, f"{last}/sure", *(f"{model}/cold" for model in models)]
+    assert found.infilled() == expected and "stories-ci/baseline/cold" in found.varied
+    files = [f"results/metrics/{name}/infilling.json" for name in expected]
+    assert found.table_inputs()["infilling"] == files
+    without = targets(sampling=sampling, evaluation={"infilling_items": None})
+    assert without.infilled() == [] and "infilling" not in without.table_inputs()
+
+
 def test_figures_are_drawn_from_tables_of_the_same_graph():
     for found in (targets(), targets(continuations=None)):
         tables = {f"results/tables/{name}.csv" for name in found.table_inputs()}

@@ -31,6 +31,7 @@ FRONTIER = {"laptop": 3, "laptop-losses": 5, "ci": 3}  # models at several tempe
 # Models that are drawn in other ways, which are on the frontier too. laptop: two by confidence, one
 # from drafts; laptop-losses: four in each of seven ways, and three from drafts.
 VARIED = {"laptop": 2 + 1, "laptop-losses": 4 * 7 + 3}
+FILLED_IN = {"laptop": 2, "laptop-losses": 4 * 7}  # those of them that fill in positions
 TIMED = {  # jobs of latency: lengths, further batch sizes and untrained sizes
     "laptop": 1,
     "laptop-losses": 1,
@@ -65,8 +66,11 @@ def test_preset_resolves(workflow, preset):
     frontier = preset in FRONTIER
     examined = preset in ("owt-small", "owt-adapted")  # tasks of lm-eval, zero-shot texts
     drawn = preset in VARIED
-    tables = 3 + prompts + frontier + drawn + 2 * examined
-    assert (jobs["plot"], jobs["tabulate"]) == (7 + prompts + frontier + 2 * drawn, tables)
+    fills_in = preset in ("ci", "laptop", "laptop-losses")
+    tables = 3 + prompts + frontier + drawn + 2 * examined + fills_in
+    figures = 7 + prompts + frontier + 2 * drawn + fills_in
+    assert (jobs["plot"], jobs["tabulate"]) == (figures, tables)
+    assert jobs.get("score_infilling", 0) == fills_in * (scored + FILLED_IN.get(preset, 0))
     of_last_rounds = examined * (2 * teachers + GRAPHS[preset][0])
     for rule in ("score_tasks", "score_perplexity"):
         assert jobs.get(rule, 0) == of_last_rounds

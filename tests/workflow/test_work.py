@@ -120,6 +120,22 @@ def test_scores(pipeline, counted, tmp_path, monkeypatch):
         assert counted(f"{line} {judge}") == pytest.approx(1, abs=0.02), line
 
 
+def test_infilling(world, monkeypatch, tmp_path):
+    """The number of masked positions is only known on average."""
+    monkeypatch.setattr(linear, "LARGE", 2**60)
+    facts = Prices([], world.root).facts
+    facts.note_results(world.root)
+    facts.sizes["stories-tiny"], facts.corpora["stories-tiny"] = "tiny", "stories"
+    line = f"score-infilling --checkpoint {world.models}/teacher --corpus {world.corpus} "
+    line += f"--output {tmp_path}/metrics/stories-tiny/teacher/infilling.json "
+    line += f"--infilling-items 6 --lambada last_words --bootstrap 100 {MACHINE}"
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        done(line)
+    call = Call(["halfstep", *line.split()], facts, Rates())
+    expected = sum(part.flops for part in WORK["score-infilling"](call))
+    assert counter.get_total_flops() / expected == pytest.approx(1, abs=0.35)
+
+
 def test_scores_of_continuations(pipeline, counted, tmp_path):
     more = f"{tmp_path}/continuations/stories-tiny/teacher/steps-3"
     options = f"--steps 3 {PROMPTS} --checkpoint {pipeline.teacher} --corpus {pipeline.corpus}"

@@ -81,6 +81,10 @@ GROUPS = {  # title in the help: {name: (module:function, what it does)}
             "halfstep.commands.evaluate:score_lambada",
             "measure last-word accuracy and perplexity through lm-eval",
         ),
+        "score-infilling": (
+            "halfstep.commands.infilling:score_infilling",
+            "measure accuracy of filled-in positions against tokens per forward",
+        ),
         "score-tasks": (
             "halfstep.commands.zero_shot:score_tasks",
             "answer tasks of lm-eval, such as ARC and HellaSwag",

@@ -272,6 +272,10 @@ class Evaluation(Section):
     {"text": ...} lines; null: no last-word task"""
     lambada_items: Count | None = None
     """maximum number of items; all by default"""
+    infilling_items: Count | None = None
+    """number of windows of each infilling task: held-out windows with masked positions, and windows
+    of last-word items. The denoisers that are sampled fill them in, each in all ways to draw; null:
+    no such task"""
     tasks: Names = []
     """tasks of lm-eval by name, or paths of .yaml files that define one: multiple choice, answered
     by the ELBO of the whole text, and others that ask for likelihoods. The baseline, the teacher

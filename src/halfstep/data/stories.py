@@ -31,7 +31,7 @@ import zlib
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 from halfstep.data.tokenizer import EOS
@@ -373,6 +373,23 @@ def _facts_of(parse: dict[str, tuple[str, dict[int, str]]]) -> dict[str, str] | 
         if any(words[i] != expected.get(slot) for i, slot in SLOTS[pattern]):
             return None
     return facts
+
+
+def repeated_mentions(text: str) -> list[list[tuple[int, int]]]:
+    """Where a story mentions each fact that it mentions more than once: (start, end) in characters.
+
+    A pronoun mentions the hero. Words that take these places must fit one another. A text that is
+    not accepted has none.
+    """
+    places = re.finditer(r"\w+|[^\w\s]", text)
+    mentions: dict[str, list[tuple[int, int]]] = {}
+    for pattern, _ in (_parse(text) or {}).values():
+        slots = dict(SLOTS[pattern])
+        for i, place in enumerate(islice(places, len(_words(pattern)))):
+            if i in slots:
+                fact = "name" if slots[i] in PRONOUNS else slots[i]
+                mentions.setdefault(fact, []).append(place.span())
+    return [found for found in mentions.values() if len(found) > 1]
 
 
 def _first_mentions(parse: dict[str, tuple[str, dict[int, str]]]) -> dict[str, str]:

@@ -359,20 +359,26 @@ def evaluate_lambada(
     }
 
 
-def _run_lm_eval(lm: HalfstepLM, data: str, items: int | None) -> tuple[list[dict], dict]:
-    """lm-eval's record of each item, in order, and its results.
+def lambada_texts(data: str) -> Iterator[str]:
+    """The texts of a last-word task in order: of a local .jsonl, or of a hub data set."""
+    path = items_file(data)
+    if path is not None:
+        yield from read_items(path)
+        return
+    (task,) = _load_task(data)["tasks"].values()
+    for doc in task.eval_docs:
+        yield doc["text"]
 
-    lm-eval's `simple_evaluate` would do the same, and then import transformers and start programs
-    to describe the machine, which takes each model a second.
-    """
+
+def _load_task(data: str) -> dict[str, Any]:
+    """What lm-eval loads for the task; HalfstepError where it cannot be loaded."""
     from datasets import disable_progress_bars
-    from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
     disable_progress_bars()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        loaded = TaskManager(include_defaults=False).load([lambada_task(data)])
+        return TaskManager(include_defaults=False).load([lambada_task(data)])
     except (OSError, ValueError) as error:
         remedy = "download it where there is a network, or name a .jsonl"
         if items_file(data):
@@ -380,6 +386,17 @@ def _run_lm_eval(lm: HalfstepLM, data: str, items: int | None) -> tuple[list[dic
         raise HalfstepError(
             f"lambada: cannot load {data!r} ({type(error).__name__}: {reason(error)}); {remedy}"
         ) from error
+
+
+def _run_lm_eval(lm: HalfstepLM, data: str, items: int | None) -> tuple[list[dict], dict]:
+    """lm-eval's record of each item, in order, and its results.
+
+    lm-eval's `simple_evaluate` would do the same, and then import transformers and start programs
+    to describe the machine, which takes each model a second.
+    """
+    from lm_eval.evaluator import evaluate
+
+    loaded = _load_task(data)
     (task,) = loaded["tasks"].values()
     task.set_config(key="num_fewshot", value=0)
     with only_our_bars():

@@ -8,7 +8,7 @@ Definitions: perplexity.py (ids, retokenized), lambada.py (parallel, confidence,
 elbo-mc, ar), tasks.py (elbo, elbo-per-token, ar), `window_nll` of elbo.py (elbo and ar of
 zero_shot_perplexity), diversity.py (unigram, bigrams, fourgrams), mauve.py and
 commands/continuations.py (continuations), commands/variety.py (groups-of-5, windows),
-commands/benchmark.py (interleaved).
+commands/benchmark.py (interleaved), infilling.py (exact, grammar and tokens of its two metrics).
 `grammar` is `judge_window` of data/stories.py, a share of the whole stories in the texts; its
 num_samples counts those stories, or the accepted ones for distinct_stories and fact_divergence.
 The metrics of frontier.py are read off perplexities, and have the protocols of those.
@@ -31,6 +31,8 @@ PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}
     "fact_divergence": {"grammar": 1},
     "lambada_accuracy": {"parallel": 1, "confidence": 1, "ar": 1},
     "lambada_perplexity": {"elbo-exact": 1, "elbo-mc": 1, "ar": 1},
+    "infilling_accuracy": {"exact": 1, "grammar": 1, "tokens": 1},
+    "accuracy_under_parallelism": {"exact": 1, "grammar": 1, "tokens": 1},
     "task_score": {"elbo": 1, "elbo-per-token": 1, "ar": 1},
     "zero_shot_perplexity": {"elbo": 1, "ar": 1},
     "self_bleu": {"continuations": 1},

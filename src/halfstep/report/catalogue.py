@@ -32,8 +32,8 @@ class Table:
         inputs: files of metric rows. {model} and {teacher} stand for every one; {sampled},
             {continued}, {swept} and {examined} for every model that is sampled, that continues
             prompts, that is on the frontier, or that answers tasks; {varied} for every model and
-            variant of its samples, {varied_frontier} for those on the frontier; {timed} for every
-            job that times
+            variant of its samples, {varied_frontier} for those on the frontier; {infilled} for
+            every denoiser and variant that fills in positions; {timed} for every job that times
         select: "module:function", from all metric rows to the rows of this table
         markdown: "module:function", from the rows of this table to its Markdown
         section: the section or key of config.yaml without which the table does not exist, if any
@@ -151,6 +151,23 @@ TABLES: dict[str, Table] = {
         markdown="halfstep.report.markdown:lambada_markdown",
         section="evaluation.lambada",
     ),
+    "infilling": Table(
+        title="filled-in positions: accuracy at each number of tokens per forward, and its area",
+        caption="Masked positions that denoisers fill in: one row per model, way to draw (column "
+        "``variant``), task and limit of steps, with 95% intervals over windows in the columns "
+        "``low`` and ``high``. Right is a last word of which all tokens are the original ones "
+        "(exact), a story that the grammar finds consistent after filling in all mentions of one "
+        "of its facts (grammar), or a single token that is the original one (tokens). The area is "
+        "the mean accuracy over doublings of the tokens per forward, from one to all at once.",
+        metrics={
+            "infilling_accuracy": "Accuracy",
+            "accuracy_under_parallelism": "Mean accuracy over doublings of the tokens per forward",
+        },
+        inputs=("results/metrics/{infilled}/infilling.json",),
+        select="halfstep.report.tables:select_infilling",
+        markdown="halfstep.report.markdown:infilling_markdown",
+        section="evaluation.infilling_items",
+    ),
     "tasks": Table(
         title="tasks of lm-eval, such as ARC and HellaSwag: accuracy of every model",
         caption="Tasks of lm-eval: one row per model, task, measure and protocol, with 95% "
@@ -262,6 +279,14 @@ FIGURES: dict[str, Figure] = {
         needs=("lambada",),
         draw="halfstep.report.figures:lambada_vs_round",
         published=True,
+    ),
+    "accuracy_vs_parallelism": Figure(
+        title="accuracy of filled-in positions against tokens per forward",
+        caption="Accuracy of filled-in positions against tokens per forward, as counted: windows "
+        "of last words, and held-out windows of the corpus. Tokens that are drawn in one pass do "
+        "not see one another, so items with several masked tokens suffer where many are.",
+        needs=("infilling",),
+        draw="halfstep.report.speed_figures:accuracy_vs_parallelism",
     ),
     "latency_vs_length": Figure(
         title="time to write against the number of tokens",

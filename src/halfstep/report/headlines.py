@@ -126,6 +126,35 @@ def title_of_decoders(rows: DataFrame) -> str:
     )
 
 
+def title_of_infilling(table: DataFrame) -> str:
+    """The mean accuracy of a last round in held-out text: of its best way to draw and by default.
+
+    Without other ways to draw it is compared with its teacher. `table` has one protocol a task.
+    """
+    areas = table[
+        (table["metric"] == "accuracy_under_parallelism") & (table["task"] == "infilling")
+    ]
+    areas = _one_teacher(areas[areas["value"].notna()])
+    last = _last_round(areas)
+    last = last if len(last) else areas
+    usual, others = last[last["variant"] == DEFAULT], last[last["variant"] != DEFAULT]
+    teacher = areas[(areas["run"] == "teacher") & (areas["variant"] == DEFAULT)]
+    if len(usual) and len(others):
+        row, other = others.loc[others["value"].idxmax()], usual.iloc[0]
+        drawn, against = f", drawn as {in_words(row['variant'])},", "by default"
+    elif len(teacher) and len(usual) and usual.iloc[0]["round"]:
+        row, other, drawn, against = usual.iloc[0], teacher.iloc[0], "", "its teacher"
+    else:
+        return "Accuracy of filled-in positions against tokens per forward"
+    what = "stories" if row["protocol"] == "grammar" else "masked tokens"
+    text = (
+        f"On average from one token a pass to all at once, {_who(row, table, False)}{drawn} "
+        f"fills in {with_interval(row)} of the {what} right, {against} {with_interval(other)}"
+    )
+    verdict = compare_intervals(row, other, "below", "above")
+    return text if verdict in ("below", "above") else f"{text}: {UNCLEAR}"
+
+
 def _cost(row: Series) -> str:
     """The passes of a text, those of an autoregressive model too, if the sampler asks one."""
     text = f"{round_number(row['network_evaluations'])} network evaluations"

@@ -23,6 +23,8 @@ WORDS = {  # of keys and column names in a figure
     "unigram": "random tokens",
     "bigram": "random token pairs",
     "cut_and_paste": "shuffled sentences",
+    "last_words": "last words",
+    "infilling": "held-out text",
 }
 GAP = 9.5  # points between two labels
 LETTER = 0.056  # width of a letter of a label, in inches

@@ -26,6 +26,8 @@ from halfstep.report.frontier import (
     with_entropy,
 )
 from halfstep.report.grids import latency_cell, make_grid, model_label, round_number, value_cell
+from halfstep.report.infilling import RIGHT, accuracy_cell, area_cell, label_with_variant
+from halfstep.report.labels import in_words
 from halfstep.report.rows import LEVELS, baseline_name, sampled_rows, usual_rows
 from halfstep.report.trainings import pool_trainings
 
@@ -120,6 +122,26 @@ def lambada_markdown(table: DataFrame) -> str:
         parts.append(f"## {teacher}: last words (LAMBADA), ± 95% interval")
         parts.append(make_grid(mine.assign(case=columns), "case", "model"))
         parts += _conditions(mine)
+    return "\n\n".join(parts) + "\n"
+
+
+def infilling_markdown(table: DataFrame) -> str:
+    """For each teacher and task the areas, models down and ways to draw across, and accuracies."""
+    titles = TABLES["infilling"].metrics
+    accuracy, area = titles
+    parts = []
+    for (teacher, task), mine in pool_trainings(table).groupby(["teacher", "task"], sort=False):
+        parts.append(f"## {teacher}: {in_words(task)} filled in")
+        for protocol, group in mine.groupby("protocol", sort=False):
+            about = f"(protocol {protocol}), ± 95% interval"
+            areas, points = group[group["metric"] == area], group[group["metric"] == accuracy]
+            parts.append(f"### {titles[area]} {about}")
+            parts.append(make_grid(areas, "variant", "way to draw", area_cell))
+            parts.append(f"### {titles[accuracy]} {about}, (tokens per forward)")
+            corner = "limit of steps"
+            parts.append(make_grid(points, "steps", corner, accuracy_cell, label_with_variant))
+            parts.append(RIGHT[protocol])
+            parts += _conditions(group)
     return "\n\n".join(parts) + "\n"
 
 

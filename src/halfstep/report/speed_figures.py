@@ -12,7 +12,8 @@ from halfstep.report.conditions import explain_conditions, join_values
 from halfstep.report.decoders import at_held_out_entropy, decoder_points, with_costs
 from halfstep.report.figures import Drawn, Tables
 from halfstep.report.grids import round_number
-from halfstep.report.headlines import title_of_decoders
+from halfstep.report.headlines import title_of_decoders, title_of_infilling
+from halfstep.report.infilling import RIGHT, parallel_points, shown_protocol
 from halfstep.report.labels import in_words
 from halfstep.report.points import (
     add_published,
@@ -113,6 +114,33 @@ def decoders(tables: Tables) -> Drawn:
         columns=2,
     )
     return figure, with_conditions(points, perplexity)
+
+
+def accuracy_vs_parallelism(tables: Tables) -> Drawn:
+    """Accuracy of filled-in positions against tokens per forward, of teachers and last rounds.
+
+    A panel for each task; with several ways to draw one for each task and model.
+    """
+    table = shown_protocol(tables["infilling"])
+    rows = table[table["metric"] == "infilling_accuracy"]
+    if rows.empty:
+        raise HalfstepError(
+            "accuracy_vs_parallelism: the table infilling has no row of infilling_accuracy; "
+            "measure it first with halfstep score-infilling"
+        )
+    points = parallel_points(rows)
+    judged = " ".join(RIGHT[name] for name in dict.fromkeys(rows["protocol"]))
+    figure = style.draw_panels(
+        points,
+        title=title_of_infilling(table),
+        note=f"{judged} {explain_conditions(rows)}",
+        xlabel="tokens per forward",
+        ylabel="accuracy",
+        better="higher",
+        x_scale="log",
+        columns=2,
+    )
+    return figure, with_conditions(points, rows)
 
 
 def _title_of_trade(points: DataFrame) -> str:

@@ -85,6 +85,21 @@ def select_lambada(table: DataFrame) -> DataFrame:
     return table
 
 
+def select_infilling(table: DataFrame) -> DataFrame:
+    """Accuracy of filled-in positions and the area under it, by task and way to draw.
+
+    The column `variant` is `default` for the options of `sampling`, whose rows come first.
+    """
+    table = _of_table("infilling", table)
+    table = table.assign(variant=table["variant"].fillna(DEFAULT))
+    for _, mine in table.groupby("task", sort=False):
+        check_comparable(mine, ("data", "num_samples"), same_protocols=False)
+        for _, drawn in mine.groupby("variant", sort=False):
+            _check_draws(drawn, STUDENTS_SHARE)
+    is_usual = table["variant"] == DEFAULT
+    return pandas.concat([table[is_usual], table[~is_usual]], ignore_index=True)
+
+
 def select_tasks(table: DataFrame) -> DataFrame:
     """Answers to tasks: every measure of every task, by every protocol."""
     return _select_examined("tasks", table, ("task", "measure"))
@@ -147,6 +162,6 @@ def _check_draws(students: DataFrame, conditions: Sequence[str]) -> None:
 
 
 def _of_table(name: str, rows: DataFrame) -> DataFrame:
-    """The rows of a table's metrics; of samples one table alone has the variants."""
+    """The rows of a table's metrics; some tables have those of variants of the draws."""
     rows = rows[rows["metric"].isin(TABLES[name].metrics.keys())]
-    return rows if name in ("variants", "speed") else usual_rows(rows)
+    return rows if name in ("variants", "speed", "infilling") else usual_rows(rows)

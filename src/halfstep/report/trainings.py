@@ -12,6 +12,7 @@ CELL = ("teacher", "run", "round", *MEASURE)  # what the trainings of a model ha
 MEANS = (
     "network_evaluations",
     "autoregressive_passes",
+    "tokens_per_forward",
     "vs_data_percent",
     "entropy",
 )  # other columns of which the mean is shown

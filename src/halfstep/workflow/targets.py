@@ -380,6 +380,20 @@ class Targets:
         rounds = sampling.frontier_rounds
         return self.final_models() if rounds is None else self._of_rounds(rounds)
 
+    def infilled(self) -> list[str]:
+        """The denoisers that are sampled, and the variants of their samples, that fill in items.
+
+        A draft is written from left to right, and so fills in nothing.
+        """
+        if self.config.evaluation.infilling_items is None:
+            return []
+        drawn = {name: self._drawn(name) for name in (*self.sampled_models(), *self.varied)}
+        return [
+            name
+            for name, (model, options) in drawn.items()
+            if not model.endswith("/baseline") and options.sampler != "speculative"
+        ]
+
     def final_models(self) -> list[str]:
         """Baselines, teachers, and the last round of each run."""
         last = {
@@ -479,6 +493,7 @@ class Targets:
             swept=self.frontier_models(),
             varied=self.varied,
             varied_frontier=self.varied_frontier,
+            infilled=self.infilled(),
             examined=self.final_models(),
             timed=self.timings,
         )

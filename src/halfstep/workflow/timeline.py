@@ -32,6 +32,7 @@ WORDS = {
     "score_continuations": "score continuations of {model}",
     "score_corpus": "score held-out text for {teacher}",
     "score_frontier": "score all samples of {model}",
+    "score_infilling": "fill in masked positions with {model}",
     "score_lambada": "last words by {model}",
     "score_perplexity": "perplexity of other texts under {model}",
     "score_samples": "score samples of {model}",

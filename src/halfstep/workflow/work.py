@@ -47,6 +47,10 @@ LAST_WORDS = Items(1000, 45, 18)  # of stories with 640 tokens in the vocabulary
 LAMBADA = Items(5153, 90, 24)  # the test split on the hub, words of 1.5 tokens on average
 
 
+STORY_MASKED = 0.05  # share of a window of stories that is masked for infilling
+LAMBADA_MASKED = 1.5 / LAMBADA.tokens
+
+
 class Questions(NamedTuple):
     """A task of lm-eval: its number of questions, the answers to each, tokens of a whole text."""
 
@@ -164,8 +168,6 @@ def draw_work(
         return
     passes, rows = SAMPLER_PASSES[sampler](steps, length, free)
     texts = number * passes
-    if sampler == "speculative":  # a pass reads the last accepted tokens and a draft
-        texts *= min(1, (int(call.text("draft_tokens", "4")) + 2) / length)
     if alike and sampler in ("ancestral", "analytic", "first_hitting"):
         texts -= number - batches
     wanted = texts * length if sampler == "ancestral_float32" else None
@@ -296,6 +298,23 @@ def lambada_work(call: Call) -> Iterator[Work]:
     yield Work(work, call.network.width, call.inference_precision)
 
 
+def infilling_work(call: Call) -> Iterator[Work]:
+    """Windows of last words, and held-out windows with masked positions, at each limit of steps."""
+    from halfstep.metrics.infilling import step_limits
+
+    number, length = call.number("infilling_items"), call.length
+    items = call.text("lambada", "")
+    free = {length // 2}
+    if items == "last_words":
+        free = {length // LAST_WORDS.tokens, round(length * STORY_MASKED)}
+    elif items:
+        free.add(math.ceil(length * LAMBADA_MASKED))
+    for positions in free:
+        for steps in step_limits(max(1, positions)):
+            sampler = call.text("sampler", DrawOptions)
+            yield from draw_work(call, number, length, max(1, positions), steps, sampler)
+
+
 def tasks_work(call: Call) -> Iterator[Work]:
     """Tasks of lm-eval: a denoiser reads each answer under many masks, a baseline once."""
     most = call.number("task_items", 0) or None
@@ -387,6 +406,7 @@ WORK: dict[str, Callable[[Call], Iterator[Work]]] = {
     "score-frontier": score_work,
     "score-continuations": continuation_score_work,
     "score-lambada": lambada_work,
+    "score-infilling": infilling_work,
     "score-tasks": tasks_work,
     "score-perplexity": zero_shot_work,
     "latency": latency_work,

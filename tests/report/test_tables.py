@@ -299,7 +299,10 @@ def test_published_values_have_their_own_rows_and_grids(results):
         before = (results / "tables" / f"{name}.md").read_text()
         text = (results / "with" / f"{name}.md").read_text()
         theirs = table[table["run"] == "published"]
-        assert text.startswith(before) and len(table) == len(plain) + len(theirs) and len(theirs)
+        assert text.startswith(before) and len(table) == len(plain) + len(theirs)
+        if name == "infilling":  # a measure of ours
+            assert theirs.empty
+            continue
         assert set(theirs["protocol"]) == {"as published"} and theirs["source"].notna().all()
         assert set(theirs["metric"]) <= set(row.metrics)
         assert "as published" not in set(plain["protocol"]) and "as published" not in before

@@ -151,6 +151,7 @@ def test_a_dry_run_of_published_weights_asks_for_no_hub(workflow):
 
 def test_own_step_counts_are_where_a_round_meets_its_teacher(workflow):
     sampling = {"steps": ["own", 8], "rounds": None, "temperatures": [], "frontier_steps": None}
+    sampling["variants"] = {"by-confidence": None, "drafts": None}
     plan = workflow.plan("-p", "--config", "preset=laptop", f"sampling={json.dumps(sampling)}")
     line = ["teacher", *(f"kl_backward/round-{round}" for round in range(1, 8))]
     expected = {

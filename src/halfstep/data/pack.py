@@ -335,6 +335,16 @@ def corpus_tokenizer(corpus: Path) -> Tokenizer:
     return read_tokenizer(verified_file(Path(corpus) / "tokenizer.json", digest))
 
 
+def check_tokens(flag: str, source: object, tokenizer: Tokenizer, corpus: Path) -> None:
+    """Raise HalfstepError unless the model reads the tokens of the corpus, with the same ids."""
+    if tokenizer.get_vocab() != corpus_tokenizer(corpus).get_vocab():
+        raise HalfstepError(
+            f"{flag} {source}: its tokenizer has other tokens than that of corpus "
+            f"{corpus}; name a model that was trained on this corpus, or prepare the corpus with "
+            "the tokenizer of the model"
+        )
+
+
 class Windows:
     """The memory-mapped windows of one split: `windows[indices]` is an int64 tensor [n, length].
 

@@ -123,6 +123,53 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
+def mask_of(tokenizer: Tokenizer) -> int | None:
+    """The id of the mask token: the one special token that is called so; None if there is none."""
+    added = json.loads(tokenizer.to_str())["added_tokens"]
+    ids = [
+        token["id"] for token in added if token["special"] and "mask" in token["content"].lower()
+    ]
+    return ids[0] if len(ids) == 1 else None
+
+
+def without_mask(tokenizer: Tokenizer, mask_id: int) -> Tokenizer:
+    """The tokenizer without its mask token, whose id the last token takes.
+
+    So the mask can be the first id after the vocabulary, as in our own models. Settings of UNUSED
+    are left out. HalfstepError if the format of the tokenizer cannot be changed so.
+    """
+    last = vocabulary_size(tokenizer) - 1
+    wanted = {
+        token: mask_id if number == last else number
+        for token, number in tokenizer.get_vocab().items()
+        if number != mask_id
+    }
+    about = json.loads(tokenizer.to_str())
+    about["added_tokens"] = sorted(
+        (
+            {**token, "id": wanted[token["content"]]}
+            for token in about["added_tokens"]
+            if token["id"] != mask_id
+        ),
+        key=lambda token: token["id"],
+    )
+    vocabulary = about["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        # With the added tokens, because one that is added alone takes the first hole of the ids.
+        about["model"]["vocab"] = wanted
+    else:  # of Unigram: pairs of token and score in the order of the ids
+        scores = dict(vocabulary)
+        pairs = sorted(wanted.items(), key=lambda pair: pair[1])
+        about["model"]["vocab"] = [[token, scores.get(token, 0.0)] for token, _ in pairs]
+    found, _ = _plain(json.dumps(about), "the tokenizer without its mask")
+    if found.get_vocab() != wanted:
+        raise HalfstepError(
+            "tokenizer: its mask token cannot be taken out, because the tokens would change their "
+            "ids; use the tokenizer.json of another model"
+        )
+    return found
+
+
 def describe_loss(tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
     """What the tokenizer changes in these texts, in one sentence; None if they come back exactly.
 

@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from published import FAMILIES, build_family, masked_tokenizer
-from safetensors.torch import load_file
+from published import FAMILIES, build_family, masked_tokenizer, save_model
+from safetensors.torch import load_file, save_file
 from small import MACHINE, ROUND, call, done
 
 import halfstep
+from halfstep.commands.import_transformers import check_logits
 from halfstep.commands.writers import encode_prompt
 from halfstep.data.tokenizer import read_tokenizer
+from halfstep.errors import HalfstepError
 from halfstep.records import provenance
 from halfstep.records.journal import read_journal
 
@@ -135,6 +137,37 @@ def test_without_a_corpus_it_has_its_own_tokenizer_and_length(pipeline, tmp_path
     assert model.tokenizer.get_vocab() == corpus.get_vocab()
 
 
+def test_a_corpus_with_the_tokenizer_of_bert_fits_its_model(tmp_path):
+    """WordPiece, [MASK] in the middle, and [SEP] ends documents, as the hub's Bert has them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and saw a dog\n\n" * 60)
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=60, special_tokens=special, show_progress=False)
+    backend.train([str(tmp_path / "text.txt")], trainer)
+    names = {f"{name[1:-1].lower()}_token": name for name in special}
+    hub = tmp_path / "hub"
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(hub)
+    rows = backend.get_vocab_size()
+    theirs = build_family("bert", rows, 16, hub)
+    line = f"--kind files --files {tmp_path}/text.txt --length 16 --validation-documents 20"
+    done(f"prepare-corpus --output {tmp_path}/data {line} --tokenizer {hub} --workers 1")
+    done(f"import --source hf:{hub} --corpus {tmp_path}/data --output {tmp_path}/m/teacher")
+    model = halfstep.load(tmp_path / "m/teacher", "cpu")
+    assert (model.eos_id, model.mask_id) == (3, rows - 1)
+    words = backend.encode("the dog").ids
+    ours = [{rows - 1: 4}.get(token, token) for token in words]
+    assert encode_prompt(model, "the dog").tolist() == ours
+    with torch.no_grad():
+        z = theirs(torch.tensor([[*words, 4]])).logits[0, -1]
+    z[4] = z[rows - 1]  # the last token has the id of the mask
+    h = model.denoiser.features(torch.tensor([[*ours, rows - 1]]), torch.ones(1))[0, -1:]
+    assert torch.allclose(model.denoiser.log_p(h)[0], z[:-1].log_softmax(-1), atol=1e-5)
+
+
 def test_an_export_of_ours_needs_no_code_of_its_own(pipeline, tmp_path):
     """Its log p as transformers computes it with the exported file; our own reader takes it."""
     from halfstep.exported.modeling_halfstep import HalfstepForMaskedLM
@@ -150,6 +183,42 @@ def test_an_export_of_ours_needs_no_code_of_its_own(pipeline, tmp_path):
         expected = theirs(x).logits[..., :V]
         found = model.denoiser.log_p(model.denoiser.features(x, torch.ones(3)))
     assert torch.allclose(found[x == V], expected[x == V], atol=1e-5)
+
+
+class Knows(torch.nn.Module):
+    """A network that knows the text 1, 2, 3 ...: its output i says token i or i + 1."""
+
+    vocabulary = V
+    readout = 9 * torch.eye(V), torch.zeros(V)
+
+    def __init__(self, shifted, knows=True):
+        super().__init__()
+        self.shifted, self.knows = shifted, knows
+
+    def forward(self, x, sigma=None, where=None):
+        places = torch.arange(1, x.shape[1] + 1) + self.shifted
+        h = torch.nn.functional.one_hot(places % V, V).float().expand(*x.shape, V)
+        h = h if self.knows else h.flip(1)
+        return h if where is None else h[where]
+
+
+@pytest.mark.parametrize("right", ["same", "shifted"])
+def test_logits_that_do_not_fit_real_text_are_refused(right):
+    """A network that knows no text in either way is not."""
+    texts, wrong = torch.arange(1, 101)[None], {"same": "shifted", "shifted": "same"}[right]
+    network = Knows(right == "shifted")
+    check_logits(network, right, texts, "hf:x")
+    with pytest.raises(HalfstepError) as caught:
+        check_logits(network, wrong, texts, "hf:x")
+    found = re.fullmatch(
+        rf"--source hf:x: logits: {wrong} predicts masked tokens of real text with (.*) nats each, "
+        rf"{right} with (.*); set logits: {right}",
+        str(caught.value),
+    )
+    # 9 for the right token among V, and for any other.
+    least = torch.tensor(9.0).exp().add(V - 1).log().item() - 9
+    assert [float(value) for value in found.groups()] == [round(least + 9, 2), round(least, 2)]
+    check_logits(Knows(right == "shifted", knows=False), wrong, texts, "hf:x")
 
 
 class Runs:
@@ -179,9 +248,8 @@ def with_a_program(folder):
 
 def without_a_tensor(folder):
     state = load_file(folder / "model.safetensors")
-    from safetensors.torch import save_file
-
-    state.pop(next(name for name in state if "layer" in name and "norm" in name.lower()))
+    name = next(name for name in state if "layer" in name and "norm" in name.lower())
+    state["other"] = state.pop(name)
     save_file(state, folder / "model.safetensors")
 
 
@@ -230,7 +298,6 @@ def test_refusals_are_one_line(pipeline, tmp_path, capsys, kind, spoil, options,
     if kind == "gemma2":
         shape = {"num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 2.0}
         save("llama", folder, pipeline.corpus)
-        from published import save_model
         from transformers import AutoModelForCausalLM, Gemma2Config
 
         given = {"vocab_size": V + 1, "hidden_size": 32, "num_hidden_layers": 2}

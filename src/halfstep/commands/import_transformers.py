@@ -96,7 +96,7 @@ def read_source(
     _check_length(network, length, source)
     framing = {key: [swapped(token) for token in ids] for key, ids in _framing(theirs).items()}
     eos_id = read_manifest(corpus)["eos_id"] if corpus else _eos(theirs, framing, source)
-    _check_logits(network, chosen, _real_text(tokenizer, corpus, length), source)
+    check_logits(network, chosen, _real_text(tokenizer, corpus, length), source)
     return TransformersSource(
         network=Network(
             size=size_of_model(model.config, source),
@@ -299,7 +299,7 @@ def _real_text(tokenizer: Tokenizer, corpus: Path | None, length: int) -> Tensor
     return torch.tensor(encode_texts(tokenizer, [PARAGRAPH]))[:, :length]
 
 
-def _check_logits(network: TransformersNetwork, chosen: Logits, texts: Tensor, source: str) -> None:
+def check_logits(network: TransformersNetwork, chosen: Logits, texts: Tensor, source: str) -> None:
     """HalfstepError if the other output predicts masked tokens of real text better, and well.
 
     A model that predicts no better than chance in both ways is not refused.

@@ -27,7 +27,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
-from halfstep.data.tokenizer import EOS, encode_texts, read_tokenizer, unknown_id, vocabulary_size
+from halfstep.data.tokenizer import (
+    encode_texts,
+    end_id,
+    read_tokenizer,
+    unknown_id,
+    vocabulary_size,
+)
 from halfstep.errors import HalfstepError, excerpt
 from halfstep.files import read_json, remember_sha256, sha256, write_atomic
 from halfstep.progress import Progress
@@ -122,7 +128,7 @@ class _Encoder:
     def __init__(self, spool: Path, tokenizer: str, dtype: str):
         self.spool, self.dtype = spool, dtype
         self.tokenizer = Tokenizer.from_str(tokenizer)
-        self.eos = self.tokenizer.token_to_id(EOS)
+        self.eos = end_id(self.tokenizer)
         self.unknown = unknown_id(self.tokenizer)
 
     def __call__(self, chunk: Chunk) -> np.ndarray:

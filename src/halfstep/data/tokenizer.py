@@ -17,6 +17,8 @@ from halfstep.errors import HalfstepError, reason
 from halfstep.progress import waiting
 
 EOS = "<|endoftext|>"
+ENDS = (EOS, "<|end_of_text|>", "</s>", "[SEP]", "<eos>")
+"""Tokens that end a document, of our tokenizers and of published ones; the first that exists"""
 # File names on the hub, and in OpenAI's release.
 BPE_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 LARGEST_FILE = 256 << 20  # bytes; the largest tokenizers have about 30 MB
@@ -71,8 +73,9 @@ def cut_runs(text: str) -> Iterator[str]:
 def load_bpe(name: str) -> Tokenizer:
     """Load a BPE from a folder, or by its name on the hub, without the settings of UNUSED.
 
-    The folder holds vocab.json and merges.txt, or encoder.json and vocab.bpe, or tokenizer.json.
-    Settings that are left out, and ids without a token, are named on standard error.
+    The folder holds tokenizer.json, or vocab.json and merges.txt, or encoder.json and vocab.bpe. A
+    mask token is taken out (`without_mask`). Settings that are left out, and ids without a token,
+    are named on standard error.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -84,11 +87,17 @@ def load_bpe(name: str) -> Tokenizer:
         )
     else:
         tokenizer, unused = _plain(_download(name).to_str(), name)
-    if tokenizer.token_to_id(EOS) is None:
+    end = end_of_document(tokenizer)
+    if end is None:
         raise HalfstepError(
-            f"tokenizer: {name} has no token {EOS}, which ends documents; "
-            "use a GPT-2-like tokenizer"
+            f"tokenizer: {name} has no token {EOS}, which ends documents, and none of "
+            f"{', '.join(ENDS[1:])}; use a GPT-2-like tokenizer"
         )
+    if (mask_id := mask_of(tokenizer)) is not None:
+        is_last = mask_id == vocabulary_size(tokenizer) - 1
+        tokenizer = without_mask(tokenizer, mask_id)
+        if not is_last:
+            _note(name, f"the mask is no token of texts; its id {mask_id} is now the last token's")
     if unused:
         left_out = ", ".join(unused)
         _note(name, f"its {left_out} is not used: texts are encoded whole, and as they are")
@@ -100,12 +109,25 @@ def load_bpe(name: str) -> Tokenizer:
         )
     if size > tokens:
         _note(name, f"the vocabulary is the largest id + 1, {size}, for {tokens} tokens")
-    tokenizer.add_special_tokens([EOS])  # it exists already: this only marks it as special
+    tokenizer.add_special_tokens([end])  # it exists already: this only marks it as special
     return tokenizer
 
 
 def _note(name: str, text: str) -> None:
     print(f"note: tokenizer {name}: {text}", file=sys.stderr)
+
+
+def end_of_document(tokenizer: Tokenizer) -> str | None:
+    """The token that ends a document: the first of ENDS that the tokenizer has."""
+    return next((token for token in ENDS if tokenizer.token_to_id(token) is not None), None)
+
+
+def end_id(tokenizer: Tokenizer) -> int:
+    """The id of the token that ends a document; ValueError if there is none."""
+    end = end_of_document(tokenizer)
+    if end is None:
+        raise ValueError(f"the tokenizer has none of {', '.join(ENDS)}")
+    return tokenizer.token_to_id(end)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -231,6 +253,8 @@ def vocabulary_sha256(tokenizer: Tokenizer) -> str:
 
 
 def _read_folder(folder: Path) -> tuple[Tokenizer, list[str]]:
+    if (folder / "tokenizer.json").is_file():
+        return _plain(_read_json(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
     for vocab, merges in BPE_FILES:
         if (folder / vocab).is_file() and (folder / merges).is_file():
             names = f"{folder / vocab} and {folder / merges}"
@@ -240,12 +264,10 @@ def _read_folder(folder: Path) -> tuple[Tokenizer, list[str]]:
                 bpe = models.BPE.from_file(str(folder / vocab), str(folder / merges))
                 tokenizer = _byte_level(bpe)
             return _checked(tokenizer, names), []
-    if not (folder / "tokenizer.json").is_file():
-        raise HalfstepError(
-            f"tokenizer: {folder} holds none of vocab.json + merges.txt, "
-            "encoder.json + vocab.bpe, tokenizer.json; name another folder"
-        )
-    return _plain(_read_json(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
+    raise HalfstepError(
+        f"tokenizer: {folder} holds none of vocab.json + merges.txt, "
+        "encoder.json + vocab.bpe, tokenizer.json; name another folder"
+    )
 
 
 def _read_json(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -126,6 +127,30 @@ def test_it_writes_and_is_distilled_like_any_checkpoint(imported, pipeline, tmp_
     )
     line = f"--checkpoint {models}/round-2 --output {tmp_path}/s --steps 4 --num-samples 3"
     done(f"generate {line} {MACHINE}")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"transformers": None}, "need each other, found only one of them"),
+        ({"transformers": {"auto": "AutoModel"}}, "transformers.auto"),
+        ({"config": {"model_type": "bert", "num_hidden_layers": 10**7}}, "describes no model"),
+        ({"config": {"model_type": "own", "auto_map": {"": "x.Y"}}}, "describes no model"),
+        ({"config": {"model_type": "bert", "vocab_size": 2**40}}, "has shape|missing tensors"),
+        ({"framing": {"begin": ["[CLS]"]}}, "framing.begin"),
+    ],
+)
+def test_a_changed_meta_json_is_one_sentence(imported, tmp_path, change, sentence):
+    shutil.copytree(imported.folder, tmp_path / "teacher")
+    meta = json.loads((tmp_path / "teacher/meta.json").read_text())
+    if "config" in change:
+        meta["transformers"]["config"] = change["config"]
+    else:
+        meta |= change
+    (tmp_path / "teacher/meta.json").write_text(json.dumps(meta))
+    with pytest.raises(HalfstepError, match=sentence) as caught:
+        halfstep.load(tmp_path / "teacher", "cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_without_a_corpus_it_has_its_own_tokenizer_and_length(pipeline, tmp_path):

@@ -129,6 +129,27 @@ def test_it_writes_and_is_distilled_like_any_checkpoint(imported, pipeline, tmp_
     done(f"generate {line} {MACHINE}")
 
 
+def test_heads_for_other_tasks_are_left_out(pipeline, tmp_path):
+    """The hub's Bert has a pooler and a head for pairs of sentences."""
+    save("bert", tmp_path / "hub", pipeline.corpus)
+    state = load_file(tmp_path / "hub/model.safetensors")
+    more = {"bert.pooler.dense.weight": torch.ones(32, 32)}
+    more["cls.seq_relationship.bias"] = torch.ones(2)
+    save_file(state | more, tmp_path / "hub/model.safetensors", {"format": "pt"})
+    line = f"--source hf:{tmp_path}/hub --corpus {pipeline.corpus}"
+    done(f"import {line} --output {tmp_path}/m/teacher")
+    stored = load_file(tmp_path / "m/teacher/model.safetensors")
+    assert not [name for name in stored if "pooler" in name or "seq_relationship" in name]
+
+
+def test_a_tokenizer_of_the_user_is_refused(pipeline, tmp_path, capsys):
+    save("bert", tmp_path / "hub", pipeline.corpus)
+    capsys.readouterr()
+    line = f"--source hf:{tmp_path}/hub --tokenizer gpt2 --output {tmp_path}/m/teacher"
+    assert call(f"import {line}") == 1
+    assert "which has its own; leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

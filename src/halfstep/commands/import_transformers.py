@@ -36,7 +36,8 @@ KNOWN_LOGITS: dict[str, Logits] = {"gpt2": "shifted"}
 TOLERANCE = 1e-4  # between logits that should be equal, as a share of the largest
 LEAST_TOKENS = 0.9  # of the rows of a padded table
 MOST_TOKENS = 1024  # of a text, where neither a corpus nor the model says fewer
-HIDDEN, WINDOWS = 0.3, 16  # share of masked tokens, and texts, of the test of the logits
+# Share of masked tokens, texts, and tokens of each, of the test of the logits.
+HIDDEN, WINDOWS, TESTED = 0.3, 16, 128
 SURE = 4  # standard errors between two means that differ
 PARAGRAPH = (
     "The river was high after three days of rain, and nobody had seen the ferry since Sunday. "
@@ -293,10 +294,10 @@ def _with_ids(config: dict[str, Any], swapped: Any) -> dict[str, Any]:
 
 
 def _real_text(tokenizer: Tokenizer, corpus: Path | None, length: int) -> Tensor:
-    """Windows of held-out text [n, at most length]; a paragraph of English without a corpus."""
+    """The beginnings of held-out windows [n, L]; a paragraph of English without a corpus."""
     if corpus:
-        return Windows(corpus, "validation")[:WINDOWS]
-    return torch.tensor(encode_texts(tokenizer, [PARAGRAPH]))[:, :length]
+        return Windows(corpus, "validation")[:WINDOWS][:, :TESTED]
+    return torch.tensor(encode_texts(tokenizer, [PARAGRAPH]))[:, : min(length, TESTED)]
 
 
 def check_logits(network: TransformersNetwork, chosen: Logits, texts: Tensor, source: str) -> None:

@@ -77,6 +77,11 @@ def import_checkpoint(  # noqa: PLR0913  the flags of the command
     if source.startswith(HF):
         folder = find_folder(source)
         if not is_ours(folder):
+            if tokenizer:
+                raise HalfstepError(
+                    f"--tokenizer {tokenizer}: found it with --source {source}, which has its own; "
+                    "leave it out"
+                )
             found = read_source(folder, source, corpus, logits)
             _write_source(output, found, source, student, corpus, size)
             return

@@ -88,6 +88,7 @@ rule import_teacher:
         output=subpath(output.meta, parent=True),
         weights=lambda wildcards: targets.teacher(wildcards).from_weights,
         size=targets.network_size,
+        logits=lambda wildcards: flags(targets.teacher(wildcards), "logits"),
         code=STAGE["import_teacher"],
     shell:
         r"""
@@ -97,6 +98,7 @@ rule import_teacher:
             --output {params.output:q} \
             --weights {params.weights} \
             --size {params.size} \
+            {params.logits} \
             2>&1 | tee {log:q}
         """
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from halfstep.models.denoiser import SubsDenoiser
     from halfstep.models.dit import DiT
     from halfstep.models.gpt2 import GPT2
+    from halfstep.models.hf import TransformersNetwork
 
 FORMAT = 1
 KINDS = ("diffusion", "autoregressive")
@@ -66,6 +67,29 @@ class Trained(BaseModel):
     min_t: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+class Transformers(BaseModel):
+    """The entry `transformers` of meta.json: a diffusion model's network that transformers builds.
+
+    auto: class of transformers that builds it; config: content of its config.json
+    mask_id: its mask token at the source, which here is the last token and has changed ids with it
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    auto: Literal["AutoModelForMaskedLM", "AutoModelForCausalLM"]
+    config: dict[str, Any]
+    mask_id: Count
+
+
+class Framing(BaseModel):
+    """The tokens that the source of an imported model puts before and after a text."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    begin: list[Count] = []
+    end: list[Count] = []
+
+
 class Meta(BaseModel):
     """What a meta.json must and may hold; other keys are records for people."""
 
@@ -85,6 +109,8 @@ class Meta(BaseModel):
     imported: dict[str, Any] = {}
     adapted: dict[str, Any] = {}
     corpus: str | None = None
+    transformers: Transformers | None = None
+    framing: Framing | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,6 +147,12 @@ class Model:
         return self.meta["eos_id"]
 
     @property
+    def begin(self) -> list[int]:
+        """The tokens before a text: EOS, or those that an imported model's framing has."""
+        framing = self.meta.get("framing")
+        return [self.eos_id] if framing is None else framing["begin"]
+
+    @property
     def mask_id(self) -> int:
         """Id of the mask token: the first one after the vocabulary."""
         return self.meta["vocab_size"]
@@ -148,13 +180,17 @@ class Model:
 def build_network(meta: dict, dropout: float = 0.0) -> nn.Module:
     """A new network of the shape in meta.json.
 
-    It reads the keys `kind`, `vocab_size` and `network`; for GPT-2's architecture also `length`.
+    It reads the keys `kind`, `vocab_size` and `network`; for GPT-2's architecture also `length`,
+    and for one of transformers `transformers`.
     """
     from halfstep.models.dit import DiT
     from halfstep.models.gpt import GPT
     from halfstep.models.gpt2 import GPT2
+    from halfstep.models.hf import build_network_of
 
     network = Network.model_validate(meta["network"])
+    if network.architecture == "transformers":
+        return build_network_of(meta["transformers"], meta["vocab_size"], dropout)
     shape = (meta["vocab_size"], network.width, network.blocks, network.heads, dropout)
     if meta["kind"] != "diffusion":
         return GPT(*shape)
@@ -170,9 +206,8 @@ def build_denoiser(network: nn.Module, meta: dict) -> SubsDenoiser:
 
     about = Network.model_validate(meta["network"])
     schedule = SCHEDULES[about.schedule]()
-    return SubsDenoiser(
-        cast("DiT | GPT2", network), schedule, about.time_conditioning, about.shifted
-    )
+    known = cast("DiT | GPT2 | TransformersNetwork", network)
+    return SubsDenoiser(known, schedule, about.time_conditioning, about.shifted)
 
 
 def save_checkpoint(
@@ -214,6 +249,12 @@ def read_meta(folder: Path) -> dict:
     if meta["kind"] not in KINDS:
         raise HalfstepError(
             f"{path}: kind: found {excerpt(meta['kind'])}, allowed are {', '.join(KINDS)}"
+        )
+    is_built_there = meta["network"].get("architecture") == "transformers"
+    if meta["kind"] == "diffusion" and is_built_there != bool(meta.get("transformers")):
+        raise HalfstepError(
+            f"{path}: the architecture transformers and the entry `transformers` need each other, "
+            f"found only one of them; {DAMAGED}"
         )
     if meta["eos_id"] >= meta["vocab_size"]:
         raise HalfstepError(
@@ -350,7 +391,7 @@ def load_checkpoint(
             f"{meta['vocab_size']}: the tokenizer is another model's; copy the whole folder again"
         )
     network: nn.Module
-    if meta["network"].get("architecture") == "transformers":
+    if meta["kind"] == "autoregressive" and meta["network"].get("architecture") == "transformers":
         network, file = _published_network(folder, weights, meta), HF_FILES[0]
     else:
         file = FILES[weights]

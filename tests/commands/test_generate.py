@@ -12,7 +12,7 @@ from halfstep.diffusion.contracts import Samples
 
 BPE = train_bpe(sample_stories(300, 1), 640)
 MODEL = SimpleNamespace(
-    tokenizer=BPE, eos_id=0, mask_id=BPE.get_vocab_size(), length=64, denoiser=object()
+    tokenizer=BPE, eos_id=0, begin=[0], mask_id=BPE.get_vocab_size(), length=64, denoiser=object()
 )
 
 

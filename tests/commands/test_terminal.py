@@ -163,7 +163,11 @@ def named_tokens(model) -> SimpleNamespace:
     """What the view reads of a model, with a word for each token."""
     words = SimpleNamespace(decode=lambda ids: "".join(f" w{token}" for token in ids))
     return SimpleNamespace(
-        length=model.length, mask_id=model.mask_id, eos_id=model.eos_id, tokenizer=words
+        length=model.length,
+        mask_id=model.mask_id,
+        eos_id=model.eos_id,
+        begin=model.begin,
+        tokenizer=words,
     )
 
 
@@ -199,7 +203,7 @@ def test_every_step_has_a_color_of_its_own():
 
 
 BPE = train_bpe(sample_stories(300, 1), 640)
-MODEL = SimpleNamespace(tokenizer=BPE, eos_id=0, mask_id=BPE.get_vocab_size())
+MODEL = SimpleNamespace(tokenizer=BPE, eos_id=0, begin=[0], mask_id=BPE.get_vocab_size())
 
 
 @pytest.mark.parametrize(

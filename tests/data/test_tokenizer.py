@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from known import words_tokenizer
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, models, normalizers
 
 from halfstep.data.stories import sample_stories
 from halfstep.data.tokenizer import (
@@ -16,11 +16,15 @@ from halfstep.data.tokenizer import (
     cut_runs,
     describe_loss,
     encode_texts,
+    end_id,
+    end_of_document,
     load_bpe,
+    mask_of,
     read_tokenizer,
     train_bpe,
     unknown_id,
     vocabulary_size,
+    without_mask,
 )
 from halfstep.errors import HalfstepError
 
@@ -151,3 +155,39 @@ def test_a_cut_does_not_change_a_bpe_of_usual_text(monkeypatch):
     before = train_bpe(sample_stories(500, 1), 500).to_str()
     monkeypatch.setattr("halfstep.data.tokenizer.cut_runs", lambda text: [text])
     assert train_bpe(sample_stories(500, 1), 500).to_str() == before
+
+
+def masked_models():
+    """A tokenizer of each kind whose mask has id 2, and whose last token is 5."""
+    tokens = ["a", "b", "[MASK]", "c", EOS, "d"]
+    ids = {token: number for number, token in enumerate(tokens)}
+    return {
+        "BPE": models.BPE(ids, []),
+        "WordPiece": models.WordPiece(ids, unk_token="a"),
+        "WordLevel": models.WordLevel(ids, unk_token="a"),
+        "Unigram": models.Unigram([(token, -1.0) for token in tokens], 0, False),
+    }
+
+
+@pytest.mark.parametrize("kind", masked_models())
+@pytest.mark.parametrize("added_last", [False, True], ids=["", "the last token is an added one"])
+def test_a_mask_in_the_middle_gives_its_id_to_the_last_token(tmp_path, kind, added_last):
+    tokenizer = Tokenizer(masked_models()[kind])
+    tokenizer.add_special_tokens(["[MASK]", EOS, *(["<late>"] if added_last else [])])
+    before = tokenizer.get_vocab()
+    last = max(before, key=before.get)
+    assert mask_of(tokenizer) == 2
+    expected = {**before, last: 2}
+    del expected["[MASK]"]
+    assert without_mask(tokenizer, 2).get_vocab() == expected
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_bpe(str(tmp_path)).get_vocab() == expected
+
+
+def test_the_end_of_a_document_is_the_first_known_token():
+    words = models.WordLevel({"[SEP]": 0, "</s>": 1, "a": 2}, unk_token="a")
+    assert end_of_document(Tokenizer(words)) == "</s>" and end_id(Tokenizer(words)) == 1
+    nothing = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    assert end_of_document(nothing) is None
+    with pytest.raises(ValueError, match="none of"):
+        end_id(nothing)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from published import build_family
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,6 +12,7 @@ from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
 from halfstep.models.gpt import GPT
 from halfstep.models.gpt2 import GPT2
+from halfstep.models.hf import TransformersNetwork
 
 
 def counted(run) -> int:
@@ -54,6 +56,19 @@ def test_features_that_are_asked_for_and_not_read_out():
     assert counted(
         lambda: denoiser.log_p(denoiser.features(ids, torch.rand(3), where)[:5])
     ) == flops.forward_flops(flops.network_shape(network), 3, 10, 5, wanted=20)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_networks_of_transformers(kind):
+    """They compute the last block at all positions; grouped keys and wide MLPs are counted."""
+    own = {"llama": {"num_key_value_heads": 1, "intermediate_size": 96, "head_dim": 16}, "gpt2": {}}
+    network = TransformersNetwork(build_family(kind, 50, 16, **own[kind]), 41)
+    denoiser = SubsDenoiser(network, LogLinear())
+    ids, where = torch.randint(2, 41, (3, 10)), (torch.arange(30) < 17).view(3, 10)
+    found = counted(lambda: denoiser.log_p(denoiser.features(ids, torch.rand(3), where)))
+    expected = flops.forward_flops(flops.network_shape(network), 3, 10, 17)
+    # The angles of the rotary embedding are a small product.
+    assert found == pytest.approx(expected, rel=0.002)
 
 
 def test_gpt():

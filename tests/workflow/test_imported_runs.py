@@ -54,6 +54,28 @@ def test_a_run_may_be_published_and_another_trained(workflow):
     assert fetched in command and "distill-round" not in command
 
 
+def test_a_teacher_may_be_a_model_of_transformers(workflow):
+    teacher = {"from": "hf:own/llama@main", "logits": "shifted", "network": {"size": "2x32x2"}}
+    teacher |= {"corpus": "stories-ci", "baseline": None, "distillation": OTHER["distillation"]}
+    target = "results/models/a/teacher/meta.json"
+    settings = ("--config", "preset=ci", f"teachers={json.dumps({'a': teacher})}")
+    judge = 'evaluation={"judge": "gpt2"}'
+    command = workflow.plan("-p", target, *settings, judge, "continuations=null")
+    call = " ".join(
+        re.search(r"halfstep import (.*?) 2>&1", command.replace("\\\n", " "))[1].split()
+    )
+    assert call == (
+        "--source hf:own/llama@main --corpus results/data/stories-ci --output "
+        "results/models/a/teacher --weights ema --size 2x32x2 --logits shifted"
+    )
+    assert "model:own/llama@main" in command and "model:hf:" not in command
+
+
+def test_logits_are_of_models_of_transformers_alone():
+    with pytest.raises(ConfigError, match="logits: found same, but only a teacher with from: hf:"):
+        targets(logits="same")
+
+
 OTHER = {
     "corpus": "stories-ci",
     "network": {"size": "tiny"},

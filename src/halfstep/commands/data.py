@@ -16,7 +16,7 @@ from halfstep.data.corpora import CORPORA, read_corpus
 from halfstep.data.files import find_files
 from halfstep.data.pack import Spool, corpus_files, pack_windows, token_dtype
 from halfstep.data.stories import last_words
-from halfstep.data.tokenizer import EOS, describe_loss, load_bpe, train_bpe, vocabulary_size
+from halfstep.data.tokenizer import describe_loss, end_id, load_bpe, train_bpe, vocabulary_size
 from halfstep.errors import HalfstepError
 from halfstep.files import scratch_folder, sha256, write_atomic, write_json
 from halfstep.records import provenance
@@ -113,7 +113,7 @@ def _write_manifest(output: Path, corpus: Corpus, tokenizer: Tokenizer, facts: d
         "length": corpus.length,
         "dtype": token_dtype(tokenizer),
         "vocab_size": vocabulary_size(tokenizer),
-        "eos_id": tokenizer.token_to_id(EOS),
+        "eos_id": end_id(tokenizer),
         "splits": facts,
         "tokenizer_sha256": sha256(output / "tokenizer.json"),
         "corpus": corpus.model_dump(),

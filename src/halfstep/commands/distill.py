@@ -31,6 +31,7 @@ from halfstep.training.state import Start
 from halfstep.training.step import Batch, Tensors
 
 WATCHED, WATCHED_STEPS = 16, 32  # texts and sampling steps behind a round's val/entropy
+OF_ORIGIN = ("adapted", "transformers", "framing")  # entries of meta.json that students keep
 ENTROPY_WINDOWS = 256  # held-out windows that they are compared with, or all there are
 
 
@@ -72,7 +73,7 @@ def distill_round(
         "dt": plan.dt,
         "student_steps": plan.student_steps,
         "teacher_sha256": source["sha256"],
-        **{key: source[key] for key in ("adapted",) if key in source},
+        **{key: source[key] for key in OF_ORIGIN if key in source},
         "training": source["training"],
     }
     digest = source["sha256"][checkpoint.FILES[begin_with]]

@@ -88,6 +88,11 @@ def export_checkpoint(
         raise HalfstepError(
             f"--checkpoint {checkpoint}: is autoregressive; transformers loads its hf/ folder"
         )
+    if "transformers" in model.meta:
+        raise HalfstepError(
+            f"--checkpoint {checkpoint}: its network is a model of transformers, which export does "
+            "not write yet; use halfstep.load"
+        )
     name = model_name(checkpoint)
     config = _config_for_transformers(model)
     tokenizer, mask = with_mask_token(model.tokenizer, model.mask_id)

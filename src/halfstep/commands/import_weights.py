@@ -14,6 +14,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from halfstep.checkpoint import FILES, build_network, save_checkpoint
+from halfstep.commands.import_transformers import (
+    HF,
+    Logits,
+    TransformersSource,
+    is_ours,
+    read_source,
+)
 from halfstep.config import Distillation, Network, PublishedStudent, Training, size_of_shape
 from halfstep.data.pack import corpus_tokenizer, read_manifest
 from halfstep.data.tokenizer import EOS, load_bpe, vocabulary_size
@@ -28,10 +35,11 @@ from halfstep.resolve import explain
 from halfstep.tensors import check_weights
 
 DOWNLOADED = ["*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer.json"]
+SOURCE_FILES = [*DOWNLOADED, "*token*", "vocab.*", "merges.txt"]
 MAX_LENGTH = 2**20  # tokens of a text, as a published configuration may give them
 
 
-def import_checkpoint(
+def import_checkpoint(  # noqa: PLR0913  the flags of the command
     source: str,
     output: Path,
     student: PublishedStudent,
@@ -39,6 +47,7 @@ def import_checkpoint(
     tokenizer: str | None = None,
     weights: Literal["ema", "raw"] = "ema",
     size: str | None = None,
+    logits: Logits | None = None,
 ) -> None:
     """Write a checkpoint from published weights.
 
@@ -48,8 +57,13 @@ def import_checkpoint(
     raw weights, if the source has one. With --weights raw the raw weights are used as both, as the
     released code does.
 
+    A source that begins with hf: is a model of transformers that fills in masks, such as
+    hf:answerdotai/ModernBERT-base: a masked language model, or a causal one that was trained to
+    read both ways. Its tokenizer is that of the corpus. Its mask token and the last token change
+    ids, so that the mask is the last one. No code of the source is run.
+
     Args:
-        source: file, folder or hub name
+        source: file, folder or hub name; hf: before a name or a folder of transformers
         output: folder of the checkpoint
         student: what the weights were trained for, where their name does not say it
         corpus: folder of `halfstep prepare-corpus` to use it with; gives tokenizer and length
@@ -57,19 +71,33 @@ def import_checkpoint(
             the source
         weights: ema or raw
         size: refuse weights of another size (small, medium, large ...)
+        logits: which output of an hf: model predicts a token: the one at its position (same) or at
+            the position before (shifted); by default, what is known of the family
     """
+    if source.startswith(HF):
+        folder = find_folder(source)
+        if not is_ours(folder):
+            if tokenizer:
+                raise HalfstepError(
+                    f"--tokenizer {tokenizer}: found it with --source {source}, which has its own; "
+                    "leave it out"
+                )
+            found = read_source(folder, source, corpus, logits)
+            _write_source(output, found, source, student, corpus, size)
+            return
+    if logits:
+        raise HalfstepError(
+            f"--logits {logits}: only sources that begin with hf: and are no denoiser of MDLM or "
+            "halfstep need it; leave it out"
+        )
     _, _, revision = source.partition("@")
-    path = _find_source(source)
+    path = _find_source(source.removeprefix(HF))
     published = hub.read_published(path)
     vocabulary, *shape = hub.shape_of(
         published.raw, published.file, published.config.get("n_heads")
     )
     network = _network(published, shape)
-    if size and network.size != size:
-        raise HalfstepError(
-            f"--source {published.file}: found size {network.size}, expected {size}; "
-            f"set network.size: {network.size}, or name other weights"
-        )
+    _check_size(network, size, published.file)
     tokens, length = _tokenizer_and_length(path, corpus, tokenizer, published.config)
     mask_id = published.config.get("mask_token_id", published.config.get("mask_index"))
     tokens = without_mask_token(tokens, mask_id if isinstance(mask_id, int) else vocabulary)
@@ -99,21 +127,79 @@ def import_checkpoint(
     }
     _check_states(states, meta, published.file)
     _write_imported(output, states, meta, tokens, weights)
-    read = [*published.files, published.file.parent / "config.json"]
+    _write_record(output, [*published.files, published.file.parent / "config.json"], corpus)
+
+
+def _check_size(network: Network, size: str | None, source: object) -> None:
+    if size and network.size != size:
+        raise HalfstepError(
+            f"--source {source}: found size {network.size}, expected {size}; "
+            f"set network.size: {network.size}, or name other weights"
+        )
+
+
+def find_folder(source: str) -> Path:
+    """The folder of a model of transformers, `source` after hf:, downloaded if it is a hub name."""
+    path = _find_source(source.removeprefix(HF), SOURCE_FILES)
+    if not (path / "config.json").is_file():
+        raise HalfstepError(
+            f"--source {source}: holds no config.json; name a hub name such as "
+            "hf:answerdotai/ModernBERT-base, or a folder that save_pretrained wrote"
+        )
+    return path
+
+
+def _write_source(
+    output: Path,
+    found: TransformersSource,
+    source: str,
+    student: PublishedStudent,
+    corpus: Path | None,
+    size: str | None,
+) -> None:
+    """Write the checkpoint of a model of transformers."""
+    _check_size(found.network, size, source)
+    _, _, revision = source.partition("@")
+    meta = {
+        "kind": "diffusion",
+        "network": found.network.model_dump(),
+        "vocab_size": vocabulary_size(found.tokenizer),
+        "eos_id": found.eos_id,
+        "length": found.length,
+        "corpus": corpus.name if corpus else None,
+        "training": {"min_t": Training().min_t},
+        **lineage(source, student),
+        **found.about,
+        "ema_updates": 0,
+        "imported": {
+            "source": source,
+            "revision": revision or None,
+            "file": found.files[0].name,
+            "sha256": sha256(found.files[0]),
+            "weights": "the one set it has",
+        },
+    }
+    states = {"raw": found.state, "ema": found.state}
+    _check_states(states, meta, found.files[0])
+    _write_imported(output, states, meta, found.tokenizer, "raw")
+    _write_record(output, found.files, corpus)
+
+
+def _write_record(output: Path, read: list[Path], corpus: Path | None) -> None:
     if corpus:
-        read += [corpus / "manifest.json", corpus / "tokenizer.json"]
+        read = [*read, corpus / "manifest.json", corpus / "tokenizer.json"]
     provenance.write_record(
         output / provenance.NAME, [output], [file for file in read if file.is_file()]
     )
 
 
-def _find_source(source: str) -> Path:
+def _find_source(source: str, patterns: list[str] = DOWNLOADED) -> Path:
     """The file or folder that `source` names; a name on the hub is downloaded."""
     name, _, revision = source.partition("@")
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(".ckpt")
     if Path(source).exists() or not is_hub_name:
         return Path(source)
-    return fetch_from_hub("--source", name, revision, DOWNLOADED)
+    return fetch_from_hub("--source", name, revision, patterns)
 
 
 def fetch_from_hub(flag: str, name: str, revision: str, patterns: list[str]) -> Path:

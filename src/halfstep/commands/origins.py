@@ -8,12 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from halfstep.checkpoint import FILES, Model, checkpoint_files, load_checkpoint, read_meta
 from halfstep.commands.import_weights import fetch_from_hub
 from halfstep.config import size_of_shape
-from halfstep.data.pack import corpus_tokenizer, read_manifest
+from halfstep.data.pack import check_tokens, read_manifest
 from halfstep.data.tokenizer import load_bpe
 from halfstep.errors import HalfstepError
 from halfstep.models.adapt import adapt_weights
@@ -105,13 +103,3 @@ def _read_gpt2(name: str, folder: Path, corpus: Path, size: str) -> Origin:
                 f"{manifest[key]}; change the corpus, or name another model"
             )
     return Origin(name, published.files, published.sha256, "gpt2", published.fill)
-
-
-def check_tokens(flag: str, source: object, tokenizer: Tokenizer, corpus: Path) -> None:
-    """Raise HalfstepError unless the model reads the tokens of the corpus, with the same ids."""
-    if tokenizer.get_vocab() != corpus_tokenizer(corpus).get_vocab():
-        raise HalfstepError(
-            f"{flag} {source}: its tokenizer has other tokens than that of corpus "
-            f"{corpus}; name a model that was trained on this corpus, or prepare the corpus with "
-            "the tokenizer of the model"
-        )

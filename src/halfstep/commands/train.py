@@ -184,7 +184,8 @@ class TrainingJob:
 
     def finish(self, state: TrainingState, meta: dict, journal: Journal) -> None:
         """Write the checkpoint on rank 0 and delete the rolling one; all ranks wait for that."""
-        buffers = dict(state.network.named_buffers())
+        stored = state.network.state_dict().keys()  # without what is computed from the shape
+        buffers = {key: value for key, value in state.network.named_buffers() if key in stored}
         files = {
             "model.safetensors": {**dict(state.network.named_parameters()), **buffers},
             "ema.safetensors": {**state.ema.shadow, **buffers},

@@ -36,7 +36,7 @@ Writer = Callable[[Tensor, int], Samples]
 
 
 def encode_prompt(model: Model, prompt: str) -> Tensor:
-    """BOS and the tokens of a prompt, int64 [P]; none for "".
+    """BOS, or what begins a text of the model, and the tokens of a prompt, int64 [P]; none for "".
 
     MASK becomes the mask token and EOS its own id; other special tokens are text. Words of a BPE
     begin with their blank. So a blank before a position that the model writes, which is a MASK or
@@ -49,7 +49,7 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
             f"prompt: found {MASK}, but an autoregressive model cannot fill in a position; "
             "use a diffusion model"
         )
-    ids = [model.eos_id]
+    ids = list(model.begin)
     for piece in SPECIAL.split(prompt.removesuffix(" ")):
         if piece.endswith(MASK):
             ids.append(model.mask_id)
@@ -62,7 +62,7 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
             f"prompt: {len(ids)} tokens with BOS, but a text of this model has {model.length}; "
             "shorten the prompt"
         )
-    return torch.tensor(ids)
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def text_writer(
@@ -174,7 +174,7 @@ class _DiffusionWriter:
         frame[:, :given] = prompts
         from_left = SAMPLERS[self.options.sampler].needs_first
         if from_left and not given:
-            frame[:, 0] = self.model.eos_id
+            frame[:, 0] = self.model.begin[0] if self.model.begin else self.model.eos_id
         if self.end is not None and not from_left:
             frame = torch.cat([frame, torch.full((count, 1), self.end)], 1)
         denoiser: Denoiser = self.denoiser.inference_copy
@@ -304,6 +304,8 @@ def separate_documents(model: Model, texts: Samples) -> list[str]:
     decoded = []
     for ids in texts.ids.tolist():
         documents: list[list[int]] = [[]]
+        if model.begin != [model.eos_id] and ids[: len(model.begin)] == model.begin:
+            ids = ids[len(model.begin) :]
         for token in ids:
             if token == model.eos_id:
                 documents.append([])

@@ -128,7 +128,8 @@ class Network(Section):
     adapted from autoregressive models (DiffuGPT)"""
     architecture: Literal["dit", "gpt2", "transformers"] = "dit"
     """dit: the paper's, with RoPE and adaLN; gpt2: that of teachers which are adapted from GPT-2;
-    transformers: that of baselines with `from`. The last two follow from the weights"""
+    transformers: that of baselines with `from`, and of teachers from: hf:NAME. The last two follow
+    from the weights"""
     schedule: Literal["loglinear", "cosine"] = "loglinear"
     """noise schedule alpha(t): loglinear (MDLM and the paper), or cosine (MaskGIT, MD4)"""
 

@@ -39,7 +39,11 @@ class Teacher(Section):
     network: Network
     source: Word | None = Field(None, alias="from")
     """published weights instead of pretraining: a .ckpt file, a folder, or a hub name
-    (kuleshov-group/mdlm-owt, jdeschena/sdtt@teacher_1M_sm)"""
+    (kuleshov-group/mdlm-owt, jdeschena/sdtt@teacher_1M_sm); after hf: a model of transformers that
+    fills in masks, by its hub name or folder (hf:answerdotai/ModernBERT-base)"""
+    logits: Literal["same", "shifted"] | None = None
+    """which output of an hf: model predicts a token: the one at its position (same) or at the
+    position before (shifted); null: what is known of the family"""
     adapt: Word | None = None
     """pretraining starts from these autoregressive weights (DiffuGPT): baseline, the one of this
     teacher; the folder of a checkpoint of `halfstep train-baseline`; or a GPT-2 model of
@@ -165,6 +169,11 @@ class Config(Section):
                 raise ValueError(
                     f"teachers.{name}: found `from` and `adapt`, but published weights are not "
                     "trained here; leave one of them out"
+                )
+            if teacher.logits and not (teacher.source or "").startswith("hf:"):
+                raise ValueError(
+                    f"teachers.{name}.logits: found {teacher.logits}, but only a teacher with "
+                    "from: hf:... has them; leave it out"
                 )
             if teacher.pretraining.anneal_attention and not teacher.adapt:
                 raise ValueError(

@@ -27,7 +27,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
-from halfstep.data.tokenizer import EOS, encode_texts, read_tokenizer, unknown_id, vocabulary_size
+from halfstep.data.tokenizer import (
+    encode_texts,
+    end_id,
+    read_tokenizer,
+    unknown_id,
+    vocabulary_size,
+)
 from halfstep.errors import HalfstepError, excerpt
 from halfstep.files import read_json, remember_sha256, sha256, write_atomic
 from halfstep.progress import Progress
@@ -122,7 +128,7 @@ class _Encoder:
     def __init__(self, spool: Path, tokenizer: str, dtype: str):
         self.spool, self.dtype = spool, dtype
         self.tokenizer = Tokenizer.from_str(tokenizer)
-        self.eos = self.tokenizer.token_to_id(EOS)
+        self.eos = end_id(self.tokenizer)
         self.unknown = unknown_id(self.tokenizer)
 
     def __call__(self, chunk: Chunk) -> np.ndarray:
@@ -333,6 +339,16 @@ def corpus_tokenizer(corpus: Path) -> Tokenizer:
     """The tokenizer of a corpus folder, after its checksum is verified."""
     digest = read_manifest(corpus)["tokenizer_sha256"]
     return read_tokenizer(verified_file(Path(corpus) / "tokenizer.json", digest))
+
+
+def check_tokens(flag: str, source: object, tokenizer: Tokenizer, corpus: Path) -> None:
+    """Raise HalfstepError unless the model reads the tokens of the corpus, with the same ids."""
+    if tokenizer.get_vocab() != corpus_tokenizer(corpus).get_vocab():
+        raise HalfstepError(
+            f"{flag} {source}: its tokenizer has other tokens than that of corpus "
+            f"{corpus}; name a model that was trained on this corpus, or prepare the corpus with "
+            "the tokenizer of the model"
+        )
 
 
 class Windows:

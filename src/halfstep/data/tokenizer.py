@@ -17,6 +17,8 @@ from halfstep.errors import HalfstepError, reason
 from halfstep.progress import waiting
 
 EOS = "<|endoftext|>"
+ENDS = (EOS, "<|end_of_text|>", "</s>", "[SEP]", "<eos>")
+"""Tokens that end a document, of our tokenizers and of published ones; the first that exists"""
 # File names on the hub, and in OpenAI's release.
 BPE_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 LARGEST_FILE = 256 << 20  # bytes; the largest tokenizers have about 30 MB
@@ -71,8 +73,9 @@ def cut_runs(text: str) -> Iterator[str]:
 def load_bpe(name: str) -> Tokenizer:
     """Load a BPE from a folder, or by its name on the hub, without the settings of UNUSED.
 
-    The folder holds vocab.json and merges.txt, or encoder.json and vocab.bpe, or tokenizer.json.
-    Settings that are left out, and ids without a token, are named on standard error.
+    The folder holds tokenizer.json, or vocab.json and merges.txt, or encoder.json and vocab.bpe. A
+    mask token is taken out (`without_mask`). Settings that are left out, and ids without a token,
+    are named on standard error.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -84,11 +87,17 @@ def load_bpe(name: str) -> Tokenizer:
         )
     else:
         tokenizer, unused = _plain(_download(name).to_str(), name)
-    if tokenizer.token_to_id(EOS) is None:
+    end = end_of_document(tokenizer)
+    if end is None:
         raise HalfstepError(
-            f"tokenizer: {name} has no token {EOS}, which ends documents; "
-            "use a GPT-2-like tokenizer"
+            f"tokenizer: {name} has no token {EOS}, which ends documents, and none of "
+            f"{', '.join(ENDS[1:])}; use a GPT-2-like tokenizer"
         )
+    if (mask_id := mask_of(tokenizer)) is not None:
+        is_last = mask_id == vocabulary_size(tokenizer) - 1
+        tokenizer = without_mask(tokenizer, mask_id)
+        if not is_last:
+            _note(name, f"the mask is no token of texts; its id {mask_id} is now the last token's")
     if unused:
         left_out = ", ".join(unused)
         _note(name, f"its {left_out} is not used: texts are encoded whole, and as they are")
@@ -100,12 +109,25 @@ def load_bpe(name: str) -> Tokenizer:
         )
     if size > tokens:
         _note(name, f"the vocabulary is the largest id + 1, {size}, for {tokens} tokens")
-    tokenizer.add_special_tokens([EOS])  # it exists already: this only marks it as special
+    tokenizer.add_special_tokens([end])  # it exists already: this only marks it as special
     return tokenizer
 
 
 def _note(name: str, text: str) -> None:
     print(f"note: tokenizer {name}: {text}", file=sys.stderr)
+
+
+def end_of_document(tokenizer: Tokenizer) -> str | None:
+    """The token that ends a document: the first of ENDS that the tokenizer has."""
+    return next((token for token in ENDS if tokenizer.token_to_id(token) is not None), None)
+
+
+def end_id(tokenizer: Tokenizer) -> int:
+    """The id of the token that ends a document; ValueError if there is none."""
+    end = end_of_document(tokenizer)
+    if end is None:
+        raise ValueError(f"the tokenizer has none of {', '.join(ENDS)}")
+    return tokenizer.token_to_id(end)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -121,6 +143,53 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """The largest id + 1: ids may have holes, and a model has a row for each id."""
     return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
+def mask_of(tokenizer: Tokenizer) -> int | None:
+    """The id of the mask token: the one special token that is called so; None if there is none."""
+    added = json.loads(tokenizer.to_str())["added_tokens"]
+    ids = [
+        token["id"] for token in added if token["special"] and "mask" in token["content"].lower()
+    ]
+    return ids[0] if len(ids) == 1 else None
+
+
+def without_mask(tokenizer: Tokenizer, mask_id: int) -> Tokenizer:
+    """The tokenizer without its mask token, whose id the last token takes.
+
+    So the mask can be the first id after the vocabulary, as in our own models. Settings of UNUSED
+    are left out. HalfstepError if the format of the tokenizer cannot be changed so.
+    """
+    last = vocabulary_size(tokenizer) - 1
+    wanted = {
+        token: mask_id if number == last else number
+        for token, number in tokenizer.get_vocab().items()
+        if number != mask_id
+    }
+    about = json.loads(tokenizer.to_str())
+    about["added_tokens"] = sorted(
+        (
+            {**token, "id": wanted[token["content"]]}
+            for token in about["added_tokens"]
+            if token["id"] != mask_id
+        ),
+        key=lambda token: token["id"],
+    )
+    vocabulary = about["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        # With the added tokens, because one that is added alone takes the first hole of the ids.
+        about["model"]["vocab"] = wanted
+    else:  # of Unigram: pairs of token and score in the order of the ids
+        scores = dict(vocabulary)
+        pairs = sorted(wanted.items(), key=lambda pair: pair[1])
+        about["model"]["vocab"] = [[token, scores.get(token, 0.0)] for token, _ in pairs]
+    found, _ = _plain(json.dumps(about), "the tokenizer without its mask")
+    if found.get_vocab() != wanted:
+        raise HalfstepError(
+            "tokenizer: its mask token cannot be taken out, because the tokens would change their "
+            "ids; use the tokenizer.json of another model"
+        )
+    return found
 
 
 def describe_loss(tokenizer: Tokenizer, texts: Iterable[str]) -> str | None:
@@ -184,6 +253,8 @@ def vocabulary_sha256(tokenizer: Tokenizer) -> str:
 
 
 def _read_folder(folder: Path) -> tuple[Tokenizer, list[str]]:
+    if (folder / "tokenizer.json").is_file():
+        return _plain(_read_json(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
     for vocab, merges in BPE_FILES:
         if (folder / vocab).is_file() and (folder / merges).is_file():
             names = f"{folder / vocab} and {folder / merges}"
@@ -193,12 +264,10 @@ def _read_folder(folder: Path) -> tuple[Tokenizer, list[str]]:
                 bpe = models.BPE.from_file(str(folder / vocab), str(folder / merges))
                 tokenizer = _byte_level(bpe)
             return _checked(tokenizer, names), []
-    if not (folder / "tokenizer.json").is_file():
-        raise HalfstepError(
-            f"tokenizer: {folder} holds none of vocab.json + merges.txt, "
-            "encoder.json + vocab.bpe, tokenizer.json; name another folder"
-        )
-    return _plain(_read_json(folder / "tokenizer.json"), str(folder / "tokenizer.json"))
+    raise HalfstepError(
+        f"tokenizer: {folder} holds none of vocab.json + merges.txt, "
+        "encoder.json + vocab.bpe, tokenizer.json; name another folder"
+    )
 
 
 def _read_json(path: Path) -> str:

@@ -6,7 +6,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfstep.diffusion.contracts import KVDenoiser, Readout, Schedule, Where
 from halfstep.kernels.linear import matmul, pack_network, pack_weight
@@ -14,6 +14,7 @@ from halfstep.kernels.logits import logits, vocab_chunks
 from halfstep.models.cuda_graphs import GraphedNetwork
 from halfstep.models.dit import BlockKV, DiT
 from halfstep.models.gpt2 import GPT2
+from halfstep.models.hf import TransformersNetwork
 
 
 class SubsDenoiser:
@@ -29,14 +30,14 @@ class SubsDenoiser:
 
     def __init__(
         self,
-        network: DiT | GPT2,
+        network: DiT | GPT2 | TransformersNetwork,
         schedule: Schedule,
         time_conditioning: bool = False,
         shifted: bool = False,
     ):
         self.network, self.schedule, self.shifted = network, schedule, shifted
         self.ignores_time = not time_conditioning
-        self._pass: DiT | GPT2 | GraphedNetwork | partial[Tensor] = network
+        self._pass: nn.Module | GraphedNetwork | partial[Tensor] = network
         self._packed: dict[tuple[int, int], Tensor] = {}  # (first, last token) -> slice of W
 
     @property
@@ -97,14 +98,16 @@ class SubsDenoiser:
     def inference_copy(self) -> SubsDenoiser:
         """The same denoiser with frozen weights, for sampling.
 
-        It has packed matrices on a CPU, and CUDA graphs for small batches.
+        It has packed matrices on a CPU, and CUDA graphs for small batches; of a model of
+        transformers only the readout is packed.
 
         It shares the weights, which must not change from now on.
         """
-        copy = SubsDenoiser(
-            pack_network(self.network), self.schedule, not self.ignores_time, self.shifted
-        )
-        copy._pass = GraphedNetwork(copy.network)
+        is_ours = not isinstance(self.network, TransformersNetwork)
+        network = pack_network(self.network) if is_ours else self.network
+        copy = SubsDenoiser(network, self.schedule, not self.ignores_time, self.shifted)
+        if is_ours:
+            copy._pass = GraphedNetwork(network)
         weight, bias = self.readout
         if weight.device.type == "cpu":
             with torch.autocast("cpu", enabled=False):  # the readout is float32 inside it too
@@ -114,7 +117,7 @@ class SubsDenoiser:
 
     @property
     def readout(self) -> Readout:
-        """Weight [V + 1, D], whose last row is the mask token's, and bias [V]."""
+        """Weight [V + 1 or more, D], whose rows after the first V are no tokens, and bias [V]."""
         return self.network.readout
 
     def logits(self, h: Tensor, chunk: slice = slice(None)) -> Tensor:
@@ -137,7 +140,7 @@ class SubsDenoiser:
         """log p(x0 = v | xt), normalized: h[..., D] -> [..., V], float32 inside autocast too."""
         weight, bias = self.readout
         with torch.autocast(h.device.type, enabled=False):
-            return matmul(h.float(), weight[:-1].float(), bias.float()).log_softmax(-1)
+            return matmul(h.float(), weight[: len(bias)].float(), bias.float()).log_softmax(-1)
 
     def _sigma(self, t: Tensor) -> Tensor | None:
         return None if self.ignores_time else self.schedule.sigma(t)

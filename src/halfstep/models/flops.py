@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from halfstep.models.dit import DiT
     from halfstep.models.gpt import GPT
     from halfstep.models.gpt2 import GPT2
+    from halfstep.models.hf import TransformersNetwork
 
 FREQUENCIES = 256  # that a noise level is embedded in (TimeEmbedding of dit.py)
 
@@ -58,15 +59,19 @@ def denoiser_shape(blocks: int, width: int, vocabulary: int, cond_width: int) ->
     return Shape(blocks, width, vocabulary, 12 * width**2, condition, 9 * width**2)
 
 
-def network_shape(network: DiT | GPT | GPT2) -> Shape:
-    """The shape of a network that exists."""
+def network_shape(network: DiT | GPT | GPT2 | TransformersNetwork) -> Shape:
+    """The shape of a network that exists; of one of transformers, without layers of its head."""
     from halfstep.models.gpt import GPT  # here, because prices are computed without torch
+    from halfstep.models.hf import TransformersNetwork
 
     blocks = len(network.blocks)
     if isinstance(network, GPT):
         vocabulary, width = network.output_layer.linear.weight.shape
         return causal_shape(blocks, width, vocabulary)
     matrix, _ = network.readout
+    if isinstance(network, TransformersNetwork):
+        weights = sum(p.numel() for p in network.blocks.parameters() if p.dim() == 2)
+        return Shape(blocks, matrix.shape[1], network.vocabulary, weights // blocks)
     vocabulary, width = matrix.shape  # with the mask token, which is not read out
     condition = sum(
         parameter.numel()

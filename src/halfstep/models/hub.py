@@ -22,6 +22,7 @@ from torch import Tensor
 from halfstep.errors import HalfstepError
 from halfstep.models.pickled import Inert, RefusedError
 from halfstep.models.weight_files import DOWNLOAD_AGAIN, INDEX, read_object, read_weights
+from halfstep.tensors import check_finite
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -82,6 +83,31 @@ def read_published(path: Path) -> Published:
     if ema is None:
         ema = _listed_average(content.get("ema"), raw, file)
     return Published(files, raw, ema, config)
+
+
+def read_tensors_of(folder: Path) -> tuple[dict[str, Tensor], list[Path]]:
+    """The tensors in a folder of transformers, under their own names, and their files.
+
+    HalfstepError if they may not be read, or are not finite.
+    """
+    found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not found:
+        raise HalfstepError(
+            f"--source {folder}: holds none of {', '.join(WEIGHT_FILES)}; name a hub name such as "
+            "gpt2, or a folder that save_pretrained wrote"
+        )
+    try:
+        content, files = read_weights(found[0])
+        if not all(isinstance(value, Tensor) for value in content.values()):
+            raise RefusedError("holds more than named tensors")
+    except RefusedError as error:
+        raise HalfstepError(f"--source {found[0]}: {error}; {DOWNLOAD_AGAIN}") from None
+    # Clones, because tied weights of an archive share their memory; masks are no weights.
+    tensors = {
+        str(name): value.clone() for name, value in content.items() if value.is_floating_point()
+    }
+    check_finite(tensors, found[0])
+    return tensors, files
 
 
 def _weight_file(path: Path) -> Path:

@@ -17,9 +17,15 @@ from halfstep.workflow.task_sources import faults_of_tasks, tasks_of_hub, texts_
 HUB_NAME = r"[\w-][\w.-]*(/[\w.-]+)?(@[\w./-]+)?"
 
 
+def plain_source(source: str) -> str:
+    """A file, folder or hub name without the hf: before a model of transformers."""
+    return source.removeprefix("hf:")
+
+
 def local_file(source: str) -> list[str]:
     """This path where it exists; else it is a name on the hub, and no file is needed."""
-    return [source] if os.path.lexists(source) else []
+    path = plain_source(source)
+    return [path] if os.path.lexists(path) else []
 
 
 def check_sources(config: Config) -> None:
@@ -67,7 +73,7 @@ def _absent_weights(teacher: Teacher) -> list[str]:
     faults = []
     for key, sources in named:
         for source in filter(None, sources):
-            if not local_file(source) and not re.fullmatch(HUB_NAME, source):
+            if not local_file(source) and not re.fullmatch(HUB_NAME, plain_source(source)):
                 faults.append(
                     f"{key}: {source} is no file, no folder and no name on the hub; check the path"
                 )
@@ -171,7 +177,7 @@ class Sources:
         source, adapt = teacher.source, teacher.adapt
         if adapt and adapt != "baseline" and is_hub_name(adapt):
             return [f"model:{adapt}"]
-        return [f"model:{source}"] if source and not local_file(source) else []
+        return [f"model:{plain_source(source)}"] if source and not local_file(source) else []
 
     def baseline_of_hub(self, name: str) -> list[str]:
         """The published baseline of a teacher, where it comes from the hub."""

@@ -1,0 +1,330 @@
+"""Language models of transformers that fill in masks, as `halfstep import` reads them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from halfstep.checkpoint import LONGEST_TEXT
+from halfstep.config import Network
+from halfstep.data.pack import Windows, check_tokens, read_manifest
+from halfstep.data.tokenizer import encode_texts, mask_of, vocabulary_size, without_mask
+from halfstep.diffusion.schedules import LogLinear
+from halfstep.errors import HalfstepError, reason
+from halfstep.files import write_json, write_tensors
+from halfstep.models import hub
+from halfstep.models.denoiser import SubsDenoiser
+from halfstep.models.hf import TransformersNetwork, read_both_ways, swap_rows
+from halfstep.models.weight_files import read_object
+from halfstep.pretrained import CAUSAL, MASKED, load_pretrained, size_of_model, without_code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HF = "hf:"  # before the name of a source that is read here
+OURS = ("halfstep", "mdlm")  # values of model_type that `hub.read_published` reads
+Logits = Literal["same", "shifted"]
+KNOWN_LOGITS: dict[str, Logits] = {"gpt2": "shifted"}
+"""Families of causal models whose denoisers all have their logits in one way (DiffuGPT)"""
+TOLERANCE = 1e-4  # between logits that should be equal, as a share of the largest
+LEAST_TOKENS = 0.9  # of the rows of a padded table
+MOST_TOKENS = 1024  # of a text, where neither a corpus nor the model says fewer
+# Share of masked tokens, texts, and tokens of each, of the test of the logits.
+HIDDEN, WINDOWS, TESTED = 0.3, 16, 128
+SURE = 4  # standard errors between two means that differ
+PARAGRAPH = (
+    "The river was high after three days of rain, and nobody had seen the ferry since Sunday. "
+    "My grandmother put bread and cheese into a basket, gave me her old coat, and told me to walk "
+    "along the road until I found the bridge. It was not far, she said, but I should be careful "
+    "where the path turns into the forest, because the ground there is soft and the light is bad. "
+    "When I came to the village in the evening, all the windows were open and people were talking "
+    "about the water. A man who sold newspapers asked me where I came from. I told him, and he "
+    "laughed and said that I was the first visitor of the week."
+)
+
+
+@dataclass(frozen=True)
+class TransformersSource:
+    """A model of transformers with its mask token as the last one, and what a checkpoint needs.
+
+    network: for meta.json; about: more entries of it; files: what was read, the weights first
+    """
+
+    network: Network
+    tokenizer: Tokenizer
+    eos_id: int
+    length: int
+    state: dict[str, Tensor]
+    about: dict[str, Any]
+    files: list[Path]
+
+
+def is_ours(folder: Path) -> bool:
+    """Does config.json say that our own networks read these weights? No code is run for it."""
+    return read_object(folder / "config.json").get("model_type") in OURS
+
+
+def read_source(
+    folder: Path, source: str, corpus: Path | None, logits: Logits | None
+) -> TransformersSource:
+    """Read and check the model in a folder of transformers.
+
+    HalfstepError if it cannot be read, has no mask token, another tokenizer than the corpus, logits
+    that are no linear function of its features, or other logits than `logits`.
+    """
+    config = read_object(folder / "config.json")
+    auto = _auto_class(config, source)
+    chosen = _logits_of(config, auto, source, logits)
+    tensors, files = hub.read_tensors_of(folder)
+    model = _load(config, tensors, auto, source)
+    theirs = _load_tokenizer(folder, source)
+    tokenizer, mask_id, swapped = _without_mask(theirs, config, source)
+    V = vocabulary_size(tokenizer)
+    _check_rows(model, V, source)
+    swap_rows(model, mask_id, V)
+    if corpus:
+        check_tokens("--source", source, tokenizer, corpus)
+    network = _checked_network(model, V, auto, source)
+    length = read_manifest(corpus)["length"] if corpus else network.most_tokens or MOST_TOKENS
+    length = length if corpus else min(length, MOST_TOKENS)
+    _check_length(network, length, source)
+    framing = {key: [swapped(token) for token in ids] for key, ids in _framing(theirs).items()}
+    eos_id = read_manifest(corpus)["eos_id"] if corpus else _eos(theirs, framing, source)
+    check_logits(network, chosen, _real_text(tokenizer, corpus, length), source)
+    return TransformersSource(
+        network=Network(
+            size=size_of_model(model.config, source),
+            shifted=chosen == "shifted",
+            architecture="transformers",
+        ),
+        tokenizer=tokenizer,
+        eos_id=eos_id if corpus else swapped(eos_id),
+        length=length,
+        state={name: p.detach().clone() for name, p in network.named_parameters()},
+        about={
+            "transformers": {
+                "auto": auto,
+                "config": _with_ids(without_code(config), swapped),
+                "mask_id": mask_id,
+            },
+            "framing": framing,
+        },
+        files=[*files, folder / "config.json"],
+    )
+
+
+def _auto_class(config: dict[str, Any], source: str) -> str:
+    """The class of transformers that loads this configuration; HalfstepError if there is none."""
+    import transformers
+
+    kind = str(config.get("model_type"))
+    if kind not in transformers.CONFIG_MAPPING:
+        code = "auto_map" in config
+        found = "code of its own, which is not run" if code else "no code in transformers"
+        raise HalfstepError(
+            f"--source {source}: its model_type {kind[:80]!r} has {found}; name a model that "
+            f"transformers {transformers.__version__} knows, or an export of halfstep"
+        )
+    known = transformers.CONFIG_MAPPING[kind]
+    says_causal = all("MaskedLM" not in str(name) for name in config.get("architectures") or [""])
+    is_masked = known in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if known in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and (says_causal or not is_masked):
+        return CAUSAL
+    if is_masked:
+        return MASKED
+    raise HalfstepError(
+        f"--source {source}: its model_type {kind!r} is no language model with a readout of "
+        "tokens; name a masked or a causal language model"
+    )
+
+
+def _logits_of(config: dict[str, Any], auto: str, source: str, given: Logits | None) -> Logits:
+    """Which output predicts a token, from the user or the family of the model."""
+    known = "same" if auto == MASKED else KNOWN_LOGITS.get(config["model_type"])
+    if given or known:
+        return given or known  # type: ignore[return-value]
+    raise HalfstepError(
+        f"--source {source}: is a causal language model ({config['model_type']}), which is "
+        "read as a denoiser only if it was trained as one; set logits: same, or logits: shifted "
+        "if each output predicts the next token"
+    )
+
+
+def _load(
+    config: dict[str, Any], tensors: dict[str, Tensor], auto: str, source: str
+) -> PreTrainedModel:
+    """The model of these tensors; neither a pickle nor code of the source is near transformers."""
+    with TemporaryDirectory() as name:
+        write_json(Path(name) / "config.json", without_code(config))
+        write_tensors(Path(name) / "model.safetensors", tensors, {"format": "pt"})
+        return load_pretrained(Path(name), auto, f"--source {source}")
+
+
+def _load_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        found.backend_tokenizer.to_str()
+    except Exception as error:  # transformers raises many types
+        raise HalfstepError(
+            f"--source {source}: its tokenizer cannot be read ({type(error).__name__}: "
+            f"{reason(error)}); name a model with a tokenizer.json"
+        ) from None
+    return found
+
+
+def _without_mask(
+    theirs: PreTrainedTokenizerBase, config: dict[str, Any], source: str
+) -> tuple[Tokenizer, int, Any]:
+    """The tokenizer without its mask token, that token's id, and a function from old to new ids."""
+    backend = theirs.backend_tokenizer
+    mask_id = theirs.mask_token_id
+    if mask_id is None:
+        mask_id = config.get("mask_token_id", mask_of(backend))
+    if not isinstance(mask_id, int) or backend.id_to_token(mask_id) is None:
+        raise HalfstepError(
+            f"--source {source}: has no mask token; name a model that was trained to fill in "
+            "masks, or adapt this one by training (adapt: gpt2)"
+        )
+    last = vocabulary_size(backend) - 1
+
+    def swapped(token: int) -> int:
+        return {mask_id: last, last: mask_id}.get(token, token)
+
+    return without_mask(backend, mask_id), mask_id, swapped
+
+
+def _check_rows(model: PreTrainedModel, vocabulary: int, source: str) -> None:
+    """HalfstepError unless table and readout have a row for each token, and few others."""
+    rows = [
+        len(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    if not all(vocabulary < n and vocabulary + 1 >= LEAST_TOKENS * n for n in rows):
+        raise HalfstepError(
+            f"--source {source}: its tokenizer has {vocabulary:,} tokens and the mask, but its "
+            f"table has {rows[0]:,} rows and its readout {rows[1]:,}: the tokenizer is another "
+            "model's; name a folder with the model's own tokenizer"
+        )
+
+
+def _check_length(network: TransformersNetwork, length: int, source: str) -> None:
+    most = network.most_tokens or LONGEST_TEXT
+    if length > most:
+        raise HalfstepError(
+            f"--source {source}: found {most} positions, but the length of the corpus is {length}; "
+            "change the corpus, or name another model"
+        )
+
+
+@torch.no_grad()
+def _checked_network(
+    model: PreTrainedModel, vocabulary: int, auto: str, source: str
+) -> TransformersNetwork:
+    """The network; HalfstepError unless it gives the model's logits, and reads both ways."""
+    model.config.use_cache = False
+    if auto == CAUSAL:
+        read_both_ways(model)
+    x = (torch.arange(8)[None] * 7919 + 1) % vocabulary
+    other = x.clone()
+    other[:, -1] = vocabulary
+    try:
+        expected = model(input_ids=x).logits
+        network = TransformersNetwork(model, vocabulary).eval()
+        h, changed = network(x), network(other)
+        weight, bias = network.readout
+        found = h @ weight[:vocabulary].t() + bias
+        error = (found - expected[..., :vocabulary]).abs().max() / expected.abs().max()
+        fault = None
+        if not error <= TOLERANCE:
+            fault = "its logits are no linear function of its features"
+        elif torch.equal(h[:, 0], changed[:, 0]):
+            fault = "its predictions do not depend on later tokens"
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        fault = f"{type(error).__name__}: {reason(error)}"
+    if fault:
+        raise HalfstepError(
+            f"--source {source}: {type(model).__name__} cannot be read as a denoiser ({fault}); "
+            "name another model"
+        )
+    return network
+
+
+def _framing(theirs: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """The tokens that the tokenizer puts before and after a text."""
+    backend = theirs.backend_tokenizer
+    plain, framed = (
+        backend.encode("a", add_special_tokens=special).ids for special in (False, True)
+    )
+    for start in range(len(framed) - len(plain) + 1):
+        end = start + len(plain)
+        if framed[start:end] == plain:
+            return {"begin": framed[:start], "end": framed[end:]}
+    return {"begin": [], "end": []}
+
+
+def _eos(theirs: PreTrainedTokenizerBase, framing: dict[str, list[int]], source: str) -> int:
+    """The token that ends a document, as the source numbers it."""
+    for token in (theirs.eos_token_id, theirs.sep_token_id, theirs.pad_token_id):
+        if token is not None:
+            return token
+    raise HalfstepError(
+        f"--source {source}: its tokenizer names no token that ends a text (eos_token or "
+        "sep_token); add one to its tokenizer_config.json"
+    )
+
+
+def _with_ids(config: dict[str, Any], swapped: Any) -> dict[str, Any]:
+    """A configuration whose special tokens have their new ids."""
+    changed = dict(config)
+    for key, value in config.items():
+        if key.endswith("_token_id"):
+            is_list = isinstance(value, list)
+            changed[key] = [swapped(token) for token in value] if is_list else swapped(value)
+    return changed
+
+
+def _real_text(tokenizer: Tokenizer, corpus: Path | None, length: int) -> Tensor:
+    """The beginnings of held-out windows [n, L]; a paragraph of English without a corpus."""
+    if corpus:
+        return Windows(corpus, "validation")[:WINDOWS][:, :TESTED]
+    return torch.tensor(encode_texts(tokenizer, [PARAGRAPH]))[:, : min(length, TESTED)]
+
+
+def check_logits(network: TransformersNetwork, chosen: Logits, texts: Tensor, source: str) -> None:
+    """HalfstepError if the other output predicts masked tokens of real text better, and well.
+
+    A model that predicts no better than chance in both ways is not refused.
+    """
+    losses = {
+        name: masked_losses(network, texts, name == "shifted") for name in ("same", "shifted")
+    }
+    other = "same" if chosen == "shifted" else "shifted"
+    gain = losses[chosen] - losses[other]
+    is_clear = gain.mean() > SURE * gain.std() / math.sqrt(len(gain))
+    if is_clear and losses[other].mean() < LEAST_TOKENS * math.log(network.vocabulary):
+        raise HalfstepError(
+            f"--source {source}: logits: {chosen} predicts masked tokens of real text with "
+            f"{losses[chosen].mean():.2f} nats each, {other} with {losses[other].mean():.2f}; "
+            f"set logits: {other}"
+        )
+
+
+@torch.no_grad()
+def masked_losses(network: TransformersNetwork, texts: Tensor, shifted: bool) -> Tensor:
+    """-log p of the same masked tokens of texts[n, L], in nats, [masked tokens]."""
+    denoiser = SubsDenoiser(network, LogLinear(), shifted=shifted)
+    hidden = torch.rand(texts.shape, generator=torch.Generator().manual_seed(1)) < HIDDEN
+    hidden[:, 1] = True  # at least one in a short text
+    xt = texts.masked_fill(hidden, denoiser.mask_id)
+    h = denoiser.features(xt, torch.full((len(xt),), HIDDEN), hidden)
+    return -denoiser.log_p(h).gather(-1, texts[hidden][:, None])[:, 0]

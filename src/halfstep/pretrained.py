@@ -32,9 +32,9 @@ def load_pretrained(folder: Path, auto: str, called: str = "") -> PreTrainedMode
     """The model in config.json and model.safetensors of a folder, in float32 and in eval mode.
 
     `auto` is the class of transformers that loads it: CAUSAL or MASKED; `called` is what messages
-    say for the folder. HalfstepError unless the
-    file of weights holds exactly the tensors of the network that config.json describes. Nothing of
-    the size that config.json claims is allocated before.
+    say for the folder. HalfstepError unless the file of weights holds exactly the tensors of the
+    network that config.json describes. Nothing of the size that config.json claims is allocated
+    before.
     """
     import torch
     import transformers

@@ -106,7 +106,7 @@ def test_log_p_is_that_of_the_models_own_logits(pair, copied):
     assert torch.allclose(at, expected.gather(1, tokens), atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "entropy_bounded", "energy"])
+@pytest.mark.parametrize("sampler", ["ancestral", "entropy_bounded", "energy", "speculative"])
 def test_samplers_write_the_texts_of_the_textbook(pair, sampler):
     """Given tokens are carried over; the mask token and padded rows are never drawn."""
     given = torch.full((L,), V)
@@ -166,8 +166,8 @@ def test_targets_losses_and_gradients_are_those_of_the_textbook(pair, loss):
 @torch.no_grad()
 def test_what_it_cannot_do_is_one_sentence(pair):
     x, t = masked(), torch.zeros(4)
-    with pytest.raises(HalfstepError, match="block needs a network that keeps keys and values"):
-        pair.ours.features_and_kv(x, t)
+    with pytest.raises(HalfstepError, match="found block, but SubsDenoiser keeps no keys and"):
+        sample(pair.ours, 1, L, 4, sampler="block")
     with pytest.raises(HalfstepError, match="attention of .* cannot be limited"):
         pair.ours.reading(torch.ones(L, L, dtype=torch.bool)).features(x, t)
     if pair.kind in LEARNED:

@@ -6,12 +6,10 @@ it do not see what is being written. A cache of predictions needs no sampler: a 
 pass for a step that changes nothing (tests/diffusion/test_block_sampler.py).
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from halfstep.diffusion.contracts import Denoiser, Draws, KVDenoiser, Samples
+from halfstep.diffusion.contracts import Denoiser, Draws, Samples, kv_denoiser
 from halfstep.diffusion.plans import ancestral_plan, draw_tokens
 from halfstep.errors import HalfstepError
 
@@ -34,12 +32,12 @@ def block(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int, keep_kv: bool
     on the batch; with a time-conditioned network so do the texts, whose first pass in a block has
     the time of the first reveal in the batch.
     """
-    if not hasattr(denoiser, "features_and_kv"):
+    keeping = kv_denoiser(denoiser)
+    if keeping is None:
         raise HalfstepError(
             f"sampler: found block, but {type(denoiser).__name__} keeps no keys and values; "
             "use another sampler"
         )
-    denoiser = cast(KVDenoiser, denoiser)
     x, evaluations = x.clone(), 0.0
     N, L = x.shape
     u_reveal, u_token = draws.uniforms(N, 2 * L).to(x.device).split(L, 1)
@@ -55,10 +53,10 @@ def block(denoiser: Denoiser, x: Tensor, draws: Draws, steps: int, keep_kv: bool
                 continue
             t = torch.full((N,), 1 - (first_step + step) / steps, device=x.device)
             if kv is None or not keep_kv:
-                h, kv = denoiser.features_and_kv(x, t, places)
+                h, kv = keeping.features_and_kv(x, t, places)
                 evaluations += 1
             else:
-                h, kv = denoiser.features_and_kv(x, t, places, kv)
+                h, kv = keeping.features_and_kv(x, t, places, kv)
                 evaluations += (end - start) / L
             new = x[:, part].clone()
             new[reveal] = draw_tokens(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -117,6 +117,15 @@ class KVDenoiser(Denoiser, Protocol):
         keys and values of the other positions from there.
         """
         ...
+
+
+def kv_denoiser(denoiser: Denoiser) -> KVDenoiser | None:
+    """The denoiser, if it can keep keys and values.
+
+    One whose `keeps_kv` is false cannot, though its class has the member for other networks.
+    """
+    able = hasattr(denoiser, "features_and_kv") and getattr(denoiser, "keeps_kv", True)
+    return cast(KVDenoiser, denoiser) if able else None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from halfstep.diffusion.contracts import (
     Denoiser,
     Draws,
     KeptKV,
-    KVDenoiser,
     Samples,
+    kv_denoiser,
 )
 from halfstep.diffusion.energy import needed_scorer
 from halfstep.errors import HalfstepError
@@ -261,12 +260,12 @@ class _Texts:
         The pass ends at stop[R] and computes equally many tokens of each text, so that no draft
         depends on how many tokens of another text are accepted.
         """
-        if not hasattr(self.denoiser, "features_and_kv"):
+        keeping, width = kv_denoiser(self.denoiser), min(2 * n + 1, self.length)
+        if keeping is None:
             return self.denoiser.features(x, t, where)
-        denoiser, width = cast(KVDenoiser, self.denoiser), min(2 * n + 1, self.length)
         start = (stop - width).clamp(min=0)
         places = start[:, None] + torch.arange(width, device=x.device)
-        h, self.kv = denoiser.features_and_kv(x, t, places, self.kv)
+        h, self.kv = keeping.features_and_kv(x, t, places, self.kv)
         texts, columns = where
         return h[texts, columns - start[texts]]
 

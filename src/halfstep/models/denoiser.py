@@ -65,6 +65,11 @@ class SubsDenoiser:
         texts, places = where if isinstance(where, tuple) else where.nonzero(as_tuple=True)
         return self._pass(xt, self._sigma(t), (texts, (places - 1) % xt.shape[1]))
 
+    @property
+    def keeps_kv(self) -> bool:
+        """Whether the network can keep keys and values, as `features_and_kv` needs."""
+        return not isinstance(self.network, TransformersNetwork)
+
     def features_and_kv(
         self, xt: Tensor, t: Tensor, places: Tensor, kv: list[BlockKV] | None = None
     ) -> tuple[Tensor, list[BlockKV]]:

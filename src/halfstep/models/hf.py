@@ -46,16 +46,12 @@ class TransformersNetwork(nn.Module):
     ) -> Tensor:
         """Token ids x[B, L] -> features h[B, L, D]; arguments and shapes are those of `DiT`.
 
-        `sigma` is not read. HalfstepError if a text is longer than the model's positions, if keys
-        and values are to be kept, or if only some pairs of positions are to be read.
+        `sigma` is not read, and no keys and values can be kept. HalfstepError if a text is longer
+        than the model's positions, or if only some pairs of positions are to be read.
         """
-        name = type(self.model).__name__
-        if kept is not None or positions is not None:
-            raise HalfstepError(
-                f"sampler: block needs a network that keeps keys and values, and {name} keeps "
-                "none; choose another sampler"
-            )
+        assert kept is None and positions is None
         if pairs is not None:
+            name = type(self.model).__name__
             raise HalfstepError(
                 f"anneal_attention: the attention of {name} cannot be limited; leave it out"
             )

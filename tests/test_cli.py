@@ -179,7 +179,7 @@ def completed(script, *words):
     array = " ".join(f"'{word}'" for word in ("halfstep", *words))
     call = f"COMP_WORDS=({array}); COMP_CWORD={len(words)}; _tyro_halfstep"
     lines = f'{script}\n{call}\nprintf "%s\\n" "${{COMPREPLY[@]}}"'
-    done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash"], input=lines, capture_output=True, text=True, timeout=60)
     return {line.split("\t")[0] for line in done.stdout.splitlines()}
 
 

@@ -133,7 +133,7 @@ def test_tables_and_figure_of_real_rows(pipeline, swept, tmp_path):
     rows = [frontier_of(swept, "teacher"), frontier_of(swept, "student")]
     tabulate("temperatures", rows, tmp_path / "temperatures")
     text = (tmp_path / "temperatures.md").read_text()
-    assert "teacher, 8 steps" in text and "kl_backward round 1, 8 steps" in text
+    assert "teacher, 8 steps" in text and "reverse KL round 1, 8 steps" in text
     samples = [pipeline.metrics / "teacher/samples.json", pipeline.metrics / "data.json"]
     tabulate("steps", samples, tmp_path / "steps")
     tables = [tmp_path / "steps.csv", tmp_path / "temperatures.csv"]

@@ -14,6 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -132,12 +133,11 @@ def runs(shown: Shown) -> dict[str, dict]:
 
 def test_the_server_listens_on_loopback_alone_and_checks_the_host(shown):
     """Also where the user's environment says otherwise."""
-    ends = [
-        end.laddr
-        for process in shown.processes
-        for end in process.net_connections("inet")
-        if end.status == psutil.CONN_LISTEN
-    ]
+    ends = []
+    for process in shown.processes:
+        with suppress(psutil.NoSuchProcess):  # a worker may have ended
+            found = process.net_connections("inet")
+            ends += [end.laddr for end in found if end.status == psutil.CONN_LISTEN]
     assert {(end.ip, end.port) for end in ends} == {("127.0.0.1", shown.port)}
     with pytest.raises(urllib.error.HTTPError, match="403"):
         ask(shown, "api/2.0/mlflow/experiments/search?max_results=1", Host="evil.example")

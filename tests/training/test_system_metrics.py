@@ -65,6 +65,7 @@ def test_every_log_line_has_the_model_flops_utilization(pipeline, tmp_path, monk
     one, which is computed for the masked half alone; 3 V D for half the readout.
     """
     monkeypatch.setattr(loop, "peak_flops", lambda device, precision: 1e9)
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow terminal would leave it out
     options = "--size tiny --num-steps 3 --batch-size 8 --warmup-steps 1 --precision float32"
     place = f"--corpus {pipeline.corpus} --output {tmp_path}/t/out --device cpu --threads 1"
     assert call(f"pretrain {options} {place}") == 0

@@ -102,8 +102,8 @@ def _against_baseline(
     if equal.empty:
         text = (
             f"{model_label(best)}: at none of {join_values(rows['steps'])} steps is its {name} as "
-            f"low as the baseline's {reading_cell(baseline)}; the lowest of these is {reading_cell(best)} "
-            f"with {best.steps} steps: {NO_GAIN}"
+            f"low as the baseline's {reading_cell(baseline)}; the lowest of these is "
+            f"{reading_cell(best)} with {best.steps} steps: {NO_GAIN}"
         )
         return text, False
     student = next(equal.itertuples())

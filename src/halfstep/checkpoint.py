@@ -15,9 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
-
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from halfstep.config import Network, Precision
 from halfstep.errors import HalfstepError, excerpt, reason
@@ -29,6 +27,7 @@ from halfstep.files import (
     write_json,
     write_tensors,
 )
+from halfstep.meta import Meta
 from halfstep.resolve import check_fields
 from halfstep.tensors import DAMAGED, check_finite, check_optimizer_state, check_weights
 
@@ -52,65 +51,8 @@ OPTIMIZER = "optimizer.safetensors"
 LARGEST_PUBLISHED = 1 << 42  # bytes of a file of a published baseline
 HF_FILES = ("hf/model.safetensors", "hf/config.json")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
-LARGEST_VOCABULARY = 1 << 31  # ids of samples are int32
-LONGEST_TEXT = 1 << 20  # tokens
 BYTES_PER_WEIGHT = 64  # no file of a checkpoint has more
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-Count = Annotated[int, Field(ge=0)]
-
-
-class Trained(BaseModel):
-    """How a model was trained, as far as a later round depends on it."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    min_t: Annotated[float, Field(ge=0, lt=1)] = 0.0
-
-
-class Transformers(BaseModel):
-    """The entry `transformers` of meta.json: a diffusion model's network that transformers builds.
-
-    auto: class of transformers that builds it; config: content of its config.json
-    mask_id: its mask token at the source, which here is the last token and has changed ids with it
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    auto: Literal["AutoModelForMaskedLM", "AutoModelForCausalLM"]
-    config: dict[str, Any]
-    mask_id: Count
-
-
-class Framing(BaseModel):
-    """The tokens that the source of an imported model puts before and after a text."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    begin: list[Count] = []
-    end: list[Count] = []
-
-
-class Meta(BaseModel):
-    """What a meta.json must and may hold; other keys are records for people."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    kind: str
-    network: Network
-    vocab_size: Annotated[int, Field(ge=1, lt=LARGEST_VOCABULARY)]
-    eos_id: Count
-    length: Annotated[int, Field(ge=3, le=LONGEST_TEXT)]
-    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
-    round: Count = 0
-    student_steps: PositiveInt | None = None
-    ema_updates: Count = 0
-    training: Trained = Trained()
-    run: dict[str, Any] = {}
-    imported: dict[str, Any] = {}
-    adapted: dict[str, Any] = {}
-    corpus: str | None = None
-    transformers: Transformers | None = None
-    framing: Framing | None = None
 
 
 @dataclass(frozen=True, repr=False)

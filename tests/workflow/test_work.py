@@ -15,9 +15,10 @@ from halfstep.metrics import lambada
 from halfstep.models import flops
 from halfstep.workflow import work as module
 from halfstep.workflow.calls import Call
+from halfstep.workflow.drawing import SAMPLER_PASSES, nonempty_steps
 from halfstep.workflow.prices import Prices
 from halfstep.workflow.rates import Rates
-from halfstep.workflow.work import MASKED, SAMPLER_PASSES, WORK, nonempty_steps
+from halfstep.workflow.work import MASKED, WORK
 
 PROMPTS = "--num-prompts 3 --per-prompt 6 --prompt-tokens 8 --continuation-tokens 12"
 PROMPTS += " --document-tokens 20"

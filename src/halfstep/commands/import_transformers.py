@@ -12,13 +12,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from halfstep.checkpoint import LONGEST_TEXT
 from halfstep.config import Network
 from halfstep.data.pack import Windows, check_tokens, read_manifest
 from halfstep.data.tokenizer import encode_texts, mask_of, vocabulary_size, without_mask
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import write_json, write_tensors
+from halfstep.meta import LONGEST_TEXT
 from halfstep.models import hub
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.hf import TransformersNetwork, read_both_ways, swap_rows

@@ -7,9 +7,9 @@ import math
 from halfstep.config import BenchmarkOptions, Config, DrawOptions, shape_of_size
 from halfstep.models.flops import denoiser_shape, forward_flops
 from halfstep.resolve import flags
+from halfstep.workflow.drawing import SAMPLER_PASSES, draft_reads
 from halfstep.workflow.machine import demand_of
 from halfstep.workflow.networks import GPT2_TOKENS
-from halfstep.workflow.work import SAMPLER_PASSES
 
 TRAINED = "trained"
 """Stands for a size in the name of a job: the trained network of its teacher."""
@@ -131,10 +131,13 @@ def _costs(draws: DrawOptions, steps: int, length: int) -> tuple[float, float, f
         texts of this length that networks read, positions that they read out, and passes over a
         few tokens, which take as long as those of a decoder
     """
-    if draws.sampler == "speculative":  # as in work.py: no drafted token is accepted
-        drafts, drafted = min(steps, length), draws.draft_tokens or 4
-        read = length + drafts * (3 * drafted + 2)
-        return read / length, drafts * (2 * drafted + 1), 2 * drafts
+    if draws.sampler == "speculative":
+        reads = draft_reads(draws.draft_tokens or 4, steps, length, length)
+        return (
+            (reads.denoiser + reads.scorer) / length,
+            reads.drafted + reads.scorer,
+            2 * reads.drafts,
+        )
     passes, rows = SAMPLER_PASSES[draws.sampler](steps, length, length)
     asked = passes * (draws.candidates or 8) if draws.sampler == "energy" else 0
     return passes + asked, rows + asked * length, 0

@@ -18,11 +18,11 @@ Outputs, for `trained` and for each size that is timed with untrained weights:
 rule latency:
     """Time how long students and baselines take to write texts of one length."""
     input:
-        checkpoint=targets.timed_models,
-        scorer=targets.timed_scorer,
+        checkpoint=targets.timings.models,
+        scorer=targets.timings.scorer,
         baseline=lambda wildcards: [
             f"{folder}/{file}"
-            for folder in targets.timed_baseline(wildcards)
+            for folder in targets.timings.baseline(wildcards)
             for file in ("meta.json", "hf/config.json")  # hf/ is what other engines load
         ],
     output:
@@ -33,24 +33,24 @@ rule latency:
     benchmark:
         "results/logs/latency/{teacher}/{size}/{cases}.tsv"
     wildcard_constraints:
-        size=one_of({name.split("/")[1] for name in targets.timings}),
-        cases=one_of({name.split("/")[2] for name in targets.timings}),
+        size=one_of({name.split("/")[1] for name in targets.timings.jobs}),
+        cases=one_of({name.split("/")[2] for name in targets.timings.jobs}),
     conda:
         "../envs/gpu.yaml"
     threads: all_cores  # nothing else may run during a timing
     resources:
         **machine("latency"),
     params:
-        checkpoint=lambda wildcards: " ".join(
-            str(Path(file).parent) for file in targets.timed_models(wildcards)
-        ),
-        network=targets.timed_network,
-        benchmark=lambda wildcards: flags(targets.timed(wildcards)),
+        checkpoint=lambda wildcards: [
+            str(Path(file).parent) for file in targets.timings.models(wildcards)
+        ],
+        network=targets.timings.network,
+        benchmark=lambda wildcards: flags(targets.timings.options(wildcards)),
         code=STAGE["latency"],
     shell:
         r"""
         halfstep latency \
-            --checkpoint {params.checkpoint} \
+            --checkpoint {params.checkpoint:q} \
             {params.network} \
             --output {output.rows:q} \
             {params.benchmark} \

@@ -128,8 +128,8 @@ def resource(kind, name):
     """One resource as a function, which Snakemake evaluates for each job."""
 
     def base(wildcards, attempt):
-        size, minutes = targets.network_size(wildcards), targets.minutes(wildcards, kind)
-        return base_resources(size, kind, attempt, SITE, minutes)[name]
+        minutes = targets.timings.minutes(wildcards) if kind == "latency" else None
+        return base_resources(targets.network_size(wildcards), kind, attempt, SITE, minutes)[name]
 
     def spread(wildcards, input, attempt, threads, rulename):
         def asked(other):

@@ -107,7 +107,7 @@ def test_a_preset_with_published_teachers_has_exactly_these_jobs(workflow, prese
     assert list(targets.varied) == [f"{name}/released-noise" for name in denoisers if has_noise]
     for rule in ("generate", "score_samples"):
         expected |= {f"{rule} {drawn}" for drawn in targets.varied}
-    expected |= {f"latency {timed.replace('/', ' ')}" for timed in targets.timings}
+    expected |= {f"latency {timed.replace('/', ' ')}" for timed in targets.timings.jobs}
     for rule in ("score_tasks", "score_perplexity"):
         expected |= {f"{rule} {model}" for model in targets.final_models() if asks_for_tasks}
     if trained:

@@ -91,7 +91,7 @@ def test_lengths_of_a_tiny_network_share_a_job_where_their_steps_are_the_same():
 
 def test_further_sizes_are_timed_once_for_all_teachers():
     found = Targets(config("owt-scaling"))
-    sizes = [name.split("/")[:2] for name in found.timings]
+    sizes = [name.split("/")[:2] for name in found.timings.jobs]
     assert ["owt-small-400k", "1.3B"] in sizes
     assert [teacher for teacher, size in sizes if size != "trained"] == ["owt-small-400k"] * 30
 
@@ -124,7 +124,7 @@ def flops(size: str, options: BenchmarkOptions) -> float:
 def test_no_job_needs_more_than_half_of_its_limit_on_a_common_gpu(preset):
     """At 150 TFLOP/s, which an A100 sustains; a day is the limit of many sites."""
     found = Targets(config(preset))
-    for name, options in found.timings.items():
+    for name, options in found.timings.jobs.items():
         teacher, size, _ = name.split("/")
         if size == "trained":
             size = found.config.teachers[teacher].network.size
@@ -164,25 +164,26 @@ def with_variants(**benchmark):
 
 
 def test_a_variant_is_timed_with_the_models_that_it_draws():
-    """By default the teacher and the last round; in a job of its own, in all batch sizes."""
+    """By default the teacher and the last round; each variant is one job, in all batch sizes."""
     found = Targets(with_variants())
     models = {}
-    for name, options in found.timings.items():
+    for name, options in found.timings.jobs.items():
         if "variant-" in name:
             teacher, size, cases = name.split("/")
             job = SimpleNamespace(teacher=teacher, size=size, cases=cases)
-            models[cases] = [file.split("/", 3)[3] for file in found.timed_models(job)]
+            models[cases] = [file.split("/", 3)[3] for file in found.timings.models(job)]
             assert (options.lengths, options.batch_sizes[-1]) == ([256], 64)
-            assert found.minutes(job, "latency") >= FEWEST_MINUTES
-            assert "--baseline results/models/stories-tiny/baseline" in found.timed_network(job)
+            assert found.timings.minutes(job) >= FEWEST_MINUTES
+            assert "--baseline results/models/stories-tiny/baseline" in found.timings.network(job)
     teacher, last = "teacher/meta.json", "kl_backward/round-7/meta.json"
     assert models == {
         "variant-sure": [teacher, last],
         "variant-drafts": ["kl_backward/round-4/meta.json", last],
         "variant-scored": [teacher],
     }
-    assert found.timings["stories-tiny/trained/variant-sure"].benchmark_steps == [16, 64]
-    assert not [name for name in Targets(with_variants(timed_variants=[])).timings if "var" in name]
+    assert found.timings.jobs["stories-tiny/trained/variant-sure"].benchmark_steps == [16, 64]
+    none = Targets(with_variants(timed_variants=[])).timings.jobs
+    assert not [name for name in none if "variant-" in name]
 
 
 def test_another_option_of_a_variant_reruns_its_job_alone():
@@ -191,10 +192,10 @@ def test_another_option_of_a_variant_reruns_its_job_alone():
     def flags_of(config):
         found = Targets(config)
         jobs = {}
-        for name, options in found.timings.items():
+        for name, options in found.timings.jobs.items():
             teacher, size, cases = name.split("/")
             job = SimpleNamespace(teacher=teacher, size=size, cases=cases)
-            jobs[cases] = flags(options), found.timed_network(job), found.timed_models(job)
+            jobs[cases] = flags(options), found.timings.network(job), found.timings.models(job)
         return jobs
 
     before = flags_of(with_variants())

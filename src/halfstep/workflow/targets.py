@@ -15,33 +15,25 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
 from halfstep.config import (
     NAIVE,
     OF_SAMPLERS,
-    BenchmarkOptions,
     Config,
     Distillation,
-    DrawOptions,
     RunOptions,
     SampledModels,
     Teacher,
 )
 from halfstep.data.files import find_files
 from halfstep.report import catalogue
-from halfstep.resolve import flags, subsection
+from halfstep.resolve import subsection
 from halfstep.seeds import first_training, repeat_names, repeat_seed
 from halfstep.workflow.sources import Sources, is_hub_name
-from halfstep.workflow.timings import (
-    TRAINED,
-    VARIANT,
-    latency_jobs,
-    latency_minutes,
-    variant_job,
-)
+from halfstep.workflow.timed import Timings
+from halfstep.workflow.timings import TRAINED
 
 CHECKPOINT = [
     "model.safetensors",
@@ -131,17 +123,8 @@ class Targets:
         temperature is a point of its model's curve, and has none itself"""
         self.on_frontier = [*self.frontier_models(), *self.varied_frontier]
         """all whose samples are on the frontier, models and variants"""
-        self.timings = {
-            f"{name}/{job}": options
-            for name in self.teachers
-            for job, options in latency_jobs(config, name).items()
-        }
-        """what is timed, by the name of the job: {teacher}/{size}/{cases}"""
-        for variant, name in product(config.benchmark.timed_variants, self.teachers):
-            if models := self._timed_models(name, variant):
-                counts = {steps for model in models for steps in self.step_counts(model)}
-                job = f"{name}/{TRAINED}/{VARIANT}{variant}"
-                self.timings[job] = variant_job(config, name, sorted(counts))
+        self.timings = Timings(self)
+        """the jobs that time"""
 
     def teacher(self, wildcards: Wildcards) -> Teacher:
         """The section of `teachers` that a job belongs to."""
@@ -192,88 +175,16 @@ class Targets:
 
     def scorer(self, wildcards: Wildcards) -> list[str]:
         """The file that stands for the baseline that a sampler asks, if it asks one of ours."""
-        folder = self.sampling(wildcards).scorer
+        return self.scorer_file(self.sampling(wildcards).scorer)
+
+    def scorer_file(self, folder: str | None) -> list[str]:
+        """The file that stands for this scorer, if it is a model of the graph."""
         return [f"{folder}/meta.json"] if folder and folder.startswith("results/models/") else []
 
     def network_size(self, wildcards: Wildcards) -> str:
         """The size of the networks that a job trains, samples from, scores or times."""
         size = getattr(wildcards, "size", TRAINED)
         return self.teacher(wildcards).network.size if size == TRAINED else size
-
-    def timed(self, wildcards: Wildcards) -> BenchmarkOptions:
-        """What a job of `latency` times."""
-        return self.timings[f"{wildcards.teacher}/{wildcards.size}/{wildcards.cases}"]
-
-    def _timed_models(self, teacher: str, variant: str) -> list[str]:
-        """The names of samples, {model}/{variant}, with which a variant of a teacher is timed.
-
-        They are of all rounds that the variant names, or else of the teacher and the last rounds;
-        repeats of a training have no timings.
-        """
-        final = self.final_models()
-        return [
-            name
-            for name, (model, of) in self.varied.items()
-            if of == variant
-            and model.startswith(f"{teacher}/")
-            and not model.endswith("/baseline")
-            and repeat_seed(model) is None
-            and (self.config.sampling.variants[variant].rounds or model in final)
-        ]
-
-    def timed_models(self, wildcards: Wildcards) -> list[str]:
-        """The files that stand for the students of a job; of a variant they are several."""
-        variant = self._timed_variant(wildcards)
-        models = [f"{wildcards.teacher}/teacher"]  # a student has the same network
-        if variant:
-            names = self._timed_models(wildcards.teacher, variant)
-            models = [self.varied[name][0] for name in names]
-        return [f"results/models/{model}/meta.json" for model in models]
-
-    def _timed_variant(self, wildcards: Wildcards) -> str:
-        """The variant that a job of `latency` times; "" if it times none."""
-        found = wildcards.cases.startswith(VARIANT)
-        return wildcards.cases.removeprefix(VARIANT) if found else ""
-
-    def timed_draws(self, wildcards: Wildcards) -> DrawOptions | None:
-        """How a variant draws that is timed; the dtype is that of all timings."""
-        variant = self._timed_variant(wildcards)
-        if not variant:
-            return None
-        draws = subsection(self.config.sampling.variants[variant], DrawOptions)
-        return draws.model_copy(update={"precision": DrawOptions.model_fields["precision"].default})
-
-    def timed_scorer(self, wildcards: Wildcards) -> list[str]:
-        """The file that stands for the scorer of a timed variant, if it names one of ours."""
-        draws = self.timed_draws(wildcards)
-        folder = draws.scorer if draws else None
-        return [f"{folder}/meta.json"] if folder and folder.startswith("results/models/") else []
-
-    def timed_baseline(self, wildcards: Wildcards) -> list[str]:
-        """The folder of the baseline that is timed together with a trained network."""
-        model = f"{wildcards.teacher}/baseline"
-        is_timed = wildcards.size == TRAINED and model in self.models
-        return [f"results/models/{model}"] if is_timed else []
-
-    def timed_network(self, wildcards: Wildcards) -> str:
-        """The flags of `latency` that name what else it times, if anything."""
-        if wildcards.size != TRAINED:
-            return f"--size {wildcards.size}"
-        words = [f"--baseline {folder}" for folder in self.timed_baseline(wildcards)]
-        if draws := self.timed_draws(wildcards):
-            words += [f"--variant {self._timed_variant(wildcards)}", flags(draws)]
-        return " ".join(filter(None, words))
-
-    def minutes(self, wildcards: Wildcards, kind: str) -> int | None:
-        """Time limit of a job where it depends on more than the size of its network."""
-        if kind != "latency":
-            return None
-        return latency_minutes(
-            self.network_size(wildcards),
-            self.timed(wildcards),
-            len(self.timed_models(wildcards)),
-            self.timed_draws(wildcards),
-        )
 
     def baseline_file(self, wildcards: Wildcards) -> list[str]:
         """The file that stands for a published baseline, unless it comes from the hub."""
@@ -495,7 +406,7 @@ class Targets:
             varied_frontier=self.varied_frontier,
             infilled=self.infilled(),
             examined=self.final_models(),
-            timed=self.timings,
+            timed=self.timings.jobs,
         )
 
     def figure_inputs(self) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from halfstep import checkpoint, timing
-from halfstep.commands import benchmark, writers
+from halfstep.commands import benchmark, timed_sides, writers
 from halfstep.commands.decoders import Side, TimedDraws
 from halfstep.config import BenchmarkOptions, DrawOptions, Machine
 from halfstep.diffusion.contracts import Draws
@@ -168,7 +168,7 @@ def test_rows_of_other_settings_are_measured_again(world, tmp_path, capsys, chan
     rows = latency_rows(world, tmp_path, **keys)
     device = torch.device("cpu")
     teacher, baseline = world.models / "teacher", world.models / "baseline"
-    sides = benchmark._trained_sides([teacher], baseline, BenchmarkOptions(), TimedDraws(), device)
+    sides = timed_sides.trained_sides([teacher], baseline, BenchmarkOptions(), TimedDraws(), device)
     options = BenchmarkOptions(**{"batch_sizes": [2], "benchmark_steps": [2], "repeats": 3} | keys)
     settings = benchmark._settings(sides, options, device)
     partial = tmp_path / "rows.partial"
@@ -238,7 +238,7 @@ def test_transformers_and_untrained_sizes_in_bfloat16(world, tmp_path, monkeypat
 def test_lengths_beyond_the_positions_of_a_network_of_transformers(world, tmp_path, capsys):
     """A GPT-2 of 8 positions: transformers alone decodes it, and a line says what is left out."""
     transformers = pytest.importorskip("transformers")
-    student = benchmark.load_checkpoint(world.models / "teacher")
+    student = timed_sides.load_checkpoint(world.models / "teacher")
     config = transformers.GPT2Config(
         vocab_size=student.vocab_size, n_positions=8, n_embd=16, n_layer=1, n_head=2
     )
@@ -247,7 +247,7 @@ def test_lengths_beyond_the_positions_of_a_network_of_transformers(world, tmp_pa
     baseline = Side("t/baseline", replace(student, network=network), tmp_path / "hf")
     options = BenchmarkOptions(lengths=[8, 9], batch_sizes=[1], benchmark_steps=[2], repeats=3)
     kept = benchmark.KeptRows(tmp_path / "rows.partial", {})
-    sides = benchmark.Sides([Side("t/teacher", student)], baseline)
+    sides = timed_sides.Sides([Side("t/teacher", student)], baseline)
     benchmark._time_sides(sides, options, torch.device("cpu"), kept)
     found = [(row["length"], row["sampler"]) for row in kept.rows]
     assert found == [(8, "ancestral"), (8, "transformers"), (9, "ancestral")]
@@ -333,7 +333,7 @@ def test_a_stopped_variant_is_continued_only_with_the_same_draws(world, tmp_path
     draws, device = DrawOptions(**DRAFTS), torch.device("cpu")
     named = TimedDraws("drafts", draws)
     teacher, baseline = world.models / "teacher", world.models / "baseline"
-    sides = benchmark._trained_sides([teacher], baseline, options, named, device)
+    sides = timed_sides.trained_sides([teacher], baseline, options, named, device)
     assert sides.scorer is sides.baseline.model
     settings = benchmark._settings(sides, options, device)
     rows = latency_rows(world, tmp_path, draws=draws, **keys)

@@ -22,6 +22,7 @@ BELOW = {
     "renamed",
     "resolve",
     "checkpoint",
+    "meta",
     "timing",
     "progress",
     "pretrained",

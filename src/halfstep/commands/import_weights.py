@@ -107,27 +107,48 @@ def import_checkpoint(  # noqa: PLR0913  the flags of the command
         states["ema"] = raw | {key: value.float() for key, value in published.ema.items()}
     if vocabulary_size(tokens) != vocabulary:
         vocabulary = _cut_vocabulary(states, published, vocabulary_size(tokens))
-    meta = {
-        "kind": "diffusion",
-        "network": network.model_dump(),
-        "vocab_size": vocabulary,
-        "eos_id": tokens.token_to_id(EOS),
-        "length": length,
-        "corpus": corpus.name if corpus else None,
-        "training": {"min_t": Training().min_t},
-        **lineage(source, student),
-        "ema_updates": 0,
-        "imported": {
+    meta = _meta_of_import(
+        network,
+        vocabulary,
+        tokens.token_to_id(EOS),
+        length,
+        corpus,
+        lineage(source, student),
+        {
             "source": source,
             "revision": revision or None,
             "file": published.file.name,
             "sha256": sha256(published.file),
             "weights": _imported_weights(published, weights, source),
         },
-    }
+    )
     _check_states(states, meta, published.file)
     _write_imported(output, states, meta, tokens, weights)
     _write_record(output, [*published.files, published.file.parent / "config.json"], corpus)
+
+
+def _meta_of_import(
+    network: Network,
+    vocabulary: int,
+    eos_id: int,
+    length: int,
+    corpus: Path | None,
+    made_from: dict[str, Any],
+    imported: dict[str, Any],
+) -> dict[str, Any]:
+    """The content of the meta.json of a diffusion model that was trained elsewhere."""
+    return {
+        "kind": "diffusion",
+        "network": network.model_dump(),
+        "vocab_size": vocabulary,
+        "eos_id": eos_id,
+        "length": length,
+        "corpus": corpus.name if corpus else None,
+        "training": {"min_t": Training().min_t},
+        **made_from,
+        "ema_updates": 0,
+        "imported": imported,
+    }
 
 
 def _check_size(network: Network, size: str | None, source: object) -> None:
@@ -160,25 +181,18 @@ def _write_source(
     """Write the checkpoint of a model of transformers."""
     _check_size(found.network, size, source)
     _, _, revision = source.partition("@")
-    meta = {
-        "kind": "diffusion",
-        "network": found.network.model_dump(),
-        "vocab_size": vocabulary_size(found.tokenizer),
-        "eos_id": found.eos_id,
-        "length": found.length,
-        "corpus": corpus.name if corpus else None,
-        "training": {"min_t": Training().min_t},
-        **lineage(source, student),
-        **found.about,
-        "ema_updates": 0,
-        "imported": {
-            "source": source,
-            "revision": revision or None,
-            "file": found.files[0].name,
-            "sha256": sha256(found.files[0]),
-            "weights": "the one set it has",
-        },
+    about = {
+        "source": source,
+        "revision": revision or None,
+        "file": found.files[0].name,
+        "sha256": sha256(found.files[0]),
+        "weights": "the one set it has",
     }
+    made_from = lineage(source, student) | found.about
+    vocabulary = vocabulary_size(found.tokenizer)
+    meta = _meta_of_import(
+        found.network, vocabulary, found.eos_id, found.length, corpus, made_from, about
+    )
     states = {"raw": found.state, "ema": found.state}
     _check_states(states, meta, found.files[0])
     _write_imported(output, states, meta, found.tokenizer, "raw")

@@ -328,7 +328,7 @@ def with_other_tokens(folder):
             "bert",
             change("config.json", model_type="own", auto_map={"AutoConfig": "evil.Config"}),
             {},
-            "'own' has code of its own, which is not run",
+            "'own' has its code in the repository, which is not run",
         ),
         ("bert", with_a_program, {}, "pytorch_model.bin: .*(may not be|holds|names)"),
         ("bert", without_a_tensor, {}, "missing keys, the first is"),

@@ -319,7 +319,7 @@ class Targets:
     def frontier_steps(self, model: str) -> list[int]:
         """Numbers of sampling steps at which a model, or a variant of it, is on the frontier.
 
-        A variant with step counts of its own is there at these.
+        A variant that names its step counts is there at these.
         """
         drawn, options = self._drawn(model)
         sampling = self.config.sampling

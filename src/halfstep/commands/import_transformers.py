@@ -126,8 +126,9 @@ def _auto_class(config: dict[str, Any], source: str) -> str:
 
     kind = str(config.get("model_type"))
     if kind not in transformers.CONFIG_MAPPING:
-        code = "auto_map" in config
-        found = "its code in the repository, which is not run" if code else "no code in transformers"
+        found = "no code in transformers"
+        if "auto_map" in config:
+            found = "its code in the repository, which is not run"
         raise HalfstepError(
             f"--source {source}: its model_type {kind[:80]!r} has {found}; name a model that "
             f"transformers {transformers.__version__} knows, or an export of halfstep"

@@ -66,7 +66,7 @@ def test_the_headline_names_the_calls_of_the_network_where_they_are_known():
     rows = [one | {"network_evaluations": calls[one["steps"]]} for one in rows]
     (headline,) = sentences.headlines(tidy(pandas.DataFrame(rows)))
     assert sentences.headline_sentence(headline).endswith(
-        "better with 1/4 of the steps (62.9 calls of the network against 163)"
+        "better with 1/4 of the steps (62.9 network evaluations against 163)"
     )
 
 
@@ -177,6 +177,21 @@ def test_a_sample_is_found_by_its_number(tmp_path, number, found):
     file.write_text("=== 0\none\ntwo\n=== 1\nthree\n")
     assert sentences.sample_text(file, number) == found
     assert sentences.sample_text(tmp_path / "none", number) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("<e> of a story.<e>One day.<e>Then two.<e>And", "One day.\n\nThen two.\n\nAnd"),
+        ("of a story.<e><e> One day.<e>Then", "One day.\n\nThen"),
+        ("of a story.<e>One day", "of a story.<e>One day"),
+        ("<e>One long document.", "<e>One long document."),
+    ],
+)
+def test_a_sample_begins_with_its_first_whole_document(tmp_path, written, shown):
+    end = "<|endoftext|>"
+    (tmp_path / "samples.txt").write_text("=== 0\n" + written.replace("<e>", end) + "\n")
+    assert sentences.sample_text(tmp_path / "samples.txt", 0) == shown.replace("<e>", end)
 
 
 def test_a_long_sample_is_cut_at_a_word(tmp_path):

@@ -144,7 +144,7 @@ def test_markdown_reads_as_a_grid_with_conditions_below(unchanged):
         "squared error round 2",
     ]
     assert rows[2][1] == "150 ±6"
-    assert "Without sampling steps: baseline: 9.40 ±0.38; data: 7.20 ±0.29." in text
+    assert "Without sampling steps: autoregressive: 9.40 ±0.38; held-out text: 7.20 ±0.29." in text
     judge = "results/models/stories-tiny/baseline@aabbccddeeff (float32)"
     taken = (
         "data stories@001122334455; sampler ancestral; draws float64; n 512; seed 1; "
@@ -152,7 +152,7 @@ def test_markdown_reads_as_a_grid_with_conditions_below(unchanged):
     )
     assert f"Judge {judge}; protocol ids v1; {taken}" in text
     assert f"Protocol unigram v1; {taken}" in text
-    assert "(+2.8%)" in text and "called once per sampling step" in text
+    assert "(+2.8%)" in text and "one network evaluation per sampling step" in text
     speed = (results / "tables" / "speed.md").read_text()
     assert "| 64 × 8 " in speed and "270 ±" in speed and "(8.3×)" in speed
     assert "accuracy, parallel" in (results / "tables" / "lambada.md").read_text()
@@ -425,7 +425,9 @@ def test_a_metric_that_ranks_a_naive_sampler_above_the_teacher_is_marked(
     values = {"unigram": better, "bigram": worse, "cut_and_paste": worse}
     lines = naive_sentences(results, metric, **values)
     grids = 2 if metric == "generative_perplexity" else 1
-    marked = "**unigram ranks above the teacher: this metric alone is no evidence of quality.**"
+    marked = (
+        "**Random tokens rank above the teacher: this metric alone is no evidence of quality.**"
+    )
     assert sum(line.startswith(marked) for line in lines) == grids
     values["unigram"] = worse
     assert not any(marked in line for line in naive_sentences(results, metric, **values))
@@ -436,7 +438,8 @@ def test_the_steps_at_which_a_naive_sampler_ranks_above_the_teacher_are_named(re
     lines = naive_sentences(
         results, "generative_perplexity", unigram=140.0, bigram=140.0, cut_and_paste=1e4
     )
-    first = "unigram ranks above the teacher at 8 steps. bigram ranks above the teacher at 8 steps."
+    above = "rank above the teacher at 8 steps."
+    first = f"Random tokens {above} Random token pairs {above}"
     assert lines[:1] == [first]
     overlap = dict(unigram=140.0, bigram=140.0, cut_and_paste=1e4, half=20)
     assert naive_sentences(results, "generative_perplexity", **overlap) == []
@@ -451,7 +454,8 @@ def test_naive_samplers_have_a_line_in_tables_and_are_levels_in_figures(unchange
     results, tables = unchanged
     table = tables["steps"]
     text = (results / "tables" / "steps.md").read_text()
-    assert "Naive samplers: unigram: 180 ±7; bigram: 180 ±7; cut_and_paste: 180 ±7." in text
+    values = "random tokens: 180 ±7; random token pairs: 180 ±7; shuffled sentences: 180 ±7."
+    assert f"Naive samplers: {values}" in text
     assert set(NAIVE) <= set(table["run"])
     for draw in (figures.ppl_vs_steps, figures.entropy_vs_steps):
         _, points = draw({"steps": table})

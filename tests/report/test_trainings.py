@@ -173,7 +173,7 @@ def test_a_grid_has_one_line_for_all_trainings_and_both_intervals(results):
     assert f"| {mean:.0f} ±{high - mean:.0f} [texts ±6] " in lines[2]
     assert "Models with 3 trainings: mean and 95% t-interval over trainings, each with" in grid
     assert "In brackets: the interval over the texts of one training" in grid
-    assert "Without sampling steps: baseline: 9.40 ±0.38; data: 7.20 ±0.29." in grid
+    assert "Without sampling steps: autoregressive: 9.40 ±0.38; held-out text: 7.20 ±0.29." in grid
     for name in ("lambada", "continuations"):
         assert "[texts ±" in (results / f"tables/{name}.md").read_text()
 

@@ -19,6 +19,7 @@ from halfstep.errors import HalfstepError
 from halfstep.files import write_atomic
 from halfstep.records import provenance
 from halfstep.report.catalogue import FIGURES, JOURNALS, TABLES
+from halfstep.report.labels import name_model
 
 Width = Annotated[Whole, Field(ge=20, le=1000)]
 
@@ -299,9 +300,8 @@ def median_texts(headline: Headline, results: Path) -> list[tuple[str, str]]:
     """
     rows = (headline.same_steps, headline.student, headline.best)
     found = {
-        f"{row['model']}, {row['steps']} steps, the median text by perplexity": median_text(
-            row, results
-        )
+        f"{row['teacher']}, {name_model(row['run'], row['round'])}, {row['steps']} steps, the "
+        "median text by perplexity": median_text(row, results)
         for row in rows
     }
     return [(title, text) for title, text in found.items() if text]

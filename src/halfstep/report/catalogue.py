@@ -76,8 +76,8 @@ TABLES: dict[str, Table] = {
     "steps": Table(
         title="quality of samples: every model at every step count, naive samplers, held-out text",
         caption="Quality of samples: one row per metric, model and step count, with 95% intervals "
-        "in the columns ``low`` and ``high``. Held-out text and naive samplers (unigram, bigram, "
-        "cut_and_paste: no network) are measured in the same way.",
+        "in the columns ``low`` and ``high``. Held-out text and naive samplers (without a network: "
+        "random tokens, random token pairs, shuffled sentences) are measured in the same way.",
         metrics={
             "generative_perplexity": "Generative perplexity, lower is better",
             "entropy": "Unigram entropy of a sample in nats, and its difference from held-out text",
@@ -248,9 +248,9 @@ FIGURES: dict[str, Figure] = {
     "decoders": Figure(
         title="generative perplexity against network evaluations per text, for several ways to "
         "draw",
-        caption="Generative perplexity against passes of the network per text: a line for each way "
+        caption="Generative perplexity against network evaluations per text: a line for each way "
         "to draw, in a panel for the teacher and for each last round. Passes of an autoregressive "
-        "model that a sampler asks are not counted: they are in the table ``variants``. H is the "
+        "model that a sampler asks are not counted: the table ``variants`` has them. H is the "
         "entropy, where it differs by more than 2% from that of the default draws. Where there is "
         "a frontier, further panels have the perplexity at the entropy of held-out text: "
         "it shows what remains of a gain at equal entropy.",

@@ -1,4 +1,4 @@
-"""Ways to draw, compared by their costs: quality against passes of the network, points and grid."""
+"""Ways to draw, compared by their costs: quality against network evaluations, points and grid."""
 
 from __future__ import annotations
 

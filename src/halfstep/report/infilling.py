@@ -58,5 +58,7 @@ def parallel_points(rows: DataFrame) -> DataFrame:
             if several:
                 panel, series, shade = f"{panel} · {series}", first.variant, 0
             x = line["tokens_per_forward"]
-            parts.append(make_points(line, panel, series, x, round=shade, own_steps=False))
+            parts.append(
+                make_points(line, panel, series, x, kind="curve", round=shade, own_steps=False)
+            )
     return join_points(parts)

@@ -60,7 +60,7 @@ def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) ->
             parts += _levels(group)
             parts += _naive_warnings(group)
             parts += _conditions(group)
-        parts += _network_calls(sampled_rows(mine[mine["metric"] == metrics[0]]))
+        parts += _network_evaluations(sampled_rows(mine[mine["metric"] == metrics[0]]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -308,7 +308,7 @@ def _levels(group: DataFrame, cell: Callable[[Any], str] = value_cell) -> list[s
     lines = []
     for title, runs in (("Without sampling steps", LEVELS), ("Naive samplers", NAIVE)):
         levels = group[group["run"].isin(runs)]
-        values = [f"{row.run}: {cell(row)}" for row in levels.itertuples()]
+        values = [f"{in_words(row.run)}: {cell(row)}" for row in levels.itertuples()]
         if values:
             lines.append(f"{title}: {'; '.join(values)}.")
     return lines
@@ -328,11 +328,11 @@ def _naive_warnings(group: DataFrame) -> list[str]:
     is_teacher = models["run"] == "teacher"
     lines = []
     for row in group[group["run"].isin(NAIVE)].itertuples():
+        name = in_words(row.run).capitalize()
         above = models["low"] > row.high if better == "lower" else models["high"] < row.low
         if is_teacher.any() and above[is_teacher].all():
             lines.append(
-                f"**{row.run} ranks above the teacher: this metric alone is no evidence of "
-                "quality.**"
+                f"**{name} rank above the teacher: this metric alone is no evidence of quality.**"
             )
             above &= ~is_teacher
         where = [
@@ -341,7 +341,7 @@ def _naive_warnings(group: DataFrame) -> list[str]:
             for run, rows in models[above].groupby("run", sort=False)
         ]
         if where:
-            lines.append(f"{row.run} ranks above {', and above '.join(where)}.")
+            lines.append(f"{name} rank above {', and above '.join(where)}.")
     return [" ".join(lines)] if lines else []
 
 
@@ -353,13 +353,13 @@ def _conditions(group: DataFrame) -> list[str]:
     return [text]
 
 
-def _network_calls(rows: DataFrame) -> list[str]:
-    """How often the network is called per sample: a grid, or a sentence if once per step."""
+def _network_evaluations(rows: DataFrame) -> list[str]:
+    """Network evaluations per sample: a grid, or a sentence if there is one per step."""
     rows = rows.dropna(subset="network_evaluations")
     if rows.empty:
         return []
     if (rows["network_evaluations"] == rows["steps"]).all():
-        return ["The network is called once per sampling step."]
+        return ["There is one network evaluation per sampling step."]
     blank = {"low": None, "high": None, "texts_half": None}
-    calls = rows.assign(value=rows["network_evaluations"], metric="calls", **blank)
-    return ["### Calls of the network per sample", make_grid(calls, "steps", "sampling steps")]
+    counts = rows.assign(value=rows["network_evaluations"], metric="evaluations", **blank)
+    return ["### Network evaluations per sample", make_grid(counts, "steps", "sampling steps")]

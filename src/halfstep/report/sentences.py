@@ -23,6 +23,7 @@ LAST_WORDS = {
     "lambada_accuracy": "accuracy of last words",
     "lambada_perplexity": "perplexity of last words",
 }
+END_OF_DOCUMENT = "<|endoftext|>"  # of our own tokenizers, in samples.txt
 RATIO = "perplexity_ratio_at_equal_entropy"
 SHARES = {
     "accepted_share": "stories that the grammar accepts",
@@ -88,7 +89,7 @@ def headline_sentence(headline: Headline) -> str:
         return f"{text}: {word}"
     part = f"1/{best['steps'] / student['steps']:.3g} of the steps"
     ratio = _ratio_of_trainings(student, best)
-    return f"{text}{ratio}: {word} with {part}{_calls(student, best)}"
+    return f"{text}{ratio}: {word} with {part}{_evaluations(student, best)}"
 
 
 def _ratio_of_trainings(student: Series, best: Series) -> str:
@@ -100,12 +101,12 @@ def _ratio_of_trainings(student: Series, best: Series) -> str:
     return f", a ratio of {ratio} [{low}, {high}]"
 
 
-def _calls(student: Series, best: Series) -> str:
-    """How often the network is called, where that is known: (62.9 calls of the network, not 163)"""
+def _evaluations(student: Series, best: Series) -> str:
+    """Network evaluations, where they are known: (62.9 network evaluations against 163)"""
     mine, other = (row.get("network_evaluations") for row in (student, best))
     if mine is None or mine != mine:
         return ""
-    return f" ({round_number(mine)} calls of the network against {round_number(other)})"
+    return f" ({round_number(mine)} network evaluations against {round_number(other)})"
 
 
 def lead_sentences(perplexity: DataFrame, frontier: DataFrame) -> list[str]:
@@ -366,13 +367,20 @@ def with_interval(row: Series, percent: bool = False) -> str:
 
 
 def sample_text(file: Path, number: int, characters: int = 900) -> str | None:
-    """Text `number` of samples.txt, in which a line `=== i` precedes each; None without it."""
+    """Text `number` of samples.txt, in which a line `=== i` precedes each; None without it.
+
+    A text is cut from the middle of a stream of documents. Those that begin within it are shown,
+    each with a blank line before the next; one without a second whole document is shown as it is.
+    """
     if not file.exists():
         return None
     parts = re.split(r"^=== .*\n", file.read_text(errors="replace"), flags=re.MULTILINE)[1:]
     if number >= len(parts):
         return None
     text = parts[number].strip()
+    documents = [part.strip() for part in text.split(END_OF_DOCUMENT) if part.strip()]
+    if len(documents) > 2:
+        text = "\n\n".join(documents[1:])
     if len(text) <= characters:
         return text
     return text[:characters].rsplit(" ", 1)[0] + " …"

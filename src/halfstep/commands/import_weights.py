@@ -89,7 +89,7 @@ def import_checkpoint(  # noqa: PLR0913  the flags of the command
         logits: which output of an hf: model predicts a token: the one at its position (same) or at
             the position before (shifted); by default, what is known of the family
     """
-    found = read_weights(source, student, corpus, tokenizer, weights, size, logits)
+    found = read_imported(source, student, corpus, tokenizer, weights, size, logits)
     _write_imported(output, found, weights)
     read = found.files
     if corpus:
@@ -99,7 +99,7 @@ def import_checkpoint(  # noqa: PLR0913  the flags of the command
     )
 
 
-def read_weights(
+def read_imported(
     source: str,
     student: PublishedStudent,
     corpus: Path | None,

@@ -19,7 +19,7 @@ from halfstep.checkpoint import (
     read_meta,
 )
 from halfstep.commands.import_transformers import Logits
-from halfstep.commands.import_weights import fetch_from_hub, read_weights
+from halfstep.commands.import_weights import fetch_from_hub, read_imported
 from halfstep.config import Network, PublishedStudent, size_of_shape
 from halfstep.data.pack import check_tokens, read_manifest
 from halfstep.data.tokenizer import load_bpe
@@ -65,7 +65,7 @@ def read_denoiser(
     HalfstepError if they cannot be read, are of another size, or have not the corpus's tokens.
     """
     try:
-        found = read_weights(
+        found = read_imported(
             source, PublishedStudent(), corpus, None, weights, network.size, logits
         )
     except HalfstepError as error:

@@ -1,6 +1,7 @@
 """The teacher, a masked diffusion language model, and its autoregressive baseline.
 
-Each of them is trained here, or imported from published weights; there may be no baseline.
+Each of them is trained here, or imported from published weights, or, with `fine_tune`, trained from
+these; there may be no baseline.
 
 Inputs:
     results/data/{corpus}/manifest.json
@@ -12,10 +13,10 @@ Outputs:
 
 
 rule pretrain:
-    """Train a teacher, a masked diffusion language model."""
+    """Train a teacher, from random weights or from those of `adapt`, or of `from` to fine-tune."""
     input:
         corpus=targets.manifest,
-        adapt=targets.adapted_from,
+        start=targets.start_file,
         hub=lambda wildcards: fetched(targets.sources.source_of_hub(wildcards.teacher)),
     output:
         multiext("results/models/{teacher}/teacher/", *CHECKPOINT),
@@ -37,9 +38,8 @@ rule pretrain:
         output=subpath(output.meta, parent=True),
         network=lambda wildcards: flags(targets.teacher(wildcards).network),
         training=lambda wildcards: flags(targets.teacher(wildcards).pretraining),
-        adapt=lambda wildcards: [
-            word for source in targets.adapt_source(wildcards) for word in ("--adapt", source)
-        ],
+        start=targets.start,
+        logits=lambda wildcards: flags(targets.teacher(wildcards), "logits"),
         seed=targets.training_seed,
         code=STAGE["pretrain"],
     shell:
@@ -49,7 +49,8 @@ rule pretrain:
             --output {params.output:q} \
             {params.network} \
             {params.training} \
-            {params.adapt:q} \
+            {params.start:q} \
+            {params.logits} \
             --seed {params.seed} \
             --threads {threads} --micro-batch {resources.micro_batch} \
             {resources.processes} {resources.limit} {resources.blocks} \

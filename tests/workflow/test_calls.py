@@ -67,10 +67,15 @@ def test_networks_that_are_no_training_of_ours():
     judges = call(f"score-corpus --judge {BASELINE}/hf gpt2-large --output x", known).judges()
     assert list(judges) == [known_network("gpt2"), known_network("gpt2-large")]
     assert call(f"generate --checkpoint {BASELINE}", known).network == known_network("gpt2")[0]
-    adapted = facts(
-        f"pretrain --corpus results/data/c --output {TEACHER} --size small --adapt gpt2"
-    )
-    assert call(f"generate --checkpoint {TEACHER}", adapted).network.condition == 0
+    place = f"--corpus results/data/c --output {TEACHER} --size small"
+    for line in (
+        f"pretrain {place} --adapt gpt2",
+        f"pretrain {place} --from hf:own/bert",
+        f"import {place} --source hf:own/bert",
+    ):
+        assert call(f"generate --checkpoint {TEACHER}", facts(line)).network.condition == 0
+    for line in (f"pretrain {place} --adapt {BASELINE}", f"pretrain {place} --from own/mdlm"):
+        assert call(f"generate --checkpoint {TEACHER}", facts(line)).network.condition > 0
 
 
 def test_a_judge_computes_as_its_weights_or_as_the_call_says():

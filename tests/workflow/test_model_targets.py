@@ -369,26 +369,37 @@ def test_what_the_hub_must_provide(tmp_path, monkeypatch):
     assert local_file("teacher[1].ckpt") == ["teacher[1].ckpt"] and local_file("absent") == []
 
 
-def test_where_adapted_weights_come_from(tmp_path, monkeypatch):
-    """The baseline of the graph, a checkpoint, a folder of transformers, or the hub."""
+def test_where_the_weights_that_training_starts_from_come_from(tmp_path, monkeypatch):
+    """The baseline of the graph, a checkpoint, a folder of transformers, a file, or the hub."""
     monkeypatch.chdir(tmp_path)
     own = "results/models/stories-ci/baseline"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/config.json").write_text("{}")
     wildcards = SimpleNamespace(teacher="stories-ci")
     for adapt, source, files, hub in (
-        ("baseline", [own], [f"{own}/meta.json"], []),
+        ("baseline", own, [f"{own}/meta.json"], []),
         ("results/models/b/baseline", None, ["results/models/b/baseline/meta.json"], []),
         ("./gpt2", None, ["./gpt2/meta.json"], []),
         ("mine", None, ["mine/config.json"], []),
         ("gpt2", None, [], ["model:gpt2"]),
         ("distilbert/distilgpt2@main", None, [], ["model:distilbert/distilgpt2@main"]),
-        (None, [], [], []),
     ):
         found = of_teacher(adapt=adapt)
-        assert found.adapt_source(wildcards) == ([adapt] if source is None else source)
-        assert found.adapted_from(wildcards) == files
+        assert found.start(wildcards) == ["--adapt", source or adapt]
+        assert found.start_file(wildcards) == files
         assert found.sources.hub_repositories() == hub
+    for name, files, hub in (
+        ("hf:mine", ["mine"], []),
+        ("mine", ["mine"], []),
+        ("hf:answerdotai/ModernBERT-base", [], ["model:answerdotai/ModernBERT-base"]),
+        ("kuleshov-group/mdlm-owt", [], ["model:kuleshov-group/mdlm-owt"]),
+    ):
+        found = of_teacher(**{"from": name, "fine_tune": True, "from_weights": "raw"})
+        assert found.start(wildcards) == ["--from", name, "--from-weights", "raw"]
+        assert found.start_file(wildcards) == files
+        assert found.sources.hub_repositories() == hub
+        assert (found.trained, found.imported) == (["stories-ci"], [])
+    assert of_teacher().start(wildcards) == of_teacher().start_file(wildcards) == []
 
 
 def test_tables_gather_the_rows_of_all_models():
@@ -525,7 +536,7 @@ def test_a_repeat_of_a_teacher_is_a_model_with_its_own_seeds():
         assert found.sampling(wildcards).sampling_seed == draws
         assert found.previous_round(wildcards) == f"results/models/{name}/a/round-1/meta.json"
         assert found.manifest(wildcards) == "results/data/stories-ci/manifest.json"
-        assert found.adapted_from(wildcards) == [f"{folder}/meta.json"]
+        assert found.start_file(wildcards) == [f"{folder}/meta.json"]
         assert found.judges(wildcards) == [f"{folder}/hf"]
 
 

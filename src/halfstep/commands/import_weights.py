@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,20 @@ from halfstep.tensors import check_weights
 DOWNLOADED = ["*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer.json"]
 SOURCE_FILES = [*DOWNLOADED, "*token*", "vocab.*", "merges.txt"]
 MAX_LENGTH = 2**20  # tokens of a text, as a published configuration may give them
+
+
+@dataclass(frozen=True)
+class ImportedWeights:
+    """Published weights of a denoiser, as a checkpoint holds them.
+
+    meta: content of its meta.json; states: raw weights and their average, which may be the same
+    files: what was read
+    """
+
+    meta: dict[str, Any]
+    states: dict[str, dict[str, Tensor]]
+    tokenizer: Tokenizer
+    files: list[Path]
 
 
 def import_checkpoint(  # noqa: PLR0913  the flags of the command
@@ -74,6 +89,26 @@ def import_checkpoint(  # noqa: PLR0913  the flags of the command
         logits: which output of an hf: model predicts a token: the one at its position (same) or at
             the position before (shifted); by default, what is known of the family
     """
+    found = read_imported(source, student, corpus, tokenizer, weights, size, logits)
+    _write_imported(output, found, weights)
+    read = found.files
+    if corpus:
+        read = [*read, corpus / "manifest.json", corpus / "tokenizer.json"]
+    provenance.write_record(
+        output / provenance.NAME, [output], [file for file in read if file.is_file()]
+    )
+
+
+def read_imported(
+    source: str,
+    student: PublishedStudent,
+    corpus: Path | None,
+    tokenizer: str | None,
+    weights: Literal["ema", "raw"],
+    size: str | None,
+    logits: Logits | None,
+) -> ImportedWeights:
+    """The published weights of a denoiser; arguments and HalfstepErrors of `import_checkpoint`."""
     if source.startswith(HF):
         folder = find_folder(source)
         if not is_ours(folder):
@@ -83,8 +118,7 @@ def import_checkpoint(  # noqa: PLR0913  the flags of the command
                     "leave it out"
                 )
             found = read_source(folder, source, corpus, logits)
-            _write_source(output, found, source, student, corpus, size)
-            return
+            return _weights_of_transformers(found, source, student, corpus, size)
     if logits:
         raise HalfstepError(
             f"--logits {logits}: only sources that begin with hf: and are no denoiser of MDLM or "
@@ -123,8 +157,8 @@ def import_checkpoint(  # noqa: PLR0913  the flags of the command
         },
     )
     _check_states(states, meta, published.file)
-    _write_imported(output, states, meta, tokens, weights)
-    _write_record(output, [*published.files, published.file.parent / "config.json"], corpus)
+    read = [*published.files, published.file.parent / "config.json"]
+    return ImportedWeights(meta, states, tokens, read)
 
 
 def _meta_of_import(
@@ -170,15 +204,13 @@ def find_folder(source: str) -> Path:
     return path
 
 
-def _write_source(
-    output: Path,
+def _weights_of_transformers(
     found: TransformersSource,
     source: str,
     student: PublishedStudent,
     corpus: Path | None,
     size: str | None,
-) -> None:
-    """Write the checkpoint of a model of transformers."""
+) -> ImportedWeights:
     _check_size(found.network, size, source)
     _, _, revision = source.partition("@")
     about = {
@@ -195,16 +227,7 @@ def _write_source(
     )
     states = {"raw": found.state, "ema": found.state}
     _check_states(states, meta, found.files[0])
-    _write_imported(output, states, meta, found.tokenizer, "raw")
-    _write_record(output, found.files, corpus)
-
-
-def _write_record(output: Path, read: list[Path], corpus: Path | None) -> None:
-    if corpus:
-        read = [*read, corpus / "manifest.json", corpus / "tokenizer.json"]
-    provenance.write_record(
-        output / provenance.NAME, [output], [file for file in read if file.is_file()]
-    )
+    return ImportedWeights(meta, states, found.tokenizer, found.files)
 
 
 def _find_source(source: str, patterns: list[str] = DOWNLOADED) -> Path:
@@ -357,14 +380,9 @@ def _check_states(states: dict[str, dict[str, Tensor]], meta: dict, file: Path) 
         check_weights(network, state, file)
 
 
-def _write_imported(
-    output: Path,
-    states: dict[str, dict[str, Tensor]],
-    meta: dict,
-    tokens: Tokenizer,
-    weights: str,
-) -> None:
+def _write_imported(output: Path, found: ImportedWeights, weights: str) -> None:
     """Write the checkpoint, and a journal without points."""
+    meta = found.meta
     imported, round = meta["imported"], meta["round"]
     params = {"source": imported["source"], "weights": weights, **meta["network"]}
     teacher, name = output.parent.name, "teacher"
@@ -381,7 +399,7 @@ def _write_imported(
         tags={"teacher": teacher, **tags},
         datasets=[{"name": "source", "digest": imported["sha256"], "source": imported["source"]}],
     ) as journal:
-        write_atomic(output / "tokenizer.json", tokens.to_str(pretty=False))
-        tensors = {FILES[name]: state for name, state in states.items()}
+        write_atomic(output / "tokenizer.json", found.tokenizer.to_str(pretty=False))
+        tensors = {FILES[name]: state for name, state in found.states.items()}
         save_checkpoint(output, tensors, meta, output / "tokenizer.json")
         journal.close(checkpoint=output)

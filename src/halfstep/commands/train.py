@@ -4,12 +4,15 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 from halfstep import checkpoint
-from halfstep.commands.origins import Origin, read_origin
+from halfstep.commands.import_transformers import Logits
+from halfstep.commands.origins import Origin, read_denoiser, read_origin
 from halfstep.config import Machine, Network, Pretraining, Seed, Training
 from halfstep.data.batches import batch_indices, describe_epochs
 from halfstep.data.pack import Windows, corpus_files
@@ -34,7 +37,7 @@ from halfstep.training.step import Batch, Objective, Tensors, micro_batches, ste
 VALIDATION_WINDOWS = 512  # held-out windows behind each figure, or all there are
 
 
-def pretrain(
+def pretrain(  # noqa: PLR0913  the flags of the command
     corpus: Path,
     output: Path,
     network: Network,
@@ -42,6 +45,9 @@ def pretrain(
     machine: Machine,
     seed: Seed = 1,
     adapt: str | None = None,
+    source: Annotated[str | None, tyro.conf.arg(name="from")] = None,
+    logits: Logits | None = None,
+    from_weights: Literal["ema", "raw"] = "ema",
 ) -> None:
     """Train a masked diffusion language model by MDLM's NELBO (arXiv 2406.07524, eq. 10).
 
@@ -50,23 +56,41 @@ def pretrain(
     checkpoint of `halfstep train-baseline` or a GPT-2 model of transformers, with the size and the
     tokenizer of this training.
 
+    With --from it fine-tunes a published denoiser on the corpus: whatever `halfstep import` reads,
+    such as hf:answerdotai/ModernBERT-base. The network is that of the weights; --size must be its
+    size, and the corpus must have its tokens.
+
     Args:
         corpus: folder of `halfstep prepare-corpus`
         output: folder of the checkpoint
         seed: of weights, batches, masks and times
         adapt: folder of the weights to start from, or hub name (gpt2)
+        source: file, folder or hub name of the denoiser to start from; hf: before a name or a
+            folder of transformers
+        logits: which output of an hf: model predicts a token: the one at its position (same) or at
+            the position before (shifted); by default, what is known of the family
+        from_weights: weights of --from; ema: the moving average if it has one; or raw
     """
     _check_architecture(network)
     read, origin = corpus_files(corpus, "train", "validation"), None
-    if adapt:
-        origin = read_origin(adapt, corpus, network.size)
-        network = network.model_copy(update={"shifted": True, "architecture": origin.architecture})
-        read += origin.files
-    elif training.anneal_attention:
+    if adapt and source:
+        raise HalfstepError(
+            f"--from {source}: found it with --adapt {adapt}, but a training has one start; leave "
+            "one of them out"
+        )
+    if training.anneal_attention and not adapt:
         raise HalfstepError(
             f"--anneal-attention: found {training.anneal_attention} without --adapt, but only "
             "adapted weights know causal attention; leave it out"
         )
+    if adapt:
+        origin = read_origin(adapt, corpus, network)
+    elif source:
+        origin = read_denoiser(source, corpus, network, logits, from_weights)
+    elif logits:
+        raise HalfstepError(f"--logits {logits}: found it without --from hf:...; leave it out")
+    if origin:
+        network, read = origin.network, read + origin.files
     job = TrainingJob.begin(f"pretrain/{output.parent.name}", corpus, output, machine)
     if _train(job, "diffusion", network, training, seed, origin):
         provenance.write_record(output / provenance.NAME, [output], read)
@@ -317,7 +341,7 @@ def _train(
     seed: int,
     origin: Origin | None = None,
 ) -> bool:
-    """Train a network, from random weights or from those of an autoregressive model.
+    """Train a network, from random weights or from those of an origin.
 
     True on the rank that wrote the checkpoint.
     """
@@ -332,6 +356,7 @@ def _train(
         "training": training.model_dump(),
         "seed": seed,
         "round": 0,
+        **(origin.about if origin else {}),
     }
     torch.manual_seed(seed)
     net = checkpoint.build_network(meta, training.dropout)

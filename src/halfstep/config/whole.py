@@ -51,6 +51,8 @@ class Teacher(Section):
     from_weights: Literal["ema", "raw"] = "ema"
     """weights of `from` that become the teacher; ema: the moving average if the file has one;
     raw: the raw weights, as the released code takes them"""
+    fine_tune: bool = False
+    """pretraining starts from the weights of `from`, which otherwise are the teacher as they are"""
     pretraining: Pretraining = Pretraining()
     """training of the teacher"""
     baseline: BaselineOptions | None = BaselineOptions()
@@ -64,6 +66,16 @@ class Teacher(Section):
     runs: dict[Name, RunOptions] = {"kl_backward": RunOptions()}
     """the runs by name, each with only the options that differ from `distillation`; when absent,
     one run kl_backward with the options of `distillation`"""
+
+    @property
+    def published(self) -> str | None:
+        """The weights of `from`, if they are the teacher as they are."""
+        return None if self.fine_tune else self.source
+
+    @property
+    def is_transformers(self) -> bool:
+        """Do its weights come from a model of transformers?"""
+        return (self.source or "").startswith("hf:")
 
     @model_validator(mode="before")
     @classmethod
@@ -167,10 +179,20 @@ class Config(Section):
                 )
             if teacher.source and teacher.adapt:
                 raise ValueError(
-                    f"teachers.{name}: found `from` and `adapt`, but published weights are not "
-                    "trained here; leave one of them out"
+                    f"teachers.{name}: found `from` and `adapt`, but a teacher has one start; "
+                    "leave one of them out"
                 )
-            if teacher.logits and not (teacher.source or "").startswith("hf:"):
+            if teacher.fine_tune and not teacher.source:
+                raise ValueError(
+                    f"teachers.{name}.fine_tune: found true without `from`, the weights to start "
+                    "from; name them, or leave it out"
+                )
+            if teacher.fine_tune and teacher.network.time_conditioning and teacher.is_transformers:
+                raise ValueError(
+                    f"teachers.{name}.network.time_conditioning: found true, but a model of "
+                    "transformers has no input for the time; leave it out"
+                )
+            if teacher.logits and not teacher.is_transformers:
                 raise ValueError(
                     f"teachers.{name}.logits: found {teacher.logits}, but only a teacher with "
                     "from: hf:... has them; leave it out"
@@ -215,9 +237,10 @@ class Config(Section):
                 f"evaluation.judge: found baseline, but teachers.{name}.baseline is null; "
                 "name another judge such as gpt2-large, or let it have a baseline"
             )
-        published: dict[str, Any] = {"": teacher, ".baseline": teacher.baseline}
-        published |= {f".runs.{key}": run for key, run in teacher.runs.items()}
-        for key in [key for key, part in published.items() if part and part.source]:
+        published = {"": teacher.published}
+        published[".baseline"] = teacher.baseline and teacher.baseline.source
+        published |= {f".runs.{key}": run.source for key, run in teacher.runs.items()}
+        for key in [key for key, source in published.items() if source]:
             for place, sampling in self._ways_to_draw():
                 if sampling.weights == "best":
                     raise ValueError(
@@ -309,7 +332,7 @@ def _check_endings(kind: str, names: Iterable[str]) -> None:
 
 def _check_seeds(name: str, teacher: Teacher) -> None:
     """ValueError if there is nothing to repeat, or if teacher and runs both have seeds."""
-    if teacher.seeds and teacher.source:
+    if teacher.seeds and teacher.published:
         raise ValueError(
             f"teachers.{name}: found `from` and `seeds`, but published weights are not trained "
             "here; give the seeds to its runs"

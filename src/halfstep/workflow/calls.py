@@ -65,8 +65,8 @@ class Facts:
 
     sizes: dict[str, str] = field(default_factory=dict)
     """of networks, by teacher"""
-    gpt2: set[str] = field(default_factory=set)
-    """teachers with GPT-2's architecture"""
+    without_adaln: set[str] = field(default_factory=set)
+    """teachers with the architecture of GPT-2 or of another model of transformers"""
     imported: dict[str, str] = field(default_factory=dict)
     """names of the autoregressive networks that are no training of ours, by teacher"""
     corpora: dict[str, str] = field(default_factory=dict)
@@ -95,8 +95,10 @@ class Facts:
             self.corpora[teacher] = Path(given["corpus"]).name
         if name in ("pretrain", "train-baseline", "import"):
             self.sizes[teacher] = given.get("size", Network.model_fields["size"].default)
-        if name == "pretrain" and "adapt" in given and Path(given["adapt"]).name != "baseline":
-            self.gpt2.add(teacher)
+        adapted = given.get("adapt", "baseline") if name == "pretrain" else "baseline"
+        published = given.get("source" if name == "import" else "from", "")
+        if Path(adapted).name != "baseline" or published.startswith("hf:"):
+            self.without_adaln.add(teacher)
         if name == "import-baseline" and "source" in given:
             self.imported[teacher] = given["source"]
         if name in ("generate", "draw-naive"):
@@ -141,8 +143,8 @@ class Facts:
                 self.corpora[teacher] = about["corpus"]
                 self.lengths.setdefault(about["corpus"], about["length"])
                 self.vocabularies.setdefault(about["corpus"], about["vocab_size"])
-                if about["network"].get("architecture") == "gpt2":
-                    self.gpt2.add(teacher)
+                if about["network"].get("architecture", "dit") != "dit":
+                    self.without_adaln.add(teacher)
 
     def length(self, corpus: str) -> int:
         """Tokens in a window; of an unknown corpus those of the only known one, or 1,024."""
@@ -235,7 +237,7 @@ class Call:
     def denoiser_of(self, size: str) -> Shape:
         """The denoiser of this size and of the architecture of the call's teacher."""
         blocks, width, _, cond_width = shape_of_size(size)
-        cond_width = 0 if self.teacher in self.facts.gpt2 else cond_width
+        cond_width = 0 if self.teacher in self.facts.without_adaln else cond_width
         return denoiser_shape(blocks, width, self.vocabulary, cond_width)
 
     def causal_of(self, size: str) -> Shape:

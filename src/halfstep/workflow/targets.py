@@ -31,7 +31,7 @@ from halfstep.data.files import find_files
 from halfstep.report import catalogue
 from halfstep.resolve import subsection
 from halfstep.seeds import first_training, repeat_names, repeat_seed
-from halfstep.workflow.sources import Sources, is_hub_name
+from halfstep.workflow.sources import Sources, is_hub_name, local_file
 from halfstep.workflow.timed import Timings
 from halfstep.workflow.timings import TRAINED
 
@@ -79,7 +79,7 @@ class Targets:
     def __init__(self, config: Config):
         self.config, self.sources = config, Sources(config)
         self.teachers = list(config.teachers)
-        self.imported = [name for name in self.teachers if config.teachers[name].source]
+        self.imported = [name for name in self.teachers if config.teachers[name].published]
         """teachers whose weights are published, and not trained here"""
         repeats = {
             name: repeat_names(name, teacher.seeds) for name, teacher in config.teachers.items()
@@ -193,23 +193,27 @@ class Targets:
             return []
         return [os.path.join(os.path.expanduser(source), "config.json")]
 
-    def adapt_source(self, wildcards: Wildcards) -> list[str]:
-        """The folder or hub name of the weights that pretraining starts from; random if empty."""
-        source = self.teacher(wildcards).adapt
-        if source == "baseline":
-            return [f"results/models/{teacher_name(wildcards)}/baseline"]
-        return [source] if source else []
+    def start(self, wildcards: Wildcards) -> list[str]:
+        """The flag and the name of the weights that pretraining starts from; random if empty."""
+        teacher = self.teacher(wildcards)
+        if teacher.fine_tune:
+            assert teacher.source is not None
+            return ["--from", teacher.source, "--from-weights", teacher.from_weights]
+        if teacher.adapt == "baseline":
+            return ["--adapt", f"results/models/{teacher_name(wildcards)}/baseline"]
+        return ["--adapt", teacher.adapt] if teacher.adapt else []
 
-    def adapted_from(self, wildcards: Wildcards) -> list[str]:
-        """The file that stands for these weights, unless they come from the hub."""
-        found = []
-        for source in self.adapt_source(wildcards):
-            config = f"{source}/config.json"  # of transformers
-            if os.path.isfile(config) and not os.path.lexists(f"{source}/meta.json"):
-                found.append(config)
-            elif not is_hub_name(source):
-                found.append(f"{source}/meta.json")
-        return found
+    def start_file(self, wildcards: Wildcards) -> list[str]:
+        """The file or folder that stands for these weights, unless they come from the hub."""
+        match self.start(wildcards):
+            case ["--from", source, *_]:
+                return local_file(source)
+            case [_, source]:
+                config = f"{source}/config.json"  # of transformers
+                if os.path.isfile(config) and not os.path.lexists(f"{source}/meta.json"):
+                    return [config]
+                return [] if is_hub_name(source) else [f"{source}/meta.json"]
+        return []
 
     def manifest(self, wildcards: Wildcards) -> str:
         """The file that stands for the job's corpus."""

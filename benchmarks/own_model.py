@@ -1,0 +1,54 @@
+"""A small ModernBert with random weights as a hub folder, for docs/results/own-model.yaml.
+
+    python benchmarks/own_model.py models/modernbert
+    snakemake --configfile docs/results/own-model.yaml
+
+Its tokenizer is a BPE of the demo's stories, with a mask token as the last one.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
+
+from halfstep.commands.data import prepare_corpus
+from halfstep.config import Corpus
+from halfstep.data.pack import corpus_tokenizer
+from halfstep.data.tokenizer import EOS, vocabulary_size
+
+STORIES = Corpus(kind="stories", length=256, vocab_size=640, num_documents=4000)
+LENGTH = 256  # positions
+SHAPE = {"num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 8}  # that of size tiny
+INTERMEDIATE = 680  # so that it has as many parameters as our DiT of this size
+MASK = "<|mask|>"
+
+
+def write_model(folder: Path, corpus: Path) -> int:
+    """Write a ModernBert with random weights and the tokenizer of a corpus; its parameters."""
+    tokenizer = corpus_tokenizer(corpus)
+    tokenizer.add_special_tokens([MASK])
+    ids = dict.fromkeys(("pad", "bos", "eos", "cls", "sep"), tokenizer.token_to_id(EOS))
+    config = ModernBertConfig(
+        vocab_size=vocabulary_size(tokenizer),
+        intermediate_size=INTERMEDIATE,
+        max_position_embeddings=LENGTH,
+        **SHAPE,
+        **{f"{name}_token_id": number for name, number in ids.items()},
+    )
+    torch.manual_seed(1)
+    model = ModernBertForMaskedLM(config)
+    model.save_pretrained(folder)
+    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token=MASK, eos_token=EOS)
+    own.save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as name:
+        prepare_corpus(Path(name), STORIES)
+        weights = write_model(Path(sys.argv[1]), Path(name))
+    print(f"{sys.argv[1]}: a ModernBert of {weights:,} parameters with random weights")

@@ -166,7 +166,8 @@ def named_tokens(model) -> SimpleNamespace:
         length=model.length,
         mask_id=model.mask_id,
         eos_id=model.eos_id,
-        begin=model.begin,
+        is_framed=model.is_framed,
+        framing=model.framing,
         tokenizer=words,
     )
 

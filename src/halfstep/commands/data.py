@@ -8,17 +8,25 @@ import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from halfstep.config import Corpus, Threads
 from halfstep.data.corpora import CORPORA, read_corpus
 from halfstep.data.files import find_files
-from halfstep.data.pack import Spool, corpus_files, pack_windows, token_dtype
+from halfstep.data.model_tokenizer import (
+    OF_MODEL,
+    TOKENIZER_FILES,
+    ModelTokenizer,
+    find_model_tokenizer,
+)
+from halfstep.data.pack import Spool, corpus_files, layout_of, pack_windows, token_dtype
 from halfstep.data.stories import last_words
 from halfstep.data.tokenizer import describe_loss, end_id, load_bpe, train_bpe, vocabulary_size
 from halfstep.errors import HalfstepError
 from halfstep.files import scratch_folder, sha256, write_atomic, write_json
+from halfstep.meta import check_framing
 from halfstep.records import provenance
 
 PROBED = 100  # first documents on which a tokenizer that was not trained here is tested
@@ -43,7 +51,7 @@ def prepare_corpus(output: Path, corpus: Corpus, workers: Threads | None = None)
     workers = workers or _available_cores()
     files = find_files(corpus.files)
     # Loaded before the documents, so that a wrong name is found at once.
-    tokenizer = None if corpus.tokenizer == "bpe" else load_bpe(corpus.tokenizer)
+    tokenizer, own, read = _load_tokenizer(corpus)
     output.mkdir(parents=True, exist_ok=True)
     # The manifest is written last: a folder with a manifest is complete.
     (output / "manifest.json").unlink(missing_ok=True)
@@ -66,14 +74,12 @@ def prepare_corpus(output: Path, corpus: Corpus, workers: Threads | None = None)
             print(f"note: tokenizer {corpus.tokenizer}: {loss}", file=sys.stderr)
         write_atomic(output / "tokenizer.json", tokenizer.to_str(pretty=True))
         splits = {"train": range(train), "validation": range(train, len(spool))}
-        facts = pack_windows(spool, tokenizer, corpus.length, output, splits, workers)
+        about = _describe_windows(corpus, tokenizer, own)
+        facts = pack_windows(spool, tokenizer, layout_of(about), output, splits, workers)
         texts = _write_texts(output, corpus, spool, train)
-    _write_manifest(output, corpus, tokenizer, facts)
-    inputs = list(files)
-    if corpus.tokenizer != "bpe":
-        inputs.append(Path(corpus.tokenizer).expanduser())
+    _write_manifest(output, about, corpus, facts)
     outputs = [*corpus_files(output, *splits), *texts]
-    provenance.write_record(output / provenance.NAME, outputs, inputs)
+    provenance.write_record(output / provenance.NAME, outputs, [*files, *read])
     _print_facts(output, corpus, tokenizer, facts)
 
 
@@ -107,13 +113,38 @@ def _write_texts(output: Path, corpus: Corpus, spool: Spool, train: int) -> list
     return [output / name for name in files]
 
 
-def _write_manifest(output: Path, corpus: Corpus, tokenizer: Tokenizer, facts: dict) -> None:
-    manifest = {
-        "format": 1,
+def _load_tokenizer(corpus: Corpus) -> tuple[Tokenizer | None, ModelTokenizer | None, list[Path]]:
+    """The tokenizer, unless it is trained here; that of a model; and the files or folder read."""
+    name = corpus.tokenizer
+    if name == "bpe":
+        return None, None, []
+    if not name.startswith(OF_MODEL):
+        return load_bpe(name), None, [Path(name).expanduser()]
+    own, folder = find_model_tokenizer(name)
+    files = [path for pattern in TOKENIZER_FILES for path in sorted(folder.glob(pattern))]
+    return own.tokenizer, own, files
+
+
+def _describe_windows(
+    corpus: Corpus, tokenizer: Tokenizer, own: ModelTokenizer | None
+) -> dict[str, Any]:
+    """Entries of the manifest that say how tokens and windows are to be read."""
+    about = {
         "length": corpus.length,
         "dtype": token_dtype(tokenizer),
         "vocab_size": vocabulary_size(tokenizer),
-        "eos_id": end_id(tokenizer),
+        "eos_id": own.eos_id if own else end_id(tokenizer),
+    }
+    if own:
+        about["framing"] = own.framing.model_dump()
+        check_framing(about, f"tokenizer: {corpus.tokenizer}", "set a larger length")
+    return about
+
+
+def _write_manifest(output: Path, about: dict[str, Any], corpus: Corpus, facts: dict) -> None:
+    manifest = {
+        "format": 1,
+        **about,
         "splits": facts,
         "tokenizer_sha256": sha256(output / "tokenizer.json"),
         "corpus": corpus.model_dump(),

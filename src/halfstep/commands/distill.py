@@ -7,14 +7,20 @@ import torch
 from torch import Tensor
 
 from halfstep import checkpoint
-from halfstep.commands.train import DiffusionObjective, HeldOut, TrainingJob
+from halfstep.commands.train import (
+    NEVER,
+    WATCHED_STEPS,
+    DiffusionObjective,
+    HeldOut,
+    TrainingJob,
+    watched_texts,
+)
 from halfstep.config import Distillation, Machine, Seed
 from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer
 from halfstep.data.tokenizer import read_tokenizer
-from halfstep.diffusion.contracts import Denoiser, Draws
+from halfstep.diffusion.contracts import Denoiser
 from halfstep.diffusion.masking import corrupt, mask_indices, to_device
 from halfstep.diffusion.objective import stratified_times
-from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import masked_share
 from halfstep.distill.divergences import DIVERGENCES
 from halfstep.distill.rounds import Round, plan_round
@@ -30,7 +36,6 @@ from halfstep.training.loop import fit
 from halfstep.training.state import Start
 from halfstep.training.step import Batch, Tensors
 
-WATCHED, WATCHED_STEPS = 16, 32  # texts and sampling steps behind a round's val/entropy
 OF_ORIGIN = ("adapted", "transformers", "framing")  # entries of meta.json that students keep
 ENTROPY_WINDOWS = 256  # held-out windows that they are compared with, or all there are
 
@@ -148,13 +153,23 @@ class DistillationObjective:
     validation: DiffusionObjective
     seed: int
 
-    def corrupt(self, x0: Tensor, generator: torch.Generator, step: int | None = None) -> Batch:
-        """Draw t, stratified over [min_t, 1), xt ~ q(xt | x0), and the teacher's uniforms."""
+    def corrupt(
+        self,
+        x0: Tensor,
+        generator: torch.Generator,
+        step: int | None = None,
+        asked: Tensor | None = None,
+    ) -> Batch:
+        """Draw t, stratified over [min_t, 1), xt ~ q(xt | x0), and the teacher's uniforms.
+
+        Only positions that are asked for are masked.
+        """
         B, L = x0.shape
         u_time = torch.rand(B, generator=generator, dtype=torch.float64)
         t = stratified_times(u_time, self.run.min_t)
         u = torch.rand(3, B, L, generator=generator, dtype=torch.float64)
-        xt = corrupt(x0, t, u[0], self.student.schedule, self.student.mask_id)
+        u_mask = u[0] if asked is None else u[0].masked_fill(~asked, NEVER)
+        xt = corrupt(x0, t, u_mask, self.student.schedule, self.student.mask_id)
         masked = int((xt == self.student.mask_id).sum())
         return Batch({"xt": xt, "t": t, "u_reveal": u[1], "u_token": u[2]}, max(1, masked))
 
@@ -198,10 +213,10 @@ def watch_entropy(
     perplexity at a lower entropy is no success: a student that repeats itself is stopped before it
     becomes a teacher.
     """
-    length, steps = held_out.x0.shape[1], min(WATCHED_STEPS, round.student_steps)
+    steps = min(WATCHED_STEPS, round.student_steps)
     goal = unigram_entropy(held_out.x0[:ENTROPY_WINDOWS].numpy()).mean()
-    texts = sample(student, WATCHED, length, steps, draws=Draws(seed), device=held_out.device)
-    found = unigram_entropy(texts.ids.cpu().numpy()).mean()
+    texts = watched_texts(student, held_out, steps, seed)
+    found = unigram_entropy(texts.numpy()).mean()
     if band is not None and abs(found / goal - 1) > band:
         raise HalfstepError(
             f"round {round.index}: the samples' entropy is {found:.2f} nats, held-out text's "

@@ -22,7 +22,7 @@ from halfstep.commands.variety import (
     variety_rows,
 )
 from halfstep.config import Count, Evaluation, Machine, Weights, Word
-from halfstep.data.pack import corpus_files, corpus_tokenizer, read_manifest
+from halfstep.data.pack import corpus_files, corpus_tokenizer, read_manifest, without_frame
 from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
@@ -240,7 +240,8 @@ def rows_of_texts(
         rows.append(mean_row("entropy", "unigram", unigram_entropy(ids), columns, resamples))
         rows += variety_rows(ids, columns, resamples)
         if manifest.get("corpus", {}).get("kind") == "stories":
-            rows += grammar_rows(ids, columns, tokenizer, resamples)
+            end, ids = tokenizer.id_to_token(manifest["eos_id"]), without_frame(ids, manifest)
+            rows += grammar_rows(ids, columns, tokenizer, resamples, end)
     return rows
 
 
@@ -263,7 +264,7 @@ def judge_texts(
     judged: list[Judged] = []
     features: list[Features] = []
     for judge in load_judges(evaluation, machine):
-        judged += _judge_by_one(judge, texts, tokenizer, manifest["eos_id"], machine, group)
+        judged += _judge_by_one(judge, texts, tokenizer, manifest, machine, group)
         features += compare_texts(judge, compared or [], corpus, machine, group)
         del judge  # before the next one is loaded
     return judged, features
@@ -273,7 +274,7 @@ def _judge_by_one(
     judge: Judge,
     texts: list[Texts],
     tokenizer: Tokenizer,
-    eos_id: int,
+    manifest: dict[str, Any],
     machine: Machine,
     group: Group,
 ) -> Iterator[Judged]:
@@ -284,6 +285,7 @@ def _judge_by_one(
         if judge.shares(tokenizer):
             yield "ids", ids_nll(judge, ids, batch, f"{label}, ids", group), columns, np.exp
         label = f"{label}, retokenized"
+        ids, eos_id = without_frame(ids, manifest), manifest["eos_id"]
         sums = retokenized_nll(judge, ids, tokenizer, eos_id, batch, label, group)
         yield "retokenized", sums, columns, exp_ratio
 

@@ -22,7 +22,8 @@ class Corpus(Section):
     """tokens per window, BOS and EOS included"""
     tokenizer: Word = "bpe"
     """bpe: a byte-level BPE trained on the corpus; otherwise a hub name (gpt2) or a folder with
-    vocab.json and merges.txt"""
+    vocab.json and merges.txt; hf:NAME, as for a teacher: the tokenizer of a model of transformers,
+    with the tokens that it puts before and after each text"""
     vocab_size: Annotated[Whole, Field(ge=258, le=2**24)] = 8192
     """vocabulary size of the trained BPE, EOS included (only with tokenizer: bpe)"""
     files: list[Word] = []

@@ -27,7 +27,7 @@ from halfstep.files import (
     write_json,
     write_tensors,
 )
-from halfstep.meta import Framing, Meta, check_framing, framing_of
+from halfstep.meta import Framing, Meta, Turn, check_framing, framing_of
 from halfstep.resolve import check_fields
 from halfstep.tensors import DAMAGED, check_finite, check_optimizer_state, check_weights
 
@@ -97,6 +97,12 @@ class Model:
     def is_framed(self) -> bool:
         """True if the frame is always given; False if both EOS are part of the text (MDLM)."""
         return self.meta.get("framing") is not None
+
+    @property
+    def turn(self) -> Turn | None:
+        """How a model that was trained on pairs reads a prompt; None for any other model."""
+        found = self.meta.get("pairs")
+        return None if found is None else Turn.model_validate(found)
 
     @property
     def mask_id(self) -> int:

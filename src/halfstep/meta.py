@@ -73,6 +73,19 @@ def framing_of(about: dict[str, Any]) -> Framing:
     return framing
 
 
+class Turn(BaseModel):
+    """What stands around the prompt and the response of a pair: a chat template's, or a line break.
+
+    A text is before + prompt + after + response + end.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    before: str = ""
+    after: str = "\n"
+    end: str = ""
+
+
 def check_framing(about: dict[str, Any], path: object, advice: str) -> None:
     """HalfstepError unless a frame has tokens of the vocabulary, and leaves room for a text."""
     if about.get("framing") is None:
@@ -111,3 +124,4 @@ class Meta(BaseModel):
     corpus: str | None = None
     transformers: Transformers | None = None
     framing: Framing | None = None
+    pairs: Turn | None = None

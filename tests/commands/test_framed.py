@@ -27,7 +27,7 @@ from halfstep.metrics.likelihood import Question
 from halfstep.metrics.tasks import TaskLM
 from halfstep.training.step import step_generator
 
-LENGTH, CPU = 192, torch.device("cpu")
+LENGTH, CPU = 128, torch.device("cpu")
 CORPUS = (
     f"--kind stories --length {LENGTH} --num-documents 120 --validation-documents 8 --workers 1"
 )
@@ -39,7 +39,7 @@ def framed(request, tmp_path_factory):
     kind, root = request.param, tmp_path_factory.mktemp("framed")
     theirs = save_framed(kind, root / "hub", LENGTH)
     corpus, teacher = root / "data/stories", root / "models/stories/teacher"
-    done(f"prepare-corpus --output {corpus} {CORPUS} --tokenizer hf:{root}/hub")
+    done(f"prepare-corpus --output {corpus} {CORPUS} --workers 1 --tokenizer hf:{root}/hub")
     said = "--logits same" if kind in ("llama", "qwen2") else ""
     done(f"import --source hf:{root}/hub --corpus {corpus} --output {teacher} {said}")
     model = halfstep.load(teacher, "cpu")

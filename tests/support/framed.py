@@ -1,4 +1,4 @@
-"""Hub folders of small random models, each with a tokenizer that frames texts as its family does."""
+"""Hub folders of small random models, with tokenizers that frame texts as each family does."""
 
 from pathlib import Path
 

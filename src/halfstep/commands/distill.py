@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from halfstep.commands.train import (
     DiffusionObjective,
     HeldOut,
     TrainingJob,
+    watch_empty,
     watched_texts,
 )
 from halfstep.config import Distillation, Machine, Seed
@@ -26,6 +28,7 @@ from halfstep.distill.divergences import DIVERGENCES
 from halfstep.distill.rounds import Round, plan_round
 from halfstep.distill.targets import divergence_loss, teacher_targets
 from halfstep.errors import HalfstepError
+from halfstep.meta import framing_of
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.models import flops
 from halfstep.models.denoiser import SubsDenoiser
@@ -78,6 +81,7 @@ def distill_round(
         "dt": plan.dt,
         "student_steps": plan.student_steps,
         "teacher_sha256": source["sha256"],
+        **job.windows.framed,
         **{key: source[key] for key in OF_ORIGIN if key in source},
         "training": source["training"],
     }
@@ -181,8 +185,10 @@ class DistillationObjective:
         """Held-out NELBO of the student in nats per token, and entropy of its samples in nats."""
         figures = self.validation.validate()
         held_out, band = self.validation.held_out, self.run.entropy_band
-        entropy = watch_entropy(self.student, held_out, self.round, band, self.seed)
-        return {**figures, "val/entropy": entropy}
+        steps = min(WATCHED_STEPS, self.round.student_steps)
+        texts = watched_texts(self.student, held_out, steps, self.seed)
+        figures |= watch_empty(texts, held_out, self.run.max_empty_texts)
+        return {**figures, "val/entropy": watch_entropy(texts, held_out, self.round, band)}
 
 
 def sdtt_loss(
@@ -204,26 +210,30 @@ def sdtt_loss(
     return divergence_loss(divergence, h, student.readout, goal, teacher.readout)
 
 
-def watch_entropy(
-    student: Denoiser, held_out: HeldOut, round: Round, band: float | None, seed: int
-) -> float:
-    """Unigram entropy of the student's samples in nats.
+def watch_entropy(texts: Tensor, held_out: HeldOut, round: Round, band: float | None) -> float:
+    """Unigram entropy of the student's texts[N, L] in nats; of pairs, that of the responses.
 
     Raises HalfstepError if it differs from held-out text's by more than the share `band`. A lower
     perplexity at a lower entropy is no success: a student that repeats itself is stopped before it
     becomes a teacher.
     """
-    steps = min(WATCHED_STEPS, round.student_steps)
-    goal = unigram_entropy(held_out.x0[:ENTROPY_WINDOWS].numpy()).mean()
-    texts = watched_texts(student, held_out, steps, seed)
-    found = unigram_entropy(texts.numpy()).mean()
+    goal = _entropy(held_out.x0[:ENTROPY_WINDOWS], held_out)
+    found = _entropy(texts, held_out)
     if band is not None and abs(found / goal - 1) > band:
         raise HalfstepError(
             f"round {round.index}: the samples' entropy is {found:.2f} nats, held-out text's "
             f"{goal:.2f}: outside entropy_band {band}, the student collapses; lower lr or "
             "num_steps, train a better teacher, or widen entropy_band"
         )
-    return float(found)
+    return found
+
+
+def _entropy(texts: Tensor, held_out: HeldOut) -> float:
+    """Mean unigram entropy of texts[N, L], or of their responses up to the first end-of-text."""
+    responses = held_out.responses(texts)
+    if responses is None:
+        return float(unigram_entropy(texts.numpy()).mean())
+    return float(np.mean([unigram_entropy(one[None].numpy())[0] for one in responses]))
 
 
 def flops_per_token(
@@ -262,6 +272,12 @@ def _check_teacher(meta: dict, teacher: Path, windows: Windows, corpus: Path, ro
                 f"--teacher {teacher}: {key} {meta[key]}, but corpus {corpus} has {expected}; "
                 "use the corpus it was trained on"
             )
+    framing = windows.framed.get("framing")
+    if framing is not None and framing_of(meta) != framing_of(windows.manifest):
+        raise HalfstepError(
+            f"--teacher {teacher}: its texts do not begin and end as those of corpus {corpus}, "
+            f"which has {framing['begin']} and {framing['end']}; use the corpus it was trained on"
+        )
     own = checkpoint.checked_file(teacher, "tokenizer.json", meta)
     if read_tokenizer(own).get_vocab() != corpus_tokenizer(corpus).get_vocab():
         raise HalfstepError(

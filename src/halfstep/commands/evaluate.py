@@ -27,6 +27,7 @@ from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError
+from halfstep.files import read_json
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.metrics.mauve import mauve
 from halfstep.metrics.perplexity import Judge, ids_nll, load_judge, retokenized_nll
@@ -65,9 +66,21 @@ def score_samples(
     group = join_group(machine)
     texts = read_texts(samples, corpus, variant)
     rows = score_texts(texts, corpus, evaluation, machine, group)
-    if group.is_main:
+    if rows is not None:
+        rows += empty_rows(samples, texts, corpus)
         read = corpus_files(corpus, "validation")
         write_rows(output, rows, [*sample_files(samples), *read, *evaluation.judge])
+
+
+def empty_rows(samples: list[Path], texts: list[Texts], corpus: Path) -> list[dict]:
+    """For each folder of a model of pairs the share of texts whose response is only end-of-text."""
+    rows = []
+    for folder, (ids, columns) in zip(samples, texts, strict=True):
+        count = read_json(folder / "samples.json").get("only_end_of_text")
+        if count is not None:
+            columns = columns | {"data": corpus_name(corpus)}
+            rows.append(share_row("only_end_of_text", "responses", count, len(ids), columns))
+    return rows
 
 
 def read_texts(samples: list[Path], corpus: Path, variant: Word | None = None) -> list[Texts]:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -228,10 +228,12 @@ class HeldOut:
     """Held-out windows x0[B, L], and how to measure a loss on them: device, micro-batch, ranks.
 
     asked bool [B, L]: the positions that have a loss; None: all
+    end_id: of pairs, the token that fills a window after its response; None for other corpora
     """
 
     x0: Tensor
     asked: Tensor | None
+    end_id: int | None
     device: torch.device
     micro_batch: int
     group: Group
@@ -242,7 +244,22 @@ class HeldOut:
         windows = Windows(corpus, "validation")
         indices = torch.arange(min(VALIDATION_WINDOWS, len(windows)))
         asked = windows.asked(indices)
-        return cls(windows[indices], asked, device, machine.micro_batch, group)
+        end_id = windows.eos_id if windows.is_pairs else None
+        return cls(windows[indices], asked, end_id, device, machine.micro_batch, group)
+
+    def responses(self, texts: Tensor) -> list[Tensor] | None:
+        """The responses in texts[N, L] up to and with their first end-of-text; None without pairs.
+
+        Text i has the prompt of window i mod B.
+        """
+        if self.asked is None or self.end_id is None:
+            return None
+        found = []
+        for i, text in enumerate(texts):
+            response = text[self.asked[i % len(self.x0)]]
+            before = (response == self.end_id).cumsum(0) == 0
+            found.append(response[: int(before.sum()) + 1])
+        return found
 
     def mean_loss(self, objective: Objective) -> float:
         """The loss of the windows, always with the same random numbers, over the batch's divisor.
@@ -274,18 +291,40 @@ def watched_texts(denoiser: Denoiser, held_out: HeldOut, steps: int, seed: int) 
     return texts.ids.cpu()
 
 
+def watch_empty(texts: Tensor, held_out: HeldOut, most: float | None) -> dict[str, float]:
+    """The share of texts[N, L] whose response is only end-of-text; nothing without pairs.
+
+    A model that fills windows with end-of-text can learn to write nothing else. HalfstepError if
+    the share is above `most`.
+    """
+    responses = held_out.responses(texts)
+    if responses is None:
+        return {}
+    share = sum(int(one[0] == held_out.end_id) for one in responses) / len(responses)
+    if most is not None and share > most:
+        raise HalfstepError(
+            f"{share:.0%} of {len(responses)} drawn responses are only end-of-text, "
+            f"max_empty_texts is {most:g}: the model collapses; lower lr or length, or train on "
+            "longer responses"
+        )
+    return {"val/only_end_of_text": share}
+
+
 @dataclass(frozen=True)
 class DiffusionObjective:
     """MDLM's NELBO at stratified times (arXiv 2406.07524, eq. 10), in nats per token.
 
     In the first `anneal_attention` steps attention reads only some pairs of positions, the same in
-    all texts of a step.
+    all texts of a step. With `watched_seed` and a corpus of pairs a validation also draws responses
+    and stops where more than the share `most_empty` of them are empty.
     """
 
     denoiser: SubsDenoiser
     min_t: float
     held_out: HeldOut
     anneal_attention: int = 0
+    watched_seed: int | None = None
+    most_empty: float | None = None
 
     def corrupt(
         self,
@@ -322,8 +361,12 @@ class DiffusionObjective:
         return nelbo(denoiser, x0, part["t"].float(), part["u"])
 
     def validate(self) -> dict[str, float]:
-        """Held-out NELBO in nats per token."""
-        return {"val/nelbo": self.held_out.mean_loss(self)}
+        """Held-out NELBO in nats per token, and the share of drawn responses that are empty."""
+        figures, held_out = {"val/nelbo": self.held_out.mean_loss(self)}, self.held_out
+        if self.watched_seed is None or held_out.end_id is None:
+            return figures
+        texts = watched_texts(self.denoiser, held_out, WATCHED_STEPS, self.watched_seed)
+        return figures | watch_empty(texts, held_out, self.most_empty)
 
 
 @dataclass(frozen=True)
@@ -403,8 +446,13 @@ def _train(
     objective: Objective
     if kind == "diffusion":
         denoiser = checkpoint.build_denoiser(net, meta)
-        annealed = training.anneal_attention if isinstance(training, Pretraining) else 0
-        objective = DiffusionObjective(denoiser, training.min_t, held_out, annealed)
+        objective = DiffusionObjective(denoiser, training.min_t, held_out, watched_seed=seed)
+        if isinstance(training, Pretraining):
+            objective = replace(
+                objective,
+                anneal_attention=training.anneal_attention,
+                most_empty=training.max_empty_texts,
+            )
         logits_per_text = length * masked_share(denoiser.schedule)
     else:
         objective = NextTokenObjective(net, held_out)

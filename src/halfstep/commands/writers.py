@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfstep.checkpoint import Model, load_checkpoint
 from halfstep.config import DEFAULT_STEPS, MOST_STEPS, DrawOptions
+from halfstep.data.pairs import encode_prompts
 from halfstep.data.tokenizer import EOS, encode_texts
 from halfstep.diffusion.contracts import Denoiser, Draws, Samples
 from halfstep.diffusion.samplers import SAMPLERS, sample
@@ -40,7 +41,8 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
 
     MASK becomes the mask token and EOS its own id; other special tokens are text. Words of a BPE
     begin with their blank. So a blank before a position that the model writes, which is a MASK or
-    the end of the prompt, is left out: the token there brings it.
+    the end of the prompt, is left out: the token there brings it. A model that was trained on pairs
+    gets the prompt in its turn, unless MASK or EOS is in it.
     """
     if not prompt:
         return torch.empty(0, dtype=torch.long)
@@ -49,7 +51,10 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
             f"prompt: found {MASK}, but an autoregressive model cannot fill in a position; "
             "use a diffusion model"
         )
-    ids = list(model.framing.begin)
+    ids, turn = list(model.framing.begin), model.turn
+    if turn and not SPECIAL.search(prompt):
+        (ids,) = encode_prompts(model.tokenizer, turn, ids, [prompt])
+        prompt = ""
     for piece in SPECIAL.split(prompt.removesuffix(" ")):
         if piece.endswith(MASK):
             ids.append(model.mask_id)
@@ -201,6 +206,8 @@ class _DiffusionWriter:
             )
         asked = written.autoregressive_passes
         ids = written.ids[:, : self.length].cpu()
+        if self.model.turn:
+            ids = end_responses(ids, given, self.model.eos_id)
         if self.end is None:
             ids = _with_end(self.model, ids)
         return Samples(
@@ -233,9 +240,17 @@ class _AutoregressiveWriter:
             ids = self.decoder.write(start, u)
         evaluations = self.length - start.shape[-1]  # the first token takes no pass
         ids = ids.cpu()
+        if self.model.turn:
+            ids = end_responses(ids, start.shape[-1], self.model.eos_id)
         if self.whole:
             ids = _with_end(self.model, ids)
         return Samples(ids, torch.full((count,), evaluations))
+
+
+def end_responses(ids: Tensor, start: int, eos_id: int) -> Tensor:
+    """Texts ids[N, L] whose responses begin at `start`, with EOS alone after their first EOS."""
+    ended = (ids[:, start:] == eos_id).cumsum(1) > 0
+    return torch.cat([ids[:, :start], ids[:, start:].masked_fill(ended, eos_id)], 1)
 
 
 def _with_end(model: Model, ids: Tensor) -> Tensor:
@@ -338,7 +353,9 @@ def separate_documents(model: Model, texts: Samples) -> list[str]:
                 documents[-1].append(token)
         if not documents[0]:
             documents = documents[1:]  # BOS
-        if not documents[-1]:
+        if model.turn:
+            documents = documents[:1]  # EOS follows the response
+        elif not documents[-1]:
             documents = documents[:-1]  # EOS
         decoded.append(f"\n{EOS}\n".join(model.tokenizer.decode_batch(documents)))
     return decoded

@@ -39,7 +39,7 @@ from halfstep.data.tokenizer import (
 )
 from halfstep.errors import HalfstepError, excerpt
 from halfstep.files import read_json, remember_sha256, sha256, write_atomic
-from halfstep.meta import Framing, check_framing, framing_of
+from halfstep.meta import Framing, Turn, check_framing, framing_of
 from halfstep.progress import Progress
 from halfstep.resolve import check_fields
 
@@ -48,8 +48,9 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20  # bytes of text that a worker tokenizes at once
 HEAD = struct.Struct("<I")  # before each document in the spool: its length in bytes
+START = np.dtype("<u4")  # of a pair: where its response starts
 END = struct.Struct("<q")  # in the index: where each document ends
-OF_MODELS = ("framing",)  # entries of a manifest that models of the corpus have too
+OF_MODELS = ("framing", "pairs")  # entries of a manifest that models of the corpus have too
 PREPARE_AGAIN = "run halfstep prepare-corpus again"
 
 
@@ -350,6 +351,7 @@ class Manifest(BaseModel):
     tokenizer_sha256: str
     corpus: dict[str, Any] = {}
     framing: Framing | None = None
+    pairs: Turn | None = None
 
 
 def read_manifest(corpus: Path) -> dict:
@@ -418,7 +420,9 @@ class Windows:
         self.vocab_size, self.eos_id = self.manifest["vocab_size"], self.manifest["eos_id"]
         self.layout = layout_of(self.manifest)
         shape = (self.facts["windows"], self.length)
-        expected = shape[0] * shape[1] * np.dtype(dtype).itemsize
+        self.is_pairs = "pairs" in self.manifest
+        starts = shape[0] * shape[1] * np.dtype(dtype).itemsize
+        expected = starts + shape[0] * START.itemsize if self.is_pairs else starts
         found = self.path.stat().st_size if self.path.is_file() else 0
         if found != expected:
             raise HalfstepError(
@@ -427,6 +431,9 @@ class Windows:
             )
         self.verify()
         self._tokens = np.memmap(self.path, dtype, "r", shape=shape)
+        self._starts = None
+        if self.is_pairs:
+            self._starts = np.memmap(self.path, START, "r", offset=starts, shape=shape[:1])
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -452,14 +459,24 @@ class Windows:
     def asked(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor | None:
         """The positions of these windows that noise may mask, bool [n, length]; None: all of them.
 
-        They are those of the text, without its frame. The two EOS of our own corpora are text.
+        They are those of the text, without its frame; of a pair, the response and all after it. The
+        two EOS of our own corpora are text.
         """
         import torch
 
-        if "framing" not in self.manifest:
+        if not self.framed:
             return None
-        found = torch.zeros(len(indices), self.length, dtype=torch.bool)
-        found[:, self.layout.framing.inside(self.length)] = True
+        found = torch.ones(len(indices), self.length, dtype=torch.bool)
+        if "framing" in self.manifest:
+            inside = self.layout.framing.inside(self.length)
+            found[:, : inside.start] = found[:, inside.stop :] = False
+        if self._starts is not None:
+            starts = torch.from_numpy(self._starts[np.asarray(indices)].astype(np.int64))
+            found &= torch.arange(self.length) >= starts[:, None]
+            if not found.any(1).all():
+                raise HalfstepError(
+                    f"{self.path}: holds a pair without a response; {PREPARE_AGAIN}"
+                )
         return found
 
     def verify(self) -> None:

@@ -16,9 +16,7 @@ from halfstep.errors import HalfstepError
 from halfstep.meta import Turn
 
 LENGTH = 40
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-)
+CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 PAIRS = [(f"Who saw the {what}?", f"{who} saw it.") for who, what in zip(
     ["Tom", "Anna", "Lily", "Ben"] * 5, ["kite", "fox", "dog", "cat", "ball"] * 4, strict=True
 )]  # fmt: skip

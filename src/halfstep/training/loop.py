@@ -197,11 +197,8 @@ def progress_words(
 ) -> list[str]:
     """The figures of a line of progress: losses, epochs, speed and use of the GPUs."""
     words = [f"loss {figures['train/loss']:.4g}"]
-    others = (
-        "best",
-        "val/entropy",
-        "val/only_end_of_text",
-    )  # a resumed training has its figures in another order
+    # By name, because a resumed training has its figures in another order.
+    others = ("best", "val/entropy", "val/only_end_of_text")
     held_out = [value for name, value in state.validation.items() if name not in others]
     if held_out:
         words.append(f"held-out loss {held_out[0]:.4g}")

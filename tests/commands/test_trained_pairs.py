@@ -13,6 +13,7 @@ import halfstep
 from halfstep import checkpoint
 from halfstep.commands import distill, train
 from halfstep.commands.distill import DistillationObjective, _entropy
+from halfstep.commands.infilling import corpus_items
 from halfstep.commands.train import (
     DiffusionObjective,
     HeldOut,
@@ -246,6 +247,17 @@ def test_trainings_log_the_share_and_stop_at_the_limit(trained, tmp_path, capsys
         assert call(f"{line} {rest}") == 1
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert "100% of 4 drawn responses are only end-of-text, max_empty_texts is 0.5" in error
+
+
+def test_infilling_asks_for_the_response_and_its_end(trained):
+    items, held_out = corpus_items(trained.corpus, 4), Windows(trained.corpus, "validation")
+    asked = held_out.asked(np.arange(len(held_out))).numpy()
+    assert (items.windows == held_out[np.arange(len(held_out))].numpy()).all()
+    for ids, mask, of_response in zip(items.windows, items.masked, asked, strict=True):
+        words = int((ids[of_response] != held_out.eos_id).sum())
+        assert not (mask & ~of_response).any() and mask.sum() == (words + 1) // 2
+        start = int(np.flatnonzero(of_response)[0])
+        assert np.flatnonzero(mask)[-1] <= start + words
 
 
 def test_the_share_is_a_row_of_the_scores(trained, pipeline, tmp_path):

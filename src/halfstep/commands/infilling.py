@@ -16,10 +16,17 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
-from halfstep.commands.variety import held_out_texts
+from halfstep.commands.variety import held_out_texts, spread_rows
 from halfstep.commands.writers import draw_texts, load_scorer, sampler_name, text_writer
 from halfstep.config import Count, DrawOptions, Machine, Whole, Word
-from halfstep.data.pack import Layout, corpus_files, corpus_tokenizer, layout_of, read_manifest
+from halfstep.data.pack import (
+    Layout,
+    Windows,
+    corpus_files,
+    corpus_tokenizer,
+    layout_of,
+    read_manifest,
+)
 from halfstep.data.stories import judge, repeated_mentions
 from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.diffusion.samplers import SAMPLERS
@@ -191,16 +198,18 @@ def _data_name(task: MaskedItems) -> str:
 
 
 def corpus_items(corpus: Path, count: int) -> MaskedItems:
-    """At most `count` held-out windows of a corpus with masked positions: task infilling."""
+    """At most `count` held-out windows of a corpus with masked positions: task infilling.
+
+    Of pairs, half of each response is masked; of other windows half of all within the frame.
+    """
     windows, manifest = held_out_texts(corpus, count), read_manifest(corpus)
     if manifest["corpus"].get("kind") == "stories":
         return story_items(windows, corpus_tokenizer(corpus), layout_of(manifest))
-    layout = layout_of(manifest)  # its frame stays
-    inner, begin = layout.room, len(layout.framing.begin)
+    rows = _places_to_mask(corpus, windows)
     masked = np.zeros(windows.shape, bool)
-    for i, mask in enumerate(masked):
-        chosen = np.random.default_rng([MASK_SEED, i]).permutation(inner)[: inner // 2]
-        mask[begin + chosen] = True
+    for i, (mask, places) in enumerate(zip(masked, rows, strict=True)):
+        order = np.random.default_rng([MASK_SEED, i]).permutation(len(places))
+        mask[places[order[: len(places) // 2]]] = True
     if not masked.any():
         raise HalfstepError(
             f"{corpus}: windows of {windows.shape[1]} tokens have no position to mask; "
@@ -209,6 +218,22 @@ def corpus_items(corpus: Path, count: int) -> MaskedItems:
     return MaskedItems(
         INFILLING, windows, masked, {"tokens": partial(right_tokens, windows, masked)}
     )
+
+
+def _places_to_mask(corpus: Path, windows: np.ndarray) -> list[np.ndarray]:
+    """The positions of each of windows[N, L] that are text, or its response with one end."""
+    held_out = Windows(corpus, "validation")
+    inside = held_out.layout.framing.inside(held_out.length)
+    if not held_out.is_pairs:
+        return [np.arange(inside.start, inside.stop)] * len(windows)
+    asked = held_out.asked(spread_rows(len(held_out), len(windows)))
+    assert asked is not None
+    places = []
+    for ids, of_response in zip(windows, asked.numpy(), strict=True):
+        response = np.flatnonzero(of_response)
+        ends = np.flatnonzero(ids[response] == held_out.eos_id)
+        places.append(response[: ends[0] + 1])
+    return places
 
 
 def story_items(windows: np.ndarray, tokenizer: Tokenizer, layout: Layout) -> MaskedItems:

@@ -50,9 +50,14 @@ def held_out_texts(corpus: Path, count: int, first: int = 0, every: int = 1) -> 
     with them.
     """
     windows = Windows(corpus, "validation")
-    known = np.arange(first, len(windows), every)
+    return windows[spread_rows(len(windows), count, first, every)].numpy()
+
+
+def spread_rows(windows: int, count: int, first: int = 0, every: int = 1) -> np.ndarray:
+    """The numbers of at most `count` of the windows first, first + every, ..., evenly spaced."""
+    known = np.arange(first, windows, every)
     chosen = np.linspace(0, len(known) - 1, min(count, len(known))).astype(int)
-    return windows[known[np.unique(chosen)]].numpy()
+    return known[np.unique(chosen)]
 
 
 def text_label(columns: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from halfstep.files import (
     write_json,
     write_tensors,
 )
-from halfstep.meta import Meta
+from halfstep.meta import Framing, Meta, Turn, check_framing, framing_of
 from halfstep.resolve import check_fields
 from halfstep.tensors import DAMAGED, check_finite, check_optimizer_state, check_weights
 
@@ -89,10 +89,20 @@ class Model:
         return self.meta["eos_id"]
 
     @property
-    def begin(self) -> list[int]:
-        """The tokens before a text: EOS, or those that an imported model's framing has."""
-        framing = self.meta.get("framing")
-        return [self.eos_id] if framing is None else framing["begin"]
+    def framing(self) -> Framing:
+        """The tokens before and after each text: EOS and EOS, or those of an imported model."""
+        return framing_of(self.meta)
+
+    @property
+    def is_framed(self) -> bool:
+        """True if the frame is always given; False if both EOS are part of the text (MDLM)."""
+        return self.meta.get("framing") is not None
+
+    @property
+    def turn(self) -> Turn | None:
+        """How a model that was trained on pairs reads a prompt; None for any other model."""
+        found = self.meta.get("pairs")
+        return None if found is None else Turn.model_validate(found)
 
     @property
     def mask_id(self) -> int:
@@ -203,6 +213,7 @@ def read_meta(folder: Path) -> dict:
             f"{path}: eos_id: found {meta['eos_id']}, but vocab_size is {meta['vocab_size']}; "
             f"{DAMAGED}"
         )
+    check_framing(meta, path, DAMAGED)
     return meta
 
 

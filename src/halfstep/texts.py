@@ -136,8 +136,10 @@ def _decode(path: Path, number: int, raw: bytes) -> str:
         ) from None
 
 
-def row_text(line: str, text_field: str, where: str) -> str:
+def row_text(line: str, text_field: str, where: str, key: str = "text_field") -> str:
     """The text in the field `text_field` of a line of .jsonl; `where` names the line in errors.
+
+    `key` is the key of the configuration that names the field.
 
     Broken JSON escapes make lone surrogates; each becomes "?".
     """
@@ -148,7 +150,7 @@ def row_text(line: str, text_field: str, where: str) -> str:
             found = f"an object with {_names(row)}"
         raise HalfstepError(
             f"{where}: found {found}, expected a field {text_field!r}; "
-            "set text_field to the one with the text"
+            f"set {key} to the one with the text"
         )
     text = row[text_field]
     if not isinstance(text, str):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from known import UNFRAMED
 
 from halfstep.commands.writers import encode_prompt, separate_documents
 from halfstep.data.stories import sample_stories
@@ -12,7 +13,7 @@ from halfstep.diffusion.contracts import Samples
 
 BPE = train_bpe(sample_stories(300, 1), 640)
 MODEL = SimpleNamespace(
-    tokenizer=BPE, eos_id=0, begin=[0], mask_id=BPE.get_vocab_size(), length=64, denoiser=object()
+    tokenizer=BPE, eos_id=0, **UNFRAMED, mask_id=BPE.get_vocab_size(), length=64, denoiser=object()
 )
 
 

@@ -121,8 +121,8 @@ def test_it_writes_and_is_distilled_like_any_checkpoint(imported, pipeline, tmp_
     )
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert (student.begin, student.meta["student_steps"]) == (
-        halfstep.load(imported.folder, "cpu").begin,
+    assert (student.framing, student.meta["student_steps"]) == (
+        halfstep.load(imported.folder, "cpu").framing,
         4,
     )
     line = f"--checkpoint {models}/round-2 --output {tmp_path}/s --steps 4 --num-samples 3"

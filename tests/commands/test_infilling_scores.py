@@ -11,11 +11,16 @@ from halfstep.commands import infilling
 from halfstep.commands.data import prepare_corpus
 from halfstep.commands.infilling import corpus_items, last_word_items
 from halfstep.config import Corpus
-from halfstep.data.pack import Windows, corpus_tokenizer
+from halfstep.data.pack import Windows, corpus_tokenizer, layout_of
 from halfstep.data.stories import repeated_mentions, sample_stories
 from halfstep.files import read_json
 
 MACHINE = "--device cpu --threads 1 --micro-batch 4"
+
+
+def layout(length, **framing):
+    """Of our own corpora, or with a frame of a model of transformers."""
+    return layout_of({"length": length, "eos_id": 0} | framing)
 
 
 def line(checkpoint, corpus, output, *words):
@@ -86,7 +91,7 @@ def test_half_of_the_tokens_of_other_corpora_are_masked(tmp_path):
 def test_windows_of_last_words_hold_whole_items():
     """Context, word, EOS, as documents of a corpus; the rest is the beginning of the next item."""
     texts = [([10 + i] * (3 + i % 2), [50 + i]) for i in range(30)]
-    items = last_word_items(texts, 16, 0, 4)
+    items = last_word_items(texts, layout(16), 4)
     windows, masked = items.windows, items.masked
     assert windows.shape == (4, 16) and (windows[:, [0, -1]] == 0).all()
     seen = np.concatenate([w[m] for w, m in zip(windows, masked, strict=True)])
@@ -101,12 +106,12 @@ def test_windows_of_last_words_hold_whole_items():
 
 
 def test_the_last_tokens_of_a_long_context_are_kept():
-    items = last_word_items([(list(range(1, 40)), [60, 61]), ([1], [62])], 12, 0, 3)
+    items = last_word_items([(list(range(1, 40)), [60, 61]), ([1], [62])], layout(12), 3)
     assert items.windows[0].tolist() == [0, *range(32, 40), 60, 61, 0]
 
 
 def test_items_that_fill_one_window_only_in_part():
-    items = last_word_items([([5, 5], [60])], 8, 0, 3)
+    items = last_word_items([([5, 5], [60])], layout(8), 3)
     assert items.windows.tolist() == [[0, 5, 5, 60, 0, 0, 0, 0]]
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from known import UNFRAMED
 from pseudo import Terminal, without_escapes
 from rich.cells import cell_len
 from rich.console import Console
@@ -166,7 +167,8 @@ def named_tokens(model) -> SimpleNamespace:
         length=model.length,
         mask_id=model.mask_id,
         eos_id=model.eos_id,
-        begin=model.begin,
+        is_framed=model.is_framed,
+        framing=model.framing,
         tokenizer=words,
     )
 
@@ -203,7 +205,7 @@ def test_every_step_has_a_color_of_its_own():
 
 
 BPE = train_bpe(sample_stories(300, 1), 640)
-MODEL = SimpleNamespace(tokenizer=BPE, eos_id=0, begin=[0], mask_id=BPE.get_vocab_size())
+MODEL = SimpleNamespace(tokenizer=BPE, eos_id=0, **UNFRAMED, mask_id=BPE.get_vocab_size())
 
 
 @pytest.mark.parametrize(

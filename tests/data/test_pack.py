@@ -37,7 +37,8 @@ def write_corpus(path, documents, length=16, held_out=20, workers=1, tokenizer=T
     with Spool(path / ".spool", documents) as spool:
         train = len(spool) - held_out
         splits = {"train": range(train), "validation": range(train, len(spool))}
-        facts = pack.pack_windows(spool, tokenizer, length, path, splits, workers)
+        layout = pack.layout_of({"length": length, "eos_id": 0})
+        facts = pack.pack_windows(spool, tokenizer, layout, path, splits, workers)
     (path / "tokenizer.json").write_text(tokenizer.to_str())
     manifest = {
         "format": 1,

@@ -7,6 +7,7 @@ import pyarrow.parquet
 import pytest
 from known import words_tokenizer
 
+from halfstep.data.pack import layout_of
 from halfstep.data.zero_shot import (
     DATA_SETS,
     LAMBADA,
@@ -21,24 +22,29 @@ from halfstep.data.zero_shot import (
 from halfstep.errors import HalfstepError
 
 
+def layout(length, **framing):
+    """Of our own corpora, or with a frame of a model of transformers."""
+    return layout_of({"length": length, "eos_id": 0} | framing)
+
+
 def test_windows_are_cut_from_the_joined_texts_and_the_rest_is_dropped():
     """EOS (0) after each text, at both ends of a window, and for an empty row."""
     tokenizer = words_tokenizer("a b c d e")
-    windows = cut_windows(["a b", "", "c d e a", "b"], tokenizer, 0, 5)
+    windows = cut_windows(["a b", "", "c d e a", "b"], tokenizer, layout(5))
     assert windows.tolist() == [[0, 1, 2, 0, 0], [0, 0, 3, 4, 0], [0, 5, 1, 0, 0]]
-    assert cut_windows(iter(["a b", "c"] * 9000), tokenizer, 0, 5, most=2).shape == (2, 5)
+    assert cut_windows(iter(["a b", "c"] * 9000), tokenizer, layout(5), most=2).shape == (2, 5)
     assert windows.dtype == np.int32
 
 
 def test_a_text_shorter_than_a_window_is_one_shorter_window():
     tokenizer = words_tokenizer("a b")
-    assert cut_windows(["a b"], tokenizer, 0, 99).tolist() == [[0, 1, 2, 0, 0]]
+    assert cut_windows(["a b"], tokenizer, layout(99)).tolist() == [[0, 1, 2, 0, 0]]
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
 def test_no_text_is_an_error(texts):
     with pytest.raises(HalfstepError, match="found no text"):
-        cut_windows(texts, words_tokenizer("a"), 0, 4)
+        cut_windows(texts, words_tokenizer("a"), layout(4))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 import torch
-from known import Stubborn
+from known import UNFRAMED, Stubborn
 from oracle import Language, Perfect
 
 from halfstep.distributed.group import ALONE
@@ -121,7 +121,7 @@ def test_a_baseline_is_exact_and_does_not_count_its_first_token():
             return h @ table
 
     windows = np.array([[0, 1, 2, 3, 0], [0, 5, 5, 4, 0]], np.int32)
-    model = SimpleNamespace(kind="autoregressive", network=Bigrams(), length=5)
+    model = SimpleNamespace(kind="autoregressive", network=Bigrams(), length=5, **UNFRAMED)
     found = window_nll(model, windows, 1, 1, "cpu", ALONE, "text")
     expected = [-table[window[:-1], window[1:]].sum().item() for window in windows]
     np.testing.assert_allclose(found, np.column_stack([expected, [4, 4]]))
@@ -131,7 +131,7 @@ def test_windows_have_the_numbers_of_their_places():
     from types import SimpleNamespace
 
     windows = np.random.default_rng(2).integers(0, 4, (5, 9)).astype(np.int32)
-    model = SimpleNamespace(kind="diffusion", denoiser=Stubborn(4), length=9)
+    model = SimpleNamespace(kind="diffusion", denoiser=Stubborn(4), length=9, **UNFRAMED)
     found = window_nll(model, windows, 4, 2, "cpu", ALONE, "text")
     asked = [whole(window, i) for i, window in enumerate(windows.tolist())]
     np.testing.assert_allclose(found[:, 0], text_nelbo(Stubborn(4), asked, 4, 99), rtol=1e-12)

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from known import Language, words_tokenizer
+from known import UNFRAMED, Language, words_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from halfstep.checkpoint import load_checkpoint
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.errors import HalfstepError
+from halfstep.meta import Framing
 from halfstep.metrics.lambada import (
     HalfstepLM,
     Request,
@@ -53,6 +54,7 @@ def known_model(length=16) -> SimpleNamespace:
         tokenizer=tokenizer,
         length=length,
         eos_id=0,
+        **UNFRAMED,
         device=torch.device("cpu"),
         precision="float32",
     )
@@ -217,6 +219,8 @@ def test_the_released_form_of_lambada():
         "tokenizer": tokenizer,
         "length": 128,
         "eos_id": 50256,
+        "framing": Framing(begin=[50256], end=[50256]),
+        "is_framed": False,
         "device": torch.device("cpu"),
         "precision": "float32",
         "network": gpt,

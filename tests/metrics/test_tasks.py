@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from known import Language, Stubborn, words_tokenizer
+from known import UNFRAMED, Language, Stubborn, words_tokenizer
 from lm_eval.tasks import TaskManager
 from questions import write_rolling, write_task
 from test_elbo import by_enumeration
@@ -37,6 +37,7 @@ def diffusion(denoiser=None, length=16) -> SimpleNamespace:
         tokenizer=tokenizer,
         length=length,
         eos_id=0,
+        **UNFRAMED,
     )
 
 
@@ -66,6 +67,7 @@ def autoregressive(table=None, length=16) -> SimpleNamespace:
         tokenizer=tokenizer,
         length=length,
         eos_id=0,
+        **UNFRAMED,
     )
 
 

@@ -124,8 +124,8 @@ class NotedObjective:
     def __init__(self, objective):
         self.objective, self.drawn, self.rows = objective, [], 0
 
-    def corrupt(self, x0, generator, step=None) -> Batch:
-        batch = self.objective.corrupt(x0, generator, step)
+    def corrupt(self, x0, generator, step=None, asked=None) -> Batch:
+        batch = self.objective.corrupt(x0, generator, step, asked)
         digest = hashlib.sha256(x0.numpy().tobytes())
         for _, value in sorted(batch.tensors.items()):
             digest.update(value.contiguous().numpy().tobytes())

@@ -19,7 +19,7 @@ from halfstep.training import loop
 from halfstep.training.ema import EMA
 from halfstep.training.loop import Agreement, fit, progress_words
 from halfstep.training.state import Run, Start
-from halfstep.training.step import Batch, step_generator
+from halfstep.training.step import Batch, Examples, step_generator
 
 STEPS = 7
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ class Regression:
         self.loss = self.loss or self.squares
         self.validate = self.validate or self.measure
 
-    def corrupt(self, x0, generator, step=None):
+    def corrupt(self, x0, generator, step=None, asked=None):
         noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
         return Batch({"x": x0 + noise, "y": x0.sum(1)}, x0.numel())
 
@@ -104,7 +104,7 @@ def run(
     def asked(step):
         if step == stop_at:
             raise Interrupted
-        return batches(step)
+        return Examples(batches(step))
 
     objective = Regression(network, loss and loss(network), validate and validate(network))
     params = {"training": options.model_dump(), "dropout": dropout, "seed": seed}

@@ -27,7 +27,7 @@ from halfstep.commands.generate import (
 from halfstep.commands.samples import is_written, read_samples, sample_files
 from halfstep.commands.writers import draw_texts, note_unused_options, text_writer
 from halfstep.config import CONTINUE_STAGE, DrawOptions, Evaluation, Machine, Prompts, Steps
-from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer, read_manifest
+from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer, read_manifest, without_frame
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError
@@ -61,7 +61,8 @@ def continue_prompts(
 
     A denoiser was trained on windows between two EOS, so it would write EOS at its last position,
     but no document ends there. Therefore it is given an EOS to the right of each text, which is not
-    kept. An autoregressive checkpoint takes one step per token, whatever `steps` is.
+    kept; a model of transformers is given the end of its frame. An autoregressive checkpoint takes
+    one step per token, whatever `steps` is.
 
     Args:
         checkpoint: a checkpoint folder
@@ -80,7 +81,8 @@ def continue_prompts(
         )
     texts = references(corpus, prompts)
     length = texts.shape[1]
-    if length >= model.length:
+    end = model.framing.end
+    if length + len(end) > model.length:
         raise HalfstepError(
             f"prompt_tokens + continuation_tokens: found {prompts.prompt_tokens} + "
             f"{prompts.continuation_tokens}, but a text of {name} has {model.length} tokens, the "
@@ -90,7 +92,7 @@ def continue_prompts(
         tokens = length if model.denoiser is not None else prompts.continuation_tokens
         note_unused_options(model, tokens, max(steps), drawing)
     for count in folders:  # a sampler may refuse a step count: before anything is drawn
-        text_writer(model, length, count, drawing, end=model.eos_id)
+        text_writer(model, length, count, drawing, end=end)
     given = texts[:, : prompts.prompt_tokens].repeat_interleave(prompts.per_prompt, 0)
     for count, folder in folders.items():
         how: dict[str, Any] = {"prompts": prompts.model_dump(), "stage": CONTINUE_STAGE}
@@ -102,7 +104,7 @@ def continue_prompts(
                 print(f"{label}: kept, all {len(given)} texts are there", file=sys.stderr)
             continue
         started = time.monotonic()
-        write = text_writer(model, length, count, drawing, end=model.eos_id)
+        write = text_writer(model, length, count, drawing, end=end)
         written = draw_texts(write, given, machine.micro_batch, label, group)
         if written is not None:
             how["elapsed_s"] = time.monotonic() - started
@@ -229,10 +231,12 @@ def _judge_continuations(
     group: Group,
 ) -> Iterator[_Judged]:
     """What the judge computes for each set of continuations; the documents' features only once."""
-    tokenizer, eos_id = corpus_tokenizer(corpus), read_manifest(corpus)["eos_id"]
+    tokenizer, manifest = corpus_tokenizer(corpus), read_manifest(corpus)
+    eos_id = manifest["eos_id"]
     batch = machine.micro_batch
 
     def features_of(ids: np.ndarray, label: str) -> np.ndarray | None:
+        ids = without_frame(ids, manifest)
         return judge_features(judge, ids, tokenizer, eos_id, batch, label, group)
 
     references_of = {
@@ -248,13 +252,14 @@ def _judge_continuations(
 
 
 def references(corpus: Path, prompts: Prompts) -> Tensor:
-    """BOS and the beginnings of held-out documents of the corpus, [num_prompts, L] int64.
+    """BOS or the begin of a frame, and beginnings of held-out documents, [num_prompts, L] int64.
 
     They are the first num_prompts documents that are long enough. The first prompt_tokens of a row
     are a prompt; the rest is how its document goes on. L is prompt_tokens + continuation_tokens.
     """
     windows = Windows(corpus, "validation")
-    new = prompts.prompt_tokens + prompts.continuation_tokens - 1
+    begin = torch.tensor(windows.layout.framing.begin, dtype=torch.long)
+    new = prompts.prompt_tokens + prompts.continuation_tokens - len(begin)
     documents = (
         text for text in held_out_documents(windows) if len(text) >= prompts.document_tokens
     )
@@ -265,17 +270,18 @@ def references(corpus: Path, prompts: Prompts) -> Tensor:
             f"({prompts.document_tokens}) or more, expected num_prompts ({prompts.num_prompts}); "
             "lower one of the two, or raise the corpus's validation_documents"
         )
-    return torch.cat([torch.full((len(found), 1), windows.eos_id), torch.stack(found)], 1)
+    return torch.cat([begin.expand(len(found), -1), torch.stack(found)], 1)
 
 
 def held_out_documents(windows: Windows) -> Iterator[Tensor]:
     """The documents of a split in order, without EOS; the last one may be cut short.
 
-    They are joined from the windows, EOS + tokens + EOS.
+    They are joined from the windows, without their frames.
     """
+    inside = windows.layout.framing.inside(windows.length)
     rest = torch.empty(0, dtype=torch.long)
     for first in range(0, len(windows), AT_ONCE):
-        stream = torch.cat([rest, windows[first : first + AT_ONCE][:, 1:-1].flatten()])
+        stream = torch.cat([rest, windows[first : first + AT_ONCE][:, inside].flatten()])
         ends = (stream == windows.eos_id).nonzero()[:, 0]
         *whole, rest = stream.tensor_split(ends + 1)
         yield from (text[:-1] for text in whole)

@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from halfstep.config import Corpus, Threads
 from halfstep.data.corpora import CORPORA, read_corpus
 from halfstep.data.files import find_files
-from halfstep.data.pack import Spool, corpus_files, pack_windows, token_dtype
+from halfstep.data.model_tokenizer import (
+    OF_MODEL,
+    TOKENIZER_FILES,
+    ModelTokenizer,
+    find_model_tokenizer,
+)
+from halfstep.data.pack import Spool, corpus_files, layout_of, pack_windows, token_dtype
+from halfstep.data.pairs import pack_pairs, read_turn, split_pair
 from halfstep.data.stories import last_words
 from halfstep.data.tokenizer import describe_loss, end_id, load_bpe, train_bpe, vocabulary_size
 from halfstep.errors import HalfstepError
 from halfstep.files import scratch_folder, sha256, write_atomic, write_json
+from halfstep.meta import Turn, check_framing
 from halfstep.records import provenance
 
 PROBED = 100  # first documents on which a tokenizer that was not trained here is tested
@@ -43,11 +52,14 @@ def prepare_corpus(output: Path, corpus: Corpus, workers: Threads | None = None)
     workers = workers or _available_cores()
     files = find_files(corpus.files)
     # Loaded before the documents, so that a wrong name is found at once.
-    tokenizer = None if corpus.tokenizer == "bpe" else load_bpe(corpus.tokenizer)
+    tokenizer, own, read = _load_tokenizer(corpus)
     output.mkdir(parents=True, exist_ok=True)
     # The manifest is written last: a folder with a manifest is complete.
     (output / "manifest.json").unlink(missing_ok=True)
     kind = CORPORA[corpus.kind]
+    is_pairs, read_text = corpus.kind == "pairs", str
+    if is_pairs:
+        read_text = _text_of_pair
     held_out = corpus.validation_documents or kind.validation_documents
     documents = read_corpus(corpus, held_out, workers)
     with (
@@ -61,19 +73,25 @@ def prepare_corpus(output: Path, corpus: Corpus, workers: Threads | None = None)
                 "nothing is left to train on; lower validation_documents or add text"
             )
         if tokenizer is None:
-            tokenizer = train_bpe(spool.spread(train, kind.bpe_bytes), corpus.vocab_size)
-        elif loss := describe_loss(tokenizer, islice(spool.texts(0, len(spool)), PROBED)):
+            spread = map(read_text, spool.spread(train, kind.bpe_bytes))
+            tokenizer = train_bpe(spread, corpus.vocab_size)
+        elif loss := describe_loss(
+            tokenizer, map(read_text, islice(spool.texts(0, len(spool)), PROBED))
+        ):
             print(f"note: tokenizer {corpus.tokenizer}: {loss}", file=sys.stderr)
         write_atomic(output / "tokenizer.json", tokenizer.to_str(pretty=True))
         splits = {"train": range(train), "validation": range(train, len(spool))}
-        facts = pack_windows(spool, tokenizer, corpus.length, output, splits, workers)
-        texts = _write_texts(output, corpus, spool, train)
-    _write_manifest(output, corpus, tokenizer, facts)
-    inputs = list(files)
-    if corpus.tokenizer != "bpe":
-        inputs.append(Path(corpus.tokenizer).expanduser())
+        about = _describe_windows(corpus, tokenizer, own)
+        layout = layout_of(about)
+        if is_pairs:
+            turn = Turn.model_validate(about["pairs"])
+            facts = pack_pairs(spool, tokenizer, layout, turn, output, splits)
+        else:
+            facts = pack_windows(spool, tokenizer, layout, output, splits, workers)
+        texts = _write_texts(output, corpus, spool, train, read_text)
+    _write_manifest(output, about, corpus, facts)
     outputs = [*corpus_files(output, *splits), *texts]
-    provenance.write_record(output / provenance.NAME, outputs, inputs)
+    provenance.write_record(output / provenance.NAME, outputs, [*files, *read])
     _print_facts(output, corpus, tokenizer, facts)
 
 
@@ -83,6 +101,12 @@ def _print_facts(output: Path, corpus: Corpus, tokenizer: Tokenizer, facts: dict
     for split, found in facts.items():
         cut = found["cut_windows"] / found["windows"]
         unknown = found["unknown_tokens"] / found["tokens"]
+        if too_long := found.get("too_long"):
+            print(
+                f"note: {split}: {too_long:,} of {found['documents']:,} pairs are longer than a "
+                f"window of {corpus.length} tokens and left out",
+                file=sys.stderr,
+            )
         print(
             f"{output}/{split}.bin: {found['windows']:,} windows of {corpus.length} tokens, from "
             f"{found['documents']:,} documents with {found['tokens']:,} tokens; {cut:.0%} of the "
@@ -96,10 +120,16 @@ def _available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _write_texts(output: Path, corpus: Corpus, spool: Spool, train: int) -> list[Path]:
+def _text_of_pair(document: str) -> str:
+    return "\n".join(split_pair(document))
+
+
+def _write_texts(
+    output: Path, corpus: Corpus, spool: Spool, train: int, read_text: Callable[[str], str]
+) -> list[Path]:
     """Write the held-out documents, which follow the first `train`, as text; return the files."""
     texts = islice(spool.texts(train, len(spool)), VALIDATION_TEXTS)
-    files = {"validation.jsonl": ({"text": text} for text in texts)}
+    files = {"validation.jsonl": ({"text": read_text(text)} for text in texts)}
     if corpus.kind == "stories":
         files["last_words.jsonl"] = last_words(len(spool) - train, corpus.corpus_seed)
     for name, rows in files.items():
@@ -107,13 +137,41 @@ def _write_texts(output: Path, corpus: Corpus, spool: Spool, train: int) -> list
     return [output / name for name in files]
 
 
-def _write_manifest(output: Path, corpus: Corpus, tokenizer: Tokenizer, facts: dict) -> None:
-    manifest = {
-        "format": 1,
+def _load_tokenizer(corpus: Corpus) -> tuple[Tokenizer | None, ModelTokenizer | None, list[Path]]:
+    """The tokenizer, unless it is trained here; that of a model; and the files or folder read."""
+    name = corpus.tokenizer
+    if name == "bpe":
+        return None, None, []
+    if not name.startswith(OF_MODEL):
+        return load_bpe(name), None, [Path(name).expanduser()]
+    own, folder = find_model_tokenizer(name)
+    files = [path for pattern in TOKENIZER_FILES for path in sorted(folder.glob(pattern))]
+    return own.tokenizer, own, files
+
+
+def _describe_windows(
+    corpus: Corpus, tokenizer: Tokenizer, own: ModelTokenizer | None
+) -> dict[str, Any]:
+    """Entries of the manifest that say how tokens and windows are to be read."""
+    about: dict[str, Any] = {
         "length": corpus.length,
         "dtype": token_dtype(tokenizer),
         "vocab_size": vocabulary_size(tokenizer),
-        "eos_id": end_id(tokenizer),
+        "eos_id": own.eos_id if own else end_id(tokenizer),
+    }
+    if own:
+        about["framing"] = own.framing.model_dump()
+        check_framing(about, f"tokenizer: {corpus.tokenizer}", "set a larger length")
+    if corpus.kind == "pairs":
+        turn = read_turn(own.theirs, f"tokenizer: {corpus.tokenizer}") if own else Turn()
+        about["pairs"] = turn.model_dump()
+    return about
+
+
+def _write_manifest(output: Path, about: dict[str, Any], corpus: Corpus, facts: dict) -> None:
+    manifest = {
+        "format": 1,
+        **about,
         "splits": facts,
         "tokenizer_sha256": sha256(output / "tokenizer.json"),
         "corpus": corpus.model_dump(),

@@ -3,23 +3,32 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from halfstep import checkpoint
-from halfstep.commands.train import DiffusionObjective, HeldOut, TrainingJob
+from halfstep.commands.train import (
+    NEVER,
+    WATCHED_STEPS,
+    DiffusionObjective,
+    HeldOut,
+    TrainingJob,
+    watch_empty,
+    watched_texts,
+)
 from halfstep.config import Distillation, Machine, Seed
 from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer
 from halfstep.data.tokenizer import read_tokenizer
-from halfstep.diffusion.contracts import Denoiser, Draws
+from halfstep.diffusion.contracts import Denoiser
 from halfstep.diffusion.masking import corrupt, mask_indices, to_device
 from halfstep.diffusion.objective import stratified_times
-from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import masked_share
 from halfstep.distill.divergences import DIVERGENCES
 from halfstep.distill.rounds import Round, plan_round
 from halfstep.distill.targets import divergence_loss, teacher_targets
 from halfstep.errors import HalfstepError
+from halfstep.meta import framing_of
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.models import flops
 from halfstep.models.denoiser import SubsDenoiser
@@ -30,7 +39,6 @@ from halfstep.training.loop import fit
 from halfstep.training.state import Start
 from halfstep.training.step import Batch, Tensors
 
-WATCHED, WATCHED_STEPS = 16, 32  # texts and sampling steps behind a round's val/entropy
 OF_ORIGIN = ("adapted", "transformers", "framing")  # entries of meta.json that students keep
 ENTROPY_WINDOWS = 256  # held-out windows that they are compared with, or all there are
 
@@ -73,6 +81,7 @@ def distill_round(
         "dt": plan.dt,
         "student_steps": plan.student_steps,
         "teacher_sha256": source["sha256"],
+        **job.windows.framed,
         **{key: source[key] for key in OF_ORIGIN if key in source},
         "training": source["training"],
     }
@@ -148,13 +157,23 @@ class DistillationObjective:
     validation: DiffusionObjective
     seed: int
 
-    def corrupt(self, x0: Tensor, generator: torch.Generator, step: int | None = None) -> Batch:
-        """Draw t, stratified over [min_t, 1), xt ~ q(xt | x0), and the teacher's uniforms."""
+    def corrupt(
+        self,
+        x0: Tensor,
+        generator: torch.Generator,
+        step: int | None = None,
+        asked: Tensor | None = None,
+    ) -> Batch:
+        """Draw t, stratified over [min_t, 1), xt ~ q(xt | x0), and the teacher's uniforms.
+
+        Only positions that are asked for are masked.
+        """
         B, L = x0.shape
         u_time = torch.rand(B, generator=generator, dtype=torch.float64)
         t = stratified_times(u_time, self.run.min_t)
         u = torch.rand(3, B, L, generator=generator, dtype=torch.float64)
-        xt = corrupt(x0, t, u[0], self.student.schedule, self.student.mask_id)
+        u_mask = u[0] if asked is None else u[0].masked_fill(~asked, NEVER)
+        xt = corrupt(x0, t, u_mask, self.student.schedule, self.student.mask_id)
         masked = int((xt == self.student.mask_id).sum())
         return Batch({"xt": xt, "t": t, "u_reveal": u[1], "u_token": u[2]}, max(1, masked))
 
@@ -166,8 +185,10 @@ class DistillationObjective:
         """Held-out NELBO of the student in nats per token, and entropy of its samples in nats."""
         figures = self.validation.validate()
         held_out, band = self.validation.held_out, self.run.entropy_band
-        entropy = watch_entropy(self.student, held_out, self.round, band, self.seed)
-        return {**figures, "val/entropy": entropy}
+        steps = min(WATCHED_STEPS, self.round.student_steps)
+        texts = watched_texts(self.student, held_out, steps, self.seed)
+        figures |= watch_empty(texts, held_out, self.run.max_empty_texts)
+        return {**figures, "val/entropy": watch_entropy(texts, held_out, self.round, band)}
 
 
 def sdtt_loss(
@@ -189,26 +210,30 @@ def sdtt_loss(
     return divergence_loss(divergence, h, student.readout, goal, teacher.readout)
 
 
-def watch_entropy(
-    student: Denoiser, held_out: HeldOut, round: Round, band: float | None, seed: int
-) -> float:
-    """Unigram entropy of the student's samples in nats.
+def watch_entropy(texts: Tensor, held_out: HeldOut, round: Round, band: float | None) -> float:
+    """Unigram entropy of the student's texts[N, L] in nats; of pairs, that of the responses.
 
     Raises HalfstepError if it differs from held-out text's by more than the share `band`. A lower
     perplexity at a lower entropy is no success: a student that repeats itself is stopped before it
     becomes a teacher.
     """
-    length, steps = held_out.x0.shape[1], min(WATCHED_STEPS, round.student_steps)
-    goal = unigram_entropy(held_out.x0[:ENTROPY_WINDOWS].numpy()).mean()
-    texts = sample(student, WATCHED, length, steps, draws=Draws(seed), device=held_out.device)
-    found = unigram_entropy(texts.ids.cpu().numpy()).mean()
+    goal = _entropy(held_out.x0[:ENTROPY_WINDOWS], held_out)
+    found = _entropy(texts, held_out)
     if band is not None and abs(found / goal - 1) > band:
         raise HalfstepError(
             f"round {round.index}: the samples' entropy is {found:.2f} nats, held-out text's "
             f"{goal:.2f}: outside entropy_band {band}, the student collapses; lower lr or "
             "num_steps, train a better teacher, or widen entropy_band"
         )
-    return float(found)
+    return found
+
+
+def _entropy(texts: Tensor, held_out: HeldOut) -> float:
+    """Mean unigram entropy of texts[N, L], or of their responses up to the first end-of-text."""
+    responses = held_out.responses(texts)
+    if responses is None:
+        return float(unigram_entropy(texts.numpy()).mean())
+    return float(np.mean([unigram_entropy(one[None].numpy())[0] for one in responses]))
 
 
 def flops_per_token(
@@ -247,6 +272,12 @@ def _check_teacher(meta: dict, teacher: Path, windows: Windows, corpus: Path, ro
                 f"--teacher {teacher}: {key} {meta[key]}, but corpus {corpus} has {expected}; "
                 "use the corpus it was trained on"
             )
+    framing = windows.framed.get("framing")
+    if framing is not None and framing_of(meta) != framing_of(windows.manifest):
+        raise HalfstepError(
+            f"--teacher {teacher}: its texts do not begin and end as those of corpus {corpus}, "
+            f"which has {framing['begin']} and {framing['end']}; use the corpus it was trained on"
+        )
     own = checkpoint.checked_file(teacher, "tokenizer.json", meta)
     if read_tokenizer(own).get_vocab() != corpus_tokenizer(corpus).get_vocab():
         raise HalfstepError(

@@ -20,7 +20,7 @@ from halfstep.data.naive import (
     training_stream,
     unigram_texts,
 )
-from halfstep.data.pack import corpus_files, corpus_tokenizer, read_manifest
+from halfstep.data.pack import Layout, corpus_files, corpus_tokenizer, layout_of, read_manifest
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.records import provenance
 
@@ -75,23 +75,23 @@ def _draw_all(
 ) -> Iterator[tuple[np.ndarray, float | None]]:
     """For each sampler of NAIVE its texts [N, L], BOS and EOS included, and its temperature."""
     manifest, stream = read_manifest(corpus), training_stream(corpus)
-    eos_id, written = manifest["eos_id"], manifest["length"] - 2
+    layout = layout_of(manifest)
     unigrams, bigrams = count_unigrams(stream), count_bigrams(stream, manifest["vocab_size"])
     generators = [np.random.default_rng([seed, i]) for i in range(number)]
-    u = np.stack([generator.random(written) for generator in generators])
+    u = np.stack([generator.random(layout.room) for generator in generators])
 
     def by_unigrams(temperature: float) -> np.ndarray:
-        return _framed(unigram_texts(unigrams.at(temperature), u), eos_id)
+        return _framed(unigram_texts(unigrams.at(temperature), u), layout)
 
     def by_bigrams(temperature: float) -> np.ndarray:
         laws = unigrams.at(temperature), bigrams.at(temperature)
-        return _framed(bigram_texts(*laws, u), eos_id)
+        return _framed(bigram_texts(*laws, u), layout)
 
     yield _fitted(by_unigrams, entropy)
     yield _fitted(by_bigrams, entropy)
-    sentences = find_sentences(stream, corpus_tokenizer(corpus), eos_id)
-    pasted = [sentences.paste(written, generator) for generator in generators]
-    yield _framed(np.array(pasted), eos_id), None
+    sentences = find_sentences(stream, corpus_tokenizer(corpus), layout.eos_id)
+    pasted = [sentences.paste(layout.room, generator) for generator in generators]
+    yield _framed(np.array(pasted), layout), None
 
 
 def _fitted(draw: Callable[[float], np.ndarray], entropy: float) -> tuple[np.ndarray, float | None]:
@@ -100,9 +100,11 @@ def _fitted(draw: Callable[[float], np.ndarray], entropy: float) -> tuple[np.nda
     return draw(temperature), temperature
 
 
-def _framed(ids: np.ndarray, eos_id: int) -> np.ndarray:
-    """Texts ids[N, L] between BOS and EOS, as the corpus's windows are: [N, L + 2]."""
-    return np.pad(ids, ((0, 0), (1, 1)), constant_values=eos_id)
+def _framed(ids: np.ndarray, layout: Layout) -> np.ndarray:
+    """Texts ids[N, room] with the frame of the corpus's windows: [N, L]."""
+    windows = layout.frames(len(ids), ids.dtype)
+    windows[:, layout.framing.inside(layout.length)] = ids
+    return windows
 
 
 def _print_entropy(

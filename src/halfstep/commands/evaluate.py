@@ -22,11 +22,12 @@ from halfstep.commands.variety import (
     variety_rows,
 )
 from halfstep.config import Count, Evaluation, Machine, Weights, Word
-from halfstep.data.pack import corpus_files, corpus_tokenizer, read_manifest
+from halfstep.data.pack import corpus_files, corpus_tokenizer, read_manifest, without_frame
 from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError
+from halfstep.files import read_json
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.metrics.mauve import mauve
 from halfstep.metrics.perplexity import Judge, ids_nll, load_judge, retokenized_nll
@@ -65,9 +66,21 @@ def score_samples(
     group = join_group(machine)
     texts = read_texts(samples, corpus, variant)
     rows = score_texts(texts, corpus, evaluation, machine, group)
-    if group.is_main:
+    if rows is not None:
+        rows += empty_rows(samples, texts, corpus)
         read = corpus_files(corpus, "validation")
         write_rows(output, rows, [*sample_files(samples), *read, *evaluation.judge])
+
+
+def empty_rows(samples: list[Path], texts: list[Texts], corpus: Path) -> list[dict]:
+    """For each folder of a model of pairs the share of texts whose response is only end-of-text."""
+    rows = []
+    for folder, (ids, columns) in zip(samples, texts, strict=True):
+        count = read_json(folder / "samples.json").get("only_end_of_text")
+        if count is not None:
+            columns = columns | {"data": corpus_name(corpus)}
+            rows.append(share_row("only_end_of_text", "responses", count, len(ids), columns))
+    return rows
 
 
 def read_texts(samples: list[Path], corpus: Path, variant: Word | None = None) -> list[Texts]:
@@ -240,7 +253,8 @@ def rows_of_texts(
         rows.append(mean_row("entropy", "unigram", unigram_entropy(ids), columns, resamples))
         rows += variety_rows(ids, columns, resamples)
         if manifest.get("corpus", {}).get("kind") == "stories":
-            rows += grammar_rows(ids, columns, tokenizer, resamples)
+            end, ids = tokenizer.id_to_token(manifest["eos_id"]), without_frame(ids, manifest)
+            rows += grammar_rows(ids, columns, tokenizer, resamples, end)
     return rows
 
 
@@ -263,7 +277,7 @@ def judge_texts(
     judged: list[Judged] = []
     features: list[Features] = []
     for judge in load_judges(evaluation, machine):
-        judged += _judge_by_one(judge, texts, tokenizer, manifest["eos_id"], machine, group)
+        judged += _judge_by_one(judge, texts, tokenizer, manifest, machine, group)
         features += compare_texts(judge, compared or [], corpus, machine, group)
         del judge  # before the next one is loaded
     return judged, features
@@ -273,7 +287,7 @@ def _judge_by_one(
     judge: Judge,
     texts: list[Texts],
     tokenizer: Tokenizer,
-    eos_id: int,
+    manifest: dict[str, Any],
     machine: Machine,
     group: Group,
 ) -> Iterator[Judged]:
@@ -284,6 +298,7 @@ def _judge_by_one(
         if judge.shares(tokenizer):
             yield "ids", ids_nll(judge, ids, batch, f"{label}, ids", group), columns, np.exp
         label = f"{label}, retokenized"
+        ids, eos_id = without_frame(ids, manifest), manifest["eos_id"]
         sums = retokenized_nll(judge, ids, tokenizer, eos_id, batch, label, group)
         yield "retokenized", sums, columns, exp_ratio
 

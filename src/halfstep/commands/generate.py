@@ -168,6 +168,7 @@ class _Job:
         texts = draw_texts(write, self.prompts, self.micro_batch, label, group)
         if texts is not None:
             how["elapsed_s"] = time.monotonic() - started
+            how |= count_empty(model, texts.ids, self.prompts.shape[1])
             save_samples(self.checkpoint, folder, model, one.steps, texts, one.options, **how)
 
     def print_set(self, one: SampleSet) -> None:
@@ -220,6 +221,17 @@ class _Job:
         if len(self.sets) == len(self.prompts) == 1:
             return ""
         return f"{number}, {one.how}" if len(self.sets) > 1 else str(number)
+
+
+def count_empty(model: Model, ids: Tensor, given: int) -> dict[str, int]:
+    """Texts ids[N, L] of a model of pairs whose response is only end-of-text; {} for other models.
+
+    The first `given` tokens are a prompt.
+    """
+    if not model.turn:
+        return {}
+    inside = slice(given or len(model.framing.begin), model.framing.inside(ids.shape[1]).stop)
+    return {"only_end_of_text": int((ids[:, inside] == model.eos_id).all(1).sum())}
 
 
 STEPS = "{steps}"  # in the name of an output

@@ -13,12 +13,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from halfstep.config import Network
+from halfstep.data.model_tokenizer import read_model_tokenizer
 from halfstep.data.pack import Windows, check_tokens, read_manifest
-from halfstep.data.tokenizer import encode_texts, mask_of, vocabulary_size, without_mask
+from halfstep.data.tokenizer import encode_texts, vocabulary_size
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import write_json, write_tensors
-from halfstep.meta import LONGEST_TEXT
+from halfstep.meta import LONGEST_TEXT, Framing, framing_of
 from halfstep.models import hub
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.hf import TransformersNetwork, read_both_ways, swap_rows
@@ -26,7 +27,7 @@ from halfstep.models.weight_files import read_object
 from halfstep.pretrained import CAUSAL, MASKED, load_pretrained, size_of_model, without_code
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 HF = "hf:"  # before the name of a source that is read here
 OURS = ("halfstep", "mdlm")  # values of model_type that `hub.read_published` reads
@@ -84,19 +85,18 @@ def read_source(
     chosen = _logits_of(config, auto, source, logits)
     tensors, files = hub.read_tensors_of(folder)
     model = _load(config, tensors, auto, source)
-    theirs = _load_tokenizer(folder, source)
-    tokenizer, mask_id, swapped = _without_mask(theirs, config, source)
+    own = read_model_tokenizer(folder, f"--source {source}")
+    tokenizer, mask_id, swapped = own.tokenizer, own.mask_id, own.swapped
     V = vocabulary_size(tokenizer)
     _check_rows(model, V, source)
     swap_rows(model, mask_id, V)
     if corpus:
         check_tokens("--source", source, tokenizer, corpus)
+        _check_framing(own.framing, corpus, source)
     network = _checked_network(model, V, auto, source)
     length = read_manifest(corpus)["length"] if corpus else network.most_tokens or MOST_TOKENS
     length = length if corpus else min(length, MOST_TOKENS)
     _check_length(network, length, source)
-    framing = {key: [swapped(token) for token in ids] for key, ids in _framing(theirs).items()}
-    eos_id = read_manifest(corpus)["eos_id"] if corpus else _eos(theirs, framing, source)
     check_logits(network, chosen, _real_text(tokenizer, corpus, length), source)
     return TransformersSource(
         network=Network(
@@ -105,7 +105,7 @@ def read_source(
             architecture="transformers",
         ),
         tokenizer=tokenizer,
-        eos_id=eos_id if corpus else swapped(eos_id),
+        eos_id=read_manifest(corpus)["eos_id"] if corpus else own.eos_id,
         length=length,
         state={name: p.detach().clone() for name, p in network.named_parameters()},
         about={
@@ -114,7 +114,7 @@ def read_source(
                 "config": _with_ids(without_code(config), swapped),
                 "mask_id": mask_id,
             },
-            "framing": framing,
+            "framing": own.framing.model_dump(),
         },
         files=[*files, folder / "config.json"],
     )
@@ -168,43 +168,6 @@ def _load(
         return load_pretrained(Path(name), auto, f"--source {source}")
 
 
-def _load_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        found = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        found.backend_tokenizer.to_str()
-    except Exception as error:  # transformers raises many types
-        raise HalfstepError(
-            f"--source {source}: its tokenizer cannot be read ({type(error).__name__}: "
-            f"{reason(error)}); name a model with a tokenizer.json"
-        ) from None
-    return found
-
-
-def _without_mask(
-    theirs: PreTrainedTokenizerBase, config: dict[str, Any], source: str
-) -> tuple[Tokenizer, int, Any]:
-    """The tokenizer without its mask token, that token's id, and a function from old to new ids."""
-    backend = theirs.backend_tokenizer
-    mask_id = theirs.mask_token_id
-    if mask_id is None:
-        mask_id = config.get("mask_token_id", mask_of(backend))
-    if not isinstance(mask_id, int) or backend.id_to_token(mask_id) is None:
-        raise HalfstepError(
-            f"--source {source}: has no mask token; name a model that was trained to fill in "
-            "masks, or adapt this one by training (adapt: gpt2)"
-        )
-    last = vocabulary_size(backend) - 1
-
-    def swapped(token: int) -> int:
-        return {mask_id: last, last: mask_id}.get(token, token)
-
-    return without_mask(backend, mask_id), mask_id, swapped
-
-
 def _check_rows(model: PreTrainedModel, vocabulary: int, source: str) -> None:
     """HalfstepError unless table and readout have a row for each token, and few others."""
     rows = [
@@ -215,6 +178,17 @@ def _check_rows(model: PreTrainedModel, vocabulary: int, source: str) -> None:
             f"--source {source}: its tokenizer has {vocabulary:,} tokens and the mask, but its "
             f"table has {rows[0]:,} rows and its readout {rows[1]:,}: the tokenizer is another "
             "model's; name a folder with the model's own tokenizer"
+        )
+
+
+def _check_framing(framing: Framing, corpus: Path, source: str) -> None:
+    """HalfstepError if the corpus has another model's frame; one without any has none to check."""
+    manifest = read_manifest(corpus)
+    if "framing" in manifest and framing_of(manifest) != framing:
+        raise HalfstepError(
+            f"--source {source}: its tokenizer puts {framing.begin} before and {framing.end} after "
+            f"a text, corpus {corpus} has {manifest['framing']['begin']} and "
+            f"{manifest['framing']['end']}; prepare the corpus with tokenizer: {source}"
         )
 
 
@@ -258,30 +232,6 @@ def _checked_network(
             "name another model"
         )
     return network
-
-
-def _framing(theirs: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """The tokens that the tokenizer puts before and after a text."""
-    backend = theirs.backend_tokenizer
-    plain, framed = (
-        backend.encode("a", add_special_tokens=special).ids for special in (False, True)
-    )
-    for start in range(len(framed) - len(plain) + 1):
-        end = start + len(plain)
-        if framed[start:end] == plain:
-            return {"begin": framed[:start], "end": framed[end:]}
-    return {"begin": [], "end": []}
-
-
-def _eos(theirs: PreTrainedTokenizerBase, framing: dict[str, list[int]], source: str) -> int:
-    """The token that ends a document, as the source numbers it."""
-    for token in (theirs.eos_token_id, theirs.sep_token_id, theirs.pad_token_id):
-        if token is not None:
-            return token
-    raise HalfstepError(
-        f"--source {source}: its tokenizer names no token that ends a text (eos_token or "
-        "sep_token); add one to its tokenizer_config.json"
-    )
 
 
 def _with_ids(config: dict[str, Any], swapped: Any) -> dict[str, Any]:

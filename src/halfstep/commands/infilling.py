@@ -16,10 +16,17 @@ from pydantic import Field
 from tokenizers import Tokenizer
 
 from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
-from halfstep.commands.variety import held_out_texts
+from halfstep.commands.variety import held_out_texts, spread_rows
 from halfstep.commands.writers import draw_texts, load_scorer, sampler_name, text_writer
 from halfstep.config import Count, DrawOptions, Machine, Whole, Word
-from halfstep.data.pack import corpus_files, corpus_tokenizer, read_manifest
+from halfstep.data.pack import (
+    Layout,
+    Windows,
+    corpus_files,
+    corpus_tokenizer,
+    layout_of,
+    read_manifest,
+)
 from halfstep.data.stories import judge, repeated_mentions
 from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.diffusion.samplers import SAMPLERS
@@ -191,15 +198,18 @@ def _data_name(task: MaskedItems) -> str:
 
 
 def corpus_items(corpus: Path, count: int) -> MaskedItems:
-    """At most `count` held-out windows of a corpus with masked positions: task infilling."""
+    """At most `count` held-out windows of a corpus with masked positions: task infilling.
+
+    Of pairs, half of each response is masked; of other windows half of all within the frame.
+    """
     windows, manifest = held_out_texts(corpus, count), read_manifest(corpus)
     if manifest["corpus"].get("kind") == "stories":
-        return story_items(windows, corpus_tokenizer(corpus), manifest["eos_id"])
-    inner = windows.shape[1] - 2  # BOS and EOS stay
+        return story_items(windows, corpus_tokenizer(corpus), layout_of(manifest))
+    rows = _places_to_mask(corpus, windows)
     masked = np.zeros(windows.shape, bool)
-    for i, mask in enumerate(masked):
-        chosen = np.random.default_rng([MASK_SEED, i]).permutation(inner)[: inner // 2]
-        mask[1 + chosen] = True
+    for i, (mask, places) in enumerate(zip(masked, rows, strict=True)):
+        order = np.random.default_rng([MASK_SEED, i]).permutation(len(places))
+        mask[places[order[: len(places) // 2]]] = True
     if not masked.any():
         raise HalfstepError(
             f"{corpus}: windows of {windows.shape[1]} tokens have no position to mask; "
@@ -210,17 +220,35 @@ def corpus_items(corpus: Path, count: int) -> MaskedItems:
     )
 
 
-def story_items(windows: np.ndarray, tokenizer: Tokenizer, eos_id: int) -> MaskedItems:
+def _places_to_mask(corpus: Path, windows: np.ndarray) -> list[np.ndarray]:
+    """The positions of each of windows[N, L] that are text, or its response with one end."""
+    held_out = Windows(corpus, "validation")
+    inside = held_out.layout.framing.inside(held_out.length)
+    if not held_out.is_pairs:
+        return [np.arange(inside.start, inside.stop)] * len(windows)
+    asked = held_out.asked(spread_rows(len(held_out), len(windows)))
+    assert asked is not None
+    places = []
+    for ids, of_response in zip(windows, asked.numpy(), strict=True):
+        response = np.flatnonzero(of_response)
+        ends = np.flatnonzero(ids[response] == held_out.eos_id)
+        places.append(response[: ends[0] + 1])
+    return places
+
+
+def story_items(windows: np.ndarray, tokenizer: Tokenizer, layout: Layout) -> MaskedItems:
     """Windows of stories in which all mentions of one fact are masked, in each whole story.
 
     The fact is one that the story mentions more than once. Windows without such a story are left
     out.
     """
     masked, stories = np.zeros(windows.shape, bool), []
+    inside = layout.framing.inside(layout.length)
     for i, ids in enumerate(windows):
         stories.append(found := [])
-        rng, ends = np.random.default_rng([MASK_SEED, i]), np.flatnonzero(ids == eos_id)
-        for before, end in pairwise(ends[1:-1]):
+        rng = np.random.default_rng([MASK_SEED, i])
+        ends = inside.start + np.flatnonzero(ids[inside] == layout.eos_id)
+        for before, end in pairwise(ends):
             if facts := _places_of_facts(ids[before + 1 : end], tokenizer):
                 masked[i, before + 1 + facts[rng.integers(len(facts))]] = True
                 found.append(slice(before + 1, end))
@@ -262,38 +290,38 @@ def _last_words(items: str, model: Model, count: int) -> MaskedItems:
     lm = HalfstepLM(model, "parallel")
     texts = ({"text": text} for text in lambada_texts(items))
     encoded = (lm.token_ids(context_of(doc), last_word_of(doc)) for doc in texts)
-    return last_word_items(encoded, model.length, model.eos_id, count)
+    return last_word_items(encoded, Layout(model.length, model.eos_id, model.framing), count)
 
 
-def last_word_items(
-    texts: Iterable[list[list[int]]], length: int, eos_id: int, count: int
-) -> MaskedItems:
+def last_word_items(texts: Iterable[list[list[int]]], layout: Layout, count: int) -> MaskedItems:
     """Windows of items (context, last word), EOS between them, with all last words masked.
 
     A window has as many whole items as fit; what is left is filled up with the beginning of the
     next item, as windows of a corpus are cut. Of a longer item the last tokens that fit are kept.
     There are at most `count` windows. HalfstepError if a last word is longer than a window.
     """
+    begin, end = layout.framing.begin, layout.framing.end
+    eos_id, stop = layout.eos_id, layout.length - len(end)
     windows, items = [], []
-    window, spans = [eos_id], []
+    window, spans = [*begin], []
     for number, (context, word) in enumerate(texts, start=1):
-        room = length - 2 - len(word)
+        room = layout.room - len(word)
         if room < 0 or not word:
             raise HalfstepError(
                 f"lambada: the last word of item {number} has {len(word)} tokens, expected 1 to "
-                f"{length - 2} in windows of {length}; correct the item or leave it out"
+                f"{layout.room} in windows of {layout.length}; correct the item or leave it out"
             )
         ids = [*context[max(0, len(context) - room) :], *word]
-        if len(window) + len(ids) > length - 1:  # the last token of a window is EOS
-            windows.append([*[*window, *ids][: length - 1], eos_id])
+        if len(window) + len(ids) > stop:
+            windows.append([*[*window, *ids][:stop], *end])
             items.append(spans)
-            window, spans = [eos_id], []
+            window, spans = [*begin], []
         if len(windows) == count:
             break
         spans.append(slice(len(window) + len(ids) - len(word), len(window) + len(ids)))
         window += [*ids, eos_id]
     if not windows:  # all items fit into one window
-        windows, items = [(window + length * [eos_id])[:length]], [spans]
+        windows, items = [[*(window + stop * [eos_id])[:stop], *end]], [spans]
     found = np.array(windows)
     masked = np.zeros(found.shape, bool)
     for mask, spans in zip(masked, items, strict=True):

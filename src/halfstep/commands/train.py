@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,9 +16,11 @@ from halfstep.commands.origins import Origin, read_denoiser, read_origin
 from halfstep.config import Machine, Network, Pretraining, Seed, Training
 from halfstep.data.batches import batch_indices, describe_epochs
 from halfstep.data.pack import Windows, corpus_files
+from halfstep.diffusion.contracts import Denoiser, Draws
 from halfstep.diffusion.masking import to_device
 from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.readout import cross_entropy
+from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import masked_share
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
@@ -32,8 +34,17 @@ from halfstep.records.journal import Journal
 from halfstep.training.blocks import prepare_blocks
 from halfstep.training.loop import fit
 from halfstep.training.state import Run, Start, TrainingState
-from halfstep.training.step import Batch, Objective, Tensors, micro_batches, step_generator
+from halfstep.training.step import (
+    Batch,
+    Examples,
+    Objective,
+    Tensors,
+    micro_batches,
+    step_generator,
+)
 
+WATCHED, WATCHED_STEPS = 16, 32  # texts and sampling steps of a validation
+NEVER = 1.0  # a uniform that masks its position at no time, because 1 - alpha(t) <= 1
 VALIDATION_WINDOWS = 512  # held-out windows behind each figure, or all there are
 
 
@@ -184,13 +195,18 @@ class TrainingJob:
             writes=self.group.is_main,
         )
 
-    def batches(self, training: Training, seed: int) -> Callable[[int], Tensor]:
+    def batches(self, training: Training, seed: int) -> Callable[[int], Examples]:
         """The global batch of a step, as a function of (seed, step); prints how many epochs."""
         windows, batch_size = self.windows, training.batch_size
         if self.group.is_main:
             epochs = describe_epochs(len(windows), batch_size, training.num_steps)
             print(f"{self.node.replace('/', ' ', 1)}: {epochs}", flush=True)
-        return lambda step: windows[batch_indices(len(windows), batch_size, seed, step)]
+
+        def batch(step: int) -> Examples:
+            indices = batch_indices(len(windows), batch_size, seed, step)
+            return Examples(windows[indices], windows.asked(indices))
+
+        return batch
 
     def run(self, journal: Journal, flops_per_token: float) -> Run:
         """Where `fit` runs, and where it reports."""
@@ -233,9 +249,15 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out windows x0[B, L], and how to measure a loss on them: device, micro-batch, ranks."""
+    """Held-out windows x0[B, L], and how to measure a loss on them: device, micro-batch, ranks.
+
+    asked bool [B, L]: the positions that have a loss; None: all
+    end_id: of pairs, the token that fills a window after its response; None for other corpora
+    """
 
     x0: Tensor
+    asked: Tensor | None
+    end_id: int | None
     device: torch.device
     micro_batch: int
     group: Group
@@ -244,15 +266,31 @@ class HeldOut:
     def read(cls, corpus: Path, device: torch.device, machine: Machine, group: Group) -> "HeldOut":
         """The first VALIDATION_WINDOWS held-out windows of a corpus."""
         windows = Windows(corpus, "validation")
-        x0 = windows[torch.arange(min(VALIDATION_WINDOWS, len(windows)))]
-        return cls(x0, device, machine.micro_batch, group)
+        indices = torch.arange(min(VALIDATION_WINDOWS, len(windows)))
+        asked = windows.asked(indices)
+        end_id = windows.eos_id if windows.is_pairs else None
+        return cls(windows[indices], asked, end_id, device, machine.micro_batch, group)
+
+    def responses(self, texts: Tensor) -> list[Tensor] | None:
+        """The responses in texts[N, L] up to and with their first end-of-text; None without pairs.
+
+        Text i has the prompt of window i mod B.
+        """
+        if self.asked is None or self.end_id is None:
+            return None
+        found = []
+        for i, text in enumerate(texts):
+            response = text[self.asked[i % len(self.x0)]]
+            before = (response == self.end_id).cumsum(0) == 0
+            found.append(response[: int(before.sum()) + 1])
+        return found
 
     def mean_loss(self, objective: Objective) -> float:
         """The loss of the windows, always with the same random numbers, over the batch's divisor.
 
         The ranks share the windows if these divide evenly; otherwise every rank measures all.
         """
-        batch = objective.corrupt(self.x0, step_generator(0, 0))
+        batch = objective.corrupt(self.x0, step_generator(0, 0), asked=self.asked)
         windows = len(self.x0)
         shared = windows % self.group.size == 0
         rows = self.group.local_slice(windows) if shared else slice(windows)
@@ -262,34 +300,80 @@ class HeldOut:
         return (self.group.all_sum(total) if shared else total.item()) / batch.divisor
 
 
+def watched_texts(denoiser: Denoiser, held_out: HeldOut, steps: int, seed: int) -> Tensor:
+    """WATCHED texts of a denoiser in training, int64 [WATCHED, L] on the host.
+
+    What is never masked in a corpus, such as a frame, is given as it is in held-out windows.
+    """
+    rows = torch.arange(WATCHED) % len(held_out.x0)
+    given = None
+    if held_out.asked is not None:
+        given = held_out.x0[rows].masked_fill(held_out.asked[rows], denoiser.mask_id)
+    length, device = held_out.x0.shape[1], held_out.device
+    draws = Draws(seed)
+    texts = sample(denoiser, WATCHED, length, steps, draws=draws, given=given, device=device)
+    return texts.ids.cpu()
+
+
+def watch_empty(texts: Tensor, held_out: HeldOut, most: float | None) -> dict[str, float]:
+    """The share of texts[N, L] whose response is only end-of-text; nothing without pairs.
+
+    A model that fills windows with end-of-text can learn to write nothing else. HalfstepError if
+    the share is above `most`.
+    """
+    responses = held_out.responses(texts)
+    if responses is None:
+        return {}
+    share = sum(int(one[0] == held_out.end_id) for one in responses) / len(responses)
+    if most is not None and share > most:
+        raise HalfstepError(
+            f"{share:.0%} of {len(responses)} drawn responses are only end-of-text, "
+            f"max_empty_texts is {most:g}: the model collapses; lower lr or length, or train on "
+            "longer responses"
+        )
+    return {"val/only_end_of_text": share}
+
+
 @dataclass(frozen=True)
 class DiffusionObjective:
     """MDLM's NELBO at stratified times (arXiv 2406.07524, eq. 10), in nats per token.
 
     In the first `anneal_attention` steps attention reads only some pairs of positions, the same in
-    all texts of a step.
+    all texts of a step. With `watched_seed` and a corpus of pairs a validation also draws responses
+    and stops where more than the share `most_empty` of them are empty.
     """
 
     denoiser: SubsDenoiser
     min_t: float
     held_out: HeldOut
     anneal_attention: int = 0
+    watched_seed: int | None = None
+    most_empty: float | None = None
 
-    def corrupt(self, x0: Tensor, generator: torch.Generator, step: int | None = None) -> Batch:
+    def corrupt(
+        self,
+        x0: Tensor,
+        generator: torch.Generator,
+        step: int | None = None,
+        asked: Tensor | None = None,
+    ) -> Batch:
         """Draw a time for each text and a masking uniform for each token.
 
+        Where nothing is asked the uniform is 1, which masks at no time, so there is no loss.
         While attention is annealed, also a seed of its pairs, next to the share of later positions
         that are read: 1 / anneal_attention in the first step, all in the last.
         """
         B, L = x0.shape
         u_time = torch.rand(B, generator=generator, dtype=torch.float64)
         u = torch.rand(B, L, generator=generator, dtype=torch.float64)
+        if asked is not None:
+            u = u.masked_fill(~asked, NEVER)
         tensors = {"x0": x0, "t": stratified_times(u_time, self.min_t), "u": u}
         if step is not None and step + 1 < self.anneal_attention:
             seed = torch.randint(2**62, (1,), generator=generator)
             share = torch.tensor((step + 1) / self.anneal_attention, dtype=torch.float64)
             tensors |= {"pair_seed": seed.repeat(B), "pair_share": share.repeat(B)}
-        return Batch(tensors, B * L)
+        return Batch(tensors, B * L if asked is None else max(1, int(asked.sum())))
 
     def loss(self, part: Tensors) -> Tensor:
         """The NELBO, summed."""
@@ -301,8 +385,12 @@ class DiffusionObjective:
         return nelbo(denoiser, x0, part["t"].float(), part["u"])
 
     def validate(self) -> dict[str, float]:
-        """Held-out NELBO in nats per token."""
-        return {"val/nelbo": self.held_out.mean_loss(self)}
+        """Held-out NELBO in nats per token, and the share of drawn responses that are empty."""
+        figures, held_out = {"val/nelbo": self.held_out.mean_loss(self)}, self.held_out
+        if self.watched_seed is None or held_out.end_id is None:
+            return figures
+        texts = watched_texts(self.denoiser, held_out, WATCHED_STEPS, self.watched_seed)
+        return figures | watch_empty(texts, held_out, self.most_empty)
 
 
 @dataclass(frozen=True)
@@ -312,9 +400,18 @@ class NextTokenObjective:
     network: GPT
     held_out: HeldOut
 
-    def corrupt(self, x0: Tensor, generator: torch.Generator, step: int | None = None) -> Batch:
-        """The texts as they are; every token but the first is predicted."""
-        return Batch({"x0": x0}, x0.numel() - len(x0))
+    def corrupt(
+        self,
+        x0: Tensor,
+        generator: torch.Generator,
+        step: int | None = None,
+        asked: Tensor | None = None,
+    ) -> Batch:
+        """The texts as they are; every token but the first is predicted, or those asked for."""
+        if asked is None:
+            return Batch({"x0": x0}, x0.numel() - len(x0))
+        asked = asked[:, 1:]
+        return Batch({"x0": x0, "weight": asked.float()}, max(1, int(asked.sum())))
 
     def loss(self, part: Tensors) -> Tensor:
         """The cross-entropy, summed."""
@@ -323,6 +420,8 @@ class NextTokenObjective:
         linear = self.network.output_layer.linear
         readout = linear.weight, torch.zeros(linear.out_features, device=h.device)
         weight = torch.ones_like(following, dtype=torch.float32)
+        if "weight" in part:
+            weight = to_device(part["weight"], self.held_out.device).flatten()
         return cross_entropy(h, readout, following, weight)
 
     def validate(self) -> dict[str, float]:
@@ -352,6 +451,7 @@ def _train(
         "vocab_size": windows.vocab_size,
         "eos_id": windows.eos_id,
         "length": windows.length,
+        **windows.framed,
         **job.corpus_facts(),
         "training": training.model_dump(),
         "seed": seed,
@@ -371,8 +471,13 @@ def _train(
     objective: Objective
     if kind == "diffusion":
         denoiser = checkpoint.build_denoiser(net, meta)
-        annealed = training.anneal_attention if isinstance(training, Pretraining) else 0
-        objective = DiffusionObjective(denoiser, training.min_t, held_out, annealed)
+        objective = DiffusionObjective(denoiser, training.min_t, held_out, watched_seed=seed)
+        if isinstance(training, Pretraining):
+            objective = replace(
+                objective,
+                anneal_attention=training.anneal_attention,
+                most_empty=training.max_empty_texts,
+            )
         logits_per_text = length * masked_share(denoiser.schedule)
     else:
         objective = NextTokenObjective(net, held_out)

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from halfstep.config import Machine
-from halfstep.data.pack import Windows, corpus_tokenizer, read_manifest
+from halfstep.data.pack import Windows, corpus_tokenizer, read_manifest, without_frame
 from halfstep.data.stories import (
     fact_law,
     is_accepted,
@@ -19,6 +19,7 @@ from halfstep.data.stories import (
     story_facts,
     whole_stories,
 )
+from halfstep.data.tokenizer import EOS
 from halfstep.distributed.group import Group
 from halfstep.metrics.diversity import (
     distinct,
@@ -49,9 +50,14 @@ def held_out_texts(corpus: Path, count: int, first: int = 0, every: int = 1) -> 
     with them.
     """
     windows = Windows(corpus, "validation")
-    known = np.arange(first, len(windows), every)
+    return windows[spread_rows(len(windows), count, first, every)].numpy()
+
+
+def spread_rows(windows: int, count: int, first: int = 0, every: int = 1) -> np.ndarray:
+    """The numbers of at most `count` of the windows first, first + every, ..., evenly spaced."""
+    known = np.arange(first, windows, every)
     chosen = np.linspace(0, len(known) - 1, min(count, len(known))).astype(int)
-    return windows[known[np.unique(chosen)]].numpy()
+    return known[np.unique(chosen)]
 
 
 def text_label(columns: dict[str, Any]) -> str:
@@ -68,10 +74,11 @@ def compare_texts(
 
     Sets of fewer than MAUVE_TEXTS are left out.
     """
-    tokenizer, eos_id = corpus_tokenizer(corpus), read_manifest(corpus)["eos_id"]
+    tokenizer, manifest = corpus_tokenizer(corpus), read_manifest(corpus)
+    eos_id = manifest["eos_id"]
 
     def features_of(ids: np.ndarray, label: str) -> np.ndarray | None:
-        label = f"{label}: judge, features"
+        label, ids = f"{label}: judge, features", without_frame(ids, manifest)
         return judge_features(
             judge, ids, tokenizer, eos_id, machine.micro_batch, label, group, mean=True
         )
@@ -102,13 +109,16 @@ def variety_rows(ids: np.ndarray, columns: dict[str, Any], resamples: int) -> li
 
 
 def grammar_rows(
-    ids: np.ndarray, columns: dict[str, Any], tokenizer: Tokenizer, resamples: int
+    ids: np.ndarray, columns: dict[str, Any], tokenizer: Tokenizer, resamples: int, end: str = EOS
 ) -> list[dict]:
     """The shares of the texts' whole stories that the grammar finds accepted and consistent.
+
+    `end` is the token that ends a story.
 
     The variety of the accepted ones has rows where there are at least STORY_GROUP.
     """
     texts = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
+    texts = [text.replace(end, EOS) for text in texts]
     counts = [judge_window(text) for text in texts]
     stories = sum(count.stories for count in counts)
     accepted = sum(count.accepted for count in counts)

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfstep.checkpoint import Model, load_checkpoint
 from halfstep.config import DEFAULT_STEPS, MOST_STEPS, DrawOptions
+from halfstep.data.pairs import encode_prompts
 from halfstep.data.tokenizer import EOS, encode_texts
 from halfstep.diffusion.contracts import Denoiser, Draws, Samples
 from halfstep.diffusion.samplers import SAMPLERS, sample
@@ -36,11 +37,12 @@ Writer = Callable[[Tensor, int], Samples]
 
 
 def encode_prompt(model: Model, prompt: str) -> Tensor:
-    """BOS, or what begins a text of the model, and the tokens of a prompt, int64 [P]; none for "".
+    """What begins a text of the model (BOS, or its frame), and a prompt's tokens: [P]; "" has none.
 
     MASK becomes the mask token and EOS its own id; other special tokens are text. Words of a BPE
     begin with their blank. So a blank before a position that the model writes, which is a MASK or
-    the end of the prompt, is left out: the token there brings it.
+    the end of the prompt, is left out: the token there brings it. A model that was trained on pairs
+    gets the prompt in its turn, unless MASK or EOS is in it.
     """
     if not prompt:
         return torch.empty(0, dtype=torch.long)
@@ -49,7 +51,10 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
             f"prompt: found {MASK}, but an autoregressive model cannot fill in a position; "
             "use a diffusion model"
         )
-    ids = list(model.begin)
+    ids, turn = list(model.framing.begin), model.turn
+    if turn and not SPECIAL.search(prompt):
+        (ids,) = encode_prompts(model.tokenizer, turn, ids, [prompt])
+        prompt = ""
     for piece in SPECIAL.split(prompt.removesuffix(" ")):
         if piece.endswith(MASK):
             ids.append(model.mask_id)
@@ -57,9 +62,10 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
             ids.append(model.eos_id)
         elif piece:
             ids += encode_texts(model.tokenizer, [piece])[0]
-    if len(ids) >= model.length:
+    most = model.framing.inside(model.length).stop if model.is_framed else model.length
+    if len(ids) >= most:
         raise HalfstepError(
-            f"prompt: {len(ids)} tokens with BOS, but a text of this model has {model.length}; "
+            f"prompt: {len(ids)} tokens with BOS, but a text of this model has {most}; "
             "shorten the prompt"
         )
     return torch.tensor(ids, dtype=torch.long)
@@ -70,21 +76,22 @@ def text_writer(
     length: int,
     steps: int,
     options: DrawOptions,
-    end: int | None = None,
+    end: Sequence[int] | None = None,
     show: Show | None = None,
     scorer: Model | None = None,
 ) -> Writer:
     """A function that writes one batch of texts of `length` tokens.
 
-    A denoiser can be given a token `end` to the right of each text, which the result leaves out,
-    and a function `show`, which is called with the texts and their times before each pass.
-    Where the sampler asks a scorer, it is given, or the options name its checkpoint. Raises
+    The frame of a model of transformers is given, and not written. A denoiser can be given tokens
+    `end` to the right of each text, in place of the end of its frame; the result leaves them out.
+    It can be given a function `show`, which is called with the texts and their times before each
+    pass. Where the sampler asks a scorer, it is given, or the options name its checkpoint. Raises
     HalfstepError if there are more steps than the sampler can use, or no such scorer.
     """
     if not 1 <= steps <= MOST_STEPS:
         raise HalfstepError(f"steps: found {steps}, expected 1 to {MOST_STEPS}; change it")
     if model.denoiser is None:
-        return _AutoregressiveWriter(model, length, options)
+        return _AutoregressiveWriter(model, length, options, end is None)
     SAMPLERS[options.sampler].check_steps(options.sampler, steps, length)
     own = sampler_options(options)
     if options.asks_scorer:
@@ -165,18 +172,23 @@ class _DiffusionWriter:
     steps: int
     options: DrawOptions
     own: dict[str, Any]
-    end: int | None
+    end: Sequence[int] | None
     show: Show | None
 
     def __call__(self, prompts: Tensor, first: int) -> Samples:
         count, given = prompts.shape
         frame = torch.full((count, self.length), self.model.mask_id)
         frame[:, :given] = prompts
+        framing = self.model.framing
         from_left = SAMPLERS[self.options.sampler].needs_first
-        if from_left and not given:
-            frame[:, 0] = self.model.begin[0] if self.model.begin else self.model.eos_id
-        if self.end is not None and not from_left:
-            frame = torch.cat([frame, torch.full((count, 1), self.end)], 1)
+        if not given and (from_left or self.model.is_framed):
+            begin = framing.begin or [self.model.eos_id] * from_left
+            frame[:, : len(begin)] = torch.tensor(begin, dtype=torch.long)
+        if self.end and not from_left:
+            frame = torch.cat([frame, torch.tensor(self.end).expand(count, -1)], 1)
+        elif self.model.is_framed and self.end is None and not from_left:
+            stop = framing.inside(self.length).stop
+            frame[:, stop:] = torch.tensor(framing.end, dtype=torch.long)
         denoiser: Denoiser = self.denoiser.inference_copy
         if self.show:
             denoiser = watched(denoiser, self.show)
@@ -193,8 +205,13 @@ class _DiffusionWriter:
                 **self.own,
             )
         asked = written.autoregressive_passes
+        ids = written.ids[:, : self.length].cpu()
+        if self.model.turn:
+            ids = end_responses(ids, given, self.model.eos_id)
+        if self.end is None:
+            ids = _with_end(self.model, ids)
         return Samples(
-            written.ids[:, : self.length].cpu(),
+            ids,
             written.network_evaluations.cpu(),
             None if asked is None else asked.cpu(),
         )
@@ -207,12 +224,13 @@ class _AutoregressiveWriter:
     model: Model
     length: int
     options: DrawOptions
+    whole: bool
     decoder: Decoder | CachedDecoder | None = None
 
     def __call__(self, prompts: Tensor, first: int) -> Samples:
         count, given = prompts.shape
         options = self.options
-        start = prompts if given else torch.tensor([self.model.eos_id])
+        start = prompts if given else torch.tensor(self.model.framing.begin)
         u = uniforms(options.sampling_seed, first, count, self.length)
         with computing(self.model.device, self.model.precision):
             if self.decoder is None or len(self.decoder.ids) != count:
@@ -221,7 +239,29 @@ class _AutoregressiveWriter:
                 self.decoder = network.decoder(count, self.length, *draws)
             ids = self.decoder.write(start, u)
         evaluations = self.length - start.shape[-1]  # the first token takes no pass
-        return Samples(ids.cpu(), torch.full((count,), evaluations))
+        ids = ids.cpu()
+        if self.model.turn:
+            ids = end_responses(ids, start.shape[-1], self.model.eos_id)
+        if self.whole:
+            ids = _with_end(self.model, ids)
+        return Samples(ids, torch.full((count,), evaluations))
+
+
+def end_responses(ids: Tensor, start: int, eos_id: int) -> Tensor:
+    """Texts ids[N, L] whose responses begin at `start`, with EOS alone after their first EOS."""
+    ended = (ids[:, start:] == eos_id).cumsum(1) > 0
+    return torch.cat([ids[:, :start], ids[:, start:].masked_fill(ended, eos_id)], 1)
+
+
+def _with_end(model: Model, ids: Tensor) -> Tensor:
+    """Whole texts ids[N, L] with the end of the model's frame, which is never learned.
+
+    A sampler that writes from left to right is not given it.
+    """
+    if model.is_framed:
+        stop, ids = model.framing.inside(ids.shape[1]).stop, ids.clone()
+        ids[:, stop:] = torch.tensor(model.framing.end, dtype=torch.long)
+    return ids
 
 
 def note_costs(texts: Samples, tokens: int, options: DrawOptions) -> None:
@@ -304,8 +344,8 @@ def separate_documents(model: Model, texts: Samples) -> list[str]:
     decoded = []
     for ids in texts.ids.tolist():
         documents: list[list[int]] = [[]]
-        if model.begin != [model.eos_id] and ids[: len(model.begin)] == model.begin:
-            ids = ids[len(model.begin) :]
+        if model.is_framed:
+            ids = _without_frame(model, ids)
         for token in ids:
             if token == model.eos_id:
                 documents.append([])
@@ -313,7 +353,19 @@ def separate_documents(model: Model, texts: Samples) -> list[str]:
                 documents[-1].append(token)
         if not documents[0]:
             documents = documents[1:]  # BOS
-        if not documents[-1]:
+        if model.turn:
+            documents = documents[:1]  # EOS follows the response
+        elif not documents[-1]:
             documents = documents[:-1]  # EOS
         decoded.append(f"\n{EOS}\n".join(model.tokenizer.decode_batch(documents)))
     return decoded
+
+
+def _without_frame(model: Model, ids: list[int]) -> list[int]:
+    """The tokens of a text without its frame; the end of a text may have been cut off before."""
+    begin, end = model.framing.begin, model.framing.end
+    if begin and ids[: len(begin)] == begin:
+        ids = ids[len(begin) :]
+    if end and ids[-len(end) :] == end:
+        ids = ids[: -len(end)]
+    return ids

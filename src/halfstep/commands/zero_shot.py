@@ -12,6 +12,7 @@ import numpy as np
 from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
 from halfstep.config import Evaluation, Machine, Weights
 from halfstep.data.files import READERS, read_documents
+from halfstep.data.pack import Layout
 from halfstep.data.zero_shot import DATA_SETS, cut_windows, find_data_set, read_rows_of
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import join_group
@@ -147,7 +148,8 @@ def _perplexity(nats: float, tokens: float) -> float:
 def _windows(name: str, model: Model, most: int | None) -> np.ndarray:
     """The windows of one text; an error begins with its name."""
     try:
-        return cut_windows(_texts(name), model.tokenizer, model.eos_id, model.length, most)
+        layout = Layout(model.length, model.eos_id, model.framing)
+        return cut_windows(_texts(name), model.tokenizer, layout, most)
     except HalfstepError as error:
         where = "" if str(error).startswith(("perplexity:", "tasks:")) else f"perplexity: {name}: "
         raise HalfstepError(f"{where}{error}") from None

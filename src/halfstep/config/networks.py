@@ -15,20 +15,28 @@ from halfstep.config.values import Count, Section, Seed, TokenCount, Whole, Word
 class Corpus(Section):
     """The text, and the windows of tokens that it is cut into."""
 
-    kind: Literal["stories", "docs", "openwebtext", "files"]
+    kind: Literal["stories", "docs", "openwebtext", "files", "pairs"]
     """stories: written by the built-in grammar; docs: docstrings of the installed Python packages;
-    openwebtext: from the hub; files: your own text"""
+    openwebtext: from the hub; files: your own text; pairs: your own prompts and responses"""
     length: Annotated[TokenCount, Field(ge=8)] = 1024
     """tokens per window, BOS and EOS included"""
     tokenizer: Word = "bpe"
     """bpe: a byte-level BPE trained on the corpus; otherwise a hub name (gpt2) or a folder with
-    vocab.json and merges.txt"""
+    vocab.json and merges.txt; hf:NAME, as for a teacher: the tokenizer of a model of transformers,
+    with the tokens that it puts before and after each text"""
     vocab_size: Annotated[Whole, Field(ge=258, le=2**24)] = 8192
     """vocabulary size of the trained BPE, EOS included (only with tokenizer: bpe)"""
     files: list[Word] = []
-    """paths or globs of .txt, .jsonl, .jsonl.gz or .parquet files (only with kind: files)"""
+    """paths or globs of .txt, .jsonl, .jsonl.gz or .parquet files (only with kind: files,
+    and without .txt with kind: pairs)"""
     text_field: Word = "text"
     """field of .jsonl and .parquet files that holds the text (only with kind: files)"""
+    prompt_field: Word = "prompt"
+    """field that holds the prompt (only with kind: pairs)"""
+    response_field: Word = "response"
+    """field that holds the response, which alone is masked and learned (only with kind: pairs). The
+    chat template of tokenizer: hf:NAME is put around the two; without one, a line break is between
+    them"""
     num_documents: Count | None = None
     """maximum number of documents to read; kind stories: number of stories to write"""
     validation_documents: Count | None = None
@@ -39,15 +47,17 @@ class Corpus(Section):
 
     @model_validator(mode="after")
     def _check_kind(self) -> Corpus:
-        if (self.kind == "files") != bool(self.files):
+        if (self.kind in ("files", "pairs")) != bool(self.files):
             raise ValueError(
-                "`files` and kind: files need each other, "
+                "`files` and kind: files or pairs need each other, "
                 f"found kind: {self.kind} and files: {self.files}"
             )
         if self.kind == "stories" and self.num_documents is None:
             raise ValueError("kind: stories needs num_documents, the number of stories to write")
         self._check_unused("corpus_seed", "kind", "stories")
         self._check_unused("text_field", "kind", "files")
+        self._check_unused("prompt_field", "kind", "pairs")
+        self._check_unused("response_field", "kind", "pairs")
         self._check_unused("vocab_size", "tokenizer", "bpe")
         return self
 

@@ -88,6 +88,9 @@ class Pretraining(Training):
     anneal_attention: Annotated[Whole, Field(ge=0, le=10**9)] = 0
     """only with `adapt`: optimizer steps in which attention grows from causal to full, with more
     pairs of positions in every step (DiffuGPT); 0: full at once"""
+    max_empty_texts: Annotated[Float, Field(ge=0, le=1)] | None = None
+    """only with a corpus of pairs: stop when more than this share of the responses that are drawn
+    in a validation are only end-of-text"""
 
     @model_validator(mode="after")
     def _check_annealing(self) -> Pretraining:
@@ -136,6 +139,9 @@ class Distillation(Training):
     entropy_band: Positive | None = None
     """stop a round when the unigram entropy of its samples differs from that of held-out text by
     more than this fraction"""
+    max_empty_texts: Annotated[Float, Field(ge=0, le=1)] | None = None
+    """only with a corpus of pairs: stop when more than this share of the responses that are drawn
+    in a validation are only end-of-text"""
 
     @model_validator(mode="after")
     def _check_rounds(self) -> Distillation:

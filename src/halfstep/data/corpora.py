@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from halfstep.config import Corpus
 from halfstep.errors import HalfstepError, reason
@@ -30,14 +31,35 @@ def docs(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
 
 def own_files(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
     """The user's own text files."""
-    from halfstep.data.files import find_files, read_documents
+    from halfstep.data.files import read_documents
+
+    yield from _of_files(corpus, lambda path: read_documents(path, corpus.text_field))
+
+
+def own_pairs(corpus: Corpus, held_out: int, workers: int) -> Iterator[str]:
+    """The user's own prompts and responses, each pair as one document (`join_pair`)."""
+    from halfstep.data.files import read_pairs
+    from halfstep.data.pairs import join_pair
+
+    def documents(path: Path) -> Iterator[tuple[str, int]]:
+        for prompt, response, position in read_pairs(
+            path, corpus.prompt_field, corpus.response_field
+        ):
+            yield join_pair(prompt, response), position
+
+    yield from _of_files(corpus, documents)
+
+
+def _of_files(corpus: Corpus, read: Callable[[Path], Iterator[tuple[str, int]]]) -> Iterator[str]:
+    """The documents of all files of a corpus, with progress; read(path) gives those of one."""
+    from halfstep.data.files import find_files
 
     paths = find_files(corpus.files)
     sizes = [path.stat().st_size for path in paths]
     before = 0
     with Progress("read files", sum(sizes) >> 20, "MB") as progress:
         for path, size in zip(paths, sizes, strict=True):
-            for text, position in read_documents(path, corpus.text_field):
+            for text, position in read(path):
                 ahead = (before + position >> 20) - progress.done
                 if ahead > 0:
                     progress.update(ahead)
@@ -95,6 +117,7 @@ CORPORA = {
     "docs": CorpusKind(docs),
     "openwebtext": CorpusKind(openwebtext, validation_documents=100_000),  # MDLM's number
     "files": CorpusKind(own_files),
+    "pairs": CorpusKind(own_pairs),
 }
 
 

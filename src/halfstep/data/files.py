@@ -78,13 +78,46 @@ def read_documents(path: Path, text_field: str) -> Iterator[tuple[str, int]]:
         )
 
 
-def _read_jsonl(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
+def read_pairs(
+    path: Path, prompt_field: str, response_field: str
+) -> Iterator[tuple[str, str, int]]:
+    """The prompts and responses of one file, each pair with the reader's position in bytes."""
+    suffix = next(suffix for suffix in READERS if path.name.endswith(suffix))
+    if suffix.startswith(".txt"):
+        raise HalfstepError(
+            f"{path}: found text, expected pairs in a .jsonl, .jsonl.gz or .parquet; convert it"
+        )
+    count, read = 0, READERS[suffix]
+    with reading(path) as file, reading(path) as again:
+        prompts = read(path, file, prompt_field, "prompt_field")
+        responses = read(path, again, response_field, "response_field")
+        for prompt, response in zip(prompts, responses, strict=True):
+            count += 1
+            for field, text in ((prompt_field, prompt), (response_field, response)):
+                if not text or text.isspace():
+                    raise HalfstepError(
+                        f"{path}, pair {count}: field {field!r} is empty, expected text; fill it, "
+                        "or leave the pair out"
+                    )
+            yield prompt, response, file.tell()
+    if not count:
+        raise HalfstepError(
+            f"{path}: holds no pairs ({path.stat().st_size} bytes); "
+            "leave it out of `files` or fill it"
+        )
+
+
+def _read_jsonl(
+    path: Path, file: BinaryIO, text_field: str, key: str = "text_field"
+) -> Iterator[str]:
     for number, line in read_lines(path, file, LONGEST_LINE):
         if line.strip():
-            yield row_text(line, text_field, f"{path}, line {number}")
+            yield row_text(line, text_field, f"{path}, line {number}", key)
 
 
-def _read_txt(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
+def _read_txt(
+    path: Path, file: BinaryIO, text_field: str, key: str = "text_field"
+) -> Iterator[str]:
     from halfstep.data.tokenizer import EOS  # not at the top: the workflow needs find_files alone
 
     lines = read_lines(path, file, LONGEST_LINE)
@@ -102,7 +135,9 @@ def _read_txt(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
     yield "\n".join(block).strip("\n")
 
 
-def _read_parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
+def _read_parquet(
+    path: Path, file: BinaryIO, text_field: str, key: str = "text_field"
+) -> Iterator[str]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -112,7 +147,7 @@ def _read_parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
         ) from None
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            _check_columns(path, table, text_field)
+            _check_columns(path, table, text_field, key)
             number = 0
             for batch in table.iter_batches(batch_size=ROWS, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
@@ -130,14 +165,16 @@ def _read_parquet(path: Path, file: BinaryIO, text_field: str) -> Iterator[str]:
         ) from None
 
 
-def _check_columns(path: Path, table: pyarrow.parquet.ParquetFile, text_field: str) -> None:
+def _check_columns(
+    path: Path, table: pyarrow.parquet.ParquetFile, text_field: str, key: str
+) -> None:
     """HalfstepError unless there is one column `text_field`, which unpacks to a text's size."""
     names = table.schema_arrow.names
     if names.count(text_field) != 1:
         found = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise HalfstepError(
             f"{path}: found the columns {found or 'none'}, expected {text_field!r}, once; "
-            "set text_field to the one with the text"
+            f"set {key} to the one with the text"
         )
     about = table.metadata
     groups = [about.row_group(i) for i in range(about.num_row_groups)]

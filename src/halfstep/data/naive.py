@@ -29,13 +29,14 @@ QUOTES = "\"')]”’»"  # may follow the stop of a sentence
 
 
 def training_stream(corpus: Path) -> np.ndarray:
-    """The tokens of a corpus's training split, without BOS and EOS of its windows: [N] int64.
+    """The tokens of a corpus's training split, without the frames of its windows: [N] int64.
 
     They are the first MOST_TOKENS at most.
     """
     windows = Windows(corpus, "train")
-    most = max(1, MOST_TOKENS // (windows.length - 2))
-    return windows[:most][:, 1:-1].flatten().numpy()
+    inside = windows.layout.framing.inside(windows.length)
+    most = max(1, MOST_TOKENS // windows.layout.room)
+    return windows[:most][:, inside].flatten().numpy()
 
 
 @dataclass(frozen=True)

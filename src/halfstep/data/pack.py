@@ -4,6 +4,9 @@ A document becomes its tokens and EOS. The joined stream is cut every length - 2
 window is EOS + cut + EOS (MDLM: BOS and EOS are one id). The remainder at the end of a split is
 dropped. Files hold uint16, or uint32 for large vocabularies; `Windows` memory-maps them.
 
+A corpus with the tokenizer of a model has that model's frame in place of the two EOS: Bert's is
+[CLS] + cut + [SEP], and a model without one has the cut alone. Noise never masks a frame.
+
 Documents are first spooled to disk. So their number is known before the first one is tokenized: the
 last ones can be held out, progress can be shown, and workers read their own share. The bytes
 written do not depend on the number of workers.
@@ -19,6 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NamedTuple
@@ -29,13 +33,13 @@ from tokenizers import Tokenizer
 
 from halfstep.data.tokenizer import (
     encode_texts,
-    end_id,
     read_tokenizer,
     unknown_id,
     vocabulary_size,
 )
 from halfstep.errors import HalfstepError, excerpt
 from halfstep.files import read_json, remember_sha256, sha256, write_atomic
+from halfstep.meta import Framing, Turn, check_framing, framing_of
 from halfstep.progress import Progress
 from halfstep.resolve import check_fields
 
@@ -44,7 +48,9 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20  # bytes of text that a worker tokenizes at once
 HEAD = struct.Struct("<I")  # before each document in the spool: its length in bytes
+START = np.dtype("<u4")  # of a pair: where its response starts
 END = struct.Struct("<q")  # in the index: where each document ends
+OF_MODELS = ("framing", "pairs")  # entries of a manifest that models of the corpus have too
 PREPARE_AGAIN = "run halfstep prepare-corpus again"
 
 
@@ -125,10 +131,9 @@ def read_chunk(path: Path, chunk: Chunk) -> list[str]:
 class _Encoder:
     """Chunk -> its stream of tokens, EOS after each document."""
 
-    def __init__(self, spool: Path, tokenizer: str, dtype: str):
-        self.spool, self.dtype = spool, dtype
+    def __init__(self, spool: Path, tokenizer: str, dtype: str, eos: int):
+        self.spool, self.dtype, self.eos = spool, dtype, eos
         self.tokenizer = Tokenizer.from_str(tokenizer)
-        self.eos = end_id(self.tokenizer)
         self.unknown = unknown_id(self.tokenizer)
 
     def __call__(self, chunk: Chunk) -> np.ndarray:
@@ -140,10 +145,10 @@ class _Encoder:
 _encoder: _Encoder
 
 
-def _start_worker(spool: Path, tokenizer: str, dtype: str) -> None:
+def _start_worker(spool: Path, tokenizer: str, dtype: str, eos: int) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process uses one core
-    _encoder = _Encoder(spool, tokenizer, dtype)
+    _encoder = _Encoder(spool, tokenizer, dtype, eos)
 
 
 def _encode(chunk: Chunk) -> np.ndarray:
@@ -172,10 +177,52 @@ def token_dtype(tokenizer: Tokenizer) -> str:
     return "uint16" if vocabulary_size(tokenizer) <= 1 << 16 else "uint32"
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How windows are laid out: tokens of each, the token that ends a document, and the frame."""
+
+    length: int
+    eos_id: int
+    framing: Framing
+
+    def frames(self, count: int, dtype: str | np.dtype) -> np.ndarray:
+        """Windows [count, length] with their frame, and EOS where text is to be written."""
+        windows = np.full((count, self.length), self.eos_id, dtype)
+        inside = self.framing.inside(self.length)
+        windows[:, : inside.start], windows[:, inside.stop :] = self.framing.begin, self.framing.end
+        return windows
+
+    @property
+    def room(self) -> int:
+        """Tokens of text in a window."""
+        return self.length - len(self.framing.begin) - len(self.framing.end)
+
+
+def layout_of(manifest: dict) -> Layout:
+    """The layout of the windows of a corpus."""
+    return Layout(manifest["length"], manifest["eos_id"], framing_of(manifest))
+
+
+def without_frame(ids: np.ndarray, manifest: dict) -> np.ndarray:
+    """Texts ids[N, L] with EOS in place of the frame of a model of transformers.
+
+    To a judge and to the grammar such a frame means nothing. The end of a frame may be missing.
+    """
+    if manifest.get("framing") is None:
+        return ids
+    framing, ids = framing_of(manifest), ids.copy()
+    begin, end = len(framing.begin), len(framing.end)
+    ids[:, :begin] = manifest["eos_id"]
+    if end:
+        is_whole = (ids[:, -end:] == framing.end).all(1)
+        ids[is_whole, -end:] = manifest["eos_id"]
+    return ids
+
+
 def pack_windows(
     spool: Spool,
     tokenizer: Tokenizer,
-    length: int,
+    layout: Layout,
     output: Path,
     splits: dict[str, range],
     workers: int,
@@ -184,7 +231,7 @@ def pack_windows(
 
     Returns facts of each split: numbers of documents, windows, tokens and so on, and its sha256.
     """
-    args = (spool.path, tokenizer.to_str(), token_dtype(tokenizer))
+    args = (spool.path, tokenizer.to_str(), token_dtype(tokenizer), layout.eos_id)
     encoder = _Encoder(*args)
     pool = None
     if workers > 1 and spool.bytes > 8 * CHUNK:  # for less, starting processes takes longer
@@ -197,15 +244,15 @@ def pack_windows(
                 chunks = spool.chunks(documents.start, documents.stop)
                 streams = _streams(chunks, pool, encoder, 4 * workers)
                 path = output / f"{split}.bin"
-                found = _write_windows(path, streams, length, encoder, progress)
+                found = _write_windows(path, streams, layout, encoder, progress)
                 if encoder.unknown == encoder.eos:
                     found["unknown_tokens"] -= len(documents)  # these end documents
                 facts[split] = {"documents": len(documents), **found}
                 if not found["windows"]:
                     raise HalfstepError(
                         f"{split} text is shorter than one window: {found['tokens']} tokens in "
-                        f"{len(documents)} documents, expected at least {length - 2}; add text, "
-                        f"lower length ({length}), or change validation_documents"
+                        f"{len(documents)} documents, expected at least {layout.room}; add text, "
+                        f"lower length ({layout.length}), or change validation_documents"
                     )
     except BrokenProcessPool:
         raise HalfstepError(
@@ -221,7 +268,7 @@ def pack_windows(
 def _write_windows(
     path: Path,
     streams: Iterable[tuple[Chunk, np.ndarray]],
-    length: int,
+    layout: Layout,
     encoder: _Encoder,
     progress: Progress,
 ) -> dict:
@@ -230,7 +277,7 @@ def _write_windows(
 
     def write(part: Path) -> None:
         with open(part, "wb") as out:
-            facts.update(_cut(streams, length, encoder, out, progress))
+            facts.update(_cut(streams, layout, encoder, out, progress))
 
     write_atomic(path, write)
     remember_sha256(path, facts["sha256"])
@@ -239,16 +286,17 @@ def _write_windows(
 
 def _cut(
     streams: Iterable[tuple[Chunk, np.ndarray]],
-    length: int,
+    layout: Layout,
     encoder: _Encoder,
     out: BinaryIO,
     progress: Progress,
 ) -> dict:
-    """Write the joined streams as windows EOS + (length - 2) tokens + EOS.
+    """Write the joined streams as windows: (length - 2) tokens between EOS, or within a frame.
 
     `cut_windows` counts those whose last document goes on in the next window.
     """
     digest, eos, rest = hashlib.sha256(), encoder.eos, None
+    room, inside = layout.room, layout.framing.inside(layout.length)
     windows = cut_windows = tokens = unknown_tokens = seen = 0
     for chunk, stream in streams:
         tokens += len(stream)
@@ -256,14 +304,14 @@ def _cut(
             unknown_tokens += np.count_nonzero(stream == encoder.unknown)
         if rest is not None:
             stream = np.concatenate([rest, stream])
-        count = len(stream) // (length - 2)
-        cut, rest = np.split(stream, [count * (length - 2)])
-        block = np.full((count, length), eos, stream.dtype)
-        block[:, 1:-1] = cut.reshape(count, length - 2)
+        count = len(stream) // room
+        cut, rest = np.split(stream, [count * room])
+        block = layout.frames(count, stream.dtype)
+        block[:, inside] = cut.reshape(count, room)
         digest.update(block)
         out.write(block)
         windows += count
-        cut_windows += np.count_nonzero(block[:, -2] != eos)
+        cut_windows += np.count_nonzero(block[:, inside.stop - 1] != eos)
         seen += chunk.size
         if seen >= CHUNK:  # progress counts whole MB
             progress.update(seen // CHUNK)
@@ -302,6 +350,8 @@ class Manifest(BaseModel):
     splits: dict[str, Split]
     tokenizer_sha256: str
     corpus: dict[str, Any] = {}
+    framing: Framing | None = None
+    pairs: Turn | None = None
 
 
 def read_manifest(corpus: Path) -> dict:
@@ -317,6 +367,7 @@ def read_manifest(corpus: Path) -> dict:
             f"{path}: eos_id: found {manifest['eos_id']}, but vocab_size is "
             f"{manifest['vocab_size']}; {PREPARE_AGAIN}"
         )
+    check_framing(manifest, path, PREPARE_AGAIN)
     return manifest
 
 
@@ -367,8 +418,11 @@ class Windows:
         self.path, self.facts = Path(folder) / f"{split}.bin", splits[split]
         self.length, dtype = self.manifest["length"], self.manifest["dtype"]
         self.vocab_size, self.eos_id = self.manifest["vocab_size"], self.manifest["eos_id"]
+        self.layout = layout_of(self.manifest)
         shape = (self.facts["windows"], self.length)
-        expected = shape[0] * shape[1] * np.dtype(dtype).itemsize
+        self.is_pairs = "pairs" in self.manifest
+        starts = shape[0] * shape[1] * np.dtype(dtype).itemsize
+        expected = starts + shape[0] * START.itemsize if self.is_pairs else starts
         found = self.path.stat().st_size if self.path.is_file() else 0
         if found != expected:
             raise HalfstepError(
@@ -377,6 +431,9 @@ class Windows:
             )
         self.verify()
         self._tokens = np.memmap(self.path, dtype, "r", shape=shape)
+        self._starts = None
+        if self.is_pairs:
+            self._starts = np.memmap(self.path, START, "r", offset=starts, shape=shape[:1])
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -393,6 +450,34 @@ class Windows:
                 f"{self.vocab_size}; {PREPARE_AGAIN}"
             )
         return torch.from_numpy(found)
+
+    @property
+    def framed(self) -> dict[str, Any]:
+        """The entries of the manifest that a model of this corpus has in its meta.json too."""
+        return {key: self.manifest[key] for key in OF_MODELS if key in self.manifest}
+
+    def asked(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor | None:
+        """The positions of these windows that noise may mask, bool [n, length]; None: all of them.
+
+        They are those of the text, without its frame; of a pair, the response and all after it. The
+        two EOS of our own corpora are text.
+        """
+        import torch
+
+        if not self.framed:
+            return None
+        found = torch.ones(len(indices), self.length, dtype=torch.bool)
+        if "framing" in self.manifest:
+            inside = self.layout.framing.inside(self.length)
+            found[:, : inside.start] = found[:, inside.stop :] = False
+        if self._starts is not None:
+            starts = torch.from_numpy(self._starts[np.asarray(indices)].astype(np.int64))
+            found &= torch.arange(self.length) >= starts[:, None]
+            if not found.any(1).all():
+                raise HalfstepError(
+                    f"{self.path}: holds a pair without a response; {PREPARE_AGAIN}"
+                )
+        return found
 
     def verify(self) -> None:
         """Compare the checksums of tokens and tokenizer with those in the manifest."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
+    from halfstep.data.pack import Layout
+
 Rules = tuple[tuple[str, str], ...]
 """Regular expressions and what replaces them, in the order in which they are applied"""
 
@@ -157,9 +159,11 @@ def detokenize(text: str, rules: Rules) -> str:
 
 
 def cut_windows(
-    texts: Iterable[str], tokenizer: Tokenizer, eos_id: int, length: int, most: int | None = None
+    texts: Iterable[str], tokenizer: Tokenizer, layout: Layout, most: int | None = None
 ) -> np.ndarray:
     """The first `most` windows (None: all) of texts, [N, length] int32; [1, fewer] of a short text.
+
+    Their frame is that of the layout: EOS on both sides, or that of a model of transformers.
 
     HalfstepError if the texts have no tokens.
     """
@@ -167,7 +171,8 @@ def cut_windows(
 
     from halfstep.data.tokenizer import encode_texts
 
-    stream, texts, room = np.zeros(0, np.int32), iter(texts), length - 2
+    eos_id, room = layout.eos_id, layout.room
+    stream, texts = np.zeros(0, np.int32), iter(texts)
     parts = [stream]
     while part := list(islice(texts, 1000)):
         encoded = encode_texts(tokenizer, part)
@@ -178,8 +183,8 @@ def cut_windows(
     if not (stream != eos_id).any():
         raise HalfstepError("found no text; leave it out, or name another")
     if len(stream) < room:
-        return np.concatenate([[eos_id], stream, [eos_id]]).astype(np.int32)[None]
+        return np.array(layout.framing.around(stream), np.int32)[None]
     count = min(len(stream) // room, most or len(stream))
-    windows = np.full((count, length), eos_id, np.int32)
-    windows[:, 1:-1] = stream[: count * room].reshape(count, room)
+    windows = layout.frames(count, np.int32)
+    windows[:, layout.framing.inside(layout.length)] = stream[: count * room].reshape(count, room)
     return windows

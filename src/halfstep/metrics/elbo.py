@@ -125,10 +125,14 @@ def window_nll(
     """Nats and tokens of each window of windows[N, L], [N, 2] float64 on rank 0; None on others.
 
     A denoiser's are the NELBO of all L tokens, EOS at both ends included, as MDLM counts them; an
-    autoregressive model's are -log p of the L - 1 tokens after the first one, which is given.
+    autoregressive model's are -log p of the L - 1 tokens after the first one, which is given. Of a
+    model of transformers the frame is given too.
     """
     diffusion = model.kind == "diffusion"
-    start = 0 if diffusion else 1
+    inside = slice(0, windows.shape[1])
+    if model.is_framed:
+        inside = model.framing.inside(windows.shape[1])
+    start, end = inside.start if diffusion else max(1, inside.start), inside.stop
 
     def of_rows(rows: slice) -> np.ndarray:
         found = []
@@ -136,8 +140,7 @@ def window_nll(
             for first in range(rows.start, rows.stop, AT_ONCE):
                 ids = windows[first : min(first + AT_ONCE, rows.stop)].tolist()
                 asked = [
-                    Question(tuple(window), start, len(window), first + i)
-                    for i, window in enumerate(ids)
+                    Question(tuple(window), start, end, first + i) for i, window in enumerate(ids)
                 ]
                 if diffusion:
                     tokens, tick = micro_batch * model.length, progress.update
@@ -146,7 +149,7 @@ def window_nll(
                     nats, _ = autoregressive_nll(
                         model.network, asked, micro_batch, device, progress.update
                     )
-                found.append(np.column_stack([nats, np.full(len(ids), len(ids[0]) - start)]))
+                found.append(np.column_stack([nats, np.full(len(ids), end - start)]))
         return np.concatenate(found)
 
     return group.map_rows(len(windows), of_rows)

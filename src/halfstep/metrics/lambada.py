@@ -3,8 +3,9 @@
 The task is that of arXiv 1606.06031, in OpenAI's detokenized form, from the hub or from a local
 .jsonl. The last word is what follows the last space. Each protocol gives a different number:
 
-    accuracy    parallel     BOS + text + EOS with all tokens of the last word masked, one pass,
-                             argmax; all must match (the SDTT paper's)
+    accuracy    parallel     BOS + text + EOS (or the frame of an imported model) with all tokens
+                             of the last word masked, one pass, argmax; all must match (the SDTT
+                             paper's)
                 confidence   one pass per token, each writing the most confident one
                 ar           autoregressive models: argmax of each token, given those before it
     perplexity  elbo-exact   exp(mean over items of the NELBO of the last word given the rest),
@@ -94,21 +95,23 @@ class HalfstepLM(LM):
         self._answers: dict[tuple[str, ...], tuple[float, dict[str, bool]]] = {}
 
     def question(self, context: str, continuation: str) -> Question:
-        """The window BOS + context + continuation + EOS, in which the continuation is asked for."""
+        """The framed window of context + continuation, in which the continuation is asked for."""
         left, right = self.token_ids(context, continuation)
-        room = self.model.length - 2 - len(right)
+        framing = self.model.framing
+        most = self.model.length - len(framing.around([]))
+        room = most - len(right)
         if room < 0 or not right:
             raise HalfstepError(
                 f"lambada: {continuation[:40]!r} has {len(right)} tokens, expected 1 to "
-                f"{self.model.length - 2} in windows of {self.model.length}; "
+                f"{most} in windows of {self.model.length}; "
                 "shorten the item or leave it out"
             )
         left = left[max(0, len(left) - room) :]
-        eos = self.model.eos_id
-        return Question((eos, *left, *right, eos), 1 + len(left), 1 + len(left) + len(right))
+        start = len(framing.begin) + len(left)
+        return Question(framing.around([*left, *right]), start, start + len(right))
 
     def token_ids(self, *texts: str) -> list[list[int]]:
-        """The tokens of each text, without BOS and EOS."""
+        """The tokens of each text, without its frame."""
         encoded = self.model.tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [text.ids for text in encoded]
 
@@ -132,13 +135,14 @@ class HalfstepLM(LM):
 
         A diffusion model reads a window under 128 masks.
         """
-        room, eos = self.model.length - 2, self.model.eos_id
+        framing = self.model.framing
+        room, start = self.model.length - len(framing.around([])), len(framing.begin)
         questions, owner = [], []
         for i, request in enumerate(requests):
             ids = self.model.tokenizer.encode(request.args[0], add_special_tokens=False).ids
             for at in range(0, len(ids), room):
                 part = ids[at : at + room]
-                questions.append(Question((eos, *part, eos), 1, 1 + len(part)))
+                questions.append(Question(framing.around(part), start, start + len(part)))
                 owner.append(i)
         totals = np.zeros(len(requests))
         if questions:

@@ -11,6 +11,7 @@ commands/continuations.py (continuations), commands/variety.py (groups-of-5, win
 commands/benchmark.py (interleaved), infilling.py (exact, grammar and tokens of its two metrics).
 `grammar` is `judge_window` of data/stories.py, a share of the whole stories in the texts; its
 num_samples counts those stories, or the accepted ones for distinct_stories and fact_divergence.
+`responses` is `empty_rows` of commands/evaluate.py.
 The metrics of frontier.py are read off perplexities, and have the protocols of those.
 """
 
@@ -29,6 +30,7 @@ PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}
     "perplexity_ratio_at_equal_entropy": {"ids": 1, "retokenized": 1},
     "distinct_stories": {"grammar": 1},
     "fact_divergence": {"grammar": 1},
+    "only_end_of_text": {"responses": 1},
     "lambada_accuracy": {"parallel": 1, "confidence": 1, "ar": 1},
     "lambada_perplexity": {"elbo-exact": 1, "elbo-mc": 1, "ar": 1},
     "infilling_accuracy": {"exact": 1, "grammar": 1, "tokens": 1},

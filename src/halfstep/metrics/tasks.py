@@ -97,7 +97,7 @@ class TaskLM(HalfstepLM):
         self._nelbo: dict[tuple[str, int, tuple[str, ...]], tuple[float, int]] = {}
 
     def question(self, context: str, continuation: str) -> Question:
-        """The window BOS + context + continuation + EOS, in which the continuation is asked for."""
+        """The framed window of context + continuation, in which the continuation is asked for."""
         return self._window(context, continuation)[0]
 
     def _window(self, context: str, continuation: str) -> tuple[Question, bool]:
@@ -108,11 +108,12 @@ class TaskLM(HalfstepLM):
                 f"tasks: the answer {continuation[:40]!r} to {context[-40:]!r} has no tokens; "
                 "correct the task's data or leave the task out"
             )
-        room, eos = self.model.length - 2, self.model.eos_id
+        framing = self.model.framing
+        room = self.model.length - len(framing.around([]))
         kept = (left + right)[-room:]
-        end = 1 + len(kept)
+        end = len(framing.begin) + len(kept)
         start = end - min(len(right), room)
-        return Question((eos, *kept, eos), start, end), len(kept) < len(left + right)
+        return Question(framing.around(kept), start, end), len(kept) < len(left + right)
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[tuple[float, bool]]:
         """For multiple choice the ELBO of the whole text, which says nothing of a greedy guess."""
@@ -142,10 +143,13 @@ class TaskLM(HalfstepLM):
         for task, number, args in new:
             window, is_cut = self._window(*args)
             self.cut[task] = self.cut.get(task, 0) + is_cut
-            questions.append(replace(window, start=0, end=len(window.ids), number=number))
+            inside = slice(0, len(window.ids))  # two EOS of our own are part of the text
+            if self.model.is_framed:
+                inside = self.model.framing.inside(len(window.ids))
+            questions.append(replace(window, start=inside.start, end=inside.stop, number=number))
         if questions:
             nats = self._ask("elbo", questions).tolist()
-            tokens = [len(question.ids) for question in questions]
+            tokens = [question.end - question.start for question in questions]
             self._nelbo |= dict(zip(new, zip(nats, tokens, strict=True), strict=True))
         found = [self._nelbo[key] for key in keys]
         return [-nats / tokens if self.per_token else -nats for nats, tokens in found]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from halfstep.config import Training
 from halfstep.distributed.group import Group, StopRequest, exit_stopped
@@ -19,6 +19,7 @@ from halfstep.progress import Progress, format_number, format_rate
 from halfstep.training.optim import learning_rate
 from halfstep.training.state import Run, Start, TrainingState, begin, save_state
 from halfstep.training.step import (
+    Examples,
     GlobalGradient,
     LocalBatch,
     Objective,
@@ -39,14 +40,14 @@ OVERFITTED = 1.02  # a held-out loss above this multiple of its lowest has risen
 def fit(
     network: nn.Module,
     objective: Objective,
-    batches: Callable[[int], Tensor],
+    batches: Callable[[int], Examples],
     training: Training,
     start: Start,
     run: Run,
 ) -> TrainingState:
     """Train `network` for training.num_steps updates and return its final state.
 
-    batches(step) -> x0[B, L] int64 is the global batch of a step. The gradient is that of the
+    batches(step) is the global batch of a step. The gradient is that of the
     global batch, whatever micro_batch and the number of ranks are. Every rank draws the whole batch
     and its noise, and trains on its own rows; only dropout differs between ranks.
 
@@ -196,7 +197,8 @@ def progress_words(
 ) -> list[str]:
     """The figures of a line of progress: losses, epochs, speed and use of the GPUs."""
     words = [f"loss {figures['train/loss']:.4g}"]
-    others = ("best", "val/entropy")  # a resumed training has its figures in another order
+    # By name, because a resumed training has its figures in another order.
+    others = ("best", "val/entropy", "val/only_end_of_text")
     held_out = [value for name, value in state.validation.items() if name not in others]
     if held_out:
         words.append(f"held-out loss {held_out[0]:.4g}")

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,16 @@ from halfstep.training.state import Run, TrainingState
 
 Tensors = dict[str, Tensor]
 T = TypeVar("T")
+
+
+class Examples(NamedTuple):
+    """The texts of a global batch: x0[B, L] int64, and which positions noise may mask.
+
+    asked bool [B, L]; None: all of them
+    """
+
+    x0: Tensor
+    asked: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,10 +47,17 @@ class Batch:
 class Objective(Protocol):
     """What a training minimizes, and what it measures on held-out text."""
 
-    def corrupt(self, x0: Tensor, generator: torch.Generator, step: int | None = None) -> Batch:
+    def corrupt(
+        self,
+        x0: Tensor,
+        generator: torch.Generator,
+        step: int | None = None,
+        asked: Tensor | None = None,
+    ) -> Batch:
         """The batch of x0[B, L] int64; all random numbers come from `generator`.
 
-        `step` is the number of finished optimizer steps; None for held-out text.
+        `step` is the number of finished optimizer steps; None for held-out text. No position
+        outside of asked[B, L] has a loss; None: all have one.
         """
         ...
 
@@ -74,14 +91,15 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def local_batch(
-    objective: Objective, x0: Tensor, generator: torch.Generator, run: Run, step: int
+    objective: Objective, examples: Examples, generator: torch.Generator, run: Run, step: int
 ) -> LocalBatch:
-    """Corrupt the global batch x0[B, L] of a step and keep this rank's rows of it.
+    """Corrupt the global batch of a step and keep this rank's rows of it.
 
     Every rank draws the noise of the whole batch, so the noise does not depend on the number of
     ranks.
     """
-    batch = objective.corrupt(x0, generator, step)
+    x0, asked = examples
+    batch = objective.corrupt(x0, generator, step, asked)
     rows = run.group.local_slice(len(x0))
     tensors = {name: value[rows] for name, value in batch.tensors.items()}
     if run.device.type == "cuda":

@@ -37,7 +37,7 @@ def check_sources(config: Config) -> None:
                 _check_name(path, "files")
         except HalfstepError as error:
             faults.append(f"corpora.{name}.{error}")
-        tokenizer = corpus.tokenizer
+        tokenizer = plain_source(corpus.tokenizer)
         if tokenizer.startswith((".", "/", "~")) and not is_folder(tokenizer):
             faults.append(
                 f"corpora.{name}.tokenizer: {tokenizer} is not a folder; "
@@ -155,8 +155,9 @@ class Sources:
     def corpus_of_hub(self, name: str) -> list[str]:
         """What a corpus needs from the hub; own text with an own tokenizer needs nothing."""
         corpus, found = self.config.corpora[name], []
-        if corpus.tokenizer != "bpe" and not is_folder(corpus.tokenizer):
-            found.append(f"model:{corpus.tokenizer}")
+        tokenizer = plain_source(corpus.tokenizer)
+        if tokenizer != "bpe" and not is_folder(tokenizer):
+            found.append(f"model:{tokenizer}")
         if corpus.kind == "openwebtext":
             found.append("dataset:Skylion007/openwebtext")
         return found

@@ -42,8 +42,17 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
     begin with their blank. So a blank before a position that the model writes, which is a MASK or
     the end of the prompt, is left out: the token there brings it.
     """
-    if not prompt:
-        return torch.empty(0, dtype=torch.long)
+    ids = prompt_ids(model, prompt) if prompt else []
+    if len(ids) >= model.length:
+        raise HalfstepError(
+            f"prompt: {len(ids)} tokens with BOS, but a text of this model has {model.length}; "
+            "shorten the prompt"
+        )
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def prompt_ids(model: Model, prompt: str) -> list[int]:
+    """The tokens of `encode_prompt`, however many there are; those that begin a text for ""."""
     if MASK in prompt and model.denoiser is None:
         raise HalfstepError(
             f"prompt: found {MASK}, but an autoregressive model cannot fill in a position; "
@@ -57,12 +66,7 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
             ids.append(model.eos_id)
         elif piece:
             ids += encode_texts(model.tokenizer, [piece])[0]
-    if len(ids) >= model.length:
-        raise HalfstepError(
-            f"prompt: {len(ids)} tokens with BOS, but a text of this model has {model.length}; "
-            "shorten the prompt"
-        )
-    return torch.tensor(ids, dtype=torch.long)
+    return ids
 
 
 def text_writer(

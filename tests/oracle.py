@@ -37,16 +37,27 @@ class ScheduleOf:
 
 class Language:
     """`log_p` [V**L] float64 over all texts; `sharpness` says how unequal they are, `forbidden` how
-    many have no chance at all.
+    many have no chance at all, `only` which ones alone have one.
     """
 
-    def __init__(self, V: int, L: int, seed: int = 0, sharpness: float = 1.5, forbidden: int = 0):
+    def __init__(
+        self,
+        V: int,
+        L: int,
+        seed: int = 0,
+        sharpness: float = 1.5,
+        forbidden: int = 0,
+        only: list[tuple[int, ...]] | None = None,
+    ):
         self.V, self.L, self.mask_id = V, L, V
         self.texts = torch.tensor(list(product(range(V), repeat=L)))
         self.states = torch.tensor(list(product(range(V + 1), repeat=L)))
         generator = torch.Generator().manual_seed(seed)
         score = sharpness * torch.randn(len(self.texts), generator=generator, dtype=torch.float64)
         score[torch.randperm(len(score), generator=generator)[:forbidden]] = -torch.inf
+        if only is not None:
+            allowed = (self.texts[:, None] == torch.tensor(only)).all(-1).any(1)
+            score[~allowed] = -torch.inf
         self.log_p = score.log_softmax(0)
         self.p = self.log_p.exp()
         fits = (

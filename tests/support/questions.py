@@ -34,6 +34,22 @@ def write_task(folder: Path, name: str, rows: list[dict], **changes) -> str:
     return str(path)
 
 
+def write_generation(folder: Path, name: str, rows: list[dict], **kwargs) -> str:
+    """A task whose answers are written: rows of question and answer; its .yaml file.
+
+    Its generation_kwargs are greedy, with at most 4 tokens before a full stop, or as given.
+    """
+    options = {"until": ["."], "max_gen_toks": 4, "do_sample": False} | kwargs
+    changes = {
+        "output_type": "generate_until",
+        "doc_to_choice": None,
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": options,
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean"}],
+    }
+    return write_task(folder, name, rows, **changes)
+
+
 def write_rolling(folder: Path, name: str, texts: list[str]) -> str:
     """A task that asks for the likelihood of whole texts; its .yaml file."""
     rows = [{"text": text} for text in texts]

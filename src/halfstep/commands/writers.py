@@ -44,8 +44,18 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
     the end of the prompt, is left out: the token there brings it. A model that was trained on pairs
     gets the prompt in its turn, unless MASK or EOS is in it.
     """
-    if not prompt:
-        return torch.empty(0, dtype=torch.long)
+    ids = prompt_ids(model, prompt) if prompt else []
+    most = model.framing.inside(model.length).stop if model.is_framed else model.length
+    if len(ids) >= most:
+        raise HalfstepError(
+            f"prompt: {len(ids)} tokens with BOS, but a text of this model has {most}; "
+            "shorten the prompt"
+        )
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def prompt_ids(model: Model, prompt: str) -> list[int]:
+    """The tokens of `encode_prompt`, however many there are; those that begin a text for ""."""
     if MASK in prompt and model.denoiser is None:
         raise HalfstepError(
             f"prompt: found {MASK}, but an autoregressive model cannot fill in a position; "
@@ -62,13 +72,7 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
             ids.append(model.eos_id)
         elif piece:
             ids += encode_texts(model.tokenizer, [piece])[0]
-    most = model.framing.inside(model.length).stop if model.is_framed else model.length
-    if len(ids) >= most:
-        raise HalfstepError(
-            f"prompt: {len(ids)} tokens with BOS, but a text of this model has {most}; "
-            "shorten the prompt"
-        )
-    return torch.tensor(ids, dtype=torch.long)
+    return ids
 
 
 def text_writer(

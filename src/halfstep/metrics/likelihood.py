@@ -45,13 +45,16 @@ class AutoregressiveNetwork(Protocol):
 class Question:
     """A window of token ids: ids[start:end] is asked for, the rest (context, EOS) is given.
 
-    `number` is that of its random masks (elbo.py): windows with one number share them.
+    `number` is that of its random masks (elbo.py): windows with one number share them. Where
+    ids[start:end] is to be written (answers.py), ids end before it, `number` is that of the text,
+    and `temperature` that of its draws.
     """
 
     ids: tuple[int, ...]
     start: int
     end: int
     number: int = 0
+    temperature: float = 1.0
 
 
 def suffix_masks(n: int, u: Tensor | None) -> tuple[np.ndarray, np.ndarray]:

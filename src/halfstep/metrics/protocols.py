@@ -5,8 +5,8 @@ share a column. The version of a protocol goes up when the same model and the sa
 another number.
 
 Definitions: perplexity.py (ids, retokenized), lambada.py (parallel, confidence, elbo-exact,
-elbo-mc, ar), tasks.py (elbo, elbo-per-token, ar), `window_nll` of elbo.py (elbo and ar of
-zero_shot_perplexity), diversity.py (unigram, bigrams, fourgrams), mauve.py and
+elbo-mc, ar), tasks.py (elbo, elbo-per-token, ar), answers.py (written), `window_nll` of elbo.py
+(elbo and ar of zero_shot_perplexity), diversity.py (unigram, bigrams, fourgrams), mauve.py and
 commands/continuations.py (continuations), commands/variety.py (groups-of-5, windows),
 commands/benchmark.py (interleaved), infilling.py (exact, grammar and tokens of its two metrics).
 `grammar` is `judge_window` of data/stories.py, a share of the whole stories in the texts; its
@@ -35,7 +35,7 @@ PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}
     "lambada_perplexity": {"elbo-exact": 1, "elbo-mc": 1, "ar": 1},
     "infilling_accuracy": {"exact": 1, "grammar": 1, "tokens": 1},
     "accuracy_under_parallelism": {"exact": 1, "grammar": 1, "tokens": 1},
-    "task_score": {"elbo": 1, "elbo-per-token": 1, "ar": 1},
+    "task_score": {"elbo": 1, "elbo-per-token": 1, "ar": 1, "written": 1},
     "zero_shot_perplexity": {"elbo": 1, "ar": 1},
     "self_bleu": {"continuations": 1},
     "mauve": {"continuations": 1},

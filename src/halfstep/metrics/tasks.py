@@ -1,4 +1,4 @@
-"""Tasks of lm-eval that ask for likelihoods, such as those of SDTT's Table 1.
+"""Tasks of lm-eval: likelihoods, as in SDTT's Table 1, and answers that a model writes (GSM8K).
 
 lm-eval makes the questions, and its own metrics and standard errors judge the answers. Protocols:
 
@@ -7,6 +7,7 @@ lm-eval makes the questions, and its own metrics and standard errors judge the a
     elbo-per-token  the same, with the ELBO divided by the number of tokens of the text, as the
                     released harness ranks answers
     ar              multiple choice by an autoregressive model: log p(answer | question)
+    written         the answer is what the model writes after the question (answers.py)
 
 All answers to one question share their masks (elbo.py), so their order has little noise. The
 released harness draws 1,024 times and masks for each answer alone, and gives the ELBO 0, which is
@@ -27,8 +28,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import astuple, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,17 @@ import numpy as np
 
 from halfstep.distributed.group import ALONE, Group
 from halfstep.errors import HalfstepError, reason
+from halfstep.metrics.answers import (
+    Answering,
+    AnswerOptions,
+    AnswerWriter,
+    Costs,
+    answer_window,
+    before_token,
+    cut_at,
+    number_windows,
+    write_answers,
+)
 from halfstep.metrics.elbo import text_nelbo
 from halfstep.metrics.lambada import ACCURACY, HalfstepLM, Request
 from halfstep.metrics.likelihood import EXACT, Question, Tick
@@ -49,7 +61,9 @@ if TYPE_CHECKING:
 
     from halfstep.checkpoint import Model
 
-SHARES = ("acc", "acc_norm")  # measures of lm-eval that are shares of right answers
+SHARES = ("acc", "acc_norm", "exact_match")  # measures of lm-eval that are shares of right answers
+WRITES = "generate_until"  # type of the tasks that ask for written text
+WRITTEN = "written"  # protocol of their answers
 NO_FORK = "DISABLE_MULTIPROC"  # a variable of lm-eval
 RESAMPLES = 1000  # of lm-eval's bootstrap, for measures without a closed form of the error
 
@@ -59,7 +73,8 @@ class Score:
     """One number of lm-eval: `measure` of `task`, with its standard error if lm-eval has one.
 
     `count` questions; `data` is name[count]@sha256 of the questions; `passes` are the mean calls of
-    the network for a text, if they are known.
+    the network for a text, if they are known. Of a written answer `steps` is the key of its writer,
+    and `costs` are the mean numbers of an answer.
     """
 
     task: str
@@ -70,14 +85,18 @@ class Score:
     count: int
     data: str
     passes: float | None
+    steps: int | None = None
+    costs: Costs | None = None
 
 
 class TaskLM(HalfstepLM):
-    """A halfstep checkpoint for lm-eval, which answers multiple choice by the ELBO of whole texts.
+    """A halfstep checkpoint for lm-eval: it answers multiple choice by the ELBO of whole texts, and
+    writes what tasks ask it to write, where it is told how.
 
     `choices` are the names of the tasks that are multiple choice; `per_token` divides each ELBO by
     the number of tokens. Of a text longer than the model's length, BOS and the last tokens that
-    fit are kept; `cut` counts them by task.
+    fit are kept; `cut` counts them by task, and `cut_contexts` those of written answers.
+    `steps` is the key of the writer that answers.
     """
 
     def __init__(
@@ -88,9 +107,13 @@ class TaskLM(HalfstepLM):
         device: str = "cpu",
         seed: int = 0,
         group: Group = ALONE,
+        answering: Answering | None = None,
     ):
         super().__init__(model, ACCURACY[model.kind][0], micro_batch, device, seed, group)
-        self.draws = draws
+        self.draws, self.answering = draws, answering
+        self.steps: int | None = None
+        self.costs: dict[str, list[Costs]] = {}
+        self.cut_contexts: dict[str, int] = {}
         self.choices: set[str] = set()
         self.per_token = False
         self.cut: dict[str, int] = {}
@@ -165,12 +188,52 @@ class TaskLM(HalfstepLM):
     @property
     def answers(self) -> dict[str, Callable[[list[Question], int, Tick], np.ndarray]]:
         """What can be asked of the network."""
-        return super().answers | {"elbo": self._whole}
+        writers = self.answering.writers if self.answering else {}
+        written = {_label(steps): partial(self._write, write) for steps, write in writers.items()}
+        return super().answers | {"elbo": self._whole} | written
 
     def _whole(self, questions: list[Question], first: int, tick: Tick) -> np.ndarray:
         tokens = self.micro_batch * self.model.length
         denoiser = self.model.denoiser
         return text_nelbo(denoiser, questions, self.draws, tokens, self.seed, self._device, tick)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The answers that the model writes, with the number of steps `steps` (answers.py)."""
+        if self.answering is None:
+            return super().generate_until(requests)
+        self.costs, self.cut_contexts = {}, {}
+        options, windows = [], []
+        for one in requests:
+            context, kwargs = one.args
+            options.append(AnswerOptions.of(one.task_name, kwargs, self.model))
+            window, is_cut = answer_window(self.model, self.answering.encode(context), options[-1])
+            windows.append(window)
+            cut = self.cut_contexts.get(one.task_name, 0)
+            self.cut_contexts[one.task_name] = cut + is_cut
+        order, numbered = number_windows([one.task_name for one in requests], windows)
+        texts = [""] * len(requests)
+        rows = self._ask(_label(self.steps), numbered) if numbered else []
+        for i, (passes, asked, *ids) in zip(order, rows, strict=True):
+            answer = self.model.tokenizer.decode(before_token(np.array(ids), self.model.eos_id))
+            texts[i] = cut_at(answer, options[i].until)
+            costs = Costs(passes, asked, options[i].tokens, options[i].temperature)
+            self.costs.setdefault(requests[i].task_name, []).append(costs)
+        return texts
+
+    def _write(
+        self, write: AnswerWriter, questions: list[Question], first: int, tick: Tick
+    ) -> np.ndarray:
+        return write_answers(write, questions, self.model.length, self.micro_batch, tick)
+
+    def costs_of(self, tasks: Sequence[str]) -> Costs:
+        """The means of the answers to these tasks."""
+        every = [astuple(one) for task in tasks for one in self.costs[task]]
+        return Costs(*np.mean(every, 0).tolist())
+
+
+def _label(steps: int | None) -> str:
+    """What is asked of a writer of TaskLM."""
+    return "answers" if steps is None else f"answers in {steps} steps"
 
 
 def evaluate_tasks(
@@ -190,14 +253,21 @@ def evaluate_tasks(
         lm.serve()
         return None
     tasks, groups = load_tasks(names)
+    written = {name: task for name, task in tasks.items() if task.OUTPUT_TYPE == WRITES}
+    _check_written(lm, written)
     lm.choices = {name for name, task in tasks.items() if task.OUTPUT_TYPE == "multiple_choice"}
-    diffusion = lm.model.kind == "diffusion"
-    scores = _run(lm, tasks, groups, items, "elbo" if diffusion else "ar")
+    diffusion, scores = lm.model.kind == "diffusion", []
+    if read := {name: task for name, task in tasks.items() if name not in written}:
+        scores += _run(lm, read, _groups_of(groups, read), items, "elbo" if diffusion else "ar")
     if diffusion and lm.choices:
         lm.per_token = True
         chosen = {name: task for name, task in tasks.items() if name in lm.choices}
         found = _run(lm, chosen, {}, items, "elbo-per-token")
         scores += [score for score in found if score.measure == "acc"]
+    if written and lm.answering:
+        for steps in lm.answering.writers:
+            lm.steps = steps
+            scores += _run(lm, written, _groups_of(groups, written), items, WRITTEN)
     lm.group.broadcast(None)
     for task, count in lm.cut.items():
         if count:
@@ -206,13 +276,47 @@ def evaluate_tasks(
                 "BOS and their last tokens were kept",
                 file=sys.stderr,
             )
+    for task, count in lm.cut_contexts.items():
+        if count:
+            print(
+                f"tasks: {count} questions of {task} leave no room for an answer in "
+                f"{lm.model.length} tokens; BOS and their last tokens were kept",
+                file=sys.stderr,
+            )
     return scores
+
+
+def _check_written(lm: TaskLM, written: dict[str, Task]) -> None:
+    """HalfstepError unless the tasks that ask for written text and the ways to write agree."""
+    answering = lm.answering
+    if answering and not written and None not in answering.writers:
+        raise HalfstepError(
+            "--steps: found step counts, but no task asks for written text (generate_until); "
+            "leave them out, or name such a task"
+        )
+    for name, task in written.items():
+        if answering is None:
+            raise HalfstepError(
+                f"tasks: {name} asks the model to write text (generate_until), but no step counts "
+                "are given; name some in evaluation.task_steps (--steps), or leave the task out"
+            )
+        AnswerOptions.of(name, task.config.generation_kwargs, lm.model)
+
+
+def _groups_of(groups: dict[str, TaskGroup], tasks: dict[str, Task]) -> dict[str, TaskGroup]:
+    """The groups of which all tasks are among these."""
+    return {
+        name: group
+        for name, group in groups.items()
+        if all(task.task_name in tasks for task in group.get_all_tasks())
+    }
 
 
 def load_tasks(names: Sequence[str]) -> tuple[dict[str, Task], dict[str, TaskGroup]]:
     """lm-eval's tasks and groups of tasks by these names or files, with the data of the tasks.
 
-    HalfstepError for an unknown name, a task that asks for written text, or absent data.
+    HalfstepError for an unknown name, absent data, or a file of a task that asks for written text
+    and does not say where it ends.
     """
     from datasets import disable_progress_bars
 
@@ -229,12 +333,8 @@ def load_tasks(names: Sequence[str]) -> tuple[dict[str, Task], dict[str, TaskGro
             f"tasks: cannot load {listed[:100]} ({type(error).__name__}: {reason(error)}); correct "
             "the file, or run `halfstep fetch --repositories task:NAME` where there is a network"
         ) from error
-    for name, task in loaded["tasks"].items():
-        if task.OUTPUT_TYPE == "generate_until":
-            raise HalfstepError(
-                f"tasks: {name} asks the model to write text (generate_until), but only multiple "
-                "choice and likelihoods are answered; leave it out"
-            )
+    for name in filter(is_task_file, names):
+        _check_until(name)
     return loaded["tasks"], loaded.get("groups", {})
 
 
@@ -259,6 +359,18 @@ def _check_known(name: str, known: Sequence[str]) -> None:
         near = difflib.get_close_matches(name[:80], known, 1)
         hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists all names"
         raise HalfstepError(f"tasks: lm-eval has no task {name[:100]!r}; {hint}")
+
+
+def _check_until(name: str) -> None:
+    """HalfstepError if a task's file has no `until`: lm-eval would end answers at a blank line."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    raw = load_yaml(name, resolve_func=False)
+    if raw.get("output_type") == WRITES and "until" not in (raw.get("generation_kwargs") or {}):
+        raise HalfstepError(
+            f"tasks: {name}: generation_kwargs.until: found none, expected the strings before "
+            "which an answer ends; add them, or [] for answers that end with the text"
+        )
 
 
 def task_texts(name: str) -> Iterator[str]:
@@ -298,7 +410,7 @@ def _run(
             numpy_random_seed=None,
             torch_random_seed=None,
         )
-    scores = []
+    scores: list[Score] = []
     for name, numbers in found["results"].items():
         of_task = members.get(name, [name])
         samples = [sample for task in of_task for sample in found["samples"][task]]
@@ -309,8 +421,12 @@ def _run(
             if measure == "exact_match" and lm.choices.intersection(of_task):
                 continue  # a greedy guess, of which the ELBO of a whole text says nothing
             about = f"{name}[{count}]@{digest[:12]}"
-            passes = lm.passes_each(of_task)
-            scores.append(Score(name, measure, protocol, value, error, count, about, passes))
+            score = Score(name, measure, protocol, value, error, count, about, None)
+            if protocol == WRITTEN:
+                costs = lm.costs_of(of_task)
+                scores.append(replace(score, passes=costs.passes, steps=lm.steps, costs=costs))
+            else:
+                scores.append(replace(score, passes=lm.passes_each(of_task)))
     return scores
 
 

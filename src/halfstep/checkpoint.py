@@ -7,11 +7,13 @@ optimizer.safetensors  optimizer state
 hf/                    of a baseline: config.json and model.safetensors for transformers; one that
                        is published has no other weights
 tokenizer.json         the tokenizer of the corpus
+source/                of a model of transformers: the files of its own tokenizer, for its export
 meta.json              written last: a folder without it is no checkpoint
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,8 @@ FILES = {"raw": "model.safetensors", "ema": "ema.safetensors", "best": "best.saf
 OPTIMIZER = "optimizer.safetensors"
 LARGEST_PUBLISHED = 1 << 42  # bytes of a file of a published baseline
 HF_FILES = ("hf/model.safetensors", "hf/config.json")
+KEPT = ("source",)
+"""Folders of a checkpoint with files of the model of transformers that it came from"""
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 BYTES_PER_WEIGHT = 64  # no file of a checkpoint has more
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -295,6 +299,24 @@ def checkpoint_files(folder: Path, *weights: str) -> list[Path]:
     if not (Path(folder) / FILES["raw"]).exists():  # a published baseline
         names = list(HF_FILES)
     return [Path(folder) / name for name in ("meta.json", "tokenizer.json", *names)]
+
+
+def kept_files(meta: dict) -> list[str]:
+    """The files of a checkpoint in the folders KEPT, by their names in it."""
+    pattern = rf"({'|'.join(KEPT)})/\w[\w.-]*"
+    return [name for name in meta["sha256"] if re.fullmatch(pattern, name)]
+
+
+def copy_kept(folder: Path, output: Path) -> list[str]:
+    """Copy the files of `kept_files` from one checkpoint to another that is written; their names.
+
+    HalfstepError if one is damaged.
+    """
+    meta = read_meta(folder)
+    names = kept_files(meta)
+    for name in names:
+        write_atomic(output / name, checked_file(folder, name, meta).read_bytes())
+    return names
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -31,9 +32,15 @@ if TYPE_CHECKING:
 HF = "hf:"  # before the name of a source that is read here
 OURS = ("halfstep", "mdlm")  # values of model_type that `hub.read_published` reads
 Logits = Literal["same", "shifted"]
+EXPORTED = "halfstep"  # key of config.json in which an export says what the model is
 KNOWN_LOGITS: dict[str, Logits] = {"gpt2": "shifted"}
 """Families of causal models whose denoisers all have their logits in one way (DiffuGPT)"""
 TOLERANCE = 1e-4  # between logits that should be equal, as a share of the largest
+OTHER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "generation_config.json"),
+)
+"""Files of a source that its export has too, next to the vocabulary files of its tokenizer"""
 LEAST_TOKENS = 0.9  # of the rows of a padded table
 MOST_TOKENS = 1024  # of a text, where neither a corpus nor the model says fewer
 # Share of masked tokens, texts, and tokens of each, of the test of the logits.
@@ -55,6 +62,7 @@ class TransformersSource:
     """A model of transformers with its mask token as the last one, and what a checkpoint needs.
 
     network: for meta.json; about: more entries of it; files: what was read, the weights first
+    kept: files of its tokenizer, by their names in the checkpoint
     """
 
     network: Network
@@ -64,6 +72,7 @@ class TransformersSource:
     state: dict[str, Tensor]
     about: dict[str, Any]
     files: list[Path]
+    kept: dict[str, bytes]
 
 
 def is_ours(folder: Path) -> bool:
@@ -81,7 +90,7 @@ def read_source(
     """
     config = read_object(folder / "config.json")
     auto = _auto_class(config, source)
-    chosen = _logits_of(config, auto, source, logits)
+    chosen = _logits_of(config, auto, source, logits or _exported_logits(config))
     tensors, files = hub.read_tensors_of(folder)
     model = _load(config, tensors, auto, source)
     theirs = _load_tokenizer(folder, source)
@@ -111,12 +120,14 @@ def read_source(
         about={
             "transformers": {
                 "auto": auto,
-                "config": _with_ids(without_code(config), swapped),
+                "config": with_ids(without_code(config), swapped),
                 "mask_id": mask_id,
+                "source": source.removeprefix(HF),
             },
             "framing": framing,
         },
         files=[*files, folder / "config.json"],
+        kept=_kept_files(folder, theirs),
     )
 
 
@@ -144,6 +155,13 @@ def _auto_class(config: dict[str, Any], source: str) -> str:
         f"--source {source}: its model_type {kind!r} is no language model with a readout of "
         "tokens; name a masked or a causal language model"
     )
+
+
+def _exported_logits(config: dict[str, Any]) -> Logits | None:
+    """Which output predicts a token, where config.json is of an export; its entry is taken out."""
+    said = config.pop(EXPORTED, None)
+    found = said.get("logits") if isinstance(said, dict) else None
+    return found if found in get_args(Logits) else None
 
 
 def _logits_of(config: dict[str, Any], auto: str, source: str, given: Logits | None) -> Logits:
@@ -184,9 +202,16 @@ def _load_tokenizer(folder: Path, source: str) -> PreTrainedTokenizerBase:
     return found
 
 
+def _kept_files(folder: Path, theirs: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """The files of a tokenizer, as they are."""
+    names = {*OTHER_FILES, *theirs.vocab_files_names.values()}
+    files = [folder / name for name in sorted(names)]
+    return {f"source/{file.name}": file.read_bytes() for file in files if file.is_file()}
+
+
 def _without_mask(
     theirs: PreTrainedTokenizerBase, config: dict[str, Any], source: str
-) -> tuple[Tokenizer, int, Any]:
+) -> tuple[Tokenizer, int, Callable[[int], int]]:
     """The tokenizer without its mask token, that token's id, and a function from old to new ids."""
     backend = theirs.backend_tokenizer
     mask_id = theirs.mask_token_id
@@ -197,11 +222,7 @@ def _without_mask(
             f"--source {source}: has no mask token; name a model that was trained to fill in "
             "masks, or adapt this one by training (adapt: gpt2)"
         )
-    last = vocabulary_size(backend) - 1
-
-    def swapped(token: int) -> int:
-        return {mask_id: last, last: mask_id}.get(token, token)
-
+    swapped = swap_of(mask_id, vocabulary_size(backend) - 1)
     return without_mask(backend, mask_id), mask_id, swapped
 
 
@@ -284,8 +305,13 @@ def _eos(theirs: PreTrainedTokenizerBase, framing: dict[str, list[int]], source:
     )
 
 
-def _with_ids(config: dict[str, Any], swapped: Any) -> dict[str, Any]:
-    """A configuration whose special tokens have their new ids."""
+def swap_of(mask_id: int, last: int) -> Callable[[int], int]:
+    """The function that lets two ids change places; it undoes itself."""
+    return lambda token: {mask_id: last, last: mask_id}.get(token, token)
+
+
+def with_ids(config: dict[str, Any], swapped: Callable[[int], int]) -> dict[str, Any]:
+    """A configuration whose special tokens have changed their ids."""
     changed = dict(config)
     for key, value in config.items():
         if key.endswith("_token_id"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pydantic
@@ -13,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from halfstep.checkpoint import FILES, build_network, save_checkpoint
+from halfstep.checkpoint import FILES, KEPT, build_network, save_checkpoint
 from halfstep.commands.import_transformers import (
     HF,
     Logits,
@@ -35,7 +37,8 @@ from halfstep.resolve import explain
 from halfstep.tensors import check_weights
 
 DOWNLOADED = ["*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer.json"]
-SOURCE_FILES = [*DOWNLOADED, "*token*", "vocab.*", "merges.txt"]
+SOURCE_FILES = [*DOWNLOADED, "*token*", "vocab.*", "merges.txt", "*.model"]
+SOURCE_FILES += ["chat_template*", "generation_config.json"]
 MAX_LENGTH = 2**20  # tokens of a text, as a published configuration may give them
 
 
@@ -195,7 +198,7 @@ def _write_source(
     )
     states = {"raw": found.state, "ema": found.state}
     _check_states(states, meta, found.files[0])
-    _write_imported(output, states, meta, found.tokenizer, "raw")
+    _write_imported(output, states, meta, found.tokenizer, "raw", found.kept)
     _write_record(output, found.files, corpus)
 
 
@@ -203,7 +206,9 @@ def _write_record(output: Path, read: list[Path], corpus: Path | None) -> None:
     if corpus:
         read = [*read, corpus / "manifest.json", corpus / "tokenizer.json"]
     provenance.write_record(
-        output / provenance.NAME, [output], [file for file in read if file.is_file()]
+        output / provenance.NAME,
+        [output, *(output / name for name in KEPT)],
+        [file for file in read if file.is_file()],
     )
 
 
@@ -363,8 +368,9 @@ def _write_imported(
     meta: dict,
     tokens: Tokenizer,
     weights: str,
+    kept: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
-    """Write the checkpoint, and a journal without points."""
+    """Write the checkpoint, with the files `kept`, and a journal without points."""
     imported, round = meta["imported"], meta["round"]
     params = {"source": imported["source"], "weights": weights, **meta["network"]}
     teacher, name = output.parent.name, "teacher"
@@ -383,5 +389,7 @@ def _write_imported(
     ) as journal:
         write_atomic(output / "tokenizer.json", tokens.to_str(pretty=False))
         tensors = {FILES[name]: state for name, state in states.items()}
-        save_checkpoint(output, tensors, meta, output / "tokenizer.json")
+        for file, content in kept.items():
+            write_atomic(output / file, content)
+        save_checkpoint(output, tensors, meta, output / "tokenizer.json", list(kept))
         journal.close(checkpoint=output)

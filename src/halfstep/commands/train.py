@@ -182,8 +182,13 @@ class TrainingJob:
             windows=len(self.windows),
         )
 
-    def finish(self, state: TrainingState, meta: dict, journal: Journal) -> None:
-        """Write the checkpoint on rank 0 and delete the rolling one; all ranks wait for that."""
+    def finish(
+        self, state: TrainingState, meta: dict, journal: Journal, origin: Path | None = None
+    ) -> None:
+        """Write the checkpoint on rank 0 and delete the rolling one; all ranks wait for that.
+
+        `origin`: checkpoint of the same network, whose `kept_files` this one has too.
+        """
         stored = state.network.state_dict().keys()  # without what is computed from the shape
         buffers = {key: value for key, value in state.network.named_buffers() if key in stored}
         files = {
@@ -201,7 +206,9 @@ class TrainingJob:
                 # Sorted, because a resumed training has the figures in another order.
                 "validation": dict(sorted(state.validation.items())),
             }
-            checkpoint.save_checkpoint(self.output, tensors, meta, self.corpus / "tokenizer.json")
+            kept = checkpoint.copy_kept(origin, self.output) if origin else []
+            tokenizer = self.corpus / "tokenizer.json"
+            checkpoint.save_checkpoint(self.output, tensors, meta, tokenizer, kept)
             shutil.rmtree(self.output / "state", ignore_errors=True)
         self.group.barrier()
         journal.close(checkpoint=self.output)

@@ -7,12 +7,14 @@ optimizer.safetensors  optimizer state
 hf/                    of a baseline: config.json and model.safetensors for transformers; one that
                        is published has no other weights
 tokenizer.json         the tokenizer of the corpus
+source/                of a model of transformers: the files of its own tokenizer, for its export
 meta.json              written last: a folder without it is no checkpoint
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -50,6 +52,8 @@ FILES = {"raw": "model.safetensors", "ema": "ema.safetensors", "best": "best.saf
 OPTIMIZER = "optimizer.safetensors"
 LARGEST_PUBLISHED = 1 << 42  # bytes of a file of a published baseline
 HF_FILES = ("hf/model.safetensors", "hf/config.json")
+KEPT = ("source",)
+"""Folders of a checkpoint with files of the model of transformers that it came from"""
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 BYTES_PER_WEIGHT = 64  # no file of a checkpoint has more
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -306,6 +310,24 @@ def checkpoint_files(folder: Path, *weights: str) -> list[Path]:
     if not (Path(folder) / FILES["raw"]).exists():  # a published baseline
         names = list(HF_FILES)
     return [Path(folder) / name for name in ("meta.json", "tokenizer.json", *names)]
+
+
+def kept_files(meta: dict) -> list[str]:
+    """The files of a checkpoint in the folders KEPT, by their names in it."""
+    pattern = rf"({'|'.join(KEPT)})/\w[\w.-]*"
+    return [name for name in meta["sha256"] if re.fullmatch(pattern, name)]
+
+
+def read_kept(folder: Path) -> dict[str, bytes]:
+    """The files of `kept_files` by their names; HalfstepError if one is damaged."""
+    meta = read_meta(folder)
+    return {name: checked_file(folder, name, meta).read_bytes() for name in kept_files(meta)}
+
+
+def write_kept(output: Path, kept: Mapping[str, bytes]) -> None:
+    """Write files of `kept_files` to a checkpoint whose meta.json is not there yet."""
+    for name, content in kept.items():
+        write_atomic(output / name, content)
 
 
 def load_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -28,6 +28,7 @@ class Transformers(BaseModel):
 
     auto: class of transformers that builds it; config: content of its config.json
     mask_id: its mask token at the source, which here is the last token and has changed ids with it
+    source: hub name or folder that it was imported from
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -35,6 +36,7 @@ class Transformers(BaseModel):
     auto: Literal["AutoModelForMaskedLM", "AutoModelForCausalLM"]
     config: dict[str, Any]
     mask_id: Count
+    source: str = ""
 
 
 class Framing(BaseModel):

@@ -77,6 +77,7 @@ def build_pretrained(auto: str, config: dict[str, Any], dropout: float = 0.0) ->
 
     ValueError, or whatever transformers raises, if it builds no such model.
     """
+    import torch
     import transformers
 
     plain = {
@@ -86,7 +87,8 @@ def build_pretrained(auto: str, config: dict[str, Any], dropout: float = 0.0) ->
     known = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
     if known.num_hidden_layers > MOST_BLOCKS:  # to build them would take long
         raise ValueError(f"found {known.num_hidden_layers} blocks, expected at most {MOST_BLOCKS}")
-    return getattr(transformers, auto).from_config(known, trust_remote_code=False)
+    loader = getattr(transformers, auto)
+    return loader.from_config(known, trust_remote_code=False, dtype=torch.float32)
 
 
 def without_code(config: Any) -> Any:

@@ -93,7 +93,7 @@ def distill_round(
     with job.journal(name, {**about, **run.model_dump()}, tags, [read_weights]) as journal:
         batches = job.batches(run, seed + round)
         state = fit(student.network, objective, batches, run, start, job.run(journal, step_flops))
-        job.finish(state, meta, journal)
+        job.finish(state, meta, journal, checkpoint.read_kept(teacher))
     if not job.group.is_main:
         return
     read = [
@@ -102,7 +102,8 @@ def distill_round(
     ]
     if start.optimizer_state is not None:
         read.append(teacher / "optimizer.safetensors")
-    provenance.write_record(output / provenance.NAME, [output], read)
+    written = [output, *(output / name for name in checkpoint.KEPT)]
+    provenance.write_record(output / provenance.NAME, written, read)
 
 
 def _begin_round(

@@ -11,6 +11,12 @@ from tokenizers import Tokenizer
 
 from halfstep import __version__
 from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
+from halfstep.commands.export_transformers import (
+    check_kept,
+    config_of_source,
+    header_and_usage,
+    write_model,
+)
 from halfstep.commands.writers import MASK
 from halfstep.config import Network
 from halfstep.errors import HalfstepError, reason
@@ -22,16 +28,28 @@ from halfstep.sanitize import mask_secrets
 
 MODELING = Path(__file__).parents[1] / "exported" / "modeling_halfstep.py"
 EXPORTED_SCHEDULES = ("loglinear", "cosine")  # SHARES of exported/modeling_halfstep.py
+TEACHER_STEPS = 1024
 TOLERANCE = 1e-4  # between log p of an export and ours, as a share of the largest |log p|
 CARD = """\
 ---
+{header}---
+# {name}
+A masked diffusion language model (MDLM, arXiv 2406.07524): {what} (arXiv 2410.21035).
+{usage}
+| | |
+|---|---|
+{facts}
+
+## Measured
+{measured}
+"""
+HEADER_OF_OURS = """\
 license: apache-2.0
 library_name: transformers
 pipeline_tag: fill-mask
 tags: [masked-diffusion, sdtt]
----
-# {name}
-A masked diffusion language model (MDLM, arXiv 2406.07524): {what} (arXiv 2410.21035).
+"""
+USAGE_OF_OURS = """\
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
@@ -46,13 +64,6 @@ The logits are log-probabilities: the mask token has none, and a visible token k
 float32 they differ from those of halfstep by at most {tolerance:g} times the largest |log p|; in
 bfloat16 and float16 by the rounding of these types. `PreTrainedTokenizerFast.from_pretrained` loads
 the tokenizer without the model.
-
-| | |
-|---|---|
-{facts}
-
-## Measured
-{measured}
 """
 CARD_COLUMNS = (
     *("metric", "task", "measure", "protocol", "version", "steps", "value", "low", "high"),
@@ -72,6 +83,8 @@ def export_checkpoint(
     """Write a folder that transformers loads without halfstep, with a model card.
 
     config.json is written last: a folder without it is not complete, and cannot be loaded.
+    A model that came from transformers keeps its class, its configuration, its tokenizer and its
+    ids, so that it is loaded as its teacher is.
     With --push it is uploaded to the hub, one revision per round. The card leaves out rows of other
     models, rows of other weights, and timings.
 
@@ -88,21 +101,22 @@ def export_checkpoint(
         raise HalfstepError(
             f"--checkpoint {checkpoint}: is autoregressive; transformers loads its hf/ folder"
         )
-    if "transformers" in model.meta:
-        raise HalfstepError(
-            f"--checkpoint {checkpoint}: its network is a model of transformers, which export does "
-            "not write yet; use halfstep.load"
-        )
     name = model_name(checkpoint)
-    config = _config_for_transformers(model)
-    tokenizer, mask = with_mask_token(model.tokenizer, model.mask_id)
     rows = _rows_for_card(metrics or [], name, model.sha256, weights)
-    text = mask_secrets(card(name, model.meta, model.sha256, model.weights, rows))
+    text = mask_secrets(card(name, model, rows))
     # Without config.json nothing can be loaded: a folder that is half new and half old never is.
-    (output / "config.json").unlink(missing_ok=True)
-    _write_weights(output, model)
-    _write_tokenizer(output, model, tokenizer, mask)
-    write_atomic(output / "modeling_halfstep.py", MODELING.read_bytes())
+    if "transformers" in model.meta:
+        check_kept(checkpoint, model)
+        config = config_of_source(model)
+        (output / "config.json").unlink(missing_ok=True)
+        write_model(output, checkpoint, model)
+    else:
+        config = _config_for_transformers(model)
+        tokenizer, mask = with_mask_token(model.tokenizer, model.mask_id)
+        (output / "config.json").unlink(missing_ok=True)
+        _write_weights(output, model)
+        _write_tokenizer(output, model, tokenizer, mask)
+        write_atomic(output / "modeling_halfstep.py", MODELING.read_bytes())
     write_atomic(output / "README.md", text)
     write_json(output / "config.json", config)
     read = [*checkpoint_files(checkpoint, weights), *(metrics or [])]
@@ -144,7 +158,7 @@ def _config_for_transformers(model: Model) -> dict:
         "model_length": model.length,
         "time_conditioning": network.time_conditioning,
         "schedule": network.schedule,
-        "steps": model.meta.get("student_steps", 1024),
+        "steps": model.meta.get("student_steps", TEACHER_STEPS),
         "shifted": network.shifted,
         "architecture": network.architecture,
         "bos_token_id": model.eos_id,
@@ -226,21 +240,27 @@ def _rows_for_card(files: list[Path], name: str, digest: str, weights: str) -> l
     return [row for row in rows if row.get("checkpoint") == digest[:16]]
 
 
-def card(name: str, meta: dict, digest: str, weights: str, rows: list[dict]) -> str:
+def card(name: str, model: Model, rows: list[dict]) -> str:
     """The model card: the model, its training, and every number with its protocol and interval."""
-    steps = meta.get("student_steps")
-    what = "a teacher, meant for 1,024 sampling steps"
+    meta = model.meta
+    steps = meta.get("student_steps") or TEACHER_STEPS
+    what = f"a teacher, meant for {TEACHER_STEPS:,} sampling steps"
     if meta["round"]:
         what = (
             f"round {meta['round']} of Self-Distillation Through Time, "
             f"meant for **{steps} sampling steps**"
         )
-    facts = _card_facts(meta, digest, weights)
+    header, usage = (
+        header_and_usage(model, steps)
+        if "transformers" in meta
+        else (HEADER_OF_OURS, USAGE_OF_OURS.format(steps=steps, tolerance=TOLERANCE))
+    )
+    facts = _card_facts(meta, model.sha256, model.weights)
     return CARD.format(
+        header=header,
         name=name,
         what=what,
-        steps=steps or 1024,
-        tolerance=TOLERANCE,
+        usage=usage,
         facts="\n".join(f"| {key} | {_cell(value)} |" for key, value in facts.items() if value),
         measured=_card_table(rows),
     )
@@ -248,6 +268,7 @@ def card(name: str, meta: dict, digest: str, weights: str, rows: list[dict]) -> 
 
 def _card_facts(meta: dict, digest: str, weights: str) -> dict[str, object]:
     run = meta.get("run", {})
+    source = meta.get("transformers", {}).get("source")
     options = run or meta.get("training", {})
     return {
         "network": (
@@ -260,7 +281,8 @@ def _card_facts(meta: dict, digest: str, weights: str) -> dict[str, object]:
         "time grid of the teacher": run.get("teacher_times"),
         "training": "; ".join(f"{key} {value}" for key, value in options.items()),
         "adapted from": meta.get("adapted", {}).get("from"),
-        "imported from": meta.get("imported", {}).get("source"),
+        "imported from": meta.get("imported", {}).get("source") or source,
+        "steps": meta.get("student_steps"),
         "weights": f"{weights}, sha256 {digest[:16]}",
         "written by": f"halfstep {__version__}",
     }

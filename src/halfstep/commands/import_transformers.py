@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -27,14 +28,20 @@ from halfstep.models.weight_files import read_object
 from halfstep.pretrained import CAUSAL, MASKED, load_pretrained, size_of_model, without_code
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HF = "hf:"  # before the name of a source that is read here
 OURS = ("halfstep", "mdlm")  # values of model_type that `hub.read_published` reads
 Logits = Literal["same", "shifted"]
+EXPORTED = "halfstep"  # key of config.json in which an export says what the model is
 KNOWN_LOGITS: dict[str, Logits] = {"gpt2": "shifted"}
 """Families of causal models whose denoisers all have their logits in one way (DiffuGPT)"""
 TOLERANCE = 1e-4  # between logits that should be equal, as a share of the largest
+OTHER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "generation_config.json"),
+)
+"""Files of a source that its export has too, next to the vocabulary files of its tokenizer"""
 LEAST_TOKENS = 0.9  # of the rows of a padded table
 MOST_TOKENS = 1024  # of a text, where neither a corpus nor the model says fewer
 # Share of masked tokens, texts, and tokens of each, of the test of the logits.
@@ -56,6 +63,7 @@ class TransformersSource:
     """A model of transformers with its mask token as the last one, and what a checkpoint needs.
 
     network: for meta.json; about: more entries of it; files: what was read, the weights first
+    kept: files of its tokenizer, by their names in the checkpoint
     """
 
     network: Network
@@ -65,6 +73,7 @@ class TransformersSource:
     state: dict[str, Tensor]
     about: dict[str, Any]
     files: list[Path]
+    kept: dict[str, bytes]
 
 
 def is_ours(folder: Path) -> bool:
@@ -82,7 +91,7 @@ def read_source(
     """
     config = read_object(folder / "config.json")
     auto = _auto_class(config, source)
-    chosen = _logits_of(config, auto, source, logits)
+    chosen = _logits_of(config, auto, source, logits or _exported_logits(config))
     tensors, files = hub.read_tensors_of(folder)
     model = _load(config, tensors, auto, source)
     own = read_model_tokenizer(folder, f"--source {source}")
@@ -111,12 +120,14 @@ def read_source(
         about={
             "transformers": {
                 "auto": auto,
-                "config": _with_ids(without_code(config), swapped),
+                "config": with_ids(without_code(config), swapped),
                 "mask_id": mask_id,
+                "source": source.removeprefix(HF),
             },
             "framing": own.framing.model_dump(),
         },
         files=[*files, folder / "config.json"],
+        kept=_kept_files(folder, own.theirs),
     )
 
 
@@ -146,6 +157,13 @@ def _auto_class(config: dict[str, Any], source: str) -> str:
     )
 
 
+def _exported_logits(config: dict[str, Any]) -> Logits | None:
+    """Which output predicts a token, where config.json is of an export; its entry is taken out."""
+    said = config.pop(EXPORTED, None)
+    found = said.get("logits") if isinstance(said, dict) else None
+    return found if found in get_args(Logits) else None
+
+
 def _logits_of(config: dict[str, Any], auto: str, source: str, given: Logits | None) -> Logits:
     """Which output predicts a token, from the user or the family of the model."""
     known = "same" if auto == MASKED else KNOWN_LOGITS.get(config["model_type"])
@@ -166,6 +184,13 @@ def _load(
         write_json(Path(name) / "config.json", without_code(config))
         write_tensors(Path(name) / "model.safetensors", tensors, {"format": "pt"})
         return load_pretrained(Path(name), auto, f"--source {source}")
+
+
+def _kept_files(folder: Path, theirs: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """The files of a tokenizer, as they are."""
+    names = {*OTHER_FILES, *theirs.vocab_files_names.values()}
+    files = [folder / name for name in sorted(names)]
+    return {f"source/{file.name}": file.read_bytes() for file in files if file.is_file()}
 
 
 def _check_rows(model: PreTrainedModel, vocabulary: int, source: str) -> None:
@@ -234,8 +259,13 @@ def _checked_network(
     return network
 
 
-def _with_ids(config: dict[str, Any], swapped: Any) -> dict[str, Any]:
-    """A configuration whose special tokens have their new ids."""
+def swap_of(mask_id: int, last: int) -> Callable[[int], int]:
+    """The function that lets two ids change places; it undoes itself."""
+    return lambda token: {mask_id: last, last: mask_id}.get(token, token)
+
+
+def with_ids(config: dict[str, Any], swapped: Callable[[int], int]) -> dict[str, Any]:
+    """A configuration whose special tokens have changed their ids."""
     changed = dict(config)
     for key, value in config.items():
         if key.endswith("_token_id"):

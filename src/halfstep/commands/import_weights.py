@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from halfstep.checkpoint import FILES, build_network, save_checkpoint
+from halfstep.checkpoint import FILES, KEPT, build_network, save_checkpoint, write_kept
 from halfstep.commands.import_transformers import (
     HF,
     Logits,
@@ -36,7 +37,8 @@ from halfstep.resolve import explain
 from halfstep.tensors import check_weights
 
 DOWNLOADED = ["*.safetensors", "*.bin", "*.index.json", "config.json", "tokenizer.json"]
-SOURCE_FILES = [*DOWNLOADED, "*token*", "vocab.*", "merges.txt"]
+SOURCE_FILES = [*DOWNLOADED, "*token*", "vocab.*", "merges.txt", "*.model"]
+SOURCE_FILES += ["chat_template*", "generation_config.json"]
 MAX_LENGTH = 2**20  # tokens of a text, as a published configuration may give them
 
 
@@ -45,13 +47,14 @@ class ImportedWeights:
     """Published weights of a denoiser, as a checkpoint holds them.
 
     meta: content of its meta.json; states: raw weights and their average, which may be the same
-    files: what was read
+    files: what was read; kept: files of the source for its export, by their names in a checkpoint
     """
 
     meta: dict[str, Any]
     states: dict[str, dict[str, Tensor]]
     tokenizer: Tokenizer
     files: list[Path]
+    kept: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def import_checkpoint(  # noqa: PLR0913  the flags of the command
@@ -95,7 +98,9 @@ def import_checkpoint(  # noqa: PLR0913  the flags of the command
     if corpus:
         read = [*read, corpus / "manifest.json", corpus / "tokenizer.json"]
     provenance.write_record(
-        output / provenance.NAME, [output], [file for file in read if file.is_file()]
+        output / provenance.NAME,
+        [output, *(output / name for name in KEPT)],
+        [file for file in read if file.is_file()],
     )
 
 
@@ -227,7 +232,7 @@ def _weights_of_transformers(
     )
     states = {"raw": found.state, "ema": found.state}
     _check_states(states, meta, found.files[0])
-    return ImportedWeights(meta, states, found.tokenizer, found.files)
+    return ImportedWeights(meta, states, found.tokenizer, found.files, found.kept)
 
 
 def _find_source(source: str, patterns: list[str] = DOWNLOADED) -> Path:
@@ -381,7 +386,7 @@ def _check_states(states: dict[str, dict[str, Tensor]], meta: dict, file: Path) 
 
 
 def _write_imported(output: Path, found: ImportedWeights, weights: str) -> None:
-    """Write the checkpoint, and a journal without points."""
+    """Write the checkpoint, with the files it keeps, and a journal without points."""
     meta = found.meta
     imported, round = meta["imported"], meta["round"]
     params = {"source": imported["source"], "weights": weights, **meta["network"]}
@@ -401,5 +406,6 @@ def _write_imported(output: Path, found: ImportedWeights, weights: str) -> None:
     ) as journal:
         write_atomic(output / "tokenizer.json", found.tokenizer.to_str(pretty=False))
         tensors = {FILES[name]: state for name, state in found.states.items()}
-        save_checkpoint(output, tensors, meta, output / "tokenizer.json")
+        write_kept(output, found.kept)
+        save_checkpoint(output, tensors, meta, output / "tokenizer.json", list(found.kept))
         journal.close(checkpoint=output)

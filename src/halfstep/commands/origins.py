@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,8 @@ class Origin:
     """Weights that the training of a denoiser starts from.
 
     name: folder or hub name; files: what was read; sha256: of the weights; network: the denoiser's;
-    fill: copies the weights into such a network; about: entries of its meta.json
+    fill: copies the weights into such a network; about: entries of its meta.json; kept: files of
+    the source for its export, by their names in a checkpoint
     """
 
     name: str
@@ -49,6 +50,7 @@ class Origin:
     network: Network
     fill: Callable[[Any], None]
     about: dict[str, Any] = field(default_factory=dict)
+    kept: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def read_denoiser(
@@ -85,7 +87,7 @@ def read_denoiser(
         load_weights(net, state, found.files[0])
 
     files = [file for file in found.files if file.is_file()]
-    return Origin(source, files, digest, own, fill, about)
+    return Origin(source, files, digest, own, fill, about, found.kept)
 
 
 def read_origin(name: str, corpus: Path, network: Network) -> Origin:

@@ -1,7 +1,7 @@
 """`halfstep pretrain` and `halfstep train-baseline`: the first teacher, and the baseline."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -104,7 +104,9 @@ def pretrain(  # noqa: PLR0913  the flags of the command
         network, read = origin.network, read + origin.files
     job = TrainingJob.begin(f"pretrain/{output.parent.name}", corpus, output, machine)
     if _train(job, "diffusion", network, training, seed, origin):
-        provenance.write_record(output / provenance.NAME, [output], read)
+        provenance.write_record(
+            output / provenance.NAME, [output, *(output / name for name in checkpoint.KEPT)], read
+        )
 
 
 def train_baseline(
@@ -222,8 +224,13 @@ class TrainingJob:
             windows=len(self.windows),
         )
 
-    def finish(self, state: TrainingState, meta: dict, journal: Journal) -> None:
-        """Write the checkpoint on rank 0 and delete the rolling one; all ranks wait for that."""
+    def finish(
+        self, state: TrainingState, meta: dict, journal: Journal, kept: Mapping[str, bytes]
+    ) -> None:
+        """Write the checkpoint on rank 0 and delete the rolling one; all ranks wait for that.
+
+        `kept`: files of the model of transformers that it came from, for its export.
+        """
         stored = state.network.state_dict().keys()  # without what is computed from the shape
         buffers = {key: value for key, value in state.network.named_buffers() if key in stored}
         files = {
@@ -241,7 +248,9 @@ class TrainingJob:
                 # Sorted, because a resumed training has the figures in another order.
                 "validation": dict(sorted(state.validation.items())),
             }
-            checkpoint.save_checkpoint(self.output, tensors, meta, self.corpus / "tokenizer.json")
+            checkpoint.write_kept(self.output, kept)
+            tokenizer = self.corpus / "tokenizer.json"
+            checkpoint.save_checkpoint(self.output, tensors, meta, tokenizer, list(kept))
             shutil.rmtree(self.output / "state", ignore_errors=True)
         self.group.barrier()
         journal.close(checkpoint=self.output)
@@ -491,5 +500,5 @@ def _train(
     with job.journal(NAMES[kind], params, tags, datasets) as journal:
         run = job.run(journal, step_flops / (texts * length))
         state = fit(net, objective, job.batches(training, seed), training, Start(seed), run)
-        job.finish(state, meta, journal)
+        job.finish(state, meta, journal, origin.kept if origin else {})
     return job.group.is_main

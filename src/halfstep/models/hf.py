@@ -91,6 +91,15 @@ class TransformersNetwork(nn.Module):
                 return most if part.padding_idx is None else most - part.padding_idx - 1
         return most
 
+    def as_published(self, mask_id: int) -> PreTrainedModel:
+        """The model with its own logits, and with the ids of its source, where `mask_id` is masked.
+
+        The network must not be used any more.
+        """
+        del self.output_layer["linear"].__dict__["forward"]
+        swap_rows(self.model, mask_id, self.vocabulary)
+        return self.model
+
 
 def _passed_on(h: Tensor) -> Tensor:
     return h

@@ -389,8 +389,8 @@ def task_accuracy_vs_steps(tables: Tables) -> Drawn:
     figure = style.draw_over_steps(
         points,
         title=title_of_best(first, "accuracy"),
-        note="Share of the questions to which the written answer is right, by lm-eval: "
-        f"{join_values(rows['measure'])}. {explain_conditions(rows)}",
+        note="Share of the questions to which the written answer is right, as lm-eval judges: "
+        f"{'; '.join(map(in_words, dict.fromkeys(rows['measure'])))}. {explain_conditions(rows)}",
         ylabel="accuracy of written answers",
         better="higher",
     )

@@ -212,7 +212,8 @@ def metrics_page() -> str:
         text, table = titles[metric]
         lines.append(f"| `{metric}` | {text} | {table} | {protocols} |")
     lines += ["", "## Definitions", "", "From the docstrings of these modules.", ""]
-    for name in ("perplexity", "diversity", "mauve", "lambada", "elbo", "tasks", "answers", "frontier"):
+    names = "perplexity diversity mauve lambada elbo tasks answers frontier"
+    for name in names.split():
         path = f"halfstep.metrics.{name}"
         lines += [f"### {path}", "", *quoted(importlib.import_module(path)), ""]
     return "\n".join(lines)

@@ -384,13 +384,14 @@ def task_accuracy_vs_steps(tables: Tables) -> Drawn:
     for task, mine in rows.groupby("task", sort=False):
         points = points_by_run(mine, "steps")
         parts.append(points.assign(panel=points["panel"] + f" · {task}"))
+    measures = "; ".join(dict.fromkeys(rows["measure"])).replace("_", " ")
     first = rows[rows["task"] == rows["task"].iloc[0]]
     points = join_points(parts)
     figure = style.draw_over_steps(
         points,
         title=title_of_best(first, "accuracy"),
-        note="Share of the questions to which the written answer is right, as lm-eval judges: "
-        f"{'; '.join(map(in_words, dict.fromkeys(rows['measure'])))}. {explain_conditions(rows)}",
+        note="Share of the questions to which the written answer is right, as lm-eval judges "
+        f"({measures}). {explain_conditions(rows)}",
         ylabel="accuracy of written answers",
         better="higher",
     )

@@ -37,6 +37,7 @@ MORE = {  # figures whose picture is not of `make demo`, and the options of the 
     "ppl_by_variant": "--configfile docs/results/released-noise.yaml -- ",
     "decoders": "--configfile docs/results/three-seeds.yaml -- ",
     "accuracy_vs_parallelism": "--configfile docs/results/decoders.yaml -- ",
+    "task_accuracy_vs_steps": "--configfile docs/results/written-answers.yaml -- ",
     "mauve_vs_steps": LOSSES,
     "mauve_by_round": LOSSES,
     "continuation_ppl_vs_steps": LOSSES,
@@ -211,7 +212,8 @@ def metrics_page() -> str:
         text, table = titles[metric]
         lines.append(f"| `{metric}` | {text} | {table} | {protocols} |")
     lines += ["", "## Definitions", "", "From the docstrings of these modules.", ""]
-    for name in ("perplexity", "diversity", "mauve", "lambada", "elbo", "tasks", "frontier"):
+    names = "perplexity diversity mauve lambada elbo tasks answers frontier"
+    for name in names.split():
         path = f"halfstep.metrics.{name}"
         lines += [f"### {path}", "", *quoted(importlib.import_module(path)), ""]
     return "\n".join(lines)

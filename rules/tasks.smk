@@ -2,6 +2,7 @@
 
 Inputs:
     results/models/{model}/meta.json
+    results/models/{teacher}/baseline/meta.json  only where a sampler of written answers asks it
     results/hub.json                             only where something comes from the hub
 Outputs:
     results/metrics/{model}/tasks.json           rows of tasks; not without `tasks`
@@ -13,9 +14,10 @@ EXAMINED = one_of(targets.final_models())
 
 
 rule score_tasks:
-    """Let a model answer tasks of lm-eval: multiple choice by the ELBO of whole texts."""
+    """Let a model answer tasks of lm-eval: multiple choice by the ELBO of whole texts, or write."""
     input:
         checkpoint="results/models/{model}/meta.json",
+        scorer=targets.answer_scorer,
         files=task_sources.files_of(CONFIG.evaluation.tasks),
         hub=fetched(task_sources.tasks_of_hub(CONFIG.evaluation)),
     output:
@@ -36,6 +38,7 @@ rule score_tasks:
         checkpoint=subpath(input.checkpoint, parent=True),
         evaluation=flags(CONFIG.evaluation, "tasks", "task_draws", "task_items", "precision"),
         weights=CONFIG.sampling.weights,
+        writing=targets.answering,
         code=STAGE["tasks"],
     shell:
         r"""
@@ -44,6 +47,7 @@ rule score_tasks:
             --weights {params.weights} \
             --output {output.rows:q} \
             {params.evaluation} \
+            {params.writing} \
             --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}
         """

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from questions import write_rolling, write_task
+from questions import write_generation, write_rolling, write_task
 
 from halfstep.checkpoint import load_checkpoint
 from halfstep.cli import main
@@ -66,6 +66,72 @@ def test_the_table_of_tasks_and_texts(world, tmp_path):
     assert texts.count("| teacher ") == texts.count("| baseline ") == 1
 
 
+ANSWERS = [
+    {"question": "One day Tom had a red", "answer": "kite"},
+    {"question": "In the garden", "answer": "Anna"},
+    {"question": "Then it was that a cat", "answer": "sat"},
+    {"question": "Anna saw the", "answer": "fox"},
+    {"question": "In the park", "answer": "Tom"},
+]
+
+
+def greedy_answers(model, questions, tokens) -> list[str]:
+    """What an autoregressive network writes by its largest logits, without a cache."""
+    found = []
+    for question in questions:
+        ids = [0, *model.tokenizer.encode(question).ids]
+        start = len(ids)
+        for _ in range(tokens):
+            with torch.no_grad():
+                log_p = model.network.log_p(model.network(torch.tensor([ids]))[0, -1:])
+            ids.append(int(log_p.argmax()))
+        answer = ids[start:]
+        answer = answer[: answer.index(0)] if 0 in answer else answer
+        found.append(model.tokenizer.decode(answer))
+    return found
+
+
+def test_a_baseline_writes_the_likeliest_tokens(world, tmp_path):
+    """Its cached decoder in batches, against single passes over whole texts."""
+    baseline, output = world.models / "baseline", tmp_path / "rows.json"
+    questions = [row["question"] for row in ANSWERS]
+    written = greedy_answers(load_checkpoint(baseline), questions, 6)
+    rows = [{"question": q, "answer": a} for q, a in zip(questions, written, strict=True)]
+    rows[1]["answer"] += " or not"
+    task = write_generation(tmp_path, "written", rows, max_gen_toks=6, until=[])
+    assert call("score-tasks", baseline, output, "--tasks", task) == 0
+    (row,) = read_json(output)
+    assert (row["value"], row["num_samples"], row["protocol"]) == (0.8, 5, "written")
+    assert (row["low"], row["high"]) == wilson(4, 5)
+    assert row["steps"] is None and row["sampler"] == "autoregressive"
+    assert row["network_evaluations"] == 6 and row["temperature"] == 0
+
+
+def test_answers_do_not_depend_on_the_batches(world, tmp_path, monkeypatch):
+    """Greedy and drawn answers at two step counts, one text at a time and several at once."""
+    import halfstep.metrics.tasks as module
+
+    teacher, seen = world.models / "teacher", []
+    drawn = write_generation(tmp_path, "drawn", ANSWERS, do_sample=True, temperature=0.9, until=[])
+    greedy = write_generation(tmp_path, "greedy", ANSWERS, max_gen_toks=9, until=["Tom"])
+    monkeypatch.setattr(module, "cut_at", lambda text, until: seen.append(text) or text)
+    words = ("--tasks", drawn, greedy, "--steps", 4, 2, "--sampling-seed", 5)
+    found = []
+    for micro_batch in (1, 4):
+        output = tmp_path / f"{micro_batch}.json"
+        more = (*words, "--micro-batch", micro_batch)
+        assert call("score-tasks", teacher, output, *more) == 0
+        found.append((read_json(output), list(seen)))
+        seen.clear()
+    assert found[0] == found[1] and len(set(found[0][1])) > 5
+    rows = {(row["task"], row["steps"]): row for row in found[0][0]}
+    assert rows.keys() == {(task, steps) for task in ("drawn", "greedy") for steps in (2, 4)}
+    one = rows["drawn", 2]
+    assert (one["temperature"], one["tokens_per_step"], one["seed"]) == (0.9, 2, 5)
+    assert one["sampler"] == "ancestral" and one["network_evaluations"] <= 2
+    assert rows["greedy", 4]["temperature"] == 0
+
+
 def test_perplexity_of_a_baseline_is_exact(world, tmp_path):
     """By the softmax of its network over the same windows, with an interval over windows."""
     texts = [" ".join(["Tom had a red kite."] * 60), " ".join(["Anna saw the fox."] * 60)]
@@ -111,6 +177,7 @@ def test_a_bound_needs_no_more_than_its_draws(world, tmp_path):
 
 @pytest.mark.parametrize("command, words, message", [
     ("score-tasks", "", "--tasks: found none"),
+    ("score-tasks", "--tasks piqa --temperature 0.5", "--temperature: found 0.5, but each task"),
     ("score-perplexity", "", "--perplexity: found none"),
     ("score-perplexity", "--perplexity {tmp}/gone.txt", "gone.txt: cannot be read"),
     ("score-perplexity", "--perplexity {tmp}/blank.txt", "blank.txt: holds no text"),

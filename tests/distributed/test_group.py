@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from forked import break_down, impatient, launch, note_batches, note_rows, start
-from questions import write_task
+from questions import write_generation, write_task
 from safetensors.torch import load_file
 from small import MACHINE, done, trainings
 
@@ -182,11 +182,14 @@ def test_tasks_and_texts_are_shared_by_the_ranks(pipeline, tmp_path):
     """The same rows as those of one process, but for float32 rounding."""
     rows = [{"question": "Tom had a red", "choices": ["kite", "fox"], "label": 0}] * 3
     task, text = write_task(tmp_path, "mine", rows), tmp_path / "text.txt"
+    asked = [{"question": "Tom had a red" + i * " kite", "answer": "kite"} for i in range(5)]
+    written = write_generation(tmp_path, "written", asked)
     text.write_text("Anna saw the fox. " * 40)
     for size in (1, 2):
         model = f"--checkpoint {pipeline.student} --output {tmp_path}/{size}"
         lines = (
-            f"score-tasks {model}/tasks.json --tasks {task} --task-draws 3 {CPU}",
+            f"score-tasks {model}/tasks.json --tasks {task} {written} --steps 2 4 --task-draws 3 "
+            f"{CPU}",
             f"score-perplexity {model}/texts.json --perplexity {text} --bootstrap 100 {CPU}",
         )
         done = launch(" && ".join(lines), size, tmp_path)

@@ -24,7 +24,11 @@ ROWS = {**TABLES, **FIGURES}
 EVERYDAY = {name for name, row in FIGURES.items() if not row.only_in_paper}
 EXAMINED = {
     "evaluation": SimpleNamespace(
-        lambada="last_words", infilling_items=24, tasks=["piqa"], perplexity=["ptb"]
+        lambada="last_words",
+        infilling_items=24,
+        tasks=["piqa"],
+        task_steps=[8],
+        perplexity=["ptb"],
     ),
     "sampling": SimpleNamespace(temperatures=[0.8], variants={"released-noise": {}}),
 }
@@ -110,10 +114,11 @@ def test_a_pattern_is_expanded_for_every_value_of_its_placeholder():
 def test_tables_of_a_section_and_their_figures_exist_with_the_section():
     with_section = table_inputs(SimpleNamespace(continuations=True, **EXAMINED), **NAMES)
     without = table_inputs(SimpleNamespace(continuations=None, **EXAMINED), **NAMES)
+    config = SimpleNamespace(**EXAMINED)
     of_section = {name for name, row in TABLES.items() if row.section == "continuations"}
     assert with_section.keys() - without.keys() == of_section != set()
-    figures_with = figure_inputs(with_section, NAMES["model"], NAMES["model"])
-    figures_without = figure_inputs(without, NAMES["model"], NAMES["model"])
+    figures_with = figure_inputs(config, with_section, NAMES["model"], NAMES["model"])
+    figures_without = figure_inputs(config, without, NAMES["model"], NAMES["model"])
     drawn_from_them = {name for name in EVERYDAY if of_section & set(FIGURES[name].needs)}
     assert figures_with.keys() == EVERYDAY
     assert figures_with.keys() - figures_without.keys() == drawn_from_them != set()
@@ -127,7 +132,8 @@ def test_the_frontier_is_made_where_temperatures_are_set():
     cold = EXAMINED | {"sampling": SimpleNamespace(temperatures=[], variants={})}
     without = table_inputs(SimpleNamespace(continuations=None, **cold), **NAMES)
     assert "temperatures" not in without
-    assert "frontier" not in figure_inputs(without, NAMES["model"], NAMES["model"])
+    names = NAMES["model"]
+    assert "frontier" not in figure_inputs(SimpleNamespace(**cold), without, names, names)
 
 
 def test_a_table_of_continuations_is_made_from_the_models_that_continue_prompts():
@@ -138,9 +144,19 @@ def test_a_table_of_continuations_is_made_from_the_models_that_continue_prompts(
     ]
 
 
+def test_a_figure_of_a_key_exists_with_the_key():
+    """Its table is there without it too: answers that are chosen have no step counts."""
+    chosen = SimpleNamespace(**vars(EXAMINED["evaluation"]) | {"task_steps": []})
+    for evaluation, is_there in ((EXAMINED["evaluation"], True), (chosen, False)):
+        config = SimpleNamespace(evaluation=evaluation)
+        inputs = figure_inputs(config, TABLES, NAMES["model"], NAMES["model"])
+        assert ("task_accuracy_vs_steps" in inputs) == is_there
+
+
 def test_a_figure_is_made_from_the_files_of_its_needs():
     models = ["t/teacher", "t/mse/round-1"]
-    inputs = figure_inputs(TABLES, [*models, "t/baseline"], models)
+    config = SimpleNamespace(**EXAMINED)
+    inputs = figure_inputs(config, TABLES, [*models, "t/baseline"], models)
     assert inputs["ppl_vs_latency"] == ["results/tables/steps.csv", "results/tables/speed.csv"]
     assert inputs["loss_curves"] == [
         "results/models/t/teacher/journal.jsonl",

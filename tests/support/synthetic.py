@@ -53,7 +53,9 @@ def write(
             curves = [row for row in drawn if "ratio" not in row["metric"]]
             dump(metrics / "released-noise" / "frontier.json", curves)
             base = common(teacher, run, r, model, None, sha) | NO_JUDGE | {"sampler": None}
-            dump(metrics / "tasks.json", answered(base, ("elbo", "elbo-per-token")))
+            answers = answered(base, ("elbo", "elbo-per-token"))
+            answers += [row for n in steps for row in written(base, r, n)]
+            dump(metrics / "tasks.json", answers)
             dump(metrics / "zero_shot.json", zero_shot(base, "elbo", 30.0 + r))
         dump(metrics / "continuations.json", continuations)
         dump(metrics / "lambada.json", last_words(teacher, run, r, model, sha))
@@ -88,7 +90,8 @@ def write_baseline(results: Path, teacher: str, points: int) -> None:
     dump(metrics / "frontier.json", swept(quality(base, 9.4, 3.91, 0.97)))
     dump(metrics / "lambada.json", [words | accuracy, words | perplexity])
     dump(metrics / "continuations.json", continued(base, 0.93))
-    dump(metrics / "tasks.json", answered(words, ("ar",)))
+    answers = answered(words, ("ar",)) + written(words | {"sampler": "autoregressive"}, 0, None)
+    dump(metrics / "tasks.json", answers)
     dump(metrics / "zero_shot.json", zero_shot(words, "ar", 25.0))
 
 
@@ -287,6 +290,17 @@ def answered(base, protocols) -> list[dict]:
         about |= {"num_samples": 500, "network_evaluations": 1.0 if "ar" in protocols else 64.0}
         rows += [base | about | row("task_score", name, value, 0.04) for name in protocols]
     return rows
+
+
+def written(base, r, steps) -> list[dict]:
+    """The rows of a task whose answers are written."""
+    about = {"task": "gsm8k", "measure": "exact_match, strict-match", "num_samples": 1319}
+    about |= {"data": "gsm8k[1319]@0123456789ab", "temperature": 0.0, "steps": steps}
+    about |= {"network_evaluations": 250.0, "student_steps": 1024 // 2**r if r else None}
+    if steps:
+        about |= {"sampler": "ancestral", "tokens_per_step": 256 / steps}
+        about["network_evaluations"] = 0.8 * steps
+    return [base | about | row("task_score", "written", 0.3 - 0.2 / (steps or 9) + 0.01 * r, 0.02)]
 
 
 def zero_shot(base, protocol, value) -> list[dict]:

@@ -422,6 +422,31 @@ def test_tables_gather_the_rows_of_all_models():
     ]
 
 
+def test_written_answers_have_step_counts_and_the_sampler_of_the_samples():
+    """Without step counts a job has the flags of older results, so these stay."""
+    names = ["baseline", "teacher", "kl_backward/round-7"]
+    jobs = [SimpleNamespace(model=f"stories-ci/{name}") for name in names]
+    for found in (targets(), targets(sampling={"sampler": "threshold", "num_samples": 8})):
+        assert [found.answering(job) for job in jobs] == [[], [], []]
+        assert [found.answer_scorer(job) for job in jobs] == [[], [], []]
+    sampling = {"sampler": "energy", "temperature": 0.9, "precision": "bfloat16"}
+    evaluation = {"tasks": ["gsm8k"], "task_steps": [64, 16, "own"]}
+    found = targets(sampling=sampling, evaluation=evaluation)
+    own = found.config.teachers["stories-ci"].runs["kl_backward"].teacher_steps
+    scorer = "results/models/stories-ci/baseline"
+    energy = f"--sampler energy --scorer {scorer}"
+    counts = [sorted({16, 64, own, own // 2}), sorted({16, 64, own // 2**7})]
+    assert [found.answering(job) for job in jobs] == [
+        [],
+        *([f"--steps {' '.join(map(str, steps))}", energy] for steps in counts),
+    ]
+    files = [[], [f"{scorer}/meta.json"], [f"{scorer}/meta.json"]]
+    assert [found.answer_scorer(job) for job in jobs] == files
+    assert "task_accuracy_vs_steps" in found.figure_inputs()
+    with pytest.raises(ConfigError, match="task_steps: found step counts, but no tasks"):
+        targets(evaluation={"task_steps": [8]})
+
+
 def test_denoisers_fill_in_positions_in_all_ways_to_draw():
     """Those that are sampled, in all rounds of a variant; an autoregressive model cannot."""
     variants = {"sure": {"sampler": "threshold", "rounds": [7]}, "cold": {"temperature": 0.9}}

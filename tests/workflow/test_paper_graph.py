@@ -7,7 +7,7 @@ its targets here (tests/report/test_paper.py draws them).
 import json
 
 from dryrun import copy
-from questions import write_task
+from questions import write_generation, write_task
 from whole_graph import LITTLE, ONE_ROUND, run_graph, write_models
 
 from halfstep.report.paper import ITEMS
@@ -33,10 +33,13 @@ QUESTIONS = [
 def test_the_papers_targets_and_report_are_made(tmp_path_factory, tmp_path):
     models = write_models(tmp_path_factory.mktemp("models"))
     task = write_task(models, "riddles", QUESTIONS)
+    sums = [{"question": f"{i} and {i} is", "answer": str(2 * i)} for i in range(3)]
+    written = write_generation(models, "sums", sums)
     text = models / "text.txt"
     text.write_text("Tom the cat had a red ball. He was happy.\n" * 40)
     baseline = {"from": str(models / "gpt2")}
-    evaluation = {"judge": "baseline", "lambada_items": 4, "bootstrap": 100, "tasks": [task]}
+    evaluation = {"judge": "baseline", "lambada_items": 4, "bootstrap": 100}
+    evaluation |= {"tasks": [task, written], "task_steps": [2, "own"]}
     evaluation |= {"task_draws": 4, "perplexity": [str(text)], "perplexity_draws": 2}
     config = {
         "preset": "ci",
@@ -55,6 +58,8 @@ def test_the_papers_targets_and_report_are_made(tmp_path_factory, tmp_path):
     assert "kl_backward · default" in panels and "kl_backward · noise" in panels
     assert "steps-5k" in (results / "paper/figure-7a.csv").read_text()
     assert "riddles" in (results / "paper/table-1.md").read_text()
+    table = (results / "tables/tasks.md").read_text()
+    assert "sums: exact_match (protocol written)" in table and "2 (2)" in table
     report = (results / "paper/report.md").read_text()
     assert "not comparable: 169M parameters there, the size tiny here" in report
     claim = next(line for line in report.splitlines() if "better than TVD" in line)

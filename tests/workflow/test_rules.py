@@ -96,7 +96,7 @@ def test_printed_commands_are_understood(workflow):
     published = '{"from": "kuleshov-group/mdlm-owt", "baseline": {"from": "gpt2"}}'
     imported = f'teachers={{"stories-ci": {published}}}'
     plans = workflow.plan("-p", "--config", "preset=ci")
-    asked = 'evaluation={"tasks": ["piqa"], "perplexity": ["ptb"]}'
+    asked = 'evaluation={"tasks": ["piqa"], "task_steps": [8, "own"], "perplexity": ["ptb"]}'
     plans += workflow.plan("-p", "--config", "preset=ci", imported, asked)
     plans += workflow.plan("-p", "--config", "preset=ci", asked, "--", "paper")
     printed = re.sub(r"\$\{SLURM_JOB_ID:\+(.*?)\}", r"\1", plans.replace("\\\n", " "))

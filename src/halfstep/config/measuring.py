@@ -278,9 +278,13 @@ class Evaluation(Section):
     no such task"""
     tasks: Names = []
     """tasks of lm-eval by name, or paths of .yaml files that define one: multiple choice, answered
-    by the ELBO of the whole text, and others that ask for likelihoods. The baseline, the teacher
-    and the last round of each run answer them (the paper's table 1: arc_easy, arc_challenge,
-    hellaswag, mathqa, piqa, winogrande)"""
+    by the ELBO of the whole text, others that ask for likelihoods, and with task_steps those whose
+    answers are written (gsm8k). The baseline, the teacher and the last round of each run answer
+    them (the paper's table 1: arc_easy, arc_challenge, hellaswag, mathqa, piqa, winogrande)"""
+    task_steps: list[StepCount] = []
+    """step counts at which denoisers write answers to the tasks that want them written
+    (generate_until), with the sampler of `sampling`; own: as in sampling.steps. Temperature, length
+    and end of an answer are those of the task"""
     task_draws: Count = 128
     """masks of each text by which its ELBO is estimated; the released harness draws 1,024"""
     perplexity: Names = []
@@ -297,6 +301,15 @@ class Evaluation(Section):
     precision: Precision = "float32"
     """autocast dtype of the judges, and of the models in the last-word task; log-probabilities are
     always float32"""
+
+    @model_validator(mode="after")
+    def _check_task_steps(self) -> Self:
+        if self.task_steps and not self.tasks:
+            raise ValueError(
+                "task_steps: found step counts, but no tasks; name in tasks one whose answers are "
+                "written, or leave task_steps out"
+            )
+        return self
 
 
 class Prompts(Section):

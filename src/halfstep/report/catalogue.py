@@ -61,6 +61,7 @@ class Figure:
         published: whether published values can be drawn under ours
         baseline: whether it exists only where a teacher has a baseline
         only_in_paper: whether only an item of the paper shows it (paper.py)
+        section: the key of config.yaml without which the figure does not exist, if any
     """
 
     title: str
@@ -70,6 +71,7 @@ class Figure:
     published: bool = False
     baseline: bool = False
     only_in_paper: bool = False
+    section: str | None = None
 
 
 TABLES: dict[str, Table] = {
@@ -172,7 +174,8 @@ TABLES: dict[str, Table] = {
         title="tasks of lm-eval, such as ARC and HellaSwag: accuracy of every model",
         caption="Tasks of lm-eval: one row per model, task, measure and protocol, with 95% "
         "intervals in the columns ``low`` and ``high``. A denoiser chooses the answer with the "
-        "largest ELBO of the whole text (elbo), or the largest per token (elbo-per-token).",
+        "largest ELBO of the whole text (elbo), or the largest per token (elbo-per-token), or "
+        "writes it in a number of steps (written), where the task wants that.",
         metrics={"task_score": "score"},
         inputs=("results/metrics/{examined}/tasks.json",),
         select="halfstep.report.tables:select_tasks",
@@ -280,6 +283,15 @@ FIGURES: dict[str, Figure] = {
         draw="halfstep.report.figures:lambada_vs_round",
         published=True,
     ),
+    "task_accuracy_vs_steps": Figure(
+        title="accuracy of answers that models write against sampling steps",
+        caption="Accuracy of written answers to tasks of lm-eval against sampling steps: the "
+        "teacher and the last round of each run as curves, the autoregressive baseline, if there "
+        "is one, as a line.",
+        needs=("tasks",),
+        draw="halfstep.report.figures:task_accuracy_vs_steps",
+        section="evaluation.task_steps",
+    ),
     "accuracy_vs_parallelism": Figure(
         title="accuracy of filled-in positions against tokens per forward",
         caption="Accuracy of filled-in positions against tokens per forward, as counted: windows "
@@ -378,7 +390,7 @@ def table_inputs(config: Config, **names: Iterable[str]) -> dict[str, list[str]]
 
 
 def figure_inputs(
-    tables: Iterable[str], models: Sequence[str], trained: Sequence[str]
+    config: Config, tables: Iterable[str], models: Sequence[str], trained: Sequence[str]
 ) -> dict[str, list[str]]:
     """The files that every figure is drawn from, where the tables that it needs are among these.
 
@@ -396,6 +408,7 @@ def figure_inputs(
         if known.keys() >= set(figure.needs)
         and (compares or not figure.baseline)
         and not figure.only_in_paper
+        and (figure.section is None or attrgetter(figure.section)(config))
     }
 
 

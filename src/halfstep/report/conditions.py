@@ -167,7 +167,8 @@ def explain_conditions(table: DataFrame) -> str:
 
 def _texts(rows: DataFrame) -> str:
     counts = sorted(set(rows["num_samples"].dropna().astype(int)))
-    unit = "questions" if rows["metric"].astype(str).str.startswith("lambada").any() else "texts"
+    asked = rows["metric"].astype(str).str.match("lambada|task_score").any()
+    unit = "questions" if asked else "texts"
     numbers = f"{counts[0]:,}" if counts else "an unknown number of"
     if len(counts) > 1:
         numbers += f" to {counts[-1]:,}"

@@ -45,7 +45,7 @@ from halfstep.report.points import (
     run_names,
     with_conditions,
 )
-from halfstep.report.rows import DEFAULT, LEVELS
+from halfstep.report.rows import DEFAULT, LEVELS, WRITTEN
 from halfstep.report.trainings import pool_trainings
 
 Tables = Mapping[str, DataFrame]
@@ -362,6 +362,37 @@ def mauve_vs_steps(tables: Tables) -> Drawn:
         title=title_of_best(rows, "MAUVE"),
         note=f"{MAUVE} {explain_conditions(rows)}",
         ylabel="MAUVE",
+        better="higher",
+    )
+    return figure, with_conditions(points, rows)
+
+
+def task_accuracy_vs_steps(tables: Tables) -> Drawn:
+    """Accuracy of written answers to tasks against sampling steps: teachers and last rounds.
+
+    A panel for each task and run, with the first measure of the task. The baseline is a level.
+    """
+    rows = tables["tasks"]
+    rows = rows[rows["protocol"] == WRITTEN]
+    if rows.empty:
+        raise HalfstepError(
+            "task_accuracy_vs_steps: the table tasks has no written answers; answer a task of type "
+            "generate_until first with halfstep score-tasks --steps"
+        )
+    rows = rows[rows["measure"] == rows.groupby("task")["measure"].transform("first")]
+    parts = []
+    for task, mine in rows.groupby("task", sort=False):
+        points = points_by_run(mine, "steps")
+        parts.append(points.assign(panel=points["panel"] + f" · {task}"))
+    measures = "; ".join(dict.fromkeys(rows["measure"])).replace("_", " ")
+    first = rows[rows["task"] == rows["task"].iloc[0]]
+    points = join_points(parts)
+    figure = style.draw_over_steps(
+        points,
+        title=title_of_best(first, "accuracy"),
+        note="Share of the questions to which the written answer is right, as lm-eval judges "
+        f"({measures}). {explain_conditions(rows)}",
+        ylabel="accuracy of written answers",
         better="higher",
     )
     return figure, with_conditions(points, rows)

@@ -28,7 +28,7 @@ from halfstep.report.frontier import (
 from halfstep.report.grids import latency_cell, make_grid, model_label, round_number, value_cell
 from halfstep.report.infilling import RIGHT, accuracy_cell, area_cell, label_with_variant
 from halfstep.report.labels import in_words
-from halfstep.report.rows import LEVELS, baseline_name, sampled_rows, usual_rows
+from halfstep.report.rows import LEVELS, WRITTEN, baseline_name, sampled_rows, usual_rows
 from halfstep.report.trainings import pool_trainings
 
 SAMPLES = TABLES["steps"].metrics
@@ -146,11 +146,21 @@ def infilling_markdown(table: DataFrame) -> str:
 
 
 def tasks_markdown(table: DataFrame) -> str:
-    """For each teacher one grid for each measure and protocol: models down, tasks across."""
+    """For each teacher one grid for each measure and protocol: models down, tasks across.
+
+    Of written answers one for each task and measure: models down, sampling steps across.
+    """
     parts = []
     for teacher, mine in pool_trainings(table).groupby("teacher", sort=False):
         parts.append(f"## {teacher}: tasks of lm-eval")
-        for (measure, protocol), group in mine.groupby(["measure", "protocol"], sort=False):
+        is_written = mine["protocol"] == WRITTEN
+        for (task, measure), group in mine[is_written].groupby(["task", "measure"], sort=False):
+            parts.append(f"### {task}: {measure} (protocol {WRITTEN}), ± 95% interval")
+            parts.append(make_grid(sampled_rows(group), "steps", "sampling steps"))
+            calls = _network_calls(sampled_rows(group))
+            parts += [*_levels(group), *calls, *_conditions(group)]
+        read = mine[~is_written]
+        for (measure, protocol), group in read.groupby(["measure", "protocol"], sort=False):
             parts.append(f"### {measure} (protocol {protocol}), ± 95% interval")
             parts += [make_grid(group, "task", "task"), _masks(group), *_conditions(group)]
     return "\n\n".join(filter(None, parts)) + "\n"

@@ -37,6 +37,7 @@ ORDER = (
 )  # fmt: skip
 LEVELS = ("baseline", "data")  # runs without sampling steps: levels to compare with
 WITHOUT_STEPS = (*LEVELS, *NAIVE)  # all runs without sampling steps
+WRITTEN = "written"  # protocol of answers that a model writes (metrics/answers.py)
 DEFAULT = "default"  # variant of the samples that are drawn as `sampling` says
 BASELINES: dict[object, str] = {  # sampler of the speed table: name of the baseline
     "transformers": "baseline, transformers",

@@ -14,7 +14,7 @@ from pandas import DataFrame
 
 from halfstep.report.catalogue import TABLES
 from halfstep.report.conditions import check_comparable
-from halfstep.report.rows import DEFAULT, LEVELS, sampled_rows, usual_rows
+from halfstep.report.rows import DEFAULT, LEVELS, WRITTEN, sampled_rows, usual_rows
 
 # Of stories, whose number differs between models, or of fewer texts.
 OF_OTHER_NUMBERS = (
@@ -101,8 +101,12 @@ def select_infilling(table: DataFrame) -> DataFrame:
 
 
 def select_tasks(table: DataFrame) -> DataFrame:
-    """Answers to tasks: every measure of every task, by every protocol."""
-    return _select_examined("tasks", table, ("task", "measure"))
+    """Answers to tasks: every measure of every task, by every protocol, those that are written at
+    every step count."""
+    table = _select_examined("tasks", table, ("task", "measure"))
+    for _, rows in table[table["protocol"] == WRITTEN].groupby(["task", "measure"], sort=False):
+        _check_draws(sampled_rows(rows), STUDENTS_SHARE)
+    return table
 
 
 def select_zero_shot(table: DataFrame) -> DataFrame:
@@ -149,7 +153,8 @@ def _select_examined(name: str, table: DataFrame, key: tuple[str, ...]) -> DataF
         check_comparable(rows, ("data",), same_protocols=False)
         students = rows[rows["run"] != "baseline"]
         check_comparable(students, ("weights",), same_protocols=False)
-        for _, same in students.groupby("protocol", sort=False):
+        read = students[students["protocol"] != WRITTEN]
+        for _, same in read.groupby("protocol", sort=False):
             check_comparable(same, ("network_evaluations",))
     return table
 

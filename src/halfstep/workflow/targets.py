@@ -23,13 +23,15 @@ from halfstep.config import (
     OF_SAMPLERS,
     Config,
     Distillation,
+    DrawOptions,
     RunOptions,
     SampledModels,
+    StepCount,
     Teacher,
 )
 from halfstep.data.files import find_files
 from halfstep.report import catalogue
-from halfstep.resolve import subsection
+from halfstep.resolve import flags, subsection
 from halfstep.seeds import first_training, repeat_names, repeat_seed
 from halfstep.workflow.sources import Sources, is_hub_name, local_file
 from halfstep.workflow.timed import Timings
@@ -256,15 +258,34 @@ class Targets:
         writes one token at a time.
         """
         drawn, sampling = self._drawn(model)
-        name, kind = first_training(drawn).split("/", 1)
-        teacher, steps = self.config.teachers[name], set(sampling.steps)
-        if kind == "baseline":
+        if drawn.endswith("/baseline"):
+            teacher = self.config.teachers[first_training(drawn).split("/")[0]]
             return [self.config.corpora[teacher.corpus].length]
-        if "own" in steps:
-            steps.remove("own")
-            for run, options in teacher.runs.items():
+        return self._with_own(drawn, sampling.steps)
+
+    def _with_own(self, model: str, counts: Iterable[StepCount]) -> list[int]:
+        """Step counts of a denoiser, with its own numbers in place of `own`."""
+        name, kind = first_training(model).split("/", 1)
+        steps = set(counts) - {"own"}
+        if "own" in counts:
+            for run, options in self.config.teachers[name].runs.items():
                 steps |= _own_steps(run, options, kind)
-        return sorted(steps)
+        return sorted(map(int, steps))
+
+    def answering(self, wildcards: Wildcards) -> list[str]:
+        """The flags with which a model writes answers to tasks; none where no task wants them."""
+        steps, model = self.config.evaluation.task_steps, wildcards.model
+        if not steps:
+            return []
+        same = {"weights": "ema", "temperature": 1.0, "precision": "float32"}  # of other flags
+        drawing = subsection(self.sampling(wildcards), DrawOptions).model_copy(update=same)
+        counts = [] if model.endswith("/baseline") else self._with_own(model, steps)
+        words = [f"--steps {' '.join(map(str, counts))}"] if counts else []
+        return list(filter(None, [*words, flags(drawing)]))
+
+    def answer_scorer(self, wildcards: Wildcards) -> list[str]:
+        """The file that stands for the baseline that a sampler of written answers asks."""
+        return self.scorer(wildcards) if self.config.evaluation.task_steps else []
 
     def samples(self, wildcards: Wildcards) -> str:
         """The file that stands for all samples of a model, or of the naive samplers."""
@@ -418,7 +439,7 @@ class Targets:
         imported = {*self.sources.imported_rounds, *(f"{name}/teacher" for name in self.imported)}
         imported |= {f"{name}/baseline" for name in self.published}
         trained = [model for model in self.models if model not in imported]
-        return catalogue.figure_inputs(self.table_inputs(), self.models, trained)
+        return catalogue.figure_inputs(self.config, self.table_inputs(), self.models, trained)
 
 
 def _round_of(model: str) -> int | None:

@@ -70,6 +70,7 @@ TASKS = {
     "winogrande": Questions(1267, 2, 28),
 }
 ANY_TASK = Questions(2500, 4, 60)
+WRITTEN_TASK = Questions(1319, 1, 1100)  # gsm8k: five examples, a question, 256 tokens of an answer
 # Tokens of the splits of MDLM's table 3, roughly: sentences or articles times their mean length.
 ZERO_SHOT_TOKENS = {
     "ptb": 1e5, "wikitext": 2.5e5, "lm1b": 8e6, "lambada": 4.5e5, "ag_news": 4e5, "pubmed": 2.7e7,
@@ -216,10 +217,20 @@ def infilling_work(call: Call) -> Iterator[Work]:
 
 
 def tasks_work(call: Call) -> Iterator[Work]:
-    """Tasks of lm-eval: a denoiser reads each answer under many masks, a baseline once."""
+    """Tasks of lm-eval: a denoiser reads each answer under many masks, a baseline once.
+
+    Where there are step counts, a denoiser writes the answers to a task that is not in TASKS.
+    """
     most = call.number("task_items", 0) or None
     passes = 1 if call.is_baseline else call.number("task_draws", Evaluation)
+    counts, sampler = list(map(int, call.values("steps"))), call.text("sampler", DrawOptions)
     for name in call.values("tasks"):
+        if counts and name not in TASKS:
+            number = min(WRITTEN_TASK.number, most or WRITTEN_TASK.number)
+            length = min(WRITTEN_TASK.tokens, call.length)
+            for steps in counts:
+                yield from draw_work(call, number, length, min(256, length // 2), steps, sampler)
+            continue
         asked = TASKS.get(name, ANY_TASK)
         texts = min(asked.number, most or asked.number) * asked.answers * passes
         tokens = min(asked.tokens, call.length)

@@ -7,8 +7,8 @@ Inputs:
     results/data/{corpus}/manifest.json
     results/hub.json                             only where something comes from the hub
 Outputs:
-    results/models/{teacher}/teacher/            a checkpoint; meta.json is written last; where it is
-                                                 from: hf:..., source/ has the files of its tokenizer
+    results/models/{teacher}/teacher/            a checkpoint; meta.json is written last; that of
+                                                 from: hf:NAME has its tokenizer's files in source/
     results/models/{teacher}/baseline/           a checkpoint; in hf/ the same for transformers
 """
 

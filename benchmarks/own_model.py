@@ -20,7 +20,9 @@ from halfstep.config import Corpus
 from halfstep.data.pack import corpus_tokenizer
 from halfstep.data.tokenizer import EOS, vocabulary_size
 
-STORIES = Corpus(kind="stories", length=256, vocab_size=640, num_documents=4000)
+STORIES = Corpus(
+    kind="stories", length=256, vocab_size=640, num_documents=4000, validation_documents=100
+)
 LENGTH = 256  # positions
 SHAPE = {"num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 8}  # that of size tiny
 INTERMEDIATE = 680  # so that it has as many parameters as our DiT of this size

@@ -12,9 +12,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from published import save_causal_lm, save_gpt2
+from published import build_family, masked_tokenizer, save_causal_lm, save_gpt2
 from safetensors.torch import load_file, save_file
-from small import MACHINE, TRAINING, call, done
+from small import CORPUS, MACHINE, TRAINING, call, done
 
 import halfstep
 from halfstep.files import sha256
@@ -22,7 +22,12 @@ from halfstep.kernels.categorical import inverse_cdf, nucleus, uniforms
 from halfstep.records import provenance
 from halfstep.records.journal import read_journal
 
-KINDS = {"gpt2": 0, "llama": 20, "gpt_neox": 212}  # rows that pad the vocabulary
+KINDS = {
+    "gpt2": 0,
+    "llama": 20,
+    "gpt_neox": 212,
+    "modernbert-decoder": 3,
+}  # rows that pad the vocabulary
 LENGTH = 24  # tokens in a window of the corpus
 
 
@@ -59,6 +64,35 @@ def test_logits_are_those_of_transformers(baseline):
     assert (model.kind, model.denoiser, model.length) == ("autoregressive", None, LENGTH)
     raw = halfstep.load(baseline.folder, "cpu", weights="raw")
     assert raw.sha256 == model.sha256
+
+
+@pytest.mark.parametrize("mask", [300, 103])
+def test_one_of_the_family_of_a_masked_model_judges_its_teacher(pipeline, tmp_path, mask):
+    """One tokenizer with a mask, last or not: corpus, teacher and baseline agree in all ids."""
+    theirs = save("modernbert-decoder", tmp_path / "decoder", pipeline, padding=4)
+    build_family("modernbert", 304, LENGTH, tmp_path / "encoder")
+    for name in ("decoder", "encoder"):
+        masked_tokenizer(pipeline.corpus, mask).save_pretrained(tmp_path / name)
+    texts = CORPUS.replace("--vocab-size 300", f"--tokenizer {tmp_path}/decoder")
+    corpus, models = tmp_path / "data", tmp_path / "models/t"
+    done(f"prepare-corpus --output {corpus} {texts} --workers 1")
+    place = f"--corpus {corpus} --output {models}"
+    done(f"import --source hf:{tmp_path}/encoder {place}/teacher")
+    done(f"import-baseline --source {tmp_path}/decoder {place}/baseline")
+    model = halfstep.load(models / "baseline", "cpu")
+    order = torch.arange(300)
+    if mask < 300:
+        order[mask] = 300  # at the source, the last token is here
+    x = torch.randint(0, 300, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    found = model.network.log_p(model.network(x).flatten(0, 1)).view(3, LENGTH, 300)
+    with torch.no_grad():
+        expected = theirs(order[x]).logits[..., order].log_softmax(-1)
+    assert torch.allclose(found, expected, atol=1e-5)
+    done(f"generate --checkpoint {models}/teacher --output {tmp_path}/s --steps 4 {MACHINE}")
+    judged = f"--samples {tmp_path}/s --corpus {corpus} --judge {models}/baseline/hf"
+    done(f"score-samples {judged} --output {tmp_path}/rows.json --bootstrap 100 {MACHINE}")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {"ids", "retokenized"} <= {row["protocol"] for row in rows}
 
 
 def test_the_readout_has_the_name_of_our_readouts(baseline):

@@ -55,7 +55,8 @@ def workspace(tmp_path, pipeline):
     student = tmp_path / "results/models/stories-tiny/kl_backward"
     shutil.copytree(student / "round-1", student / "round-7")
     merge_provenance(tmp_path / "results")
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    for folder in ("docs", "benchmarks"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/one.txt").write_text("Dear reader, this is a letter.\n\n" * 40)
     return tree

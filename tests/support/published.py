@@ -25,7 +25,8 @@ def save_causal_lm(kind: str, folder: Path, vocabulary: int, length: int, tokeni
 
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     shape |= {"intermediate_size": 64, "vocab_size": vocabulary, "max_position_embeddings": length}
-    config = AutoConfig.for_model(kind, bos_token_id=0, eos_token_id=0, **shape)
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    config = AutoConfig.for_model(kind, **special, **shape)
     return save_model(AutoModelForCausalLM.from_config, config, folder, tokenizer)
 
 

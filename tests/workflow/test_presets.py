@@ -47,6 +47,7 @@ def test_every_preset_has_a_test_here():
         *GRAPHS,
         *PUBLISHED,
         "owt-small",
+        "own-model",
     }
 
 
@@ -117,6 +118,21 @@ def test_a_preset_with_published_teachers_has_exactly_these_jobs(workflow, prese
     jobs = workflow.jobs("--config", f"preset={preset}")
     local = {*LOCAL, "all", "prepare_corpus"}
     assert {job for job in jobs if job.split()[0] not in local} == expected
+
+
+def test_a_model_of_the_hub_on_own_text_is_trained_first_and_then_distilled(tmp_path):
+    """From the text of its folder; the hub gives model, tokenizer and judge, in one job."""
+    workflow = copy(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/one.txt").write_text("Dear reader, this is a letter.\n\n" * 200)
+    plan = workflow.plan("-p", "--config", "preset=own-model", HF_HUB_OFFLINE="1")
+    jobs = counts(plan)
+    assert (jobs["pretrain"], jobs["distill_round"], jobs["score_frontier"]) == (1, 3, 2)
+    assert not {"import_teacher", "train_baseline", "score_lambada"} & jobs.keys()
+    assert "--from hf:answerdotai/ModernBERT-base" in plan and jobs["fetch"] == 1
+    assert "model:answerdotai/ModernBERT-base model:gpt2-large" in plan
+    found = resolve({"preset": "own-model"}, REPOSITORY / "workflow/presets")
+    assert found.warnings() == []
 
 
 def test_what_presets_share_they_have_alike():

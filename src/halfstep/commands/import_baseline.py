@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
 
 from halfstep.checkpoint import HF_FILES, save_checkpoint
 from halfstep.commands.origins import find_published
 from halfstep.config import Network
 from halfstep.data.pack import check_tokens, read_manifest
-from halfstep.data.tokenizer import load_bpe
+from halfstep.data.tokenizer import load_bpe, mask_of
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256, write_json, write_tensors
 from halfstep.models import hub
 from halfstep.models.causal_lm import CausalLM, check_causal
 from halfstep.models.gpt import save_tokenizer
+from halfstep.models.hf import swap_rows
 from halfstep.models.weight_files import read_object
 from halfstep.pretrained import load_causal_lm, size_of_model, without_code
 from halfstep.records import provenance
 from halfstep.records.journal import Journal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def import_baseline(source: str, output: Path, corpus: Path) -> None:
@@ -42,7 +48,10 @@ def import_baseline(source: str, output: Path, corpus: Path) -> None:
     write_tensors(output / HF_FILES[0], tensors, {"format": "pt"})
     write_json(output / HF_FILES[1], without_code(config))
     save_tokenizer(hf, manifest["length"], tokenizer)
-    network = CausalLM(load_causal_lm(hf), manifest["vocab_size"])
+    model = load_causal_lm(hf)
+    if _swap_mask(model, folder, manifest["vocab_size"]):
+        write_tensors(output / HF_FILES[0], dict(model.named_parameters()), {"format": "pt"})
+    network = CausalLM(model, manifest["vocab_size"])
     _check_network(network, source, manifest)
     shape = Network(size=size_of_model(network.model.config, source), architecture="transformers")
     _, _, revision = source.partition("@")
@@ -74,6 +83,20 @@ def import_baseline(source: str, output: Path, corpus: Path) -> None:
         journal.close(checkpoint=output)
     read = [folder / "config.json", *files, corpus / "manifest.json", tokenizer]
     provenance.write_record(output / provenance.NAME, [output, hf], read)
+
+
+def _swap_mask(model: PreTrainedModel, folder: Path, vocabulary: int) -> bool:
+    """Let a mask token that is not the last one change ids with the last, as in the corpus.
+
+    False if there is nothing to change.
+    """
+    file = folder / "tokenizer.json"
+    mask_id = mask_of(Tokenizer.from_file(str(file))) if file.is_file() else None
+    rows = len(model.get_output_embeddings().weight)
+    if mask_id is None or mask_id == vocabulary or rows <= vocabulary:
+        return False
+    swap_rows(model, mask_id, vocabulary)
+    return True
 
 
 def _check_network(network: CausalLM, source: str, manifest: dict[str, Any]) -> None:

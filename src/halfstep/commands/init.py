@@ -36,6 +36,8 @@ CONFIG = """\
 # Suggested by `halfstep init` for {machine};
 # {text}.
 # The options are those of {source}.
+# To start from a masked language model of the hub instead, put your text into text/*.txt of another
+# folder, and call `halfstep run --preset own-model` there.
 
 preset: laptop # its samples, scores and timings; its corpus and its teacher are left out below
 

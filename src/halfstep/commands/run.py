@@ -24,7 +24,7 @@ def run(
 
     Args:
         snakemake: words that are no flags of this command
-        preset: in place of the preset that config.yaml names: laptop, ci, sdtt-small, ...
+        preset: in place of the preset that config.yaml names: laptop, own-model, sdtt-small, ...
     """
     words = snakemake if preset is None else with_preset(snakemake, preset)
     call = [sys.executable, "-m", "snakemake", *snakemake_words(words)]

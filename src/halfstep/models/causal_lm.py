@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from halfstep.errors import HalfstepError
 from halfstep.models.gpt import draw_token
+from halfstep.models.hf import passed_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,13 +22,17 @@ class CausalLM(nn.Module):
     """Features and log-probabilities of a causal language model of transformers, in float32.
 
     Its vocabulary is cut to the first `vocabulary` tokens, because tables are often padded.
+    Features are what the model gives to its last linear layer, which now returns its input: the
+    model must not be used for itself any more.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int):
         super().__init__()
         # Before the model, so that the readout has the name that it has in our own networks.
-        self.output_layer = nn.ModuleDict({"linear": model.get_output_embeddings()})
+        head = model.get_output_embeddings()
+        self.output_layer = nn.ModuleDict({"linear": head})
         self.model, self.vocabulary = model, vocabulary
+        head.forward = passed_on
 
     @property
     def most_tokens(self) -> int | None:
@@ -39,20 +45,21 @@ class CausalLM(nn.Module):
         HalfstepError if a text has more tokens than the model has positions.
         """
         self.check_length(x.shape[1])
-        return self.model.base_model(input_ids=x, use_cache=False).last_hidden_state
+        return self.model(input_ids=x, use_cache=False).logits
 
     def extend(self, x: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Read x[B, n] after the tokens in the cache (None: first): features [B, D], and the cache.
 
         The features are those of the last position.
         """
-        found = self.model.base_model(input_ids=x, past_key_values=cache, use_cache=True)
-        return found.last_hidden_state[:, -1], found.past_key_values
+        found = self.model(input_ids=x, past_key_values=cache, use_cache=True)
+        return found.logits[:, -1], found.past_key_values
 
     def logits(self, h: Tensor) -> Tensor:
         """Features h[..., D] -> logits [..., V], float32 inside autocast too."""
         with torch.autocast(h.device.type, enabled=False):
-            return self.output_layer["linear"](h.float())[..., : self.vocabulary]
+            head: Any = self.output_layer["linear"]
+            return functional.linear(h.float(), head.weight, head.bias)[..., : self.vocabulary]
 
     def log_p(self, h: Tensor) -> Tensor:
         """log p of the next token from features h[N, D]: [N, V] float32."""
@@ -109,10 +116,13 @@ def check_causal(network: CausalLM) -> None:
     x = torch.arange(3)[None] % network.vocabulary
     other = x.clone()
     other[:, -1] = network.vocabulary - 1
+    head = network.output_layer["linear"]
+    del head.forward  # the class has its own
     expected, changed = (
         network.model(input_ids=ids, use_cache=False).logits[..., : network.vocabulary]
         for ids in (x, other)
     )
+    head.forward = passed_on
     cache, steps = None, []
     for position in range(x.shape[1]):
         h, cache = network.extend(x[:, position : position + 1], cache)

@@ -33,7 +33,7 @@ class TransformersNetwork(nn.Module):
         # Before the model, so that the readout has the name that it has in our own networks.
         self.output_layer = nn.ModuleDict({"linear": head})
         self.model, self.vocabulary = model, vocabulary
-        head.forward = _passed_on
+        head.forward = passed_on
 
     def forward(
         self,
@@ -101,7 +101,8 @@ class TransformersNetwork(nn.Module):
         return self.model
 
 
-def _passed_on(h: Tensor) -> Tensor:
+def passed_on(h: Tensor) -> Tensor:
+    """The features themselves, in place of a last layer's forward."""
     return h
 
 

@@ -264,13 +264,13 @@ class _CausalLMReader:
     def features(self, tokens: Tensor, start: Tensor) -> Tensor:
         """As `read`, the features h[B, n, D]."""
         place, B = self.ends.place(tokens, start), len(tokens)
-        return self.network.model.base_model(
+        return self.network.model(
             input_ids=tokens,
             attention_mask=place.mask(torch.float32).expand(B, -1, -1, -1),
             position_ids=place.positions.expand(B, -1),
             past_key_values=_RowCache(self.memories, place, self.length),
             use_cache=True,
-        ).last_hidden_state
+        ).logits
 
     def read(self, tokens: Tensor, start: Tensor) -> Tensor:
         """Logits [B, n, V] float32 of the token after each of tokens[B, n] from start[B] on.

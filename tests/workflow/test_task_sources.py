@@ -30,6 +30,16 @@ def test_the_data_of_a_task_are_inputs_with_its_file(tmp_path):
     assert files_of([str(tmp_path / "broken.yaml")]) == [str(tmp_path / "broken.yaml")]
 
 
+def test_files_of_the_graph_are_no_inputs_of_a_task(tmp_path, monkeypatch):
+    """They are there only after the first run, which would then not be the same as the second."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results/data").mkdir(parents=True)
+    task = write_task(tmp_path / "results/data", "mine", ROWS)
+    text = (tmp_path / "results/data/mine.yaml").read_text()
+    (tmp_path / "here.yaml").write_text(text.replace(f"{tmp_path}/", ""))
+    assert files_of(["here.yaml"]) == ["here.yaml"] and len(files_of([task])) == 2
+
+
 @pytest.mark.parametrize("key", ["tasks", "perplexity"])
 def test_a_file_that_is_not_there_is_one_sentence(tmp_path, key):
     gone, folder = str(tmp_path / "gone.yaml"), tmp_path / "folder.yaml"

@@ -61,7 +61,10 @@ def names_file(name: str) -> bool:
 
 
 def _data_files(name: str) -> list[str]:
-    """The local files under `data_files` in the .yaml file of a task."""
+    """The local files under `data_files` in the .yaml file of a task.
+
+    Those below results/ are not among them: they are made with the corpus, before any model.
+    """
     try:
         tree = yaml.compose(Path(name).read_text(), yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError):
@@ -69,8 +72,9 @@ def _data_files(name: str) -> list[str]:
     found, parts = [], [(False, tree)]
     while parts:
         is_data, node = parts.pop()
-        if isinstance(node, yaml.ScalarNode) and is_data and os.path.isfile(node.value):
-            found.append(node.value)
+        if isinstance(node, yaml.ScalarNode):
+            if is_data and os.path.isfile(node.value) and not node.value.startswith("results/"):
+                found.append(node.value)
         elif isinstance(node, yaml.SequenceNode):
             parts += [(is_data, child) for child in node.value]
         elif isinstance(node, yaml.MappingNode):

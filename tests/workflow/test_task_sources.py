@@ -1,7 +1,7 @@
 """What tasks and zero-shot texts need: files of this machine are inputs, the rest is fetched."""
 
 import pytest
-from questions import write_task
+from questions import write_generation, write_task
 
 from halfstep.config import Evaluation
 from halfstep.workflow.task_sources import faults_of_tasks, files_of, tasks_of_hub, texts_of_hub
@@ -28,6 +28,24 @@ def test_the_data_of_a_task_are_inputs_with_its_file(tmp_path):
     assert files_of([task, "piqa", "mine.txt"]) == [task, "mine.txt", str(tmp_path / "mine.jsonl")]
     (tmp_path / "broken.yaml").write_text("task: [")
     assert files_of([str(tmp_path / "broken.yaml")]) == [str(tmp_path / "broken.yaml")]
+
+
+def test_files_of_the_graph_are_no_inputs_of_a_task(tmp_path, monkeypatch):
+    """They are there only after the first run, which would then not be the same as the second."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results/data").mkdir(parents=True)
+    task = write_task(tmp_path / "results/data", "mine", ROWS)
+    text = (tmp_path / "results/data/mine.yaml").read_text()
+    (tmp_path / "here.yaml").write_text(text.replace(f"{tmp_path}/", ""))
+    assert files_of(["here.yaml"]) == ["here.yaml"] and len(files_of([task])) == 2
+
+
+def test_written_answers_without_step_counts_are_a_fault_at_once(tmp_path):
+    task = write_generation(tmp_path, "mine", [{"question": "who", "answer": "Tom"}])
+    (fault,) = faults_of_tasks(Evaluation(tasks=[task]))
+    assert "mine.yaml asks for written text (generate_until), but found no step counts" in fault
+    assert not faults_of_tasks(Evaluation(tasks=[task], task_steps=["own"]))
+    assert not faults_of_tasks(Evaluation(tasks=[write_task(tmp_path, "chosen", ROWS)]))
 
 
 @pytest.mark.parametrize("key", ["tasks", "perplexity"])

@@ -6,6 +6,7 @@ Snakemake imports this module at every start, so it imports nothing heavy.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -41,18 +42,29 @@ def files_of(names: list[str]) -> list[str]:
 
 
 def faults_of_tasks(evaluation: Evaluation) -> list[str]:
-    """A sentence for each file of a task or a text that cannot be read."""
+    """A sentence for each file that cannot be read, or whose task lacks evaluation.task_steps."""
     faults = []
     for key in ("tasks", "perplexity"):
         for name in filter(names_file, getattr(evaluation, key)):
             try:
                 check_regular(Path(name), f"evaluation.{key}")
                 check_path(name)
+                if is_task_file(name) and not evaluation.task_steps and _is_written(name):
+                    faults.append(
+                        f"evaluation.tasks: {name} asks for written text (generate_until), but "
+                        "found no step counts; name some in evaluation.task_steps"
+                    )
             except HalfstepError as error:
                 faults.append(str(error))
             except ValueError as error:
                 faults.append(f"evaluation.{key}: found {name!r}: {error}")
     return faults
+
+
+def _is_written(name: str) -> bool:
+    """Does the .yaml file of a task say that its answers are written?"""
+    text = Path(name).read_text(errors="replace")
+    return bool(re.search(r"^output_type: *[\"']?generate_until\b", text, re.MULTILINE))
 
 
 def names_file(name: str) -> bool:
@@ -61,7 +73,10 @@ def names_file(name: str) -> bool:
 
 
 def _data_files(name: str) -> list[str]:
-    """The local files under `data_files` in the .yaml file of a task."""
+    """The local files under `data_files` in the .yaml file of a task.
+
+    Those below results/ are not among them: they are made with the corpus, before any model.
+    """
     try:
         tree = yaml.compose(Path(name).read_text(), yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError):
@@ -69,8 +84,9 @@ def _data_files(name: str) -> list[str]:
     found, parts = [], [(False, tree)]
     while parts:
         is_data, node = parts.pop()
-        if isinstance(node, yaml.ScalarNode) and is_data and os.path.isfile(node.value):
-            found.append(node.value)
+        if isinstance(node, yaml.ScalarNode):
+            if is_data and os.path.isfile(node.value) and not node.value.startswith("results/"):
+                found.append(node.value)
         elif isinstance(node, yaml.SequenceNode):
             parts += [(is_data, child) for child in node.value]
         elif isinstance(node, yaml.MappingNode):

@@ -145,11 +145,9 @@ def test_a_baseline_learns_the_responses_alone(trained):
 def test_checkpoints_know_how_pairs_are_written(trained):
     turn = read_manifest(trained.corpus)["pairs"]
     for folder in (trained.teacher, trained.student):
-        assert ("pairs" in checkpoint.read_meta(folder)) == (
-            trained.kind == "bpe" or folder == trained.student
-        )
+        assert checkpoint.read_meta(folder)["pairs"] == turn
     model = halfstep.load(trained.student, "cpu")
-    assert model.meta["pairs"] == turn == {"before": "", "after": "\n", "end": ""}
+    assert turn == {"before": "", "after": "\n", "end": ""}
     window = trained.windows[[0]][0]
     start = int(trained.windows.asked([0])[0].nonzero()[0, 0])
     assert encode_prompt(model, f"Who saw the {THINGS[0]}?").tolist() == window[:start].tolist()
@@ -312,3 +310,9 @@ def test_the_share_is_a_row_of_the_scores(trained, pipeline, tmp_path):
     (row,) = [row for row in rows if row["metric"] == "only_end_of_text"]
     count = json.loads((samples / "samples.json").read_text())["only_end_of_text"]
     assert row["value"] == count / 8 and row["low"] <= row["value"] <= row["high"]
+    score = f"--corpus {trained.corpus} --bootstrap 100 --judge {pipeline.baseline}/hf {MACHINE}"
+    done(f"score-corpus --output {tmp_path}/data.json {score}")
+    done(f"score-frontier --samples {samples} --frontier {samples} --held-out "
+         f"{tmp_path}/data.json --output {tmp_path}/f {score}")  # fmt: skip
+    rows = json.loads((tmp_path / "f/samples.json").read_text())
+    assert row in rows

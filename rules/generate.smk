@@ -2,6 +2,7 @@
 
 Inputs:
     results/models/{model}/meta.json
+    results/data/{corpus}/manifest.json          only of a corpus of pairs, for its prompts
 Outputs:
     results/samples/{model}/provenance.json      written last; it stands for all samples
     results/samples/{model}/frontier/provenance.json
@@ -22,6 +23,7 @@ rule generate:
     input:
         checkpoint=targets.checkpoint,
         scorer=targets.scorer,
+        pairs=targets.pairs,
     output:
         record="results/samples/{model}/provenance.json",
     log:
@@ -37,6 +39,9 @@ rule generate:
         **machine("sample"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
+        pairs=lambda wildcards, input: [
+            f"--pairs {Path(manifest).parent}" for manifest in input.pairs
+        ],
         output=lambda wildcards, output: str(Path(output.record).parent / "steps-{steps}"),
         steps=lambda wildcards: targets.drawn_steps(wildcards.model),
         writing=lambda wildcards: flags(subsection(targets.sampling(wildcards), GenerateOptions)),
@@ -47,7 +52,7 @@ rule generate:
             --checkpoint {params.checkpoint:q} \
             --output {params.output:q} \
             --steps {params.steps} \
-            {params.writing} \
+            {params.writing} {params.pairs} \
             --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}
         """
@@ -58,6 +63,7 @@ rule generate_frontier:
     input:
         checkpoint=targets.checkpoint,
         scorer=targets.scorer,
+        pairs=targets.pairs,
     output:
         record="results/samples/{model}/frontier/provenance.json",
     log:
@@ -73,6 +79,9 @@ rule generate_frontier:
         **machine("sample"),
     params:
         checkpoint=subpath(input.checkpoint, parent=True),
+        pairs=lambda wildcards, input: [
+            f"--pairs {Path(manifest).parent}" for manifest in input.pairs
+        ],
         output=lambda wildcards, output: str(Path(output.record).parent / "steps-{steps}"),
         steps=lambda wildcards: targets.frontier_steps(wildcards.model),
         temperatures=lambda wildcards: targets.other_temperatures(wildcards.model),
@@ -89,7 +98,7 @@ rule generate_frontier:
             --output {params.output:q} \
             --steps {params.steps} \
             --temperatures {params.temperatures} \
-            {params.writing} \
+            {params.writing} {params.pairs} \
             --threads {threads} --micro-batch {resources.micro_batch} {resources.processes} \
             2>&1 | tee {log:q}
         """

@@ -27,7 +27,7 @@ from halfstep.metrics.likelihood import Question
 from halfstep.metrics.tasks import TaskLM
 from halfstep.training.step import step_generator
 
-LENGTH, CPU = 128, torch.device("cpu")
+LENGTH, CPU = 192, torch.device("cpu")
 CORPUS = (
     f"--kind stories --length {LENGTH} --num-documents 120 --validation-documents 8 --workers 1"
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from framed import save_framed
+from known import UNFRAMED
 from small import MACHINE, ROUND, TRAINING, call, done
 
 import halfstep
@@ -21,7 +22,7 @@ from halfstep.commands.train import (
     watch_empty,
     watched_texts,
 )
-from halfstep.commands.writers import encode_prompt, end_responses
+from halfstep.commands.writers import encode_prompt, end_responses, written_places
 from halfstep.config import Distillation, Machine
 from halfstep.data.pack import Windows, read_manifest
 from halfstep.diffusion.schedules import LogLinear
@@ -144,11 +145,9 @@ def test_a_baseline_learns_the_responses_alone(trained):
 def test_checkpoints_know_how_pairs_are_written(trained):
     turn = read_manifest(trained.corpus)["pairs"]
     for folder in (trained.teacher, trained.student):
-        assert ("pairs" in checkpoint.read_meta(folder)) == (
-            trained.kind == "bpe" or folder == trained.student
-        )
+        assert checkpoint.read_meta(folder)["pairs"] == turn
     model = halfstep.load(trained.student, "cpu")
-    assert model.meta["pairs"] == turn == {"before": "", "after": "\n", "end": ""}
+    assert turn == {"before": "", "after": "\n", "end": ""}
     window = trained.windows[[0]][0]
     start = int(trained.windows.asked([0])[0].nonzero()[0, 0])
     assert encode_prompt(model, f"Who saw the {THINGS[0]}?").tolist() == window[:start].tolist()
@@ -176,9 +175,49 @@ def test_texts_keep_the_prompt_and_end_with_the_response(trained, tmp_path):
 
 
 def test_after_the_first_end_there_is_nothing_else():
+    """But for a text of which something to the right of what is written was given."""
+    model = SimpleNamespace(eos_id=0, mask_id=9, **UNFRAMED)
     ids = torch.tensor([[0, 5, 3, 0, 4, 0], [0, 5, 0, 3, 3, 3], [0, 0, 1, 2, 3, 4]])
+    prompts = torch.tensor([[0, 5]]).expand(3, -1)
+    written = written_places(model, prompts, 6)
     expected = [[0, 5, 3, 0, 0, 0], [0, 5, 0, 0, 0, 0], [0, 0, 1, 2, 3, 4]]
-    assert end_responses(ids, 2, 0).tolist() == expected
+    assert end_responses(ids, written, model).tolist() == expected
+    prompts = torch.tensor([[0, 5, 9, 9, 9, 9], [0, 9, 0, 9, 9, 3], [0, 0, 1, 9, 9, 9]])
+    written = written_places(model, prompts, 6)
+    expected = [[0, 5, 3, 0, 0, 0], [0, 5, 0, 3, 3, 3], [0, 0, 1, 2, 3, 4]]
+    assert end_responses(ids, written, model).tolist() == expected
+
+
+def test_samples_answer_the_held_out_prompts(trained, tmp_path, capsys):
+    """In the order of the corpus, again from the first; each prompt and frame is kept."""
+    held_out = Windows(trained.corpus, "validation")
+    line = f"generate --checkpoint {trained.student} --steps 4 {MACHINE} --pairs"
+    done(f"{line} {trained.corpus} --num-samples 6 --output {tmp_path}/s")
+    ids = np.load(tmp_path / "s/samples.npy")
+    rows = np.arange(6) % len(held_out)
+    given = ~held_out.asked(rows).numpy()
+    assert (ids[given] == held_out[rows].numpy()[given]).all() and given.any(1).all()
+    ended = ((ids == held_out.eos_id) & ~given).cumsum(1) > 0
+    assert (ids[ended & ~given] == held_out.eos_id).all()
+    facts = json.loads((tmp_path / "s/samples.json").read_text())
+    empty = ((ids == held_out.eos_id) | given).all(1).sum()
+    assert facts["only_end_of_text"] == empty and facts["pairs"].startswith("pairs@")
+    before = (tmp_path / "s/samples.npy").stat().st_mtime_ns
+    done(f"{line} {trained.corpus} --num-samples 6 --output {tmp_path}/s")  # is kept
+    assert (tmp_path / "s/samples.npy").stat().st_mtime_ns == before
+    capsys.readouterr()
+    for rest, sentence in (
+        (f"{trained.corpus} --prompt Tom", "--prompt: found it with --pairs"),
+        (f"{tmp_path}/gone", "manifest.json: no such file"),
+    ):
+        assert call(f"{line} {rest}") == 1
+        assert sentence in capsys.readouterr().err
+
+
+def test_prompts_of_a_corpus_without_pairs_are_refused(trained, pipeline, capsys):
+    line = f"generate --checkpoint {trained.student} --steps 4 {MACHINE} --pairs {pipeline.corpus}"
+    assert call(line) == 1
+    assert "is no corpus of kind pairs; leave it out" in capsys.readouterr().err
 
 
 class Says:
@@ -271,3 +310,9 @@ def test_the_share_is_a_row_of_the_scores(trained, pipeline, tmp_path):
     (row,) = [row for row in rows if row["metric"] == "only_end_of_text"]
     count = json.loads((samples / "samples.json").read_text())["only_end_of_text"]
     assert row["value"] == count / 8 and row["low"] <= row["value"] <= row["high"]
+    score = f"--corpus {trained.corpus} --bootstrap 100 --judge {pipeline.baseline}/hf {MACHINE}"
+    done(f"score-corpus --output {tmp_path}/data.json {score}")
+    done(f"score-frontier --samples {samples} --frontier {samples} --held-out "
+         f"{tmp_path}/data.json --output {tmp_path}/f {score}")  # fmt: skip
+    rows = json.loads((tmp_path / "f/samples.json").read_text())
+    assert row in rows

@@ -46,8 +46,14 @@ def fake_hub(folder, monkeypatch):
     return {}
 
 
+def pair_files(folder, monkeypatch):
+    rows = [json.dumps({"prompt": f"{i}", "response": "a"}) for i in range(40)]
+    (folder / "a.jsonl").write_text("\n".join(rows))
+    return {"files": [str(folder / "a.jsonl")]}
+
+
 # kind: prepares its surroundings and gives the keys of a small corpus
-EXAMPLES = {"docs": few_sources, "openwebtext": fake_hub, "files": text_files}
+EXAMPLES = {"docs": few_sources, "openwebtext": fake_hub, "files": text_files, "pairs": pair_files}
 
 
 @pytest.fixture
@@ -99,5 +105,8 @@ def test_a_kind_can_be_prepared(kind, corpus, tmp_path):
     assert splits["train"]["documents"] == len(documents) - HELD_OUT
     assert splits["validation"]["documents"] == HELD_OUT
     lines = (output / "validation.jsonl").read_text().splitlines()
-    assert [json.loads(line)["text"] for line in lines] == documents[-HELD_OUT:]
+    texts = documents[-HELD_OUT:]
+    if kind == "pairs":
+        texts = ["\n".join(json.loads(document)) for document in texts]
+    assert [json.loads(line)["text"] for line in lines] == texts
     assert len(Windows(output, "train")) and len(Windows(output, "validation"))

@@ -147,6 +147,15 @@ CHECKPOINTS = {  # name: ((make, command), words of the answer)
     "vocab_size 2 billion": (meta(vocab_size=2**31 - 2), r"has shape \[301"),
     "vocab_size below 0": (meta(vocab_size=-3), "vocab_size: found -3"),
     "vocab_size with a point": (meta(vocab_size=300.5), "vocab_size: found 300.5"),
+    "a frame beyond the vocabulary": (
+        meta(framing={"begin": [300], "end": []}),
+        "framing: found the token 300, but vocab_size is 300",
+    ),
+    "a frame that leaves no room": (
+        meta(framing={"begin": [0] * 30, "end": []}),
+        "framing: found 30 tokens around a text, but length is 24",
+    ),
+    "a turn of numbers": (meta(pairs={"before": 3}), "pairs.before"),
     "eos_id beyond the vocabulary": (meta(eos_id=300), "eos_id: found 300, but vocab_size is 300"),
     "eos_id below 0": (meta(eos_id=-1), "eos_id: found -1"),
     "eos_id as text": (meta(eos_id="0"), "eos_id: found '0'"),
@@ -321,6 +330,14 @@ CORPORA = {
         "splits.train.sha256: found 5",
     ),
     "eos_id beyond the vocabulary": (manifest(eos_id=300), "eos_id: found 300"),
+    "a frame beyond the vocabulary": (
+        manifest(framing={"begin": [], "end": [300]}),
+        "framing: found the token 300",
+    ),
+    "pairs without their starts": (
+        manifest(pairs={"before": "", "after": "", "end": ""}),
+        "run halfstep prepare-corpus again",
+    ),
     "vocab_size as text": (manifest(vocab_size="300"), "vocab_size: found '300'"),
     "format nested": (manifest(format={"a": [1]}), "format is .*, expected 1"),
     "NaN": (manifest(length=float("nan")), "nan is not a finite number"),

@@ -12,7 +12,7 @@ from halfstep.checkpoint import build_network, save_checkpoint
 from halfstep.files import sha256, write_atomic, write_json
 from halfstep.meta import Framing
 
-UNFRAMED = {"framing": Framing(begin=[0], end=[0]), "is_framed": False}
+UNFRAMED = {"framing": Framing(begin=[0], end=[0]), "is_framed": False, "turn": None}
 """The frame of a model of our own: EOS on both sides, which are part of the text"""
 
 

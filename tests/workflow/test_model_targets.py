@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -503,6 +504,28 @@ def test_the_rule_and_the_reader_expand_patterns_alike(texts):
     check_sources(found.config)
 
 
+def test_pairs_and_their_tokenizer_in_the_graph(texts):
+    """The tokenizer is of the hub or a folder; samples of denoisers answer held-out prompts."""
+    Path("pairs.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    keys = {"kind": "pairs", "files": ["pairs.jsonl"], "vocab_size": 8192}
+    config = own_text_config(**keys, tokenizer="hf:own/llama@main") | {"continuations": None}
+    found = targets(**config)
+    assert found.sources.corpus_of_hub("stories-ci") == ["model:own/llama@main"]
+    assert "model:own/llama@main" in found.sources.hub_repositories()
+    manifest = "results/data/stories-ci/manifest.json"
+    for model, expected in (
+        ("stories-ci/teacher", [manifest]),
+        ("stories-ci/kl_backward/round-2", [manifest]),
+        ("stories-ci/baseline", []),
+    ):
+        assert found.pairs(SimpleNamespace(model=model)) == expected
+    assert targets().pairs(SimpleNamespace(model="stories-ci/teacher")) == []
+    Path("here").mkdir()
+    local = targets(**own_text_config(**keys, tokenizer="hf:here"))
+    assert local.sources.corpus_of_hub("stories-ci") == []
+    check_sources(local.config)
+
+
 def test_a_pattern_with_braces_is_a_fault_of_the_configuration(texts):
     with pytest.raises(
         ConfigError, match="corpora.stories-ci.files.0: found .*braces are not expanded"
@@ -522,6 +545,10 @@ def test_a_pattern_with_braces_is_a_fault_of_the_configuration(texts):
         (
             {"files": ["a1.txt"], "tokenizer": "~/gpt2", "vocab_size": 8192},
             "corpora.stories-ci.tokenizer: ~/gpt2 is not a folder",
+        ),
+        (
+            {"files": ["a1.txt"], "tokenizer": "hf:./gone", "vocab_size": 8192},
+            "corpora.stories-ci.tokenizer: ./gone is not a folder",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from halfstep.checkpoint import checkpoint_files, load_checkpoint
-from halfstep.commands.evaluate import corpus_name, load_judges, sample_columns
+from halfstep.commands.evaluate import load_judges, sample_columns
 from halfstep.commands.generate import (
     describe,
     record_of,
@@ -27,7 +27,14 @@ from halfstep.commands.generate import (
 from halfstep.commands.samples import is_written, read_samples, sample_files
 from halfstep.commands.writers import draw_texts, note_unused_options, text_writer
 from halfstep.config import CONTINUE_STAGE, DrawOptions, Evaluation, Machine, Prompts, Steps
-from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer, read_manifest, without_frame
+from halfstep.data.pack import (
+    Windows,
+    corpus_files,
+    corpus_name,
+    corpus_tokenizer,
+    read_manifest,
+    without_frame,
+)
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError

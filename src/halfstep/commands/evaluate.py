@@ -22,7 +22,13 @@ from halfstep.commands.variety import (
     variety_rows,
 )
 from halfstep.config import Count, Evaluation, Machine, Weights, Word
-from halfstep.data.pack import corpus_files, corpus_tokenizer, read_manifest, without_frame
+from halfstep.data.pack import (
+    corpus_files,
+    corpus_name,
+    corpus_tokenizer,
+    read_manifest,
+    without_frame,
+)
 from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
@@ -312,11 +318,6 @@ def _median_text(values: np.ndarray) -> int:
 def exp_ratio(total: float, number: float) -> float:
     """The perplexity of a mean sum of -log p and a mean number of tokens."""
     return np.exp(total / number)
-
-
-def corpus_name(corpus: Path) -> str:
-    """The corpus in a row: its folder's name, and the checksum of its held-out tokens."""
-    return f"{corpus.name}@{read_manifest(corpus)['splits']['validation']['sha256'][:12]}"
 
 
 def _check_ids(ids: np.ndarray, label: str, corpus: Path, vocab_size: int) -> None:

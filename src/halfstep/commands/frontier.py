@@ -11,7 +11,7 @@ import numpy as np
 
 from halfstep.commands.evaluate import (
     Judged,
-    corpus_name,
+    empty_rows,
     exp_ratio,
     judge_texts,
     read_texts,
@@ -20,7 +20,7 @@ from halfstep.commands.evaluate import (
 from halfstep.commands.samples import sample_files
 from halfstep.commands.variety import Texts
 from halfstep.config import Evaluation, Machine, Word
-from halfstep.data.pack import corpus_files
+from halfstep.data.pack import corpus_files, corpus_name
 from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import open_file, write_atomic
@@ -105,6 +105,7 @@ def score_frontier(
     if not group.is_main:
         return
     plain_rows = rows_of_texts(plain, judged_of(plain, judged), features, corpus, evaluation)
+    plain_rows += empty_rows(samples, plain, corpus)
     points = measured_points(swept, judged_of(swept, judged))
     rows = _point_rows(points, swept, evaluation.bootstrap)
     rows += _readings(points, target, teachers, evaluation.bootstrap)

@@ -30,6 +30,7 @@ from halfstep.commands.writers import (
     sampler_name,
     separate_documents,
     text_writer,
+    written_places,
 )
 from halfstep.config import (
     DEFAULT_STEPS,
@@ -40,6 +41,7 @@ from halfstep.config import (
     Positive,
     Steps,
 )
+from halfstep.data.pack import Windows, check_tokens, corpus_files, corpus_name
 from halfstep.diffusion.contracts import Samples
 from halfstep.diffusion.samplers import SAMPLERS
 from halfstep.diffusion.watching import Show
@@ -74,6 +76,7 @@ def generate(  # noqa: PLR0913  the flags of the command
     steps: Annotated[list[Steps], Field(min_length=1)] | None = None,
     temperatures: list[Positive] = [],  # noqa: B006
     prompt: str = "",
+    pairs: Path | None = None,
     watch: bool = False,
 ) -> None:
     """Print texts, or write them: samples.npy (ids [N, L]), samples.txt and samples.json.
@@ -98,6 +101,7 @@ def generate(  # noqa: PLR0913  the flags of the command
         prompt: text that every sample begins with; each <|mask|> in it is one token to fill in,
             and each <|endoftext|> ends a document; a blank before a <|mask|>, or at the end, is
             part of the token that is written there
+        pairs: folder of a corpus of pairs; each sample answers a held-out prompt of it
         watch: show how each text is revealed, step by step: on a terminal in the colors of the
             steps, otherwise one line per step
     """
@@ -122,13 +126,19 @@ def generate(  # noqa: PLR0913  the flags of the command
             "--watch: found an autoregressive model, which writes from left to right, but only a "
             "diffusion model reveals its tokens in steps; leave it out"
         )
-    prompts = encode_prompt(model, prompt).expand(sampling.num_samples, -1)
+    if pairs and prompt:
+        raise HalfstepError(f"--prompt: found it with --pairs {pairs}; leave one of them out")
+    prompts = (
+        held_out_prompts(model, sampling, pairs)
+        if pairs
+        else encode_prompt(model, prompt).expand(sampling.num_samples, -1)
+    )
     for one in sets:  # a sampler may refuse a step count: before anything is drawn
         text_writer(model, model.length, one.steps, one.options)
     if group.is_main:
         note_unused_options(model, model.length, max(one.steps for one in sets), sampling)
     record = record_of(output) if output else None
-    job = _Job(checkpoint, model, prompt, prompts, sets, machine.micro_batch, group)
+    job = _Job(checkpoint, model, prompt, pairs, prompts, sets, machine.micro_batch, group)
     for one in sets:
         if one.folder:
             job.write_set(one, one.folder)
@@ -138,7 +148,10 @@ def generate(  # noqa: PLR0913  the flags of the command
             job.print_set(one)
     if record and group.is_main:
         folders = [one.folder for one in sets if one.folder]
-        write_record_of_sets(record, folders, checkpoint_files(checkpoint, sampling.weights))
+        read = checkpoint_files(checkpoint, sampling.weights)
+        if pairs:
+            read += corpus_files(pairs, "validation")
+        write_record_of_sets(record, folders, read)
 
 
 @dataclass(frozen=True)
@@ -148,6 +161,7 @@ class _Job:
     checkpoint: Path
     model: Model
     prompt: str
+    pairs: Path | None
     prompts: Tensor
     sets: list[SampleSet]
     micro_batch: int
@@ -157,6 +171,8 @@ class _Job:
         """Write a set of samples, unless its folder holds it already."""
         model, group = self.model, self.group
         how: dict[str, Any] = {"prompt": self.prompt, "stage": GENERATE_STAGE}
+        if self.pairs:
+            how["pairs"] = corpus_name(self.pairs)
         about = describe(self.checkpoint, model, one.steps, len(self.prompts), one.options) | how
         label = f"generate {model_name(self.checkpoint)} at {one.how}"
         if group.broadcast(group.is_main and is_written(folder, about, model.tokenizer)):
@@ -168,7 +184,7 @@ class _Job:
         texts = draw_texts(write, self.prompts, self.micro_batch, label, group)
         if texts is not None:
             how["elapsed_s"] = time.monotonic() - started
-            how |= count_empty(model, texts.ids, self.prompts.shape[1])
+            how |= count_empty(model, texts.ids, self.prompts)
             save_samples(self.checkpoint, folder, model, one.steps, texts, one.options, **how)
 
     def print_set(self, one: SampleSet) -> None:
@@ -223,15 +239,41 @@ class _Job:
         return f"{number}, {one.how}" if len(self.sets) > 1 else str(number)
 
 
-def count_empty(model: Model, ids: Tensor, given: int) -> dict[str, int]:
-    """Texts ids[N, L] of a model of pairs whose response is only end-of-text; {} for other models.
+def count_empty(model: Model, ids: Tensor, prompts: Tensor) -> dict[str, int]:
+    """Number of texts ids[N, L], of prompts[N, P], whose response is only end-of-text.
 
-    The first `given` tokens are a prompt.
+    It is counted for models of pairs; {} for other models.
     """
     if not model.turn:
         return {}
-    inside = slice(given or len(model.framing.begin), model.framing.inside(ids.shape[1]).stop)
-    return {"only_end_of_text": int((ids[:, inside] == model.eos_id).all(1).sum())}
+    written = written_places(model, prompts, ids.shape[1])
+    return {"only_end_of_text": int(((ids == model.eos_id) | ~written).all(1).sum())}
+
+
+def held_out_prompts(model: Model, sampling: GenerateOptions, corpus: Path) -> Tensor:
+    """Prompts of held-out pairs, one for each sample, with masks for responses: [num_samples, L].
+
+    They come in the order of the corpus, again from the first where there are fewer. HalfstepError
+    if the corpus has no pairs, or if the model or its sampler can only write from left to right.
+    """
+    windows = Windows(corpus, "validation")
+    if not windows.is_pairs:
+        raise HalfstepError(f"--pairs {corpus}: is no corpus of kind pairs; leave it out")
+    check_tokens("--checkpoint", "this model", model.tokenizer, corpus)
+    if windows.length != model.length:
+        raise HalfstepError(
+            f"--pairs {corpus}: its windows have {windows.length} tokens, texts of this model "
+            f"{model.length}; name the corpus it was trained on"
+        )
+    if model.denoiser is None or SAMPLERS[sampling.sampler].needs_first:
+        raise HalfstepError(
+            "--pairs: found a model or sampler that writes from left to right, but the prompts "
+            "differ in length; give --prompt"
+        )
+    rows = np.arange(sampling.num_samples) % len(windows)
+    asked = windows.asked(rows)
+    assert asked is not None
+    return windows[rows].masked_fill(asked, model.mask_id)
 
 
 STEPS = "{steps}"  # in the name of an output

@@ -125,6 +125,7 @@ def read_source(
                 "source": source.removeprefix(HF),
             },
             "framing": own.framing.model_dump(),
+            **_turn_of(corpus),
         },
         files=[*files, folder / "config.json"],
         kept=_kept_files(folder, own.theirs),
@@ -215,6 +216,12 @@ def _check_framing(framing: Framing, corpus: Path, source: str) -> None:
             f"a text, corpus {corpus} has {manifest['framing']['begin']} and "
             f"{manifest['framing']['end']}; prepare the corpus with tokenizer: {source}"
         )
+
+
+def _turn_of(corpus: Path | None) -> dict[str, Any]:
+    """The entry `pairs` of a corpus of pairs, which its models have too."""
+    turn = read_manifest(corpus).get("pairs") if corpus else None
+    return {} if turn is None else {"pairs": turn}
 
 
 def _check_length(network: TransformersNetwork, length: int, source: str) -> None:

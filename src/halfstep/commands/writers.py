@@ -211,7 +211,7 @@ class _DiffusionWriter:
         asked = written.autoregressive_passes
         ids = written.ids[:, : self.length].cpu()
         if self.model.turn:
-            ids = end_responses(ids, given, self.model.eos_id)
+            ids = end_responses(ids, written_places(self.model, prompts, self.length), self.model)
         if self.end is None:
             ids = _with_end(self.model, ids)
         return Samples(
@@ -245,16 +245,36 @@ class _AutoregressiveWriter:
         evaluations = self.length - start.shape[-1]  # the first token takes no pass
         ids = ids.cpu()
         if self.model.turn:
-            ids = end_responses(ids, start.shape[-1], self.model.eos_id)
+            ids = end_responses(ids, written_places(self.model, prompts, self.length), self.model)
         if self.whole:
             ids = _with_end(self.model, ids)
         return Samples(ids, torch.full((count,), evaluations))
 
 
-def end_responses(ids: Tensor, start: int, eos_id: int) -> Tensor:
-    """Texts ids[N, L] whose responses begin at `start`, with EOS alone after their first EOS."""
-    ended = (ids[:, start:] == eos_id).cumsum(1) > 0
-    return torch.cat([ids[:, :start], ids[:, start:].masked_fill(ended, eos_id)], 1)
+def written_places(model: Model, prompts: Tensor, length: int) -> Tensor:
+    """The positions of texts that begin with prompts[N, P] and are not given: bool [N, length]."""
+    count, given = prompts.shape
+    written = torch.ones(count, length, dtype=torch.bool)
+    written[:, :given] = prompts == model.mask_id
+    if model.is_framed:
+        inside = model.framing.inside(length)
+        written[:, : inside.start] = written[:, inside.stop :] = False
+    elif not given:
+        written[:, 0] = False  # BOS
+    return written
+
+
+def end_responses(ids: Tensor, written: Tensor, model: Model) -> Tensor:
+    """Texts ids[N, L] with EOS alone after the first EOS of a response.
+
+    A response is what is written[N, L] of a text; where something is given to its right, the text
+    stays as it is.
+    """
+    stop = model.framing.inside(ids.shape[1]).stop if model.is_framed else ids.shape[1]
+    first = written.int().argmax(1)
+    is_last = written.sum(1) == stop - first
+    ended = ((ids == model.eos_id) & written).cumsum(1) > 0
+    return ids.masked_fill(ended & written & is_last[:, None], model.eos_id)
 
 
 def _with_end(model: Model, ids: Tensor) -> Tensor:

@@ -371,6 +371,11 @@ def read_manifest(corpus: Path) -> dict:
     return manifest
 
 
+def corpus_name(corpus: Path) -> str:
+    """The corpus in a row: its folder's name, and the checksum of its held-out tokens."""
+    return f"{corpus.name}@{read_manifest(corpus)['splits']['validation']['sha256'][:12]}"
+
+
 def verified_file(path: Path, expected: str) -> Path:
     """The path of a corpus file; HalfstepError unless its sha256 is the one in the manifest."""
     if not path.is_file():

@@ -221,6 +221,19 @@ class Targets:
         """The file that stands for the job's corpus."""
         return f"results/data/{self.teacher(wildcards).corpus}/manifest.json"
 
+    def pairs(self, wildcards: Wildcards) -> list[str]:
+        """The corpus of pairs whose held-out prompts the samples of a model answer, if it has one.
+
+        What writes from left to right gets no prompts, because they differ in length.
+        """
+        drawn, sampling = self._drawn(wildcards.model)
+        name, kind = first_training(drawn).split("/", 1)
+        corpus = self.config.teachers[name].corpus
+        from_left = kind == "baseline" or sampling.sampler == "speculative"
+        if self.config.corpora[corpus].kind != "pairs" or from_left:
+            return []
+        return [f"results/data/{corpus}/manifest.json"]
+
     def own_text(self, wildcards: Wildcards) -> list[str]:
         """The user's files of a corpus (kind: files): new text makes a new corpus."""
         patterns = self.config.corpora[wildcards.corpus].files

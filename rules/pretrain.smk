@@ -7,7 +7,8 @@ Inputs:
     results/hub.json                             only where something comes from the hub
 Outputs:
     results/models/{teacher}/teacher/            a checkpoint; meta.json is written last; where it is
-                                                 from: hf:..., source/ has the files of its tokenizer
+                                                 from: hf:..., source/ has the files of its tokenizer, and
+                                                 code/ the Python files that it brings
     results/models/{teacher}/baseline/           a checkpoint; in hf/ the same for transformers
 """
 
@@ -90,6 +91,9 @@ rule import_teacher:
         weights=lambda wildcards: targets.teacher(wildcards).from_weights,
         size=targets.network_size,
         logits=lambda wildcards: flags(targets.teacher(wildcards), "logits"),
+        runs_code=lambda wildcards: (
+            "--trust-remote-code" if targets.teacher(wildcards).trust_remote_code else ""
+        ),
         code=STAGE["import_teacher"],
     shell:
         r"""
@@ -99,7 +103,7 @@ rule import_teacher:
             --output {params.output:q} \
             --weights {params.weights} \
             --size {params.size} \
-            {params.logits} \
+            {params.logits} {params.runs_code} \
             2>&1 | tee {log:q}
         """
 

@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -80,6 +81,21 @@ def allow_code(digest: str, source: str) -> Path:
     return file
 
 
+def split_reference(digest: str, reference: str) -> tuple[str, str]:
+    """Module and class of a name such as "modeling_x.X" in an auto_map.
+
+    HalfstepError if it is not in a file of this code.
+    """
+    folder, files = _found[digest]
+    named = CLASS.fullmatch(reference)
+    if named is None or f"{named[1]}.py" not in files:
+        raise HalfstepError(
+            f"{folder}: auto_map names {reference[:80]!r}, expected module.Class of a file in this "
+            "folder; name another model"
+        )
+    return named[1], named[2]
+
+
 def load_class(digest: str, reference: str, base: type) -> Any:
     """Run the code, once in a process, and return its class `reference`, such as "modeling_x.X".
 
@@ -92,18 +108,13 @@ def load_class(digest: str, reference: str, base: type) -> Any:
         raise HalfstepError(
             f"{checkpoint}: its model needs the code in {folder} (sha256 {digest[:16]}), which "
             "this account has not allowed to run; read it, and allow it with "
-            f"halfstep trust --checkpoint {checkpoint}"
+            f"halfstep trust --checkpoint {shlex.quote(str(checkpoint))}"
         )
-    named = CLASS.fullmatch(reference)
-    if named is None or f"{named[1]}.py" not in files:
-        raise HalfstepError(
-            f"{folder}: auto_map names {reference[:80]!r}, expected module.Class of a file in this "
-            "folder; name another model"
-        )
+    module, name = split_reference(digest, reference)
     try:
-        found = getattr(importlib.import_module(f"{_package(digest, files)}.{named[1]}"), named[2])
+        found = getattr(importlib.import_module(f"{_package(digest, files)}.{module}"), name)
         if not (isinstance(found, type) and issubclass(found, base)):
-            raise TypeError(f"{named[2]} is no {base.__name__}")
+            raise TypeError(f"{name} is no {base.__name__}")
     except Exception as error:  # code of others raises anything
         raise HalfstepError(
             f"{folder}: its code does not give {reference} ({type(error).__name__}: "
@@ -114,7 +125,7 @@ def load_class(digest: str, reference: str, base: type) -> Any:
 
 def _package(digest: str, files: dict[str, bytes]) -> str:
     """The name of a package of these files, which are written to a private folder."""
-    name = f"halfstep_code_{digest[:16]}"
+    name = f"halfstep_code_{digest}"
     if name not in sys.modules:
         folder = Path(tempfile.mkdtemp(prefix="halfstep-code-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)

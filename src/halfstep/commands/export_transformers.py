@@ -154,6 +154,9 @@ def write_model(output: Path, checkpoint: Path, model: Model) -> None:
 
 def _save_weights(model: PreTrainedModel, output: Path) -> None:
     """The files of weights that transformers writes, each complete or absent."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
     with scratch_folder(output / "weights") as folder:
         model.save_pretrained(folder / "all")
         for file in sorted((folder / "all").glob(WEIGHTS)):

@@ -28,6 +28,7 @@ from halfstep.models.weight_files import read_object
 from halfstep.pretrained import (
     ANY,
     CAUSAL,
+    CONFIG,
     MASKED,
     Code,
     code_of,
@@ -35,7 +36,7 @@ from halfstep.pretrained import (
     size_of_model,
     without_code,
 )
-from halfstep.remote_code import allow_code, files_of_code, read_code
+from halfstep.remote_code import allow_code, files_of_code, read_code, split_reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,7 +155,7 @@ def read_source(
 def _allowed_code(folder: Path, config: dict[str, Any], source: str) -> Code:
     """The code of the source, which the user allows to run; a warning names it.
 
-    HalfstepError if there is none.
+    HalfstepError if there is none, or if config.json names classes outside it.
     """
     try:
         code = code_of(config, read_code(folder) if "auto_map" in config else "")
@@ -163,6 +164,9 @@ def _allowed_code(folder: Path, config: dict[str, Any], source: str) -> Code:
             f"--trust-remote-code: --source {source} brings no code of a language model "
             f"({error}); leave it out"
         ) from None
+    for key in (MASKED, CAUSAL, ANY, CONFIG):
+        if key in code.auto_map:
+            split_reference(code.sha256, code.auto_map[key])
     print(
         f"halfstep import: warning: runs the code of {source.removeprefix(HF)} "
         f"({', '.join(files_of_code(code.sha256))}), sha256 {code.sha256}; this account allows it "

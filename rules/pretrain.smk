@@ -6,9 +6,9 @@ Inputs:
     results/data/{corpus}/manifest.json
     results/hub.json                             only where something comes from the hub
 Outputs:
-    results/models/{teacher}/teacher/            a checkpoint; meta.json is written last; if it is from
-                                                 hf:..., with the files of its tokenizer in source/
-                                                 and the Python files that it brings in code/
+    results/models/{teacher}/teacher/            a checkpoint; meta.json is written last; of hf:...,
+                                                 source/ has the files of its tokenizer, and
+                                                 code/ the Python files that it brings
     results/models/{teacher}/baseline/           a checkpoint; in hf/ the same for transformers
 """
 

@@ -7,8 +7,9 @@ Inputs:
     results/data/{corpus}/manifest.json
     results/hub.json                             only where something comes from the hub
 Outputs:
-    results/models/{teacher}/teacher/            a checkpoint; meta.json is written last; that of
-                                                 from: hf:NAME has its tokenizer's files in source/
+    results/models/{teacher}/teacher/            a checkpoint; meta.json is written last; of hf:...,
+                                                 source/ has the files of its tokenizer, and
+                                                 code/ the Python files that it brings
     results/models/{teacher}/baseline/           a checkpoint; in hf/ the same for transformers
 """
 
@@ -41,6 +42,7 @@ rule pretrain:
         training=lambda wildcards: flags(targets.teacher(wildcards).pretraining),
         start=targets.start,
         logits=lambda wildcards: flags(targets.teacher(wildcards), "logits"),
+        runs_code=targets.runs_code,
         seed=targets.training_seed,
         code=STAGE["pretrain"],
     shell:
@@ -51,7 +53,7 @@ rule pretrain:
             {params.network} \
             {params.training} \
             {params.start:q} \
-            {params.logits} \
+            {params.logits} {params.runs_code} \
             --seed {params.seed} \
             --threads {threads} --micro-batch {resources.micro_batch} \
             {resources.processes} {resources.limit} {resources.blocks} \
@@ -91,6 +93,7 @@ rule import_teacher:
         weights=lambda wildcards: targets.teacher(wildcards).from_weights,
         size=targets.network_size,
         logits=lambda wildcards: flags(targets.teacher(wildcards), "logits"),
+        runs_code=targets.runs_code,
         code=STAGE["import_teacher"],
     shell:
         r"""
@@ -100,7 +103,7 @@ rule import_teacher:
             --output {params.output:q} \
             --weights {params.weights} \
             --size {params.size} \
-            {params.logits} \
+            {params.logits} {params.runs_code} \
             2>&1 | tee {log:q}
         """
 

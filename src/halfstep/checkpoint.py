@@ -8,6 +8,7 @@ hf/                    of a baseline: config.json and model.safetensors for tran
                        is published has no other weights
 tokenizer.json         the tokenizer of the corpus
 source/                of a model of transformers: the files of its own tokenizer, for its export
+code/                  of a model that brings code: its Python files (`remote_code`)
 meta.json              written last: a folder without it is no checkpoint
 """
 
@@ -30,6 +31,7 @@ from halfstep.files import (
     write_tensors,
 )
 from halfstep.meta import Framing, Meta, Turn, check_framing, framing_of
+from halfstep.remote_code import read_code
 from halfstep.resolve import check_fields
 from halfstep.tensors import DAMAGED, check_finite, check_optimizer_state, check_weights
 
@@ -52,7 +54,7 @@ FILES = {"raw": "model.safetensors", "ema": "ema.safetensors", "best": "best.saf
 OPTIMIZER = "optimizer.safetensors"
 LARGEST_PUBLISHED = 1 << 42  # bytes of a file of a published baseline
 HF_FILES = ("hf/model.safetensors", "hf/config.json")
-KEPT = ("source",)
+KEPT = ("source", "code")
 """Folders of a checkpoint with files of the model of transformers that it came from"""
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 BYTES_PER_WEIGHT = 64  # no file of a checkpoint has more
@@ -212,6 +214,7 @@ def read_meta(folder: Path) -> dict:
             f"{path}: the architecture transformers and the entry `transformers` need each other, "
             f"found only one of them; {DAMAGED}"
         )
+    _check_code(Path(folder), meta)
     if meta["eos_id"] >= meta["vocab_size"]:
         raise HalfstepError(
             f"{path}: eos_id: found {meta['eos_id']}, but vocab_size is {meta['vocab_size']}; "
@@ -219,6 +222,19 @@ def read_meta(folder: Path) -> dict:
         )
     check_framing(meta, path, DAMAGED)
     return meta
+
+
+def _check_code(folder: Path, meta: dict) -> None:
+    """Read the code of a model that brings some, without running it.
+
+    HalfstepError if it is not that of the import.
+    """
+    expected = (meta.get("transformers") or {}).get("code")
+    if expected and (found := read_code(folder / "code")) != expected:
+        raise HalfstepError(
+            f"{folder / 'code'}: sha256 {found[:12]}, but {expected[:12]} in meta.json: the code "
+            "has changed since the import; copy the whole folder again"
+        )
 
 
 def read_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:

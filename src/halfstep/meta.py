@@ -13,6 +13,7 @@ from halfstep.errors import HalfstepError
 LARGEST_VOCABULARY = 1 << 31  # ids of samples are int32
 LONGEST_TEXT = 1 << 20  # tokens
 Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class Trained(BaseModel):
@@ -29,14 +30,16 @@ class Transformers(BaseModel):
     auto: class of transformers that builds it; config: content of its config.json
     mask_id: its mask token at the source, which here is the last token and has changed ids with it
     source: hub name or folder that it was imported from
+    code: sha256 of the code that it brings along (`remote_code.read_code`)
     """
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    auto: Literal["AutoModelForMaskedLM", "AutoModelForCausalLM"]
+    auto: Literal["AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel"]
     config: dict[str, Any]
     mask_id: Count
     source: str = ""
+    code: Sha256 | None = None
 
 
 class Framing(BaseModel):
@@ -115,7 +118,7 @@ class Meta(BaseModel):
     vocab_size: Annotated[int, Field(ge=1, lt=LARGEST_VOCABULARY)]
     eos_id: Count
     length: Annotated[int, Field(ge=3, le=LONGEST_TEXT)]
-    sha256: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    sha256: dict[str, Sha256]
     round: Count = 0
     student_steps: PositiveInt | None = None
     ema_updates: Count = 0

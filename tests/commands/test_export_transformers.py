@@ -259,7 +259,7 @@ def test_weights_in_half_precision_stay_so_if_they_lose_nothing(pipeline, tmp_pa
     assert student.keys() == source.keys()
     assert {value.dtype for value in student.values()} == {torch.float32}
     assert config_of(tmp_path / "student")["dtype"] == "float32"
-    assert "The weights are in float32." in (tmp_path / "student/README.md").read_text()
+    assert "weights are in float32." in (tmp_path / "student/README.md").read_text()
     kept = load_file(models / "kl/round-1/ema.safetensors")["output_layer.linear.weight"]
     name = "model.embed_tokens.weight" if tied else "lm_head.weight"
     order = torch.tensor([swap_of(MASK, V)(token) for token in range(V + 1)])

@@ -364,12 +364,31 @@ def test_refusals_are_one_line(pipeline, tmp_path, capsys, kind, spoil, options,
     assert not (tmp_path / "m/teacher/meta.json").exists()
 
 
-def test_a_repository_that_is_not_there_offline_is_one_sentence(tmp_path, capsys, monkeypatch):
-    def offline(*_, **__):
-        raise OSError("no route to host")
+def refusal(kind):
+    """An error of the hub's client, with an answer of the server."""
+    from huggingface_hub import errors
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    answer = SimpleNamespace(headers={}, request=None)
+    return getattr(errors, kind)("the hub says no.\nMore lines.", response=answer)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: OSError("no route to host"), "(OSError: no route to host)"),
+        (lambda: refusal("GatedRepoError"), "(GatedRepoError: "),
+        (lambda: refusal("RepositoryNotFoundError"), "(RepositoryNotFoundError: "),
+    ],
+)
+def test_a_repository_that_cannot_be_read_is_one_sentence(
+    tmp_path, capsys, monkeypatch, make, sentence
+):
+    def fail(*_, **__):
+        raise make()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     assert call(f"import --source hf:own/model@main --output {tmp_path}/m/teacher") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "--source own/model@main: the download failed (OSError: no route to host)" in error
+    assert f"--source own/model@main: the download failed {sentence}" in error
+    assert "check name, revision and network" in error

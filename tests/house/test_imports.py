@@ -27,6 +27,7 @@ BELOW = {
     "progress",
     "pretrained",
     "released",
+    "remote_code",
     "seeds",
     "tensors",
     "texts",

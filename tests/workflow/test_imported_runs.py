@@ -69,55 +69,14 @@ def test_a_teacher_may_be_a_model_of_transformers(workflow):
         "results/models/a/teacher --weights ema --size 2x32x2 --logits shifted"
     )
     assert "model:own/llama@main" in command and "model:hf:" not in command
+    teachers = f"teachers={json.dumps({'a': teacher | {'trust_remote_code': True}})}"
+    command = workflow.plan("-p", target, *settings[:2], teachers, judge, "continuations=null")
+    assert "--logits shifted --trust-remote-code " in " ".join(command.split())
 
 
-def test_a_model_of_transformers_may_be_the_start_of_a_teacher(workflow):
-    """It is trained, from what fetch brings, and all else follows as for any teacher."""
-    teacher = {"from": "hf:own/llama@main", "fine_tune": True, "logits": "shifted"}
-    teacher |= {"network": {"size": "2x32x2"}}
-    settings = ("--config", "preset=ci", f"teachers={json.dumps({'stories-ci': teacher})}")
-    jobs = workflow.jobs(*settings)
-    assert {"fetch", "pretrain stories-ci", "distill_round stories-ci kl_backward 1"} <= jobs
-    assert "import_teacher stories-ci" not in jobs
-    target = "results/models/stories-ci/teacher/meta.json"
-    command = workflow.plan("-p", target, *settings).replace("\\\n", " ")
-    call = " ".join(re.search(r"halfstep pretrain (.*?) 2>&1", command)[1].split())
-    assert "--size 2x32x2 " in call and "--num-steps 12 " in call
-    assert "--from hf:own/llama@main --from-weights ema --logits shifted --seed 1 " in call
-    assert "model:own/llama@main" in command and "halfstep import" not in command
-
-
-@pytest.mark.parametrize(
-    ("teacher", "sentence"),
-    [
-        ({"fine_tune": True}, "stories-ci.fine_tune: found true without `from`, the weights to"),
-        (
-            {"from": "hf:a/b", "adapt": "gpt2", "fine_tune": True},
-            "found `from` and `adapt`, but a teacher has one start",
-        ),
-        (
-            {"from": "hf:a/b", "fine_tune": True, "network": {"time_conditioning": True}},
-            "time_conditioning: found true, but a model of transformers has no input",
-        ),
-        ({"from": "hf:a/b", "seeds": [1, 2]}, "found `from` and `seeds`, but published weights"),
-    ],
-)
-def test_a_start_that_cannot_be_is_one_sentence(teacher, sentence):
-    with pytest.raises(ConfigError, match=sentence) as caught:
-        targets(**teacher)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_fine_tuned_teacher_may_be_repeated_and_has_best_weights():
-    found = targets(**{"from": "hf:a/b", "fine_tune": True, "seeds": [1, 2]})
-    assert found.trained == ["stories-ci", "stories-ci-seed-2"]
-    wildcards = SimpleNamespace(teacher="stories-ci-seed-2")
-    assert found.start(wildcards)[:2] == ["--from", "hf:a/b"]
-    config = {"preset": "ci", "sampling": {"weights": "best"}, "evaluation": {"judge": "gpt2"}}
-    teacher = {"from": "hf:a/b", "fine_tune": True}
-    resolve(config | {"teachers": {"stories-ci": teacher}}, PRESETS)
-    with pytest.raises(ConfigError, match="teachers.stories-ci.from has no best weights"):
-        resolve(config | {"teachers": {"stories-ci": teacher | {"fine_tune": False}}}, PRESETS)
+def test_code_is_brought_by_models_of_transformers_alone():
+    with pytest.raises(ConfigError, match="trust_remote_code: found true, but only a teacher with"):
+        targets(trust_remote_code=True)
 
 
 def test_logits_are_of_models_of_transformers_alone():

@@ -134,6 +134,10 @@ GROUPS = {  # title in the help: {name: (module:function, what it does)}
             "halfstep.commands.export_model:export_checkpoint",
             "write a folder for transformers, with a model card, and push it to the hub",
         ),
+        "trust": (
+            "halfstep.commands.trust:trust",
+            "allow the code that a checkpoint's model brings to run in this account",
+        ),
         "write-schema": (
             "halfstep.commands.config:write_schema",
             "write the JSON schema of config.yaml, for editors",

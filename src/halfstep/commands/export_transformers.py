@@ -27,14 +27,14 @@ pipeline_tag: {task}
 tags: [masked-diffusion, sdtt]
 """
 USAGE = """\
-It is a {network} of transformers with the tokenizer of {source}, its teacher. All ids are those of
-its teacher. The weights are in {dtype}.
+The network is `{network}`{brought}, with the tokenizer and the ids of its source, {source}. The
+weights are in {dtype}.
 ```python
 import torch
 from transformers import AutoConfig, {auto}, AutoTokenizer
 
 folder = "this folder"
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{code})
 config = AutoConfig.from_pretrained(folder{code})
 {both_ways}model = {auto}.from_pretrained(folder, config=config{code}).eval()
 {in_layers}
@@ -53,7 +53,7 @@ print(tokenizer.decode(x[0]))
 
 halfstep reads this folder too, and has faster samplers:
 ```sh
-halfstep import --source hf:this-folder --output models/own/teacher
+halfstep import --source hf:this-folder --output models/own/teacher{flag}
 halfstep generate --checkpoint models/own/teacher --steps {steps}
 ```
 """
@@ -101,7 +101,7 @@ def header_and_usage(model: Model, steps: int) -> tuple[str, str]:
     theirs: Any = model.network
     auto, source = about["auto"], about["source"]
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source.partition("@")[0])
-    is_causal = auto != MASKED
+    is_causal, has_code = auto != MASKED, bool(about.get("code"))
     header = HEADER.format(
         base=f"base_model: {source.partition('@')[0]}\n" if is_hub_name else "",
         task="text-generation" if auto == CAUSAL else "fill-mask",
@@ -111,7 +111,9 @@ def header_and_usage(model: Model, steps: int) -> tuple[str, str]:
         source=source if is_hub_name else "a local folder",
         dtype=_name(_dtype(model)),
         auto=auto,
-        code="",
+        brought=", whose code is in this folder" if has_code else " of transformers",
+        code=", trust_remote_code=True" if has_code else "",
+        flag=" --trust-remote-code" if has_code else "",
         both_ways=BOTH_WAYS if is_causal else "",
         in_layers=IN_LAYERS if is_causal else "",
         mask_id=about["mask_id"],
@@ -152,6 +154,9 @@ def write_model(output: Path, checkpoint: Path, model: Model) -> None:
 
 def _save_weights(model: PreTrainedModel, output: Path) -> None:
     """The files of weights that transformers writes, each complete or absent."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
     with scratch_folder(output / "weights") as folder:
         model.save_pretrained(folder / "all")
         for file in sorted((folder / "all").glob(WEIGHTS)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfstep.config import Network
 from halfstep.data.model_tokenizer import read_model_tokenizer
@@ -25,7 +26,18 @@ from halfstep.models import hub
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.hf import TransformersNetwork, read_both_ways, swap_rows
 from halfstep.models.weight_files import read_object
-from halfstep.pretrained import CAUSAL, MASKED, load_pretrained, size_of_model, without_code
+from halfstep.pretrained import (
+    ANY,
+    CAUSAL,
+    CONFIG,
+    MASKED,
+    Code,
+    code_of,
+    load_pretrained,
+    size_of_model,
+    without_code,
+)
+from halfstep.remote_code import allow_code, files_of_code, read_code, split_reference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,8 +46,8 @@ HF = "hf:"  # before the name of a source that is read here
 OURS = ("halfstep", "mdlm")  # values of model_type that `hub.read_published` reads
 Logits = Literal["same", "shifted"]
 EXPORTED = "halfstep"  # key of config.json in which an export says what the model is
-KNOWN_LOGITS: dict[str, Logits] = {"gpt2": "shifted"}
-"""Families of causal models whose denoisers all have their logits in one way (DiffuGPT)"""
+KNOWN_LOGITS: dict[str, Logits] = {"gpt2": "shifted", "llada": "same", "Dream": "shifted"}
+"""Families of causal models whose denoisers all have their logits in one way (gpt2: DiffuGPT)"""
 TOLERANCE = 1e-4  # between logits that should be equal, as a share of the largest
 OTHER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -82,18 +94,25 @@ def is_ours(folder: Path) -> bool:
 
 
 def read_source(
-    folder: Path, source: str, corpus: Path | None, logits: Logits | None
+    folder: Path,
+    source: str,
+    corpus: Path | None,
+    logits: Logits | None,
+    runs_code: bool = False,
 ) -> TransformersSource:
     """Read and check the model in a folder of transformers.
 
+    With `runs_code`, code in the folder is allowed to run in this account, now and later.
     HalfstepError if it cannot be read, has no mask token, another tokenizer than the corpus, logits
     that are no linear function of its features, or other logits than `logits`.
     """
     config = read_object(folder / "config.json")
-    auto = _auto_class(config, source)
+    code = _allowed_code(folder, config, source) if runs_code else None
+    auto = _auto_class(config, source, code)
     chosen = _logits_of(config, auto, source, logits or _exported_logits(config))
     tensors, files = hub.read_tensors_of(folder)
-    model = _load(config, tensors, auto, source)
+    model = _load(config, tensors, auto, source, code)
+    _check_head(model, source)
     own = read_model_tokenizer(folder, f"--source {source}")
     tokenizer, mask_id, swapped = own.tokenizer, own.mask_id, own.swapped
     V = vocabulary_size(tokenizer)
@@ -120,30 +139,65 @@ def read_source(
         about={
             "transformers": {
                 "auto": auto,
-                "config": with_ids(without_code(config), swapped),
+                "config": with_ids(without_code(config), swapped)
+                | ({"auto_map": code.auto_map} if code else {}),
                 "mask_id": mask_id,
                 "source": source.removeprefix(HF),
+                "code": code and code.sha256,
             },
             "framing": own.framing.model_dump(),
             **_turn_of(corpus),
         },
         files=[*files, folder / "config.json"],
-        kept=_kept_files(folder, own.theirs),
+        kept=_kept_files(folder, own.theirs) | _files_in_code(code),
     )
 
 
-def _auto_class(config: dict[str, Any], source: str) -> str:
+def _allowed_code(folder: Path, config: dict[str, Any], source: str) -> Code:
+    """The code of the source, which the user allows to run; a warning names it.
+
+    HalfstepError if there is none, or if config.json names classes outside it.
+    """
+    try:
+        code = code_of(config, read_code(folder) if "auto_map" in config else "")
+    except ValueError as error:
+        raise HalfstepError(
+            f"--trust-remote-code: --source {source} brings no code of a language model "
+            f"({error}); leave it out"
+        ) from None
+    for key in (MASKED, CAUSAL, ANY, CONFIG):
+        if key in code.auto_map:
+            split_reference(code.sha256, code.auto_map[key])
+    print(
+        f"halfstep import: warning: runs the code of {source.removeprefix(HF)} "
+        f"({', '.join(files_of_code(code.sha256))}), sha256 {code.sha256}; this account allows it "
+        "from now on",
+        file=sys.stderr,
+    )
+    allow_code(code.sha256, source.removeprefix(HF))
+    return code
+
+
+def _files_in_code(code: Code | None) -> dict[str, bytes]:
+    files = files_of_code(code.sha256) if code else {}
+    return {f"code/{name}": content for name, content in files.items()}
+
+
+def _auto_class(config: dict[str, Any], source: str, code: Code | None) -> str:
     """The class of transformers that loads this configuration; HalfstepError if there is none."""
     import transformers
 
+    if code:
+        return next(auto for auto in (MASKED, CAUSAL, ANY) if auto in code.auto_map)
     kind = str(config.get("model_type"))
     if kind not in transformers.CONFIG_MAPPING:
-        found = "no code in transformers"
+        found, advice = "no code in transformers", ""
         if "auto_map" in config:
             found = "its code in the repository, which is not run"
+            advice = "read that code, and set trust_remote_code: true (--trust-remote-code), or "
         raise HalfstepError(
-            f"--source {source}: its model_type {kind[:80]!r} has {found}; name a model that "
-            f"transformers {transformers.__version__} knows, or an export of halfstep"
+            f"--source {source}: its model_type {kind[:80]!r} has {found}; {advice}name a model "
+            f"that transformers {transformers.__version__} knows, or an export of halfstep"
         )
     known = transformers.CONFIG_MAPPING[kind]
     says_causal = all("MaskedLM" not in str(name) for name in config.get("architectures") or [""])
@@ -167,24 +221,41 @@ def _exported_logits(config: dict[str, Any]) -> Logits | None:
 
 def _logits_of(config: dict[str, Any], auto: str, source: str, given: Logits | None) -> Logits:
     """Which output predicts a token, from the user or the family of the model."""
-    known = "same" if auto == MASKED else KNOWN_LOGITS.get(config["model_type"])
+    known = "same" if auto == MASKED else KNOWN_LOGITS.get(str(config.get("model_type")))
     if given or known:
         return given or known  # type: ignore[return-value]
     raise HalfstepError(
-        f"--source {source}: is a causal language model ({config['model_type']}), which is "
+        f"--source {source}: is a causal language model ({config.get('model_type')}), which is "
         "read as a denoiser only if it was trained as one; set logits: same, or logits: shifted "
         "if each output predicts the next token"
     )
 
 
 def _load(
-    config: dict[str, Any], tensors: dict[str, Tensor], auto: str, source: str
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    auto: str,
+    source: str,
+    code: Code | None,
 ) -> PreTrainedModel:
-    """The model of these tensors; neither a pickle nor code of the source is near transformers."""
+    """The model of these tensors; neither a pickle nor other code is near transformers."""
     with TemporaryDirectory() as name:
         write_json(Path(name) / "config.json", without_code(config))
         write_tensors(Path(name) / "model.safetensors", tensors, {"format": "pt"})
-        return load_pretrained(Path(name), auto, f"--source {source}")
+        return load_pretrained(Path(name), auto, f"--source {source}", code)
+
+
+def _check_head(model: PreTrainedModel, source: str) -> None:
+    """HalfstepError unless the model names an embedding table, and a linear layer as its head."""
+    try:
+        layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except Exception:  # code of others raises anything
+        layers = [None, None]
+    if not (isinstance(layers[0], nn.Embedding) and isinstance(layers[1], nn.Linear)):
+        raise HalfstepError(
+            f"--source {source}: {type(model).__name__} names no embedding table and no linear "
+            "layer of logits (get_input_embeddings, get_output_embeddings); name another model"
+        )
 
 
 def _kept_files(folder: Path, theirs: PreTrainedTokenizerBase) -> dict[str, bytes]:
@@ -239,7 +310,7 @@ def _checked_network(
 ) -> TransformersNetwork:
     """The network; HalfstepError unless it gives the model's logits, and reads both ways."""
     model.config.use_cache = False
-    if auto == CAUSAL:
+    if auto != MASKED:
         read_both_ways(model)
     x = (torch.arange(8)[None] * 7919 + 1) % vocabulary
     other = x.clone()
@@ -256,7 +327,7 @@ def _checked_network(
             fault = "its logits are no linear function of its features"
         elif torch.equal(h[:, 0], changed[:, 0]):
             fault = "its predictions do not depend on later tokens"
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # transformers, and code of others, raise many types
         fault = f"{type(error).__name__}: {reason(error)}"
     if fault:
         raise HalfstepError(

@@ -66,6 +66,7 @@ def import_checkpoint(  # noqa: PLR0913  the flags of the command
     weights: Literal["ema", "raw"] = "ema",
     size: str | None = None,
     logits: Logits | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a checkpoint from published weights.
 
@@ -78,7 +79,8 @@ def import_checkpoint(  # noqa: PLR0913  the flags of the command
     A source that begins with hf: is a model of transformers that fills in masks, such as
     hf:answerdotai/ModernBERT-base: a masked language model, or a causal one that was trained to
     read both ways. Its tokenizer is that of the corpus. Its mask token and the last token change
-    ids, so that the mask is the last one. No code of the source is run.
+    ids, so that the mask is the last one. Code of the source is run only with --trust-remote-code;
+    the checkpoint keeps it, and this account may run it from then on.
 
     Args:
         source: file, folder or hub name; hf: before a name or a folder of transformers
@@ -91,8 +93,12 @@ def import_checkpoint(  # noqa: PLR0913  the flags of the command
         size: refuse weights of another size (small, medium, large ...)
         logits: which output of an hf: model predicts a token: the one at its position (same) or at
             the position before (shifted); by default, what is known of the family
+        trust_remote_code: run the Python files in the repository of an hf: model, which can do
+            whatever you can do
     """
-    found = read_imported(source, student, corpus, tokenizer, weights, size, logits)
+    found = read_imported(
+        source, student, corpus, tokenizer, weights, size, logits, trust_remote_code
+    )
     _write_imported(output, found, weights)
     read = found.files
     if corpus:
@@ -104,7 +110,7 @@ def import_checkpoint(  # noqa: PLR0913  the flags of the command
     )
 
 
-def read_imported(
+def read_imported(  # noqa: PLR0913  the flags of the command
     source: str,
     student: PublishedStudent,
     corpus: Path | None,
@@ -112,21 +118,23 @@ def read_imported(
     weights: Literal["ema", "raw"],
     size: str | None,
     logits: Logits | None,
+    trust_remote_code: bool = False,
 ) -> ImportedWeights:
     """The published weights of a denoiser; arguments and HalfstepErrors of `import_checkpoint`."""
     if source.startswith(HF):
-        folder = find_folder(source)
+        folder = find_folder(source, trust_remote_code)
         if not is_ours(folder):
             if tokenizer:
                 raise HalfstepError(
                     f"--tokenizer {tokenizer}: found it with --source {source}, which has its own; "
                     "leave it out"
                 )
-            found = read_source(folder, source, corpus, logits)
+            found = read_source(folder, source, corpus, logits, trust_remote_code)
             return _weights_of_transformers(found, source, student, corpus, size)
-    if logits:
+    unused = f"--logits {logits}" if logits else "--trust-remote-code"
+    if logits or trust_remote_code:
         raise HalfstepError(
-            f"--logits {logits}: only sources that begin with hf: and are no denoiser of MDLM or "
+            f"{unused}: only sources that begin with hf: and are no denoiser of MDLM or "
             "halfstep need it; leave it out"
         )
     _, _, revision = source.partition("@")
@@ -198,9 +206,10 @@ def _check_size(network: Network, size: str | None, source: object) -> None:
         )
 
 
-def find_folder(source: str) -> Path:
+def find_folder(source: str, with_code: bool = False) -> Path:
     """The folder of a model of transformers, `source` after hf:, downloaded if it is a hub name."""
-    path = _find_source(source.removeprefix(HF), SOURCE_FILES)
+    patterns = [*SOURCE_FILES, "*.py"] if with_code else SOURCE_FILES
+    path = _find_source(source.removeprefix(HF), patterns)
     if not (path / "config.json").is_file():
         raise HalfstepError(
             f"--source {source}: holds no config.json; name a hub name such as "

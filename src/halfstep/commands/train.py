@@ -59,6 +59,7 @@ def pretrain(  # noqa: PLR0913  the flags of the command
     source: Annotated[str | None, tyro.conf.arg(name="from")] = None,
     logits: Logits | None = None,
     from_weights: Literal["ema", "raw"] = "ema",
+    trust_remote_code: bool = False,
 ) -> None:
     """Train a masked diffusion language model by MDLM's NELBO (arXiv 2406.07524, eq. 10).
 
@@ -81,6 +82,8 @@ def pretrain(  # noqa: PLR0913  the flags of the command
         logits: which output of an hf: model predicts a token: the one at its position (same) or at
             the position before (shifted); by default, what is known of the family
         from_weights: weights of --from; ema: the moving average if it has one; or raw
+        trust_remote_code: run the Python files in the repository of an hf: model, which can do
+            whatever you can do
     """
     _check_architecture(network)
     read, origin = corpus_files(corpus, "train", "validation"), None
@@ -97,9 +100,10 @@ def pretrain(  # noqa: PLR0913  the flags of the command
     if adapt:
         origin = read_origin(adapt, corpus, network)
     elif source:
-        origin = read_denoiser(source, corpus, network, logits, from_weights)
-    elif logits:
-        raise HalfstepError(f"--logits {logits}: found it without --from hf:...; leave it out")
+        origin = read_denoiser(source, corpus, network, logits, from_weights, trust_remote_code)
+    elif logits or trust_remote_code:
+        unused = f"--logits {logits}" if logits else "--trust-remote-code"
+        raise HalfstepError(f"{unused}: found it without --from hf:...; leave it out")
     if origin:
         network, read = origin.network, read + origin.files
     job = TrainingJob.begin(f"pretrain/{output.parent.name}", corpus, output, machine)

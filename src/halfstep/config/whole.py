@@ -44,6 +44,9 @@ class Teacher(Section):
     logits: Literal["same", "shifted"] | None = None
     """which output of an hf: model predicts a token: the one at its position (same) or at the
     position before (shifted); null: what is known of the family"""
+    trust_remote_code: bool = False
+    """run the Python files in the repository of an hf: model, as LLaDA and Dream need it: they can
+    do whatever you can do, so read them first"""
     adapt: Word | None = None
     """pretraining starts from these autoregressive weights (DiffuGPT): baseline, the one of this
     teacher; the folder of a checkpoint of `halfstep train-baseline`; or a GPT-2 model of
@@ -196,6 +199,11 @@ class Config(Section):
                 raise ValueError(
                     f"teachers.{name}.logits: found {teacher.logits}, but only a teacher with "
                     "from: hf:... has them; leave it out"
+                )
+            if teacher.trust_remote_code and not (teacher.source or "").startswith("hf:"):
+                raise ValueError(
+                    f"teachers.{name}.trust_remote_code: found true, but only a teacher with "
+                    "from: hf:... brings code; leave it out"
                 )
             if teacher.pretraining.anneal_attention and not teacher.adapt:
                 raise ValueError(

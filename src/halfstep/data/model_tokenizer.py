@@ -96,12 +96,16 @@ def _from_hub(source: str, where: str) -> Path:
 
 
 def _load_tokenizer(folder: Path, where: str) -> Any:
-    from transformers import AutoTokenizer
+    """The tokenizer of a folder; that of a model with its own code is its tokenizer.json."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    about = folder / "config.json"
     try:
-        found = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        has_code = about.is_file() and "auto_map" in read_json(about)
+        reader = AutoTokenizer
+        if has_code and (folder / "tokenizer.json").is_file():
+            reader = PreTrainedTokenizerFast
+        found = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         found.backend_tokenizer.to_str()
     except Exception as error:  # transformers raises many types
         raise HalfstepError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from halfstep.diffusion.contracts import Readout, Where
 from halfstep.errors import HalfstepError, reason
-from halfstep.pretrained import CAUSAL, build_pretrained
+from halfstep.pretrained import MASKED, build_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,14 +112,16 @@ def build_network_of(about: dict[str, Any], vocabulary: int, dropout: float) -> 
     HalfstepError if transformers knows no such model.
     """
     try:
-        model = build_pretrained(about["auto"], about["config"], dropout)
+        model = build_pretrained(about["auto"], about["config"], dropout, about.get("code"))
+    except HalfstepError:
+        raise
     except Exception as error:  # transformers raises many types
         raise HalfstepError(
             "meta.json: transformers: describes no model that this version of transformers builds "
             f"({type(error).__name__}: {reason(error)}); install another one, or import the model "
             "again"
         ) from None
-    if about["auto"] == CAUSAL:
+    if about["auto"] != MASKED:
         read_both_ways(model)
     return TransformersNetwork(model, vocabulary)
 

@@ -157,8 +157,8 @@ def tasks_markdown(table: DataFrame) -> str:
         for (task, measure), group in mine[is_written].groupby(["task", "measure"], sort=False):
             parts.append(f"### {task}: {measure} (protocol {WRITTEN}), ± 95% interval")
             parts.append(make_grid(sampled_rows(group), "steps", "sampling steps"))
-            calls = _network_calls(sampled_rows(group))
-            parts += [*_levels(group), *calls, *_conditions(group)]
+            evaluations = _network_evaluations(sampled_rows(group))
+            parts += [*_levels(group), *evaluations, *_conditions(group)]
         read = mine[~is_written]
         for (measure, protocol), group in read.groupby(["measure", "protocol"], sort=False):
             parts.append(f"### {measure} (protocol {protocol}), ± 95% interval")

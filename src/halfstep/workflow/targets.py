@@ -205,6 +205,10 @@ class Targets:
             return ["--adapt", f"results/models/{teacher_name(wildcards)}/baseline"]
         return ["--adapt", teacher.adapt] if teacher.adapt else []
 
+    def runs_code(self, wildcards: Wildcards) -> str:
+        """The flag that lets a model of transformers run its own code, where the user says so."""
+        return "--trust-remote-code" if self.teacher(wildcards).trust_remote_code else ""
+
     def start_file(self, wildcards: Wildcards) -> list[str]:
         """The file or folder that stands for these weights, unless they come from the hub."""
         match self.start(wildcards):

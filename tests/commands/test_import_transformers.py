@@ -1,8 +1,11 @@
 """`halfstep import --source hf:...`: models of transformers as checkpoints of denoisers."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -154,7 +157,7 @@ def test_a_tokenizer_of_the_user_is_refused(pipeline, tmp_path, capsys):
     ("change", "sentence"),
     [
         ({"transformers": None}, "need each other, found only one of them"),
-        ({"transformers": {"auto": "AutoModel"}}, "transformers.auto"),
+        ({"transformers": {"auto": "AutoModelForVision"}}, "transformers.auto"),
         ({"config": {"model_type": "bert", "num_hidden_layers": 10**7}}, "describes no model"),
         ({"config": {"model_type": "own", "auto_map": {"": "x.Y"}}}, "describes no model"),
         ({"config": {"model_type": "bert", "vocab_size": 2**40}}, "has shape|missing tensors"),
@@ -223,6 +226,11 @@ def test_an_export_of_ours_needs_no_code_of_its_own(pipeline, tmp_path):
     done(f"import {line} --output {tmp_path}/m/teacher")
     model = halfstep.load(tmp_path / "m/teacher", "cpu")
     assert model.meta["network"]["architecture"] == "dit"
+    first = halfstep.load(pipeline.teacher, "cpu")
+    found, expected = model.network.state_dict(), first.network.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert model.tokenizer.get_vocab() == first.tokenizer.get_vocab()
     x = torch.randint(0, V + 1, (3, LENGTH), generator=torch.Generator().manual_seed(1))
     theirs = HalfstepForMaskedLM.from_pretrained(tmp_path / "hub").eval()
     with torch.no_grad():
@@ -390,5 +398,22 @@ def test_a_repository_that_cannot_be_read_is_one_sentence(
     assert call(f"import --source hf:own/model@main --output {tmp_path}/m/teacher") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
+<<<<<<< HEAD
     assert f"--source own/model@main: the download failed {sentence}" in error
     assert "check name, revision and network" in error
+=======
+    assert "--source own/model@main: the download failed (OSError: no route to host)" in error
+
+
+def test_a_repository_that_is_not_in_the_cache_of_an_offline_machine_is_one_sentence(tmp_path):
+    """With the real client of the hub, which says so in several lines; and for code too."""
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    code = "import sys; from halfstep.cli import main; sys.exit(main(sys.argv[1:]))"
+    line = f"import --source hf:own/gated --output {tmp_path}/m/teacher --trust-remote-code"
+    command = [sys.executable, "-c", code, *line.split()]
+    found = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert found.stderr.count("\n") == 1
+    assert "--source own/gated: the download failed (LocalEntryNotFoundError" in found.stderr
+    assert "name the folder" in found.stderr
+>>>>>>> b08e6fc (Tests: an offline machine, every bit of our own export)

@@ -44,6 +44,16 @@ class Framing(BaseModel):
     end: list[Count] = []
 
 
+class Lora(BaseModel):
+    """The entry `lora` of meta.json: the adapters of a round, which are merged into its weights."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    rank: PositiveInt
+    alpha: Annotated[float, Field(gt=0)]
+    targets: list[str] = []
+
+
 class Meta(BaseModel):
     """What a meta.json must and may hold; other keys are records for people."""
 
@@ -65,3 +75,4 @@ class Meta(BaseModel):
     corpus: str | None = None
     transformers: Transformers | None = None
     framing: Framing | None = None
+    lora: Lora | None = None

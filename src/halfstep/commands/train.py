@@ -1,7 +1,7 @@
 """`halfstep pretrain` and `halfstep train-baseline`: the first teacher, and the baseline."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +28,12 @@ from halfstep.records import provenance
 from halfstep.records.journal import Journal
 from halfstep.training.blocks import prepare_blocks
 from halfstep.training.loop import fit
+from halfstep.training.optim import trained_parameters
 from halfstep.training.state import Run, Start, TrainingState
 from halfstep.training.step import Batch, Objective, Tensors, micro_batches, step_generator
 
+TrainedFiles = dict[str, dict[str, Tensor]]
+"""By file of a checkpoint: the trained tensors by name"""
 VALIDATION_WINDOWS = 512  # held-out windows behind each figure, or all there are
 
 
@@ -182,12 +185,21 @@ class TrainingJob:
             windows=len(self.windows),
         )
 
-    def finish(self, state: TrainingState, meta: dict, journal: Journal) -> None:
-        """Write the checkpoint on rank 0 and delete the rolling one; all ranks wait for that."""
+    def finish(
+        self,
+        state: TrainingState,
+        meta: dict,
+        journal: Journal,
+        merge: Callable[[TrainedFiles], Mapping] | None = None,
+    ) -> None:
+        """Write the checkpoint on rank 0 and delete the rolling one; all ranks wait for that.
+
+        With adapters, `merge` makes the tensors of each file of those that were trained.
+        """
         stored = state.network.state_dict().keys()  # without what is computed from the shape
         buffers = {key: value for key, value in state.network.named_buffers() if key in stored}
         files = {
-            "model.safetensors": {**dict(state.network.named_parameters()), **buffers},
+            "model.safetensors": {**trained_parameters(state.network), **buffers},
             "ema.safetensors": {**state.ema.shadow, **buffers},
             "best.safetensors": {**state.best, **buffers},
             "optimizer.safetensors": state.optimizer_state,
@@ -201,7 +213,8 @@ class TrainingJob:
                 # Sorted, because a resumed training has the figures in another order.
                 "validation": dict(sorted(state.validation.items())),
             }
-            checkpoint.save_checkpoint(self.output, tensors, meta, self.corpus / "tokenizer.json")
+            files = merge(tensors) if merge else tensors
+            checkpoint.save_checkpoint(self.output, files, meta, self.corpus / "tokenizer.json")
             shutil.rmtree(self.output / "state", ignore_errors=True)
         self.group.barrier()
         journal.close(checkpoint=self.output)

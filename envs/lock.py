@@ -44,7 +44,7 @@ KINDS = {  # file: its purpose, extras of pyproject.toml, option of pip, suffix 
     ),
     "gpu.yaml": (
         "For trainings, samples, scores and timings, on a machine with an NVIDIA GPU or without.",
-        ["eval"],
+        ["eval", "lora"],
         *("", ""),
     ),
     "report.yaml": ("For tables, figures, pages and MLflow.", ["report", "track"], *CPU),

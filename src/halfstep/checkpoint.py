@@ -3,7 +3,7 @@
 model.safetensors      raw weights
 ema.safetensors        their moving average
 best.safetensors       the moving average at the lowest held-out loss (not always there)
-optimizer.safetensors  optimizer state
+optimizer.safetensors  optimizer state; with LoRA that of the adapters, which it holds too
 hf/                    of a baseline: config.json and model.safetensors for transformers; one that
                        is published has no other weights
 tokenizer.json         the tokenizer of the corpus
@@ -15,7 +15,7 @@ meta.json              written last: a folder without it is no checkpoint
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -170,20 +170,21 @@ def build_denoiser(network: nn.Module, meta: dict) -> SubsDenoiser:
 
 def save_checkpoint(
     folder: Path,
-    tensors: dict[str, dict[str, Tensor]],
+    tensors: Mapping[str, dict[str, Tensor] | Callable[[], dict[str, Tensor]]],
     meta: dict,
     tokenizer: Path,
     others: Sequence[str] = (),
 ) -> None:
     """Write a checkpoint; meta.json, with the checksum of every other file, comes last.
 
-    `tensors` maps file names (model.safetensors, ...) to named tensors; `others` are files that
-    are there.
+    `tensors` maps file names (model.safetensors, ...) to named tensors, or to functions that return
+    them, so that not all are in memory at once; `others` are files that are there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     for name, state in tensors.items():
-        write_tensors(folder / name, state, {"format": "pt"})
+        named = state() if callable(state) else state
+        write_tensors(folder / name, named, {"format": "pt"})
     write_atomic(folder / "tokenizer.json", Path(tokenizer).read_bytes())
     sums = {name: sha256(folder / name) for name in [*tensors, *others, "tokenizer.json"]}
     write_json(folder / "meta.json", {"format": FORMAT, **meta, "sha256": sums})
@@ -258,6 +259,10 @@ def read_tensors(folder: Path, name: str, meta: dict) -> dict[str, Tensor]:
             )
         with torch.device("meta"):
             expected = build_network(meta)
+            if name == OPTIMIZER and meta.get("lora"):
+                from halfstep.adapters import add_adapters
+
+                add_adapters(expected, **meta["lora"])
         if name == OPTIMIZER:
             check_optimizer_state(expected, found, path)
         else:

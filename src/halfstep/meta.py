@@ -108,6 +108,16 @@ def check_framing(about: dict[str, Any], path: object, advice: str) -> None:
         )
 
 
+class Lora(BaseModel):
+    """The entry `lora` of meta.json: the adapters of a round, which are merged into its weights."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    rank: PositiveInt
+    alpha: Annotated[float, Field(gt=0)]
+    targets: list[str] = []
+
+
 class Meta(BaseModel):
     """What a meta.json must and may hold; other keys are records for people."""
 
@@ -130,3 +140,4 @@ class Meta(BaseModel):
     transformers: Transformers | None = None
     framing: Framing | None = None
     pairs: Turn | None = None
+    lora: Lora | None = None

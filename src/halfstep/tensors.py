@@ -32,10 +32,16 @@ def check_weights(network: nn.Module, state: dict[str, Tensor], path: Path) -> N
 
 
 def check_optimizer_state(network: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Raise HalfstepError unless `state` is AdamW's for every parameter of the network."""
+    """Raise HalfstepError unless `state` is AdamW's for every trained parameter of the network.
+
+    Of a network with adapters it also holds these, and their average.
+    """
     own = {}
     for name, p in network.named_parameters():
-        own |= {f"exp_avg:{name}": p, f"exp_avg_sq:{name}": p, f"step:{name}": p.new_empty(())}
+        if p.requires_grad:
+            own |= {f"exp_avg:{name}": p, f"exp_avg_sq:{name}": p, f"step:{name}": p.new_empty(())}
+        if p.requires_grad and ".lora_" in name:
+            own |= {f"raw:{name}": p, f"ema:{name}": p}
     _check_names(state, own.keys(), own.keys(), path)
     for key, value in state.items():
         _check_shape(key, value, own[key], path)

@@ -398,11 +398,8 @@ def test_a_repository_that_cannot_be_read_is_one_sentence(
     assert call(f"import --source hf:own/model@main --output {tmp_path}/m/teacher") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-<<<<<<< HEAD
     assert f"--source own/model@main: the download failed {sentence}" in error
     assert "check name, revision and network" in error
-=======
-    assert "--source own/model@main: the download failed (OSError: no route to host)" in error
 
 
 def test_a_repository_that_is_not_in_the_cache_of_an_offline_machine_is_one_sentence(tmp_path):
@@ -416,4 +413,3 @@ def test_a_repository_that_is_not_in_the_cache_of_an_offline_machine_is_one_sent
     assert found.stderr.count("\n") == 1
     assert "--source own/gated: the download failed (LocalEntryNotFoundError" in found.stderr
     assert "name the folder" in found.stderr
->>>>>>> b08e6fc (Tests: an offline machine, every bit of our own export)

@@ -11,6 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "halfstep"
 LEAVES = {"data", "diffusion", "distill", "models", "training", "metrics", "report"}
 BELOW = {
+    "adapters",
     "kernels",
     "distributed",
     "records",
@@ -45,6 +46,7 @@ HEAVY = {
     "mauve",
     "faiss",
     "nltk",
+    "peft",
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 LATE = [

@@ -1,6 +1,7 @@
 """`halfstep distill-round`: one round of Self-Distillation Through Time."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,12 @@ import torch
 from torch import Tensor
 
 from halfstep import checkpoint
+from halfstep.commands.adapter_round import (
+    AdapterRound,
+    check_adapters,
+    lora_of,
+    teacher_of_adapters,
+)
 from halfstep.commands.train import (
     NEVER,
     WATCHED_STEPS,
@@ -66,9 +73,14 @@ def distill_round(
     job = TrainingJob.begin(f"distill-round/{base}/{name}", corpus, output, machine)
     source = checkpoint.read_meta(teacher)
     _check_teacher(source, teacher, job.windows, corpus, round)
+    check_adapters(teacher, source, run)
 
-    begin_with = "ema" if round == 1 else "raw"
-    student, old, start = _begin_round(teacher, source, begin_with, round, run, job, seed)
+    begin_with, lora = "ema" if round == 1 else "raw", lora_of(run)
+    adapted = AdapterRound(teacher, source, begin_with, run) if lora else None
+    if adapted:
+        student, old, start = _begin_adapters(adapted, round, job, seed)
+    else:
+        student, old, start = _begin_round(teacher, source, begin_with, round, run, job, seed)
     held_out = HeldOut.read(corpus, job.device, machine, job.group)
     validation = DiffusionObjective(student, source["training"]["min_t"], held_out)
     objective = DistillationObjective(student, old, plan, run, validation, seed)
@@ -85,6 +97,7 @@ def distill_round(
         **{key: source[key] for key in OF_ORIGIN if key in source},
         "training": source["training"],
     }
+    meta |= {"lora": lora} if lora else {}
     digest = source["sha256"][checkpoint.FILES[begin_with]]
     about = {"seed": seed, "round": round, "dt": plan.dt, "student_steps": plan.student_steps}
     tags = {"teacher": base, "run": output.parent.name, "round": round}
@@ -93,7 +106,8 @@ def distill_round(
     with job.journal(name, {**about, **run.model_dump()}, tags, [read_weights]) as journal:
         batches = job.batches(run, seed + round)
         state = fit(student.network, objective, batches, run, start, job.run(journal, step_flops))
-        job.finish(state, meta, journal, checkpoint.read_kept(teacher))
+        merge = adapted and partial(adapted.files, student.network)
+        job.finish(state, meta, journal, checkpoint.read_kept(teacher), merge)
     if not job.group.is_main:
         return
     read = [
@@ -141,6 +155,18 @@ def _begin_round(
         ema = EMA(network, run.ema_decay, weights["ema"], source["ema_updates"])
     start = Start(seed + 1000 * round, ema, optimizer_state, from_zero=True)
     return checkpoint.build_denoiser(network, source), old, start
+
+
+def _begin_adapters(
+    adapted: AdapterRound, round: int, job: TrainingJob, seed: int
+) -> tuple[SubsDenoiser, SubsDenoiser, Start]:
+    """As `_begin_round`: student and teacher are one network with two adapters."""
+    network = adapted.network(seed)
+    job.place(network)
+    student = checkpoint.build_denoiser(network, adapted.source)
+    ema, state = adapted.ema(network), adapted.optimizer_state
+    start = Start(seed + 1000 * round, ema, state, from_zero=True)
+    return student, teacher_of_adapters(student), start
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,7 @@ EXTRAS = {  # of pyproject.toml, and what needs them
     "workflow": "snakemake, which runs everything",
     "report": "tables and figures",
     "eval": "judges and texts of the hub, LAMBADA and other tasks, MAUVE",
+    "lora": "rounds that train adapters (lora_rank)",
     "track": "runs in MLflow",
     "docs": "the documentation as a site",
 }

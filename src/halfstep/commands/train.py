@@ -33,6 +33,7 @@ from halfstep.records import provenance
 from halfstep.records.journal import Journal
 from halfstep.training.blocks import prepare_blocks
 from halfstep.training.loop import fit
+from halfstep.training.optim import trained_parameters
 from halfstep.training.state import Run, Start, TrainingState
 from halfstep.training.step import (
     Batch,
@@ -43,6 +44,8 @@ from halfstep.training.step import (
     step_generator,
 )
 
+TrainedFiles = dict[str, dict[str, Tensor]]
+"""By file of a checkpoint: the trained tensors by name"""
 WATCHED, WATCHED_STEPS = 16, 32  # texts and sampling steps of a validation
 NEVER = 1.0  # a uniform that masks its position at no time, because 1 - alpha(t) <= 1
 VALIDATION_WINDOWS = 512  # held-out windows behind each figure, or all there are
@@ -229,16 +232,22 @@ class TrainingJob:
         )
 
     def finish(
-        self, state: TrainingState, meta: dict, journal: Journal, kept: Mapping[str, bytes]
+        self,
+        state: TrainingState,
+        meta: dict,
+        journal: Journal,
+        kept: Mapping[str, bytes],
+        merge: Callable[[TrainedFiles], Mapping] | None = None,
     ) -> None:
         """Write the checkpoint on rank 0 and delete the rolling one; all ranks wait for that.
 
-        `kept`: files of the model of transformers that it came from, for its export.
+        `kept`: files of the model of transformers that it came from, for its export. With adapters,
+        `merge` makes the tensors of each file of those that were trained.
         """
         stored = state.network.state_dict().keys()  # without what is computed from the shape
         buffers = {key: value for key, value in state.network.named_buffers() if key in stored}
         files = {
-            "model.safetensors": {**dict(state.network.named_parameters()), **buffers},
+            "model.safetensors": {**trained_parameters(state.network), **buffers},
             "ema.safetensors": {**state.ema.shadow, **buffers},
             "best.safetensors": {**state.best, **buffers},
             "optimizer.safetensors": state.optimizer_state,
@@ -252,9 +261,10 @@ class TrainingJob:
                 # Sorted, because a resumed training has the figures in another order.
                 "validation": dict(sorted(state.validation.items())),
             }
+            files = merge(tensors) if merge else tensors
             checkpoint.write_kept(self.output, kept)
             tokenizer = self.corpus / "tokenizer.json"
-            checkpoint.save_checkpoint(self.output, tensors, meta, tokenizer, list(kept))
+            checkpoint.save_checkpoint(self.output, files, meta, tokenizer, list(kept))
             shutil.rmtree(self.output / "state", ignore_errors=True)
         self.group.barrier()
         journal.close(checkpoint=self.output)

@@ -10,6 +10,7 @@ from halfstep.config.values import (
     MOST_ROUNDS,
     Count,
     Float,
+    Names,
     Positive,
     Precision,
     RoundNumber,
@@ -142,9 +143,24 @@ class Distillation(Training):
     max_empty_texts: Annotated[Float, Field(ge=0, le=1)] | None = None
     """only with a corpus of pairs: stop when more than this share of the responses that are drawn
     in a validation are only end-of-text"""
+    lora_rank: Annotated[Whole, Field(ge=1, le=2**16)] | None = None
+    """train adapters of this rank (LoRA) instead of the network, in less memory: teacher and
+    student are one network with two adapters; null: the whole network"""
+    lora_alpha: Positive = 32.0
+    """adapters are multiplied by lora_alpha / lora_rank (only with lora_rank)"""
+    lora_targets: Names = []
+    """linear layers that have adapters, by name or the end of it: [q_proj, v_proj] (only with
+    lora_rank); []: all but the readout"""
 
     @model_validator(mode="after")
     def _check_rounds(self) -> Distillation:
+        for key in ("lora_alpha", "lora_targets"):
+            value = getattr(self, key)
+            if self.lora_rank is None and value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key}: found {value}, which is used only with lora_rank; leave it out, or "
+                    "set lora_rank: 16"
+                )
         most = 0
         while self.teacher_steps % self.substeps ** (most + 1) == 0:
             most += 1

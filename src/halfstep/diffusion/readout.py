@@ -34,7 +34,7 @@ class _Readout(torch.autograd.Function):
         if any(ctx.needs_input_grad[:3]):
             loss_and_gradient = row_gradient or _by_autograd(row_loss)
             total, *ctx.grads = _value_and_gradients(
-                h, W, b, loss_and_gradient, takes_logits=row_gradient is None
+                h, W, b, loss_and_gradient, row_gradient is None, ctx.needs_input_grad[1]
             )
         else:
             total = _value(h, W, b, row_loss)
@@ -43,8 +43,7 @@ class _Readout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, out: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None  # scaled in place, so a second backward pass fails
-        grad_h, grad_W, grad_b = (g.mul_(out) for g in grads)
-        return grad_h, grad_W, grad_b, None, None
+        return *(None if g is None else g.mul_(out) for g in grads), None, None
 
 
 def _value(h: Tensor, W: Tensor, b: Tensor, row_loss: RowLoss) -> Tensor:
@@ -57,10 +56,17 @@ def _value(h: Tensor, W: Tensor, b: Tensor, row_loss: RowLoss) -> Tensor:
 
 
 def _value_and_gradients(
-    h: Tensor, W: Tensor, b: Tensor, row_gradient: RowGradient, takes_logits: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h: Tensor,
+    W: Tensor,
+    b: Tensor,
+    row_gradient: RowGradient,
+    takes_logits: bool,
+    learns_W: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The loss and its gradients in h, W and b; that in W, a large matrix, only if W learns."""
     total, N, rows = torch.zeros((), device=h.device), len(h), pad_rows(h.detach())
-    grad_h, grad_W, grad_b = torch.empty_like(rows), torch.zeros_like(W), torch.zeros_like(b)
+    grad_h, grad_b = torch.empty_like(rows), torch.zeros_like(b)
+    grad_W = torch.zeros_like(W) if learns_W else None
     V = len(b)
     for part in row_chunks(len(rows), V, h.device):
         x, n = rows[part].float(), N - part.start  # the last chunk has n real rows
@@ -69,7 +75,8 @@ def _value_and_gradients(
         total += loss[:n].sum()
         g[n:] = 0
         grad_h[part] = matmul(g, W[:V].t())
-        grad_W[:V].addmm_(g.t(), x)
+        if grad_W is not None:
+            grad_W[:V].addmm_(g.t(), x)
         grad_b += g.sum(0)
         del z, g  # before the next chunk is computed
     return total, grad_h[:N], grad_W, grad_b

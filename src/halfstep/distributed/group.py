@@ -140,9 +140,13 @@ class Group:
     def shard(self, network: nn.Module) -> bool:
         """Shard a network of more than REPLICATED parameters over the ranks, in place (FSDP2).
 
-        Its gradients are then summed over the ranks. Returns False if every rank keeps all of it.
+        Its gradients are then summed over the ranks. Returns False if every rank keeps all of it,
+        as of a network with adapters: its frozen weights are the teacher's too, and the passes of a
+        teacher depend on its rank's texts.
         """
-        if self.size == 1 or sum(p.numel() for p in network.parameters()) <= REPLICATED:
+        parameters = list(network.parameters())
+        is_small = sum(p.numel() for p in parameters) <= REPLICATED
+        if self.size == 1 or is_small or not all(p.requires_grad for p in parameters):
             return False
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

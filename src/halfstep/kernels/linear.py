@@ -45,12 +45,14 @@ def matmul(
 
 def linear(x: Tensor, layer: nn.Linear, again: Recompute = None) -> Tensor:
     """layer(x): x[..., K] -> [..., N]."""
+    if type(layer) is not nn.Linear:  # one with an adapter
+        return layer(x)
     return matmul(x, _matrix(x, layer), layer.bias, again)
 
 
 def mlp(x: Tensor, up: nn.Linear, down: nn.Linear, again: Recompute = None) -> Tensor:
     """down(GELU(up(x))) with the tanh form of GELU: x[..., K] -> [..., K]."""
-    if not _plain(x, up.weight):
+    if not _plain(x, up.weight) or {type(up), type(down)} != {nn.Linear}:
         return down(F.gelu(up(x), approximate="tanh"))
     if _learns(x, up.weight, down.weight):
         return _GELUProduct.apply(matmul(x, up.weight, up.bias, again), down.weight, down.bias)

@@ -31,10 +31,11 @@ def computing(device: torch.device, precision: str) -> Iterator[None]:
 def cast_matrices(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast matrices and biases to `dtype` in place, bit for bit as autocast does in every pass.
 
-    Norms, embedding tables, adaLN and the readout stay float32, as they are inside autocast.
+    Norms, embedding tables, adaLN and the readout stay float32, as they are inside autocast; so do
+    adapters (LoRA), which are trained.
     """
     for name, module in network.named_modules():
-        is_float32 = name.endswith(("adaLN_modulation", "output_layer.linear"))
+        is_float32 = name.endswith(("adaLN_modulation", "output_layer.linear")) or ".lora_" in name
         if isinstance(module, nn.Linear) and not is_float32:
             module.to(dtype)
     return network

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halfstep.diffusion.contracts import KVDenoiser, Readout, Schedule, Where
 from halfstep.kernels.linear import matmul, pack_network, pack_weight
@@ -37,7 +38,7 @@ class SubsDenoiser:
     ):
         self.network, self.schedule, self.shifted = network, schedule, shifted
         self.ignores_time = not time_conditioning
-        self._pass: nn.Module | GraphedNetwork | partial[Tensor] = network
+        self._pass: Callable[..., Tensor] = network
         self._packed: dict[tuple[int, int], Tensor] = {}  # (first, last token) -> slice of W
 
     @property
@@ -95,8 +96,12 @@ class SubsDenoiser:
 
         pairs[L, L] bool; `features_and_kv` reads all positions as before.
         """
+        return self.passing(partial(self.network, pairs=pairs))
+
+    def passing(self, forward: Callable[..., Tensor]) -> SubsDenoiser:
+        """The same denoiser, with another function for `features`: that of the network."""
         copy = SubsDenoiser(self.network, self.schedule, not self.ignores_time, self.shifted)
-        copy._pass = partial(self.network, pairs=pairs)
+        copy._pass = forward
         return copy
 
     @cached_property

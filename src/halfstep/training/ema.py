@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from halfstep.distributed.group import shard_like
+from halfstep.training.optim import trained_parameters
 
 
 class EMA:
-    """Moving average of a network's parameters: shadow <- d shadow + (1 - d) weights.
+    """Moving average of the parameters that are trained: shadow <- d shadow + (1 - d) weights.
 
     At the n-th update d = min(decay, (1 + n) / (10 + n)), as in MDLM and SDTT. The average starts
     at `shadow`, or at the weights. `updates` is the number of updates that it already has.
@@ -21,7 +22,7 @@ class EMA:
         updates: int = 0,
     ):
         self.decay, self.updates = decay, updates
-        self.weights = dict(network.named_parameters())
+        self.weights = trained_parameters(network)
         first = shadow or self.weights
         self.shadow = {name: shard_like(first[name], p) for name, p in self.weights.items()}
 

@@ -80,6 +80,11 @@ class FusedAdamW:
             p.grad = None
 
 
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name: all, or those of an adapter."""
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
 def optimizer_state(network: nn.Module, optimizer: FusedAdamW) -> dict[str, Tensor]:
     """Optimizer state by parameter name, with the keys step:name, exp_avg:name, exp_avg_sq:name."""
     return {

@@ -18,7 +18,12 @@ from halfstep.errors import HalfstepError
 from halfstep.files import write_tensors
 from halfstep.records.journal import Journal
 from halfstep.training.ema import EMA
-from halfstep.training.optim import FusedAdamW, load_optimizer_state, optimizer_state
+from halfstep.training.optim import (
+    FusedAdamW,
+    load_optimizer_state,
+    optimizer_state,
+    trained_parameters,
+)
 
 STATE = "state.safetensors"
 CHECKSUM = "sha256"  # key of the header of STATE
@@ -113,11 +118,11 @@ def begin(network: nn.Module, training: Training, start: Start, run: Run) -> Tra
 def save_state(state: TrainingState, run: Run) -> None:
     """Write the rolling checkpoint as one atomic file; all ranks wait until it is there.
 
-    The file holds weights, average, optimizer state and best average. Its header holds the rest,
-    and a checksum of all.
+    The file holds trained weights, their average, optimizer state and best average. Its header
+    holds the rest, and a checksum of all.
     """
     groups: dict[str, dict[str, Tensor]] = {
-        "raw": dict(state.network.named_parameters()),
+        "raw": {**trained_parameters(state.network)},
         "ema": state.ema.shadow,
         "opt": state.optimizer_state,
         "best": state.best,
@@ -191,7 +196,7 @@ def load_state(state: TrainingState, run: Run) -> None:
         group, name = key.split("/", 1)
         groups[group][name] = value
     with torch.no_grad():
-        for name, p in state.network.named_parameters():
+        for name, p in trained_parameters(state.network).items():
             p.copy_(shard_like(groups["raw"][name], p))
     load_optimizer_state(state.network, state.optimizer, groups["opt"])
     for name, shadow in state.ema.shadow.items():

@@ -1,0 +1,176 @@
+"""Rounds that train adapters (LoRA), of our own network and of models of transformers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from published import build_family, masked_tokenizer
+from safetensors.torch import load_file
+from small import CORPUS, MACHINE, TRAINING, done
+
+import halfstep
+from halfstep import checkpoint
+from halfstep.adapters import adapter_tensors
+from halfstep.commands import train
+from halfstep.commands.adapter_round import AdapterRound, teacher_of_adapters
+from halfstep.config import Distillation
+from halfstep.training import loop
+
+V, LENGTH = 300, 24  # of the small corpus
+ROUNDS = f"--rounds 2 --teacher-steps 16 --seed 3 {TRAINING} {MACHINE}"
+LORA = "--lora-rank 4 --lora-alpha 8 --lr 1e-2"
+X = torch.randint(2, V + 1, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "stories"
+    done(f"prepare-corpus --output {folder} {CORPUS} --workers 1")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["dit", "bert", "gpt2", "qwen2"])
+def teacher(request, corpus, tmp_path_factory):
+    """A checkpoint: our own network, or one that transformers builds."""
+    kind, root = request.param, tmp_path_factory.mktemp("teacher")
+    output = root / "models" / kind / "teacher"
+    if kind == "dit":
+        done(f"pretrain --corpus {corpus} --size tiny --output {output} {TRAINING} {MACHINE}")
+        return output
+    build_family(kind, V + 12, LENGTH, root / "hub")
+    masked_tokenizer(corpus, 103).save_pretrained(root / "hub")
+    said = "--logits same" if kind == "qwen2" else ""
+    done(f"import --source hf:{root}/hub --corpus {corpus} --output {output} {said}")
+    return output
+
+
+def distill_once(teacher: Path, corpus: Path, output: Path, options: str = LORA) -> Path:
+    """One round; its number is in the name of the folder."""
+    number = output.name.removeprefix("round-")
+    line = f"distill-round --round {number} --teacher {teacher} --corpus {corpus}"
+    done(f"{line} --output {output} {ROUNDS} {options}")
+    return output
+
+
+@pytest.fixture(scope="module")
+def first(teacher, corpus, tmp_path_factory):
+    """The first round of a teacher."""
+    return distill_once(teacher, corpus, tmp_path_factory.mktemp("run") / "kl/round-1")
+
+
+def adapted(folder: Path, **options):
+    """Student and teacher of a round from this checkpoint, as `distill_round` makes them."""
+    source = checkpoint.read_meta(folder)
+    run = Distillation(lora_rank=4, lora_alpha=8.0, precision="float32", dropout=0.0, **options)
+    weights = "ema" if source["round"] == 0 else "raw"
+    round = AdapterRound(folder, source, weights, run)
+    student = checkpoint.build_denoiser(round.network(1), source)
+    return round, student, teacher_of_adapters(student)
+
+
+def log_p(denoiser):
+    with torch.no_grad():
+        return denoiser.log_p(denoiser.features(X, torch.full((len(X),), 0.5)))
+
+
+def move(network, seed=2):
+    """Change the adapter of the student as training does, much further."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter_tensors(network).values():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+
+
+def test_the_student_begins_as_its_teacher(teacher):
+    _, student, old = adapted(teacher)
+    assert torch.equal(log_p(student), log_p(old))
+    plain = halfstep.load(teacher, "cpu").denoiser  # its products may be those of oneDNN
+    assert torch.allclose(log_p(student), log_p(plain), atol=1e-6)
+
+
+def test_only_the_students_adapter_learns_and_the_teacher_stays(teacher):
+    _, student, old = adapted(teacher)
+    before = log_p(old)
+    h = student.features(X, torch.full((len(X),), 0.5))
+    student.log_p(h).square().sum().backward()
+    learning = {name for name, p in student.network.named_parameters() if p.grad is not None}
+    assert learning == adapter_tensors(student.network).keys()
+    move(student.network)
+    assert not torch.allclose(log_p(student), before, atol=1e-5, rtol=0)
+    assert torch.equal(log_p(old), before)
+
+
+def test_merged_weights_compute_what_the_adapters_compute(teacher, tmp_path):
+    round, student, _ = adapted(teacher)
+    move(student.network)
+    own = adapter_tensors(student.network)
+    trained = dict.fromkeys(checkpoint.FILES.values(), own) | {checkpoint.OPTIMIZER: {}}
+    files = round.files(student.network, trained)
+    network = checkpoint.build_network(round.source)
+    checkpoint.load_weights(network, files["model.safetensors"](), tmp_path)
+    merged = checkpoint.build_denoiser(network.eval(), round.source)
+    student.network.eval()
+    assert torch.allclose(log_p(merged), log_p(student), atol=1e-5)
+
+
+def test_a_round_is_a_checkpoint_like_any_other(teacher, first, tmp_path):
+    """Its weights have the names of the teacher's; it loads, writes and can be exported."""
+    before, after = load_file(teacher / "ema.safetensors"), load_file(first / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(before[name].ndim == 2 for name in changed)
+    assert not any("output_layer" in name or "embed" in name for name in changed)
+    assert json.loads((first / "meta.json").read_text())["lora"] == {
+        "rank": 4,
+        "alpha": 8.0,
+        "targets": [],
+    }
+    texts = halfstep.generate(halfstep.load(first, "cpu"), steps=4, prompt="Tom")
+    assert texts[0].startswith("Tom")
+    if "transformers" not in checkpoint.read_meta(first):
+        done(f"export --checkpoint {first} --output {tmp_path}/exported")
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_the_second_round_goes_on(first, corpus, tmp_path, weights):
+    """Its teacher is the student of the first, with all that this one had learned."""
+    _, student, old = adapted(first, next_teacher=weights)
+    stored = halfstep.load(first, "cpu", weights=weights).denoiser
+    assert torch.allclose(log_p(old), log_p(stored), atol=1e-5)
+    raw = halfstep.load(first, "cpu", weights="raw").denoiser
+    student.network.eval()
+    assert torch.allclose(log_p(student), log_p(raw), atol=1e-5)
+    second = distill_once(first, corpus, tmp_path / "kl/round-2")
+    assert checkpoint.read_meta(second)["ema_updates"] == 4
+    state = load_file(second / "optimizer.safetensors")
+    assert {value.item() for name, value in state.items() if name.startswith("step:")} == {4}
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_interrupted_round_has_the_same_bits(
+    teacher, first, corpus, tmp_path, monkeypatch, number
+):
+    source = {1: teacher, 2: first}[number]
+    options = f"{LORA} --num-steps 4 --dropout 0.1"
+    undisturbed, interrupted = (tmp_path / which / f"round-{number}" for which in "ab")
+    distill_once(source, corpus, undisturbed, options)
+    real = train.batch_indices
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
+
+    def failing(*args):
+        if args[-1] == 3:
+            raise Interrupted
+        return real(*args)
+
+    monkeypatch.setattr(train, "batch_indices", failing)
+    with pytest.raises(Interrupted):
+        distill_once(source, corpus, interrupted, options)
+    assert (interrupted / "state/state.safetensors").exists()
+    monkeypatch.setattr(train, "batch_indices", real)
+    distill_once(source, corpus, interrupted, options)
+    assert checkpoint.read_meta(undisturbed) == checkpoint.read_meta(interrupted)

@@ -1,5 +1,6 @@
 """Rounds that train adapters (LoRA), of our own network and of models of transformers."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from published import build_family, masked_tokenizer
 from safetensors.torch import load_file
 from small import CORPUS, MACHINE, TRAINING, done
+from torch import Tensor, nn
 
 import halfstep
 from halfstep import checkpoint
@@ -16,6 +18,7 @@ from halfstep.commands import train
 from halfstep.commands.adapter_round import AdapterRound, teacher_of_adapters
 from halfstep.config import Distillation
 from halfstep.training import loop
+from halfstep.training.optim import FusedAdamW
 
 V, LENGTH = 300, 24  # of the small corpus
 ROUNDS = f"--rounds 2 --teacher-steps 16 --seed 3 {TRAINING} {MACHINE}"
@@ -128,8 +131,32 @@ def test_a_round_is_a_checkpoint_like_any_other(teacher, first, tmp_path):
     }
     texts = halfstep.generate(halfstep.load(first, "cpu"), steps=4, prompt="Tom")
     assert texts[0].startswith("Tom")
-    if "transformers" not in checkpoint.read_meta(first):
-        done(f"export --checkpoint {first} --output {tmp_path}/exported")
+    done(f"export --checkpoint {first} --output {tmp_path}/exported")
+
+
+def bytes_of_tensors():
+    """Of all tensors in this process, each storage once."""
+    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({found.data_ptr(): found.nbytes() for found in storages}.values())
+
+
+def test_a_round_keeps_less_than_a_third_above_the_weights(teacher, corpus, tmp_path, monkeypatch):
+    """Counted after an update: networks, gradients, optimizer state and averages."""
+    weights = sum(t.nbytes for t in load_file(teacher / "model.safetensors").values())
+    before, most, counted = bytes_of_tensors(), {}, []
+    step = FusedAdamW.step
+
+    def count(optimizer):
+        step(optimizer)
+        counted.append(bytes_of_tensors())
+
+    monkeypatch.setattr(FusedAdamW, "step", count)
+    for kind, options in {"whole": "", "lora": "--lora-rank 1"}.items():
+        counted.clear()
+        distill_once(teacher, corpus, tmp_path / kind / "round-1", options)
+        most[kind] = max(counted) - before - weights
+    assert most["lora"] < most["whole"] / 3
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])

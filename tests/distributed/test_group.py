@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from forked import break_down, impatient, launch, note_batches, note_rows, start
+from published import build_family, masked_tokenizer
 from questions import write_generation, write_task
 from safetensors.torch import load_file
 from small import MACHINE, done, trainings
@@ -86,6 +87,35 @@ def test_the_losses_and_batches_are_those_of_one_process(
         assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
     assert sum("step 6 of 6" in err for _, err in done) == 1  # only rank 0 prints and writes
     assert not list((tmp_path / "t/out").glob(".*")) and not (tmp_path / "t/out/state").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "sharded"),
+    [("modernbert", "", True), ("qwen2", "--logits same", True), ("modernbert", "lora", False)],
+)
+def test_a_round_of_a_model_of_transformers_has_the_losses_of_one_process(
+    pipeline, tmp_path, family, options, sharded
+):
+    """Sharded (FSDP2), and with adapters, of which every rank has all."""
+    build_family(family, 312, 24, tmp_path / "hub")
+    masked_tokenizer(pipeline.corpus, 103).save_pretrained(tmp_path / "hub")
+    said, lora = ("", "--lora-rank 4") if options == "lora" else (options, "")
+    teacher = tmp_path / "t/teacher"
+    done(f"import --source hf:{tmp_path}/hub --corpus {pipeline.corpus} --output {teacher} {said}")
+    line = f"distill-round --round 1 --teacher {teacher} --corpus {pipeline.corpus} --rounds 2 "
+    line += f"--teacher-steps 16 {OPTIONS} {lora}".replace("--micro-batch 8", "--micro-batch 2")
+    found = []
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        ended = launch(
+            f"{line} --processes {size} --output {folder}/t/out",
+            size, folder, note_batches, folder, sharded,
+        )  # fmt: skip
+        assert codes(ended) == [0] * size, ended
+        found.append(losses(folder / "t/out"))
+    one, two = found
+    assert one.keys() == two.keys() and len(one) == 2 * 6 + 2
+    assert all(two[key] == pytest.approx(one[key], rel=1e-5) for key in one), (one, two)
 
 
 def test_texts_are_drawn_once_and_come_in_order(pipeline, tmp_path):

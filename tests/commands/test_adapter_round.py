@@ -159,6 +159,16 @@ def test_a_round_keeps_less_than_a_third_above_the_weights(teacher, corpus, tmp_
     assert most["lora"] < most["whole"] / 3
 
 
+@pytest.mark.parametrize("options", ["", LORA])
+def test_activations_that_are_computed_again_change_nothing(teacher, corpus, tmp_path, options):
+    """With --recompute only the activations between blocks are kept for the backward pass."""
+    plain = distill_once(teacher, corpus, tmp_path / "plain/round-1", options)
+    again = distill_once(teacher, corpus, tmp_path / "again/round-1", f"{options} --recompute")
+    one, two = (load_file(folder / "model.safetensors") for folder in (plain, again))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+
+
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 def test_the_second_round_goes_on(first, corpus, tmp_path, weights):
     """Its teacher is the student of the first, with all that this one had learned."""

@@ -2,13 +2,14 @@
 
 import gc
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from published import build_family, masked_tokenizer
 from safetensors.torch import load_file
-from small import CORPUS, MACHINE, TRAINING, done
+from small import CORPUS, MACHINE, TRAINING, call, done
 from torch import Tensor, nn
 
 import halfstep
@@ -157,6 +158,43 @@ def test_a_round_keeps_less_than_a_third_above_the_weights(teacher, corpus, tmp_
         distill_once(teacher, corpus, tmp_path / kind / "round-1", options)
         most[kind] = max(counted) - before - weights
     assert most["lora"] < most["whole"] / 3
+
+
+def test_too_little_memory_is_one_sentence_before_a_round(
+    teacher, corpus, tmp_path, capsys, monkeypatch
+):
+    """Teacher, student and four more of each trained weight do not fit; with adapters all does."""
+    weights = sum(t.nbytes for t in load_file(teacher / "model.safetensors").values())
+    monkeypatch.setattr(train, "memory_of", lambda device: int(5.9 * weights))
+    line = f"distill-round --round 1 --teacher {teacher} --corpus {corpus} {ROUNDS}"
+    assert call(f"{line} --output {tmp_path}/whole/round-1") == 1
+    (said,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "needs at least" in said and f"has {5.9 * weights / 1e9:.3g} GB on cpu" in said
+    distill_once(teacher, corpus, tmp_path / "lora/round-1")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--lora-targets nothing", "lora_targets"),
+        ("--lora-rank 4 --lora-targets nothing", "'nothing', but no linear layer has this name"),
+        ("--lora-rank 0", "lora"),
+    ],
+)
+def test_bad_adapters_are_one_sentence(teacher, corpus, tmp_path, capsys, options, sentence):
+    line = f"distill-round --round 1 --teacher {teacher} --corpus {corpus} {ROUNDS} {options}"
+    assert call(f"{line} --output {tmp_path}/round-1") != 0
+    said = capsys.readouterr().err
+    assert sentence in said and "Traceback" not in said
+    assert not (tmp_path / "round-1/meta.json").exists()
+
+
+def test_a_missing_peft_is_one_sentence(teacher, corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    line = f"distill-round --round 1 --teacher {teacher} --corpus {corpus} {ROUNDS} {LORA}"
+    assert call(f"{line} --output {tmp_path}/round-1") == 1
+    said = capsys.readouterr().err
+    assert "halfstep[lora]" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("options", ["", LORA])

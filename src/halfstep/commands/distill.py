@@ -140,8 +140,9 @@ def _begin_round(
     }
     network = checkpoint.build_network(source, run.dropout)
     checkpoint.load_weights(network, weights[begin_with], teacher)
-    job.place(network)
     # Every rank has the whole teacher, because the passes of a teacher depend on its texts.
+    whole = sum(tensor.nbytes for tensor in weights[begin_with].values())
+    job.place(network, also=whole // 2 if run.precision == "bfloat16" else whole)
     teacher_weights, device = "ema" if first else run.next_teacher, str(job.device)
     old = checkpoint.load_checkpoint(teacher, teacher_weights, device, run.precision).denoiser
     assert old is not None  # _check_teacher has refused an autoregressive model

@@ -1,7 +1,7 @@
 """`halfstep pretrain` and `halfstep train-baseline`: the first teacher, and the baseline."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,7 +22,7 @@ from halfstep.diffusion.objective import nelbo, stratified_times
 from halfstep.diffusion.readout import cross_entropy
 from halfstep.diffusion.samplers import sample
 from halfstep.diffusion.schedules import masked_share
-from halfstep.distributed.device import find_device
+from halfstep.distributed.device import find_device, memory_of
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError
 from halfstep.models import flops
@@ -152,6 +152,10 @@ def _check_architecture(network: Network) -> None:
         )
 
 
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 @dataclass(frozen=True)
 class TrainingJob:
     """What every training command does around `fit`.
@@ -173,10 +177,22 @@ class TrainingJob:
         group, device = join_group(machine), find_device(machine)
         return cls(node, corpus, output, machine, Windows(corpus, "train"), group, device)
 
-    def place(self, network: nn.Module) -> None:
+    def place(self, network: nn.Module, also: int = 0) -> None:
         """Move the network that is trained to its device, share it among the ranks, and prepare
         its blocks as `machine` asks.
+
+        HalfstepError if this device cannot hold what is in memory all the time: `also` bytes, the
+        weights, and of those that are trained the gradients, two moments and the average.
         """
+        learning = trained_parameters(network).values()
+        ranks = self.group.size if self.group.shards(network) else 1
+        needed = also + (_bytes(network.parameters()) + 4 * _bytes(learning)) // ranks
+        if needed > (found := memory_of(self.device)):
+            raise HalfstepError(
+                f"{self.node}: needs at least {needed / 1e9:.3g} GB for weights, gradients, "
+                f"optimizer state and average, but this process has {found / 1e9:.3g} GB on "
+                f"{self.device}; take more --processes, --lora-rank in rounds, or another machine"
+            )
         network.to(self.device)
         self.group.shard(network)
         prepare_blocks(network, self.machine, self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 
+import psutil
 import torch
 
 from halfstep.config import Device
@@ -53,6 +54,14 @@ def local_gpu() -> torch.device:
             f"ask for at most {gpus} processes, or name --device cpu"
         )
     return device
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that this rank can have: of its GPU, or its share of this machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    ranks = environment_number("LOCAL_WORLD_SIZE", 1, least=1)
+    return psutil.virtual_memory().total // ranks
 
 
 def _keep_freed_memory() -> None:

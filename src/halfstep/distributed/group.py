@@ -137,16 +137,22 @@ class Group:
                 whole[name] = value.cpu()
         return whole
 
+    def shards(self, network: nn.Module) -> bool:
+        """Is this network sharded over the ranks?
+
+        A network with adapters is not: its frozen weights are the teacher's too, and the passes of
+        a teacher depend on its rank's texts.
+        """
+        parameters = list(network.parameters())
+        is_large = sum(p.numel() for p in parameters) > REPLICATED
+        return self.size > 1 and is_large and all(p.requires_grad for p in parameters)
+
     def shard(self, network: nn.Module) -> bool:
         """Shard a network of more than REPLICATED parameters over the ranks, in place (FSDP2).
 
-        Its gradients are then summed over the ranks. Returns False if every rank keeps all of it,
-        as of a network with adapters: its frozen weights are the teacher's too, and the passes of a
-        teacher depend on its rank's texts.
+        Its gradients are then summed over the ranks. Returns False if every rank keeps all of it.
         """
-        parameters = list(network.parameters())
-        is_small = sum(p.numel() for p in parameters) <= REPLICATED
-        if self.size == 1 or is_small or not all(p.requires_grad for p in parameters):
+        if not self.shards(network):
             return False
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard

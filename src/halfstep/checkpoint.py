@@ -183,8 +183,7 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.json").unlink(missing_ok=True)
     for name, state in tensors.items():
-        named = state() if callable(state) else state
-        write_tensors(folder / name, named, {"format": "pt"})
+        write_tensors(folder / name, state() if callable(state) else state, {"format": "pt"})
     write_atomic(folder / "tokenizer.json", Path(tokenizer).read_bytes())
     sums = {name: sha256(folder / name) for name in [*tensors, *others, "tokenizer.json"]}
     write_json(folder / "meta.json", {"format": FORMAT, **meta, "sha256": sums})

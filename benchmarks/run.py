@@ -30,7 +30,7 @@ from halfstep.commands.distill import sdtt_loss
 from halfstep.config import SIZES, Distillation, Machine, Training
 from halfstep.data import pack, stories
 from halfstep.data.batches import batch_indices
-from halfstep.data.tokenizer import train_bpe
+from halfstep.data.tokenizer import EOS, train_bpe
 from halfstep.diffusion.contracts import Draws
 from halfstep.diffusion.masking import corrupt
 from halfstep.diffusion.objective import nelbo, stratified_times
@@ -42,6 +42,7 @@ from halfstep.distributed.device import prepare_process
 from halfstep.files import write_atomic, write_json
 from halfstep.gpus import GPUS
 from halfstep.kernels.precision import cast_matrices
+from halfstep.meta import Framing
 from halfstep.models import flops
 from halfstep.models.denoiser import SubsDenoiser
 from halfstep.models.dit import DiT
@@ -275,13 +276,17 @@ def tokenizing(repeats: int, tiny: bool) -> list[dict]:
     """Packing of spooled documents against encode_batch of the same texts, each on all cores."""
     texts = list(stories.sample_stories(200 if tiny else 60_000, 1))
     tokenizer, cores = train_bpe(texts[:2000], 2000), machine()["cores"]
+    ends = [tokenizer.token_to_id(EOS)]
+    layout = pack.Layout(128, ends[0], Framing(begin=ends, end=ends))
     with (
         tempfile.TemporaryDirectory() as folder,
         pack.Spool(Path(folder) / "spool", iter(texts)) as spool,
     ):
         splits = {"train": range(len(spool))}
         cases = {
-            "ours": lambda: pack.pack_windows(spool, tokenizer, 128, Path(folder), splits, cores),
+            "ours": lambda: pack.pack_windows(
+                spool, tokenizer, layout, Path(folder), splits, cores
+            ),
             "encode_batch": lambda: tokenizer.encode_batch(texts),
         }
         times = measure_in_turns(cases, repeats)

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 import yaml
-from known import Stubborn, words_tokenizer
+from known import UNFRAMED, Stubborn, words_tokenizer
 from questions import write_generation, write_task
 
 from halfstep.commands.zero_shot import make_answering
@@ -35,7 +35,7 @@ def model_of(denoiser, length=5, words=WORDS) -> SimpleNamespace:
         denoiser=denoiser,
         tokenizer=tokenizer,
         mask_id=tokenizer.get_vocab_size(),
-        begin=[0],
+        **UNFRAMED,
         length=length,
         eos_id=0,
         meta={},

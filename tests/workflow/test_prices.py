@@ -5,7 +5,7 @@ import yaml
 from dryrun import REPOSITORY
 
 from halfstep.commands.plan import ATTEMPTS, LOCAL, PricedJobs, late_lines
-from halfstep.files import write_json
+from halfstep.files import write_atomic, write_json
 from halfstep.models.flops import denoiser_shape, forward_flops
 from halfstep.workflow.graph import PlannedJob
 from halfstep.workflow.prices import START_S, STARTS, Prices
@@ -144,6 +144,8 @@ def test_trainings_are_submitted_as_often_as_the_profile_says():
 def test_no_job_of_a_preset_is_estimated_above_its_time_limit(workflow, tmp_path, preset):
     """On H100s. A training may take the four limits of its submissions, because it saves its state
     before each of them ends and exits with code 75. Nothing else is priced by its limit alone."""
+    if preset == "own-model":  # the text of its user
+        write_atomic(workflow.folder / "text/one.txt", b"One day.\n\nTwo days.\n")
     graph = workflow.graph("all", "--profile", "slurm", "--config", f"preset={preset}")
     jobs = [one for one in graph.jobs if one.rule not in LOCAL]
     priced = PricedJobs(jobs, tmp_path, Rates())

@@ -59,7 +59,7 @@ def read_denoiser(
     network: Network,
     logits: Logits | None,
     weights: Literal["ema", "raw"],
-    trust_remote_code: bool = False,
+    runs_code: bool = False,
 ) -> Origin:
     """Read published weights of a denoiser, as `halfstep import` does.
 
@@ -69,14 +69,7 @@ def read_denoiser(
     """
     try:
         found = read_imported(
-            source,
-            PublishedStudent(),
-            corpus,
-            tokenizer=None,
-            weights=weights,
-            size=network.size,
-            logits=logits,
-            trust_remote_code=trust_remote_code,
+            source, PublishedStudent(), corpus, None, weights, network.size, logits, runs_code
         )
     except HalfstepError as error:
         raise HalfstepError(str(error).replace("--source", "--from")) from None

@@ -212,6 +212,7 @@ def _metrics(row: dict, own_steps: int | None = None) -> dict[tuple[str, int], f
     suffix = f"_{judge.rpartition('/')[2]}" if judge and "/baseline" not in judge else ""
     if task := row.get("task"):
         suffix += f"_{task}" + (f"_{row['measure']}" if row.get("measure") else "")
+        suffix = suffix.replace(",", "")  # "exact_match, strict-match": no key has a comma
     if variant := row.get("variant"):
         suffix += f"_{variant}"
     if temperature := row.get("temperature"):

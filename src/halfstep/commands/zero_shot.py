@@ -119,7 +119,7 @@ def _answer_writer(model: Model, steps: int | None, drawing: DrawOptions) -> Ans
     @lru_cache(1)
     def writer(length: int, temperature: float) -> Writer:
         options = drawing.model_copy(update={"temperature": temperature})
-        return text_writer(model, length, steps or length, options, end=model.eos_id)
+        return text_writer(model, length, steps or length, options, end=model.framing.end)
 
     def write(prompts: Tensor, tokens: int, temperature: float, first: int) -> Samples:
         return writer(prompts.shape[1] + tokens, temperature)(prompts, first)

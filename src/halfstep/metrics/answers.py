@@ -103,7 +103,7 @@ class AnswerOptions:
                 "correct the file"
             ) from error
         tokens = found["max_gen_toks"]
-        most = model.length - len(model.begin) - 2  # a token of the context, and EOS
+        most = model.length - len(model.framing.around([])) - 1  # a token of the context
         if not 1 <= tokens <= most:
             raise HalfstepError(
                 f"tasks: {task}: max_gen_toks: found {tokens}, expected 1 to {most}, because a "
@@ -122,7 +122,8 @@ def answer_window(model: Model, ids: list[int], options: AnswerOptions) -> tuple
 
     The positions from `start` to `end` come after the ids.
     """
-    begin, room = len(model.begin), model.length - 1 - options.tokens
+    framing = model.framing
+    begin, room = len(framing.begin), model.length - len(framing.end) - options.tokens
     kept = ids if len(ids) <= room else [*ids[:begin], *ids[begin + len(ids) - room :]]
     start = len(kept)
     window = Question(tuple(kept), start, start + options.tokens, temperature=options.temperature)

@@ -93,6 +93,7 @@ TABLES: dict[str, Table] = {
             "sample_self_bleu": "Self-BLEU between five samples, 0 to 100: low is varied",
             "distinct_2": "Share of distinct bigrams in a sample",
             "repetition": "Share of a sample's 4-grams that occurred before in it",
+            "only_end_of_text": "Share of responses that are only end-of-text, 0 is best",
         },
         inputs=(
             "results/metrics/{sampled}/samples.json",

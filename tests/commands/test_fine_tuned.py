@@ -75,7 +75,7 @@ def test_training_lowers_the_held_out_loss_and_a_round_follows(hub, pipeline, tm
     done(f"distill-round {place} {ROUND}")
     model = halfstep.load(student, "cpu")
     assert model.meta["adapted"]["from"] == hub.source and model.meta["student_steps"] == 8
-    assert model.begin == halfstep.load(hub.imported, "cpu").begin
+    assert model.framing == halfstep.load(hub.imported, "cpu").framing
     (text,) = halfstep.generate(model, steps=4, prompt="Tom")
     assert text.startswith("Tom")
 

@@ -36,8 +36,8 @@ LOSSES = "--config preset=laptop-losses -- "
 MORE = {  # figures whose picture is not of `make demo`, and the options of the run that made it
     "ppl_by_variant": "--configfile docs/results/released-noise.yaml -- ",
     "decoders": "--configfile docs/results/three-seeds.yaml -- ",
-    "accuracy_vs_parallelism": "--configfile docs/results/decoders.yaml -- ",
     "task_accuracy_vs_steps": "--configfile docs/results/written-answers.yaml -- ",
+    "accuracy_vs_parallelism": "--configfile docs/results/three-seeds.yaml -- ",
     "mauve_vs_steps": LOSSES,
     "mauve_by_round": LOSSES,
     "continuation_ppl_vs_steps": LOSSES,

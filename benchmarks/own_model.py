@@ -1,13 +1,15 @@
-"""A small ModernBert with random weights as a hub folder, for docs/results/own-model.yaml.
+"""A small ModernBert with random weights as a hub folder, and pairs: docs/results/own-model.yaml.
 
     python benchmarks/own_model.py models/modernbert
     snakemake --configfile docs/results/own-model.yaml
 
-Its tokenizer is a BPE of the demo's stories, with a mask token as the last one.
+Its tokenizer is a BPE of the demo's stories, with a mask token as the last one. A pair is the first
+sentence of a story and the rest of it (pairs.jsonl next to the model).
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,11 +20,13 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedToke
 from halfstep.commands.data import prepare_corpus
 from halfstep.config import Corpus
 from halfstep.data.pack import corpus_tokenizer
+from halfstep.data.stories import sample_stories
 from halfstep.data.tokenizer import EOS, vocabulary_size
 
 STORIES = Corpus(
     kind="stories", length=256, vocab_size=640, num_documents=4000, validation_documents=100
 )
+PAIRS = 40000
 LENGTH = 256  # positions
 SHAPE = {"num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 8}  # that of size tiny
 INTERMEDIATE = 680  # so that it has as many parameters as our DiT of this size
@@ -49,8 +53,17 @@ def write_model(folder: Path, corpus: Path) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def write_pairs(file: Path, count: int) -> None:
+    """Write pairs as lines of JSON: the first sentence of a story asks for the rest of it."""
+    with open(file, "w") as out:
+        for story in sample_stories(count, 1):
+            prompt, end, response = story.partition(". ")
+            out.write(json.dumps({"prompt": prompt + end.strip(), "response": response}) + "\n")
+
+
 if __name__ == "__main__":
     with TemporaryDirectory() as name:
         prepare_corpus(Path(name), STORIES)
         weights = write_model(Path(sys.argv[1]), Path(name))
+    write_pairs(Path(sys.argv[1]).with_name("pairs.jsonl"), PAIRS)
     print(f"{sys.argv[1]}: a ModernBert of {weights:,} parameters with random weights")

@@ -63,10 +63,10 @@ def first(teacher, corpus, tmp_path_factory):
     return distill_once(teacher, corpus, tmp_path_factory.mktemp("run") / "kl/round-1")
 
 
-def adapted(folder: Path, **options):
+def adapted(folder: Path, precision="float32", **options):
     """Student and teacher of a round from this checkpoint, as `distill_round` makes them."""
     source = checkpoint.read_meta(folder)
-    run = Distillation(lora_rank=4, lora_alpha=8.0, precision="float32", dropout=0.0, **options)
+    run = Distillation(lora_rank=4, lora_alpha=8.0, precision=precision, dropout=0.0, **options)
     weights = "ema" if source["round"] == 0 else "raw"
     round = AdapterRound(folder, source, weights, run)
     student = checkpoint.build_denoiser(round.network(1), source)
@@ -133,6 +133,20 @@ def test_a_round_is_a_checkpoint_like_any_other(teacher, first, tmp_path):
     texts = halfstep.generate(halfstep.load(first, "cpu"), steps=4, prompt="Tom")
     assert texts[0].startswith("Tom")
     done(f"export --checkpoint {first} --output {tmp_path}/exported")
+
+
+def test_frozen_matrices_are_in_bfloat16_where_a_round_computes_so(teacher, tmp_path):
+    """What is trained stays in float32, and a checkpoint gets the exact weights of its teacher."""
+    round, student, _ = adapted(teacher, "bfloat16")
+    own = adapter_tensors(student.network)
+    assert {p.dtype for p in own.values()} == {torch.float32}
+    frozen = {name: p for name, p in student.network.named_parameters() if name not in own}
+    halved = sum(p.numel() for p in frozen.values() if p.dtype == torch.bfloat16)
+    assert halved > 0.25 * sum(p.numel() for p in frozen.values())
+    trained = dict.fromkeys(checkpoint.FILES.values(), own) | {checkpoint.OPTIMIZER: {}}
+    files = round.files(student.network, trained)
+    before, after = load_file(teacher / "ema.safetensors"), files["model.safetensors"]()
+    assert all(torch.equal(before[name], after[name]) for name in before)  # adapters begin with 0
 
 
 def bytes_of_tensors():

@@ -28,6 +28,9 @@ def computing(device: torch.device, precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+CONV1D = "Conv1D"  # GPT-2's linear layer in transformers, which autocast casts too
+
+
 def cast_matrices(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast matrices and biases to `dtype` in place, bit for bit as autocast does in every pass.
 
@@ -36,6 +39,7 @@ def cast_matrices(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     for name, module in network.named_modules():
         is_float32 = name.endswith(("adaLN_modulation", "output_layer.linear")) or ".lora_" in name
-        if isinstance(module, nn.Linear) and not is_float32:
+        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == CONV1D
+        if is_linear and not is_float32:
             module.to(dtype)
     return network

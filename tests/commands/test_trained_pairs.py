@@ -22,8 +22,13 @@ from halfstep.commands.train import (
     watch_empty,
     watched_texts,
 )
-from halfstep.commands.writers import encode_prompt, end_responses, written_places
-from halfstep.config import Distillation, Machine
+from halfstep.commands.writers import (
+    encode_prompt,
+    end_responses,
+    text_writer,
+    written_places,
+)
+from halfstep.config import Distillation, DrawOptions, Machine
 from halfstep.data.pack import Windows, read_manifest
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.distill.rounds import Round
@@ -212,6 +217,29 @@ def test_samples_answer_the_held_out_prompts(trained, tmp_path, capsys):
     ):
         assert call(f"{line} {rest}") == 1
         assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["baseline", "drafts"])
+def test_what_writes_from_left_to_right_answers_them_too(trained, tmp_path, kind):
+    """Prompts differ in length: each text is drawn alone, as with its prompt given by hand."""
+    baseline, held_out = tmp_path / "models/pairs/baseline", Windows(trained.corpus, "validation")
+    line = f"train-baseline --corpus {trained.corpus} --size tiny --output {baseline}"
+    done(f"{line} {TRAINING} {MACHINE}")
+    drafts = f"--sampler speculative --draft-tokens 4 --scorer {baseline}"
+    folder, options = (baseline, "") if kind == "baseline" else (trained.student, drafts)
+    line = f"generate --checkpoint {folder} --steps 32 {options} {MACHINE} --pairs"
+    done(f"{line} {trained.corpus} --num-samples 6 --output {tmp_path}/s")
+    ids = torch.from_numpy(np.load(tmp_path / "s/samples.npy")).long()
+    rows = np.arange(6) % len(held_out)
+    asked = held_out.asked(rows)
+    assert torch.equal(ids[~asked], held_out[rows][~asked])
+    model = halfstep.load(folder, "cpu")
+    choice = {"sampler": "speculative", "draft_tokens": 4, "scorer": str(baseline)}
+    drawing = DrawOptions(**choice if options else {})
+    write = text_writer(model, LENGTH, LENGTH, drawing)
+    for i, start in enumerate(asked.int().argmax(1).tolist()):
+        alone = write(held_out[rows[i : i + 1]][:, :start], i)
+        assert torch.equal(alone.ids[0], ids[i])
 
 
 def test_prompts_of_a_corpus_without_pairs_are_refused(trained, pipeline, capsys):

@@ -254,7 +254,7 @@ def held_out_prompts(model: Model, sampling: GenerateOptions, corpus: Path) -> T
     """Prompts of held-out pairs, one for each sample, with masks for responses: [num_samples, L].
 
     They come in the order of the corpus, again from the first where there are fewer. HalfstepError
-    if the corpus has no pairs, or if the model or its sampler can only write from left to right.
+    if the corpus has no pairs, or windows of another length.
     """
     windows = Windows(corpus, "validation")
     if not windows.is_pairs:
@@ -264,11 +264,6 @@ def held_out_prompts(model: Model, sampling: GenerateOptions, corpus: Path) -> T
         raise HalfstepError(
             f"--pairs {corpus}: its windows have {windows.length} tokens, texts of this model "
             f"{model.length}; name the corpus it was trained on"
-        )
-    if model.denoiser is None or SAMPLERS[sampling.sampler].needs_first:
-        raise HalfstepError(
-            "--pairs: found a model or sampler that writes from left to right, but the prompts "
-            "differ in length; give --prompt"
         )
     rows = np.arange(sampling.num_samples) % len(windows)
     asked = windows.asked(rows)

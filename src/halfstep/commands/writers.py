@@ -95,13 +95,14 @@ def text_writer(
     if not 1 <= steps <= MOST_STEPS:
         raise HalfstepError(f"steps: found {steps}, expected 1 to {MOST_STEPS}; change it")
     if model.denoiser is None:
-        return _AutoregressiveWriter(model, length, options, end is None)
+        return _PromptByPrompt(_AutoregressiveWriter(model, length, options, end is None), model)
     SAMPLERS[options.sampler].check_steps(options.sampler, steps, length)
     own = sampler_options(options)
     if options.asks_scorer:
         scorer = load_scorer(model, options, scorer)
         own["scorer"] = autoregressor(cast(GPT | CausalLM, scorer.network))
-    return _DiffusionWriter(model, model.denoiser, length, steps, options, own, end, show)
+    write = _DiffusionWriter(model, model.denoiser, length, steps, options, own, end, show)
+    return _PromptByPrompt(write, model) if SAMPLERS[options.sampler].needs_first else write
 
 
 def default_steps(model: Model, sampler: str) -> int:
@@ -249,6 +250,39 @@ class _AutoregressiveWriter:
         if self.whole:
             ids = _with_end(self.model, ids)
         return Samples(ids, torch.full((count,), evaluations))
+
+
+@dataclass(frozen=True)
+class _PromptByPrompt:
+    """A Writer from left to right whose prompts may differ in length: the rest of each is masks.
+
+    Then every text is drawn alone.
+    """
+
+    write: Writer
+    model: Model
+
+    def __call__(self, prompts: Tensor, first: int) -> Samples:
+        stop = self.model.framing.inside(self.model.length).stop if self.model.is_framed else None
+        masked = prompts[:, :stop] == self.model.mask_id
+        given = masked.shape[1] - masked.sum(1)
+        if not masked.any() or masked[:, 0].any() or not masked[:, -1].all() or _has_gaps(masked):
+            return self.write(prompts, first)
+        texts = [
+            self.write(prompts[i : i + 1, :count], first + i)
+            for i, count in enumerate(given.tolist())
+        ]
+        asked = [text.autoregressive_passes for text in texts]
+        return Samples(
+            torch.cat([text.ids for text in texts]),
+            torch.cat([text.network_evaluations for text in texts]),
+            None if asked[0] is None else torch.cat(asked),  # type: ignore[arg-type]
+        )
+
+
+def _has_gaps(masked: Tensor) -> bool:
+    """Is there a row of masked[N, L] with something given after a mask?"""
+    return bool((masked[:, :-1] & ~masked[:, 1:]).any())
 
 
 def written_places(model: Model, prompts: Tensor, length: int) -> Tensor:

@@ -226,15 +226,10 @@ class Targets:
         return f"results/data/{self.teacher(wildcards).corpus}/manifest.json"
 
     def pairs(self, wildcards: Wildcards) -> list[str]:
-        """The corpus of pairs whose held-out prompts the samples of a model answer, if it has one.
-
-        What writes from left to right gets no prompts, because they differ in length.
-        """
-        drawn, sampling = self._drawn(wildcards.model)
-        name, kind = first_training(drawn).split("/", 1)
-        corpus = self.config.teachers[name].corpus
-        from_left = kind == "baseline" or sampling.sampler == "speculative"
-        if self.config.corpora[corpus].kind != "pairs" or from_left:
+        """The corpus of pairs whose held-out prompts are answered in samples, if there is one."""
+        drawn, _ = self._drawn(wildcards.model)
+        corpus = self.config.teachers[first_training(drawn).split("/")[0]].corpus
+        if self.config.corpora[corpus].kind != "pairs":
             return []
         return [f"results/data/{corpus}/manifest.json"]
 

@@ -26,7 +26,8 @@ REPORT := results/report.html
 
 demo: $(READY)
 	@$(BIN)/snakemake --logger halfstep $(CONFIG)
-	@test $(REPORT) -nt results/mlflow.synced || $(BIN)/snakemake --report $(REPORT) $(CONFIG)
+	@test $(REPORT) -nt results/mlflow.synced || \
+	    $(BIN)/snakemake --report $(REPORT) --logger halfstep $(CONFIG)
 	@$(BIN)/halfstep summary --results results
 
 test: $(READY)

@@ -125,7 +125,7 @@ def main(
     """Print the table: each decoder for the teacher, the last round, and the baseline."""
     judge = load_judge(str(models / "baseline" / "hf"))
     rounds = sorted(models.glob(f"{run}/round-*"), key=lambda folder: int(folder.name[6:]))
-    real = held_out_texts(corpus, 512)
+    real = held_out_texts(corpus, 512).ids
     target = float(unigram_entropy(real).mean())
     print(
         f"Held-out text: perplexity {np.exp(ids_nll(judge, real, 32, 'held-out').mean()):.2f}, "

@@ -1,5 +1,6 @@
 """draw-naive: matched entropies, folders as `generate` writes them, no stories for the grammar."""
 
+import json
 import re
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 
 from halfstep.commands.data import prepare_corpus
 from halfstep.commands.draw_naive import draw_naive
-from halfstep.commands.evaluate import read_samples, score_samples
-from halfstep.commands.variety import DATA_WINDOWS, held_out_texts
+from halfstep.commands.evaluate import read_samples, response_spans, score_samples
+from halfstep.commands.variety import DATA_WINDOWS, Texts, held_out_texts
 from halfstep.config import NAIVE, Corpus, Evaluation, Machine
-from halfstep.data.pack import corpus_tokenizer
+from halfstep.data.pack import Windows, corpus_tokenizer
+from halfstep.data.stories import sample_stories
 from halfstep.data.tokenizer import EOS
 from halfstep.files import read_json
 from halfstep.metrics.diversity import unigram_entropy
@@ -36,7 +38,7 @@ def drawn(corpus):
 @pytest.mark.parametrize("name", ["unigram", "bigram"])
 def test_entropies_are_those_of_held_out_text_within_the_standard_error(corpus, drawn, name):
     ids, facts = read_samples(drawn / name)
-    found, wanted = unigram_entropy(ids), unigram_entropy(held_out_texts(corpus, DATA_WINDOWS))
+    found, wanted = unigram_entropy(ids), unigram_entropy(held_out_texts(corpus, DATA_WINDOWS).ids)
     error = np.hypot(found.std() / len(found) ** 0.5, wanted.std() / len(wanted) ** 0.5)
     assert abs(found.mean() - wanted.mean()) < error
     assert facts["entropy"] == pytest.approx(found.mean())
@@ -71,6 +73,43 @@ def test_pasted_texts_hold_training_sentences_alone(corpus, drawn):
     for ids in pasted.tolist():
         *whole, _ = sentences(ids[1:-1])
         assert whole and set(whole) <= known
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A corpus of 300 pairs, of which 40 are held out: first sentences, and the rest of stories."""
+    root = tmp_path_factory.mktemp("naive-pairs")
+    stories = [story.partition(". ") for story in sample_stories(300, 3)]
+    rows = [{"prompt": f"{start}.", "response": rest} for start, _, rest in stories]
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sizes = {"vocab_size": 640, "length": 96, "validation_documents": 40}
+    corpus = Corpus(kind="pairs", files=[str(root / "pairs.jsonl")], **sizes)
+    prepare_corpus(root / "pairs", corpus, workers=1)
+    return root / "pairs"
+
+
+def test_of_pairs_the_words_of_held_out_responses_are_replaced(pairs, tmp_path):
+    """So prompts and lengths are those of the samples of models, and a judge compares the rest."""
+    draw_naive(pairs, tmp_path / "t" / "naive", num_samples=60)
+    held_out, train = Windows(pairs, "validation"), Windows(pairs, "train")
+    rows = np.arange(60) % len(held_out)
+    windows = held_out[rows].numpy()
+    words = held_out.words(rows, windows)
+    assert words.any(1).all() and (windows[~words] != held_out.eos_id).any()
+    every = np.arange(len(train))
+    known = set(train[every].numpy()[train.words(every, train[every].numpy())].tolist())
+    for name in NAIVE:
+        ids, facts = read_samples(tmp_path / "t" / "naive" / name)
+        np.testing.assert_array_equal(ids[~words], windows[~words])
+        assert (ids[words] != windows[words]).mean() > 0.5
+        assert held_out.eos_id not in ids[words]
+        assert name == "cut_and_paste" or set(ids[words].tolist()) <= known
+        spans = response_spans(held_out, ids, tmp_path)
+        np.testing.assert_array_equal(spans, held_out.spans(rows, windows))
+        counted = Texts(ids, {}, spans).counted
+        assert facts["entropy"] == pytest.approx(unigram_entropy(counted).mean())
+        if name != "cut_and_paste":
+            assert facts["entropy"] == pytest.approx(facts["held_out_entropy"], abs=0.01)
 
 
 def test_an_entropy_that_is_not_reached_is_said(corpus, tmp_path, capsys):

@@ -118,7 +118,7 @@ def test_held_out_text_has_its_own_rows_and_the_grammar_accepts_it(world, tmp_pa
     accepted = rows["accepted_share", "grammar", None]
     consistent = rows["consistent_share", "grammar", None]
     assert consistent["value"] == accepted["value"] == 1 and 0.5 < accepted["low"] < 1
-    windows = held_out_texts(world.corpus, DATA_WINDOWS)
+    windows = held_out_texts(world.corpus, DATA_WINDOWS).ids
     whole = sum(max(0, (window[1:-1] == window[0]).sum() - 1) for window in windows)
     assert accepted["num_samples"] == consistent["num_samples"] == whole  # between two EOS
     # Variety is measured on other numbers of texts, which its rows name.

@@ -34,6 +34,7 @@ from halfstep.diffusion.schedules import LogLinear
 from halfstep.distill.rounds import Round
 from halfstep.distributed.group import ALONE
 from halfstep.errors import HalfstepError
+from halfstep.metrics.diversity import unigram_entropy
 from halfstep.records.journal import read_journal
 from halfstep.training.step import step_generator
 
@@ -172,8 +173,6 @@ def test_texts_keep_the_prompt_and_end_with_the_response(trained, tmp_path):
     response = ids[:, len(given) : stop]
     ended = (response == windows.eos_id).cumsum(1) > 0
     assert (response[ended] == windows.eos_id).all()
-    facts = json.loads((tmp_path / "s/samples.json").read_text())
-    assert facts["only_end_of_text"] == int(ended[:, 0].sum())
     texts = halfstep.generate(model, num_samples=3, steps=4, prompt="Who saw the fox?")
     assert all(text.startswith("Who saw the fox?\n") for text in texts)
     assert not any("<|endoftext|>" in text or "[SEP]" in text for text in texts)
@@ -205,8 +204,7 @@ def test_samples_answer_the_held_out_prompts(trained, tmp_path, capsys):
     ended = ((ids == held_out.eos_id) & ~given).cumsum(1) > 0
     assert (ids[ended & ~given] == held_out.eos_id).all()
     facts = json.loads((tmp_path / "s/samples.json").read_text())
-    empty = ((ids == held_out.eos_id) | given).all(1).sum()
-    assert facts["only_end_of_text"] == empty and facts["pairs"].startswith("pairs@")
+    assert facts["pairs"].startswith("pairs@")
     before = (tmp_path / "s/samples.npy").stat().st_mtime_ns
     done(f"{line} {trained.corpus} --num-samples 6 --output {tmp_path}/s")  # is kept
     assert (tmp_path / "s/samples.npy").stat().st_mtime_ns == before
@@ -301,7 +299,7 @@ def test_trainings_log_the_share_and_stop_at_the_limit(trained, tmp_path, capsys
         assert shares and all(0 <= share <= 1 for share in shares), points
 
     def empty(denoiser, held_out, steps, seed):
-        return held_out.x0.masked_fill(held_out.asked, held_out.end_id)
+        return held_out.x0.masked_fill(held_out.asked, held_out.windows.eos_id)
 
     monkeypatch.setattr(train, "watched_texts", empty)
     monkeypatch.setattr(distill, "watched_texts", empty)
@@ -327,18 +325,29 @@ def test_infilling_asks_for_the_response_and_its_end(trained):
         assert np.flatnonzero(mask)[-1] <= start + words
 
 
-def test_the_share_is_a_row_of_the_scores(trained, pipeline, tmp_path):
+def test_scores_are_those_of_responses(trained, pipeline, tmp_path, capsys):
+    """Their entropy, and the share that is empty; texts of other prompts are refused."""
     samples = tmp_path / "samples/pairs/kl/round-1/steps-4"
-    line = f"generate --checkpoint {trained.student} --output {samples} --steps 4 --num-samples 8"
-    done(f"{line} {MACHINE}")
-    done(f"score-samples --samples {samples} --corpus {trained.corpus} --judge "
-         f"{pipeline.baseline}/hf --bootstrap 100 --output {tmp_path}/rows.json "
-         f"{MACHINE}")  # fmt: skip
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    (row,) = [row for row in rows if row["metric"] == "only_end_of_text"]
-    count = json.loads((samples / "samples.json").read_text())["only_end_of_text"]
-    assert row["value"] == count / 8 and row["low"] <= row["value"] <= row["high"]
-    score = f"--corpus {trained.corpus} --bootstrap 100 --judge {pipeline.baseline}/hf {MACHINE}"
+    draw = f"generate --checkpoint {trained.student} --steps 4 --num-samples 8 {MACHINE}"
+    score = f"--corpus {trained.corpus} --judge {pipeline.baseline}/hf --bootstrap 100 {MACHINE}"
+    done(f"{draw} --output {samples} --pairs {trained.corpus}")
+    done(f"score-samples --samples {samples} --output {tmp_path}/rows.json {score}")
+    found = json.loads((tmp_path / "rows.json").read_text())
+    rows = {(row["metric"], row["protocol"]): row for row in found}
+    held_out, ids = Windows(trained.corpus, "validation"), np.load(samples / "samples.npy")
+    spans = held_out.spans(np.arange(8) % len(held_out), ids)
+    responses = [text[begin:end] for text, (begin, end) in zip(ids, spans, strict=True)]
+    assert all((response[:-1] != held_out.eos_id).all() for response in responses)
+    row = rows["only_end_of_text", "responses"]
+    assert row["value"] == np.mean([response[0] == held_out.eos_id for response in responses])
+    assert row["low"] <= row["value"] <= row["high"]
+    entropy = rows["entropy", "unigram"]["value"]
+    assert entropy == pytest.approx(unigram_entropy(responses).mean())
+    done(f"{draw} --output {tmp_path}/other")
+    line = f"score-samples --samples {tmp_path}/other --output {tmp_path}/none.json {score}"
+    capsys.readouterr()
+    assert call(line) == 1
+    assert "do not answer the held-out prompts of" in capsys.readouterr().err
     done(f"score-corpus --output {tmp_path}/data.json {score}")
     done(f"score-frontier --samples {samples} --frontier {samples} --held-out "
          f"{tmp_path}/data.json --output {tmp_path}/f {score}")  # fmt: skip

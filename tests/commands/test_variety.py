@@ -7,7 +7,7 @@ import pytest
 
 from halfstep.commands.data import prepare_corpus
 from halfstep.commands.evaluate import score_corpus, score_texts
-from halfstep.commands.variety import held_out_texts, story_rows
+from halfstep.commands.variety import Texts, held_out_texts, story_rows
 from halfstep.config import Corpus, Evaluation, Machine
 from halfstep.data.stories import fact_law, sample_stories, story_facts
 from halfstep.data.tokenizer import EOS
@@ -76,12 +76,12 @@ def test_mauve_is_near_one_for_the_corpus_itself_and_lower_for_unigrams(world, t
     sizes = {"num_documents": 50, "validation_documents": 300}
     prepare_corpus(corpus, Corpus(kind="stories", length=48, vocab_size=500, **sizes), workers=1)
     evaluation = Evaluation(judge=str(world.models / "baseline" / "hf"), bootstrap=100)
-    reference, other = (held_out_texts(corpus, 90, first, 2) for first in (0, 1))
+    reference, other = (held_out_texts(corpus, 90, first, 2).ids for first in (0, 1))
     assert len(reference) == len(other) == 90 and not np.array_equal(reference, other)
     score_corpus(corpus, tmp_path / "t" / "data.json", evaluation, MACHINE, num_samples=90)
     data = [row for row in read_json(tmp_path / "t" / "data.json") if row["metric"].endswith("uve")]
     unigrams = np.random.default_rng(0).permuted(other.ravel()).reshape(other.shape)
-    texts = [(ids, {"model": "m", "run": "m"}) for ids in (unigrams, unigrams[:49])]
+    texts = [Texts(ids, {"model": "m", "run": "m"}) for ids in (unigrams, unigrams[:49])]
     rows = score_texts(texts, corpus, evaluation, MACHINE, ALONE)
     found = [row for row in rows if row["metric"] == "sample_mauve"]
     assert len(found) == len(data) == 1  # 49 texts are too few

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from halfstep.metrics.diversity import (
+    distinct,
     distinct_in_groups,
     divergence_from_laws,
     repetition,
     self_bleu,
+    unigram_entropy,
 )
 
 
@@ -31,6 +33,24 @@ def test_self_bleu_has_the_bits_of_nltk(tokens, length, texts):
         found = [sentence_bleu(*pair) for pair in zip(others, group, strict=True)]
         expected.append(100 * np.mean([value if value > 1e-50 else 0.0 for value in found]))
     assert self_bleu(ids).tolist() == expected
+
+
+@pytest.mark.filterwarnings("ignore:\\nThe hypothesis contains 0 counts")
+def test_texts_of_several_lengths_have_nltks_bits_too():
+    """A text that is shorter than its nearest reference has a penalty; one token has no bigram."""
+    from nltk.translate.bleu_score import sentence_bleu
+
+    rng = np.random.default_rng(1)
+    groups = [[rng.integers(0, 3, n) for n in rng.integers(1, 20, 5)] for _ in range(20)]
+    expected = []
+    for group in groups:
+        texts = [text.tolist() for text in group]
+        found = [sentence_bleu(texts[:i] + texts[i + 1 :], own) for i, own in enumerate(texts)]
+        expected.append(100 * np.mean([value if value > 1e-50 else 0.0 for value in found]))
+    assert self_bleu(groups).tolist() == expected
+    texts = [np.array([1, 1, 1]), np.array([1, 2]), np.array([4])]
+    np.testing.assert_allclose(unigram_entropy(texts), [0, log(2), 0])
+    np.testing.assert_allclose(distinct(texts, 2), [1 / 2, 1, 1])
 
 
 def test_texts_are_counted_in_full_groups():

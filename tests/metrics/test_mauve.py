@@ -47,6 +47,20 @@ def test_features_are_the_last_hidden_state_of_the_last_token(world, judge, toke
     assert np.allclose(means, judge_features(judge, ids, tokenizer, eos, 3, mean=True), atol=1e-4)
 
 
+def test_features_of_a_response_are_the_mean_over_its_tokens_given_its_prompt(
+    world, judge, tokenizer
+):
+    ids, spans = world.held_out[:4, :40], np.array([[5, 9], [1, 40], [20, 21], [9, 33]])
+    found = judge_features(judge, ids, tokenizer, 0, 3, mean=True, spans=spans)
+    for text, (begin, end), mine in zip(ids, spans, found, strict=True):
+        parts = tokenizer.decode(text[:begin], False), tokenizer.decode(text[begin:end], False)
+        prompt, response = (judge.tokenizer(part)["input_ids"] for part in parts)
+        again = torch.tensor([prompt + response])
+        with torch.no_grad():
+            states = judge.network(input_ids=again, output_hidden_states=True).hidden_states[-1]
+        assert np.allclose(mine, states[0, len(prompt) :].mean(0).numpy(), atol=1e-4)
+
+
 def test_a_judge_that_reads_less_than_a_text_is_an_error(world, tokenizer):
     short = SimpleNamespace(context=8, name="short")
     with pytest.raises(HalfstepError, match="texts of 40 tokens, but short reads at most 8"):
@@ -92,7 +106,7 @@ def test_mauve_falls_from_one_for_equal_distributions_to_zero_for_distant_ones()
 def test_a_text_without_tokens_is_an_error(judge, tokenizer, monkeypatch):
     """Its features would be those of padding."""
     texts = [[1, 2], [], [3]]
-    monkeypatch.setattr(type(judge), "retokenize", lambda *_: texts)
+    monkeypatch.setattr(type(judge), "retokenize", lambda *_: (texts, [0] * len(texts)))
     with pytest.raises(HalfstepError, match="text 1 has no token for .*so it has no features"):
         judge_features(judge, np.ones((3, 8), int), tokenizer, 0, 2)
 

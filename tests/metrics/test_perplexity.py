@@ -132,6 +132,25 @@ def test_retokenized_cuts_to_the_length_of_the_samples(folder):
     assert retokenized_nll(judge, ids, tokenizer, 0, 8)[0, 1] == 4
 
 
+def test_of_pairs_the_response_and_its_first_eos_count_given_the_prompt(folder):
+    """In both protocols; what follows the first EOS changes nothing."""
+    tokenizer, judge = words_tokenizer(WORDS), load_judge(str(folder))
+    ids = np.array([[1, 2, 3, 4, 5, 0, 0, 0], [4, 1, 0, 0, 0, 0, 0, 0], [2, 3, 4, 5, 6, 7, 1, 2]])
+    spans = np.array([[2, 6], [2, 3], [4, 8]])
+    nll, sums = ids_nll(judge, ids, 2, spans=spans), retokenized_nll(judge, ids, tokenizer, 0, 2,
+                                                                     spans=spans)  # fmt: skip
+    for text, (begin, end), mean, (total, number) in zip(
+        ids.tolist(), spans.tolist(), nll, sums, strict=True
+    ):
+        expected = by_hand(folder, text[:end])[begin - 1 :]
+        assert mean == pytest.approx(expected.mean(), rel=1e-4)
+        assert (total, number) == (pytest.approx(expected.sum(), rel=1e-4), end - begin)
+    ids[0, 6:], ids[1, 3:] = 7, 3
+    np.testing.assert_array_equal(ids_nll(judge, ids, 2, spans=spans), nll)
+    again = retokenized_nll(judge, ids, tokenizer, 0, 2, spans=spans)
+    np.testing.assert_array_equal(again, sums)
+
+
 def test_texts_of_eos_only_and_a_judge_without_eos_are_errors(folder, tmp_path):
     judge = load_judge(str(folder))
     with pytest.raises(HalfstepError, match="every text is empty or end-of-text alone"):
@@ -278,20 +297,21 @@ def template(*pieces):
 def test_settings_of_a_judges_tokenizer_add_and_remove_nothing(folder, tmp_path, changes):
     tokenizer = words_tokenizer(WORDS)
     ids = np.array([[0, *tokenizer.encode("the cat sat on a mat").ids, 0]])
-    plain = load_judge(str(folder)).retokenize(ids, tokenizer, 0, 24)
+    plain, _ = load_judge(str(folder)).retokenize(ids, tokenizer, 0)
     changed = change_tokenizer(folder, tmp_path / "judge", **changes)
-    assert changed.retokenize(ids, tokenizer, 0, 24) == plain == ids.tolist()
+    assert changed.retokenize(ids, tokenizer, 0)[0] == plain == ids.tolist()
 
 
 def test_a_bos_that_is_not_eos_is_kept(folder, tmp_path):
-    """As Llama's tokenizer adds it, and only it; a text is cut to `longest` tokens with it."""
+    """As Llama's tokenizer adds it, and only it; a text is cut to L tokens with it."""
     judge = change_tokenizer(folder, tmp_path / "judge", post_processor=template("mat", "A", EOS))
     judge.tokenizer.bos_token = "mat"
     tokenizer = words_tokenizer(WORDS)
     ids = np.array([tokenizer.encode("the cat sat on").ids])
     bos = tokenizer.token_to_id("mat")
-    assert judge.retokenize(ids, tokenizer, 0, 24) == [[bos, *ids[0].tolist()]]
-    assert judge.retokenize(ids, tokenizer, 0, 3) == [[bos, *ids[0, :2].tolist()]]
+    assert judge.retokenize(ids, tokenizer, 0) == ([[bos, *ids[0, :-1].tolist()]], [0])
+    span = np.array([[1, 3]])
+    assert judge.retokenize(ids, tokenizer, 0, span) == ([[bos, *ids[0, :3].tolist()]], [2])
 
 
 def test_a_judge_without_a_vocabulary_is_an_error(folder):
@@ -301,4 +321,4 @@ def test_a_judge_without_a_vocabulary_is_an_error(folder):
     tokenizer = words_tokenizer(WORDS)
     ids = np.array([tokenizer.encode("the cat sat").ids])
     with pytest.raises(HalfstepError, match="has no token for any text; put the tokenizer.json"):
-        judge.retokenize(ids, tokenizer, 0, 24)
+        judge.retokenize(ids, tokenizer, 0)

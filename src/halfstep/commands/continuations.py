@@ -253,8 +253,9 @@ def _judge_continuations(
         label = f"{columns['model']} at {columns['steps'] or 'all'} steps: judge"
         features, nll = features_of(ids, f"{label}, features"), None
         if judge.shares(tokenizer):
-            start = prompts.prompt_tokens
-            nll = ids_nll(judge, ids, batch, f"{label}, perplexity", group, start)
+            span = prompts.prompt_tokens, ids.shape[1]
+            spans = np.array([span]).repeat(len(ids), 0)
+            nll = ids_nll(judge, ids, batch, f"{label}, perplexity", group, spans)
         yield _Judged(prompts, columns | judge.columns, references_of[prompts], features, nll)
 
 

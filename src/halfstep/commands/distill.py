@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -258,10 +257,8 @@ def watch_entropy(texts: Tensor, held_out: HeldOut, round: Round, band: float | 
 
 def _entropy(texts: Tensor, held_out: HeldOut) -> float:
     """Mean unigram entropy of texts[N, L], or of their responses up to the first end-of-text."""
-    responses = held_out.responses(texts)
-    if responses is None:
-        return float(unigram_entropy(texts.numpy()).mean())
-    return float(np.mean([unigram_entropy(one[None].numpy())[0] for one in responses]))
+    counted = [text.numpy() for text in held_out.responses(texts) or texts]
+    return float(unigram_entropy(counted).mean())
 
 
 def flops_per_token(

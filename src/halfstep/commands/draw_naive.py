@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from halfstep.commands.samples import write_texts
-from halfstep.commands.variety import DATA_WINDOWS, held_out_texts
+from halfstep.commands.variety import DATA_WINDOWS, Texts, held_out_texts
 from halfstep.config import NAIVE, Count, Seed
 from halfstep.data.naive import (
     bigram_texts,
@@ -20,7 +20,7 @@ from halfstep.data.naive import (
     training_stream,
     unigram_texts,
 )
-from halfstep.data.pack import Layout, corpus_files, corpus_tokenizer, layout_of, read_manifest
+from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer, read_manifest
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.records import provenance
 
@@ -31,6 +31,9 @@ def draw_naive(
     corpus: Path, output: Path, num_samples: Count = 1024, sampling_seed: Seed = 1
 ) -> None:
     """Draw texts without a network: by unigrams, by bigrams, and by pasting training sentences.
+
+    Of a corpus of pairs, text i has the prompt and the length of held-out pair i, as the samples of
+    models have.
 
     Unigrams and bigrams are sharpened or flattened by a temperature, which is chosen so that the
     mean unigram entropy of the texts is that of held-out text. Each sampler has a folder with
@@ -43,11 +46,11 @@ def draw_naive(
         sampling_seed: seed of the draws
     """
     manifest, tokenizer = read_manifest(corpus), corpus_tokenizer(corpus)
-    wanted = unigram_entropy(held_out_texts(corpus, DATA_WINDOWS))
+    wanted = unigram_entropy(held_out_texts(corpus, DATA_WINDOWS).counted)
     checkpoint = manifest["splits"]["train"]["sha256"]
     drawn = _draw_all(corpus, num_samples, sampling_seed, wanted.mean())
-    for name, (ids, temperature) in zip(NAIVE, drawn, strict=True):
-        found = unigram_entropy(ids)
+    for name, (texts, temperature) in zip(NAIVE, drawn, strict=True):
+        found = unigram_entropy(texts.counted)
         about = {
             "model": f"{output.parent.name}/{name}",
             "checkpoint": checkpoint,
@@ -63,7 +66,7 @@ def draw_naive(
             "entropy": float(found.mean()),
             "held_out_entropy": float(wanted.mean()),
         }
-        write_texts(output / name, ids, tokenizer, about)
+        write_texts(output / name, texts.ids, tokenizer, about)
         _print_entropy(name, temperature, found, wanted)
     files = [file for name in NAIVE for file in sorted((output / name).glob("samples.*"))]
     inputs = corpus_files(corpus, "train", "validation")
@@ -72,39 +75,46 @@ def draw_naive(
 
 def _draw_all(
     corpus: Path, number: int, seed: int, entropy: float
-) -> Iterator[tuple[np.ndarray, float | None]]:
-    """For each sampler of NAIVE its texts [N, L], BOS and EOS included, and its temperature."""
+) -> Iterator[tuple[Texts, float | None]]:
+    """For each sampler of NAIVE its texts, BOS and EOS included, and its temperature."""
     manifest, stream = read_manifest(corpus), training_stream(corpus)
-    layout = layout_of(manifest)
+    held_out = Windows(corpus, "validation")
+    layout = held_out.layout
     unigrams, bigrams = count_unigrams(stream), count_bigrams(stream, manifest["vocab_size"])
     generators = [np.random.default_rng([seed, i]) for i in range(number)]
     u = np.stack([generator.random(layout.room) for generator in generators])
 
-    def by_unigrams(temperature: float) -> np.ndarray:
-        return _framed(unigram_texts(unigrams.at(temperature), u), layout)
+    def by_unigrams(temperature: float) -> Texts:
+        return _framed(unigram_texts(unigrams.at(temperature), u), held_out)
 
-    def by_bigrams(temperature: float) -> np.ndarray:
+    def by_bigrams(temperature: float) -> Texts:
         laws = unigrams.at(temperature), bigrams.at(temperature)
-        return _framed(bigram_texts(*laws, u), layout)
+        return _framed(bigram_texts(*laws, u), held_out)
 
     yield _fitted(by_unigrams, entropy)
     yield _fitted(by_bigrams, entropy)
     sentences = find_sentences(stream, corpus_tokenizer(corpus), layout.eos_id)
     pasted = [sentences.paste(layout.room, generator) for generator in generators]
-    yield _framed(np.array(pasted), layout), None
+    yield _framed(np.array(pasted), held_out), None
 
 
-def _fitted(draw: Callable[[float], np.ndarray], entropy: float) -> tuple[np.ndarray, float | None]:
+def _fitted(draw: Callable[[float], Texts], entropy: float) -> tuple[Texts, float | None]:
     """The texts that a sampler draws at the temperature that gives this entropy, and that."""
-    temperature = fit_temperature(lambda t: unigram_entropy(draw(t)).mean(), entropy)
+    temperature = fit_temperature(lambda t: unigram_entropy(draw(t).counted).mean(), entropy)
     return draw(temperature), temperature
 
 
-def _framed(ids: np.ndarray, layout: Layout) -> np.ndarray:
-    """Texts ids[N, room] with the frame of the corpus's windows: [N, L]."""
+def _framed(ids: np.ndarray, held_out: Windows) -> Texts:
+    """Texts ids[N, room] in the frame of a corpus's windows, or in place of their responses."""
+    layout, rows = held_out.layout, np.arange(len(ids)) % len(held_out)
     windows = layout.frames(len(ids), ids.dtype)
     windows[:, layout.framing.inside(layout.length)] = ids
-    return windows
+    pairs = held_out[rows].numpy()
+    words = held_out.words(rows, pairs)
+    if words is None:
+        return Texts(windows, {})
+    pairs[words] = windows[words]
+    return Texts(pairs, {}, held_out.spans(rows, pairs))
 
 
 def _print_entropy(

@@ -23,6 +23,7 @@ from halfstep.commands.variety import (
 )
 from halfstep.config import Count, Evaluation, Machine, Weights, Word
 from halfstep.data.pack import (
+    Windows,
     corpus_files,
     corpus_name,
     corpus_tokenizer,
@@ -33,7 +34,6 @@ from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError
-from halfstep.files import read_json
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.metrics.mauve import mauve
 from halfstep.metrics.perplexity import Judge, ids_nll, load_judge, retokenized_nll
@@ -73,27 +73,16 @@ def score_samples(
     texts = read_texts(samples, corpus, variant)
     rows = score_texts(texts, corpus, evaluation, machine, group)
     if rows is not None:
-        rows += empty_rows(samples, texts, corpus)
         read = corpus_files(corpus, "validation")
         write_rows(output, rows, [*sample_files(samples), *read, *evaluation.judge])
-
-
-def empty_rows(samples: list[Path], texts: list[Texts], corpus: Path) -> list[dict]:
-    """For each folder of a model of pairs the share of texts whose response is only end-of-text."""
-    rows = []
-    for folder, (ids, columns) in zip(samples, texts, strict=True):
-        count = read_json(folder / "samples.json").get("only_end_of_text")
-        if count is not None:
-            columns = columns | {"data": corpus_name(corpus)}
-            rows.append(share_row("only_end_of_text", "responses", count, len(ids), columns))
-    return rows
 
 
 def read_texts(samples: list[Path], corpus: Path, variant: Word | None = None) -> list[Texts]:
     """The texts of folders of samples, and their columns, of which one may be a variant's name.
 
-    HalfstepError if they are not in the corpus's vocabulary.
+    HalfstepError if they are not in the corpus's vocabulary, or do not answer its held-out prompts.
     """
+    held_out = Windows(corpus, "validation")
     vocabulary = vocabulary_sha256(corpus_tokenizer(corpus))
     named = {"variant": variant} if variant else {}
     texts = []
@@ -106,8 +95,28 @@ def read_texts(samples: list[Path], corpus: Path, variant: Word | None = None) -
             )
         columns = sample_columns(facts, ids.shape[-1]) | named
         made_for = (facts.get("meta") or {}).get("student_steps")
-        texts.append((ids, columns | ({"student_steps": made_for} if made_for else {})))
+        columns |= {"student_steps": made_for} if made_for else {}
+        spans = response_spans(held_out, ids, folder) if held_out.is_pairs else None
+        texts.append(Texts(ids, columns, spans))
     return texts
+
+
+def response_spans(windows: Windows, ids: np.ndarray, folder: Path) -> np.ndarray:
+    """Where the responses begin and end in texts ids[N, L] that answer the prompts of windows.
+
+    Text i has the prompt of window i, again from the first where there are fewer: [N, 2].
+    HalfstepError if it has another one.
+    """
+    rows = np.arange(len(ids)) % len(windows)
+    asked = windows[rows].numpy()
+    spans = windows.spans(rows, ids) if ids.shape == asked.shape else None
+    given = None if spans is None else np.arange(windows.length) < spans[:, :1]
+    if given is None or (ids != asked)[given].any():
+        raise HalfstepError(
+            f"{folder}: its texts do not answer the held-out prompts of {windows.path.parent}; "
+            "draw them with halfstep generate --pairs"
+        )
+    return spans
 
 
 def score_corpus(
@@ -126,17 +135,18 @@ def score_corpus(
         output: JSON file of the rows, in a folder named after the teacher
         num_samples: number of texts of each model, for MAUVE as many windows at most
     """
-    group, ids = join_group(machine), held_out_texts(corpus, DATA_WINDOWS)
+    group, texts = join_group(machine), held_out_texts(corpus, DATA_WINDOWS)
     columns = {
         "model": "data",
         "teacher": output.parent.name,
         "run": "data",
         "round": 0,
-        "num_samples": len(ids),
+        "num_samples": len(texts.ids),
     }
     half = held_out_texts(corpus, num_samples, first=1, every=2)
-    compared = [(half, columns | {"num_samples": len(half)})]
-    rows = score_texts([(ids, columns)], corpus, evaluation, machine, group, compared)
+    compared = [half.with_columns(columns | {"num_samples": len(half.ids)})]
+    texts = [texts.with_columns(columns)]
+    rows = score_texts(texts, corpus, evaluation, machine, group, compared)
     if group.is_main:
         write_rows(output, rows, [*corpus_files(corpus, "validation"), *evaluation.judge])
 
@@ -232,8 +242,8 @@ def score_texts(
     rank 0 return None.
     """
     data = {"data": corpus_name(corpus)}
-    texts = [(ids, columns | data) for ids, columns in texts]
-    compared = [(ids, columns | data) for ids, columns in compared or texts]
+    texts = [one.with_columns(data) for one in texts]
+    compared = [one.with_columns(data) for one in compared or texts]
     judged, features = judge_texts(texts, corpus, evaluation, machine, group, compared)
     return rows_of_texts(texts, judged, features, corpus, evaluation) if group.is_main else None
 
@@ -255,11 +265,15 @@ def rows_of_texts(
         rows.append(mean_row(metric, protocol, values, median, resamples, statistic))
     for reference, written, columns in features:
         rows.append(row("sample_mauve", "windows", *mauve(reference, written), **columns))
-    for ids, columns in texts:
-        rows.append(mean_row("entropy", "unigram", unigram_entropy(ids), columns, resamples))
-        rows += variety_rows(ids, columns, resamples)
+    for one in texts:
+        entropy, columns, eos_id = unigram_entropy(one.counted), one.columns, manifest["eos_id"]
+        rows.append(mean_row("entropy", "unigram", entropy, columns, resamples))
+        rows += variety_rows(one, resamples)
+        if one.spans is not None:
+            empty, number = sum(text[0] == eos_id for text in one.counted), len(one.ids)
+            rows.append(share_row("only_end_of_text", "responses", empty, number, columns))
         if manifest.get("corpus", {}).get("kind") == "stories":
-            end, ids = tokenizer.id_to_token(manifest["eos_id"]), without_frame(ids, manifest)
+            end, ids = tokenizer.id_to_token(eos_id), without_frame(one.ids, manifest)
             rows += grammar_rows(ids, columns, tokenizer, resamples, end)
     return rows
 
@@ -278,8 +292,8 @@ def judge_texts(
     and is left out for other judges.
     """
     manifest, tokenizer = read_manifest(corpus), corpus_tokenizer(corpus)
-    for ids, columns in texts:
-        _check_ids(ids, text_label(columns), corpus, manifest["vocab_size"])
+    for one in texts:
+        _check_ids(one.ids, text_label(one.columns), corpus, manifest["vocab_size"])
     judged: list[Judged] = []
     features: list[Features] = []
     for judge in load_judges(evaluation, machine):
@@ -299,13 +313,14 @@ def _judge_by_one(
 ) -> Iterator[Judged]:
     """Every perplexity of the texts under one judge."""
     batch = machine.micro_batch
-    for ids, columns in texts:
-        label, columns = f"{text_label(columns)}: judge", columns | judge.columns
+    for one in texts:
+        label, columns = f"{text_label(one.columns)}: judge", one.columns | judge.columns
         if judge.shares(tokenizer):
-            yield "ids", ids_nll(judge, ids, batch, f"{label}, ids", group), columns, np.exp
+            nll = ids_nll(judge, one.ids, batch, f"{label}, ids", group, one.spans)
+            yield "ids", nll, columns, np.exp
         label = f"{label}, retokenized"
-        ids, eos_id = without_frame(ids, manifest), manifest["eos_id"]
-        sums = retokenized_nll(judge, ids, tokenizer, eos_id, batch, label, group)
+        ids, eos_id = without_frame(one.ids, manifest), manifest["eos_id"]
+        sums = retokenized_nll(judge, ids, tokenizer, eos_id, batch, label, group, one.spans)
         yield "retokenized", sums, columns, exp_ratio
 
 

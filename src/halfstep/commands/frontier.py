@@ -11,7 +11,6 @@ import numpy as np
 
 from halfstep.commands.evaluate import (
     Judged,
-    empty_rows,
     exp_ratio,
     judge_texts,
     read_texts,
@@ -97,7 +96,7 @@ def score_frontier(
     target, teachers = held_out_entropy(files.held_out, corpus), read_curves_of(files.teacher)
     data = {"data": corpus_name(corpus)}
     folders = list(dict.fromkeys([*samples, *files.frontier]))
-    found = [(ids, columns | data) for ids, columns in read_texts(folders, corpus, variant)]
+    found = [one.with_columns(data) for one in read_texts(folders, corpus, variant)]
     check_sets(found)
     texts = dict(zip(folders, found, strict=True))
     plain, swept = ([texts[one] for one in those] for those in (samples, files.frontier))
@@ -105,7 +104,6 @@ def score_frontier(
     if not group.is_main:
         return
     plain_rows = rows_of_texts(plain, judged_of(plain, judged), features, corpus, evaluation)
-    plain_rows += empty_rows(samples, plain, corpus)
     points = measured_points(swept, judged_of(swept, judged))
     rows = _point_rows(points, swept, evaluation.bootstrap)
     rows += _readings(points, target, teachers, evaluation.bootstrap)
@@ -121,14 +119,14 @@ def score_frontier(
 
 def check_sets(texts: list[Texts]) -> None:
     """HalfstepError unless the sets are of one model, drawn alike, and each at another place."""
-    places = {_place(columns) for _, columns in texts}
+    places = {_place(one.columns) for one in texts}
     if len(places) < len(texts):
         raise HalfstepError(
             f"samples: found {len(texts)} folders for {len(places)} pairs of step count and "
             "temperature; give --samples and --frontier one folder for each"
         )
-    models = {columns["model"] for _, columns in texts}
-    counts = {columns["num_samples"] for _, columns in texts}
+    models = {one.columns["model"] for one in texts}
+    counts = {one.columns["num_samples"] for one in texts}
     for what, found in (("models", models), ("numbers of texts", counts)):
         if len(found) > 1:
             raise HalfstepError(
@@ -139,13 +137,13 @@ def check_sets(texts: list[Texts]) -> None:
 
 def judged_of(texts: list[Texts], judged: list[Judged]) -> list[Judged]:
     """What the judges found in these texts."""
-    places = {_place(columns) for _, columns in texts}
+    places = {_place(one.columns) for one in texts}
     return [found for found in judged if _place(found[2]) in places]
 
 
 def measured_points(texts: list[Texts], judged: list[Judged]) -> list[Point]:
     """The points of all curves, by judge, protocol, step count and temperature."""
-    entropy = {_place(columns): unigram_entropy(ids) for ids, columns in texts}
+    entropy = {_place(one.columns): unigram_entropy(one.counted) for one in texts}
     points = []
     for protocol, values, columns, _ in judged:
         assert values is not None, "this is rank 0"
@@ -185,9 +183,9 @@ def _point_rows(points: list[Point], texts: list[Texts], resamples: int) -> list
     for point in points:
         name, sums = "frontier_perplexity", point.values[:, :2]
         rows.append(mean_row(name, point.protocol, sums, point.columns, resamples, exp_ratio))
-    for ids, columns in texts:
-        entropy = unigram_entropy(ids)
-        rows.append(mean_row("frontier_entropy", "unigram", entropy, columns, resamples))
+    for one in texts:
+        entropy = unigram_entropy(one.counted)
+        rows.append(mean_row("frontier_entropy", "unigram", entropy, one.columns, resamples))
     return rows
 
 

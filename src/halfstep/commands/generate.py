@@ -30,7 +30,6 @@ from halfstep.commands.writers import (
     sampler_name,
     separate_documents,
     text_writer,
-    written_places,
 )
 from halfstep.config import (
     DEFAULT_STEPS,
@@ -184,7 +183,6 @@ class _Job:
         texts = draw_texts(write, self.prompts, self.micro_batch, label, group)
         if texts is not None:
             how["elapsed_s"] = time.monotonic() - started
-            how |= count_empty(model, texts.ids, self.prompts)
             save_samples(self.checkpoint, folder, model, one.steps, texts, one.options, **how)
 
     def print_set(self, one: SampleSet) -> None:
@@ -237,17 +235,6 @@ class _Job:
         if len(self.sets) == len(self.prompts) == 1:
             return ""
         return f"{number}, {one.how}" if len(self.sets) > 1 else str(number)
-
-
-def count_empty(model: Model, ids: Tensor, prompts: Tensor) -> dict[str, int]:
-    """Number of texts ids[N, L], of prompts[N, P], whose response is only end-of-text.
-
-    It is counted for models of pairs; {} for other models.
-    """
-    if not model.turn:
-        return {}
-    written = written_places(model, prompts, ids.shape[1])
-    return {"only_end_of_text": int(((ids == model.eos_id) | ~written).all(1).sum())}
 
 
 def held_out_prompts(model: Model, sampling: GenerateOptions, corpus: Path) -> Tensor:

@@ -202,7 +202,7 @@ def corpus_items(corpus: Path, count: int) -> MaskedItems:
 
     Of pairs, half of each response is masked; of other windows half of all within the frame.
     """
-    windows, manifest = held_out_texts(corpus, count), read_manifest(corpus)
+    windows, manifest = held_out_texts(corpus, count).ids, read_manifest(corpus)
     if manifest["corpus"].get("kind") == "stories":
         return story_items(windows, corpus_tokenizer(corpus), layout_of(manifest))
     rows = _places_to_mask(corpus, windows)

@@ -42,7 +42,6 @@ class SamplesFacts(BaseModel):
     temperature: float = 1.0
     top_p: float = 1.0
     vocabulary: str = ""
-    only_end_of_text: Annotated[int, Field(ge=0)] | None = None
 
 
 def write_texts(

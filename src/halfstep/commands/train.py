@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
@@ -291,12 +292,11 @@ class HeldOut:
     """Held-out windows x0[B, L], and how to measure a loss on them: device, micro-batch, ranks.
 
     asked bool [B, L]: the positions that have a loss; None: all
-    end_id: of pairs, the token that fills a window after its response; None for other corpora
     """
 
+    windows: Windows
     x0: Tensor
     asked: Tensor | None
-    end_id: int | None
     device: torch.device
     micro_batch: int
     group: Group
@@ -307,22 +307,17 @@ class HeldOut:
         windows = Windows(corpus, "validation")
         indices = torch.arange(min(VALIDATION_WINDOWS, len(windows)))
         asked = windows.asked(indices)
-        end_id = windows.eos_id if windows.is_pairs else None
-        return cls(windows[indices], asked, end_id, device, machine.micro_batch, group)
+        return cls(windows, windows[indices], asked, device, machine.micro_batch, group)
 
     def responses(self, texts: Tensor) -> list[Tensor] | None:
         """The responses in texts[N, L] up to and with their first end-of-text; None without pairs.
 
         Text i has the prompt of window i mod B.
         """
-        if self.asked is None or self.end_id is None:
+        spans = self.windows.spans(np.arange(len(texts)) % len(self.x0), texts.numpy())
+        if spans is None:
             return None
-        found = []
-        for i, text in enumerate(texts):
-            response = text[self.asked[i % len(self.x0)]]
-            before = (response == self.end_id).cumsum(0) == 0
-            found.append(response[: int(before.sum()) + 1])
-        return found
+        return [text[begin:end] for text, (begin, end) in zip(texts, spans.tolist(), strict=True)]
 
     def mean_loss(self, objective: Objective) -> float:
         """The loss of the windows, always with the same random numbers, over the batch's divisor.
@@ -363,7 +358,7 @@ def watch_empty(texts: Tensor, held_out: HeldOut, most: float | None) -> dict[st
     responses = held_out.responses(texts)
     if responses is None:
         return {}
-    share = sum(int(one[0] == held_out.end_id) for one in responses) / len(responses)
+    share = sum(int(one[0] == held_out.windows.eos_id) for one in responses) / len(responses)
     if most is not None and share > most:
         raise HalfstepError(
             f"{share:.0%} of {len(responses)} drawn responses are only end-of-text, "
@@ -426,7 +421,7 @@ class DiffusionObjective:
     def validate(self) -> dict[str, float]:
         """Held-out NELBO in nats per token, and the share of drawn responses that are empty."""
         figures, held_out = {"val/nelbo": self.held_out.mean_loss(self)}, self.held_out
-        if self.watched_seed is None or held_out.end_id is None:
+        if self.watched_seed is None or not held_out.windows.is_pairs:
             return figures
         texts = watched_texts(self.denoiser, held_out, WATCHED_STEPS, self.watched_seed)
         return figures | watch_empty(texts, held_out, self.most_empty)

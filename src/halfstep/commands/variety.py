@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from halfstep.metrics.diversity import (
     self_bleu,
 )
 from halfstep.metrics.mauve import judge_features
-from halfstep.metrics.perplexity import Judge
+from halfstep.metrics.perplexity import Judge, counted_parts
 from halfstep.metrics.rows import mean_row, row, share_row
 
 DATA_WINDOWS = 500  # windows behind the "data" rows, or all of them if there are fewer
@@ -37,20 +38,42 @@ MAUVE_TEXTS = 50  # fewest texts of either kind: five bins
 BLEU_GROUP, BLEU_GROUPS = 5, 20  # texts that are compared with one another, and groups of them
 STORY_GROUP = 20  # accepted stories among which repetitions are counted; fewer give no row
 
-Texts = tuple[np.ndarray, dict[str, Any]]
-"""Token ids[N, L] of texts, and the columns of a metric row that describe them."""
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids[N, L] of texts, and the columns of a metric row that describe them.
+
+    With the spans[N, 2] of their responses, only these count; all of each text does without.
+    """
+
+    ids: np.ndarray
+    columns: dict[str, Any]
+    spans: np.ndarray | None = None
+
+    @property
+    def counted(self) -> Sequence[np.ndarray]:
+        """What counts of each text."""
+        return counted_parts(self.ids, self.spans)
+
+    def with_columns(self, columns: dict[str, Any]) -> Texts:
+        """The same texts with more columns."""
+        return replace(self, columns=self.columns | columns)
+
+
 Features = tuple[np.ndarray | None, np.ndarray | None, dict[str, Any]]
 """A judge's features [n, D] of the reference and of texts (None but on rank 0), and columns."""
 
 
-def held_out_texts(corpus: Path, count: int, first: int = 0, every: int = 1) -> np.ndarray:
-    """At most `count` of the held-out windows first, first + every, ..., evenly spaced: ids[N, L].
+def held_out_texts(corpus: Path, count: int, first: int = 0, every: int = 1) -> Texts:
+    """At most `count` of the held-out windows first, first + every, ..., evenly spaced.
 
     Of every other window those from 0 on are MAUVE's reference, and those from 1 on are compared
     with them.
     """
     windows = Windows(corpus, "validation")
-    return windows[spread_rows(len(windows), count, first, every)].numpy()
+    rows = spread_rows(len(windows), count, first, every)
+    ids = windows[rows].numpy()
+    return Texts(ids, {}, windows.spans(rows, ids))
 
 
 def spread_rows(windows: int, count: int, first: int = 0, every: int = 1) -> np.ndarray:
@@ -77,32 +100,36 @@ def compare_texts(
     tokenizer, manifest = corpus_tokenizer(corpus), read_manifest(corpus)
     eos_id = manifest["eos_id"]
 
-    def features_of(ids: np.ndarray, label: str) -> np.ndarray | None:
-        label, ids = f"{label}: judge, features", without_frame(ids, manifest)
+    def features_of(texts: Texts, label: str) -> np.ndarray | None:
+        label, ids = f"{label}: judge, features", without_frame(texts.ids, manifest)
+        how = {"mean": True, "spans": texts.spans}
         return judge_features(
-            judge, ids, tokenizer, eos_id, machine.micro_batch, label, group, mean=True
+            judge, ids, tokenizer, eos_id, machine.micro_batch, label, group, **how
         )
 
     known: dict[int, np.ndarray | None] = {}
-    for ids, columns in texts:
-        reference = held_out_texts(corpus, len(ids), every=2)
-        if min(len(ids), len(reference)) < MAUVE_TEXTS:
+    for written in texts:
+        reference = held_out_texts(corpus, len(written.ids), every=2)
+        number = len(reference.ids)
+        if min(len(written.ids), number) < MAUVE_TEXTS:
             continue
-        if len(reference) not in known:
-            known[len(reference)] = features_of(reference, "reference")
-        found = features_of(ids, text_label(columns))
-        yield known[len(reference)], found, columns | judge.columns
+        if number not in known:
+            known[number] = features_of(reference, "reference")
+        found = features_of(written, text_label(written.columns))
+        yield known[number], found, written.columns | judge.columns
 
 
-def variety_rows(ids: np.ndarray, columns: dict[str, Any], resamples: int) -> list[dict]:
+def variety_rows(texts: Texts, resamples: int) -> list[dict]:
     """Distinct bigrams and repetition within the texts, and self-BLEU between them."""
+    counted, columns = texts.counted, texts.columns
     rows = [
-        mean_row("distinct_2", "bigrams", distinct(ids, 2), columns, resamples),
-        mean_row("repetition", "fourgrams", repetition(ids), columns, resamples),
+        mean_row("distinct_2", "bigrams", distinct(counted, 2), columns, resamples),
+        mean_row("repetition", "fourgrams", repetition(counted), columns, resamples),
     ]
-    groups = min(len(ids) // BLEU_GROUP, BLEU_GROUPS)
+    groups = min(len(counted) // BLEU_GROUP, BLEU_GROUPS)
     if groups:
-        values = self_bleu(ids[: groups * BLEU_GROUP].reshape(groups, BLEU_GROUP, -1))
+        starts = range(0, groups * BLEU_GROUP, BLEU_GROUP)
+        values = self_bleu([counted[i : i + BLEU_GROUP] for i in starts])
         read = columns | {"num_samples": groups * BLEU_GROUP}
         rows.append(mean_row("sample_self_bleu", "groups-of-5", values, read, resamples))
     return rows

@@ -6,6 +6,8 @@ A metric by which they rank above a model is no evidence of quality (arXiv 2606.
     bigram         every token by the one before it:      P(x | y) ~ n(y x) ** (1 / T)
     cut_and_paste  sentences of the corpus in random order
 
+Of pairs they are written in place of the words of held-out responses, from training responses.
+
 n counts the training split. T has no other purpose than the entropy of the texts.
 """
 
@@ -31,12 +33,14 @@ QUOTES = "\"')]”’»"  # may follow the stop of a sentence
 def training_stream(corpus: Path) -> np.ndarray:
     """The tokens of a corpus's training split, without the frames of its windows: [N] int64.
 
-    They are the first MOST_TOKENS at most.
+    They are the first MOST_TOKENS at most; of pairs, the responses without their end-of-text.
     """
     windows = Windows(corpus, "train")
     inside = windows.layout.framing.inside(windows.length)
     most = max(1, MOST_TOKENS // windows.layout.room)
-    return windows[:most][:, inside].flatten().numpy()
+    found = windows[:most].numpy()
+    words = windows.words(np.arange(len(found)), found)
+    return found[:, inside].flatten() if words is None else found[words]
 
 
 @dataclass(frozen=True)

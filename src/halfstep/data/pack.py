@@ -475,14 +475,38 @@ class Windows:
         if "framing" in self.manifest:
             inside = self.layout.framing.inside(self.length)
             found[:, : inside.start] = found[:, inside.stop :] = False
-        if self._starts is not None:
-            starts = torch.from_numpy(self._starts[np.asarray(indices)].astype(np.int64))
-            found &= torch.arange(self.length) >= starts[:, None]
+        starts = self.starts(indices)
+        if starts is not None:
+            found &= torch.arange(self.length) >= torch.from_numpy(starts)[:, None]
             if not found.any(1).all():
                 raise HalfstepError(
                     f"{self.path}: holds a pair without a response; {PREPARE_AGAIN}"
                 )
         return found
+
+    def starts(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray | None:
+        """Where the responses of these windows start, int64 [n]; None without pairs."""
+        return None if self._starts is None else self._starts[np.asarray(indices)].astype(np.int64)
+
+    def spans(self, indices: Sequence[int] | np.ndarray, texts: np.ndarray) -> np.ndarray | None:
+        """Where responses begin and end in texts[n, length] that have the prompts of these windows.
+
+        int64 [n, 2]. A response ends with its first end-of-text, or with its window. None without
+        pairs.
+        """
+        starts = self.starts(indices)
+        if starts is None:
+            return None
+        ends = (texts == self.eos_id) & (np.arange(self.length) >= starts[:, None])
+        ends[:, self.layout.framing.inside(self.length).stop - 1] = True
+        return np.stack([starts, ends.argmax(1) + 1], 1)
+
+    def words(self, indices: Sequence[int] | np.ndarray, texts: np.ndarray) -> np.ndarray | None:
+        """The positions of responses in such texts, without their end-of-text: bool [n, length]."""
+        spans, place = self.spans(indices, texts), np.arange(self.length)
+        if spans is None:
+            return None
+        return (place >= spans[:, :1]) & (place < spans[:, 1:]) & (texts != self.eos_id)
 
     def verify(self) -> None:
         """Compare the checksums of tokens and tokenizer with those in the manifest."""

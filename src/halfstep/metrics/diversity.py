@@ -11,8 +11,8 @@ import numpy as np
 from halfstep.metrics.intervals import bootstrap
 
 
-def unigram_entropy(ids: np.ndarray) -> np.ndarray:
-    """Entropy of the token counts inside each text ids[N, L], in nats: [N].
+def unigram_entropy(ids: Sequence[np.ndarray]) -> np.ndarray:
+    """Entropy of the token counts inside each text of ids, N arrays of L tokens, in nats: [N].
 
     H = -sum_v (n_v / L) log (n_v / L)
 
@@ -27,19 +27,25 @@ def _entropy(counts: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def distinct(ids: np.ndarray, n: int) -> np.ndarray:
-    """Share of different n-grams among all n-grams of each text ids[N, L]: [N].
+def distinct(ids: Sequence[np.ndarray], n: int) -> np.ndarray:
+    """Share of different n-grams among all n-grams of each text of ids, N arrays [L]: [N].
 
-    For groups of texts ids[N, K, L], the n-grams of a group are counted together. This is
-    distinct-n (Li et al., arXiv 1510.03055) within a text instead of over all texts, so their
-    number does not lower it.
+    For groups of texts, N arrays [K, L], the n-grams of a group are counted together. A text
+    without an n-gram repeats nothing: 1. This is distinct-n (Li et al., arXiv 1510.03055) within a
+    text instead of over all texts, so their number does not lower it.
     """
-    grams = np.lib.stride_tricks.sliding_window_view(ids, n, axis=-1).reshape(len(ids), -1, n)
-    return np.array([len(np.unique(text, axis=0)) / len(text) for text in grams])
+    return np.array([_distinct(text, n) for text in ids])
 
 
-def repetition(ids: np.ndarray, n: int = 4) -> np.ndarray:
-    """Share of the n-grams of each text ids[N, L] that occurred before in the same text: [N]."""
+def _distinct(text: np.ndarray, n: int) -> float:
+    if text.shape[-1] < n:
+        return 1.0
+    grams = np.lib.stride_tricks.sliding_window_view(text, n, axis=-1).reshape(-1, n)
+    return len(np.unique(grams, axis=0)) / len(grams)
+
+
+def repetition(ids: Sequence[np.ndarray], n: int = 4) -> np.ndarray:
+    """Share of the n-grams of each text of ids, N arrays [L], that occurred before in it: [N]."""
     return 1 - distinct(ids, n)
 
 
@@ -91,26 +97,31 @@ def _kl(counts: np.ndarray, law: np.ndarray) -> float:
     return float((q * np.log(q / law[found])).sum())
 
 
-def self_bleu(ids: np.ndarray) -> np.ndarray:
-    """Self-BLEU of each prompt's continuations ids[P, K, C]: [P] in 0..100; low is diverse.
+def self_bleu(groups: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Self-BLEU of P groups of K texts, such as a prompt's continuations: [P]; low is diverse.
 
     100 mean_i BLEU-4(x_i | the other K - 1)
 
     Texygen's measure (Zhu et al., arXiv 1802.01886) within a prompt, as in SDTT section 4.1. BLEU
     (Papineni et al., 2002) is that of nltk's sentence_bleu: n-grams of 1 to 4 with equal weights,
-    clipped counts, no smoothing. Its words are the model's tokens. The brevity penalty is 1,
-    because all texts have C tokens.
+    clipped counts, no smoothing. Its words are the model's tokens. Values are 0 to 100.
     """
-    return np.array([100 * np.mean(_bleu_of_each(texts)) for texts in ids.tolist()])
+    return np.array(
+        [100 * np.mean(_bleu_of_each([text.tolist() for text in texts])) for texts in groups]
+    )
 
 
 def _bleu_of_each(texts: list[list[int]]) -> list[float]:
-    """BLEU-4 of each text with the others, of the same length, as references."""
+    """BLEU-4 of each text with the others as references."""
     precisions = zip(*(_clipped_precisions(texts, n) for n in range(1, 5)), strict=True)
-    return [
-        math.exp(math.fsum(math.log(p) / 4 for p in of_text)) if all(of_text) else 0.0
-        for of_text in precisions
-    ]
+    lengths, found = [len(text) for text in texts], []
+    for i, of_text in enumerate(precisions):
+        own, others = lengths[i], lengths[:i] + lengths[i + 1 :]
+        _, nearest = min((abs(other - own), other) for other in others)
+        brevity = min(1.0, math.exp(1 - nearest / own))
+        mean = math.fsum(math.log(p) / 4 for p in of_text) if all(of_text) else -math.inf
+        found.append(brevity * math.exp(mean))
+    return found
 
 
 def _clipped_precisions(texts: list[list[int]], n: int) -> list[float]:

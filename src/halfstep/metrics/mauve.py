@@ -48,13 +48,15 @@ def judge_features(  # noqa: PLR0913 - what is read, how, and who shares the wor
     label: str = "judge, features",
     group: Group = ALONE,
     mean: bool = False,
+    spans: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """The judge's last hidden state at the last token of each text ids[N, L]: [N, D] float32.
 
     With `mean` it is the mean over all tokens of a text: the last token of a window, which is cut
     anywhere, says little more than where the cut fell. It is taken after the last norm;
     `tokenizer` is that of the ids. As `mauve-text` does, texts are decoded and tokenized again by
-    the judge's tokenizer, of which the first L tokens are read. The ranks of the group share the
+    the judge's tokenizer, of which the first L tokens are read. With the spans[N, 2] of responses a
+    text ends with its response, and the mean is over that. The ranks of the group share the
     texts; all but rank 0 get None.
     """
     L = ids.shape[1]
@@ -65,7 +67,8 @@ def judge_features(  # noqa: PLR0913 - what is read, how, and who shares the wor
         )
 
     def of_rows(rows: slice) -> np.ndarray:
-        texts = judge.retokenize(ids[rows], tokenizer, eos_id, L)
+        inside = None if spans is None else spans[rows]
+        texts, given = judge.retokenize(ids[rows], tokenizer, eos_id, inside)
         if not all(texts):
             raise HalfstepError(
                 f"judge: text {rows.start + texts.index([])} has no token for {judge.name}, "
@@ -75,13 +78,17 @@ def judge_features(  # noqa: PLR0913 - what is read, how, and who shares the wor
         with Progress(label, len(texts), "text") as progress:
             for first in range(0, len(texts), micro_batch):
                 batch = texts[first : first + micro_batch]
+                before = torch.tensor(given[first : first + micro_batch], device=judge.device)
                 x, attend = pad_texts(batch, judge.device)
                 network = judge.network.base_model
                 with computing(judge.device, judge.precision):
                     read = network(input_ids=x, attention_mask=attend, use_cache=False)
                 h = read.last_hidden_state
                 if mean:
-                    found = (h.float() * attend[..., None]).sum(1) / attend.sum(1, keepdim=True)
+                    position = torch.arange(x.shape[1], device=judge.device)
+                    counts = attend * (position >= before[:, None])
+                    number = counts.sum(1, keepdim=True).clamp(min=1)
+                    found = (h.float() * counts[..., None]).sum(1) / number
                 else:
                     index = torch.arange(len(batch), device=judge.device)
                     found = h[index, attend.sum(1) - 1].float()

@@ -14,6 +14,8 @@ no weight. The first token of a text is never predicted, so a BOS (which is EOS)
 that would count. Unlike in MDLM's code, the last partial batch counts.
 
 The SDTT paper has two judges, named as on the hub: gpt2-large and meta-llama/Meta-Llama-3-8B.
+Of pairs, only responses up to and with their first EOS count. The judge reads their prompts.
+
 Llama's ids are other tokens than GPT-2's, so it scores `retokenized` only. (The released code's
 Llama number is neither protocol: it drops every EOS, strips the text, and takes the mean of means.)
 
@@ -25,6 +27,7 @@ autocast. Log-probabilities are float32, from its logits; the readout of float32
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,34 +89,52 @@ class Judge:
         return tokenizer.get_vocab().items() <= self.tokenizer.get_vocab().items()
 
     def retokenize(
-        self, ids: np.ndarray, tokenizer: Tokenizer, eos_id: int, longest: int
-    ) -> list[list[int]]:
-        """Texts ids[N, L] of `tokenizer` as tokens of the judge, at most `longest` of each text.
+        self,
+        ids: np.ndarray,
+        tokenizer: Tokenizer,
+        eos_id: int,
+        spans: np.ndarray | None = None,
+    ) -> tuple[list[list[int]], list[int]]:
+        """Texts ids[N, L] of `tokenizer` as tokens of the judge, at most L of each.
+
+        And how many of the tokens are before what counts: none, or, with the spans[N, 2] of
+        responses, those of the prompts. Prompt and response are then tokenized separately, and
+        are as long as the judge reads.
 
         EOS becomes the judge's EOS, if it has one. Of what the judge's tokenizer would add, only a
         BOS that is not its EOS is kept (Llama's).
         """
-        texts = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
-        if self.tokenizer.eos_token:
-            eos = tokenizer.id_to_token(eos_id)
-            texts = [text.replace(eos, self.tokenizer.eos_token) for text in texts]
         bos = self.tokenizer.bos_token_id
         own_bos = bos != self.tokenizer.eos_token_id and self.tokenizer("")["input_ids"][:1] == [
             bos
         ]
-        start = [bos] if own_bos else []
-        encoded = self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=True,
-            max_length=longest - len(start),
-        )["input_ids"]
-        if any(texts) and not any(encoded):
+        start, given, longest = [bos] if own_bos else [], [0] * len(ids), ids.shape[1]
+        texts = self._encode(counted_parts(ids, spans), tokenizer, eos_id)
+        if spans is not None:
+            prompts = [text[:begin] for text, begin in zip(ids, spans[:, 0], strict=True)]
+            before = self._encode(prompts, tokenizer, eos_id)
+            texts = [prompt + text for prompt, text in zip(before, texts, strict=True)]
+            given = [len(start + prompt) for prompt in before]
+            longest = max(map(len, texts)) + 1
+        longest = min(longest, self.context or longest)
+        return [(start + text)[:longest] for text in texts], given
+
+    def _encode(
+        self, texts: Sequence[np.ndarray], tokenizer: Tokenizer, eos_id: int
+    ) -> list[list[int]]:
+        """Ids of `tokenizer` as ids of the judge's, nothing added."""
+        rows = [text.tolist() for text in texts]
+        words = tokenizer.decode_batch(rows, skip_special_tokens=False)
+        if self.tokenizer.eos_token:
+            eos = tokenizer.id_to_token(eos_id)
+            words = [text.replace(eos, self.tokenizer.eos_token) for text in words]
+        encoded = self.tokenizer(words, add_special_tokens=False)["input_ids"]
+        if any(words) and not any(encoded):
             raise HalfstepError(
                 f"judge: the tokenizer of {self.name} has no token for any text; "
                 "put the tokenizer.json of its network next to the weights"
             )
-        return [start + ids for ids in encoded]
+        return encoded
 
 
 def load_judge(name: str, device: str | torch.device = "cpu", precision: str = "float32") -> Judge:
@@ -268,29 +289,40 @@ def _check_texts(judge: Judge, texts: list[list[int]]) -> None:
         )
 
 
+def counted_parts(ids: np.ndarray, spans: np.ndarray | None) -> Sequence[np.ndarray]:
+    """What counts of texts ids[N, L]: all of each, or what is in spans[N, 2] of it."""
+    if spans is None:
+        return ids
+    return [text[begin:end] for text, (begin, end) in zip(ids, spans.tolist(), strict=True)]
+
+
 def ids_nll(
     judge: Judge,
     ids: np.ndarray,
     micro_batch: int,
     label: str = "judge, ids",
     group: Group = ALONE,
-    start: int = 1,
+    spans: np.ndarray | None = None,
 ) -> np.ndarray | None:
-    """Mean -log p of the tokens from `start` on in each text of ids[N, L]: [N] float64.
+    """Mean -log p of the tokens of each text of ids[N, L] but its first: [N] float64.
 
-    Perplexity (protocol ids) = exp(mean). The ranks of the group share the texts; all but rank 0
-    get None.
+    With spans[N, 2] it is the mean over these tokens of a text. Perplexity (protocol ids) =
+    exp(mean). The ranks of the group share the texts; all but rank 0 get None.
     """
+    whole = np.array([[1, ids.shape[1]]]).repeat(len(ids), 0)
+    spans = whole if spans is None else spans.clip(min=1)
 
     def of_rows(rows: slice) -> np.ndarray:
-        found = token_nll(judge, ids[rows].tolist(), micro_batch, label)
+        begins, ends = spans[rows].T.tolist()
+        read = [text[:end] for text, end in zip(ids[rows].tolist(), ends, strict=True)]
+        found = zip(token_nll(judge, read, micro_batch, label), begins, strict=True)
         # Token i is predicted at position i - 1.
-        return np.array([nll[start - 1 :].mean(dtype=np.float64) for nll in found])
+        return np.array([nll[begin - 1 :].mean(dtype=np.float64) for nll, begin in found])
 
     return group.map_rows(len(ids), of_rows)
 
 
-def retokenized_nll(
+def retokenized_nll(  # noqa: PLR0913 - what is read, how, and who shares the work
     judge: Judge,
     ids: np.ndarray,
     tokenizer: Tokenizer,
@@ -298,26 +330,29 @@ def retokenized_nll(
     micro_batch: int,
     label: str = "judge, retokenized",
     group: Group = ALONE,
+    spans: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """Sum of -log p, and number, of the tokens that count in each text of ids[N, L]: [N, 2].
 
-    Perplexity (protocol retokenized) = exp(mean sum / mean number). The ranks of the group share
-    the texts; all but rank 0 get None.
+    They are those of the responses where their spans[N, 2] are given. Perplexity (protocol
+    retokenized) = exp(mean sum / mean number). The ranks of the group share the texts; all but
+    rank 0 get None.
     """
     if judge.tokenizer.eos_token is None:
         raise HalfstepError(
             f"judge: the tokenizer of {judge.name} names no eos_token; "
             "add it to its tokenizer_config.json"
         )
-    longest = min(ids.shape[1], judge.context or ids.shape[1])
 
     def of_rows(rows: slice) -> np.ndarray:
-        texts = judge.retokenize(ids[rows], tokenizer, eos_id, longest)
+        inside = None if spans is None else spans[rows]
+        texts, given = judge.retokenize(ids[rows], tokenizer, eos_id, inside)
+        found = token_nll(judge, texts, micro_batch, label)
         sums = []
-        for text, nll in zip(texts, token_nll(judge, texts, micro_batch, label), strict=True):
-            eos = np.array(text) == judge.tokenizer.eos_token_id
+        for text, before, nll in zip(texts, given, found, strict=True):
+            eos = np.array(text[before:]) == judge.tokenizer.eos_token_id
             counts = ~eos | (eos.cumsum() == 1)  # at an EOS, the sum is 1 for the first one only
-            counts = counts[1:]
+            counts = np.concatenate([np.zeros(min(before, len(text)), bool), counts])[1:]
             sums.append((nll[counts].sum(dtype=np.float64), counts.sum()))
         return np.array(sums, np.float64)
 

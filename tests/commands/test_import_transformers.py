@@ -11,12 +11,19 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from published import FAMILIES, build_family, masked_tokenizer, save_model
+from published import (
+    FAMILIES,
+    LOGITS,
+    build_family,
+    logits_flag,
+    masked_tokenizer,
+    save_model,
+)
 from safetensors.torch import load_file, save_file
 from small import MACHINE, ROUND, call, done
 
 import halfstep
-from halfstep.commands.import_transformers import check_logits
+from halfstep.commands.import_transformers import KNOWN_LOGITS, check_logits
 from halfstep.commands.writers import encode_prompt
 from halfstep.data.tokenizer import read_tokenizer
 from halfstep.errors import HalfstepError
@@ -49,11 +56,11 @@ def imported(request, pipeline, tmp_path_factory):
     """The hub folder of a family, its model, and the checkpoint made of it."""
     kind, root = request.param, tmp_path_factory.mktemp("hub")
     is_causal = FAMILIES[kind] == "AutoModelForCausalLM"
-    logits = {"gpt2": "shifted", "llama": "shifted"}.get(kind, "same")
+    logits = LOGITS.get(kind) or KNOWN_LOGITS.get(kind, "same")
     theirs = save(kind, root / kind, pipeline.corpus, framing=kind == "bert")
-    said = f"--logits {logits}" if is_causal and kind != "gpt2" else ""
     folder = root / f"models/stories-{kind}/teacher"
-    done(f"import --source hf:{root / kind} --corpus {pipeline.corpus} --output {folder} {said}")
+    done(f"import --source hf:{root / kind} --corpus {pipeline.corpus} --output {folder} "
+         f"{logits_flag(kind)}")  # fmt: skip
     return SimpleNamespace(
         kind=kind,
         source=root / kind,

@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 RECIPES = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
-REGISTRIES = {"A divergence", "A noise schedule", "A sampler", "A figure", "A corpus kind"}
+REGISTRIES = {"A divergence", "A noise schedule", "A sampler", "A figure", "A corpus kind",
+              "A family of models"}  # fmt: skip
 
 
 def diffs(recipe: str) -> list[tuple[str, str]]:

@@ -55,6 +55,13 @@ FAMILIES = {
     "qwen3": "AutoModelForCausalLM",
 }
 """Families of models that fill in masks, and the class of transformers that loads each"""
+LOGITS = {"llama": "shifted", "qwen2": "same", "qwen3": "same"}
+"""Causal families whose denoisers have either kind of logits, and the kind of those in the tests"""
+
+
+def logits_flag(kind: str) -> str:
+    """What the user must say of a model of a family."""
+    return f"--logits {LOGITS[kind]}" if kind in LOGITS else ""
 
 
 def family_config(kind: str, rows: int, length: int, **options):

@@ -344,7 +344,7 @@ def note_unused_options(model: Model, length: int, steps: int, options: DrawOpti
     """Tell the user about options that have no effect on this kind of model."""
     notes = []
     if model.denoiser is not None:
-        if steps > length:
+        if steps > length and not SAMPLERS[options.sampler].own_pace:
             notes.append(
                 f"{steps} steps for texts of {length} tokens: at most {length} steps reveal "
                 "a token, and the others take no pass"

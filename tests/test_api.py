@@ -198,7 +198,7 @@ FAULTS = {  # arguments: sentence
     ),
     "option of another sampler": (
         {"sampler_options": {"threshold": 0.8}},
-        "threshold: found 0.8, but sampler ancestral has no such option, which is one of threshold",
+        "threshold: found 0.8, but sampler ancestral has no such option, it is one of threshold",
     ),
     "option out of range": (
         {"sampler": "threshold", "sampler_options": {"threshold": 2}},
@@ -269,7 +269,10 @@ def test_no_argument_is_swallowed(student):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"path": "nowhere"}, "^nowhere: not a finished checkpoint, because meta.json is missing"),
+        (
+            {"path": "nowhere"},
+            "^nowhere: not a finished checkpoint, because there is no such folder",
+        ),
         ({"device": "gpu"}, "device: found 'gpu', which torch cannot use"),
         ({"device": "cuda:99"}, "device: found 'cuda:99', which torch cannot use"),
         ({"weights": "mean"}, "weights: found 'mean', allowed are raw, ema, best"),

@@ -182,7 +182,7 @@ def edit(folder, change):
 FAULTS = {
     "no folder": (
         lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(),
-        r"not a finished checkpoint, because meta\.json is missing",
+        r"not a finished checkpoint, because there is no such folder",
     ),
     "broken meta": (
         lambda f: (f / "meta.json").write_text('{"format": 1, '),

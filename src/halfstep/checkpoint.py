@@ -193,8 +193,9 @@ def read_meta(folder: Path) -> dict:
     """meta.json of a checkpoint folder, checked."""
     path = Path(folder) / "meta.json"
     if not path.exists():
+        missing = "meta.json is missing" if path.parent.is_dir() else "there is no such folder"
         raise HalfstepError(
-            f"{folder}: not a finished checkpoint, because meta.json is missing; "
+            f"{folder}: not a finished checkpoint, because {missing}; "
             "name the folder that holds model.safetensors and meta.json"
         )
     meta: Any = read_json(path)

@@ -153,7 +153,7 @@ CHECKPOINTS = {  # fault: (function that spoils the folder, pattern of the messa
         meta(kind="flow"),
         "meta.json: kind: found 'flow', allowed are diffusion, autoregressive",
     ),
-    "missing": (shutil.rmtree, "not a finished checkpoint, because meta.json is missing"),
+    "missing": (shutil.rmtree, "not a finished checkpoint, because there is no such folder"),
 }
 
 

@@ -67,7 +67,7 @@ def config_of(folder):
 
 def code_of_card(folder):
     """The Python of a model card, up to the loop that samples, and the rest of it."""
-    text = (folder / "README.md").read_text().replace("this folder", str(folder))
+    text = (folder / "README.md").read_text().replace('folder = "."', f'folder = "{folder}"')
     code = re.search(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
     return code.partition("mask, tokens, length")
 

@@ -48,6 +48,15 @@ def test_a_mask_brings_its_blank(prompt, words, text):
     assert filled(prompt, *words) == text
 
 
+def test_masks_of_other_models_are_text_and_that_is_said(capsys):
+    ids = encode_prompt(MODEL, "the [MASK] was").tolist()
+    assert MODEL.mask_id not in ids
+    said = capsys.readouterr().err
+    assert said == "note: [MASK] is taken as text; a token to fill in is written <|mask|>\n"
+    encode_prompt(MODEL, "the <|mask|> was")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_filled_prompt_has_the_tokens_of_its_text():
     """The model has learned `Ġcat`, and never a blank before it."""
     ids = encode_prompt(MODEL, "the <|mask|> was").tolist()

@@ -75,6 +75,25 @@ def test_measured_cost_is_printed_next_to_the_estimate(tmp_path):
     assert price_lines(PricedJobs([], results))[-1].split() == last
 
 
+def test_nothing_to_do_is_said(tmp_path, monkeypatch, capsys):
+    """And not as an empty table; what finished jobs took is still there."""
+    jobs = [training(1000)]
+    PricedJobs(jobs, tmp_path)
+    price_lines(PricedJobs(jobs, tmp_path))
+    record(tmp_path, "models/t/teacher/provenance.json", 60, list(jobs[0].command))
+    monkeypatch.setattr(module, "plan_graph", lambda words: Graph([], 2, 0, "laptop"))
+    module.plan(results=tmp_path)
+    first, *rest = capsys.readouterr().out.strip().splitlines()
+    assert first == "nothing to do: all results of the preset laptop are there"
+    assert rest[-1].split()[0] == "pretrain" and "together" not in "".join(rest)
+
+
+def test_a_gpu_without_a_job_on_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "plan_graph", lambda words: Graph([training(9)], 2, 0, "laptop"))
+    with pytest.raises(HalfstepError, match="--gpu a100: no job of this graph has a GPU"):
+        module.plan(results=tmp_path, gpu="a100")
+
+
 def test_the_table_says_which_gpu_is_assumed(tmp_path, monkeypatch):
     monkeypatch.setenv("HALFSTEP_SLURM_GPU_MODEL", "a100")
     table = price_lines(PricedJobs([CORPUS, training(1000, gpu=2)], tmp_path))

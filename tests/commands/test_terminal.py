@@ -246,7 +246,7 @@ def test_on_a_terminal_of_80_columns(pipeline):
     shown = without_escapes(terminal.printed)
     assert "\x1b[38;2;" in terminal.printed and "░░░" in shown and "\\x1b" not in shown
     assert all(cell_len(line) <= 80 for line in re.split(r"[\r\n]+", shown))
-    assert re.search(r"step 1 ■■■■ 4 \| (\d+) of \1 tokens \| bold: given[^░]*$", shown)
+    assert re.search(r"step 4 of 4 ■■■■ \| (\d+) of \1 tokens \| bold: given[^░]*$", shown)
 
 
 def test_escape_codes_of_a_tokenizer_do_not_reach_the_terminal(pipeline, tmp_path):

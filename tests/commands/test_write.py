@@ -136,7 +136,7 @@ def test_a_person_has_colors_and_the_earlier_lines(pipeline):
     with Terminal("write", str(pipeline.student), *WHERE) as terminal:
         first = terminal.read_until(r"> $")
         assert HELP[:30] in without_escapes(first)
-        answered = r"step 1 ■{8} 8 \| bold: given\s+> $"
+        answered = r"step 8 of 8 ■{8} \| bold: given\s+> $"
         terminal.press("Tom was\n")
         assert "\x1b[38;2;" in terminal.read_until(answered)
         terminal.press("\x1b[A\n")

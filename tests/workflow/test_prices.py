@@ -10,7 +10,7 @@ from halfstep.models.flops import denoiser_shape, forward_flops
 from halfstep.workflow.graph import PlannedJob
 from halfstep.workflow.prices import START_S, STARTS, Prices
 from halfstep.workflow.rates import CPU_SPEED, Rates
-from halfstep.workflow.work import WORK
+from halfstep.workflow.work import CORPUS_TOKENS, WORK
 
 TEACHER = "results/models/t/teacher"
 PRESETS = sorted(file.stem for file in (REPOSITORY / "workflow/presets").glob("*.yaml"))
@@ -126,6 +126,8 @@ def test_a_checkpoint_is_its_weights_and_two_moments(tmp_path):
     assert prices.disk(train) == 4 * 3 * parameters and prices.disk(rows) == 0
     unknown = job("import --output results/models/other/teacher", weights)
     assert prices.disk(unknown) == 0
+    text = job("prepare-corpus --output results/data/o --kind openwebtext --length 1024")
+    assert prices.disk(text) == 6 * CORPUS_TOKENS["openwebtext"]  # ids of 2 bytes, and text
 
 
 def test_the_paper_sizes_are_those_of_its_table():

@@ -50,11 +50,12 @@ pipeline_tag: fill-mask
 tags: [masked-diffusion, sdtt]
 """
 USAGE_OF_OURS = """\
+In the folder of this file:
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-model = AutoModelForMaskedLM.from_pretrained("this folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("this folder", config=model.config)  # runs no code
+model = AutoModelForMaskedLM.from_pretrained(".", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(".", config=model.config)  # runs no code
 print(tokenizer.decode(model.sample(num_samples=1, steps={steps})[0]))
 
 fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)

@@ -33,7 +33,7 @@ weights are in {dtype}.
 import torch
 from transformers import AutoConfig, {auto}, AutoTokenizer
 
-folder = "this folder"
+folder = "."  # where this file is
 tokenizer = AutoTokenizer.from_pretrained(folder{code})
 config = AutoConfig.from_pretrained(folder{code})
 {both_ways}model = {auto}.from_pretrained(folder, config=config{code}).eval()
@@ -53,7 +53,7 @@ print(tokenizer.decode(x[0]))
 
 halfstep reads this folder too, and has faster samplers:
 ```sh
-halfstep import --source hf:this-folder --output models/own/teacher{flag}
+halfstep import --source hf:. --output models/own/teacher{flag}
 halfstep generate --checkpoint models/own/teacher --steps {steps}
 ```
 """

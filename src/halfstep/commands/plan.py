@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 from pydantic import BaseModel, Field
 
+from halfstep.errors import HalfstepError
 from halfstep.files import read_json, write_json
 from halfstep.records import provenance
 from halfstep.resolve import check_fields
@@ -54,7 +55,16 @@ def plan(
     if not on_cluster and ask("sinfo", "--noheader", timeout=5) is not None:
         on_cluster, profile = True, ["--profile", "slurm"]
     graph = plan_graph(snakemake_words(["all", *profile, *arguments]))
+    if gpu and not any(job.gpu for job in graph.jobs):
+        raise HalfstepError(
+            f"--gpu {gpu}: no job of this graph has a GPU, because this machine has none; "
+            "plan for a cluster: halfstep plan -- --profile slurm"
+        )
     priced = PricedJobs(graph.jobs, results, rates)
+    if not priced.jobs:
+        print(f"nothing to do: all results of the preset {graph.preset} are there")
+        print("\n".join(finished_lines(planned_of(results), priced.prices, results)))
+        return
     print(f"planned for {'the cluster' if on_cluster else 'this machine'}: preset {graph.preset}")
     print("\n".join(price_lines(priced)))
     if not on_cluster:
@@ -200,8 +210,7 @@ def keep_estimates(
 
     Until the job has finished, a measured estimate replaces another one.
     """
-    file = results / "plan.json"
-    planned = _read_estimates(file) if file.exists() else {}
+    file, planned = results / "plan.json", planned_of(results)
     for job, (seconds, source) in zip(jobs, estimates, strict=True):
         record = next((path for path in job.output if provenance.is_record(Path(path))), None)
         if record is None:
@@ -215,8 +224,11 @@ def keep_estimates(
     return planned
 
 
-def _read_estimates(file: Path) -> dict[str, dict]:
-    """plan.json, checked."""
+def planned_of(results: Path) -> dict[str, dict]:
+    """{results}/plan.json, checked; empty where nothing was planned yet."""
+    file = results / "plan.json"
+    if not file.exists():
+        return {}
     planned = read_json(file)
     check_fields({"jobs": planned}, Planned, file, "delete it and plan again")
     return planned

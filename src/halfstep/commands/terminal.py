@@ -155,11 +155,11 @@ class DenoisingView:
         from rich.text import Text
 
         reveals, blocks = self.reveals, min(self.steps, SCALE)
-        legend = Text("\nstep 1 ", "bright_black")
+        legend = Text(f"\nstep {reveals.step} of {self.steps} ", "bright_black")
         for block in range(blocks):
             step = 1 + block * (self.steps - 1) // max(1, blocks - 1)
             legend.append("■" if step <= reveals.step else "·", step_color(step, self.steps))
-        words = [f" {self.steps}"]
+        words = [""]
         if self.whole:
             words.append(self._count())
         if (reveals.step_of == GIVEN).any():

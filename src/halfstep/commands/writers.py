@@ -30,6 +30,7 @@ from halfstep.models.readers import autoregressor
 from halfstep.progress import Progress
 
 MASK = "<|mask|>"
+OTHER_MASKS = ("[MASK]", "<mask>")  # of the families of Bert and of Roberta
 SPECIAL = re.compile(f"( ?{re.escape(MASK)}|{re.escape(EOS)})")
 
 Writer = Callable[[Tensor, int], Samples]
@@ -61,6 +62,12 @@ def prompt_ids(model: Model, prompt: str) -> list[int]:
             f"prompt: found {MASK}, but an autoregressive model cannot fill in a position; "
             "use a diffusion model"
         )
+    for other in OTHER_MASKS:
+        if other in prompt:
+            print(
+                f"note: {other} is taken as text; a token to fill in is written {MASK}",
+                file=sys.stderr,
+            )
     ids, turn = list(model.framing.begin), model.turn
     if turn and not SPECIAL.search(prompt):
         (ids,) = encode_prompts(model.tokenizer, turn, ids, [prompt])

@@ -109,8 +109,8 @@ class DrawOptions(Section):
             if value != default and name not in SAMPLER_OPTIONS.get(self.sampler, ()):
                 having = [key for key, options in SAMPLER_OPTIONS.items() if name in options]
                 raise ValueError(
-                    f"{name}: found {value}, but sampler {self.sampler} has no such option, which "
-                    f"is one of {' and '.join(having)}; leave it out, or change the sampler"
+                    f"{name}: found {value}, but sampler {self.sampler} has no such option, it is "
+                    f"one of {' and '.join(having)}; leave it out, or change the sampler"
                 )
         return self
 

@@ -156,8 +156,8 @@ def check_options(sampler: str, options: Iterable[str]) -> None:
     for name in options:
         if name not in SAMPLERS[sampler].options:
             knowing = [other for other, row in SAMPLERS.items() if name in row.options]
-            has_it = f"has no such option, which is one of {' and '.join(knowing)}"
+            theirs = f", it is one of {' and '.join(knowing)}" if knowing else ""
             raise HalfstepError(
-                f"{name}: found a value, but sampler {sampler} "
-                f"{has_it if knowing else 'has no such option'}; leave it out"
+                f"{name}: found a value, but sampler {sampler} has no such option{theirs}; "
+                "leave it out"
             )

@@ -16,7 +16,7 @@ from halfstep.workflow.calls import Call, Facts, teacher_of
 from halfstep.workflow.graph import PlannedJob
 from halfstep.workflow.networks import UnknownWork
 from halfstep.workflow.rates import Rates
-from halfstep.workflow.work import WORK
+from halfstep.workflow.work import BYTES_PER_TOKEN, WORK, corpus_tokens
 
 A_DAY = 86400.0  # seconds
 SOURCES = ("measured", "assumed", "limit")
@@ -148,10 +148,13 @@ class Prices:
         return median(ratios) if ratios else None
 
     def disk(self, job: PlannedJob) -> float:
-        """Bytes of a checkpoint in float32; 0 for other outputs, which are small or unknown.
+        """Bytes of a checkpoint in float32, and of a corpus; 0 for other outputs, which are small.
 
-        Each file holds one set of weights, optimizer.safetensors two (AdamW's moments).
+        Each file of weights holds one set, optimizer.safetensors two (AdamW's moments). A corpus
+        has two bytes a token, and while it is prepared its text, about BYTES_PER_TOKEN a token.
         """
+        if job.command[1:2] == ["prepare-corpus"]:
+            return (2 + BYTES_PER_TOKEN) * corpus_tokens(self.call(job))
         weights = [path for path in job.output if path.endswith(".safetensors")]
         doubles = [path for path in weights if path.endswith("optimizer.safetensors")]
         try:

@@ -284,12 +284,18 @@ def _counts(call: Call, flag: str) -> list[int]:
 
 def corpus_work(call: Call) -> Iterator[Work]:
     """Tokenization on several processes."""
-    kind, workers = call.text("kind", ""), max(1, call.number("workers", 1))
-    tokens = CORPUS_TOKENS.get(kind, call.bytes_read / BYTES_PER_TOKEN)
+    workers, before = max(1, call.number("workers", 1)), 0
+    if call.text("kind", "") == "docs":
+        before = DOCSTRINGS_S
+    yield Work(0, 1, host=before + corpus_tokens(call) * TOKENIZE_S / workers)
+
+
+def corpus_tokens(call: Call) -> float:
+    """Tokens of the corpus that a call prepares, as far as they are known before."""
+    kind = call.text("kind", "")
     if kind == "stories":
-        tokens = STORY_TOKENS * float(call.number("num_documents", 0))
-    before = DOCSTRINGS_S if kind == "docs" else 0
-    yield Work(0, 1, host=before + tokens * TOKENIZE_S / workers)
+        return STORY_TOKENS * float(call.number("num_documents", 0))
+    return CORPUS_TOKENS.get(kind, call.bytes_read / BYTES_PER_TOKEN)
 
 
 def import_work(call: Call) -> Iterator[Work]:

@@ -46,8 +46,8 @@ PAGE = """
 <p class="soft">halfstep{% if preset %}, preset {{ preset }}{% endif %}</p>
 <h1>{{ leads[0] if leads else "No model has been compared with its teacher yet" }}</h1>
 {{ some(leads[1:]) }}
-<p class="soft">Perplexity is measured by another model, lower is better. Entropy is variety, which a
-model that repeats itself loses. A round halves the steps. Brackets and ± are 95% intervals.</p>
+<p class="soft">Perplexity is measured by another model, lower is better. Entropy is variety, which
+a model that repeats itself loses. A round halves the steps. Brackets and ± are 95% intervals.</p>
 {% if figure %}
 <h2>{{ figure.title[0] | upper }}{{ figure.title[1:] }}</h2>
 <a class="wide" href="{{ figure.name }}"><img alt="{{ figure.title }}" src="{{ figure.data }}"></a>

@@ -226,6 +226,19 @@ def test_a_text_in_which_nothing_was_revealed_needs_no_second_pass():
 
 
 @grids
+def test_ranks_that_share_a_teacher_take_all_passes_to_the_same_targets(times):
+    """Also where nothing is masked, in which case one rank would stop and the others wait."""
+    xt, t = LANGUAGE.states[-1].expand(40, 4), torch.full((40,), 0.5, dtype=torch.float64)
+    for x in (xt, LANGUAGE.texts[:5]):
+        teachers, found = (Perfect(LANGUAGE), Perfect(LANGUAGE)), []
+        for teacher, all_passes in zip(teachers, (False, True), strict=True):
+            u = draws(len(x), 4, 3)
+            found.append(teacher_targets(teacher, x, t[: len(x)], 0.1, 3, *u, times, all_passes))
+        assert torch.equal(*found)
+        assert teachers[1].texts == 3 * len(x) > teachers[0].texts
+
+
+@grids
 def test_nothing_masked_gives_no_targets(times):
     xt = LANGUAGE.texts[:5]
     h = teacher_targets(

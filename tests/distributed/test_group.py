@@ -91,12 +91,18 @@ def test_the_losses_and_batches_are_those_of_one_process(
 
 @pytest.mark.parametrize(
     ("family", "options", "sharded"),
-    [("modernbert", "", True), ("qwen2", "--logits same", True), ("modernbert", "lora", False)],
+    [
+        ("modernbert", "", True),
+        ("qwen2", "--logits same", True),
+        ("modernbert", "lora", False),
+        ("modernbert", "lora", True),
+        ("gpt2", "lora", True),
+    ],
 )
 def test_a_round_of_a_model_of_transformers_has_the_losses_of_one_process(
     pipeline, tmp_path, family, options, sharded
 ):
-    """Sharded (FSDP2), and with adapters, of which every rank has all."""
+    """With adapters too: each rank has all of the network, or a shard (FSDP2)."""
     build_family(family, 312, 24, tmp_path / "hub")
     masked_tokenizer(pipeline.corpus, 103).save_pretrained(tmp_path / "hub")
     said, lora = ("", "--lora-rank 4") if options == "lora" else (options, "")
@@ -116,6 +122,33 @@ def test_a_round_of_a_model_of_transformers_has_the_losses_of_one_process(
     one, two = found
     assert one.keys() == two.keys() and len(one) == 2 * 6 + 2
     assert all(two[key] == pytest.approx(one[key], rel=1e-5) for key in one), (one, two)
+    weights = [load_file(tmp_path / str(size) / "t/out/model.safetensors") for size in (1, 2)]
+    assert all(torch.allclose(value, weights[1][name], atol=2e-3)
+               for name, value in weights[0].items())  # fmt: skip
+
+
+def test_frozen_matrices_in_bfloat16_are_sharded_too(pipeline, tmp_path):
+    """A second round, which goes on with adapters and computes its activations again, has about the
+    losses of one process."""
+    build_family("modernbert", 312, 24, tmp_path / "hub")
+    masked_tokenizer(pipeline.corpus, 103).save_pretrained(tmp_path / "hub")
+    teacher = tmp_path / "t/teacher"
+    done(f"import --source hf:{tmp_path}/hub --corpus {pipeline.corpus} --output {teacher}")
+    line = f"distill-round --corpus {pipeline.corpus} --rounds 2 --teacher-steps 16 --lora-rank 4 "
+    line += OPTIONS.replace("float32", "bfloat16") + " --recompute"
+    done(f"{line} --round 1 --teacher {teacher} --output {tmp_path}/t/kl/round-1")
+    found = []
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        ended = launch(
+            f"{line} --round 2 --teacher {tmp_path}/t/kl/round-1 --processes {size} "
+            f"--output {folder}/t/out",
+            size, folder, note_batches, folder, True,
+        )  # fmt: skip
+        assert codes(ended) == [0] * size, ended
+        found.append(losses(folder / "t/out"))
+    one, two = found
+    assert all(two[key] == pytest.approx(one[key], rel=0.05) for key in one), (one, two)
 
 
 def test_texts_are_drawn_once_and_come_in_order(pipeline, tmp_path):

@@ -82,7 +82,8 @@ def distill_round(
         student, old, start = _begin_round(teacher, source, begin_with, round, run, job, seed)
     held_out = HeldOut.read(corpus, job.device, machine, job.group)
     validation = DiffusionObjective(student, source["training"]["min_t"], held_out)
-    objective = DistillationObjective(student, old, plan, run, validation, seed)
+    shared = adapted is not None and job.group.shards(student.network)
+    objective = DistillationObjective(student, old, plan, run, validation, seed, shared)
     meta = {
         **{key: source[key] for key in ("kind", "network", "vocab_size", "eos_id", "length")},
         **job.corpus_facts(),
@@ -175,6 +176,7 @@ class DistillationObjective:
 
     validation: measures the student's held-out NELBO
     seed: of the samples behind val/entropy
+    shared: the ranks share the teacher's network, so all of them take each of its passes
     """
 
     student: Denoiser
@@ -183,6 +185,7 @@ class DistillationObjective:
     run: Distillation
     validation: DiffusionObjective
     seed: int
+    shared: bool = False
 
     def corrupt(
         self,
@@ -206,7 +209,7 @@ class DistillationObjective:
 
     def loss(self, part: Tensors) -> Tensor:
         """The divergence, summed over the masked positions."""
-        return sdtt_loss(self.student, self.teacher, part, self.round, self.run)
+        return sdtt_loss(self.student, self.teacher, part, self.round, self.run, self.shared)
 
     def validate(self) -> dict[str, float]:
         """Held-out NELBO of the student in nats per token, and entropy of its samples in nats."""
@@ -219,7 +222,12 @@ class DistillationObjective:
 
 
 def sdtt_loss(
-    student: Denoiser, teacher: Denoiser, part: Tensors, round: Round, run: Distillation
+    student: Denoiser,
+    teacher: Denoiser,
+    part: Tensors,
+    round: Round,
+    run: Distillation,
+    all_passes: bool = False,
 ) -> Tensor:
     """Divergence of the student from its teacher's targets, summed over the masked positions.
 
@@ -230,7 +238,7 @@ def sdtt_loss(
     masked = mask_indices(xt == student.mask_id, device)
     u_reveal, u_token = part["u_reveal"], part["u_token"]
     goal = teacher_targets(
-        teacher, xt, t, round.dt, round.substeps, u_reveal, u_token, run.teacher_times
+        teacher, xt, t, round.dt, round.substeps, u_reveal, u_token, run.teacher_times, all_passes
     )
     h = student.features(to_device(xt, device), to_device(t, device), masked)
     divergence = DIVERGENCES[run.divergence]

@@ -64,6 +64,7 @@ def teacher_targets(  # noqa: PLR0913 (the arguments of Algorithm 1)
     u_reveal: Tensor,
     u_token: Tensor,
     times: str = "exact",
+    all_passes: bool = False,
 ) -> Tensor:
     """Targets of a round (SDTT Algorithm 1), as features of the teacher.
 
@@ -78,7 +79,8 @@ def teacher_targets(  # noqa: PLR0913 (the arguments of Algorithm 1)
 
     Two shortcuts do not change the law: the last substep draws no tokens, since they cannot change
     a target; and a text in which nothing was revealed takes no further pass of a teacher that
-    ignores time.
+    ignores time. With `all_passes` every text takes all of them, whatever was revealed, as ranks
+    that share the network of a teacher must.
     """
     starts = TEACHER_TIMES[times](t.double(), dt, substeps)
     step_of = reveal_substep(starts, dt, u_reveal, teacher.schedule)
@@ -93,9 +95,10 @@ def teacher_targets(  # noqa: PLR0913 (the arguments of Algorithm 1)
         if reveal.any():
             u = to_device(u_token[reveal], device)
             x[at(reveal)] = draw_tokens(teacher, h[at(reveal[masked])], u)
-        changed = reveal.any(1) if teacher.ignores_time else torch.ones_like(reveal[:, 0])
+        some = teacher.ignores_time and not all_passes
+        changed = reveal.any(1) if some else torch.ones_like(reveal[:, 0])
         left = (step_of > i) & changed[:, None]  # positions whose prediction may still change
-        if left.any():
+        if all_passes or left.any():
             t_next = to_device(starts[i + 1][changed], device)
             new = teacher.features(x[at(changed)], t_next, at(left[changed]))
             h[at(left[masked])] = new.to(h.dtype)

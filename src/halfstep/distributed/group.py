@@ -138,14 +138,8 @@ class Group:
         return whole
 
     def shards(self, network: nn.Module) -> bool:
-        """Is this network sharded over the ranks?
-
-        A network with adapters is not: its frozen weights are the teacher's too, and the passes of
-        a teacher depend on its rank's texts.
-        """
-        parameters = list(network.parameters())
-        is_large = sum(p.numel() for p in parameters) > REPLICATED
-        return self.size > 1 and is_large and all(p.requires_grad for p in parameters)
+        """Is this network sharded over the ranks?"""
+        return self.size > 1 and sum(p.numel() for p in network.parameters()) > REPLICATED
 
     def shard(self, network: nn.Module) -> bool:
         """Shard a network of more than REPLICATED parameters over the ranks, in place (FSDP2).

@@ -46,11 +46,12 @@ MACHINES = [
 
 @pytest.mark.parametrize("size", [2, 10_000, 10**6, 10**8, 10**11])
 @pytest.mark.parametrize("hardware", MACHINES, ids=lambda hardware: hardware.gpu[:9] or "no GPU")
-def test_the_configuration_resolves_without_a_warning(here, monkeypatch, hardware, size):
+def test_the_configuration_resolves_without_a_warning(here, monkeypatch, capsys, hardware, size):
     """Its teacher is the suggested one alone, with a corpus of the named files."""
     monkeypatch.setattr(init_command, "this_hardware", lambda: hardware)
     monkeypatch.setattr(init_command, "measure_text", lambda patterns: (size, 300))
     assert call("init project --text texts/*.txt") == 0
+    assert ", 300 documents (in a .txt a blank line ends one); suggested" in capsys.readouterr().out
     os.chdir("project")
     config = resolve(read_yaml(Path("config.yaml")), PRESETS)
     check_sources(config)

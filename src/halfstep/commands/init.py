@@ -118,6 +118,9 @@ def init(
         file = path / name
         print(f"{'wrote' if write_new(file, content) else 'kept, as it was,'} {file}")
     print(f"this machine: {hardware}")
+    if text:
+        more = " or more" if documents == COUNTED else ""
+        about += f", {documents:,}{more} documents (in a .txt a blank line ends one)"
     print(
         f"text: {about}; suggested: {suggestion.recipe.size}, {suggestion.num_steps:,} steps "
         f"({suggestion.epochs:,.1f} times through the text); "

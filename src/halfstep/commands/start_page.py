@@ -84,7 +84,7 @@ them</summary>{% for sentence in teacher.sentences %}{{ lines(sentence) }}{% end
 <div class="wide"><table><thead><tr>{% for name in costs[0] %}<th scope="col">{{ name }}</th>
 {% endfor %}</tr></thead><tbody>{% for cells in costs[1:] %}
 <tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
-<p class="soft">A job that was resumed counts with its last call.</p>
+<p class="soft">Jobs run next to one another. One that was resumed counts with its last call.</p>
 {% endif %}
 {% if commands %}
 <details><summary>The configuration of every model, as the command that made it</summary>

@@ -231,12 +231,11 @@ def test_other_settings_keep_the_preset_of_the_cluster(workflow):
     assert target in workflow.plan("--profile", "slurm", target, "--config", "seed=2")
 
 
-def test_the_own_text_of_the_readme_is_a_graph(tmp_path):
+def test_the_own_text_of_the_tutorial_is_a_graph(tmp_path):
     """Its YAML alone, with a folder of text: nothing of the preset's stories or of the hub."""
     workflow = copy(tmp_path)
-    readme = (REPOSITORY / "README.md").read_text()
-    blocks = re.findall(r"^```yaml\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    (block,) = [text for text in blocks if "corpora:" in text]
+    page = (REPOSITORY / "docs/tutorials/own-text.md").read_text()
+    block = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0]
     (workflow.folder / "config.yaml").write_text(block)
     letters = workflow.folder / "letters"
     letters.mkdir()

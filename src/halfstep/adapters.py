@@ -116,11 +116,11 @@ def teaching(network: nn.Module) -> Iterator[None]:
 
 
 def _activate(network: nn.Module, which: str) -> None:
-    """Let an adapter compute. Which one learns does not change, because FSDP2 would not see it."""
+    """Let an adapter compute. The student's stays the one that learns, as FSDP2 has noted it."""
     for _, layer in _adapted(network):
         layer.set_adapter(which, inference_mode=which == TEACHER)
-    for p in adapter_tensors(network).values():
-        p.requires_grad_(True)
+        for part in (layer.lora_A, layer.lora_B):
+            part[STUDENT].requires_grad_(True)
 
 
 @torch.no_grad()

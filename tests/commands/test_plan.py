@@ -78,7 +78,6 @@ def test_measured_cost_is_printed_next_to_the_estimate(tmp_path):
 def test_nothing_to_do_is_said(tmp_path, monkeypatch, capsys):
     """And not as an empty table; what finished jobs took is still there."""
     jobs = [training(1000)]
-    PricedJobs(jobs, tmp_path)
     price_lines(PricedJobs(jobs, tmp_path))
     record(tmp_path, "models/t/teacher/provenance.json", 60, list(jobs[0].command))
     monkeypatch.setattr(module, "plan_graph", lambda words: Graph([], 2, 0, "laptop"))

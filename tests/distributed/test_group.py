@@ -89,6 +89,15 @@ def test_the_losses_and_batches_are_those_of_one_process(
     assert not list((tmp_path / "t/out").glob(".*")) and not (tmp_path / "t/out/state").exists()
 
 
+def import_family(family: str, corpus: Path, folder: Path, said: str = "") -> Path:
+    """The checkpoint of a small random model of a family of transformers."""
+    build_family(family, 312, 24, folder / "hub")
+    masked_tokenizer(corpus, 103).save_pretrained(folder / "hub")
+    teacher = folder / "t/teacher"
+    done(f"import --source hf:{folder}/hub --corpus {corpus} --output {teacher} {said}")
+    return teacher
+
+
 @pytest.mark.parametrize(
     ("family", "options", "sharded"),
     [
@@ -103,11 +112,8 @@ def test_a_round_of_a_model_of_transformers_has_the_losses_of_one_process(
     pipeline, tmp_path, family, options, sharded
 ):
     """With adapters too: each rank has all of the network, or a shard (FSDP2)."""
-    build_family(family, 312, 24, tmp_path / "hub")
-    masked_tokenizer(pipeline.corpus, 103).save_pretrained(tmp_path / "hub")
     said, lora = ("", "--lora-rank 4") if options == "lora" else (options, "")
-    teacher = tmp_path / "t/teacher"
-    done(f"import --source hf:{tmp_path}/hub --corpus {pipeline.corpus} --output {teacher} {said}")
+    teacher = import_family(family, pipeline.corpus, tmp_path, said)
     line = f"distill-round --round 1 --teacher {teacher} --corpus {pipeline.corpus} --rounds 2 "
     line += f"--teacher-steps 16 {OPTIONS} {lora}".replace("--micro-batch 8", "--micro-batch 2")
     found = []
@@ -130,10 +136,7 @@ def test_a_round_of_a_model_of_transformers_has_the_losses_of_one_process(
 def test_frozen_matrices_in_bfloat16_are_sharded_too(pipeline, tmp_path):
     """A second round, which goes on with adapters and computes its activations again, has about the
     losses of one process."""
-    build_family("modernbert", 312, 24, tmp_path / "hub")
-    masked_tokenizer(pipeline.corpus, 103).save_pretrained(tmp_path / "hub")
-    teacher = tmp_path / "t/teacher"
-    done(f"import --source hf:{tmp_path}/hub --corpus {pipeline.corpus} --output {teacher}")
+    teacher = import_family("modernbert", pipeline.corpus, tmp_path)
     line = f"distill-round --corpus {pipeline.corpus} --rounds 2 --teacher-steps 16 --lora-rank 4 "
     line += OPTIONS.replace("float32", "bfloat16") + " --recompute"
     done(f"{line} --round 1 --teacher {teacher} --output {tmp_path}/t/kl/round-1")

@@ -149,6 +149,9 @@ def test_of_pairs_the_response_and_its_first_eos_count_given_the_prompt(folder):
     np.testing.assert_array_equal(ids_nll(judge, ids, 2, spans=spans), nll)
     again = retokenized_nll(judge, ids, tokenizer, 0, 2, spans=spans)
     np.testing.assert_array_equal(again, sums)
+    long = np.full((1, 26), 3)
+    with pytest.raises(HalfstepError, match="texts of 25 tokens.*at most 24"):
+        retokenized_nll(judge, long, tokenizer, 0, 2, spans=np.array([[20, 25]]))
 
 
 def test_texts_of_eos_only_and_a_judge_without_eos_are_errors(folder, tmp_path):

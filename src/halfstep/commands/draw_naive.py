@@ -106,13 +106,14 @@ def _fitted(draw: Callable[[float], Texts], entropy: float) -> tuple[Texts, floa
 
 def _framed(ids: np.ndarray, held_out: Windows) -> Texts:
     """Texts ids[N, room] in the frame of a corpus's windows, or in place of their responses."""
-    layout, rows = held_out.layout, np.arange(len(ids)) % len(held_out)
+    layout = held_out.layout
     windows = layout.frames(len(ids), ids.dtype)
     windows[:, layout.framing.inside(layout.length)] = ids
+    if not held_out.is_pairs:
+        return Texts(windows, {})
+    rows = np.arange(len(ids)) % len(held_out)
     pairs = held_out[rows].numpy()
     words = held_out.words(rows, pairs)
-    if words is None:
-        return Texts(windows, {})
     pairs[words] = windows[words]
     return Texts(pairs, {}, held_out.spans(rows, pairs))
 

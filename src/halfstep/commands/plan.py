@@ -55,16 +55,16 @@ def plan(
     if not on_cluster and ask("sinfo", "--noheader", timeout=5) is not None:
         on_cluster, profile = True, ["--profile", "slurm"]
     graph = plan_graph(snakemake_words(["all", *profile, *arguments]))
-    if gpu and not any(job.gpu for job in graph.jobs):
-        raise HalfstepError(
-            f"--gpu {gpu}: no job of this graph has a GPU, because this machine has none; "
-            "plan for a cluster: halfstep plan -- --profile slurm"
-        )
     priced = PricedJobs(graph.jobs, results, rates)
     if not priced.jobs:
         print(f"nothing to do: all results of the preset {graph.preset} are there")
         print("\n".join(finished_lines(planned_of(results), priced.prices, results)))
         return
+    if gpu and not any(job.gpu for job in graph.jobs):
+        raise HalfstepError(
+            f"--gpu {gpu}: no job of this graph has a GPU here; leave it out, or plan for a "
+            "cluster: halfstep plan -- --profile slurm"
+        )
     print(f"planned for {'the cluster' if on_cluster else 'this machine'}: preset {graph.preset}")
     print("\n".join(price_lines(priced)))
     if not on_cluster:

@@ -101,10 +101,10 @@ def compare_texts(
     eos_id = manifest["eos_id"]
 
     def features_of(texts: Texts, label: str) -> np.ndarray | None:
-        label, ids = f"{label}: judge, features", without_frame(texts.ids, manifest)
-        how = {"mean": True, "spans": texts.spans}
+        ids, batch = without_frame(texts.ids, manifest), machine.micro_batch
+        label = f"{label}: judge, features"
         return judge_features(
-            judge, ids, tokenizer, eos_id, machine.micro_batch, label, group, **how
+            judge, ids, tokenizer, eos_id, batch, label, group, mean=True, spans=texts.spans
         )
 
     known: dict[int, np.ndarray | None] = {}

@@ -45,6 +45,10 @@ def encode_prompt(model: Model, prompt: str) -> Tensor:
     the end of the prompt, is left out: the token there brings it. A model that was trained on pairs
     gets the prompt in its turn, unless MASK or EOS is in it.
     """
+    for other in OTHER_MASKS:
+        if other in prompt:
+            note = f"note: {other} is taken as text; a token to fill in is written {MASK}"
+            print(note, file=sys.stderr)
     ids = prompt_ids(model, prompt) if prompt else []
     most = model.framing.inside(model.length).stop if model.is_framed else model.length
     if len(ids) >= most:
@@ -62,12 +66,6 @@ def prompt_ids(model: Model, prompt: str) -> list[int]:
             f"prompt: found {MASK}, but an autoregressive model cannot fill in a position; "
             "use a diffusion model"
         )
-    for other in OTHER_MASKS:
-        if other in prompt:
-            print(
-                f"note: {other} is taken as text; a token to fill in is written {MASK}",
-                file=sys.stderr,
-            )
     ids, turn = list(model.framing.begin), model.turn
     if turn and not SPECIAL.search(prompt):
         (ids,) = encode_prompts(model.tokenizer, turn, ids, [prompt])

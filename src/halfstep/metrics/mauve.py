@@ -69,16 +69,17 @@ def judge_features(  # noqa: PLR0913 - what is read, how, and who shares the wor
     def of_rows(rows: slice) -> np.ndarray:
         inside = None if spans is None else spans[rows]
         texts, given = judge.retokenize(ids[rows], tokenizer, eos_id, inside)
-        if not all(texts):
-            raise HalfstepError(
-                f"judge: text {rows.start + texts.index([])} has no token for {judge.name}, "
-                "so it has no features; look at samples.txt, or name another judge"
-            )
+        for i, (text, before) in enumerate(zip(texts, given, strict=True)):
+            if len(text) <= before:
+                raise HalfstepError(
+                    f"judge: text {rows.start + i} has no token for {judge.name}, "
+                    "so it has no features; look at samples.txt, or name another judge"
+                )
         features = []
         with Progress(label, len(texts), "text") as progress:
             for first in range(0, len(texts), micro_batch):
                 batch = texts[first : first + micro_batch]
-                before = torch.tensor(given[first : first + micro_batch], device=judge.device)
+                starts = torch.tensor(given[first : first + micro_batch], device=judge.device)
                 x, attend = pad_texts(batch, judge.device)
                 network = judge.network.base_model
                 with computing(judge.device, judge.precision):
@@ -86,9 +87,8 @@ def judge_features(  # noqa: PLR0913 - what is read, how, and who shares the wor
                 h = read.last_hidden_state
                 if mean:
                     position = torch.arange(x.shape[1], device=judge.device)
-                    counts = attend * (position >= before[:, None])
-                    number = counts.sum(1, keepdim=True).clamp(min=1)
-                    found = (h.float() * counts[..., None]).sum(1) / number
+                    counts = attend * (position >= starts[:, None])
+                    found = (h.float() * counts[..., None]).sum(1) / counts.sum(1, keepdim=True)
                 else:
                     index = torch.arange(len(batch), device=judge.device)
                     found = h[index, attend.sum(1) - 1].float()

@@ -13,9 +13,9 @@ MDLM counts the tokens after the second EOS too; only the EOS tokens themselves,
 no weight. The first token of a text is never predicted, so a BOS (which is EOS) uses up the one EOS
 that would count. Unlike in MDLM's code, the last partial batch counts.
 
-The SDTT paper has two judges, named as on the hub: gpt2-large and meta-llama/Meta-Llama-3-8B.
 Of pairs, only responses up to and with their first EOS count. The judge reads their prompts.
 
+The SDTT paper has two judges, named as on the hub: gpt2-large and meta-llama/Meta-Llama-3-8B.
 Llama's ids are other tokens than GPT-2's, so it scores `retokenized` only. (The released code's
 Llama number is neither protocol: it drops every EOS, strips the text, and takes the mean of means.)
 
@@ -98,8 +98,8 @@ class Judge:
         """Texts ids[N, L] of `tokenizer` as tokens of the judge, at most L of each.
 
         And how many of the tokens are before what counts: none, or, with the spans[N, 2] of
-        responses, those of the prompts. Prompt and response are then tokenized separately, and
-        are as long as the judge reads.
+        responses, those of the prompts. Prompt and response are then tokenized separately and not
+        cut. HalfstepError if they are longer than the judge reads.
 
         EOS becomes the judge's EOS, if it has one. Of what the judge's tokenizer would add, only a
         BOS that is not its EOS is kept (Llama's).
@@ -108,16 +108,16 @@ class Judge:
         own_bos = bos != self.tokenizer.eos_token_id and self.tokenizer("")["input_ids"][:1] == [
             bos
         ]
-        start, given, longest = [bos] if own_bos else [], [0] * len(ids), ids.shape[1]
-        texts = self._encode(counted_parts(ids, spans), tokenizer, eos_id)
-        if spans is not None:
-            prompts = [text[:begin] for text, begin in zip(ids, spans[:, 0], strict=True)]
-            before = self._encode(prompts, tokenizer, eos_id)
-            texts = [prompt + text for prompt, text in zip(before, texts, strict=True)]
-            given = [len(start + prompt) for prompt in before]
-            longest = max(map(len, texts)) + 1
-        longest = min(longest, self.context or longest)
-        return [(start + text)[:longest] for text in texts], given
+        start = [bos] if own_bos else []
+        parts = self._encode(counted_parts(ids, spans), tokenizer, eos_id)
+        if spans is None:
+            longest = min(ids.shape[1], self.context or ids.shape[1])
+            return [(start + text)[:longest] for text in parts], [0] * len(ids)
+        prompts = [text[:begin] for text, begin in zip(ids, spans[:, 0], strict=True)]
+        given = [start + prompt for prompt in self._encode(prompts, tokenizer, eos_id)]
+        texts = [prompt + text for prompt, text in zip(given, parts, strict=True)]
+        _check_texts(self, texts)
+        return texts, list(map(len, given))
 
     def _encode(
         self, texts: Sequence[np.ndarray], tokenizer: Tokenizer, eos_id: int
@@ -352,7 +352,7 @@ def retokenized_nll(  # noqa: PLR0913 - what is read, how, and who shares the wo
         for text, before, nll in zip(texts, given, found, strict=True):
             eos = np.array(text[before:]) == judge.tokenizer.eos_token_id
             counts = ~eos | (eos.cumsum() == 1)  # at an EOS, the sum is 1 for the first one only
-            counts = np.concatenate([np.zeros(min(before, len(text)), bool), counts])[1:]
+            counts = np.concatenate([np.zeros(before, bool), counts])[1:]
             sums.append((nll[counts].sum(dtype=np.float64), counts.sum()))
         return np.array(sums, np.float64)
 

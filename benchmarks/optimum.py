@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from halfstep.checkpoint import load_checkpoint
-from halfstep.data.pack import Windows
+from halfstep.data.windows import Windows
 from halfstep.diffusion.masking import corrupt
 from halfstep.distill.targets import teacher_targets
 

@@ -19,9 +19,9 @@ from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedToke
 
 from halfstep.commands.data import prepare_corpus
 from halfstep.config import Corpus
-from halfstep.data.pack import corpus_tokenizer
 from halfstep.data.stories import sample_stories
 from halfstep.data.tokenizer import EOS, vocabulary_size
+from halfstep.data.windows import corpus_tokenizer
 
 STORIES = Corpus(
     kind="stories", length=256, vocab_size=640, num_documents=4000, validation_documents=100

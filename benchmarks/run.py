@@ -31,6 +31,7 @@ from halfstep.config import SIZES, Distillation, Machine, Training
 from halfstep.data import pack, stories
 from halfstep.data.batches import batch_indices
 from halfstep.data.tokenizer import EOS, train_bpe
+from halfstep.data.windows import Layout
 from halfstep.diffusion.contracts import Draws
 from halfstep.diffusion.masking import corrupt
 from halfstep.diffusion.objective import nelbo, stratified_times
@@ -277,7 +278,7 @@ def tokenizing(repeats: int, tiny: bool) -> list[dict]:
     texts = list(stories.sample_stories(200 if tiny else 60_000, 1))
     tokenizer, cores = train_bpe(texts[:2000], 2000), machine()["cores"]
     ends = [tokenizer.token_to_id(EOS)]
-    layout = pack.Layout(128, ends[0], Framing(begin=ends, end=ends))
+    layout = Layout(128, ends[0], Framing(begin=ends, end=ends))
     with (
         tempfile.TemporaryDirectory() as folder,
         pack.Spool(Path(folder) / "spool", iter(texts)) as spool,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import halfstep
 from halfstep import checkpoint
 from halfstep.adapters import adapter_tensors
-from halfstep.commands import train
+from halfstep.commands import training_job
 from halfstep.commands.adapter_round import AdapterRound, teacher_of_adapters
 from halfstep.config import Distillation
 from halfstep.training import loop
@@ -179,7 +179,7 @@ def test_too_little_memory_is_one_sentence_before_a_round(
 ):
     """Teacher, student and four more of each trained weight do not fit; with adapters all does."""
     weights = sum(t.nbytes for t in load_file(teacher / "model.safetensors").values())
-    monkeypatch.setattr(train, "memory_of", lambda device: int(5.9 * weights))
+    monkeypatch.setattr(training_job, "memory_of", lambda device: int(5.9 * weights))
     line = f"distill-round --round 1 --teacher {teacher} --corpus {corpus} {ROUNDS}"
     assert call(f"{line} --output {tmp_path}/whole/round-1") == 1
     (said,) = capsys.readouterr().err.splitlines()[-1:]
@@ -248,7 +248,7 @@ def test_an_interrupted_round_has_the_same_bits(
     options = f"{LORA} --num-steps 4 --dropout 0.1"
     undisturbed, interrupted = (tmp_path / which / f"round-{number}" for which in "ab")
     distill_once(source, corpus, undisturbed, options)
-    real = train.batch_indices
+    real = training_job.batch_indices
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
 
     def failing(*args):
@@ -256,10 +256,10 @@ def test_an_interrupted_round_has_the_same_bits(
             raise Interrupted
         return real(*args)
 
-    monkeypatch.setattr(train, "batch_indices", failing)
+    monkeypatch.setattr(training_job, "batch_indices", failing)
     with pytest.raises(Interrupted):
         distill_once(source, corpus, interrupted, options)
     assert (interrupted / "state/state.safetensors").exists()
-    monkeypatch.setattr(train, "batch_indices", real)
+    monkeypatch.setattr(training_job, "batch_indices", real)
     distill_once(source, corpus, interrupted, options)
     assert checkpoint.read_meta(undisturbed) == checkpoint.read_meta(interrupted)

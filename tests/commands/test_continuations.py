@@ -15,7 +15,7 @@ from halfstep.commands import continuations, writers
 from halfstep.commands.continuations import continue_prompts, references, score_continuations
 from halfstep.commands.generate import save_samples
 from halfstep.config import DrawOptions, Evaluation, Machine, Prompts
-from halfstep.data.pack import Windows
+from halfstep.data.windows import Windows
 from halfstep.diffusion.contracts import Samples
 from halfstep.errors import ConfigError, HalfstepError
 from halfstep.files import read_json, write_json

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 
 from halfstep.commands.data import prepare_corpus
 from halfstep.config import Corpus
-from halfstep.data.pack import Windows
 from halfstep.data.stories import (
     is_for_validation,
     judge,
@@ -18,6 +17,7 @@ from halfstep.data.stories import (
     log_likelihood,
     sample_stories,
 )
+from halfstep.data.windows import Windows
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256
 

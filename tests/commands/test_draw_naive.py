@@ -11,9 +11,9 @@ from halfstep.commands.draw_naive import draw_naive
 from halfstep.commands.evaluate import read_samples, response_spans, score_samples
 from halfstep.commands.variety import DATA_WINDOWS, Texts, held_out_texts
 from halfstep.config import NAIVE, Corpus, Evaluation, Machine
-from halfstep.data.pack import Windows, corpus_tokenizer
 from halfstep.data.stories import sample_stories
 from halfstep.data.tokenizer import EOS
+from halfstep.data.windows import Windows, corpus_tokenizer
 from halfstep.files import read_json
 from halfstep.metrics.diversity import unigram_entropy
 

@@ -13,12 +13,13 @@ import halfstep
 from halfstep import checkpoint
 from halfstep.commands.continuations import references
 from halfstep.commands.infilling import corpus_items, last_word_items
-from halfstep.commands.train import DiffusionObjective, HeldOut
+from halfstep.commands.train import DiffusionObjective
+from halfstep.commands.training_job import HeldOut
 from halfstep.commands.writers import encode_prompt
 from halfstep.config import Machine, Prompts
 from halfstep.data.files import read_documents
-from halfstep.data.pack import Windows, layout_of, read_manifest
 from halfstep.data.stories import sample_stories
+from halfstep.data.windows import Windows, layout_of, read_manifest
 from halfstep.data.zero_shot import cut_windows
 from halfstep.distributed.group import ALONE
 from halfstep.metrics.elbo import window_nll

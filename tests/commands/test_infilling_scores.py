@@ -11,8 +11,8 @@ from halfstep.commands import infilling
 from halfstep.commands.data import prepare_corpus
 from halfstep.commands.infilling import corpus_items, last_word_items
 from halfstep.config import Corpus
-from halfstep.data.pack import Windows, corpus_tokenizer, layout_of
 from halfstep.data.stories import repeated_mentions, sample_stories
+from halfstep.data.windows import Windows, corpus_tokenizer, layout_of
 from halfstep.files import read_json
 
 MACHINE = "--device cpu --threads 1 --micro-batch 4"

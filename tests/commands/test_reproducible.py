@@ -15,7 +15,7 @@ from small import CORPUS, MACHINE, call, done, trainings
 
 import halfstep
 from halfstep import checkpoint
-from halfstep.commands import train
+from halfstep.commands import training_job
 from halfstep.commands.writers import draw_texts, encode_prompt, text_writer
 from halfstep.config import GenerateOptions
 from halfstep.data import pack
@@ -92,10 +92,10 @@ def interrupt(patch, where: str, at: int) -> None:
         return call
 
     if where == "batch":
-        patch.setattr(train, "batch_indices", failing(train.batch_indices))
+        patch.setattr(training_job, "batch_indices", failing(training_job.batch_indices))
     elif where == "validation":
-        measured = failing(train.HeldOut.mean_loss, before=False)
-        patch.setattr(train.HeldOut, "mean_loss", measured)
+        measured = failing(training_job.HeldOut.mean_loss, before=False)
+        patch.setattr(training_job.HeldOut, "mean_loss", measured)
     else:
         patch.setattr(
             safetensors.torch, "save_file", failing(safetensors.torch.save_file, before=False)

@@ -11,17 +11,12 @@ from safetensors.torch import load_file
 
 import halfstep
 from halfstep import checkpoint
-from halfstep.commands import distill, train
+from halfstep.commands import distill, training_job
 from halfstep.commands.data import prepare_corpus
 from halfstep.commands.distill import DistillationObjective, distill_round, watch_entropy
 from halfstep.commands.generate import generate
-from halfstep.commands.train import (
-    DiffusionObjective,
-    HeldOut,
-    pretrain,
-    train_baseline,
-    watched_texts,
-)
+from halfstep.commands.train import DiffusionObjective, pretrain, train_baseline
+from halfstep.commands.training_job import HeldOut, watched_texts
 from halfstep.commands.writers import draw_texts, encode_prompt, text_writer
 from halfstep.config import (
     Corpus,
@@ -31,7 +26,7 @@ from halfstep.config import (
     Network,
     Pretraining,
 )
-from halfstep.data.pack import Windows
+from halfstep.data.windows import Windows
 from halfstep.distill.rounds import Round
 from halfstep.distributed.group import ALONE
 from halfstep.errors import HalfstepError
@@ -415,7 +410,7 @@ def test_an_interrupted_round_is_bit_equal(teacher, first, corpus, tmp_path, mon
         distill_round(source, corpus, round, out, distillation(), MACHINE, seed=3)
 
     run(undisturbed)
-    real = train.batch_indices
+    real = training_job.batch_indices
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0)
 
     def failing(*args):
@@ -423,13 +418,13 @@ def test_an_interrupted_round_is_bit_equal(teacher, first, corpus, tmp_path, mon
             raise Interrupted
         return real(*args)
 
-    monkeypatch.setattr(train, "batch_indices", failing)
+    monkeypatch.setattr(training_job, "batch_indices", failing)
     with pytest.raises(Interrupted):
         run(interrupted)
     with pytest.raises(HalfstepError, match="not a finished checkpoint"):
         halfstep.load(interrupted)
     assert (interrupted / "state" / "state.safetensors").exists()
-    monkeypatch.setattr(train, "batch_indices", real)
+    monkeypatch.setattr(training_job, "batch_indices", real)
     run(interrupted)
     # The metas hold the checksums of all files.
     assert checkpoint.read_meta(undisturbed) == checkpoint.read_meta(interrupted)

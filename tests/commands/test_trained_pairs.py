@@ -15,13 +15,8 @@ from halfstep import checkpoint
 from halfstep.commands import distill, train
 from halfstep.commands.distill import DistillationObjective, _entropy
 from halfstep.commands.infilling import corpus_items
-from halfstep.commands.train import (
-    DiffusionObjective,
-    HeldOut,
-    NextTokenObjective,
-    watch_empty,
-    watched_texts,
-)
+from halfstep.commands.train import DiffusionObjective, NextTokenObjective
+from halfstep.commands.training_job import HeldOut, watch_empty, watched_texts
 from halfstep.commands.writers import (
     encode_prompt,
     end_responses,
@@ -29,12 +24,13 @@ from halfstep.commands.writers import (
     written_places,
 )
 from halfstep.config import Distillation, DrawOptions, Machine
-from halfstep.data.pack import Windows, read_manifest
+from halfstep.data.windows import Windows, read_manifest
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.distill.rounds import Round
 from halfstep.distributed.group import ALONE
 from halfstep.errors import HalfstepError
 from halfstep.metrics.diversity import unigram_entropy
+from halfstep.metrics.perplexity import ids_nll, load_judge
 from halfstep.records.journal import read_journal
 from halfstep.training.step import step_generator
 
@@ -325,11 +321,14 @@ def test_infilling_asks_for_the_response_and_its_end(trained):
         assert np.flatnonzero(mask)[-1] <= start + words
 
 
-def test_scores_are_those_of_responses(trained, pipeline, tmp_path, capsys):
+def test_scores_are_those_of_responses(trained, tmp_path, capsys):
     """Their entropy, and the share that is empty; texts of other prompts are refused."""
     samples = tmp_path / "samples/pairs/kl/round-1/steps-4"
     draw = f"generate --checkpoint {trained.student} --steps 4 --num-samples 8 {MACHINE}"
-    score = f"--corpus {trained.corpus} --judge {pipeline.baseline}/hf --bootstrap 100 {MACHINE}"
+    baseline = tmp_path / "models/pairs/baseline"
+    done(f"train-baseline --corpus {trained.corpus} --size tiny --output {baseline} "
+         f"{TRAINING} {MACHINE}")  # fmt: skip
+    score = f"--corpus {trained.corpus} --judge {baseline}/hf --bootstrap 100 {MACHINE}"
     done(f"{draw} --output {samples} --pairs {trained.corpus}")
     done(f"score-samples --samples {samples} --output {tmp_path}/rows.json {score}")
     found = json.loads((tmp_path / "rows.json").read_text())
@@ -343,6 +342,9 @@ def test_scores_are_those_of_responses(trained, pipeline, tmp_path, capsys):
     assert row["low"] <= row["value"] <= row["high"]
     entropy = rows["entropy", "unigram"]["value"]
     assert entropy == pytest.approx(unigram_entropy(responses).mean())
+    judge = load_judge(f"{baseline}/hf")
+    nll = ids_nll(judge, ids, 8, spans=spans)
+    assert rows["generative_perplexity", "ids"]["value"] == pytest.approx(np.exp(nll.mean()))
     done(f"{draw} --output {tmp_path}/other")
     line = f"score-samples --samples {tmp_path}/other --output {tmp_path}/none.json {score}"
     capsys.readouterr()

@@ -17,7 +17,7 @@ from halfstep.commands.data import prepare_corpus
 from halfstep.config import Corpus
 from halfstep.data import docstrings
 from halfstep.data.corpora import CORPORA, read_corpus
-from halfstep.data.pack import Windows
+from halfstep.data.windows import Windows
 from halfstep.files import read_json
 
 NAMES = get_args(Corpus.model_fields["kind"].annotation)

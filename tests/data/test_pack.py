@@ -12,9 +12,10 @@ from known import words_tokenizer
 from tokenizers import Tokenizer
 
 from halfstep.data import pack
-from halfstep.data.pack import Spool, Windows
+from halfstep.data.pack import Spool
 from halfstep.data.stories import sample_stories
 from halfstep.data.tokenizer import EOS, train_bpe
+from halfstep.data.windows import Windows, layout_of
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256
 
@@ -37,7 +38,7 @@ def write_corpus(path, documents, length=16, held_out=20, workers=1, tokenizer=T
     with Spool(path / ".spool", documents) as spool:
         train = len(spool) - held_out
         splits = {"train": range(train), "validation": range(train, len(spool))}
-        layout = pack.layout_of({"length": length, "eos_id": 0})
+        layout = layout_of({"length": length, "eos_id": 0})
         facts = pack.pack_windows(spool, tokenizer, layout, path, splits, workers)
     (path / "tokenizer.json").write_text(tokenizer.to_str())
     manifest = {

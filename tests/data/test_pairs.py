@@ -9,9 +9,9 @@ from small import call, done
 
 from halfstep.data.files import read_pairs
 from halfstep.data.model_tokenizer import find_model_tokenizer
-from halfstep.data.pack import Windows, corpus_tokenizer, read_manifest
 from halfstep.data.pairs import encode_between, encode_prompts, read_turn
 from halfstep.data.tokenizer import encode_texts
+from halfstep.data.windows import Windows, corpus_tokenizer, read_manifest
 from halfstep.errors import HalfstepError
 from halfstep.meta import Turn
 

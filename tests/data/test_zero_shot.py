@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 from known import words_tokenizer
 
-from halfstep.data.pack import layout_of
+from halfstep.data.windows import layout_of
 from halfstep.data.zero_shot import (
     DATA_SETS,
     LAMBADA,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small import call
 
-from halfstep.commands import train
+from halfstep.data.windows import Windows
 from halfstep.records import journal
 from halfstep.training import loop
 from halfstep.training import system_metrics as module
@@ -72,7 +72,7 @@ def test_every_log_line_has_the_model_flops_utilization(pipeline, tmp_path, monk
     metrics = [point["metrics"] for point in journal.read_journal(tmp_path / "t/out")[1]]
     points = [point for point in metrics if "train/loss" in point]
     blocks, width, length = 3, 128, 24
-    vocabulary = train.Windows(pipeline.corpus, "train").vocab_size
+    vocabulary = Windows(pipeline.corpus, "train").vocab_size
     matrices = 6 * (blocks * 12 - 9 / 2) * width**2
     attention = 12 * blocks * length * width
     readout = 6 * vocabulary * width / 2

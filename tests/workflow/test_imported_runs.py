@@ -10,7 +10,7 @@ from hub_files import MDLM, folder, lightning, networks
 from whole_graph import run_graph
 
 from halfstep.checkpoint import read_meta
-from halfstep.data.pack import read_manifest
+from halfstep.data.windows import read_manifest
 from halfstep.errors import ConfigError
 from halfstep.report.rows import read_table
 from halfstep.resolve import resolve

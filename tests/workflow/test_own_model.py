@@ -13,8 +13,8 @@ from small import done
 from whole_graph import run_graph
 
 import halfstep
-from halfstep.data.pack import Windows
 from halfstep.data.stories import sample_stories
+from halfstep.data.windows import Windows
 from halfstep.records.journal import read_journal
 from halfstep.report.rows import read_table
 

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from halfstep.cli import COMMANDS
-from halfstep.commands import evaluate, train, variety
+from halfstep.commands import evaluate, training_job, variety
 from halfstep.data.corpora import CORPORA
 from halfstep.diffusion.samplers import SAMPLERS
 from halfstep.diffusion.schedules import SCHEDULES, masked_share
@@ -198,8 +198,11 @@ def test_steps_that_reveal_a_token():
 
 def test_numbers_that_other_modules_have():
     """The rules start without torch, so these numbers are written twice."""
-    assert module.VALIDATION_WINDOWS == train.VALIDATION_WINDOWS
-    assert (module.WATCHED, module.WATCHED_STEPS) == (train.WATCHED, train.WATCHED_STEPS)
+    assert module.VALIDATION_WINDOWS == training_job.VALIDATION_WINDOWS
+    assert (module.WATCHED, module.WATCHED_STEPS) == (
+        training_job.WATCHED,
+        training_job.WATCHED_STEPS,
+    )
     assert (module.DATA_WINDOWS, module.MAUVE_TEXTS) == (variety.DATA_WINDOWS, variety.MAUVE_TEXTS)
     assert evaluate.DATA_WINDOWS == module.DATA_WINDOWS and WORK.keys() <= COMMANDS.keys()
     assert {"docs", "openwebtext"} == module.CORPUS_TOKENS.keys() <= CORPORA.keys()

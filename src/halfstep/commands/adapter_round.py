@@ -20,7 +20,7 @@ from halfstep.adapters import (
     teaching,
     weight_changes,
 )
-from halfstep.commands.train import TrainedFiles
+from halfstep.commands.training_job import TrainedFiles
 from halfstep.config import Distillation
 from halfstep.errors import HalfstepError
 from halfstep.kernels.precision import cast_matrices

@@ -27,7 +27,7 @@ from halfstep.commands.generate import (
 from halfstep.commands.samples import is_written, read_samples, sample_files
 from halfstep.commands.writers import draw_texts, note_unused_options, text_writer
 from halfstep.config import CONTINUE_STAGE, DrawOptions, Evaluation, Machine, Prompts, Steps
-from halfstep.data.pack import (
+from halfstep.data.windows import (
     Windows,
     corpus_files,
     corpus_name,

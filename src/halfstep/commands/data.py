@@ -21,10 +21,11 @@ from halfstep.data.model_tokenizer import (
     ModelTokenizer,
     find_model_tokenizer,
 )
-from halfstep.data.pack import Spool, corpus_files, layout_of, pack_windows, token_dtype
+from halfstep.data.pack import Spool, pack_windows, token_dtype
 from halfstep.data.pairs import pack_pairs, read_turn, split_pair
 from halfstep.data.stories import last_words
 from halfstep.data.tokenizer import describe_loss, end_id, load_bpe, train_bpe, vocabulary_size
+from halfstep.data.windows import corpus_files, layout_of
 from halfstep.errors import HalfstepError
 from halfstep.files import scratch_folder, sha256, write_atomic, write_json
 from halfstep.meta import Turn, check_framing

@@ -14,18 +14,17 @@ from halfstep.commands.adapter_round import (
     lora_of,
     teacher_of_adapters,
 )
-from halfstep.commands.train import (
-    NEVER,
+from halfstep.commands.train import NEVER, DiffusionObjective
+from halfstep.commands.training_job import (
     WATCHED_STEPS,
-    DiffusionObjective,
     HeldOut,
     TrainingJob,
     watch_empty,
     watched_texts,
 )
 from halfstep.config import Distillation, Machine, Seed
-from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer
 from halfstep.data.tokenizer import read_tokenizer
+from halfstep.data.windows import Windows, corpus_files, corpus_tokenizer
 from halfstep.diffusion.contracts import Denoiser
 from halfstep.diffusion.masking import corrupt, mask_indices, to_device
 from halfstep.diffusion.objective import stratified_times

@@ -20,7 +20,7 @@ from halfstep.data.naive import (
     training_stream,
     unigram_texts,
 )
-from halfstep.data.pack import Windows, corpus_files, corpus_tokenizer, read_manifest
+from halfstep.data.windows import Windows, corpus_files, corpus_tokenizer, read_manifest
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.records import provenance
 

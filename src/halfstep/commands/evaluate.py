@@ -22,7 +22,8 @@ from halfstep.commands.variety import (
     variety_rows,
 )
 from halfstep.config import Count, Evaluation, Machine, Weights, Word
-from halfstep.data.pack import (
+from halfstep.data.tokenizer import vocabulary_sha256
+from halfstep.data.windows import (
     Windows,
     corpus_files,
     corpus_name,
@@ -30,7 +31,6 @@ from halfstep.data.pack import (
     read_manifest,
     without_frame,
 )
-from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError

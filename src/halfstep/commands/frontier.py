@@ -19,7 +19,7 @@ from halfstep.commands.evaluate import (
 from halfstep.commands.samples import sample_files
 from halfstep.commands.variety import Texts
 from halfstep.config import Evaluation, Machine, Word
-from halfstep.data.pack import corpus_files, corpus_name
+from halfstep.data.windows import corpus_files, corpus_name
 from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import open_file, write_atomic

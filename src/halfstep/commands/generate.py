@@ -40,7 +40,7 @@ from halfstep.config import (
     Positive,
     Steps,
 )
-from halfstep.data.pack import Windows, check_tokens, corpus_files, corpus_name
+from halfstep.data.windows import Windows, check_tokens, corpus_files, corpus_name
 from halfstep.diffusion.contracts import Samples
 from halfstep.diffusion.samplers import SAMPLERS
 from halfstep.diffusion.watching import Show

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from halfstep.checkpoint import HF_FILES, save_checkpoint
 from halfstep.commands.origins import find_published
 from halfstep.config import Network
-from halfstep.data.pack import check_tokens, read_manifest
 from halfstep.data.tokenizer import load_bpe, mask_of
+from halfstep.data.windows import check_tokens, read_manifest
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256, write_json, write_tensors
 from halfstep.models import hub

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from halfstep.config import Network
 from halfstep.data.model_tokenizer import read_model_tokenizer
-from halfstep.data.pack import Windows, check_tokens, read_manifest
 from halfstep.data.tokenizer import encode_texts, vocabulary_size
+from halfstep.data.windows import Windows, check_tokens, read_manifest
 from halfstep.diffusion.schedules import LogLinear
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import write_json, write_tensors

@@ -24,8 +24,8 @@ from halfstep.commands.import_transformers import (
     read_source,
 )
 from halfstep.config import Distillation, Network, PublishedStudent, Training, size_of_shape
-from halfstep.data.pack import corpus_tokenizer, read_manifest
 from halfstep.data.tokenizer import EOS, load_bpe, vocabulary_size
+from halfstep.data.windows import corpus_tokenizer, read_manifest
 from halfstep.distill.rounds import plan_round
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import sha256, write_atomic

@@ -19,7 +19,9 @@ from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
 from halfstep.commands.variety import held_out_texts, spread_rows
 from halfstep.commands.writers import draw_texts, load_scorer, sampler_name, text_writer
 from halfstep.config import Count, DrawOptions, Machine, Whole, Word
-from halfstep.data.pack import (
+from halfstep.data.stories import judge, repeated_mentions
+from halfstep.data.tokenizer import vocabulary_sha256
+from halfstep.data.windows import (
     Layout,
     Windows,
     corpus_files,
@@ -27,8 +29,6 @@ from halfstep.data.pack import (
     layout_of,
     read_manifest,
 )
-from halfstep.data.stories import judge, repeated_mentions
-from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.diffusion.samplers import SAMPLERS
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group

@@ -21,8 +21,8 @@ from halfstep.checkpoint import (
 from halfstep.commands.import_transformers import Logits
 from halfstep.commands.import_weights import fetch_from_hub, read_imported
 from halfstep.config import Network, PublishedStudent, size_of_shape
-from halfstep.data.pack import check_tokens, read_manifest
 from halfstep.data.tokenizer import load_bpe
+from halfstep.data.windows import check_tokens, read_manifest
 from halfstep.errors import HalfstepError
 from halfstep.models.adapt import adapt_weights
 from halfstep.models.dit import DiT

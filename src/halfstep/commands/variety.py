@@ -12,7 +12,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from halfstep.config import Machine
-from halfstep.data.pack import Windows, corpus_tokenizer, read_manifest, without_frame
 from halfstep.data.stories import (
     fact_law,
     is_accepted,
@@ -21,6 +20,7 @@ from halfstep.data.stories import (
     whole_stories,
 )
 from halfstep.data.tokenizer import EOS
+from halfstep.data.windows import Windows, corpus_tokenizer, read_manifest, without_frame
 from halfstep.distributed.group import Group
 from halfstep.metrics.diversity import (
     distinct,

@@ -16,7 +16,7 @@ from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
 from halfstep.commands.writers import Writer, prompt_ids, sampler_name, text_writer
 from halfstep.config import Count, DrawOptions, Evaluation, Machine, Steps, Weights, Word
 from halfstep.data.files import READERS, read_documents
-from halfstep.data.pack import Layout
+from halfstep.data.windows import Layout
 from halfstep.data.zero_shot import DATA_SETS, cut_windows, find_data_set, read_rows_of
 from halfstep.diffusion.contracts import Samples
 from halfstep.diffusion.samplers import SAMPLERS

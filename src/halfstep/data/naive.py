@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from halfstep.data.pack import Windows
 from halfstep.data.tokenizer import encode_texts
+from halfstep.data.windows import Windows
 
 MOST_TOKENS = 1 << 25  # of the training split that are counted: its first ones
 CHUNK = 1 << 22  # tokens counted at a time

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from halfstep.data.pack import Layout, Spool, read_chunk, token_dtype
+from halfstep.data.pack import Spool, read_chunk, token_dtype
 from halfstep.data.tokenizer import encode_texts, unknown_id
+from halfstep.data.windows import Layout
 from halfstep.errors import HalfstepError, reason
 from halfstep.files import remember_sha256, write_atomic
 from halfstep.meta import Turn

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
-    from halfstep.data.pack import Layout
+    from halfstep.data.windows import Layout
 
 Rules = tuple[tuple[str, str], ...]
 """Regular expressions and what replaces them, in the order in which they are applied"""

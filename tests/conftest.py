@@ -100,6 +100,7 @@ def world(tmp_path_factory):
         facts["length"],
         facts["eos_id"],
         corpus / "tokenizer.json",
+        "<|endoftext|>",
     )
     held_out = np.fromfile(corpus / "validation.bin", facts["dtype"]).reshape(-1, facts["length"])
     for steps in (8, 16):

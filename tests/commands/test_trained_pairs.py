@@ -343,6 +343,8 @@ def test_scores_are_those_of_responses(trained, tmp_path, capsys):
     entropy = rows["entropy", "unigram"]["value"]
     assert entropy == pytest.approx(unigram_entropy(responses).mean())
     judge = load_judge(f"{baseline}/hf")
+    assert judge.tokenizer.eos_token_id == held_out.eos_id  # [SEP] is Bert's
+    assert len(judge.tokenizer) <= judge.vocab_size
     nll = ids_nll(judge, ids, 8, spans=spans)
     assert rows["generative_perplexity", "ids"]["value"] == pytest.approx(np.exp(nll.mean()))
     done(f"{draw} --output {tmp_path}/other")

@@ -149,9 +149,10 @@ def test_of_pairs_the_response_and_its_first_eos_count_given_the_prompt(folder):
     np.testing.assert_array_equal(ids_nll(judge, ids, 2, spans=spans), nll)
     again = retokenized_nll(judge, ids, tokenizer, 0, 2, spans=spans)
     np.testing.assert_array_equal(again, sums)
-    long = np.full((1, 26), 3)
+    long = np.full((1, 30), 3)  # the judge reads 24 tokens
+    assert retokenized_nll(judge, long, tokenizer, 0, 2, spans=np.array([[20, 29]]))[0, 1] == 4
     with pytest.raises(HalfstepError, match="texts of 25 tokens.*at most 24"):
-        retokenized_nll(judge, long, tokenizer, 0, 2, spans=np.array([[20, 25]]))
+        retokenized_nll(judge, long, tokenizer, 0, 2, spans=np.array([[24, 29]]))
 
 
 def test_texts_of_eos_only_and_a_judge_without_eos_are_errors(folder, tmp_path):

@@ -200,7 +200,7 @@ def test_transformers_loads_the_same_function_and_tokenizer(tmp_path):
     tokenizer = train_bpe([text] * 3, 300)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     gpt = tiny(tokenizer.get_vocab_size(), width=48, blocks=3, heads=6)
-    save_gpt_neox(gpt, tmp_path / "hf", 24, 0, tmp_path / "tokenizer.json")
+    save_gpt_neox(gpt, tmp_path / "hf", 24, 0, tmp_path / "tokenizer.json", "<|endoftext|>")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     x = torch.randint(0, gpt.vocabulary, (3, 24), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():

@@ -11,7 +11,7 @@ from halfstep.checkpoint import HF_FILES, save_checkpoint
 from halfstep.commands.origins import find_published
 from halfstep.config import Network
 from halfstep.data.tokenizer import load_bpe, mask_of
-from halfstep.data.windows import check_tokens, read_manifest
+from halfstep.data.windows import check_tokens, corpus_tokenizer, read_manifest
 from halfstep.errors import HalfstepError
 from halfstep.files import sha256, write_json, write_tensors
 from halfstep.models import hub
@@ -47,7 +47,8 @@ def import_baseline(source: str, output: Path, corpus: Path) -> None:
     (output / "meta.json").unlink(missing_ok=True)
     write_tensors(output / HF_FILES[0], tensors, {"format": "pt"})
     write_json(output / HF_FILES[1], without_code(config))
-    save_tokenizer(hf, manifest["length"], tokenizer)
+    eos = corpus_tokenizer(corpus).id_to_token(manifest["eos_id"])
+    save_tokenizer(hf, manifest["length"], tokenizer, eos)
     model = load_causal_lm(hf)
     if _swap_mask(model, folder, manifest["vocab_size"]):
         write_tensors(output / HF_FILES[0], dict(model.named_parameters()), {"format": "pt"})

@@ -128,7 +128,8 @@ def train_baseline(
     if not _train(job, "autoregressive", network, training, seed):
         return
     model, hf = checkpoint.load_checkpoint(output), output / "hf"
-    save_gpt_neox(model.network, hf, model.length, model.eos_id, output / "tokenizer.json")
+    eos, tokenizer = model.tokenizer.id_to_token(model.eos_id), output / "tokenizer.json"
+    save_gpt_neox(model.network, hf, model.length, model.eos_id, tokenizer, eos)
     read = corpus_files(corpus, "train", "validation")
     provenance.write_record(output / provenance.NAME, [output, hf], read)
 

@@ -98,8 +98,8 @@ class Judge:
         """Texts ids[N, L] of `tokenizer` as tokens of the judge, at most L of each.
 
         And how many of the tokens are before what counts: none, or, with the spans[N, 2] of
-        responses, those of the prompts. Prompt and response are then tokenized separately and not
-        cut. HalfstepError if they are longer than the judge reads.
+        responses, those of the prompts. Prompt and response are then tokenized separately, and cut
+        to what the judge reads. HalfstepError if that is not even one token of a response.
 
         EOS becomes the judge's EOS, if it has one. Of what the judge's tokenizer would add, only a
         BOS that is not its EOS is kept (Llama's).
@@ -115,9 +115,9 @@ class Judge:
             return [(start + text)[:longest] for text in parts], [0] * len(ids)
         prompts = [text[:begin] for text, begin in zip(ids, spans[:, 0], strict=True)]
         given = [start + prompt for prompt in self._encode(prompts, tokenizer, eos_id)]
-        texts = [prompt + text for prompt, text in zip(given, parts, strict=True)]
-        _check_texts(self, texts)
-        return texts, list(map(len, given))
+        both = list(zip(given, parts, strict=True))
+        _check_texts(self, [prompt + text[:1] for prompt, text in both])
+        return [(prompt + text)[: self.context] for prompt, text in both], list(map(len, given))
 
     def _encode(
         self, texts: Sequence[np.ndarray], tokenizer: Tokenizer, eos_id: int

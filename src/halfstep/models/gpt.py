@@ -262,22 +262,26 @@ def gpt_neox_config(gpt: GPT, length: int, eos_id: int) -> dict[str, Any]:
     }
 
 
-def save_gpt_neox(gpt: GPT, folder: Path, length: int, eos_id: int, tokenizer: Path) -> None:
+def save_gpt_neox(
+    gpt: GPT, folder: Path, length: int, eos_id: int, tokenizer: Path, eos: str
+) -> None:
     """Write the network as a folder that transformers loads as a causal language model.
 
-    The architecture is GPT-NeoX without parallel residual.
+    The architecture is GPT-NeoX without parallel residual. `eos` is the token of the id.
     """
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in _gpt_neox_state(gpt).items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     config = gpt_neox_config(gpt, length, eos_id)
     write_atomic(folder / "config.json", json.dumps(config, indent=1))
-    save_tokenizer(folder, length, tokenizer)
+    save_tokenizer(folder, length, tokenizer, eos)
 
 
-def save_tokenizer(folder: Path, length: int, tokenizer: Path) -> None:
-    """Write the tokenizer of a folder for transformers, for texts of up to `length` tokens."""
+def save_tokenizer(folder: Path, length: int, tokenizer: Path, eos: str) -> None:
+    """Write the tokenizer of a folder for transformers, for texts of up to `length` tokens.
+
+    `eos` is its token that ends a document, which is BOS too.
+    """
     write_atomic(folder / "tokenizer.json", tokenizer.read_bytes())
-    eos = "<|endoftext|>"
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eos,

@@ -236,6 +236,26 @@ def test_help_fits_a_terminal_of_80_columns(monkeypatch, capsys, name):
     assert [line for line in lines if len(line) > 80] == []
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_has_plain_types_and_no_empty_defaults(capsys, name):
+    """`{None}|INT` and `(default: )` are of our code; descriptions are broken once, by tyro."""
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    printed = capsys.readouterr().out
+    assert not re.search(r"None|\{\[|(\w+) \[\1 \.\.\.\]|default:\s*\)|\S {8,}\S.* {8,}", printed)
+
+
+def test_the_checkpoint_may_come_first_without_its_flag(pipeline, capsys):
+    options = f"--steps 2 {MACHINE}"
+    assert call(f"generate --checkpoint {pipeline.student} {options}") == 0
+    named = capsys.readouterr().out
+    assert call(f"generate {pipeline.student} {options}") == 0
+    assert capsys.readouterr().out == named
+    with pytest.raises(SystemExit):
+        call(f"summary {pipeline.student}")  # has no checkpoint
+    assert "Unrecognized options" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["init", "generate"])
 def test_help_on_a_terminal_has_no_colors(monkeypatch, name):
     """They are control characters, which would be printed as words."""

@@ -6,7 +6,6 @@ The module of a command is imported only when that command is called.
 import contextlib
 import difflib
 import errno
-import functools
 import importlib
 import inspect
 import io
@@ -21,7 +20,7 @@ from typing import Any, get_args
 from halfstep import __version__
 from halfstep.commands import COMMANDS, GROUPS
 from halfstep.sanitize import guard_output, remember_secrets, shorten
-from halfstep.streams import UnreadStream, reader_may_leave
+from halfstep.streams import reader_may_leave
 
 PERMISSION = "you may not read or write there: change its permissions, or name another place"
 SPACE = "free some space, or name another disk, and give the same command again"
@@ -40,6 +39,7 @@ ADVICE = {  # error of the file system: what to do
 
 SHELLS = ("bash", "zsh", "fish")
 PASSED_ON = "snakemake"  # parameter of a command that takes the words which are none of its flags
+CHECKPOINT = "checkpoint"  # parameter of a command whose flag may be left out before its first word
 
 
 def usage() -> str:
@@ -85,22 +85,27 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
 
     from halfstep.renamed import rename_flags
 
-    passes_on, after = PASSED_ON in inspect.signature(command).parameters, []
+    parameters = inspect.signature(command).parameters
+    passes_on, after = PASSED_ON in parameters, []
     if passes_on and "--" in words:
         words, after = words[: words.index("--")], words[words.index("--") :]
+    if (
+        words
+        and not words[0].startswith("-")
+        and CHECKPOINT in inspect.signature(command).parameters
+    ):
+        words = [f"--{CHECKPOINT}", *words]
     words, notices = rename_flags(words, command)
     for notice in notices:
         _print_once(f"halfstep {name}: {notice}\n")
-    collect = functools.wraps(command)(lambda **given: given)
-    printed = io.StringIO()
+    printed, shown = io.StringIO(), io.StringIO()
     try:
-        out: Any = _HelpStream(sys.stdout)
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(out):
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(shown):
             given = tyro.cli(
-                collect,
+                _collector(command),
                 prog=f"halfstep {name}",
                 args=words,
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
                 registry=_whole_numbers(),
                 return_unknown_args=passes_on,
             )
@@ -109,14 +114,29 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
             given[PASSED_ON] = [*others, *after]
         return check_parameters(command, given)
     except SystemExit as error:
+        sys.stdout.write(_help_text(shown.getvalue()))
         cause = error.__context__
         while cause is not None:  # tyro draws a box around pydantic's message
             if isinstance(cause, ValidationError):
                 raise cause from None
             cause = cause.__context__
-        if text := _unboxed(printed.getvalue()):
+        if text := _faults(printed.getvalue()):
             _print_once(f"halfstep {name}: {shorten(text, 500)}; see halfstep {name} --help\n")
         raise
+
+
+def _collector(command: Callable[..., None]) -> Any:
+    """A function with the command's parameters and help that returns its arguments."""
+
+    def collect(**given: Any) -> dict[str, Any]:
+        return given
+
+    described: Any = collect
+    described.__signature__ = inspect.signature(command, eval_str=True)
+    described.__annotations__ = inspect.get_annotations(command, eval_str=True)
+    # The lines of each paragraph become one, which tyro breaks to fit the terminal.
+    described.__doc__ = re.sub(r"(?<=\S)\n(?: {8,})?(?=[^\s-])", " ", inspect.getdoc(command) or "")
+    return described
 
 
 def check_parameters(command: Callable[..., None], given: dict[str, Any]) -> dict[str, Any]:
@@ -150,19 +170,29 @@ def _has_bounds(annotation: Any) -> bool:
     return any(map(_has_bounds, get_args(annotation)))
 
 
-class _HelpStream(UnreadStream):
-    """A stream for tyro's help: paragraphs fit the terminal, and `(default: None)` is left out."""
+def _help_text(text: str) -> str:
+    """tyro's help: paragraphs fit the terminal, and what says nothing is left out."""
+    text = re.sub(r"\(default:\s*(None)?\)", lambda found: re.sub(r"\S", " ", found[0]), text)
+    text = _plain_types(text)
+    text = re.sub(r" +$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\n\n+(?=  )", "\n", text)  # lines that held a default alone
+    text = re.sub(r"\n{3,}", "\n\n", text)
+    width = min(100, shutil.get_terminal_size().columns)
+    return "\n".join(_wrapped(line, width) for line in text.split("\n"))
 
-    def write(self, text: str) -> int:
-        pattern = r"\(default:([\s│]+)None\)"
-        text = re.sub(pattern, lambda found: f"{'':9}{found[1]}{'':5}", text)
-        width = min(100, shutil.get_terminal_size().columns)
-        return super().write("\n".join(_wrapped(line, width) for line in text.split("\n")))
+
+def _plain_types(text: str) -> str:
+    """`{[INT [INT ...]]}` as `[INT ...]`, and as wide as before in front of its description."""
+    return re.sub(
+        r"(\[)?\{?\[(\S+) \[\2 \.\.\.\]\]\}?(?(1)\])(  )?",
+        lambda found: f"[{found[2]} ...]".ljust(len(found[0]) if found[3] else 0),
+        text,
+    )
 
 
 def _wrapped(line: str, width: int) -> str:
-    """The line, or lines with its indentation if it is wider; boxes stay as they are."""
-    if len(line) <= width or "│" in line:
+    """The line, or lines with its indentation if it is wider."""
+    if len(line) <= width:
         return line
     indent = line[: len(line) - len(line.lstrip())]
     return textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False)
@@ -197,14 +227,15 @@ def _whole_numbers() -> Any:
     return registry
 
 
-def _unboxed(printed: str) -> str:
-    """The faults in tyro's box in one line, without the paragraphs that repeat the help.
+def _faults(printed: str) -> str:
+    """The faults that tyro has printed in one line, without what repeats the help.
 
-    The box has a title, and lines of ─ or - between its paragraphs; on a terminal it has colors.
+    The print has a title, lines of - between its paragraphs, and descriptions 10 columns deep; on a
+    terminal it has colors.
     """
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed)
-    lines = [line.strip("│╰╯ ") for line in plain.splitlines()[1:]]
-    paragraphs = re.split(r"(?:^|\s+)[─-]{9,}(?:\s+|$)", " ".join(lines))
+    plain = _plain_types(re.sub(r"\x1b\[[0-9;]*m", "", printed))
+    lines = [line.strip() for line in plain.splitlines()[1:] if not line.startswith(" " * 10)]
+    paragraphs = re.split(r"(?:^|\s+)-{9,}(?:\s+|$)", " ".join(lines))
     said = [
         text.strip().removesuffix(".")
         for text in paragraphs

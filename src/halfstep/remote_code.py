@@ -108,7 +108,7 @@ def load_class(digest: str, reference: str, base: type) -> Any:
         raise HalfstepError(
             f"{checkpoint}: its model needs the code in {folder} (sha256 {digest[:16]}), which "
             "this account has not allowed to run; read it, and allow it with "
-            f"halfstep trust --checkpoint {shlex.quote(str(checkpoint))}"
+            f"halfstep trust {shlex.quote(str(checkpoint))}"
         )
     module, name = split_reference(digest, reference)
     try:

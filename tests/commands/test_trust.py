@@ -118,7 +118,7 @@ def test_another_account_must_allow_it_first(trained, tmp_path):
     assert code == 1 and error.count("\n") == 1
     assert error.rstrip().endswith(
         "which this account has not allowed to run; read it, and allow it with "
-        f"halfstep trust --checkpoint {trained.student}"
+        f"halfstep trust {trained.student}"
     )
     assert not trained.marker.exists()
     code, _, said = fresh(f"trust --checkpoint {trained.student}", other)

@@ -23,7 +23,7 @@ IMPORT = "import --source hf:hub --output out/model"
 TRUSTED = f"{IMPORT} --trust-remote-code"
 GENERATE = f"generate --checkpoint model --output out --steps 2 --num-samples 1 {MACHINE}"
 TRUST = "trust --checkpoint model"
-ASKS = "has not allowed to run; read it, and allow it with halfstep trust --checkpoint model$"
+ASKS = "has not allowed to run; read it, and allow it with halfstep trust model$"
 CHANGED = "the code has changed since the import"
 MODELING = "modeling_own.OwnModel"
 

@@ -1,8 +1,11 @@
 """Ways to draw and their costs: the figure `decoders`, and the grids of the table `variants`."""
 
+import itertools
+
 import pandas
 import pytest
 import synthetic
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from halfstep.commands.report import tabulate
 from halfstep.report.decoders import AT_DATA, cost_grid, with_costs
@@ -151,6 +154,30 @@ def test_the_title_names_the_fewest_passes_of_equal_quality(plain, change, begin
     if begin.startswith("Drawn"):
         assert "with 12.5 network evaluations" in title
     assert ("and 31.0 autoregressive passes a text" in title) == ("passes" in change)
+
+
+def test_the_title_says_who_decides_over_drafts(plain):
+    table = with_variant(plain, "drafts", 32, 12.5, 0.5, passes=31.0)
+    table.loc[table["variant"] == "drafts", "sampler"] = "speculative(draft_tokens=4)"
+    title = title_of_decoders(costs(table))
+    assert title.startswith("Drawn as drafts, accepted or corrected by the autoregressive model, ")
+    assert "accepted" not in title_of_decoders(costs(table.assign(sampler="ancestral")))
+
+
+def test_texts_of_near_points_are_not_written_over_one_another(plain):
+    """Several ways to draw with the same passes and perplexity: each entropy can be read."""
+    table = plain
+    for name in ("one", "two", "three"):
+        table = with_variant(table, name, 16, 16, 1.5, entropy=0.9)
+    figure, _ = decoders({"variants": table})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for axes in figure.axes[:2]:
+        notes = [text for text in axes.texts if text.get_text().startswith("H ")]
+        boxes = [note.get_tightbbox(canvas.get_renderer()) for note in notes]
+        assert len(boxes) == 3
+        for one, other in itertools.combinations(boxes, 2):
+            assert not one.overlaps(other)
 
 
 def test_a_table_without_the_default_draws_has_a_title_too(plain):

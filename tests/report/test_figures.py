@@ -289,6 +289,15 @@ def test_levels_do_not_stretch_the_axis_and_those_outside_have_an_arrow(results)
     assert not drawn["data"] and not drawn["unigram"]
 
 
+def test_a_curve_outside_of_the_axis_is_named_with_its_values(results):
+    figure, points = picture(results, "frontier")
+    low, _ = figure.axes[0].get_ylim()
+    y = points.loc[points["series"] == "baseline", "y"]
+    assert y.max() < low and y.nunique() > 1
+    named = {text.get_text() for text in figure.axes[0].texts}
+    assert f"autoregressive {round_number(y.min())} to {round_number(y.max())} ↓" in named
+
+
 @pytest.mark.parametrize("runs, shown", [(8, False), (9, False), (10, True)])
 def test_bands_are_of_at_least_ten_repeats(results, runs, shown):
     speed = frames(results, "latency_vs_length")["speed"]

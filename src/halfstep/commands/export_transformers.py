@@ -54,7 +54,7 @@ print(tokenizer.decode(x[0]))
 halfstep reads this folder too, and has faster samplers:
 ```sh
 halfstep import --source hf:. --output models/own/teacher{flag}
-halfstep generate --checkpoint models/own/teacher --steps {steps}
+halfstep generate models/own/teacher --steps {steps}
 ```
 """
 MEANING = {

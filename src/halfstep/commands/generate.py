@@ -91,7 +91,7 @@ def generate(  # noqa: PLR0913  the flags of the command
     An autoregressive checkpoint takes one step per token, whatever `steps` is.
 
     Args:
-        checkpoint: checkpoint folder
+        checkpoint: checkpoint folder; its flag may be left out where it comes first
         output: folder of the samples, with {steps} where there are several step counts; without it
             the texts are printed
         steps: numbers of sampling steps (default: 8; as many as a text has tokens for a sampler

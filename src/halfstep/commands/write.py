@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import pydantic
-import tyro
 from torch import Tensor
 
 from halfstep.checkpoint import Model, load_checkpoint
@@ -44,9 +43,7 @@ HELP = (
 SETTINGS = {"steps": "steps", "temperature": "temperature", "seed": "sampling_seed"}
 
 
-def write(
-    model: Annotated[Path, tyro.conf.Positional], drawing: WriteOptions, machine: Device
-) -> None:
+def write(checkpoint: Path, drawing: WriteOptions, machine: Device) -> None:
     """Continue each text that you type, or fill in each <|mask|> in it; end with /quit or Ctrl-D.
 
     The answer ends with the document that the text begins. The same line has the same answer, and
@@ -55,9 +52,11 @@ def write(
     Without a terminal each line of the input is answered by one line, so a program can use it.
 
     Args:
-        model: checkpoint folder
+        checkpoint: checkpoint folder; its flag may be left out where it comes first
     """
-    loaded = load_checkpoint(model, drawing.weights, str(find_device(machine)), drawing.precision)
+    loaded = load_checkpoint(
+        checkpoint, drawing.weights, str(find_device(machine)), drawing.precision
+    )
     console = terminal() if sys.stdin.isatty() else None
     loop = _Loop(loaded, drawing, console)
     steps = loop.steps if loaded.denoiser else loaded.length

@@ -116,6 +116,12 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Join the lines of each description, for `--help`."""
+        for field in cls.model_fields.values():
+            field.description = field.description and " ".join(field.description.split())
+
 
 def _step_count(value: Any) -> int | str:
     count = whole_number(value)

@@ -97,6 +97,7 @@ def title_of_variants(table: DataFrame) -> str:
 def title_of_decoders(rows: DataFrame) -> str:
     """The fewest network evaluations with which a way to draw is as good as the default's best.
 
+    Of drafts it says who decides: their texts are the autoregressive model's.
     A way to draw is not as good if its entropy is more than 2% below. The default draws count with
     the fewest evaluations with which they are as good as at their best. `rows` have costs
     (decoders.py).
@@ -119,9 +120,11 @@ def title_of_decoders(rows: DataFrame) -> str:
             f"by default: perplexity {with_interval(row)} with {_cost(row)} a text"
         )
     verdict = compare_intervals(row, other, "lower", "higher")
+    drafted = str(row["sampler"]).startswith("speculative(")
+    law = ", accepted or corrected by the autoregressive model" if drafted else ""
     return (
-        f"Drawn as {in_words(row['variant'])}, {name} has perplexity {with_interval(row)} with "
-        f"{_cost(row)} a text, by default {with_interval(other)} with {_cost(other)}"
+        f"Drawn as {in_words(row['variant'])}{law}, {name} has perplexity {with_interval(row)} "
+        f"with {_cost(row)} a text, by default {with_interval(other)} with {_cost(other)}"
         + ("" if verdict in ("lower", "higher") else f": {UNCLEAR}")
     )
 

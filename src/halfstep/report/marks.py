@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import matplotlib
+import numpy
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from matplotlib.text import Annotation
 from pandas import DataFrame
 
 from halfstep.config import NAIVE
@@ -33,6 +35,7 @@ PUBLISHED = {
 }
 SMOOTHED = ", smoothed"  # after the name of a line that is the mean of a `raw` one
 FEWEST_FOR_BAND = 10  # repeats (texts, trainings, timed runs) of which an interval is drawn
+PLACES = numpy.array([(5, 3), (5, -9), (5, 13), (5, -19)])  # of a point's text, in points from it
 STRIP = 0.16  # inches of the strip of levels, with the space before it
 
 
@@ -139,8 +142,9 @@ def draw_series(
                 x, y = group.loc[end, ["x", "y"]]
                 text = in_words(base)
                 if first["kind"] == "curve" and name in LEVELS:
-                    value = f" {round_number(y)}" if len(group) == 1 else ""
-                    y, text = _pin(axes, y, text + value)
+                    values = dict.fromkeys(map(round_number, (group["y"].min(), group["y"].max())))
+                    at, pinned = _pin(axes, y, f"{text} {' to '.join(values)}")
+                    y, text = at, pinned if at != y or len(group) == 1 else text
                 at_lines.append(Label(x, y, text, look["color"]))
     shift = STRIP if (mine["kind"] == "level").any() else 0
     if labels == "left":
@@ -233,12 +237,22 @@ def _draw_line(axes: Axes, name: str, group: DataFrame, look: dict, is_strong: b
 
 
 def _annotate(axes: Axes, points: DataFrame, color: str) -> None:
-    """Write the texts of points next to them, in the color of their line."""
+    """Write the texts of points next to them, in the color of their line, not over one another."""
+    per_point = axes.figure.dpi / 72
     for point in points.itertuples():
+        places = PLACES + axes.transData.transform((point.x, point.y)) / per_point
+        apart = [
+            numpy.abs(places - axes.transData.transform(other.xy) / per_point - other.xyann)
+            for other in axes.texts
+            if isinstance(other, Annotation)
+        ]
+        size = numpy.array([4.5 * len(point.text), 9])  # points, a little more than the text needs
+        is_free = numpy.array([(gap >= size).any(axis=1) for gap in apart]).all(axis=0)
+        offset = PLACES[numpy.argmax(is_free)]
         axes.annotate(
             point.text,
             (point.x, point.y),
-            (5, 3),
+            tuple(offset),
             textcoords="offset points",
             fontsize=6.5,
             color=color,

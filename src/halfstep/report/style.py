@@ -240,9 +240,10 @@ def _same_levels(points: DataFrame) -> bool:
 def _room_at_right(points: DataFrame, labels: str) -> float:
     """Inches at the right of a panel for the strip of levels and the names that are written there.
 
-    A level has its value after its name, and an arrow if it is outside of the axis.
+    A level has its value after its name, or its values, and an arrow if it is outside of the axis.
     """
     lengths, strip = [0.0], 0.0
+    ranges = set(points.loc[points.duplicated(["panel", "series"]), "series"])
     for series, kind in zip(points["series"], points["kind"], strict=True):
         if kind == "level":
             strip = STRIP
@@ -251,7 +252,8 @@ def _room_at_right(points: DataFrame, labels: str) -> float:
             lengths.append(len(series.partition(":")[0]) + 2)
         elif labels == "right" and kind != "raw":
             name = in_words(series.removesuffix(SMOOTHED))
-            lengths.append(len(name) + (8 if series in LEVELS else 0))
+            values = 15 if series in ranges else 8
+            lengths.append(len(name) + (values if series in LEVELS else 0))
     longest = max(lengths)
     return 0.15 + strip + (0.2 + LETTER * longest if longest else 0)
 

@@ -29,6 +29,15 @@ def test_every_figure_has_a_picture():
     assert {file.stem for file in (RESULTS / "gallery").glob("*.svg")} == set(DRAWN)
 
 
+def test_the_page_shows_every_figure():
+    """In the order of the catalogue, under its title, also where no site is built."""
+    sections = re.split(r"(?m)^## ", (RESULTS / "gallery.md").read_text())[1:]
+    assert [section.split()[0] for section in sections] == list(FIGURES)
+    for name, section in zip(FIGURES, sections, strict=True):
+        assert (f"![{FIGURES[name].title}](gallery/{name}.svg)" in section) == (name in DRAWN)
+        assert ("was never run" in section) == (name in NEVER_RUN)
+
+
 @pytest.mark.parametrize("name", [name for name in DRAWN if JOURNALS not in FIGURES[name].needs])
 def test_a_picture_is_what_the_code_draws(name, tmp_path):
     """As the command under it does. A change of what is written in a figure fails here."""

@@ -68,8 +68,9 @@ def test_windows_decode_to_whole_stories(stories):
     tokenizer = Tokenizer.from_file(str(stories / "tokenizer.json"))
     windows = Windows(stories, "train")[list(range(200))].tolist()
     texts = tokenizer.decode_batch(windows, skip_special_tokens=False)
-    found, accepted, consistent = map(sum, zip(*map(judge_window, texts), strict=True))
-    assert found == accepted == consistent > 200
+    counts = map(sum, zip(*map(judge_window, texts), strict=True))
+    found, accepted, consistent, sentences, known = counts
+    assert found == accepted == consistent > 200 and sentences == known > found
 
 
 def test_held_out_text_is_kept(stories):

@@ -61,13 +61,14 @@ def test_samples_of_all_step_counts_under_one_judge(world, tmp_path, monkeypatch
     folders = [world.samples / "steps-8", world.samples / "steps-16"]
     rows = by_name(score(world, folders, tmp_path / "rows.json"))
     ids = np.load(folders[1] / "samples.npy")
-    assert len(loads) == 1 and len(rows) == 16
+    assert len(loads) == 1 and len(rows) == 18
     assert {name for name, _, steps in rows if steps == 8} == {
         "generative_perplexity",
         "entropy",
         "distinct_2",
         "repetition",
         "sample_self_bleu",
+        "sentence_share",
         "accepted_share",
         "consistent_share",
     }
@@ -115,14 +116,16 @@ def test_held_out_text_has_its_own_rows_and_the_grammar_accepts_it(world, tmp_pa
     output = tmp_path / "stories-tiny" / "data.json"
     score_corpus(world.corpus, output, scoring(world), MACHINE)
     rows = by_name(read_json(output))
+    sentences = rows["sentence_share", "grammar", None]
     accepted = rows["accepted_share", "grammar", None]
     consistent = rows["consistent_share", "grammar", None]
-    assert consistent["value"] == accepted["value"] == 1 and 0.5 < accepted["low"] < 1
+    assert consistent["value"] == accepted["value"] == sentences["value"] == 1
+    assert 0.5 < accepted["low"] < sentences["low"] < 1
     windows = held_out_texts(world.corpus, DATA_WINDOWS).ids
     whole = sum(max(0, (window[1:-1] == window[0]).sum() - 1) for window in windows)
     assert accepted["num_samples"] == consistent["num_samples"] == whole  # between two EOS
     # Variety is measured on other numbers of texts, which its rows name.
-    of_variety = {"distinct_stories", "fact_divergence", "sample_self_bleu"}
+    of_variety = {"distinct_stories", "fact_divergence", "sample_self_bleu", "sentence_share"}
     found = {
         (row["model"], row["teacher"], row["run"], row["num_samples"])
         for row in rows.values()
@@ -137,6 +140,7 @@ def test_the_grammar_does_not_accept_shuffled_tokens(world, tmp_path):
     write_samples(tmp_path / "samples", shuffled, 8)
     rows = by_name(score(world, [tmp_path / "samples"], tmp_path / "rows.json"))
     assert rows["accepted_share", "grammar", 8]["value"] == 0
+    assert rows["sentence_share", "grammar", 8]["value"] == 0
 
 
 def test_the_configuration_sets_the_number_of_resamples(world, tmp_path):

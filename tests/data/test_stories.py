@@ -243,7 +243,16 @@ def test_last_words_follow_from_the_story():
 def test_a_window_is_judged_by_its_whole_stories():
     inside = [TRAIN[0], STORY.replace("met Tom", "met Lily"), "no story", ""]
     window = EOS + "end of one." + EOS + EOS.join(inside) + EOS + "Once there" + EOS
-    assert judge_window(window) == (4, 2, 1)
-    assert judge_window(["end of one.", *inside, "Once there"]) == (4, 2, 1)
-    assert judge_window(EOS + TRAIN[0] + EOS) == (0, 0, 0)  # alone, it may be a fragment
-    assert judge_window(EOS * 10) == (7, 0, 0)  # a collapse into EOS is no success
+    known = sum(story.count(".") for story in inside[:2])
+    assert judge_window(window) == (4, 2, 1, known + 2, known)
+    assert judge_window(["end of one.", *inside, "Once there"]) == (4, 2, 1, known + 2, known)
+    assert judge_window(EOS + TRAIN[0] + EOS) == (0, 0, 0, 0, 0)  # alone, it may be a fragment
+    assert judge_window(EOS * 10) == (7, 0, 0, 7, 0)  # a collapse into EOS is no success
+
+
+def test_a_sentence_is_known_at_any_place_and_only_whole():
+    """Sentences in another order are known, though the story is not accepted; half a one is not."""
+    story = TRAIN[0].removesuffix(".").split(". ")
+    assert len(story) > 2
+    window = [".", ". ".join(reversed(story)) + ".", TRAIN[0].replace(story[1], story[1][:-4]), "."]
+    assert judge_window(window) == (2, 0, 0, 2 * len(story), 2 * len(story) - 1)

@@ -138,7 +138,8 @@ def variety_rows(texts: Texts, resamples: int) -> list[dict]:
 def grammar_rows(
     ids: np.ndarray, columns: dict[str, Any], tokenizer: Tokenizer, resamples: int, end: str = EOS
 ) -> list[dict]:
-    """The shares of the texts' whole stories that the grammar finds accepted and consistent.
+    """The shares of the texts' whole stories that the grammar finds accepted and consistent, and of
+    their sentences that it knows.
 
     `end` is the token that ends a story.
 
@@ -147,10 +148,9 @@ def grammar_rows(
     texts = tokenizer.decode_batch(ids.tolist(), skip_special_tokens=False)
     texts = [text.replace(end, EOS) for text in texts]
     counts = [judge_window(text) for text in texts]
-    stories = sum(count.stories for count in counts)
-    accepted = sum(count.accepted for count in counts)
-    consistent = sum(count.consistent for count in counts)
+    stories, accepted, consistent, sentences, known = map(sum, zip(*counts, strict=True))
     return [
+        share_row("sentence_share", "grammar", known, sentences, columns),
         share_row("accepted_share", "grammar", accepted, stories, columns),
         share_row("consistent_share", "grammar", consistent, stories, columns),
         *story_rows(texts, columns, resamples),

@@ -345,9 +345,8 @@ class Verdict(NamedTuple):
 def _parse(text: str) -> dict[str, tuple[str, dict[int, str]]] | None:
     """part -> (pattern, slot words by their place in it), or None if the text is not accepted."""
     found: dict[str, tuple[str, dict[int, str]]] = {}
-    sentences = text.removesuffix(".").split(". ")
-    for sentence in sentences:
-        words = _words(sentence + ".")
+    for sentence in _sentences(text):
+        words = _words(sentence)
         part, pattern = SHAPES.get(_shape(words, WORD_CLASS), (None, ""))
         if part is None or part in found:
             return None
@@ -357,6 +356,10 @@ def _parse(text: str) -> dict[str, tuple[str, dict[int, str]]] | None:
     ]
     written = " ".join(_written(pattern, words) for pattern, words in found.values())
     return found if list(found) == needed and written == text else None
+
+
+def _sentences(text: str) -> list[str]:
+    return [f"{sentence}." for sentence in text.removesuffix(".").split(". ")]
 
 
 def _written(pattern: str, words: dict[int, str]) -> str:
@@ -430,11 +433,17 @@ def judge(text: str) -> Verdict:
 
 
 class Counts(NamedTuple):
-    """Numbers of whole stories in a window: all, accepted ones and consistent ones."""
+    """Numbers of whole stories in a window: all, accepted ones and consistent ones; and sentences.
+
+    A sentence is known if it has the shape of a pattern, at whatever place. An empty story is a
+    sentence that is not.
+    """
 
     stories: int
     accepted: int
     consistent: int
+    sentences: int
+    known_sentences: int
 
 
 def is_accepted(text: str) -> bool:
@@ -462,7 +471,10 @@ def whole_stories(window: str | Sequence[str]) -> list[str]:
 
 def judge_window(window: str | Sequence[str]) -> Counts:
     """Counts over the whole stories of a window."""
-    verdicts = [judge(story) for story in whole_stories(window)]
+    stories = whole_stories(window)
+    verdicts = [judge(story) for story in stories]
     accepted = sum(verdict.accepted for verdict in verdicts)
     consistent = sum(verdict.consistent for verdict in verdicts)
-    return Counts(len(verdicts), accepted, consistent)
+    sentences = [sentence for story in stories for sentence in _sentences(story)]
+    known = sum(_shape(_words(sentence), WORD_CLASS) in SHAPES for sentence in sentences)
+    return Counts(len(verdicts), accepted, consistent, len(sentences), known)

@@ -10,7 +10,8 @@ elbo-mc, ar), tasks.py (elbo, elbo-per-token, ar), answers.py (written), `window
 commands/continuations.py (continuations), commands/variety.py (groups-of-5, windows),
 commands/benchmark.py (interleaved), infilling.py (exact, grammar and tokens of its two metrics).
 `grammar` is `judge_window` of data/stories.py, a share of the whole stories in the texts; its
-num_samples counts those stories, or the accepted ones for distinct_stories and fact_divergence.
+num_samples counts those stories, or the accepted ones for distinct_stories and fact_divergence, or
+the sentences of those stories for sentence_share.
 `responses` is `empty_rows` of commands/evaluate.py.
 The metrics of frontier.py are read off perplexities, and have the protocols of those.
 """
@@ -22,6 +23,7 @@ PROTOCOLS: dict[str, dict[str, int]] = {  # metric: {protocol: version}
     "repetition": {"fourgrams": 1},
     "sample_self_bleu": {"groups-of-5": 1},
     "sample_mauve": {"windows": 1},
+    "sentence_share": {"grammar": 1},
     "accepted_share": {"grammar": 1},
     "consistent_share": {"grammar": 1},
     "frontier_perplexity": {"ids": 1, "retokenized": 1},

@@ -83,6 +83,7 @@ TABLES: dict[str, Table] = {
         metrics={
             "generative_perplexity": "Generative perplexity, lower is better",
             "entropy": "Unigram entropy of a sample in nats, and its difference from held-out text",
+            "sentence_share": "Share of sentences of the right form",
             "consistent_share": "Share of consistent stories",
             "accepted_share": "Share of stories that the grammar accepts",
             "distinct_stories": "Share of different stories among 20 accepted ones, higher is more "

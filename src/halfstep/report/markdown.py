@@ -36,6 +36,7 @@ OVER_TEMPERATURES = ("temperature", "temperature of the model")  # columns of a 
 BETTER = {
     "generative_perplexity": "lower",
     "sample_mauve": "higher",
+    "sentence_share": "higher",
     "consistent_share": "higher",
     "accepted_share": "higher",
     "distinct_stories": "higher",

@@ -26,6 +26,7 @@ LAST_WORDS = {
 END_OF_DOCUMENT = "<|endoftext|>"  # of our own tokenizers, in samples.txt
 RATIO = "perplexity_ratio_at_equal_entropy"
 SHARES = {
+    "sentence_share": "sentences of the right form",
     "accepted_share": "stories that the grammar accepts",
     "consistent_share": "consistent stories",
 }
@@ -260,9 +261,10 @@ def own_steps(perplexity: DataFrame, results: Path) -> list[str]:
 
 
 def story_shares(table: DataFrame) -> list[str]:
-    """The verdicts of a corpus of stories: accepted and consistent stories of the last rounds.
+    """The verdicts of a corpus of stories: sentences, accepted and consistent ones of last rounds.
 
-    The grammar accepts a whole story; it is consistent where all references agree, too. They are
+    A sentence has the right form if the grammar has its pattern, at whatever place. The grammar
+    accepts a whole story; it is consistent where all references agree, too. They are
     compared at the step count where the teacher's perplexity and the round's are.
     """
     at = {

@@ -18,7 +18,7 @@ from halfstep.report.rows import DEFAULT, LEVELS, WRITTEN, sampled_rows, usual_r
 
 # Of stories, whose number differs between models, or of fewer texts.
 OF_OTHER_NUMBERS = (
-    "consistent_share", "accepted_share", "distinct_stories", "fact_divergence",
+    "sentence_share", "consistent_share", "accepted_share", "distinct_stories", "fact_divergence",
 )  # fmt: skip
 FRONTIER_SHARES = ("sampler", "weights", "draw_dtype")  # the same for all students
 STUDENTS_SHARE = ("sampler", "weights", "draw_dtype", "temperature")

@@ -89,11 +89,7 @@ def parse_arguments(command: Callable[..., None], name: str, words: list[str]) -
     passes_on, after = PASSED_ON in parameters, []
     if passes_on and "--" in words:
         words, after = words[: words.index("--")], words[words.index("--") :]
-    if (
-        words
-        and not words[0].startswith("-")
-        and CHECKPOINT in inspect.signature(command).parameters
-    ):
+    if CHECKPOINT in parameters and words and not words[0].startswith("-"):
         words = [f"--{CHECKPOINT}", *words]
     words, notices = rename_flags(words, command)
     for notice in notices:

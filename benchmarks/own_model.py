@@ -10,11 +10,11 @@ sentence of a story and the rest of it (pairs.jsonl next to the model).
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import tyro
 from transformers import ModernBertConfig, ModernBertForMaskedLM, PreTrainedTokenizerFast
 
 from halfstep.commands.data import prepare_corpus
@@ -61,9 +61,14 @@ def write_pairs(file: Path, count: int) -> None:
             out.write(json.dumps({"prompt": prompt + end.strip(), "response": response}) + "\n")
 
 
-if __name__ == "__main__":
+def main(folder: tyro.conf.Positional[Path]) -> None:
+    """Write the model into `folder`, and pairs.jsonl next to it."""
     with TemporaryDirectory() as name:
         prepare_corpus(Path(name), STORIES)
-        weights = write_model(Path(sys.argv[1]), Path(name))
-    write_pairs(Path(sys.argv[1]).with_name("pairs.jsonl"), PAIRS)
-    print(f"{sys.argv[1]}: a ModernBert of {weights:,} parameters with random weights")
+        weights = write_model(folder, Path(name))
+    write_pairs(folder.with_name("pairs.jsonl"), PAIRS)
+    print(f"{folder}: a ModernBert of {weights:,} parameters with random weights")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -196,7 +196,7 @@ def read_meta(folder: Path) -> dict:
         missing = "meta.json is missing" if path.parent.is_dir() else "there is no such folder"
         raise HalfstepError(
             f"{folder}: not a finished checkpoint, because {missing}; "
-            "name the folder that holds model.safetensors and meta.json"
+            "name the folder that holds model.safetensors and meta.json, or train it first"
         )
     meta: Any = read_json(path)
     found = meta.get("format") if isinstance(meta, dict) else meta

@@ -111,7 +111,9 @@ def test_a_file_that_exists_is_never_changed(here, capsys, mine):
     assert sum(line.startswith("wrote ") for line in said) == len(FILES | SLURM) - 1
     before = contents(here)
     assert call("init project --slurm") == 0 and contents(here) == before
-    assert "wrote " not in capsys.readouterr().out
+    kept, *rest, last = capsys.readouterr().out.splitlines()
+    assert kept == "kept, as it was, project/config.yaml" and last.startswith("next: cd project")
+    assert all(line.startswith("kept, as it was, project/") for line in rest)
 
 
 def test_a_link_to_nothing_is_not_followed(here):

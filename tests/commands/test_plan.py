@@ -179,6 +179,8 @@ def test_a_plan_is_for_this_machine_unless_slurm_answers(monkeypatch, capsys, tm
         assert calls[-1][len(calls[-1]) - len(arguments) :] == arguments
     module.plan(["--profile", "slurm"])
     assert calls[-1].count("--profile") == 1
+    module.plan(arguments, preset="own-model")
+    assert calls[-1][calls[-1].index("--config") + 1] == "preset=own-model"
 
 
 def test_an_unknown_gpu_is_refused_before_anything_is_planned(tmp_path, monkeypatch):

@@ -223,7 +223,7 @@ def test_a_signal_while_the_server_starts_ends_it(copied):
 
 
 def test_without_a_database_the_sentence_says_how_to_make_one(tmp_path):
-    expected = f"no such database; call halfstep track --results {tmp_path} --uri sqlite:///"
+    expected = f"there are trainings, call halfstep track --results {tmp_path} --uri sqlite:///"
     with pytest.raises(HalfstepError, match=re.escape(expected)):
         ui(tmp_path)
     assert os.listdir(tmp_path) == []

@@ -114,9 +114,13 @@ def init(
     }
     for name in ("config.yaml", "cluster-default.yaml") if slurm else ():
         files[f"slurm/{name}"] = _packaged(f"profiles/slurm/{name}")
-    for name, content in files.items():
-        file = path / name
-        print(f"{'wrote' if write_new(file, content) else 'kept, as it was,'} {file}")
+    wrote = {name: write_new(path / name, content) for name, content in files.items()}
+    for name, is_new in wrote.items():
+        print(f"{'wrote' if is_new else 'kept, as it was,'} {path / name}")
+    next_line = f"next: cd {shlex.quote(str(path))}; halfstep plan; halfstep run"
+    if not wrote["config.yaml"]:  # what is suggested would not be what it says
+        print(next_line)
+        return
     print(f"this machine: {hardware}")
     if text:
         more = " or more" if documents == COUNTED else ""
@@ -137,7 +141,7 @@ def init(
         )
     if not text:
         print(f"put your text into {path / PATTERN}, or write its place into {path}/config.yaml")
-    print(f"next: cd {shlex.quote(str(path))}; halfstep plan; halfstep run")
+    print(next_line)
 
 
 def this_hardware() -> Hardware:

@@ -16,7 +16,7 @@ from halfstep.records import provenance
 from halfstep.resolve import check_fields
 from halfstep.workflow.graph import PlannedJob, longest_paths, plan_graph
 from halfstep.workflow.machine import names_cluster
-from halfstep.workflow.packaged import snakemake_words
+from halfstep.workflow.packaged import snakemake_words, with_preset
 from halfstep.workflow.prices import A_DAY, SOURCES, Estimate, Prices, clock
 from halfstep.workflow.rates import Rates, choose_rates
 from halfstep.workflow.slurm_plugin import ask
@@ -37,6 +37,7 @@ def plan(
     arguments: Annotated[list[str], tyro.conf.Positional] = [],  # noqa: B006
     results: Path = Path("results"),
     gpu: str | None = None,
+    preset: str | None = None,
 ) -> None:
     """Price the graph of `snakemake all <arguments>`; nothing is started or submitted.
 
@@ -49,7 +50,10 @@ def plan(
         results: folder with the records of finished jobs; their speed is the best estimate
         gpu: model of every GPU: b200, h200, h100, a100, l40s, 4090 (by default
             $HALFSTEP_SLURM_GPU_MODEL, or h100)
+        preset: in place of the preset that config.yaml names: laptop, own-model, sdtt-small, ...
     """
+    if preset is not None:
+        arguments = with_preset(arguments, preset)
     rates = choose_rates(gpu)
     on_cluster, profile = names_cluster(arguments, os.environ), []
     if not on_cluster and ask("sinfo", "--noheader", timeout=5) is not None:
@@ -243,7 +247,10 @@ def finished_lines(planned: dict[str, dict], prices: Prices, results: Path) -> l
     done = {path: about for path, about in planned.items() if path in took}
     if not done:
         return []
-    lines = [f"finished: {'rule':22}{'jobs':>5}{'estimated':>12}{'took':>12}{'ratio':>8}"]
+    lines = [
+        f"finished: {'rule':22}{'jobs':>5}{'estimated':>12}{'took':>12}{'ratio':>8}"
+        "  (estimated before the job, or else by today's options)"
+    ]
     for rule in dict.fromkeys(about["rule"] for about in done.values()):
         mine = [path for path, about in done.items() if about["rule"] == rule]
         estimated = sum(done[path]["seconds"] for path in mine)

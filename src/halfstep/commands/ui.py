@@ -54,7 +54,10 @@ def ui(results: Path = Path("results"), port: Port | None = None, browser: bool 
     uri = f"sqlite:///{file}"
     if not file.exists():
         call = shlex.join(["halfstep", "track", "--results", str(results), "--uri", uri])
-        raise HalfstepError(f"{file}: no such database; call {call}, or name another --results")
+        raise HalfstepError(
+            f"{file}: no such database; train something first, as by `make demo` or `halfstep "
+            f"run`, name another --results, or, where there are trainings, call {call}"
+        )
     port = _free_port(port)
     with _until_signal():
         print(f"MLflow starts on {HOST}:{port}", flush=True)

@@ -57,7 +57,8 @@ def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) ->
             title = f"### {SAMPLES[metric]} (protocol {protocol})"
             interval = " (the k-means' alone)" if metric == "sample_mauve" else ""
             parts.append(f"{title}{judge}, ± 95% interval{interval}")
-            parts.append(make_grid(sampled_rows(group), "steps", "sampling steps"))
+            if len(sampled := sampled_rows(group)):
+                parts.append(make_grid(sampled, "steps", "sampling steps"))
             parts += _levels(group)
             parts += _naive_warnings(group)
             parts += _conditions(group)

@@ -177,11 +177,16 @@ def equal_entropy(frontier: DataFrame, temperature: float) -> list[str]:
     return lines
 
 
+def _near_one(ratio: float) -> str:
+    """A bound of a ratio, with so many digits that 1 is only what is 1: 0.62, 0.995, 1.04"""
+    return f"{ratio:.2f}" if f"{ratio:.2f}" != "1.00" else f"{ratio:.4f}".rstrip("0").rstrip(".")
+
+
 def _ratio(row: Series) -> str:
     """A ratio and what it means: 0.54 [0.47, 0.62] (a gain)"""
     if row["value"] != row["value"]:
         return "the teacher does not reach this entropy"
-    low, high = ("open" if x != x else f"{x:.2f}" for x in (row["low"], row["high"]))
+    low, high = ("open" if x != x else _near_one(x) for x in (row["low"], row["high"]))
     text = f"{row['value']:.2f} [{low}, {high}]"
     if row["high"] < 1:
         return f"{text} (a gain)"

@@ -11,7 +11,7 @@ from pandas import DataFrame, Series
 from tabulate import tabulate
 
 from halfstep.report.frontier import reading_cell
-from halfstep.report.grids import model_label, round_number, value_cell
+from halfstep.report.grids import model_label, round_number, share_cell, value_cell
 from halfstep.report.points import join_points, make_level, make_points, one_metric
 from halfstep.report.rows import DEFAULT, LEVELS, sampled_rows
 
@@ -19,18 +19,12 @@ APART = 0.02  # share from which on two entropies differ
 AT_DATA = "perplexity_at_data_entropy"
 
 
-def _share_cell(row: Any) -> str:
-    """A share and its interval in percent: 6.1% [3.9, 9.3]"""
-    value, low, high = (100 * number for number in (row.value, row.low, row.high))
-    return f"{value:.1f}% [{low:.1f}, {high:.1f}]"
-
-
 QUALITY: dict[str, tuple[str, Callable[[Any], str]]] = {  # titles of the grid: metric, its cell
     "perplexity": ("generative_perplexity", value_cell),
     "at held-out entropy": (AT_DATA, reading_cell),
     "entropy": ("entropy", value_cell),
     "MAUVE": ("sample_mauve", value_cell),
-    "accepted stories": ("accepted_share", _share_cell),
+    "accepted stories": ("accepted_share", share_cell),
 }
 COSTS = {  # titles of the grid: columns of a row
     "network evaluations": "network_evaluations",

@@ -31,6 +31,17 @@ def value_cell(row: Any) -> str:
     return text
 
 
+def share_cell(row: Any) -> str:
+    """A share and its interval in percent, which need not be symmetric: 6.1% [3.9, 9.3]
+
+    Of several trainings the interval is over trainings, and that over texts follows.
+    """
+    value, low, high = (100 * number for number in (row.value, row.low, row.high))
+    text = f"{value:.1f}% [{low:.1f}, {high:.1f}]"
+    half = getattr(row, "texts_half", None)
+    return text if pandas.isna(half) else f"{text} [texts ±{100 * half:.1f}]"
+
+
 def latency_cell(row: Any) -> str:
     """Milliseconds with their interval, and how many times faster than the fastest baseline."""
     text = _interval(row, unit=1000)

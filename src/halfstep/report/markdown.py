@@ -25,7 +25,14 @@ from halfstep.report.frontier import (
     reading_cell,
     with_entropy,
 )
-from halfstep.report.grids import latency_cell, make_grid, model_label, round_number, value_cell
+from halfstep.report.grids import (
+    latency_cell,
+    make_grid,
+    model_label,
+    round_number,
+    share_cell,
+    value_cell,
+)
 from halfstep.report.infilling import RIGHT, accuracy_cell, area_cell, label_with_variant
 from halfstep.report.labels import in_words
 from halfstep.report.rows import LEVELS, WRITTEN, baseline_name, sampled_rows, usual_rows
@@ -45,6 +52,7 @@ BETTER = {
     "repetition": "lower",
     "sample_self_bleu": "lower",
 }
+STORY_SHARES = ("sentence_share", "accepted_share", "consistent_share")
 LATENCY = "milliseconds to write, median ± farther bound (times faster than the fastest baseline)"
 
 
@@ -56,10 +64,12 @@ def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) ->
         for metric, protocol, judge, group in _by_metric(mine, metrics):
             title = f"### {SAMPLES[metric]} (protocol {protocol})"
             interval = " (the k-means' alone)" if metric == "sample_mauve" else ""
-            parts.append(f"{title}{judge}, ± 95% interval{interval}")
+            cell = share_cell if metric in STORY_SHARES else value_cell
+            sign = "" if metric in STORY_SHARES else "± "
+            parts.append(f"{title}{judge}, {sign}95% interval{interval}")
             if len(sampled := sampled_rows(group)):
-                parts.append(make_grid(sampled, "steps", "sampling steps"))
-            parts += _levels(group)
+                parts.append(make_grid(sampled, "steps", "sampling steps", cell))
+            parts += _levels(group, cell)
             parts += _naive_warnings(group)
             parts += _conditions(group)
         parts += _network_evaluations(sampled_rows(mine[mine["metric"] == metrics[0]]))

@@ -31,6 +31,7 @@ from halfstep.commands.export_model import TOLERANCE, with_mask_token
 from halfstep.commands.import_weights import without_mask_token
 from halfstep.data.tokenizer import train_bpe
 from halfstep.files import read_json
+from halfstep.metrics.protocols import PROTOCOLS
 
 BATCH, LENGTH = 3, 12
 
@@ -609,7 +610,7 @@ def test_a_disk_that_is_full_for_safetensors(export, tmp_path, monkeypatch, caps
     assert not (tmp_path / "out/config.json").exists()
 
 
-METRICS = ("| generative", "| entropy", "| distinct", "| repetition", "| accepted", "| consistent")
+METRICS = tuple(f"| {metric} |" for metric in PROTOCOLS)
 
 
 def test_the_card_names_every_number(pipeline, tmp_path):

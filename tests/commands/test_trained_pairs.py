@@ -108,7 +108,8 @@ def test_the_loss_is_the_dense_textbooks_over_responses_alone(trained):
     for name, p in network.named_parameters():
         if name in wanted:
             scale = wanted[name].abs().max()
-            assert torch.allclose(p.grad, wanted[name], atol=1e-4 * scale + 1e-7), name
+            # A key's bias has the gradient 0, for softmax ignores it: the rest is rounding.
+            assert torch.allclose(p.grad, wanted[name], atol=1e-4 * scale + 1e-6), name
 
 
 def test_no_noise_reaches_a_prompt_and_its_tokens_are_not_learned(trained):

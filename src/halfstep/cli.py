@@ -39,7 +39,7 @@ ADVICE = {  # error of the file system: what to do
 
 SHELLS = ("bash", "zsh", "fish")
 PASSED_ON = "snakemake"  # parameter of a command that takes the words which are none of its flags
-CHECKPOINT = "checkpoint"  # parameter of a command whose flag may be left out before its first word
+CHECKPOINT = "checkpoint"  # parameter of a command; its flag may be left out where it comes first
 
 
 def usage() -> str:
@@ -167,7 +167,7 @@ def _has_bounds(annotation: Any) -> bool:
 
 
 def _help_text(text: str) -> str:
-    """tyro's help: paragraphs fit the terminal, and what says nothing is left out."""
+    """tyro's help with paragraphs that fit the terminal, plain types and no empty defaults."""
     text = re.sub(r"\(default:\s*(None)?\)", lambda found: re.sub(r"\S", " ", found[0]), text)
     text = _plain_types(text)
     text = re.sub(r" +$", "", text, flags=re.MULTILINE)
@@ -224,10 +224,10 @@ def _whole_numbers() -> Any:
 
 
 def _faults(printed: str) -> str:
-    """The faults that tyro has printed in one line, without what repeats the help.
+    """The faults in tyro's message as one line, without what repeats the help.
 
-    The print has a title, lines of - between its paragraphs, and descriptions 10 columns deep; on a
-    terminal it has colors.
+    The message has a title, lines of - between its paragraphs, descriptions that are indented by 10
+    columns, and colors on a terminal.
     """
     plain = _plain_types(re.sub(r"\x1b\[[0-9;]*m", "", printed))
     lines = [line.strip() for line in plain.splitlines()[1:] if not line.startswith(" " * 10)]

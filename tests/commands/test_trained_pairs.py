@@ -106,10 +106,12 @@ def test_the_loss_is_the_dense_textbooks_over_responses_alone(trained):
     found.backward()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, p in network.named_parameters():
-        if name in wanted:
+        if name.endswith("key.bias"):  # softmax ignores it: its gradient is rounding alone
+            scale = wanted[name.replace("bias", "weight")].abs().max()
+            assert max(p.grad.abs().max(), wanted[name].abs().max()) < 1e-4 * scale, name
+        elif name in wanted:
             scale = wanted[name].abs().max()
-            # A key's bias has the gradient 0, for softmax ignores it: the rest is rounding.
-            assert torch.allclose(p.grad, wanted[name], atol=1e-4 * scale + 1e-6), name
+            assert torch.allclose(p.grad, wanted[name], atol=1e-4 * scale + 1e-7), name
 
 
 def test_no_noise_reaches_a_prompt_and_its_tokens_are_not_learned(trained):

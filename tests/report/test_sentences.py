@@ -104,7 +104,7 @@ def test_gains_at_equal_entropy_are_those_of_the_main_temperature():
         "a, kl round 7 at temperature 1: perplexity / teacher's at equal entropy:",
         "  16 steps (16 tokens each): 0.50 [0.40, 0.60] (a gain)",
         "  64 steps (4 tokens each): 0.95 [0.85, 1.05] (no clear gain: the interval holds 1)",
-        "  72 steps (3.56 tokens each): 0.90 [0.80, 0.997] (a gain)",
+        "  72 steps (3.56 tokens each): 0.90 [0.80, 0.9970] (a gain)",
         "  80 steps (3.2 tokens each): 1.30 [1.20, 1.40] "
         "(a loss: the teacher at a lower temperature writes better)",
         "  128 steps (2 tokens each): the teacher does not reach this entropy",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +161,7 @@ def _save_weights(model: PreTrainedModel, output: Path) -> None:
     with scratch_folder(output / "weights") as folder:
         model.save_pretrained(folder / "all")
         for file in sorted((folder / "all").glob(WEIGHTS)):
-            write_atomic(output / file.name, lambda part, file=file: os.replace(file, part))  # type: ignore[misc]
+            write_atomic(output / file.name, partial(os.replace, file))
 
 
 def _dtype(model: Model) -> torch.dtype:

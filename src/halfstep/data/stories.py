@@ -433,10 +433,10 @@ def judge(text: str) -> Verdict:
 
 
 class Counts(NamedTuple):
-    """Numbers of whole stories in a window: all, accepted ones and consistent ones; and sentences.
+    """Numbers of whole stories in a window, and of their sentences.
 
-    A sentence is known if it has the shape of a pattern, at whatever place. An empty story is a
-    sentence that is not.
+    A sentence is known if it has the shape of a pattern, at any place in the story. An empty story
+    counts as one unknown sentence.
     """
 
     stories: int

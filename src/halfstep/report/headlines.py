@@ -97,7 +97,7 @@ def title_of_variants(table: DataFrame) -> str:
 def title_of_decoders(rows: DataFrame) -> str:
     """The fewest network evaluations with which a way to draw is as good as the default's best.
 
-    Of drafts it says who decides: their texts are the autoregressive model's.
+    Drafts have the law of the autoregressive model, so the title says that it decides over them.
     A way to draw is not as good if its entropy is more than 2% below. The default draws count with
     the fewest evaluations with which they are as good as at their best. `rows` have costs
     (decoders.py).

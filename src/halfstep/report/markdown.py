@@ -36,6 +36,7 @@ from halfstep.report.grids import (
 from halfstep.report.infilling import RIGHT, accuracy_cell, area_cell, label_with_variant
 from halfstep.report.labels import in_words
 from halfstep.report.rows import LEVELS, WRITTEN, baseline_name, sampled_rows, usual_rows
+from halfstep.report.sentences import SHARES
 from halfstep.report.trainings import pool_trainings
 
 SAMPLES = TABLES["steps"].metrics
@@ -52,7 +53,6 @@ BETTER = {
     "repetition": "lower",
     "sample_self_bleu": "lower",
 }
-STORY_SHARES = ("sentence_share", "accepted_share", "consistent_share")
 LATENCY = "milliseconds to write, median ± farther bound (times faster than the fastest baseline)"
 
 
@@ -64,8 +64,7 @@ def steps_markdown(table: DataFrame, metrics: Sequence[str] = tuple(SAMPLES)) ->
         for metric, protocol, judge, group in _by_metric(mine, metrics):
             title = f"### {SAMPLES[metric]} (protocol {protocol})"
             interval = " (the k-means' alone)" if metric == "sample_mauve" else ""
-            cell = share_cell if metric in STORY_SHARES else value_cell
-            sign = "" if metric in STORY_SHARES else "± "
+            cell, sign = (share_cell, "") if metric in SHARES else (value_cell, "± ")
             parts.append(f"{title}{judge}, {sign}95% interval{interval}")
             if len(sampled := sampled_rows(group)):
                 parts.append(make_grid(sampled, "steps", "sampling steps", cell))

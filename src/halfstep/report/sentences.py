@@ -178,8 +178,8 @@ def equal_entropy(frontier: DataFrame, temperature: float) -> list[str]:
 
 
 def _near_one(ratio: float) -> str:
-    """A bound of a ratio, with so many digits that 1 is only what is 1: 0.62, 0.995, 1.04"""
-    return f"{ratio:.2f}" if f"{ratio:.2f}" != "1.00" else f"{ratio:.4f}".rstrip("0").rstrip(".")
+    """A bound of a ratio: two decimals, and four where two would round it to 1: 0.62, 0.9954"""
+    return f"{ratio:.2f}" if f"{ratio:.2f}" != "1.00" else f"{ratio:.4f}"
 
 
 def _ratio(row: Series) -> str:
@@ -266,11 +266,11 @@ def own_steps(perplexity: DataFrame, results: Path) -> list[str]:
 
 
 def story_shares(table: DataFrame) -> list[str]:
-    """The verdicts of a corpus of stories: sentences, accepted and consistent ones of last rounds.
+    """What the grammar says of the last rounds' sentences and stories, for a corpus of stories.
 
-    A sentence has the right form if the grammar has its pattern, at whatever place. The grammar
-    accepts a whole story; it is consistent where all references agree, too. They are
-    compared at the step count where the teacher's perplexity and the round's are.
+    A sentence has the right form if the grammar has its pattern, at any place in the story. The
+    grammar accepts a whole story; it is consistent if all references agree, too. Teacher and round
+    are compared at the step count of the run's headline.
     """
     at = {
         (headline.student["run"]): headline.student["steps"]

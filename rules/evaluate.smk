@@ -5,7 +5,8 @@ Inputs:
     results/samples/{model}/frontier/provenance.json
                                                  the same at other temperatures, where there are any
     results/samples/{teacher}/naive/provenance.json
-    results/models/{model}/meta.json             for LAMBADA and infilling
+    results/models/{model}/meta.json             for infilling, and for last words all that
+                                                 targets.last_words has for a {model}
     results/models/{teacher}/baseline/hf/        only where the baseline is a judge
     results/data/{corpus}/manifest.json
     results/hub.json                             only where something comes from the hub
@@ -14,7 +15,9 @@ Outputs:
     results/metrics/{teacher}/data.json          rows of held-out text
     results/metrics/{model}/frontier             .json, rows of the frontier, and .npy, values of
                                                  single texts; not without temperatures
-    results/metrics/{model}/lambada.json         rows of last words; not with `lambada: null`
+    results/metrics/{model}/lambada.json         rows of last words; not with `lambada: null`;
+                                                 {model} is a teacher, a baseline, or a run with
+                                                 all its rounds
     results/metrics/{model}/infilling.json       rows of filled-in positions; only with
                                                  `infilling_items`
     and next to each its .provenance.json
@@ -162,9 +165,12 @@ rule score_frontier:
 
 
 rule score_lambada:
-    """Let a model predict the last words of texts (LAMBADA)."""
+    """Let a model, or all rounds of a run, predict the last words of texts (LAMBADA).
+
+    One job for all rounds starts once. It keeps the rows of a finished round in lambada.partial.
+    """
     input:
-        checkpoint="results/models/{model}/meta.json",
+        checkpoints=targets.last_words_checkpoints,
         corpus=targets.manifest,
         last_words=targets.sources.last_words(),
         hub=fetched(targets.sources.lambada_of_hub()),
@@ -176,14 +182,14 @@ rule score_lambada:
     benchmark:
         "results/logs/score_lambada/{model}.tsv"
     wildcard_constraints:
-        model=one_of(MODELS if CONFIG.evaluation.lambada else []),
+        model=one_of(targets.last_words if CONFIG.evaluation.lambada else []),
     conda:
         "../envs/gpu.yaml"
     threads: threads_by_size
     resources:
         **machine("sample"),
     params:
-        checkpoint=subpath(input.checkpoint, parent=True),
+        checkpoints=lambda wildcards, input: [str(Path(file).parent) for file in input.checkpoints],
         corpus=subpath(input.corpus, parent=True),
         evaluation=flags(CONFIG.evaluation, "lambada", "lambada_items", "bootstrap", "precision"),
         weights=CONFIG.sampling.weights,
@@ -191,7 +197,7 @@ rule score_lambada:
     shell:
         r"""
         {resources.srun}halfstep score-lambada \
-            --checkpoint {params.checkpoint:q} \
+            --checkpoint {params.checkpoints:q} \
             --weights {params.weights} \
             --corpus {params.corpus:q} \
             --output {output.rows:q} \

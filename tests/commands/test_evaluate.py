@@ -20,7 +20,9 @@ from halfstep.commands.variety import DATA_WINDOWS, held_out_texts
 from halfstep.config import Evaluation, Machine
 from halfstep.errors import HalfstepError
 from halfstep.files import read_json, sha256, write_json
+from halfstep.metrics import lambada
 from halfstep.metrics.diversity import unigram_entropy
+from halfstep.metrics.lambada import evaluate_lambada
 from halfstep.metrics.perplexity import ids_nll, load_judge, retokenized_nll
 from halfstep.report.rows import read_rows
 
@@ -151,7 +153,7 @@ def test_the_configuration_sets_the_number_of_resamples(world, tmp_path):
             world, [world.samples / "steps-8"], tmp_path / "samples.json", bootstrap=resamples
         )
         output, evaluation = tmp_path / "lambada.json", scoring(world, bootstrap=resamples)
-        score_lambada(world.models / "teacher", world.corpus, output, evaluation, MACHINE)
+        score_lambada([world.models / "teacher"], world.corpus, output, evaluation, MACHINE)
         found.append(by_name([*rows, *read_json(output)]))
     for key in (("generative_perplexity", "ids", 8), ("lambada_perplexity", "elbo-exact", None)):
         one, two = (rows[key] for rows in found)
@@ -300,7 +302,7 @@ def test_changed_samples_and_unknown_tokens_are_errors(world, tmp_path, capsys):
 )
 def test_last_words_of_both_kinds_of_model(world, tmp_path, name, accuracies, perplexities):
     folder, output = world.models / name, tmp_path / "rows.json"
-    score_lambada(folder, world.corpus, output, scoring(world), MACHINE)
+    score_lambada([folder], world.corpus, output, scoring(world), MACHINE)
     rows = read_json(output)
     assert [row["protocol"] for row in rows] == [*accuracies, *perplexities]
     metrics = ["lambada_accuracy"] * len(accuracies) + ["lambada_perplexity"] * len(perplexities)
@@ -315,6 +317,70 @@ def test_last_words_of_both_kinds_of_model(world, tmp_path, name, accuracies, pe
         assert (row["checkpoint"], row["data"]) == (checkpoint, data)
     assert rows[-1]["value"] > 10  # a random network guesses
     assert rows[0]["network_evaluations"] == 1
+
+
+def last_words(world, output, names=("teacher", "baseline"), **keys) -> list[dict]:
+    """The rows of several models in one call."""
+    folders = [world.models / name for name in names]
+    score_lambada(folders, world.corpus, output, scoring(world, **keys), MACHINE)
+    return read_json(output)
+
+
+def test_several_models_in_one_call_have_the_rows_of_single_calls(world, tmp_path):
+    together = last_words(world, tmp_path / "both.json")
+    alone = [last_words(world, tmp_path / f"{i}.json", [i]) for i in ("teacher", "baseline")]
+    assert together == [row for rows in alone for row in rows]
+    inputs = read_json(tmp_path / "both.provenance.json")["inputs"]
+    assert {file.split("/")[-2] for file in map(str, inputs)} >= {"teacher", "baseline"}
+    with pytest.raises(HalfstepError, match="expected each model once"):
+        last_words(world, tmp_path / "twice.json", ["teacher", "teacher"])
+
+
+def test_a_stopped_call_goes_on_with_the_next_model(world, tmp_path, monkeypatch, capsys):
+    expected = last_words(world, tmp_path / "whole.json")
+    output, asked = tmp_path / "rows.json", []
+
+    def stopped(model, *args):
+        asked.append(model.kind)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return evaluate_lambada(model, *args)
+
+    monkeypatch.setattr(lambada, "evaluate_lambada", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        last_words(world, output)
+    assert (tmp_path / "rows.partial").exists() and not output.exists()
+    assert last_words(world, output) == expected
+    assert asked == ["diffusion", "autoregressive", "autoregressive"]
+    assert "4 rows are finished" in capsys.readouterr().err
+    assert not (tmp_path / "rows.partial").exists()
+
+
+@pytest.mark.parametrize("change", ["lambada_items", "bootstrap", "precision", "items", "weights"])
+def test_rows_of_other_items_or_settings_do_not_count(world, tmp_path, change):
+    """Without a change they do: their values come back."""
+    output, partial = tmp_path / "rows.json", tmp_path / "rows.partial"
+    items = tmp_path / "items.jsonl"
+    shutil.copyfile(world.corpus / "last_words.jsonl", items)
+    keys = {"lambada": str(items)}
+    rows = last_words(world, output, **keys)
+    settings = evaluate._kept_last_words(output, str(items), scoring(world, **keys)).settings
+    marked = {"settings": settings, "rows": [row | {"value": 77.0} for row in rows]}
+    write_json(partial, marked)
+    assert {row["value"] for row in last_words(world, output, **keys)} == {77.0}
+    write_json(partial, marked)
+    weights = "ema"
+    if change == "items":
+        items.write_text('{"text": "Once upon a time"}\n' + items.read_text())
+    elif change == "weights":
+        weights = "raw"
+    else:
+        keys |= {"lambada_items": 11, "bootstrap": 150, "precision": "bfloat16"} | keys
+        keys = {key: keys[key] for key in ("lambada", change)}
+    score_lambada(
+        [world.models / "teacher"], world.corpus, output, scoring(world, **keys), MACHINE, weights
+    )
+    assert 77.0 not in {row["value"] for row in read_json(output)}
 
 
 def test_the_chosen_weights_are_scored_and_named(world, tmp_path):
@@ -333,7 +399,7 @@ def test_the_chosen_weights_are_scored_and_named(world, tmp_path):
     values = {}
     for weights, file in files.items():
         output = tmp_path / "rows.json"
-        score_lambada(folder, world.corpus, output, scoring(world), MACHINE, weights)
+        score_lambada([folder], world.corpus, output, scoring(world), MACHINE, weights)
         rows = read_json(output)
         values[weights] = {row["protocol"]: row["value"] for row in rows}
         found = {(row["weights"], row["checkpoint"]) for row in rows}
@@ -345,8 +411,8 @@ def test_items_can_come_from_a_local_file(world, tmp_path):
     items, output = tmp_path / "mine.jsonl", tmp_path / "rows.json"
     items.write_text('{"text": "Once upon a time"}\n{"text": "The little fox"}\n')
     evaluation = scoring(world, lambada=str(items), lambada_items=None)
-    score_lambada(world.models / "teacher", world.corpus, output, evaluation, MACHINE)
+    score_lambada([world.models / "teacher"], world.corpus, output, evaluation, MACHINE)
     assert read_json(output)[0]["num_samples"] == 2
     gone = scoring(world, lambada=str(tmp_path / "gone.jsonl"))
     with pytest.raises(HalfstepError, match="no file .*gone.jsonl"):
-        score_lambada(world.models / "teacher", world.corpus, output, gone, MACHINE)
+        score_lambada([world.models / "teacher"], world.corpus, output, gone, MACHINE)

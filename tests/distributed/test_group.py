@@ -178,14 +178,14 @@ PROMPTS = (
 def scoring(pipeline, samples: Path, root: Path) -> dict[str, str]:
     """Commands that write below `root`, by the file that each writes."""
     judged = f"--corpus {pipeline.corpus} --judge {pipeline.baseline}/hf {SCORING}"
-    lambada = f"score-lambada --corpus {pipeline.corpus} {SCORING} --checkpoint"
+    lambada = f"score-lambada --checkpoint {pipeline.student} {pipeline.baseline}"
+    lambada += f" --corpus {pipeline.corpus} {SCORING}"
     written = f"--checkpoint {pipeline.student} --corpus {pipeline.corpus} --steps 4 {PROMPTS}"
     scored = f"--samples {root}/texts {judged}"
     return {
         "samples.json": f"score-samples --samples {samples} --output {root}/samples.json {judged}",
         "tiny/data.json": f"score-corpus --output {root}/tiny/data.json {judged}",
-        "student.json": f"{lambada} {pipeline.student} --output {root}/student.json",
-        "baseline.json": f"{lambada} {pipeline.baseline} --output {root}/baseline.json",
+        "words.json": f"{lambada} --output {root}/words.json",
         "texts/samples.json": f"continue-prompts --output {root}/texts {written} {CPU}",
         "continuations.json": f"score-continuations --output {root}/continuations.json {scored}",
     }
@@ -273,8 +273,8 @@ def test_tasks_and_texts_are_shared_by_the_ranks(pipeline, tmp_path):
     ("name", "rank", "how"),
     [
         ("samples.json", 1, "broke"),
-        ("student.json", 0, "broke"),
-        ("student.json", 1, "killed"),
+        ("words.json", 0, "broke"),
+        ("words.json", 1, "killed"),
         ("texts/samples.json", 2, "killed"),
     ],
 )

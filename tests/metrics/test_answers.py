@@ -114,7 +114,7 @@ def test_exact_match_is_what_one_counts_by_hand(tmp_path):
     ]
     task = write_generation(tmp_path, "mine", rows, max_gen_toks=3)
     stubborn = Stubborn(9)
-    stubborn.schedule, stubborn.ignores_time = oracle.ScheduleOf(oracle.loglinear), True
+    stubborn.schedule = oracle.ScheduleOf(oracle.loglinear)
     stubborn.logits = lambda h, chunk=slice(None): h.log_softmax(-1)[:, chunk].float()
     stubborn.logits_at = lambda h, tokens: h.log_softmax(-1).gather(-1, tokens).float()
     for micro_batch in (1, 4):

@@ -85,6 +85,8 @@ def test_enumeration_is_the_integral_over_time(n):
 class Clock(Stubborn):
     """A denoiser that uses t: it sharpens or flattens its probabilities with time."""
 
+    ignores_time = False
+
     def features(self, xt, t, where=None):
         table = super().features(xt, t) * (0.2 + 3 * t.double())[:, None, None]
         return table if where is None else table[where]
@@ -186,6 +188,27 @@ def test_monte_carlo_has_the_mean_and_variance_of_theory(monkeypatch):
     np.testing.assert_allclose(few, drawn[:6], rtol=1e-5)
     again = monte_carlo_nll(denoiser, [q] * 6, micro_batch=64, seed=5)
     np.testing.assert_allclose(few, again, rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_a_mask_is_read_once_where_time_does_not_matter(n, monkeypatch):
+    """The draws of elbo-mc repeat masks. A denoiser of time reads each at its own time."""
+    asked: list[tuple[tuple[bool, ...], float]] = []
+
+    class Counted(Stubborn):
+        def features(self, xt, t, where=None):
+            asked.extend(zip(map(tuple, (xt == self.mask_id).tolist()), t.tolist(), strict=True))
+            return super().features(xt, t, where)
+
+    questions = [long_question(n)] * 4
+    once = monte_carlo_nll(Counted(4), questions, 8, seed=2)
+    masks = [mask for mask, _ in asked]
+    assert len(masks) <= len(questions) * min(2**n - 1, likelihood.MC_DRAWS)
+    monkeypatch.setattr(Counted, "ignores_time", False)
+    asked.clear()
+    np.testing.assert_allclose(monte_carlo_nll(Counted(4), questions, 8, seed=2), once, rtol=1e-12)
+    assert {mask for mask, _ in asked} == set(masks)
+    assert len({t for _, t in asked}) == len(asked) > len(masks)
 
 
 def test_masks_are_all_subsets_and_their_weights_sum_to_the_length():

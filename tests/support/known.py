@@ -22,6 +22,8 @@ class Language:
     It sums the windows that agree with the visible tokens. `asked` counts the rows of logits.
     """
 
+    ignores_time = True
+
     def __init__(self, windows: dict[tuple[int, ...], float], vocabulary: int):
         self.windows, self.vocabulary, self.mask_id = windows, vocabulary, vocabulary
         self.asked = 0
@@ -45,6 +47,8 @@ class Language:
 
 class Stubborn:
     """A denoiser that is wrong in a fixed way: the visible tokens fix its random probabilities."""
+
+    ignores_time = True
 
     def __init__(self, vocabulary: int):
         self.vocabulary = self.vocab_size = self.mask_id = vocabulary

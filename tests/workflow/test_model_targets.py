@@ -409,7 +409,9 @@ def test_tables_gather_the_rows_of_all_models():
     rows = [f"results/metrics/{model}/samples.json" for model in models]
     of_corpus = [f"results/metrics/stories-ci/{name}.json" for name in ("naive/samples", "data")]
     assert tables["steps"] == [*rows, *of_corpus]
-    assert tables["lambada"] == [f"results/metrics/{model}/lambada.json" for model in models]
+    of_jobs = [f"stories-ci/{name}" for name in ("baseline", "teacher", "kl_backward")]
+    assert tables["lambada"] == [f"results/metrics/{name}/lambada.json" for name in of_jobs]
+    assert [model for name in of_jobs for model in found.last_words[name]] == models
     assert tables["speed"] == ["results/benchmarks/stories-ci/trained/length-16-128.json"]
     assert not {"tasks", "zero_shot"} & tables.keys()
     asked = targets(evaluation={"tasks": "piqa", "perplexity": ["ptb"]})

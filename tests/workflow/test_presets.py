@@ -54,12 +54,12 @@ def test_every_preset_has_a_test_here():
 @pytest.mark.parametrize("preset", GRAPHS)
 def test_preset_resolves(workflow, preset):
     jobs = counts(workflow.plan("--config", f"preset={preset}"))
-    teachers, (_, rounds) = jobs["pretrain"], GRAPHS[preset]
+    teachers, (runs, rounds) = jobs["pretrain"], GRAPHS[preset]
     baseline = "import_baseline" if preset.startswith("owt-") else "train_baseline"
     assert jobs[baseline] == jobs["score_corpus"] == teachers
     assert jobs["latency"] == TIMED[preset]
     assert jobs["distill_round"] == rounds
-    assert jobs["score_lambada"] == rounds + 2 * teachers
+    assert jobs["score_lambada"] == runs + 2 * teachers
     scored = SAMPLED.get(preset, rounds + teachers)
     varied, swept = VARIED.get(preset, 0), FRONTIER.get(preset, 0)
     assert jobs["generate"] == scored + teachers + varied and jobs["draw_naive"] == teachers
@@ -101,8 +101,10 @@ def test_a_preset_with_published_teachers_has_exactly_these_jobs(workflow, prese
         of_teacher = ("import_teacher", "import_baseline", "score_corpus", "draw_naive")
         expected |= {f"{rule} {name}" for rule in of_teacher}
         expected.add(f"score_samples {name}/naive")
-    for rule in ("score_samples", "score_lambada", "continue_prompts", "score_continuations"):
+    for rule in ("score_samples", "continue_prompts", "score_continuations"):
         expected |= {f"{rule} {model}" for model in models}
+    expected |= {f"score_lambada {model}" for model in models if "/round-" not in model}
+    expected |= {f"score_lambada {teacher}/{run}" for teacher, run, _ in runs}
     targets = Targets(config)
     has_noise = preset in ("sdtt-small", "sdtt-losses", "sdtt-published")
     assert list(targets.varied) == [f"{name}/released-noise" for name in denoisers if has_noise]

@@ -72,7 +72,10 @@ def test_every_training_is_repeated_sampled_scored_and_continued(planned):
             "stories-ci/baseline": "1",
             "other/baseline": "1",
         }
-    for rule in ("score_samples", "score_lambada", "score_continuations"):
+    runs = {name.rpartition("/round-")[0] or name for name in SEEDS}
+    asked = {name.rpartition("/")[0] for name in by_output(planned, "score_lambada", "metrics")}
+    assert asked == {*runs, "stories-ci/baseline", "other/baseline"}
+    for rule in ("score_samples", "score_continuations"):
         scored = by_output(planned, rule, "metrics")
         models = {name.rpartition("/")[0] for name in scored}
         if rule == "score_samples":

@@ -18,7 +18,8 @@ SITE = {
 }
 SLURM = ["--profile", "slurm"]
 TARGETS = [
-    f"results/metrics/owt-small/kl_backward/round-1/{kind}.json" for kind in ("samples", "lambada")
+    "results/metrics/owt-small/kl_backward/round-1/samples.json",
+    "results/metrics/owt-small/teacher/lambada.json",
 ]
 TEACHER = "results/models/owt-small/teacher/meta.json"
 CI = "results/models/stories-ci/teacher/meta.json"

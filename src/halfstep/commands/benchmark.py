@@ -36,9 +36,8 @@ from halfstep.diffusion.samplers import SAMPLERS
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import join_group
 from halfstep.errors import HalfstepError
-from halfstep.files import read_json, write_json
 from halfstep.metrics.protocols import PROTOCOLS
-from halfstep.metrics.rows import name_parts, row, write_rows
+from halfstep.metrics.rows import KeptRows, name_parts, row, write_rows
 from halfstep.progress import Progress
 from halfstep.records.journal import commit
 
@@ -61,7 +60,7 @@ class TextShape(NamedTuple):
     """What all cases write that take turns."""
 
     length: int
-    batch: int
+    batch_size: int
 
 
 def latency(  # noqa: PLR0913  the flags of the command
@@ -118,7 +117,8 @@ def latency(  # noqa: PLR0913  the flags of the command
             inputs += checkpoint_files(folder, "ema")
     kept = KeptRows(output.with_suffix(".partial"), _settings(sides, benchmark, device))
     _time_sides(sides, benchmark, device, kept)
-    write_rows(output, kept.of(_shapes(benchmark)), inputs)
+    rows = [row for shape in _shapes(benchmark) for row in kept.of(**shape._asdict())]
+    write_rows(output, rows, inputs)
     kept.file.unlink(missing_ok=True)
 
 
@@ -142,45 +142,12 @@ def _settings(sides: Sides, benchmark: BenchmarkOptions, device: torch.device) -
     }
 
 
-class KeptRows:
-    """Rows of the shapes that are finished, in a file that a stopped job leaves behind.
-
-    Rows that are there already count if they were measured with the same settings.
-    """
-
-    def __init__(self, file: Path, settings: dict[str, Any]):
-        self.file, self.settings = file, settings
-        self.rows: list[dict[str, Any]] = []
-        if not file.exists():
-            return
-        found = read_json(file, "delete it, and measure again")
-        if isinstance(found, dict) and found.get("settings") == settings:
-            self.rows = found["rows"]
-            print(f"note: {file}: {len(self.rows)} rows are finished", file=sys.stderr)
-        else:
-            print(f"note: {file}: not of these settings, so all is measured again", file=sys.stderr)
-
-    def of(self, shapes: list[TextShape]) -> list[dict[str, Any]]:
-        """The rows of these shapes, in their order."""
-        return [
-            row
-            for shape in shapes
-            for row in self.rows
-            if (row["length"], row["batch_size"]) == shape
-        ]
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        """Keep the rows of one more shape."""
-        self.rows += rows
-        write_json(self.file, {"settings": self.settings, "rows": self.rows})
-
-
 def _time_sides(
     sides: Sides, benchmark: BenchmarkOptions, device: torch.device, kept: KeptRows
 ) -> None:
     """Measure the shapes that are not finished, and keep the rows of each as soon as it is."""
     shapes = _shapes(benchmark)
-    left = [shape for shape in shapes if not kept.of([shape])]
+    left = [shape for shape in shapes if not kept.of(**shape._asdict())]
     decoders = _decoders(sides.baseline, benchmark, device) if left else []
     cases = len(sides.students) * len(set(benchmark.benchmark_steps)) + len(decoders)
     each = cases * benchmark.repeats

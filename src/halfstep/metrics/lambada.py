@@ -156,7 +156,7 @@ class HalfstepLM(LM):
     def passes(self, requests: Sequence[Request]) -> dict[str, float]:
         """Network calls per item under each protocol, the mean over the requests.
 
-        elbo-mc counts all its draws, even those that mask nothing.
+        elbo-mc counts all its draws, even those that mask nothing or repeat a mask.
         """
         if self.model.kind == "autoregressive":
             return {"ar": 1.0}

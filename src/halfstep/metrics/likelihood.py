@@ -172,7 +172,8 @@ def _weighted_nll(
     """sum_m weight_m sum_{l in mask m} -log p of each suffix, [Q].
 
     Also whether every token is right in the pass that masks the whole suffix, [Q] bool.
-    plan(i, n) gives the masks of question i with a suffix of n tokens.
+    plan(i, n) gives the masks of question i with a suffix of n tokens. A denoiser that ignores time
+    reads a mask once, however often it was drawn.
     """
     nelbo, right = np.zeros(len(questions)), np.ones(len(questions), bool)
 
@@ -180,6 +181,9 @@ def _weighted_nll(
         """Question, mask, weight, time of each pass, and whether it is the question's last one."""
         for i in same_length:
             masks, weights, times = plan(i, questions[i].end - questions[i].start)
+            if denoiser.ignores_time:
+                masks, kept, which = np.unique(masks, True, True, axis=0)
+                weights, times = np.bincount(which.ravel(), weights), times[kept]
             for m, (mask, weight, t) in enumerate(zip(masks, weights, times, strict=True)):
                 yield i, mask, weight, t, m == len(masks) - 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from halfstep.errors import HalfstepError
-from halfstep.files import write_json
+from halfstep.files import read_json, write_json
 from halfstep.metrics.intervals import bootstrap, wilson
 from halfstep.metrics.protocols import PROTOCOLS
 from halfstep.records import provenance
@@ -103,6 +104,34 @@ def write_rows(
     """Write rows as JSON, and the provenance record of this and other files, with `inputs`."""
     write_json(path, rows)
     provenance.write_record(path.with_suffix(f".{provenance.NAME}"), [path, *others], inputs)
+
+
+class KeptRows:
+    """Rows of the finished parts of a command, in a file that a stopped one leaves behind.
+
+    Rows that are there already count if they were measured with the same settings.
+    """
+
+    def __init__(self, file: Path, settings: dict[str, Any]):
+        self.file, self.settings = file, settings
+        self.rows: list[dict[str, Any]] = []
+        if not file.exists():
+            return
+        found = read_json(file, "delete it, and measure again")
+        if isinstance(found, dict) and found.get("settings") == settings:
+            self.rows = found["rows"]
+            print(f"note: {file}: {len(self.rows)} rows are finished", file=sys.stderr)
+        else:
+            print(f"note: {file}: not of these settings, so all is measured again", file=sys.stderr)
+
+    def of(self, **columns: Any) -> list[dict[str, Any]]:
+        """The rows of one part: those with these values in these columns."""
+        return [row for row in self.rows if all(row[key] == columns[key] for key in columns)]
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Keep the rows of one more part."""
+        self.rows += rows
+        write_json(self.file, {"settings": self.settings, "rows": self.rows})
 
 
 def name_parts(model: str) -> dict[str, str | int | None]:

@@ -150,7 +150,7 @@ TABLES: dict[str, Table] = {
         caption="Last words (LAMBADA): one row per model, metric and protocol, with 95% intervals "
         "in the columns ``low`` and ``high``.",
         metrics={"lambada_accuracy": "accuracy", "lambada_perplexity": "perplexity"},
-        inputs=("results/metrics/{model}/lambada.json",),
+        inputs=("results/metrics/{last_words}/lambada.json",),
         select="halfstep.report.tables:select_lambada",
         markdown="halfstep.report.markdown:lambada_markdown",
         section="evaluation.lambada",

@@ -104,6 +104,12 @@ class Targets:
         self.published = [name for name in self.with_baseline if self.sources.baseline_source(name)]
         """teachers whose baseline is published, and not trained here"""
         self.models = [f"{name}/baseline" for name in self.with_baseline] + self.denoisers
+        self.last_words: dict[str, list[str]] = {}
+        """the models that one job asks for last words: one model, or all rounds of a run, whose
+        name in paths is {teacher}/{run}"""
+        for model in self.models:
+            job = model.rpartition("/")[0] if _round_of(model) else model
+            self.last_words.setdefault(job, []).append(model)
         self.scored = self.models + [f"{name}/naive" for name in self.teachers]
         """models whose samples are scored, and the naive samplers of each teacher's corpus"""
         self.varied = {
@@ -154,6 +160,10 @@ class Targets:
     def checkpoint(self, wildcards: Wildcards) -> str:
         """The file that stands for the weights of the model that draws."""
         return f"results/models/{self._drawn(wildcards.model)[0]}/meta.json"
+
+    def last_words_checkpoints(self, wildcards: Wildcards) -> list[str]:
+        """The files that stand for the models that one job asks for last words."""
+        return [f"results/models/{model}/meta.json" for model in self.last_words[wildcards.model]]
 
     def variant_flag(self, wildcards: Wildcards) -> str:
         """The flag with the name of the variant, if the samples are of one."""
@@ -435,6 +445,7 @@ class Targets:
         return catalogue.table_inputs(
             self.config,
             model=self.models,
+            last_words=self.last_words,
             teacher=self.teachers,
             continued=self.continued_models(),
             sampled=self.sampled_models(),

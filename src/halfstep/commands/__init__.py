@@ -78,7 +78,7 @@ GROUPS = {  # title in the help: {name: (module:function, what it does)}
             "measure the same, and perplexity against entropy over temperatures",
         ),
         "score-lambada": (
-            "halfstep.commands.evaluate:score_lambada",
+            "halfstep.commands.last_words:score_lambada",
             "measure last-word accuracy and perplexity through lm-eval",
         ),
         "score-infilling": (

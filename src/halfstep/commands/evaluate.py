@@ -1,16 +1,14 @@
-"""`halfstep score-samples`, `score-corpus` and `score-lambada`: metric rows of texts and models."""
+"""`halfstep score-samples` and `score-corpus`: metric rows of texts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 from tokenizers import Tokenizer
 
-from halfstep.checkpoint import Model, checkpoint_files, load_checkpoint
 from halfstep.commands.samples import read_samples, sample_files
 from halfstep.commands.variety import (
     DATA_WINDOWS,
@@ -22,7 +20,7 @@ from halfstep.commands.variety import (
     text_label,
     variety_rows,
 )
-from halfstep.config import Count, Evaluation, Machine, Weights, Word
+from halfstep.config import Count, Evaluation, Machine, Word
 from halfstep.data.tokenizer import vocabulary_sha256
 from halfstep.data.windows import (
     Windows,
@@ -35,24 +33,10 @@ from halfstep.data.windows import (
 from halfstep.distributed.device import find_device
 from halfstep.distributed.group import Group, join_group
 from halfstep.errors import HalfstepError
-from halfstep.files import sha256
 from halfstep.metrics.diversity import unigram_entropy
 from halfstep.metrics.mauve import mauve
 from halfstep.metrics.perplexity import Judge, ids_nll, load_judge, retokenized_nll
-from halfstep.metrics.protocols import PROTOCOLS
-from halfstep.metrics.rows import (
-    KeptRows,
-    mean_row,
-    model_name,
-    name_parts,
-    row,
-    share_row,
-    write_rows,
-)
-from halfstep.records.journal import commit
-from halfstep.texts import items_file
-
-LAMBADA_SEED = 0  # of the masks drawn for an item
+from halfstep.metrics.rows import mean_row, name_parts, row, share_row, write_rows
 
 # Keys of samples.json that are columns of a row.
 DRAWN = ("sampler", "network_evaluations", "num_samples", "seed", "weights", "draw_dtype")
@@ -162,113 +146,6 @@ def score_corpus(
     rows = score_texts(texts, corpus, evaluation, machine, group, compared)
     if group.is_main:
         write_rows(output, rows, [*corpus_files(corpus, "validation"), *evaluation.judge])
-
-
-def score_lambada(
-    checkpoint: Annotated[list[Path], Field(min_length=1)],
-    corpus: Path,
-    output: Path,
-    evaluation: Evaluation,
-    machine: Machine,
-    weights: Weights = "ema",
-) -> None:
-    """Score the last words of models through lm-eval: accuracy and perplexity by each protocol.
-
-    Accuracies have Wilson's interval; perplexities, which are per word, a bootstrap interval.
-
-    Rows of a finished model are kept in {output without its ending}.partial until all are finished.
-    So a call that was stopped is continued by the next one, unless the items or settings differ.
-
-    Args:
-        checkpoint: checkpoint folders, diffusion or autoregressive
-        corpus: folder of `halfstep prepare-corpus`, which holds the items if lambada is last_words
-        output: JSON file of the rows
-        weights: which weights of the checkpoints to score
-    """
-    items = evaluation.lambada
-    if items is None:
-        raise HalfstepError(
-            "--lambada: found None, expected last_words, a hub name or a .jsonl file"
-        )
-    if items == "last_words":
-        items = str(corpus / "last_words.jsonl")
-    names = [model_name(folder) for folder in checkpoint]
-    if len(set(names)) < len(names):
-        raise HalfstepError(
-            f"--checkpoint: found {', '.join(names)}, expected each model once; leave one out"
-        )
-    group = join_group(machine)
-    kept = _kept_last_words(output, items, evaluation) if group.is_main else None
-
-    def score(folder: Path) -> list[dict[str, Any]]:
-        model = load_checkpoint(folder, weights, str(find_device(machine)), evaluation.precision)
-        of_model = name_parts(model_name(folder)) | {
-            "weights": model.weights,
-            "checkpoint": model.sha256[:16],
-        }
-        found = kept.of(**of_model) if kept else []
-        if not group.broadcast(bool(found)):
-            found = _last_words(model, of_model, items, evaluation, machine, group)
-            if kept:
-                kept.add(found)
-        return found
-
-    rows = [row for folder in checkpoint for row in score(folder)]
-    if kept:
-        read = [file for folder in checkpoint for file in checkpoint_files(folder, weights)]
-        write_rows(output, rows, [*read, items])
-        kept.file.unlink(missing_ok=True)
-
-
-def _kept_last_words(output: Path, items: str, evaluation: Evaluation) -> KeptRows:
-    """The rows that an earlier call kept, if it had these items and settings."""
-    settings: dict[str, Any] = evaluation.model_dump(
-        include={"lambada_items", "bootstrap", "precision"}
-    )
-    settings |= {"items": items, "commit": commit()}
-    settings |= {name: PROTOCOLS[name] for name in ("lambada_accuracy", "lambada_perplexity")}
-    if file := items_file(items):
-        settings["sha256"] = sha256(file) if file.is_file() else None
-    return KeptRows(output.with_suffix(".partial"), settings)
-
-
-def _last_words(
-    model: Model,
-    columns: dict[str, Any],
-    items: str,
-    evaluation: Evaluation,
-    machine: Machine,
-    group: Group,
-) -> list[dict[str, Any]]:
-    """The rows of one model, which have these columns and more; [] on other ranks than 0."""
-    from halfstep.metrics.lambada import evaluate_lambada
-
-    found = evaluate_lambada(
-        model,
-        items,
-        evaluation.lambada_items,
-        machine.micro_batch,
-        str(model.device),
-        LAMBADA_SEED,
-        group,
-    )
-    if found is None:
-        return []
-    columns = columns | {"precision": model.precision, "data": found["data"]}
-
-    def columns_of(protocol: str) -> dict[str, Any]:
-        seed = LAMBADA_SEED if protocol.startswith("elbo") else None
-        return columns | {"network_evaluations": found["passes"][protocol], "seed": seed}
-
-    rows = []
-    for name, hits in found["hits"].items():
-        counts = int(hits.sum()), len(hits)
-        rows.append(share_row("lambada_accuracy", name, *counts, columns_of(name)))
-    for name, nll in found["nll"].items():
-        of_protocol = columns_of(name) | {"num_samples": len(nll)}
-        resamples = evaluation.bootstrap
-        rows.append(mean_row("lambada_perplexity", name, nll, of_protocol, resamples, np.exp))
-    return rows
 
 
 def sample_columns(facts: dict[str, Any], written: int) -> dict[str, Any]:

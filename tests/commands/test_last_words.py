@@ -113,6 +113,25 @@ def test_rows_of_other_items_or_settings_do_not_count(world, tmp_path, change):
     assert 77.0 not in {row["value"] for row in read_json(output)}
 
 
+def test_a_repeat_of_a_training_is_another_model(world, tmp_path):
+    """Its rows have a column more, and are kept next to those of the first training."""
+    names = ("t", "t-seed-2")
+    folders = [tmp_path / "models" / name / "teacher" for name in names]
+    for folder in folders:
+        shutil.copytree(world.models / "teacher", folder)
+    output = tmp_path / "rows.json"
+    score_lambada(folders, world.corpus, output, scoring(), MACHINE)
+    first, repeat = (
+        [row for row in read_json(output) if row["model"] == f"{name}/teacher"] for name in names
+    )
+    items = str(world.corpus / "last_words.jsonl")
+    settings = module._kept_rows(output, items, scoring()).settings
+    kept = first + [row | {"value": 77.0} for row in repeat]
+    write_json(tmp_path / "rows.partial", {"settings": settings, "rows": kept})
+    score_lambada(folders[::-1], world.corpus, output, scoring(), MACHINE)
+    assert read_json(output) == kept[len(first) :] + first
+
+
 def test_the_configuration_sets_the_number_of_resamples(world, tmp_path):
     """Other resamples give the same perplexity another interval."""
     one, two = (

@@ -126,7 +126,7 @@ class KeptRows:
 
     def of(self, **columns: Any) -> list[dict[str, Any]]:
         """The rows of one part: those with these values in these columns."""
-        return [row for row in self.rows if all(row[key] == columns[key] for key in columns)]
+        return [row for row in self.rows if all(row.get(key) == columns[key] for key in columns)]
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Keep the rows of one more part."""

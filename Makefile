@@ -1,6 +1,6 @@
 # make demo     the whole graph at the preset of config.yaml, its report and a summary
 #               (a second call has nothing to do and ends in seconds)
-# make test     the tests, in three processes: some only wait
+# make test     the tests, in two processes
 # make check    spelling, lint, format and types; `make quick` leaves out the slow two
 # make docs     the documentation as a site in site/; a broken link or a warning is an error
 # make bench    the hot paths against their textbook versions, into benchmarks/results
@@ -31,7 +31,7 @@ demo: $(READY)
 	@$(BIN)/halfstep summary --results results
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: quick
 	$(BIN)/snakemake --lint

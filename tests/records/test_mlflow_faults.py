@@ -105,8 +105,8 @@ class Proxy:
 
     def __init__(self, port: int):
         self.fault = lambda number, request: None
-        self.count = 0
-        self.lock = threading.Lock()
+        self.count = self.busy = 0
+        self.lock, self.busy_lock = threading.Lock(), threading.Lock()  # faults sleep in the first
         self.server = QuietServer(("127.0.0.1", 0), ProxyHandler)
         self.server.proxy, self.server.target = self, port
         self.uri = f"http://127.0.0.1:{self.server.server_port}"
@@ -116,6 +116,11 @@ class Proxy:
         with self.lock:
             self.count += 1
             return self.fault(self.count, request)
+
+    def wait(self):
+        """Until no request is on its way, not even of a client that has given up."""
+        while self.busy:
+            time.sleep(0.01)
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -129,6 +134,16 @@ class ProxyHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def serve(self):
+        proxy = self.server.proxy
+        with proxy.busy_lock:
+            proxy.busy += 1
+        try:
+            self.forward()
+        finally:
+            with proxy.busy_lock:
+                proxy.busy -= 1
+
+    def forward(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.server.proxy.next_fault(f"{self.command} {self.path.partition('?')[0]}")
         if isinstance(fault, int):
@@ -469,6 +484,7 @@ def test_patience_ends_with_a_server_that_is_only_slow(world, monkeypatch):
     assert time.monotonic() - start < 6
     proxy.fault = lambda *_: None
     monkeypatch.setattr(command, "PATIENCE_S", 600)
+    proxy.wait()  # a run that the server makes only now would be unknown to the next sync
     sync_once(results, proxy.uri, "slow")
     assert_complete_but_for_superseded(server.store, results, "slow")
 

@@ -35,6 +35,7 @@ EXAMINED = {
 NAMES = {
     "model": ["t/teacher", "t/baseline", "t/mse/round-1"],
     "teacher": ["t"],
+    "last_words": ["t/teacher", "t/baseline", "t/mse"],
     "sampled": ["t/teacher", "t/baseline"],
     "continued": ["t/teacher", "t/baseline"],
     "swept": ["t/teacher", "t/baseline"],

@@ -51,6 +51,8 @@ def repeat(results, seed: int, of_run: str | None = None) -> None:
         target = results / "metrics" / renamed(folder, seed, of_run)
         rows = [scaled(row, seed, of_run) for row in json.loads(file.read_text())]
         synthetic.dump(target / file.name, rows)
+        if file.name != "samples.json":
+            continue
         run, _, round_ = model.removeprefix(f"{FIRST}/").partition("/round-")
         folder = results / "models" / renamed(model, seed, of_run)
         if not folder.exists():

@@ -31,6 +31,7 @@ def write(
 ) -> Path:
     """Write all files of one teacher into the folder `results`."""
     students = [(run, r, f"{run}/round-{r}") for run in runs for r in range(1, rounds + 1)]
+    words = {run: [] for run in ("teacher", *runs)}  # a file for all rounds of a run
     for run, r, name in [("teacher", 0, "teacher"), *students]:
         model = f"{teacher}/{name}"
         metrics = results / "metrics" / model
@@ -58,9 +59,11 @@ def write(
             dump(metrics / "tasks.json", answers)
             dump(metrics / "zero_shot.json", zero_shot(base, "elbo", 30.0 + r))
         dump(metrics / "continuations.json", continuations)
-        dump(metrics / "lambada.json", last_words(teacher, run, r, model, sha))
+        words[run] += last_words(teacher, run, r, model, sha)
         filled = filled_in(common(teacher, run, r, model, None, sha) | NO_JUDGE, r)
         dump(metrics / "infilling.json", filled)
+    for run, rows in words.items():
+        dump(results / "metrics" / teacher / run / "lambada.json", rows)
     write_baseline(results, teacher, points)
     data = common(teacher, "data", 0, "data", None, None) | {"sampler": None, "weights": None}
     dump(results / "metrics" / teacher / "data.json", quality(data, 7.2, 3.95, 1.0))

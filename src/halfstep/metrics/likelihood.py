@@ -182,8 +182,10 @@ def _weighted_nll(
         for i in same_length:
             masks, weights, times = plan(i, questions[i].end - questions[i].start)
             if denoiser.ignores_time:
-                masks, kept, which = np.unique(masks, True, True, axis=0)
-                weights, times = np.bincount(which.ravel(), weights), times[kept]
+                masks, first, which = np.unique(
+                    masks, axis=0, return_index=True, return_inverse=True
+                )
+                weights, times = np.bincount(which.ravel(), weights), times[first]
             for m, (mask, weight, t) in enumerate(zip(masks, weights, times, strict=True)):
                 yield i, mask, weight, t, m == len(masks) - 1
 

@@ -40,7 +40,8 @@ class Items(NamedTuple):
     number: int
     tokens: int
     passes: float
-    """of a denoiser: 2^n - 1 masks of n tokens, those of them that 32 draws have, n guesses"""
+    """of a denoiser that ignores time: 2^n - 1 masks of n tokens, those among them that occur in 32
+    draws, and n guesses"""
 
 
 LAST_WORDS = Items(1000, 45, 3)  # of stories with 640 tokens in the vocabulary
